@@ -1,0 +1,31 @@
+"""admtrt: ADM diffusion models from training to guided sampling without PyTorch.
+
+``import admtrt`` loads neither torch nor onnx nor an engine library; the names below are resolved on
+first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from admtrt.bundle import Bundle as Bundle
+    from admtrt.export.gradient import export_input_gradient as export_input_gradient
+    from admtrt.runtime.pipeline import Pipeline as Pipeline
+
+__version__ = "0.1.0"
+__all__ = ["Bundle", "Pipeline", "__version__", "export_input_gradient"]
+
+_HOMES = {
+    "Bundle": "admtrt.bundle",
+    "Pipeline": "admtrt.runtime.pipeline",
+    "export_input_gradient": "admtrt.export.gradient",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'admtrt' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

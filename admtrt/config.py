@@ -1,0 +1,404 @@
+"""Every configuration of admtrt: frozen, validated, serialisable, and the only home of defaults."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from admtrt.errors import ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+    from pathlib import Path
+
+GROUPS = 32
+"""Groups of every group normalisation in ADM; channel counts are multiples of it."""
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class Config(BaseModel):
+    """Base of all configurations: immutable, hashable, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, source: str = "configuration") -> Self:
+        """Build from plain data.
+
+        Raises:
+            ConfigError: for an unknown key (naming the nearest), a wrong type or an impossible combination.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            raise ConfigError(f"{source}: {_explain(error, cls)}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON-ready data that :meth:`from_dict` turns back into an equal object."""
+        return self.model_dump(mode="json")
+
+
+def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
+    lines = []
+    for item in error.errors(include_url=False):
+        path = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"unknown key '{path}'" + _suggestion(item["loc"], cls))
+        elif item["type"] == "missing":
+            lines.append(f"'{path}' is required")
+        elif item["type"] == "value_error":
+            text = item["msg"].removeprefix("Value error, ")
+            lines.append(f"'{path}': {text}" if path else text)
+        else:
+            got = repr(item["input"])
+            got = got if len(got) <= 60 else f"{got[:57]}..."
+            lines.append(f"'{path}' is {got}; {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join(lines)
+
+
+def _suggestion(loc: tuple[int | str, ...], cls: type[BaseModel]) -> str:
+    fields: Mapping[str, Any] = cls.model_fields
+    for part in loc[:-1]:
+        model = next(iter(_models_in(getattr(fields.get(str(part)), "annotation", None))), None)
+        if model is None:
+            return ""
+        fields = model.model_fields
+    names = sorted(fields)
+    near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else f" (known: {', '.join(names)})"
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in getattr(annotation, "__args__", ()):
+        yield from _models_in(argument)
+
+
+class BackboneConfig(Config):
+    """What the UNet and the classifier share: the encoder's shape.
+
+    ``attention_resolutions`` are sizes in pixels (32 = attention where feature maps are 32x32), as in the
+    paper. ``num_head_channels`` takes precedence over ``num_heads``.
+    """
+
+    image_size: Positive
+    in_channels: Annotated[int, Field(ge=1, le=4)] = 3
+    model_channels: Positive = 128
+    num_res_blocks: Positive = 2
+    channel_mult: tuple[Annotated[float, Field(gt=0)], ...] = (1, 2, 3, 4)
+    attention_resolutions: tuple[Positive, ...] = (32, 16, 8)
+    num_heads: Positive = 4
+    num_head_channels: Positive | None = None
+    new_attention_order: bool = False
+    conv_resample: bool = True
+    resblock_updown: bool = False
+    scale_shift_norm: bool = True
+    rescale_residuals: bool = False
+    dropout: Fraction = 0.0
+
+    @property
+    def level_channels(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
+
+    @property
+    def level_sizes(self) -> tuple[int, ...]:
+        """Height and width of the feature maps of each level, finest first."""
+        return tuple(self.image_size >> level for level in range(len(self.channel_mult)))
+
+    def _head_counts(self) -> tuple[int, ...]:
+        return (self.num_heads,)
+
+    @model_validator(mode="after")
+    def _check_shape(self) -> Self:
+        if not self.channel_mult:
+            raise ValueError("channel_mult is empty; give one multiplier for each level")
+        halvings = len(self.channel_mult) - 1
+        if self.image_size % (1 << halvings):
+            raise ValueError(
+                f"image_size {self.image_size} cannot be halved {halvings} times for the "
+                f"{halvings + 1} levels of channel_mult; use a multiple of {1 << halvings} or fewer levels"
+            )
+        for channels in self.level_channels:
+            if channels < 1 or channels % GROUPS:
+                raise ValueError(
+                    f"a level has {channels} channels (model_channels {self.model_channels} x channel_mult "
+                    f"{list(self.channel_mult)}); group normalisation needs multiples of {GROUPS}"
+                )
+        if self.model_channels % 2:
+            raise ValueError("model_channels must be even: half of the time embedding is sines, half cosines")
+        unused = sorted(set(self.attention_resolutions) - set(self.level_sizes))
+        if unused:
+            raise ValueError(
+                f"attention_resolutions {unused} are no level's size; the levels are {list(self.level_sizes)} pixels"
+            )
+        attending = {c for c, s in zip(self.level_channels, self.level_sizes, strict=True) if s in self.attention_resolutions}
+        for channels in sorted(attending | {self.level_channels[-1]}):
+            for width, name in self._head_divisors():
+                if channels % width:
+                    raise ValueError(f"attention over {channels} channels cannot be divided by {name} {width}")
+        return self
+
+    def _head_divisors(self) -> list[tuple[int, str]]:
+        if self.num_head_channels is not None:
+            return [(self.num_head_channels, "num_head_channels")]
+        return [(heads, "num_heads") for heads in self._head_counts()]
+
+
+class UNetConfig(BackboneConfig):
+    """The ADM UNet; with ``low_res_size`` it is an upsampler conditioned on an image of that size.
+
+    ``num_classes`` makes it class-conditional, ``learn_sigma`` doubles the output channels,
+    ``num_heads_upsample`` overrides ``num_heads`` in the decoder.
+    """
+
+    num_classes: Positive | None = None
+    learn_sigma: bool = True
+    num_heads_upsample: Positive | None = None
+    low_res_size: Positive | None = None
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the network's output: C, or 2C where sigma is learned."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+    def _head_counts(self) -> tuple[int, ...]:
+        return (self.num_heads, self.num_heads_upsample or self.num_heads)
+
+    @model_validator(mode="after")
+    def _check_low_res(self) -> Self:
+        if self.low_res_size is not None and self.low_res_size >= self.image_size:
+            raise ValueError(f"low_res_size {self.low_res_size} is not below image_size {self.image_size}")
+        return self
+
+
+class ClassifierConfig(BackboneConfig):
+    """The noisy classifier: the UNet's encoder with a pooling head over ``num_classes``."""
+
+    num_classes: Annotated[int, Field(ge=2)]
+    resblock_updown: bool = True
+    num_head_channels: Positive | None = 64
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
+
+    @model_validator(mode="after")
+    def _check_pool(self) -> Self:
+        if self.pool == "attention" and self.num_head_channels is None:
+            raise ValueError("pool 'attention' needs num_head_channels")
+        return self
+
+
+class DiffusionConfig(Config):
+    """The diffusion process and what the network's output means.
+
+    ``variance_type`` ``learned_range`` interpolates between beta~ and beta (IDDPM eq. 15).
+    ``rescale_timesteps`` gives the network t * 1000 / steps, as IDDPM forks with T = 4000 were trained.
+    """
+
+    steps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000
+    schedule: Literal["linear", "cosine"] = "linear"
+    mean_type: Literal["eps", "x_0", "previous_x"] = "eps"
+    variance_type: Literal["learned_range", "learned", "fixed_small", "fixed_large"] = "learned_range"
+    rescale_timesteps: bool = False
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> Self:
+        if self.schedule == "linear" and self.steps <= 20:
+            raise ValueError(f"a linear schedule of {self.steps} steps has beta >= 1; use 21 steps or more, or 'cosine'")
+        return self
+
+    @property
+    def learns_sigma(self) -> bool:
+        """Whether the network outputs variance channels."""
+        return self.variance_type.startswith("learned")
+
+
+class SamplerConfig(Config):
+    """How samples are drawn: Algorithm 1 (``ddpm``) or Algorithm 2 (``ddim``) of Dhariwal & Nichol.
+
+    ``steps`` is a respacing (see :func:`admtrt.schedule.retained_timesteps`); ``scale`` multiplies the
+    classifier's gradient, 0 = unguided; ``eta`` in [0, 1] sets DDIM's noise; ``clip`` bounds x_0 to [-1, 1].
+    """
+
+    method: Literal["ddpm", "ddim"] = "ddpm"
+    steps: str = "250"
+    scale: float = 1.0
+    eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    clip: bool = True
+
+    @field_validator("scale")
+    @classmethod
+    def _check_scale(cls, scale: float) -> float:
+        if abs(scale) > 1e6:
+            raise ValueError(f"{scale} is out of range; guidance scales lie between 0 and about 100")
+        return scale
+
+    @model_validator(mode="after")
+    def _check_eta(self) -> Self:
+        if self.method == "ddpm" and self.eta:
+            raise ValueError("eta belongs to ddim; ddpm has no such choice")
+        return self
+
+
+def method_for_steps(steps: str) -> Literal["ddpm", "ddim"]:
+    """The sampler that a respacing text implies: ``ddimN`` means DDIM, anything else DDPM."""
+    return "ddim" if steps.strip().startswith("ddim") else "ddpm"
+
+
+class DataConfig(Config):
+    """Training images.
+
+    ``source`` is a path, or ``digits`` for the images shipped with scikit-learn; ``kind`` says what stands
+    there where that is not plain from the path. ``label_from`` chooses how files of a folder are classed;
+    ``on_bad_file`` what happens with files that are no images. ``resize`` allows images whose size is not
+    ``image_size``. ``hold_out`` is the fraction kept for evaluation, the same for every network.
+    """
+
+    source: str
+    kind: Literal["auto", "digits", "folder", "idx", "npz"] = "auto"
+    image_size: Positive
+    channels: Annotated[int, Field(ge=1, le=4)] = 3
+    label_from: Literal["auto", "folder", "prefix", "none"] = "auto"
+    random_crop: bool = False
+    random_flip: bool = False
+    resize: bool = True
+    on_bad_file: Literal["refuse", "skip"] = "refuse"
+    hold_out: Fraction = 0.0
+
+
+class TrainingConfig(Config):
+    """How one network is trained.
+
+    ``loss`` applies to UNets: ``simple`` (MSE), ``hybrid`` (IDDPM's L_hybrid), ``vlb`` (the bound itself,
+    rescaled by the number of steps) or ``kl`` (the bound in bits per dim). ``ema_rates`` are averaged
+    side by side; the first is the one that is exported. ``lr_schedule`` ``linear`` anneals to 0.
+    """
+
+    steps: Positive = 1000
+    batch_size: Positive = 128
+    accumulate: Positive = 1
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    lr_schedule: Literal["constant", "linear"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    ema_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.9999,)
+    grad_clip: Annotated[float, Field(gt=0)] | None = None
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    gradient_checkpointing: bool = False
+    loss: Literal["simple", "hybrid", "vlb", "kl"] = "hybrid"
+    timestep_sampler: Literal["uniform", "loss_second_moment"] = "uniform"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    log_every: Positive = 50
+    checkpoint_every: Positive = 1000
+    sample_every: Annotated[int, Field(ge=0)] = 0
+    max_nan_steps: Positive = 10
+    tensorboard: bool = False
+
+
+class RunConfig(Config):
+    """One file for a UNet, its classifier and its upsampler: data, process, networks, training, sampling."""
+
+    data: DataConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    unet: UNetConfig | None = None
+    classifier: ClassifierConfig | None = None
+    upsampler: UNetConfig | None = None
+    train_unet: TrainingConfig = TrainingConfig()
+    train_classifier: TrainingConfig = TrainingConfig(weight_decay=0.05, lr=3e-4)
+    train_upsampler: TrainingConfig = TrainingConfig()
+    sampler: SamplerConfig = SamplerConfig()
+
+    @model_validator(mode="after")
+    def _check_agreement(self) -> Self:
+        for name in ("unet", "classifier", "upsampler"):
+            network = getattr(self, name)
+            if network is None:
+                continue
+            if network.image_size != self.data.image_size:
+                raise ValueError(f"{name}.image_size {network.image_size} differs from data.image_size {self.data.image_size}")
+            if network.in_channels != self.data.channels:
+                raise ValueError(f"{name}.in_channels {network.in_channels} differs from data.channels {self.data.channels}")
+        for name in ("unet", "upsampler"):
+            network = getattr(self, name)
+            if network is not None and network.learn_sigma != self.diffusion.learns_sigma:
+                raise ValueError(
+                    f"{name}.learn_sigma is {network.learn_sigma} but diffusion.variance_type is "
+                    f"'{self.diffusion.variance_type}'"
+                )
+        if self.unet is not None and self.unet.low_res_size is not None:
+            raise ValueError("unet.low_res_size belongs in the section 'upsampler'")
+        if self.upsampler is not None and self.upsampler.low_res_size is None:
+            raise ValueError("upsampler.low_res_size is required: the size of the images that it enlarges")
+        return self
+
+
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
+def load_config(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
+    """Read a TOML file and apply ``section.key=value`` overrides (values in TOML notation, or plain text).
+
+    Raises:
+        ConfigError: if the file is missing or no TOML, or as :meth:`Config.from_dict`.
+    """
+    import tomllib
+
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    for override in overrides:
+        _apply_override(data, override)
+    return cls.from_dict(data, source=str(path) if not overrides else f"{path} with overrides")
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    import tomllib
+
+    key, equals, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not equals or not all(parts):
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for part in parts[:-1]:
+        data = data.setdefault(part, {})
+        if not isinstance(data, dict):
+            raise ConfigError(f"override {override!r}: '{part}' is a value, not a section")
+    data[parts[-1]] = value
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write a configuration as TOML that :func:`load_config` reads back; unset optional keys are left out."""
+    try:
+        path.write_text(_to_toml(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _to_toml(data: Mapping[str, Any], section: str = "") -> str:
+    values = [f"{key} = {_toml_value(value)}" for key, value in data.items() if not isinstance(value, dict)]
+    text = (f"[{section}]\n" if section else "") + "".join(f"{line}\n" for line in values)
+    for key, value in data.items():
+        if isinstance(value, dict):
+            text += "\n" + _to_toml(value, f"{section}.{key}" if section else key)
+    return text.lstrip("\n")
+
+
+def _toml_value(value: Any) -> str:
+    import json
+
+    if isinstance(value, list):
+        return f"[{', '.join(_toml_value(item) for item in value)}]"
+    if isinstance(value, float) and math.isfinite(value):
+        return repr(value)
+    return json.dumps(value)

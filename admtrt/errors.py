@@ -1,0 +1,88 @@
+"""Every error that admtrt raises on purpose, and the exit code that the command line gives it.
+
+::
+
+    AdmtrtError                 1
+    ├── UserError               2   the user's fault: says what came, what was expected, what to do next
+    │   ├── ConfigError             a configuration key or value
+    │   ├── DataError               training images
+    │   ├── CheckpointError         a checkpoint file or what it holds
+    │   ├── BundleError             a bundle on disk
+    │   ├── RequestError            what was asked of the sampler
+    │   ├── OutputError             a place that cannot be written
+    │   └── MissingDependencyError  an optional package
+    ├── ExportError             1   a module that the exporter cannot turn into a graph
+    └── TrainingDivergedError   1   NaN again and again; the last good state was kept
+"""
+
+from __future__ import annotations
+
+
+class AdmtrtError(Exception):
+    """Base of all errors of admtrt.
+
+    Args:
+        message: what came and what was expected.
+        hint: what to do next; shown on a line of its own.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message if not hint else f"{message}\n{hint}")
+        self.message = message
+        self.hint = hint
+
+
+class UserError(AdmtrtError):
+    """Something that the user can put right."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration key or value that cannot be used."""
+
+
+class DataError(UserError):
+    """Training data that is missing, empty or unreadable."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, unsafe or of another model."""
+
+
+class BundleError(UserError):
+    """A bundle that is missing, incomplete, altered or of an unknown version."""
+
+
+class RequestError(UserError):
+    """A sampling request outside what the bundle can do."""
+
+
+class OutputError(UserError):
+    """A destination that exists, is read-only or is full."""
+
+
+class MissingDependencyError(UserError):
+    """An optional package that this action needs.
+
+    Args:
+        package: the missing module.
+        extra: the extra of admtrt that installs it.
+        purpose: what needs it.
+    """
+
+    def __init__(self, package: str, *, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"{purpose} needs the package '{package}', which is not installed",
+            hint=f"Install it with: pip install 'admtrt[{extra}]'",
+        )
+
+
+class ExportError(AdmtrtError):
+    """A module or graph that cannot be exported or differentiated."""
+
+
+class TrainingDivergedError(AdmtrtError):
+    """Training produced NaN too often in a row."""

@@ -1,0 +1,1 @@
+"""The networks in PyTorch: ADM UNet, upsampler, noisy classifier, and their checkpoints."""

@@ -1,0 +1,1 @@
+"""Training: data, losses, averaging, and the loop that the three networks share."""
