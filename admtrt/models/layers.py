@@ -29,7 +29,8 @@ class TimestepEmbedding(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         half = dim // 2
-        exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32) / half
+        # Real even where a module is built on the meta device: no checkpoint would fill them in.
+        exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device="cpu") / half
         self.register_buffer("frequencies", torch.exp(exponents), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -149,19 +150,21 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.new_order = new_order
 
-    def forward(self, qkv: Tensor) -> Tensor:
-        """[N, 3C, T] -> [N, C, T]."""
+    def forward(self, qkv: Tensor, queries: int | None = None) -> Tensor:
+        """[N, 3C, T] -> [N, C, T], or [N, C, queries] where only the first positions ask."""
         width, length = qkv.shape[1:]
         size = width // (3 * self.heads)
         if self.new_order:
-            parts = qkv.reshape(-1, 3, self.heads, size, length).unbind(1)
+            parts = tuple(part.reshape(-1, self.heads, size, length) for part in qkv.chunk(3, dim=1))
         else:
             parts = qkv.reshape(-1, self.heads, 3 * size, length).split(size, dim=2)
         q, k, v = parts  # each [N, heads, size, T]
+        if queries is not None:
+            q = q[..., :queries]
         scale = size**-0.25
-        weights = torch.softmax((q * scale).transpose(2, 3) @ (k * scale), dim=-1)  # [N, heads, T, T]
+        weights = torch.softmax((q * scale).transpose(2, 3) @ (k * scale), dim=-1)  # [N, heads, queries, T]
         out = v @ weights.transpose(2, 3)
-        return out.reshape(-1, width // 3, length)
+        return out.reshape(-1, width // 3, out.shape[-1])
 
 
 class AttentionBlock(nn.Module):
@@ -203,8 +206,9 @@ class AttentionPool(nn.Module):
         """[N, C, H, W] -> [N, out_features]."""
         x = x.flatten(2)
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding[None]
-        out: Tensor = self.c_proj(self.attention(self.qkv_proj(x)))
-        return out[:, :, 0]
+        pooled = self.attention(self.qkv_proj(x), queries=1)  # nothing else reaches the output
+        out: Tensor = self.c_proj(pooled).flatten(1)
+        return out
 
 
 class Stage(nn.Sequential):

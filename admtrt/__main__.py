@@ -1,0 +1,6 @@
+"""``python -m admtrt``, for launchers such as ``accelerate launch -m admtrt``."""
+
+from admtrt.cli import main
+
+if __name__ == "__main__":
+    main()

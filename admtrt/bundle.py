@@ -1,0 +1,240 @@
+"""The bundle: a directory with graphs and a manifest, written whole and verified when read.
+
+Nothing in a bundle is executed or opened before the manifest's schema, every file's size and SHA-256, and
+every path (external data of the graphs included) have been checked.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, SamplerConfig, UNetConfig
+from admtrt.contract import GraphName, GraphSpec, bundle_specs
+from admtrt.errors import BundleError, ConfigError
+from admtrt.files import atomic_directory, sha256_of
+from admtrt.onnx_wire import external_locations
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+class FileEntry(Config):
+    """Size in bytes and SHA-256 (hexadecimal) of one file."""
+
+    size: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class GraphEntry(Config):
+    """One exported graph: its file, contract and how it was made."""
+
+    file: str
+    spec: GraphSpec
+    precision: Literal["fp32"] = "fp32"
+    opset: Annotated[int, Field(ge=1)]
+    nodes: Annotated[int, Field(ge=0)]
+
+
+class ParityEntry(Config):
+    """What a verification measured when the bundle was made: worst per-sample relative error."""
+
+    stage: str
+    error: float
+    tolerance: float
+
+
+class Manifest(Config):
+    """Everything that the runtime needs besides the graphs themselves."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    unet: UNetConfig
+    classifier: ClassifierConfig | None = None
+    diffusion: DiffusionConfig
+    sampler: SamplerConfig
+    class_names: tuple[str, ...] = ()
+    graphs: dict[GraphName, GraphEntry]
+    files: dict[str, FileEntry]
+    made_with: dict[str, str] = {}
+    parity: tuple[ParityEntry, ...] = ()
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes that can be asked for: the UNet's, else the classifier's, else None."""
+        if self.unet.num_classes is not None:
+            return self.unet.num_classes
+        return None if self.classifier is None else self.classifier.num_classes
+
+    @model_validator(mode="after")
+    def _check_agreement(self) -> Self:
+        check_networks(self.unet, self.classifier, self.diffusion)
+        expected = bundle_specs(self.unet, self.classifier)
+        if set(self.graphs) != set(expected):
+            raise ValueError(f"graphs are {sorted(self.graphs)}, expected {sorted(expected)}")
+        for name, spec in expected.items():
+            if self.graphs[name].spec != spec:
+                raise ValueError(f"graph '{name}' declares other inputs or outputs than its network has")
+            if self.graphs[name].file not in self.files:
+                raise ValueError(f"graph '{name}' names the file '{self.graphs[name].file}', which is not listed")
+        if self.class_names and len(self.class_names) != self.num_classes:
+            raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
+        return self
+
+
+def check_networks(unet: UNetConfig, classifier: ClassifierConfig | None, diffusion: DiffusionConfig) -> None:
+    """Refuse networks that cannot work together.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if unet.learn_sigma != diffusion.learns_sigma:
+        raise ValueError(f"the UNet has learn_sigma {unet.learn_sigma}, variance_type is '{diffusion.variance_type}'")
+    if classifier is None:
+        return
+    for field in ("image_size", "in_channels"):
+        ours, theirs = getattr(unet, field), getattr(classifier, field)
+        if ours != theirs:
+            raise ValueError(f"the UNet has {field} {ours} but the classifier {theirs}")
+    if unet.num_classes is not None and unet.num_classes != classifier.num_classes:
+        raise ValueError(f"the UNet has {unet.num_classes} classes but the classifier {classifier.num_classes}")
+
+
+class Bundle:
+    """A verified bundle on disk.
+
+    Attributes:
+        path: its directory.
+        manifest: what it holds.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+
+    @classmethod
+    def open(cls, path: str | Path) -> Self:
+        """Read and verify a bundle.
+
+        Raises:
+            BundleError: naming the file and what differs.
+        """
+        path = Path(path)
+        manifest = _read_manifest(path)
+        for name, entry in manifest.files.items():
+            _check_file(path, name, entry)
+        for name, graph in manifest.graphs.items():
+            _check_external_data(path, name, graph, manifest)
+        return cls(path, manifest)
+
+    def graph_path(self, name: GraphName) -> Path:
+        """File of one graph.
+
+        Raises:
+            BundleError: if the bundle has no such graph.
+        """
+        if name not in self.manifest.graphs:
+            raise BundleError(f"{self.path} has no graph '{name}'")
+        return self.path / self.manifest.graphs[name].file
+
+
+def _read_manifest(path: Path) -> Manifest:
+    file = path / MANIFEST
+    try:
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        what = "does not exist" if not path.exists() else f"is not a bundle: it has no {MANIFEST}"
+        raise BundleError(f"{path} {what}", hint="Make one with: admtrt export UNET --out BUNDLE") from None
+    except OSError as error:
+        raise BundleError(f"cannot read {file}: {error.strerror}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise BundleError(f"{file} is not valid JSON: {error}") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{file} has schema_version {version!r}; this admtrt reads {SCHEMA_VERSION}",
+            hint="Export the checkpoint again, or install the version of admtrt that wrote the bundle.",
+        )
+    try:
+        return Manifest.from_dict(data, source=str(file))
+    except ConfigError as error:
+        raise BundleError(error.message) from None
+
+
+def _inside(path: Path, name: str) -> Path:
+    """The file that a manifest's relative name means.
+
+    Raises:
+        BundleError: if it leaves the bundle, be it by "..", an absolute path or a link.
+    """
+    relative = PurePosixPath(name)
+    plain = bool(name) and not relative.is_absolute() and ".." not in relative.parts and "\\" not in name
+    if plain and "\0" not in name:
+        resolved = (path / relative).resolve()
+        if resolved.is_relative_to(path.resolve()) and resolved != path.resolve():
+            return resolved
+    raise BundleError(f"{path}: the manifest names {name!r}, which lies outside the bundle")
+
+
+def _check_file(path: Path, name: str, entry: FileEntry) -> None:
+    file = _inside(path, name)
+    again = "Copy the bundle again, or export the checkpoint again."
+    if not file.is_file():
+        raise BundleError(f"{path}: the file '{name}' is missing", hint=again)
+    size = file.stat().st_size
+    if size != entry.size:
+        raise BundleError(f"{path}: '{name}' has {size} bytes, the manifest says {entry.size}", hint=again)
+    digest = sha256_of(file)
+    if digest != entry.sha256:
+        raise BundleError(
+            f"{path}: '{name}' has SHA-256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...", hint=again
+        )
+
+
+def _check_external_data(path: Path, name: str, graph: GraphEntry, manifest: Manifest) -> None:
+    file = _inside(path, graph.file)
+    for location in external_locations(file):
+        target = (PurePosixPath(graph.file).parent / location).as_posix()
+        if target not in manifest.files or _inside(path, target).parent != file.parent:
+            raise BundleError(
+                f"{path}: graph '{name}' keeps weights in {location!r}, which is not a file of the bundle",
+                hint="Do not run it: its weights would come from elsewhere.",
+            )
+
+
+def write_bundle(
+    path: Path,
+    write_graphs: Callable[[Path], Mapping[GraphName, GraphEntry]],
+    fields: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+) -> Bundle:
+    """Write a bundle in one piece: a reader sees the old one or the new one.
+
+    Args:
+        path: the directory to make.
+        write_graphs: writes the graphs' files into the directory it is given and describes them.
+        fields: the remaining fields of the manifest, ``files`` and ``graphs`` apart.
+        overwrite: replace a bundle that stands there.
+
+    Raises:
+        OutputError: if the place is taken or cannot be written.
+    """
+    if overwrite and path.exists() and not (path / MANIFEST).is_file():
+        raise BundleError(f"{path} exists and is not a bundle; it is not overwritten", hint="Choose another place.")
+    with atomic_directory(path, overwrite=overwrite) as temporary:
+        graphs = write_graphs(temporary)
+        files = {
+            file.relative_to(temporary).as_posix(): FileEntry(size=file.stat().st_size, sha256=sha256_of(file))
+            for file in sorted(temporary.rglob("*"))
+            if file.is_file()
+        }
+        manifest = Manifest(graphs=dict(graphs), files=files, **fields)
+        text = json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False)
+        (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
+    return Bundle(path, manifest)

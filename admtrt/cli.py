@@ -1,0 +1,80 @@
+"""The command line ``admtrt``: assembles the commands and turns errors into messages and exit codes.
+
+Exit codes: 0 done, 1 a check failed, 2 the user's input or request, 3 and 4 a verification that could not
+be built or run, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import sys
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from admtrt import __version__
+from admtrt.commands.demo import demo
+from admtrt.commands.export import export
+from admtrt.commands.inspect import inspect
+from admtrt.commands.sample import sample
+from admtrt.commands.train import train_app
+from admtrt.commands.verify import verify
+from admtrt.errors import AdmtrtError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+app = typer.Typer(
+    name="admtrt",
+    help="Train, export, verify and sample ADM diffusion models with classifier guidance.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(train_app, name="train")
+for command in (export, inspect, verify, sample, demo):
+    app.command()(command)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"admtrt {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; never shows a traceback for a foreseen error."""
+    try:
+        app(args=None if arguments is None else list(arguments), prog_name="admtrt")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1
+    except AdmtrtError as error:
+        _show(error.message, error.hint)
+        return error.exit_code
+    except KeyboardInterrupt:
+        _show("interrupted", "What was finished is kept; the same command goes on from there where it can.")
+        return 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        _show(f"cannot write {error.filename or 'the output'}: {error.strerror}", "Nothing that existed was changed.")
+        return 2
+    return 0
+
+
+def _show(message: str, hint: str) -> None:
+    sys.stderr.write(f"error: {message}\n" + (f"       {hint}\n" if hint else ""))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run())

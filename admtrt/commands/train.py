@@ -1,0 +1,100 @@
+"""``admtrt train``: a UNet, its classifier or its upsampler, from one TOML file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from admtrt.config import RunConfig, load_config
+from admtrt.console import Output, table
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from admtrt.presets import Kind
+
+train_app = typer.Typer(help="Train a network on images.", no_args_is_help=True)
+
+_HELP = {
+    "unet": "Train the UNet of [unet] with the settings of [train_unet].",
+    "classifier": "Train the noisy classifier of [classifier] with the settings of [train_classifier].",
+    "upsampler": "Train the upsampler of [upsampler] with the settings of [train_upsampler].",
+}
+
+_Config = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Data, process, networks and settings.")]
+_Out = Annotated[
+    Path, typer.Option(help="Folder of the weights, metrics, samples and state; networks may share it.")
+]
+_Data = Annotated[str | None, typer.Option(help="Path of the images, or 'digits' (data.source).")]
+_Steps = Annotated[int | None, typer.Option(help="Optimiser steps of the whole run.")]
+_BatchSize = Annotated[int | None, typer.Option(help="Images of one optimiser step, over all processes.")]
+_Lr = Annotated[float | None, typer.Option(help="Learning rate.")]
+_Precision = Annotated[str | None, typer.Option(help="fp32, bf16, or fp16 (CUDA only).")]
+_Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
+_Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override any key; may be repeated."),
+]
+_Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out, if there is one.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON document.")]
+
+
+def _overrides(
+    kind: Kind, set_: list[str] | None, data: str | None, settings: dict[str, float | str | None]
+) -> list[str]:
+    """Overrides of the configuration file; a flag stands after, and so above, ``--set``."""
+    flags = {"data.source": data, **{f"train_{kind}.{key}": value for key, value in settings.items()}}
+    given = (
+        f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None
+    )
+    return [*(set_ or []), *given]
+
+
+def _command(kind: Kind) -> Callable[..., None]:
+    def command(
+        config: _Config,
+        out: _Out,
+        data: _Data = None,
+        steps: _Steps = None,
+        batch_size: _BatchSize = None,
+        lr: _Lr = None,
+        precision: _Precision = None,
+        seed: _Seed = None,
+        set_: _Set = None,
+        resume: _Resume = False,
+        overwrite: _Overwrite = False,
+        json_: _Json = False,
+    ) -> None:
+        settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision, "seed": seed}
+        run_config = load_config(RunConfig, config, _overrides(kind, set_, data, settings))
+        from accelerate import PartialState
+
+        from admtrt.training.loop import train
+
+        output = Output(json=json_)
+        result = train(kind, run_config, out, output=output, resume=resume, overwrite=overwrite)
+        state = PartialState()
+        if state.is_main_process:
+            rows = [[name, f"{value:.6g}"] for name, value in result.metrics.items()]
+            rows += [["weights", str(path)] for path in result.weights]
+            output.result(
+                {
+                    "kind": kind,
+                    "step": result.step,
+                    "metrics": result.metrics,
+                    "weights": [str(path) for path in result.weights],
+                    "folder": str(result.folder),
+                },
+                table(f"{kind}: trained to step {result.step}", ["metric", "value"], rows),
+            )
+        state.destroy_process_group()
+
+    return command
+
+
+for _kind in ("unet", "classifier", "upsampler"):
+    train_app.command(_kind, help=_HELP[_kind])(_command(_kind))

@@ -1,0 +1,85 @@
+"""What the command line shows: results on stdout (a table or one JSON document), progress on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from rich.console import Console, RenderableType
+
+
+class Output:
+    """The sink of one command.
+
+    Args:
+        json: print exactly one JSON document on stdout, and nothing for people.
+    """
+
+    def __init__(self, *, json: bool = False) -> None:
+        self.json = json
+
+    def result(self, data: dict[str, Any], *shown: RenderableType) -> None:
+        """Print the outcome: ``data`` for machines, or ``shown`` for people."""
+        if self.json:
+            sys.stdout.write(json.dumps(data, allow_nan=False) + "\n")
+            sys.stdout.flush()
+        else:
+            console = _console(stderr=False)
+            for item in shown:
+                console.print(item)
+
+    def note(self, text: str) -> None:
+        """One line for people on stderr, whatever the mode."""
+        _console(stderr=True).print(text, markup=False, highlight=False)
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console
+
+    # A pipe has no width: 100 columns keep tables readable in logs.
+    return Console(stderr=stderr, width=None if (sys.stderr if stderr else sys.stdout).isatty() else 100)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableType:
+    """A table for :meth:`Output.result`."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    for index, column in enumerate(columns):
+        made.add_column(column, overflow="fold", no_wrap=index == 0)
+    for row in rows:
+        made.add_row(*row)
+    return made
+
+
+@contextlib.contextmanager
+def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """A bar with elapsed time and ETA on stderr; yields ``advance(count, text)``.
+
+    Without a terminal nothing is drawn: logs hold lines, not bars.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    console = _console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("ETA"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+        task = bars.add_task(description, total=total, completed=done, text="")
+
+        def advance(count: int, text: str = "") -> None:
+            bars.update(task, advance=count, text=text)
+
+        yield advance

@@ -1,0 +1,1 @@
+"""Export: PyTorch modules to clean ONNX graphs, their input gradients, and bundles."""

@@ -1,0 +1,112 @@
+"""PyTorch module -> forward ONNX graph with one dynamic axis, free of shape arithmetic."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from admtrt.contract import BATCH
+from admtrt.errors import ExportError
+from admtrt.export.passes import simplify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+OPSET = 18
+"""The oldest opset that expresses every graph; group norm is its InstanceNormalization form."""
+
+
+class _Positional(nn.Module):
+    """Gives every module the one signature that the dynamic axes below describe."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out: Tensor = self.module(*inputs)
+        return out
+
+
+def graph_from_module(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    outputs: Sequence[str],
+    *,
+    opset: int = OPSET,
+) -> ir.Model:
+    """Export ``module(*inputs.values())``, the first axis of every input being the dynamic batch ``N``.
+
+    Args:
+        module: any module in evaluation mode.
+        inputs: example tensors by graph name, in the order of ``forward``; batch of at least 2.
+        outputs: graph names of the outputs, in order.
+        opset: of the default ONNX domain.
+
+    Raises:
+        ExportError: if PyTorch cannot capture the module, or its batch size is not free.
+    """
+    if module.training:
+        raise ExportError("the module is in training mode", hint="Call module.eval() first.")
+    if any(tensor.shape[0] < 2 for tensor in inputs.values()):
+        raise ExportError("example inputs have a batch of 1, which PyTorch would freeze", hint="Give a batch of 2.")
+    batch = torch.export.Dim(BATCH)
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                _Positional(module).eval(),
+                tuple(inputs.values()),
+                dynamo=True,
+                dynamic_shapes=(tuple({0: batch} for _ in inputs),),
+                input_names=list(inputs),
+                output_names=list(outputs),
+                opset_version=opset,
+                optimize=True,
+                verbose=False,
+            )
+    except Exception as error:  # torch raises many unrelated types here
+        cause = error.__cause__ or error  # its own message is a page of advice around the cause
+        first_line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
+        raise ExportError(f"PyTorch cannot export {type(module).__name__}: {first_line}") from error
+    model: ir.Model = program.model
+    _name_batch_axis(model)
+    simplify(model)
+    return model
+
+
+def _name_batch_axis(model: ir.Model) -> None:
+    """Call the batch axis by its contract name everywhere; torch may have chosen ``s0``."""
+    first = model.graph.inputs[0].shape
+    assert first is not None
+    symbol = first[0]
+    for value in _all_values(model.graph):
+        if value.shape is not None:
+            value.shape = ir.Shape([ir.SymbolicDim(BATCH) if dim == symbol else dim for dim in value.shape])
+
+
+def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    for node in graph:
+        yield from node.outputs
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporter's notices about optional packages and its own internals off the terminal."""
+    loggers: list[Any] = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

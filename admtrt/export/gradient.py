@@ -1,0 +1,98 @@
+"""The public exporter of input gradients, for any module: d scalar(module(inputs)) / d input as ONNX."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from admtrt.errors import ExportError
+from admtrt.export.capture import OPSET, graph_from_module
+from admtrt.export.differentiate import ConvBackward, add_input_gradient
+from admtrt.export.write import write_graph
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    ScalarFunction = Callable[..., Tensor]
+
+
+@dataclass(frozen=True)
+class GradientGraph:
+    """An exported gradient: its file and the names and shapes of what goes in and out."""
+
+    path: Path
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: int
+
+
+class _Scalar(nn.Module):
+    def __init__(self, module: nn.Module, scalar: ScalarFunction | None) -> None:
+        super().__init__()
+        self.module = module
+        self.scalar = scalar
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        out: Tensor = self.module(*inputs)
+        return out if self.scalar is None else self.scalar(out, *inputs)
+
+
+def export_input_gradient(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    wrt: str = "x",
+    scalar: ScalarFunction | None = None,
+    conv_backward: ConvBackward = "flipped",
+    opset: int = OPSET,
+) -> GradientGraph:
+    """Export the gradient of a per-sample scalar with respect to one input, for any batch size.
+
+    The graph has the module's inputs, and the outputs ``grad`` (shaped as ``wrt``) and ``value`` [N].
+
+    Args:
+        module: called as ``module(*inputs.values())``; a copy of nothing is made, evaluation mode is kept.
+        inputs: example tensors by name, all with the batch as their first axis, of size 2 or more. Their
+            values do not matter.
+        path: file to write; weights beyond the limit of ONNX go to ``<path>.data``.
+        wrt: name of the floating-point input to differentiate.
+        scalar: ``scalar(module(*inputs), *inputs)`` -> [N]; None where the module returns [N] itself. Each
+            sample's scalar must depend on that sample alone.
+        conv_backward: ``flipped`` (fast on CPUs) or ``transposed`` (shares the weights).
+        opset: of the default ONNX domain.
+
+    Raises:
+        ExportError: if the module cannot be captured, the scalar is not [N], or an operator has no gradient
+            rule; the message names the operator.
+    """
+    if wrt not in inputs:
+        raise ExportError(f"there is no input '{wrt}'; the inputs are {list(inputs)}")
+    wrapper = _Scalar(module, scalar).eval()
+    with torch.no_grad():
+        value = wrapper(*inputs.values())
+    batch = next(iter(inputs.values())).shape[0]
+    if value.shape != (batch,):
+        raise ExportError(
+            f"the scalar has shape {list(value.shape)}, expected [{batch}]: one number for each sample",
+            hint="Pass scalar=..., for instance scalar=lambda out, x: out.sum(dim=1).",
+        )
+    model = graph_from_module(wrapper, inputs, ["value"], opset=opset)
+    add_input_gradient(model, wrt=wrt, of="value", name="grad", conv_backward=conv_backward)
+    target = Path(path)
+    write_graph(model, target)
+    return GradientGraph(
+        path=target,
+        inputs=_names(model.graph.inputs),
+        outputs=_names(model.graph.outputs),
+        nodes=len(list(model.graph)),
+    )
+
+
+def _names(values: list[ir.Value]) -> tuple[str, ...]:
+    return tuple(value.name or "" for value in values)

@@ -1,0 +1,70 @@
+"""Images for people: uint8 pixels and labelled grids."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from admtrt.files import atomic_file
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+    from PIL.ImageFont import FreeTypeFont, ImageFont
+
+_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+_SMALLEST_TILE = 64  # pixels: smaller images are enlarged, or nobody could see them
+_GAP = 2
+_FONT_SIZE = 11
+_LABEL_HEIGHT = 16
+
+
+def to_uint8(x: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Map float32 [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C]; values between two levels are cut."""
+    return ((x + 1) * 127.5).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def save_grid(
+    images: NDArray[np.uint8], path: Path, columns: int, labels: Sequence[str] | None = None
+) -> None:
+    """Write images as one PNG, row by row, each under its label; small ones are enlarged by a whole factor.
+
+    Args:
+        images: uint8 [N, H, W, C], N at least 1, C from 1 to 4 (2 and 4: the last is the opacity).
+        path: the file; replaced if it exists.
+        columns: images in a row.
+        labels: one text for each image; cut where it is wider than the image.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    from PIL import Image, ImageDraw, ImageFont
+
+    count, height, width, channels = images.shape
+    factor = max(1, -(-_SMALLEST_TILE // min(height, width)))
+    header = 0 if labels is None else _LABEL_HEIGHT
+    cell_height, cell_width = height * factor + header + _GAP, width * factor + _GAP
+    columns = min(columns, count)
+    size = (columns * cell_width + _GAP, -(-count // columns) * cell_height + _GAP)
+    grid = Image.new(_MODES[channels], size, "white")
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(_FONT_SIZE)
+    for index, pixels in enumerate(images):
+        left, top = _GAP + index % columns * cell_width, _GAP + index // columns * cell_height
+        if labels is not None:
+            draw.text((left, top), _fitted(labels[index], font, width * factor), fill="black", font=font)
+        tile = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
+        tile = tile.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        grid.paste(tile, (left, top + header))
+    with atomic_file(path) as temporary:
+        grid.save(temporary, format="PNG")
+
+
+def _fitted(text: str, font: FreeTypeFont | ImageFont, width: int) -> str:
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}…") > width:
+        text = text[:-1]
+    return f"{text}…"

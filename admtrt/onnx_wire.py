@@ -1,0 +1,92 @@
+"""The one thing the runtime must know of an ONNX file before opening it: where its weights lie.
+
+ONNX is a protocol-buffer message. Reading the few fields on the way to ``external_data`` takes a page of
+code; depending on the onnx package for it would pull the export stack into every deployment.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import TYPE_CHECKING
+
+from admtrt.errors import BundleError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# Field numbers of onnx.proto that lead from a model to a tensor's external_data.
+_CHILDREN: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 25: "function"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+    "tensor": {13: "entry"},
+}
+_KEY, _VALUE = 1, 2
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+
+
+def external_locations(path: Path) -> frozenset[str]:
+    """Every file name in which an ONNX file keeps weights.
+
+    Raises:
+        BundleError: if the file is no protocol-buffer message.
+    """
+    with path.open("rb") as opened:
+        if path.stat().st_size == 0:
+            raise BundleError(f"{path} is empty; expected an ONNX graph")
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                return frozenset(_locations(data, "model", 0, len(data)))
+            except (ValueError, IndexError) as error:
+                raise BundleError(f"{path} is not an ONNX graph: {error}") from None
+
+
+def _locations(data: mmap.mmap, kind: str, start: int, end: int) -> Iterator[str]:
+    children = _CHILDREN[kind]
+    for number, begin, stop in _fields(data, start, end):
+        child = children.get(number)
+        if child == "entry":
+            pair = {n: bytes(data[b:s]) for n, b, s in _fields(data, begin, stop)}
+            if pair.get(_KEY) == b"location":
+                yield pair.get(_VALUE, b"").decode("utf-8")
+        elif child is not None:
+            yield from _locations(data, child, begin, stop)
+
+
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Length-delimited fields of one message: number, first byte, end."""
+    position = start
+    while position < end:
+        tag, position = _varint(data, position, end)
+        number, wire_type = tag >> 3, tag & 7
+        if wire_type == _BYTES:
+            length, position = _varint(data, position, end)
+            if length > end - position:
+                raise ValueError("a field reaches past the end of its message")
+            yield number, position, position + length
+            position += length
+        elif wire_type == _VARINT:
+            _, position = _varint(data, position, end)
+        elif wire_type in (_FIXED64, _FIXED32):
+            position += 8 if wire_type == _FIXED64 else 4
+        else:
+            raise ValueError(f"unknown wire type {wire_type}")
+    if position != end:
+        raise ValueError("a message ends in the middle of a field")
+
+
+def _varint(data: mmap.mmap, position: int, end: int) -> tuple[int, int]:
+    value = 0
+    for shift in range(0, 70, 7):
+        if position >= end:
+            break
+        byte = data[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        if not byte & 0x80:
+            return value, position
+    raise ValueError("a number is cut off")

@@ -1,0 +1,1 @@
+"""Inference libraries behind one interface: :class:`admtrt.runtime.sampler.Denoiser`."""

@@ -1,0 +1,42 @@
+"""Counter-based noise: a pure function of a sample's seed and the step, whatever the batch around it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from admtrt.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+MAX_SEED = 2**64 - 1
+_INITIAL = 0  # counter of x_T; the noise of step i uses i + 1
+
+
+def check_seed(seed: int) -> int:
+    """Return ``seed`` if it is usable: a whole number from 0 to 2**64 - 1."""
+    if not 0 <= seed <= MAX_SEED:
+        raise RequestError(f"seed {seed} is out of range", hint=f"Seeds are whole numbers from 0 to {MAX_SEED}.")
+    return seed
+
+
+def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """x_T of each sample, standard normal float32 [N, *shape]."""
+    return _drawn(seeds, [_INITIAL] * len(seeds), shape)
+
+
+def step_noise(seeds: Sequence[int], steps: Sequence[int], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    """z of each sample at its own step index of the respaced process, standard normal float32 [N, *shape]."""
+    return _drawn(seeds, [step + 1 for step in steps], shape)
+
+
+def _drawn(seeds: Sequence[int], counters: Sequence[int], shape: tuple[int, ...]) -> NDArray[np.float32]:
+    out = np.empty((len(seeds), *shape), dtype=np.float32)
+    for row, seed, counter in zip(out, seeds, counters, strict=True):
+        key = np.array([seed, counter], dtype=np.uint64)
+        np.random.Generator(np.random.Philox(key=key)).standard_normal(out=row, dtype=np.float32)
+    return out

@@ -1,0 +1,280 @@
+"""Images from a bundle: checks a request against the manifest, then drives the step core to the end."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+import numpy as np
+
+from admtrt.bundle import Bundle
+from admtrt.config import SamplerConfig, method_for_steps
+from admtrt.errors import ConfigError, RequestError
+from admtrt.images import to_uint8
+from admtrt.runtime.noise import MAX_SEED, check_seed
+from admtrt.runtime.sampler import advance, start_slots
+from admtrt.schedule import sampling_schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from admtrt.runtime.sampler import Denoiser, Images, Labels
+
+DEFAULT_BATCH = 16
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """What was drawn.
+
+    Attributes:
+        x: float32 [N, C, H, W], unclipped x_0 of the last step.
+        labels: int64 [N], or None where no class was asked for.
+        seeds: one for each sample; the same seed gives the same image in any batch.
+    """
+
+    x: Images
+    labels: Labels | None
+    seeds: tuple[int, ...]
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """uint8 [N, H, W, C]."""
+        return to_uint8(self.x)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """What a callback sees after each step of a batch.
+
+    Attributes:
+        index: steps done, from 1 to ``total``.
+        total: steps in all.
+        first: position of the batch's first sample among all samples.
+        timestep: of the base process, at which the step began.
+        x: float32 [N, C, H, W], x_t after the step.
+        x_0: the predicted x_0.
+    """
+
+    index: int
+    total: int
+    first: int
+    timestep: int
+    x: Images
+    x_0: Images
+
+
+class Pipeline:
+    """Sampling from one bundle.
+
+    Args:
+        bundle: a verified bundle.
+        denoiser: its graphs on some backend; they may come from elsewhere, for instance PyTorch.
+    """
+
+    def __init__(self, bundle: Bundle, denoiser: Denoiser) -> None:
+        self.bundle = bundle
+        self.denoiser = denoiser
+
+    @classmethod
+    def from_bundle(cls, path: str | Path, *, threads: int | None = None) -> Self:
+        """Open a bundle on ONNX Runtime's CPU backend.
+
+        Args:
+            path: the bundle's directory.
+            threads: CPU threads; None takes every core.
+
+        Raises:
+            BundleError: if the bundle is incomplete or altered.
+        """
+        from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+
+        if threads is not None and threads < 1:
+            raise RequestError(f"threads is {threads}; expected at least 1")
+        bundle = Bundle.open(Path(path))
+        return cls(bundle, OnnxRuntimeDenoiser(bundle, threads=threads))
+
+    def __call__(
+        self,
+        labels: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
+        *,
+        steps: str | None = None,
+        method: Literal["ddpm", "ddim"] | None = None,
+        scale: float | None = None,
+        eta: float | None = None,
+        clip: bool | None = None,
+        low_res: NDArray[np.uint8] | Images | None = None,
+        batch_size: int = DEFAULT_BATCH,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Samples:
+        """Draw one sample for each label and seed.
+
+        Args:
+            labels: class of each sample; needed where the UNet is class-conditional or the scale is not 0.
+            seeds: of each sample, 0 to 2**64 - 1; 0, 1, 2, ... where left out.
+            steps, method, scale, eta, clip: as :class:`~admtrt.config.SamplerConfig`; what is left out is the
+                bundle's recommendation. ``steps`` "ddimN" implies the method ``ddim``, any other ``ddpm``.
+            low_res: conditioning of an upsampler: uint8 [N, h, w, C], or float32 [N, C, h, w] in [-1, 1].
+            batch_size: samples computed at once; it does not change them beyond rounding.
+            callback: called after every step of every batch.
+
+        Raises:
+            RequestError: for anything that the bundle cannot do.
+        """
+        sampler = self.sampler(steps=steps, method=method, scale=scale, eta=eta, clip=clip)
+        if batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; expected at least 1")
+        conditioning = self._check_low_res(low_res)
+        count = next((len(given) for given in (labels, seeds, conditioning) if given is not None), 1)
+        checked_seeds = [check_seed(operator.index(s)) for s in (range(count) if seeds is None else seeds)]
+        checked_labels = self.check_labels(labels, sampler)
+        for name, given in (("labels", checked_labels), ("seeds", checked_seeds), ("low_res", conditioning)):
+            if given is not None and len(given) != count:
+                raise RequestError(f"{len(given)} {name} for {count} samples; give one for each")
+        if count < 1:
+            raise RequestError("no sample was asked for")
+        parts = []
+        for first in range(0, count, batch_size):
+            rows = slice(first, first + batch_size)
+            parts.append(
+                self._batch(
+                    sampler,
+                    first,
+                    None if checked_labels is None else checked_labels[rows],
+                    checked_seeds[rows],
+                    None if conditioning is None else conditioning[rows],
+                    callback,
+                )
+            )
+        return Samples(x=np.concatenate(parts), labels=checked_labels, seeds=tuple(checked_seeds))
+
+    def sampler(
+        self,
+        *,
+        steps: str | None = None,
+        method: Literal["ddpm", "ddim"] | None = None,
+        scale: float | None = None,
+        eta: float | None = None,
+        clip: bool | None = None,
+    ) -> SamplerConfig:
+        """The bundle's recommended sampler with some choices replaced, checked against the bundle.
+
+        Raises:
+            RequestError: if the result is impossible.
+        """
+        manifest = self.bundle.manifest
+        chosen: dict[str, Any] = manifest.sampler.to_dict()
+        if manifest.classifier is None:
+            chosen["scale"] = 0.0
+        if method is None and steps is not None:
+            method = method_for_steps(steps)
+        if method is not None and method != chosen["method"]:
+            chosen |= {"method": method, "eta": 0.0}
+        given = {"steps": steps, "scale": scale, "eta": eta, "clip": clip}
+        chosen |= {name: value for name, value in given.items() if value is not None}
+        try:
+            sampler = SamplerConfig.from_dict(chosen, source="sampler")
+        except ConfigError as error:
+            raise RequestError(error.message) from None
+        if sampler.scale and manifest.classifier is None:
+            raise RequestError(
+                f"scale {sampler.scale} asks for guidance, but {self.bundle.path} holds no classifier",
+                hint="Use scale 0, or export with --classifier.",
+            )
+        sampling_schedule(manifest.diffusion, sampler)  # refuses an impossible respacing now
+        return sampler
+
+    def check_labels(self, labels: Sequence[int] | None, sampler: SamplerConfig) -> Labels | None:
+        """Labels as int64 [N], or None.
+
+        Raises:
+            RequestError: if they are missing, not wanted or out of range.
+        """
+        manifest = self.bundle.manifest
+        classes = manifest.num_classes
+        if labels is None:
+            if manifest.unet.num_classes is not None or sampler.scale:
+                raise RequestError(
+                    f"labels are needed: the bundle has {classes} classes", hint="Give one class for each sample."
+                )
+            return None
+        if classes is None:
+            raise RequestError("labels were given, but the bundle knows no classes")
+        checked = [operator.index(label) for label in labels]
+        wrong = next((label for label in checked if not 0 <= label < classes), None)
+        if wrong is not None:
+            raise RequestError(f"class {wrong} is out of range; the classes are 0 to {classes - 1}")
+        return np.array(checked, dtype=np.int64)
+
+    def _check_low_res(self, low_res: NDArray[np.uint8] | Images | None) -> Images | None:
+        config = self.bundle.manifest.unet
+        if (low_res is None) != (config.low_res_size is None):
+            expected = "is an upsampler and needs low_res images" if low_res is None else "is no upsampler"
+            raise RequestError(f"{self.bundle.path} {expected}")
+        if low_res is None or config.low_res_size is None:
+            return None
+        size, channels = config.low_res_size, config.in_channels
+        images = np.asarray(low_res)
+        if images.dtype == np.uint8 and images.shape[1:] == (size, size, channels):
+            return np.ascontiguousarray(images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+        if images.dtype == np.float32 and images.shape[1:] == (channels, size, size) and np.isfinite(images).all():
+            return np.ascontiguousarray(images)
+        raise RequestError(
+            f"low_res is {images.dtype} {list(images.shape)}; expected uint8 [N, {size}, {size}, {channels}] "
+            f"or finite float32 [N, {channels}, {size}, {size}]"
+        )
+
+    def _batch(
+        self,
+        sampler: SamplerConfig,
+        first: int,
+        labels: Labels | None,
+        seeds: list[int],
+        low_res: Images | None,
+        callback: Callable[[Step], None] | None,
+    ) -> Images:
+        manifest = self.bundle.manifest
+        config = manifest.unet
+        schedule = sampling_schedule(manifest.diffusion, sampler)
+        slots = start_slots(
+            (config.in_channels, config.image_size, config.image_size),
+            [schedule] * len(seeds),
+            seeds,
+            unet_y=labels if config.num_classes is not None else None,
+            guide_y=labels if sampler.scale else None,
+            low_res=low_res,
+        )
+        for index in range(len(schedule)):
+            advance(slots, self.denoiser)
+            if callback is not None:
+                timestep = int(schedule.timesteps[index])
+                callback(
+                    Step(
+                        index=index + 1, total=len(schedule), first=first, timestep=timestep, x=slots.x, x_0=slots.x_0
+                    )
+                )
+        if not np.isfinite(slots.x).all():
+            raise RequestError(
+                f"sampling gave values that are not finite (scale {sampler.scale}, steps {sampler.steps!r})",
+                hint="Use a smaller scale or more steps.",
+            )
+        return slots.x
+
+
+def consecutive_seeds(first: int, count: int) -> range:
+    """Seeds of ``count`` samples from ``first`` on.
+
+    Raises:
+        RequestError: if they leave the range, or there are none.
+    """
+    if count < 1:
+        raise RequestError(f"{count} samples were asked for; expected at least 1")
+    check_seed(first)
+    if first + count - 1 > MAX_SEED:
+        raise RequestError(f"seeds {first} to {first + count - 1} leave the range 0 to {MAX_SEED}")
+    return range(first, first + count)

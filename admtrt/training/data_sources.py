@@ -1,0 +1,347 @@
+"""Reading training images: what stands at a path, how it is labelled, and which of it is usable."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import os
+import re
+import zipfile
+import zlib
+from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from admtrt.errors import DataError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from admtrt.config import DataConfig
+
+Pixels = NDArray[np.uint8]
+Labels = NDArray[np.int64]
+
+DIGITS = "digits"
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+_IDX_IMAGES = re.compile(r"(?P<stem>.*)images(?P<mark>[-.])idx3-ubyte(\.gz)?")
+_IDX_UNSIGNED_BYTE = 0x08
+_GZIP_MAGIC = b"\x1f\x8b"
+_NAMED_FAULTS = 5  # bad files that a message names before it only counts
+
+
+class Skipped(NamedTuple):
+    """A file that was left out, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was read.
+
+    Attributes:
+        images: uint8 [N, H, W, C] in memory, or N files that were all decoded once without an error.
+        labels: int64 [N], indices of ``class_names``; None where nothing is labelled.
+        class_names: sorted as text for folders, by number elsewhere; empty without labels.
+        skipped: the bad files left out.
+    """
+
+    images: Pixels | tuple[Path, ...]
+    labels: Labels | None = None
+    class_names: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
+
+
+def read_source(config: DataConfig) -> Source:
+    """Read what ``config.source`` names; ``kind`` ``auto`` judges by what stands there.
+
+    Raises:
+        DataError: if it is missing, empty, damaged, of an unknown kind, not labelled as ``label_from`` asks,
+            or of another size than ``image_size`` where ``resize`` is off.
+        MissingDependencyError: for the digits without scikit-learn.
+    """
+    path = Path(config.source).expanduser()
+    try:
+        kind = _kind_of(config, path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {_reason(error)}") from None
+    if kind == "folder":
+        return _read_folder(path, config)
+    if config.label_from in ("folder", "prefix"):
+        raise DataError(
+            f"label_from '{config.label_from}' applies to folders of images; {config.source} is {kind}",
+            hint="Leave data.label_from at 'auto', or set it to 'none' to drop the labels.",
+        )
+    pixels: Pixels
+    numbers: Labels | None
+    if kind == DIGITS:
+        pixels, numbers = _read_digits()
+    else:
+        pixels, numbers = _read_idx(path) if kind == "idx" else _read_npz(path)
+    count, height, width, _ = pixels.shape
+    if not pixels.size:
+        raise DataError(f"{config.source} holds no image: {count} of {height}x{width} pixels")
+    if not config.resize and (height, width) != (config.image_size, config.image_size):
+        raise DataError(
+            f"the images of {config.source} are {height}x{width} pixels, image_size is {config.image_size}, "
+            "and resize is off",
+            hint=f"Set data.resize = true, or data.image_size = {height} if they are square.",
+        )
+    if numbers is None or config.label_from == "none":
+        return Source(pixels)
+    if numbers.shape != (count,):
+        raise DataError(f"{config.source} holds {count} images but labels of shape {list(numbers.shape)}")
+    return Source(pixels, *_indexed(numbers))
+
+
+def _kind_of(config: DataConfig, path: Path) -> str:
+    kind = config.kind
+    if config.source == DIGITS and kind in ("auto", DIGITS):
+        return DIGITS
+    if kind == DIGITS:
+        raise DataError(
+            f"kind is 'digits' but source is {config.source!r}",
+            hint='Set data.source = "digits", or another kind.',
+        )
+    if not path.exists():
+        raise DataError(
+            f"{path} does not exist",
+            hint=f"Set data.source to a folder, an IDX file, an .npz file or '{DIGITS}'.",
+        )
+    if kind == "auto":
+        if path.is_dir():
+            kind = "idx" if _idx_images_in(path) else "folder"
+        elif path.suffix == ".npz":
+            kind = "npz"
+        elif _IDX_IMAGES.fullmatch(path.name):
+            kind = "idx"
+        else:
+            raise DataError(
+                f"cannot tell what kind of data {path} is",
+                hint="Set data.kind to 'idx' or 'npz', or name a folder.",
+            )
+    if kind == "folder" and not path.is_dir():
+        raise DataError(f"{path} is a file; kind 'folder' expects a folder of images")
+    if kind == "npz" and path.is_dir():
+        raise DataError(f"{path} is a folder; kind 'npz' expects a file")
+    return kind
+
+
+def _indexed(numbers: Labels) -> tuple[Labels, tuple[str, ...]]:
+    """Labels 0..K-1 in the order of the numbers that occur, and those numbers as names."""
+    present, labels = np.unique(numbers, return_inverse=True)
+    return labels.astype(np.int64), tuple(str(number) for number in present)
+
+
+def _read_digits() -> tuple[Pixels, Labels]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise MissingDependencyError("scikit-learn", extra="train", purpose="reading the digits") from None
+    digits = load_digits()
+    return np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., None], digits.target.astype(np.int64)
+
+
+# --- folders of images -------------------------------------------------------------------------------------
+
+
+def read_image(path: Path, mode: str) -> Image.Image:
+    """Decode a file and convert it to a Pillow mode.
+
+    Raises:
+        DataError: naming the file, if that fails.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.mode == "P" and "transparency" in image.info:
+                return image.convert("RGBA").convert(mode)  # Pillow warns about the direct way
+            return image.convert(mode)
+    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+        raise DataError(f"{path} can no longer be read: {_reason(error)}") from None
+
+
+def _fault_of(path: Path, size: int | None) -> str | None:
+    """Why a file is unusable, or None. Decodes all of it, as nothing less shows a truncated JPEG."""
+    try:
+        with Image.open(path) as image:
+            if size is not None and image.size != (size, size):
+                return f"{image.width}x{image.height} pixels, not {size}x{size}"
+            if image.mode.startswith(("I", "F")):
+                return f"pixels of mode {image.mode}, not 8 bits a channel"
+            image.draft(None, (1, 1))  # a JPEG is read to its end but skips most of the arithmetic
+            image.load()
+    except Exception as error:  # as in read_image
+        return _reason(error)
+    return None
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) or type(error).__name__
+
+
+def _read_folder(root: Path, config: DataConfig) -> Source:
+    files = _image_files(root)
+    with ThreadPool() as pool:  # Pillow decodes outside the interpreter's lock
+        faults = pool.starmap(
+            _fault_of, [(file, None if config.resize else config.image_size) for file in files]
+        )
+    skipped = tuple(
+        Skipped(file, fault) for file, fault in zip(files, faults, strict=True) if fault is not None
+    )
+    usable = tuple(file for file, fault in zip(files, faults, strict=True) if fault is None)
+    if skipped and (config.on_bad_file == "refuse" or not usable):
+        raise DataError(
+            f"{len(skipped)} of {len(files)} images in {root} cannot be used: "
+            + _listed([f"{file.relative_to(root)} ({reason})" for file, reason in skipped]),
+            hint="Repair or remove them" + (', or set data.on_bad_file = "skip".' if usable else "."),
+        )
+    names = _class_of_each(root, usable, config.label_from)
+    if names is None:
+        return Source(usable, skipped=skipped)
+    class_names, labels = np.unique(names, return_inverse=True)
+    return Source(usable, labels.astype(np.int64), tuple(map(str, class_names)), skipped)
+
+
+def _image_files(root: Path) -> list[Path]:
+    def refuse(error: OSError) -> None:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
+
+    found, others = [], 0
+    for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        images = [
+            name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+        ]
+        found += [Path(folder, name) for name in images]
+        others += len(names) - len(images)
+    if not found:
+        content = f"only {others} other files" if others else "empty"
+        raise DataError(
+            f"no image in {root} or below it ({content})",
+            hint=f"Images end in {', '.join(IMAGE_SUFFIXES)}. For an .npz file give its own path.",
+        )
+    return sorted(found)
+
+
+def _class_of_each(root: Path, files: Sequence[Path], label_from: str) -> list[str] | None:
+    """The class name of each file; None for ``none``, and where ``auto`` finds no rule for all."""
+    loose = [file.name for file in files if file.parent == root]
+    unmarked = [file.name for file in files if "_" not in file.name]
+    if label_from == "folder" and loose:
+        raise DataError(
+            f"label_from is 'folder', but {len(loose)} images lie directly in {root}: {_listed(loose)}",
+            hint="Move each into the subfolder of its class.",
+        )
+    if label_from == "prefix" and unmarked:
+        raise DataError(
+            f"label_from is 'prefix', but {len(unmarked)} names in {root} hold no '_': {_listed(unmarked)}",
+            hint="Name the files <class>_<anything>.",
+        )
+    if label_from == "none":
+        return None
+    if label_from != "prefix" and not loose:
+        return [file.relative_to(root).parts[0] for file in files]
+    return None if unmarked else [file.name.split("_")[0] for file in files]
+
+
+def _listed(items: Sequence[str]) -> str:
+    more = len(items) - _NAMED_FAULTS
+    return ", ".join(items[:_NAMED_FAULTS]) + (f" and {more} more" if more > 0 else "")
+
+
+# --- IDX files ---------------------------------------------------------------------------------------------
+
+
+def _idx_images_in(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*idx3-ubyte*") if _IDX_IMAGES.fullmatch(file.name))
+
+
+def _read_idx(path: Path) -> tuple[Pixels, Labels | None]:
+    if path.is_dir():
+        path = _chosen_idx(path)
+    images = _idx_array(path, dimensions=3)[..., None]
+    if "images" in path.name:
+        name = path.name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+        for labels in (path.with_name(name), path.with_name(f"{name}.gz")):
+            if labels.is_file():
+                return images, _idx_array(labels, dimensions=1).astype(np.int64)
+    return images, None
+
+
+def _chosen_idx(folder: Path) -> Path:
+    """The folder's only file of images, or else the only one for training."""
+    files = _idx_images_in(folder)
+    training = [file for file in files if "train" in file.name] if len(files) > 1 else files
+    if len(training) != 1:
+        held = f"holds {_listed([file.name for file in files])}" if files else "holds no file of images"
+        raise DataError(
+            f"{folder} {held}; expected one like train-images-idx3-ubyte or train-images-idx3-ubyte.gz",
+            hint="Set data.source to the file of images; its labels are found beside it.",
+        )
+    return training[0]
+
+
+def _idx_array(path: Path, *, dimensions: int) -> Pixels:
+    """Decode an IDX file of unsigned bytes: magic 00 00 08 <dimensions>, big-endian uint32 sizes, data."""
+    try:
+        data = path.read_bytes()
+        if data.startswith(_GZIP_MAGIC):
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"cannot read {path}: {_reason(error)}") from None
+    magic = bytes([0, 0, _IDX_UNSIGNED_BYTE, dimensions])
+    if data[:4] != magic:
+        raise DataError(
+            f"{path} starts with the bytes '{data[:4].hex(' ')}'; an IDX file of {dimensions} dimensions of "
+            f"unsigned bytes starts with '{magic.hex(' ')}'"
+        )
+    body = 4 + 4 * dimensions
+    if len(data) < body:
+        raise DataError(f"{path} ends within its header: {len(data)} of {body} bytes")
+    shape = tuple(int(size) for size in np.frombuffer(data[4:body], dtype=">u4"))
+    expected = body + math.prod(shape)
+    if len(data) != expected:
+        raise DataError(
+            f"{path} is {'truncated' if len(data) < expected else 'too long'}: its header promises "
+            f"{' x '.join(map(str, shape))} bytes of data, it holds {len(data) - body}"
+        )
+    return np.frombuffer(data, np.uint8, offset=body).reshape(shape)
+
+
+# --- .npz archives -----------------------------------------------------------------------------------------
+
+
+def _read_npz(path: Path) -> tuple[Pixels, Labels | None]:
+    hint = (
+        "Expected: arr_0 uint8 [N, H, W, C] with 1 to 4 channels and, optionally, arr_1 with N whole numbers."
+    )
+    if not zipfile.is_zipfile(path):
+        raise DataError(f"{path} is no .npz archive, or only the start of one", hint=hint)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in ("arr_0", "arr_1") if name in archive}
+            names = list(archive)
+    except Exception as error:  # damaged archives make zipfile and numpy raise almost anything
+        raise DataError(f"cannot read {path}: {_reason(error)}", hint=hint) from None
+    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
+    if images is None:
+        raise DataError(f"{path} holds no arr_0 (it holds: {', '.join(names) or 'nothing'})", hint=hint)
+    if images.dtype != np.uint8 or images.ndim != 4 or not 1 <= images.shape[3] <= 4:
+        raise DataError(f"arr_0 of {path} is {images.dtype} {list(images.shape)}", hint=hint)
+    if labels is None:
+        return images, None
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"arr_1 of {path} is {labels.dtype} {list(labels.shape)}", hint=hint)
+    return images, cast("Labels", labels.astype(np.int64))

@@ -1,0 +1,80 @@
+"""The accelerate engine: device, precision, and how a batch is divided among processes and micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+
+from admtrt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from admtrt.config import TrainingConfig
+    from admtrt.presets import Kind
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the images of one optimiser step are dealt out: shard k gets every ``shards``-th place, from k.
+
+    Attributes:
+        batch_size: images of one step in all.
+        processes: number of processes.
+        accumulate: micro-batches of each.
+    """
+
+    batch_size: int
+    processes: int
+    accumulate: int
+
+    @property
+    def shards(self) -> int:
+        """Micro-batches of one step in all."""
+        return self.processes * self.accumulate
+
+    def shards_of(self, process: int) -> range:
+        """The shards of one process."""
+        return range(process * self.accumulate, (process + 1) * self.accumulate)
+
+    def places(self, shard: int) -> NDArray[np.int64]:
+        """Places in the whole batch of one shard's images."""
+        return np.arange(shard, self.batch_size, self.shards)
+
+    def gathered_places(self) -> NDArray[np.int64]:
+        """Places in the whole batch of what the processes give, one after the other."""
+        return np.concatenate([self.places(shard) for shard in range(self.shards)])
+
+
+def start_engine(kind: Kind, settings: TrainingConfig) -> tuple[Accelerator, Division]:
+    """Start accelerate under a configuration.
+
+    Raises:
+        ConfigError: if the device cannot compute in the precision, or the batch cannot be divided.
+    """
+    state = PartialState()
+    if settings.precision == "fp16" and state.device.type == "cpu":
+        raise ConfigError(
+            f"train_{kind}.precision is 'fp16', which a CPU would silently ignore",
+            hint="Use 'fp32' or 'bf16', or a CUDA device.",
+        )
+    division = Division(settings.batch_size, state.num_processes, settings.accumulate)
+    if settings.batch_size % division.shards:
+        raise ConfigError(
+            f"train_{kind}.batch_size {settings.batch_size} cannot be divided among {state.num_processes} "
+            f"processes of {settings.accumulate} micro-batches",
+            hint=f"Use a multiple of {division.shards}: batch_size counts all images of one step.",
+        )
+    # A second training in the same process may use another precision; there is no public way to say so.
+    AcceleratorState._reset_state()  # noqa: SLF001
+    try:
+        precision = "no" if settings.precision == "fp32" else settings.precision
+        return Accelerator(mixed_precision=precision), division
+    except ValueError as error:
+        raise ConfigError(
+            f"train_{kind}.precision '{settings.precision}' cannot be used here: {error}"
+        ) from None

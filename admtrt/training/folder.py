@@ -1,0 +1,157 @@
+"""Where a run puts its files, and whether a run may begin or go on there."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from admtrt.config import RunConfig, load_config, save_config
+from admtrt.errors import OutputError
+from admtrt.files import atomic_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from admtrt.presets import Kind
+
+_FREE_KEYS = ("steps", "log_every", "checkpoint_every", "sample_every", "max_nan_steps", "tensorboard")
+"""Training settings that a resumed run may change: they do not alter what a step computes."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The files of one network's run; other networks may share ``out``.
+
+    ::
+
+        out/<kind>.safetensors            the exported weights: the average of the first EMA rate
+        out/<kind>-ema-<rate>.safetensors   of every further rate
+        out/<kind>/config.toml            the resolved configuration
+        out/<kind>/metrics.jsonl          one line for each logged step
+        out/<kind>/samples/step-000500.png
+        out/<kind>/state.safetensors      everything that a resumed run needs
+        out/<kind>/tensorboard/           where asked for
+    """
+
+    out: Path
+    kind: Kind
+
+    @property
+    def root(self) -> Path:
+        """The folder of everything but the exported weights."""
+        return self.out / self.kind
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.root / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics as JSON lines."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def state(self) -> Path:
+        """The state of training: one file, because no kill can halve the replacement of one file."""
+        return self.root / "state.safetensors"
+
+    @property
+    def tensorboard(self) -> Path:
+        """TensorBoard's events."""
+        return self.root / "tensorboard"
+
+    def samples(self, step: int) -> Path:
+        """The sample grid of a step."""
+        return self.root / "samples" / f"step-{step:06d}.png"
+
+    def weights(self, rate: float | None = None) -> Path:
+        """The exported weights, or those of a further EMA rate."""
+        return self.out / f"{self.kind}{'' if rate is None else f'-ema-{rate}'}.safetensors"
+
+    def prepare(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
+        """Make the folder ready for a run, without changing a run that goes on there.
+
+        Args:
+            config: what the run must agree with.
+            resume: go on with the run that stands there, if there is one.
+            overwrite: remove the run that stands there, if there is one.
+
+        Raises:
+            OutputError: if a run stands there and neither is asked for, if it is a run of another
+                configuration, or if the place cannot be written.
+        """
+        if resume and overwrite:
+            raise OutputError(
+                "a run cannot both be resumed and overwritten", hint="Pass --resume or --overwrite."
+            )
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            self._remove_temporaries()
+            if overwrite:
+                self._remove_run()
+        except OSError as error:
+            raise OutputError(f"cannot write {self.root}: {error.strerror or error}") from error
+        found = self._entries()
+        if found and not resume:
+            raise OutputError(
+                f"{found[0]} already exists: a run of the {self.kind} stands in {self.out}",
+                hint="Pass --resume to go on with it, --overwrite to replace it, or choose another --out.",
+            )
+        if found:
+            self._check_same_run(config)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Say which run this is.
+
+        Raises:
+            OutputError: if the file cannot be written.
+        """
+        with atomic_file(self.config) as temporary:
+            save_config(config, temporary)
+
+    def _entries(self) -> list[Path]:
+        own = [self.config, self.metrics, self.state, self.root / "samples", self.tensorboard, self.weights()]
+        return [
+            path for path in (*own, *sorted(self.out.glob(f"{self.kind}-ema-*.safetensors"))) if path.exists()
+        ]
+
+    def _remove_run(self) -> None:
+        for path in self._entries():
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _remove_temporaries(self) -> None:
+        """Remove what a killed process left of files that it was writing."""
+        written = (f".{self.kind}.safetensors.*.tmp", f".{self.kind}-ema-*.tmp", f"{self.kind}/.*.tmp")
+        for pattern in (*written, f"{self.kind}/samples/.*.tmp"):
+            for path in self.out.glob(pattern):
+                path.unlink()
+
+    def _check_same_run(self, config: RunConfig) -> None:
+        if not self.config.exists():
+            raise OutputError(
+                f"{self.config} is missing, so the run there cannot be recognised",
+                hint="Pass --overwrite to replace it, or choose another --out.",
+            )
+        old, new = self._identity(load_config(RunConfig, self.config)), self._identity(config)
+        for key in sorted(old.keys() | new.keys()):
+            if old.get(key) != new.get(key):
+                raise OutputError(
+                    f"{self.out} holds another run of the {self.kind}: {key} is {old.get(key)!r} there and "
+                    f"{new.get(key)!r} now",
+                    hint="Resume with the same settings, pass --overwrite, or choose another --out.",
+                )
+
+    def _identity(self, config: RunConfig) -> dict[str, Any]:
+        """What decides the weights of this network, flattened to ``section.key``."""
+        sections = config.to_dict()
+        return {
+            f"{section}.{key}": value
+            for section in ("data", "diffusion", self.kind, f"train_{self.kind}")
+            for key, value in (sections[section] or {}).items()
+            if not (section.startswith("train_") and key in _FREE_KEYS)
+        }

@@ -1,0 +1,211 @@
+"""One network in training: an optimiser step at a time, on this process's share of the batch."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from admtrt.models.layers import set_gradient_checkpointing
+from admtrt.training.data import batch
+from admtrt.training.ema import Averages
+from admtrt.training.metrics import Window
+from admtrt.training.state import Groups, load_optimizer, optimizer_tensors
+from admtrt.training.timesteps import (
+    Stream,
+    UniformSampler,
+    draw_noise,
+    draw_timesteps,
+    make_sampler,
+    torch_seed,
+)
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from numpy.typing import NDArray
+    from torch import Tensor, nn
+
+    from admtrt.config import TrainingConfig
+    from admtrt.training.data import ImageSet
+    from admtrt.training.engine import Division
+    from admtrt.training.objectives import Objective
+
+
+def learning_rate(settings: TrainingConfig, step: int) -> float:
+    """The rate of the update from ``step`` to ``step + 1``: linear warm-up, times the annealing."""
+    rate = settings.lr
+    if settings.warmup_steps:
+        rate *= min(1.0, (step + 1) / settings.warmup_steps)
+    if settings.lr_schedule == "linear":
+        rate *= 1 - step / settings.steps
+    return rate
+
+
+class Learner:
+    """Weights, their averages, the optimiser and everything else that a step changes.
+
+    Attributes:
+        step: optimiser steps done, skipped ones included.
+        nan_steps: how many of the last steps in a row were skipped.
+        window: metrics since it was last replaced.
+        averages: the EMA weights; none outside the main process.
+
+    Args:
+        network: freshly initialised, the same in every process.
+        objective: what is minimised.
+        timesteps: length of the diffusion process.
+        settings: the training configuration.
+        accelerator: the engine.
+        division: how batches are dealt out.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective: Objective,
+        timesteps: int,
+        settings: TrainingConfig,
+        accelerator: Accelerator,
+        division: Division,
+    ) -> None:
+        self.step = 0
+        self.nan_steps = 0
+        self.window = Window()
+        self._settings = settings
+        self._objective = objective
+        self._accelerator = accelerator
+        self._division = division
+        self._timesteps = make_sampler(settings.timestep_sampler, timesteps)
+        set_gradient_checkpointing(network, enabled=settings.gradient_checkpointing)
+        optimizer = torch.optim.AdamW(
+            network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
+        )
+        self._network, self._optimizer = accelerator.prepare(network.train(), optimizer)
+        self._plain_network = network
+        rates = settings.ema_rates if accelerator.is_main_process else ()
+        self.averages = Averages(rates, network.state_dict())
+
+    def update(self, data: ImageSet) -> None:
+        """Take one optimiser step; where loss or gradient is not finite, every process skips the change."""
+        settings = self._settings
+        timesteps, weights = draw_timesteps(
+            self._timesteps, Stream.TIMESTEPS, settings.seed, self.step, settings.batch_size
+        )
+        self._optimizer.zero_grad()
+        collected: list[dict[str, Tensor]] = []
+        shards = self._division.shards_of(self._accelerator.process_index)
+        for shard in shards:
+            torch.manual_seed(torch_seed(Stream.DROPOUT, settings.seed, self.step, shard))
+            last = shard == shards[-1]
+            with contextlib.nullcontext() if last else self._accelerator.no_sync(self._network):
+                values = self._values(data, shard, timesteps, Stream.NOISE)
+                weight = torch.from_numpy(weights[self._division.places(shard)]).to(values["loss"].device)
+                self._accelerator.backward((values["loss"] * weight).mean() / len(shards))
+            collected.append({name: value.detach() for name, value in values.items()})
+        norm = float(
+            self._accelerator.clip_grad_norm_(self._network.parameters(), settings.grad_clip or math.inf)
+        )
+        gathered = self._gather(collected)
+        losses_finite = all(np.isfinite(value).all() for value in gathered.values())
+        self._change(gathered, timesteps, weights, norm, losses_finite=losses_finite)
+        self.step += 1
+
+    def _change(
+        self,
+        values: dict[str, NDArray[np.float32]],
+        timesteps: NDArray[np.int64],
+        weights: NDArray[np.float32],
+        norm: float,
+        *,
+        losses_finite: bool,
+    ) -> None:
+        """Apply the gradients and learn from the whole batch's values, or count a step without either."""
+        scaler = self._accelerator.scaler
+        finite = losses_finite and math.isfinite(norm)
+        self.window.add_scalar("skipped", float(not finite))
+        if not finite:
+            # fp16 finds its loss scale by overflowing: no sign of divergence while that can go down.
+            searching = losses_finite and scaler is not None and scaler.get_scale() > 1
+            self.nan_steps += not searching
+            if scaler is not None:
+                scaler.update()
+            return
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate(self._settings, self.step)
+        self._optimizer.step()
+        self.averages.update(self._plain_network.state_dict())
+        self._timesteps.record(timesteps, values["loss"])
+        self.window.add(values, weights, timesteps, self._timesteps.steps)
+        self.window.add_scalar("grad_norm", norm)
+        self.nan_steps = 0
+
+    @torch.no_grad()
+    def evaluate(self, data: ImageSet) -> dict[str, float]:
+        """Mean values of one batch of other images at uniform timesteps, with the weights as they are."""
+        uniform = UniformSampler(self._timesteps.steps)
+        seed, size = self._settings.seed, self._settings.batch_size
+        timesteps, weights = draw_timesteps(uniform, Stream.HELD_OUT_TIMESTEPS, seed, self.step, size)
+        self._network.eval()
+        shards = self._division.shards_of(self._accelerator.process_index)
+        values = self._gather(
+            [self._values(data, shard, timesteps, Stream.HELD_OUT_NOISE) for shard in shards]
+        )
+        self._network.train()
+        window = Window()
+        window.add(values, weights, timesteps, uniform.steps)
+        return window.means()
+
+    def _values(
+        self, data: ImageSet, shard: int, timesteps: NDArray[np.int64], noise_stream: Stream
+    ) -> dict[str, Tensor]:
+        seed, places, device = self._settings.seed, self._division.places(shard), self._accelerator.device
+        x_0, y = batch(data, seed, self.step, len(places), rank=shard, world=self._division.shards)
+        noise = draw_noise(noise_stream, seed, self.step, places, tuple(x_0.shape[1:]))
+        return self._objective(
+            self._network,
+            x_0.to(device),
+            None if y is None else y.to(device),
+            torch.from_numpy(timesteps[places]).to(device),
+            noise.to(device),
+        )
+
+    def _gather(self, collected: list[dict[str, Tensor]]) -> dict[str, NDArray[np.float32]]:
+        """Values of the whole batch in its own order, from the micro-batches of every process."""
+        names = list(collected[0])
+        own = torch.cat([torch.stack([values[name] for name in names], dim=1) for values in collected])
+        gathered = self._accelerator.gather(own).float().cpu().numpy()
+        ordered = np.empty_like(gathered)
+        ordered[self._division.gathered_places()] = gathered
+        return dict(zip(names, ordered.T, strict=True))
+
+    def state(self) -> tuple[Groups, dict[str, Any]]:
+        """Everything that :meth:`load` needs to go on bit for bit; complete in the main process only."""
+        scaler = self._accelerator.scaler
+        groups: Groups = {
+            "model": self._plain_network.state_dict(),
+            "optimizer": optimizer_tensors(self._optimizer),
+            "timesteps": self._timesteps.state(),
+            **{f"ema-{rate}": average for rate, average in self.averages.states.items()},
+        }
+        values = {
+            "step": self.step,
+            "nan_steps": self.nan_steps,
+            "window": self.window.state(),
+            "scaler": None if scaler is None else scaler.state_dict(),
+        }
+        return groups, values
+
+    def load(self, groups: Groups, values: dict[str, Any]) -> None:
+        """Restore what :meth:`state` gave."""
+        self._plain_network.load_state_dict(groups["model"])
+        load_optimizer(self._optimizer, groups.get("optimizer", {}))
+        self._timesteps.load(groups.get("timesteps", {}))
+        for rate in self.averages.states:
+            self.averages.load(rate, groups[f"ema-{rate}"])
+        self.step, self.nan_steps = values["step"], values["nan_steps"]
+        self.window = Window.from_state(values["window"])
+        if self._accelerator.scaler is not None:
+            self._accelerator.scaler.load_state_dict(values["scaler"])

@@ -1,0 +1,270 @@
+"""The loop that trains a UNet, a classifier or an upsampler, in one process or several."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from admtrt.console import progress
+from admtrt.errors import ConfigError, TrainingDivergedError
+from admtrt.models.checkpoint import CheckpointConfig, build_network, save_checkpoint
+from admtrt.models.diffusion import Diffusion
+from admtrt.models.unet import UNet
+from admtrt.schedule import process_from_config
+from admtrt.training.data import ImageSet, load_data, require_classes, split
+from admtrt.training.engine import start_engine
+from admtrt.training.folder import RunFolder
+from admtrt.training.learner import Learner, learning_rate
+from admtrt.training.metrics import MetricsLog, Window, summary_writer
+from admtrt.training.objectives import make_objective
+from admtrt.training.sampling import draw_grid
+from admtrt.training.state import load_state, save_state
+from admtrt.training.timesteps import Stream, torch_seed
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from admtrt.config import RunConfig, TrainingConfig
+    from admtrt.console import Output
+    from admtrt.presets import Kind
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """How a run ended.
+
+    Attributes:
+        kind: what was trained.
+        step: optimiser steps of the whole run, those before a resume included.
+        metrics: the last logged line; empty outside the main process.
+        weights: the exported weights, one file for each EMA rate in the order of the configuration.
+        folder: where metrics, samples and the state are.
+    """
+
+    kind: Kind
+    step: int
+    metrics: dict[str, Any]
+    weights: tuple[Path, ...]
+    folder: Path
+
+
+def train(
+    kind: Kind, config: RunConfig, out: Path, *, output: Output, resume: bool = False, overwrite: bool = False
+) -> TrainingResult:
+    """Train one network of a configuration and export its averaged weights.
+
+    ``batch_size`` is the number of images of one optimiser step, over all processes and micro-batches: how
+    it is divided changes memory and speed, not the result (up to rounding; dropout up to chance). All random
+    numbers are functions of the seed and the step; PyTorch's global generator is reseeded in every step.
+
+    Args:
+        kind: the section of ``config`` that is trained.
+        config: data, process, networks and settings.
+        out: the folder that :class:`admtrt.training.folder.RunFolder` describes.
+        output: where notes for people go.
+        resume: go on with the run in ``out``, if there is one. On one CPU process the weights are then bit
+            for bit those of a run that was never interrupted.
+        overwrite: replace the run in ``out``, if there is one.
+
+    Raises:
+        ConfigError: if the configuration lacks the network or holds a setting that cannot be used here.
+        DataError: if the images cannot be used.
+        OutputError: if ``out`` holds another run, or cannot be written.
+        TrainingDivergedError: after ``max_nan_steps`` steps in a row without a finite loss and gradient.
+    """
+    if getattr(config, kind) is None:
+        raise ConfigError(
+            f"the configuration has no section [{kind}]", hint=f"Add [{kind}] with the shape of the network."
+        )
+    settings: TrainingConfig = getattr(config, f"train_{kind}")
+    if settings.tensorboard:
+        summary_writer()
+    diffusion = Diffusion(config.diffusion, process_from_config(config.diffusion))
+    objective = make_objective(kind, config, diffusion)
+    accelerator, division = start_engine(kind, settings)
+    data = load_data(config.data)
+    described = _describe(kind, config, data)
+    if described.network.num_classes is not None:
+        require_classes(data, described.network.num_classes)
+    folder = RunFolder(out, kind)
+    if accelerator.is_main_process:
+        folder.prepare(config, resume=resume, overwrite=overwrite)
+        if data.skipped:
+            output.note(
+                f"skipped {len(data.skipped)} of {len(data) + len(data.skipped)} files: not usable as images"
+            )
+    accelerator.wait_for_everyone()
+    torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))
+    learner = Learner(build_network(described), objective, len(diffusion), settings, accelerator, division)
+    if folder.state.exists():
+        learner.load(*load_state(folder.state))
+        if learner.step > settings.steps:
+            raise ConfigError(
+                f"train_{kind}.steps is {settings.steps}, but the run in {out} stands at step {learner.step}",
+                hint=f"Set it to {learner.step} or more.",
+            )
+    train_set, held_out = split(data, config.data.hold_out)
+    if not accelerator.is_main_process:
+        _run(kind, settings, learner, train_set, held_out, None)
+        return TrainingResult(kind, learner.step, {}, (), folder.root)
+    folder.write_config(config)
+    metrics = MetricsLog(
+        folder.metrics, learner.step, tensorboard=folder.tensorboard if settings.tensorboard else None
+    )
+    shown = held_out if len(held_out) else train_set
+    recorder = _Recorder(folder, described, settings, learner, metrics, shown, accelerator.device, output)
+    with contextlib.closing(metrics):
+        _run(kind, settings, learner, train_set, held_out, recorder)
+    return TrainingResult(kind, learner.step, metrics.last, recorder.weights, folder.root)
+
+
+def _describe(kind: Kind, config: RunConfig, data: ImageSet) -> CheckpointConfig:
+    network = getattr(config, kind)
+    return CheckpointConfig(
+        kind=kind,
+        unet=None if kind == "classifier" else network,
+        classifier=network if kind == "classifier" else None,
+        diffusion=config.diffusion,
+        sampler=config.sampler,
+        class_names=() if network.num_classes is None else data.class_names,
+        run=config,
+    )
+
+
+class _Recorder:
+    """What the main process writes and shows while it trains.
+
+    Args:
+        shown: the images that an upsampler's sample grids enlarge.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        described: CheckpointConfig,
+        settings: TrainingConfig,
+        learner: Learner,
+        metrics: MetricsLog,
+        shown: ImageSet,
+        device: torch.device,
+        output: Output,
+    ) -> None:
+        self.folder = folder
+        self._described = described
+        self._settings = settings
+        self._learner = learner
+        self._metrics = metrics
+        self._shown = shown
+        self._device = device
+        self._output = output
+        self._logged = (learner.step, time.monotonic())
+
+    @property
+    def weights(self) -> tuple[Path, ...]:
+        """The files of the exported weights, one for each EMA rate."""
+        _first, *further = self._learner.averages.states
+        return (self.folder.weights(), *(self.folder.weights(rate) for rate in further))
+
+    def log(self, held_out: dict[str, float]) -> str:
+        """Write one line of metrics; returns its gist."""
+        step, size = self._learner.step, self._settings.batch_size
+        before, then = self._logged
+        self._logged = (step, time.monotonic())
+        means = self._learner.window.means()
+        self._metrics.write(
+            {
+                "step": step,
+                "images": step * size,
+                "lr": learning_rate(self._settings, step - 1),
+                **means,
+                **{f"held_out_{name}": value for name, value in held_out.items()},
+                "images_per_second": (step - before) * size / max(self._logged[1] - then, 1e-9),
+            }
+        )
+        named = {
+            "loss": means.get("loss"),
+            "accuracy": means.get("accuracy"),
+            "held out": held_out.get("loss"),
+        }
+        gist = "  ".join(f"{name} {value:.4f}" for name, value in named.items() if value is not None)
+        if not sys.stderr.isatty():  # a log holds lines, a terminal the progress bar
+            self._output.note(f"{self._described.kind}: step {step}/{self._settings.steps}  {gist}")
+        return gist
+
+    def draw(self) -> None:
+        """Write a grid of samples of the exported weights."""
+        network = build_network(self._described)
+        assert isinstance(network, UNet)  # a classifier's sample_every is refused
+        network.load_state_dict(next(iter(self._learner.averages.states.values())))
+        draw_grid(
+            network,
+            self._device,
+            self._described.diffusion,
+            self._shown,
+            self._settings.seed,
+            self.folder.samples(self._learner.step),
+        )
+
+    def save(self) -> None:
+        """Write the state of training, then the exported weights."""
+        save_state(self.folder.state, *self._learner.state())
+        for path, (rate, state) in zip(self.weights, self._learner.averages.states.items(), strict=True):
+            origin = {"step": self._learner.step, "ema_rate": rate}
+            save_checkpoint(path, state, self._described.model_copy(update=origin))
+
+
+def _run(
+    kind: Kind,
+    settings: TrainingConfig,
+    learner: Learner,
+    train_set: ImageSet,
+    held_out: ImageSet,
+    recorder: _Recorder | None,
+) -> None:
+    """Train to the last step; only the main process has a recorder."""
+    if learner.step == settings.steps and recorder is not None:
+        recorder.save()  # a kill may have come between the state and the weights
+    saved, gist = learner.step, ""
+    with _bar(kind, settings.steps, learner.step, shown=recorder is not None) as advance:
+        while learner.step < settings.steps:
+            learner.update(train_set)
+            step, last = learner.step, learner.step == settings.steps
+            if learner.nan_steps >= settings.max_nan_steps:
+                raise _diverged(kind, learner, saved, recorder)
+            if step % settings.log_every == 0 or last:
+                held_out_values = learner.evaluate(held_out) if len(held_out) else {}
+                gist = recorder.log(held_out_values) if recorder is not None else ""
+                learner.window = Window()
+            if recorder is not None:
+                if settings.sample_every and step % settings.sample_every == 0:
+                    recorder.draw()
+                # In a row of skipped steps the weights are suspect: the state of before stays.
+                if last or (step % settings.checkpoint_every == 0 and not learner.nan_steps):
+                    recorder.save()
+                    saved = step
+            advance(1, gist)
+
+
+def _bar(
+    kind: Kind, steps: int, done: int, *, shown: bool
+) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
+    return (
+        progress(f"training {kind}", steps, done=done) if shown else contextlib.nullcontext(lambda *_: None)
+    )
+
+
+def _diverged(kind: Kind, learner: Learner, saved: int, recorder: _Recorder | None) -> TrainingDivergedError:
+    kept = "No state had been saved yet. "
+    if saved and recorder is not None:
+        kept = f"The last good state, of step {saved}, is kept in {recorder.folder.state}. "
+    return TrainingDivergedError(
+        f"training of the {kind} diverged: {learner.nan_steps} steps in a row, up to step {learner.step}, "
+        "had no finite loss and gradient",
+        hint=f"{kept}Lower train_{kind}.lr, set train_{kind}.grad_clip or use another precision.",
+    )

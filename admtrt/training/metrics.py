@@ -1,0 +1,141 @@
+"""Metrics of a run: means since the last line, as JSON lines and, where asked, for TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+from admtrt.errors import MissingDependencyError, OutputError
+from admtrt.files import atomic_file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+QUARTILES = 4
+
+
+class Window:
+    """Weighted means of per-sample values, overall and by quartile of the timesteps.
+
+    Weights undo the bias of a timestep sampler, so that means estimate those over uniform timesteps.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = {}  # name -> sum of weighted values, sum of weights
+
+    def add(
+        self,
+        values: Mapping[str, NDArray[np.float32]],
+        weights: NDArray[np.float32],
+        timesteps: NDArray[np.int64],
+        steps: int,
+    ) -> None:
+        """Take in N samples at their timesteps of a process of ``steps``; every array is [N]."""
+        quartiles = timesteps * QUARTILES // steps
+        for name, samples in values.items():
+            self._take(name, samples, weights)
+            for quartile in range(QUARTILES):
+                chosen = quartiles == quartile
+                if chosen.any():
+                    self._take(f"{name}_q{quartile}", samples[chosen], weights[chosen])
+
+    def add_scalar(self, name: str, value: float) -> None:
+        """Take in a value of a whole step."""
+        total, weight = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (total + value, weight + 1.0)
+
+    def _take(self, name: str, samples: NDArray[np.float32], weights: NDArray[np.float32]) -> None:
+        total, weight = self._sums.get(name, (0.0, 0.0))
+        self._sums[name] = (
+            total + float((samples.astype("float64") * weights).sum()),
+            weight + float(weights.sum(dtype="float64")),
+        )
+
+    def means(self) -> dict[str, float]:
+        """The mean of everything taken in."""
+        return {name: total / weight for name, (total, weight) in self._sums.items()}
+
+    def state(self) -> dict[str, list[float]]:
+        """JSON-ready contents, which :meth:`from_state` turns back exactly."""
+        return {name: list(pair) for name, pair in self._sums.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, list[float]]) -> Window:
+        """The window that gave ``state``."""
+        window = cls()
+        window._sums = {name: (total, weight) for name, (total, weight) in state.items()}
+        return window
+
+
+class MetricsLog:
+    """``metrics.jsonl``: one JSON object for each logged step, in order.
+
+    Args:
+        path: the file; lines of later steps than ``step``, and a half-written one, are removed from it.
+        step: where the run stands.
+        tensorboard: a folder for TensorBoard's events, or None.
+    """
+
+    def __init__(self, path: Path, step: int, *, tensorboard: Path | None = None) -> None:
+        self._path = path
+        self.last: dict[str, Any] = {}
+        self._board = None if tensorboard is None else summary_writer()(tensorboard, purge_step=step + 1)
+        kept = [line for line in _readable_lines(path) if line["step"] <= step]
+        if kept:
+            self.last = kept[-1]
+        with atomic_file(path) as temporary:
+            temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append one line, which has a ``step``; it is on the disk when this returns.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        self.last = line
+        try:
+            with self._path.open("a", encoding="utf-8") as opened:
+                opened.write(json.dumps(line, allow_nan=False) + "\n")
+                opened.flush()
+                os.fsync(opened.fileno())
+        except OSError as error:
+            raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
+        if self._board is not None:
+            for name, value in line.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, line["step"])
+
+    def close(self) -> None:
+        """Write out what TensorBoard still holds."""
+        if self._board is not None:
+            self._board.close()
+
+
+def _readable_lines(path: Path) -> list[dict[str, Any]]:
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break  # a kill cut this line; nothing can follow it
+    return lines
+
+
+def summary_writer() -> Any:
+    """TensorBoard's writer class.
+
+    Raises:
+        MissingDependencyError: if TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise MissingDependencyError(
+            "tensorboard", extra="tensorboard", purpose="tensorboard = true"
+        ) from None
+    return SummaryWriter

@@ -1,0 +1,348 @@
+"""Sources of training data: what each reads, how it is labelled, and its faults by name."""
+
+from __future__ import annotations
+
+import gzip
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from images import RNG, as_uint8, config, image, noise, save
+from PIL import Image
+
+from admtrt.errors import DataError, MissingDependencyError
+from admtrt.training.data import batch, load_data
+
+# --- digits ------------------------------------------------------------------------------------------------
+
+
+def test_digits_are_complete_labelled_and_span_the_range():
+    data = load_data(config("digits", channels=1))
+    assert len(data) == 1797
+    assert data.class_names == tuple("0123456789")
+    assert np.bincount(data.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    x = np.stack([image(data, index) for index in range(100)])
+    assert x.shape == (100, 1, 8, 8)
+    assert x.dtype == np.float32
+    assert (x.min(), x.max()) == (-1, 1)
+    assert sorted(np.unique(data.images)) == [round(value * 255 / 16) for value in range(17)]
+
+
+def test_grey_images_are_repeated_for_more_channels():
+    grey, colour = (image(load_data(config("digits", channels=channels))) for channels in (1, 3))
+    np.testing.assert_array_equal(colour, np.repeat(grey, 3, axis=0))
+
+
+def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(MissingDependencyError, match=r"admtrt\[train\]"):
+        load_data(config("digits"))
+
+
+def test_kind_digits_refuses_another_source():
+    with pytest.raises(DataError, match="kind is 'digits' but source is 'elsewhere'"):
+        load_data(config("elsewhere", kind="digits"))
+
+
+def test_a_folder_may_be_called_digits(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "digits" / "a.png")
+    assert len(load_data(config("digits", kind="folder"))) == 1
+
+
+# --- folders -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("names", "label_from", "classes", "labels"),
+    [
+        (["cat/1.png", "cat/in/2.png", "ant/3.png"], "auto", ("ant", "cat"), [0, 1, 1]),
+        (["dog_1.png", "ant_2.png", "dog_x_3.png"], "auto", ("ant", "dog"), [0, 1, 1]),
+        (["b/dog_1.png", "a/dog_2.png"], "auto", ("a", "b"), [0, 1]),
+        (["b/dog_1.png", "a/dog_2.png"], "prefix", ("dog",), [0, 0]),
+        (["dog_1.png", "a/ant_2.png"], "auto", ("ant", "dog"), [0, 1]),
+        (["1.png", "a/ant_2.png"], "auto", (), None),
+        (["b/dog_1.png", "a/dog_2.png"], "none", (), None),
+    ],
+)
+def test_labels_of_folders(tmp_path, names, label_from, classes, labels):
+    for name in names:
+        save(tmp_path / name)
+    data = load_data(config(tmp_path, label_from=label_from))
+    assert data.class_names == classes
+    assert labels == (None if data.labels is None else data.labels.tolist())
+    assert len(data) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("label_from", "message"),
+    [("folder", "1 images lie directly in .*: a.png"), ("prefix", "1 names .* a.png")],
+)
+def test_files_that_do_not_fit_the_asked_labelling_are_named(tmp_path, label_from, message):
+    save(tmp_path / "a.png")
+    save(tmp_path / "b" / "dog_1.png")
+    with pytest.raises(DataError, match=message):
+        load_data(config(tmp_path, label_from=label_from))
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "webp", "tiff", "gif", "jpg", "JPEG"])
+def test_formats(tmp_path, suffix):
+    save(tmp_path / f"a.{suffix}", np.full((8, 8, 3), 77, np.uint8))
+    assert (
+        np.abs(as_uint8(image(load_data(config(tmp_path)))).astype(int) - 77).max() <= 2
+    )  # JPEG and WebP round
+
+
+def test_hidden_and_other_files_are_no_images(tmp_path):
+    for name in ("._a.png", ".thumbnails/a.png"):
+        save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("x")
+    kept = save(tmp_path / "a.png")
+    assert load_data(config(tmp_path)).images == (kept,)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_modes_become_the_asked_channels(tmp_path, mode, channels):
+    source = Image.fromarray(noise(8, 8)).convert(mode)
+    source.save(tmp_path / f"a.{'tiff' if mode == 'CMYK' else 'png'}")
+    got = as_uint8(image(load_data(config(tmp_path, channels=channels))))
+    target = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}[channels]
+    np.testing.assert_array_equal(got, np.asarray(source.convert(target)).reshape(8, 8, channels))
+
+
+def test_palettes_with_transparency_do_not_warn(tmp_path):
+    source = Image.fromarray(noise(8, 8)).quantize(4)
+    source.save(tmp_path / "a.png", transparency=bytes([0, 128, 255, 255]))
+    got = as_uint8(image(load_data(config(tmp_path))))
+    np.testing.assert_array_equal(got, np.asarray(source.convert("RGB")))
+
+
+# --- bad files ---------------------------------------------------------------------------------------------
+
+
+def truncated(path: Path) -> None:
+    save(path, noise(64, 64))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flipped_bit(path: Path) -> None:
+    save(path)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"IDAT") + 8] ^= 1
+    path.write_bytes(data)
+
+
+FAULTS = {
+    "text.png": (lambda path: path.write_text("no image"), "not an image"),
+    "empty.jpg": (lambda path: path.touch(), "not an image"),
+    "folder.png.bmp": (lambda path: path.symlink_to("nowhere"), "No such file"),
+    "cut.png": (truncated, "truncated"),
+    "cut.jpg": (truncated, "truncated"),
+    "cut.gif": (truncated, ""),
+    "cut.webp": (truncated, ""),
+    "bit.png": (flipped_bit, ""),
+    "deep.png": (lambda path: Image.new("I;16", (8, 8)).save(path), "mode I;16, not 8 bits"),
+    "float.tiff": (lambda path: Image.new("F", (8, 8), math.nan).save(path), "mode F, not 8 bits"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_bad_file_is_refused_by_name_or_skipped(tmp_path, name):
+    make, reason = FAULTS[name]
+    good = [save(tmp_path / "ant_1.png"), save(tmp_path / "bee_1.png")]
+    bad = tmp_path / f"cat_{name}"
+    make(bad)
+    with pytest.raises(
+        DataError, match=f"(?s)1 of 3 images .*: {bad.name} \\(.*{reason}.*on_bad_file"
+    ) as caught:
+        load_data(config(tmp_path))
+    assert (
+        str(caught.value).count(str(tmp_path)) == 1
+    )  # the file's name, not its path once more in the reason
+    data = load_data(config(tmp_path, on_bad_file="skip"))
+    assert data.images == tuple(good)
+    assert data.class_names == ("ant", "bee")
+    assert [path for path, _ in data.skipped] == [bad]
+    assert reason in data.skipped[0].reason
+    batch(data, 0, 0, 4)
+
+
+def test_many_bad_files_are_counted_and_the_first_named(tmp_path):
+    for index in range(8):
+        (tmp_path / f"{index}.png").write_text("no image")
+    for on_bad_file in ("refuse", "skip"):  # skipping everything leaves nothing
+        with pytest.raises(
+            DataError, match=r"8 of 8 images .*: 0\.png .* 4\.png \(not an image\) and 3 more"
+        ):
+            load_data(config(tmp_path, on_bad_file=on_bad_file))
+
+
+def test_odd_sizes_are_resized_or_refused_or_skipped(tmp_path):
+    save(tmp_path / "a.png")
+    odd = save(tmp_path / "b.png", noise(10, 12))
+    assert image(load_data(config(tmp_path)), 1).shape == (3, 8, 8)
+    with pytest.raises(DataError, match=r"b\.png \(12x10 pixels, not 8x8\)"):
+        load_data(config(tmp_path, resize=False))
+    assert load_data(config(tmp_path, resize=False, on_bad_file="skip")).skipped[0].path == odd
+
+
+def test_a_file_that_vanishes_after_the_check_is_named(tmp_path):
+    path = save(tmp_path / "a.png")
+    data = load_data(config(tmp_path))
+    path.unlink()
+    with pytest.raises(DataError, match=r"a\.png can no longer be read: No such file"):
+        batch(data, 0, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (lambda path: None, "auto", "does not exist"),
+        (lambda path: path.mkdir(), "auto", r"no image in .* \(empty\)"),
+        (lambda path: (path.mkdir(), (path / "a.txt").touch()), "auto", "only 1 other files"),
+        (lambda path: path.touch(), "auto", "cannot tell what kind"),
+        (lambda path: path.touch(), "folder", "is a file; kind 'folder'"),
+        (lambda path: path.mkdir(), "npz", "is a folder; kind 'npz'"),
+        (lambda path: path.mkdir(), "idx", "holds no file of images"),
+    ],
+)
+def test_places_without_images(tmp_path, make, kind, message):
+    make(tmp_path / "data")
+    with pytest.raises(DataError, match=message):
+        load_data(config(tmp_path / "data", kind=kind))
+
+
+def test_an_impossible_path_is_a_data_error():
+    with pytest.raises(DataError, match="File name too long"):
+        load_data(config("x" * 300))
+
+
+# --- IDX ---------------------------------------------------------------------------------------------------
+
+GREY = RNG.integers(0, 256, (6, 8, 8), dtype=np.uint8)
+NUMBERS = np.array([3, 0, 7, 3, 0, 7], np.uint8)
+
+
+def idx(array: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes() + array.tobytes()
+
+
+def write_idx(folder: Path, prefix: str = "train-", pack=lambda data: data, suffix: str = "") -> Path:
+    (folder / f"{prefix}labels-idx1-ubyte{suffix}").write_bytes(pack(idx(NUMBERS)))
+    images = folder / f"{prefix}images-idx3-ubyte{suffix}"
+    images.write_bytes(pack(idx(GREY)))
+    return images
+
+
+@pytest.mark.parametrize(("pack", "suffix"), [(lambda data: data, ""), (gzip.compress, ".gz")])
+def test_idx_from_its_folder_or_its_file(tmp_path, pack, suffix):
+    images = write_idx(tmp_path, pack=pack, suffix=suffix)
+    for source in (tmp_path, images):
+        data = load_data(config(source, channels=1))
+        assert data.class_names == ("0", "3", "7")
+        assert data.labels.tolist() == [1, 0, 2, 1, 0, 2]
+        np.testing.assert_array_equal(as_uint8(image(data, 2))[..., 0], GREY[2])
+
+
+def test_idx_prefers_the_training_file_and_refuses_to_guess(tmp_path):
+    write_idx(tmp_path, "t10k-")
+    write_idx(tmp_path, "train-")
+    (tmp_path / "train-images-idx3-ubyte").write_bytes(idx(GREY[:6, ::-1].copy()))
+    data = load_data(config(tmp_path, channels=1))
+    np.testing.assert_array_equal(as_uint8(image(data))[..., 0], GREY[0, ::-1])
+    write_idx(tmp_path, "extra-train-")
+    with pytest.raises(DataError, match=r"extra-train-images-idx3-ubyte, t10k-.*, train-"):
+        load_data(config(tmp_path, channels=1))
+
+
+def test_idx_without_labels_and_with_labels_dropped(tmp_path):
+    images = write_idx(tmp_path)
+    assert load_data(config(images, label_from="none")).labels is None
+    (tmp_path / "train-labels-idx1-ubyte").unlink()
+    assert load_data(config(images)).labels is None
+    with pytest.raises(DataError, match="label_from 'prefix' applies to folders"):
+        load_data(config(images, label_from="prefix"))
+
+
+def test_idx_resizes_like_pillow_or_refuses(tmp_path):
+    images = write_idx(tmp_path)
+    larger = load_data(config(images, channels=1, image_size=12))
+    expected = Image.fromarray(GREY[1]).resize((12, 12), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(as_uint8(image(larger, 1))[..., 0], np.asarray(expected))
+    with pytest.raises(DataError, match="are 8x8 pixels, image_size is 12, and resize is off"):
+        load_data(config(images, channels=1, image_size=12, resize=False))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (idx(GREY)[:-5], "truncated: its header promises 6 x 8 x 8 bytes of data, it holds 379"),
+        (idx(GREY) + b"x", "too long"),
+        (idx(GREY)[:9], "ends within its header: 9 of 16 bytes"),
+        (idx(NUMBERS), "starts with the bytes '00 00 08 01'; .* '00 00 08 03'"),
+        (b"", "starts with the bytes ''"),
+        (gzip.compress(idx(GREY))[:-20], "cannot read .*images-idx3-ubyte"),
+        (idx(GREY[:5]), "holds 5 images but labels of shape .6."),
+        (idx(GREY[:0]), "holds no image"),
+    ],
+    ids=["cut", "long", "header", "labels", "empty", "gzip", "count", "none"],
+)
+def test_damaged_idx_files(tmp_path, content, message):
+    images = write_idx(tmp_path)
+    images.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_data(config(tmp_path))
+
+
+# --- .npz --------------------------------------------------------------------------------------------------
+
+COLOUR = RNG.integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+
+
+def test_npz_with_and_without_labels(tmp_path):
+    path = tmp_path / "samples.npz"
+    np.savez(path, COLOUR)
+    data = load_data(config(path))
+    assert data.labels is None
+    np.testing.assert_array_equal(as_uint8(image(data, 3)), COLOUR[3])
+    np.savez(path, COLOUR, np.array([5, 5, 10, 2, 10]))
+    data = load_data(config(path, channels=1))
+    assert data.class_names == ("2", "5", "10")
+    assert data.labels.tolist() == [1, 1, 2, 0, 2]
+    np.testing.assert_array_equal(
+        as_uint8(image(data))[..., 0], np.asarray(Image.fromarray(COLOUR[0]).convert("L"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x": COLOUR}, r"holds no arr_0 \(it holds: x\)"),
+        ({"arr_0": COLOUR.astype(np.float32) * math.nan}, "is float32"),
+        ({"arr_0": COLOUR[..., 0]}, r"is uint8 \[5, 8, 8\]"),
+        ({"arr_0": np.zeros((5, 3, 8, 8), np.uint8)}, r"is uint8 \[5, 3, 8, 8\]"),
+        ({"arr_0": COLOUR[:0]}, "holds no image"),
+        ({"arr_0": COLOUR, "arr_1": np.arange(4)}, "holds 5 images but labels of shape .4."),
+        ({"arr_0": COLOUR, "arr_1": np.arange(5.0)}, "arr_1 .* is float64"),
+        ({"arr_0": np.array([print, len])}, "Object arrays cannot be loaded"),
+    ],
+)
+def test_npz_of_another_form(tmp_path, arrays, message):
+    np.savez(tmp_path / "a.npz", **arrays)
+    with pytest.raises(DataError, match=message) as caught:
+        load_data(config(tmp_path / "a.npz"))
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: data[:-30], lambda data: data[:400] + b"!!" + data[402:], lambda data: b"text"]
+)
+def test_damaged_npz(tmp_path, damage):
+    path = tmp_path / "a.npz"
+    np.savez_compressed(path, COLOUR)
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"a\.npz"):
+        load_data(config(path))

@@ -1,0 +1,167 @@
+"""The presets against the published checkpoints, and how a file without a configuration finds its preset."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from admtrt.config import ClassifierConfig, UNetConfig
+from admtrt.errors import CheckpointError, ConfigError
+from admtrt.models.checkpoint import (
+    build_network,
+    checkpoint_config_from_preset,
+    load_network,
+    nearest_preset,
+)
+from admtrt.presets import PRESETS
+from admtrt.schedule import retained_timesteps
+
+PUBLISHED: dict[str, dict[str, Any]] = json.loads(
+    gzip.decompress((Path(__file__).parents[1] / "data" / "published.json.gz").read_bytes())
+)
+KINDS = {"unet": "unet", "classifier": "classifier", "superres": "upsampler"}
+SCALES = {
+    "64x64_diffusion": 1.0,
+    "128x128_diffusion": 0.5,
+    "256x256_diffusion": 1.0,
+    "512x512_diffusion": 4.0,
+    "256x256_diffusion_uncond": 10.0,
+}
+
+
+def test_every_published_checkpoint_has_a_preset() -> None:
+    assert set(PRESETS) == set(PUBLISHED)
+    assert all(preset.name == name for name, preset in PRESETS.items())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_keys_shapes_and_parameter_count(name: str) -> None:
+    with torch.device("meta"):
+        network = build_network(checkpoint_config_from_preset(name))
+    shapes = {key: list(value.shape) for key, value in network.state_dict().items()}
+    assert shapes == PUBLISHED[name]["params"]
+    assert sum(math.prod(shape) for shape in shapes.values()) == PUBLISHED[name]["num_params"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_that_leave_no_trace_in_the_shapes(name: str) -> None:
+    preset, settings = PRESETS[name], PUBLISHED[name]["defaults_resolved"]
+    assert preset.kind == KINDS[PUBLISHED[name]["kind"]]
+    network = preset.network
+    if isinstance(network, ClassifierConfig):
+        assert network.image_size == settings["image_size"]
+        assert (network.num_head_channels, network.pool) == (64, settings["classifier_pool"])
+        assert network.scale_shift_norm == settings["classifier_use_scale_shift_norm"]
+        assert not network.new_attention_order
+        return
+    assert isinstance(network, UNetConfig)
+    assert network.image_size == settings.get("image_size", settings.get("large_size"))
+    assert network.low_res_size == settings.get("small_size")
+    assert (network.num_head_channels or -1) == settings["num_head_channels"]
+    assert network.num_heads == settings["num_heads"]
+    assert network.num_heads_upsample is None
+    assert ",".join(str(size) for size in network.attention_resolutions) == settings["attention_resolutions"]
+    assert network.new_attention_order == settings.get("use_new_attention_order", False)
+    assert network.scale_shift_norm == settings["use_scale_shift_norm"]
+    assert network.dropout == settings["dropout"]
+    assert preset.diffusion.steps == settings["diffusion_steps"]
+    assert preset.diffusion.schedule == settings["noise_schedule"]
+    assert (preset.diffusion.variance_type == "learned_range") == settings["learn_sigma"]
+    assert not preset.diffusion.rescale_timesteps
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_recommended_sampler(name: str) -> None:
+    preset = PRESETS[name]
+    if preset.kind == "classifier":
+        guided = PRESETS[name.replace("classifier", "diffusion")]
+        assert (preset.diffusion, preset.sampler) == (guided.diffusion, guided.sampler)
+        return
+    steps = len(retained_timesteps(preset.diffusion.steps, preset.sampler.steps))
+    assert (steps, preset.sampler.scale) == (1000 if name.startswith("lsun") else 250, SCALES.get(name, 0.0))
+
+
+def test_presets_do_not_load_torch() -> None:
+    code = "import sys, admtrt.presets; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        network = build_network(checkpoint_config_from_preset(name))
+    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+
+
+def zeros_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """A state dict of full-size shapes in little space: every tensor is one expanded zero."""
+    torch.save({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, path)
+    return path
+
+
+def test_a_better_fitting_preset_is_named(tmp_path: Path) -> None:
+    path = zeros_file(tmp_path / "a.pt", published_shapes("128x128_diffusion"))
+    with pytest.raises(CheckpointError) as caught:
+        load_network(path, kind="unet", config=checkpoint_config_from_preset("256x256_diffusion"))
+    assert (
+        caught.value.hint
+        == "These are the keys of preset '128x128_diffusion': pass --preset 128x128_diffusion."
+    )
+
+
+def test_a_variant_of_a_published_model_is_not_called_that_model(tmp_path: Path) -> None:
+    shapes = published_shapes("64x64_classifier") | {
+        "out.2.c_proj.weight": (10, 512, 1),
+        "out.2.c_proj.bias": (10,),
+    }
+    path = zeros_file(tmp_path / "a.pt", shapes)
+    with pytest.raises(CheckpointError) as caught:
+        load_network(path, kind="classifier")
+    assert "99% of the keys are those of preset '64x64_classifier'" in caught.value.hint
+    assert "--preset" not in caught.value.hint
+
+
+def test_nearest_preset() -> None:
+    for name in ("64x64_diffusion", "512x512_classifier", "64_256_upsampler"):
+        assert nearest_preset(published_shapes(name)) == (name, 1.0)
+    shapes = published_shapes("512x512_diffusion")
+    shapes.popitem()
+    assert nearest_preset(shapes) == ("512x512_diffusion", len(shapes) / (len(shapes) + 1))
+    assert nearest_preset({"a": (1,)}) is None
+    assert nearest_preset({}) is None
+
+
+def test_presets_load(tmp_path: Path) -> None:
+    path = zeros_file(tmp_path / "64x64_classifier.pt", published_shapes("64x64_classifier"))
+    loaded = load_network(path, kind="classifier", config=checkpoint_config_from_preset("64x64_classifier"))
+    assert loaded.config.network == PRESETS["64x64_classifier"].network
+
+
+def test_unknown_preset_names_the_nearest() -> None:
+    with pytest.raises(
+        ConfigError, match="no preset '64x64_difusion'; did you mean '64x64_diffusion'"
+    ) as caught:
+        checkpoint_config_from_preset("64x64_difusion")
+    assert "lsun_bedroom" in caught.value.hint
+
+
+def test_without_a_configuration_the_presets_that_fit_are_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        load_network(zeros_file(tmp_path / "b.pt", published_shapes("lsun_cat")), kind="unet")
+    assert "'256x256_diffusion_uncond', 'lsun_bedroom', 'lsun_cat'" in caught.value.hint
+    assert caught.value.hint.endswith("pass --preset with the one that it is.")
+
+
+def test_a_published_classifier_where_a_unet_is_expected(tmp_path: Path) -> None:
+    path = zeros_file(tmp_path / "a.pt", published_shapes("64x64_classifier"))
+    with pytest.raises(
+        CheckpointError, match="keys of preset '64x64_classifier', of kind 'classifier'; expected 'unet'"
+    ):
+        load_network(path, kind="unet", config=checkpoint_config_from_preset("64x64_diffusion"))
