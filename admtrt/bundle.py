@@ -42,18 +42,10 @@ class GraphEntry(Config):
     nodes: Annotated[int, Field(ge=0)]
 
 
-class ParityEntry(Config):
-    """What a verification measured when the bundle was made: worst per-sample relative error."""
-
-    stage: str
-    error: float
-    tolerance: float
-
-
 class Manifest(Config):
     """Everything that the runtime needs besides the graphs themselves."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     unet: UNetConfig
     classifier: ClassifierConfig | None = None
     diffusion: DiffusionConfig
@@ -61,8 +53,7 @@ class Manifest(Config):
     class_names: tuple[str, ...] = ()
     graphs: dict[GraphName, GraphEntry]
     files: dict[str, FileEntry]
-    made_with: dict[str, str] = {}
-    parity: tuple[ParityEntry, ...] = ()
+    made_with: dict[str, str] = Field(default_factory=dict)
 
     @property
     def num_classes(self) -> int | None:
@@ -81,7 +72,9 @@ class Manifest(Config):
             if self.graphs[name].spec != spec:
                 raise ValueError(f"graph '{name}' declares other inputs or outputs than its network has")
             if self.graphs[name].file not in self.files:
-                raise ValueError(f"graph '{name}' names the file '{self.graphs[name].file}', which is not listed")
+                raise ValueError(
+                    f"graph '{name}' names the file '{self.graphs[name].file}', which is not listed"
+                )
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
         return self
@@ -94,7 +87,9 @@ def check_networks(unet: UNetConfig, classifier: ClassifierConfig | None, diffus
         ValueError: naming what differs.
     """
     if unet.learn_sigma != diffusion.learns_sigma:
-        raise ValueError(f"the UNet has learn_sigma {unet.learn_sigma}, variance_type is '{diffusion.variance_type}'")
+        raise ValueError(
+            f"the UNet has learn_sigma {unet.learn_sigma}, variance_type is '{diffusion.variance_type}'"
+        )
     if classifier is None:
         return
     for field in ("image_size", "in_channels"):
@@ -102,7 +97,9 @@ def check_networks(unet: UNetConfig, classifier: ClassifierConfig | None, diffus
         if ours != theirs:
             raise ValueError(f"the UNet has {field} {ours} but the classifier {theirs}")
     if unet.num_classes is not None and unet.num_classes != classifier.num_classes:
-        raise ValueError(f"the UNet has {unet.num_classes} classes but the classifier {classifier.num_classes}")
+        raise ValueError(
+            f"the UNet has {unet.num_classes} classes but the classifier {classifier.num_classes}"
+        )
 
 
 class Bundle:
@@ -192,7 +189,8 @@ def _check_file(path: Path, name: str, entry: FileEntry) -> None:
     digest = sha256_of(file)
     if digest != entry.sha256:
         raise BundleError(
-            f"{path}: '{name}' has SHA-256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...", hint=again
+            f"{path}: '{name}' has SHA-256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...",
+            hint=again,
         )
 
 
@@ -226,11 +224,15 @@ def write_bundle(
         OutputError: if the place is taken or cannot be written.
     """
     if overwrite and path.exists() and not (path / MANIFEST).is_file():
-        raise BundleError(f"{path} exists and is not a bundle; it is not overwritten", hint="Choose another place.")
+        raise BundleError(
+            f"{path} exists and is not a bundle; it is not overwritten", hint="Choose another place."
+        )
     with atomic_directory(path, overwrite=overwrite) as temporary:
         graphs = write_graphs(temporary)
         files = {
-            file.relative_to(temporary).as_posix(): FileEntry(size=file.stat().st_size, sha256=sha256_of(file))
+            file.relative_to(temporary).as_posix(): FileEntry(
+                size=file.stat().st_size, sha256=sha256_of(file)
+            )
             for file in sorted(temporary.rglob("*"))
             if file.is_file()
         }

@@ -45,7 +45,8 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+        bool,
+        typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True),
     ] = False,
 ) -> None:
     pass
@@ -66,7 +67,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
-        _show(f"cannot write {error.filename or 'the output'}: {error.strerror}", "Nothing that existed was changed.")
+        _show(
+            f"cannot write {error.filename or 'the output'}: {error.strerror}",
+            "Nothing that existed was changed.",
+        )
         return 2
     return 0
 

@@ -136,13 +136,20 @@ class BackboneConfig(Config):
         unused = sorted(set(self.attention_resolutions) - set(self.level_sizes))
         if unused:
             raise ValueError(
-                f"attention_resolutions {unused} are no level's size; the levels are {list(self.level_sizes)} pixels"
+                f"attention_resolutions {unused} are no level's size; "
+                f"the levels are {list(self.level_sizes)} pixels"
             )
-        attending = {c for c, s in zip(self.level_channels, self.level_sizes, strict=True) if s in self.attention_resolutions}
+        attending = {
+            c
+            for c, s in zip(self.level_channels, self.level_sizes, strict=True)
+            if s in self.attention_resolutions
+        }
         for channels in sorted(attending | {self.level_channels[-1]}):
             for width, name in self._head_divisors():
                 if channels % width:
-                    raise ValueError(f"attention over {channels} channels cannot be divided by {name} {width}")
+                    raise ValueError(
+                        f"attention over {channels} channels cannot be divided by {name} {width}"
+                    )
         return self
 
     def _head_divisors(self) -> list[tuple[int, str]]:
@@ -209,7 +216,9 @@ class DiffusionConfig(Config):
     @model_validator(mode="after")
     def _check_betas(self) -> Self:
         if self.schedule == "linear" and self.steps <= 20:
-            raise ValueError(f"a linear schedule of {self.steps} steps has beta >= 1; use 21 steps or more, or 'cosine'")
+            raise ValueError(
+                f"a linear schedule of {self.steps} steps has beta >= 1; use 21 steps or more, or 'cosine'"
+            )
         return self
 
     @property
@@ -320,9 +329,11 @@ class RunConfig(Config):
             if network is None:
                 continue
             if network.image_size != self.data.image_size:
-                raise ValueError(f"{name}.image_size {network.image_size} differs from data.image_size {self.data.image_size}")
+                sizes = f"{network.image_size} differs from data.image_size {self.data.image_size}"
+                raise ValueError(f"{name}.image_size {sizes}")
             if network.in_channels != self.data.channels:
-                raise ValueError(f"{name}.in_channels {network.in_channels} differs from data.channels {self.data.channels}")
+                channels = f"{network.in_channels} differs from data.channels {self.data.channels}"
+                raise ValueError(f"{name}.in_channels {channels}")
         for name in ("unet", "upsampler"):
             network = getattr(self, name)
             if network is not None and network.learn_sigma != self.diffusion.learns_sigma:

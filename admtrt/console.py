@@ -64,7 +64,14 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
 
     Without a terminal nothing is drawn: logs hold lines, not bars.
     """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     console = _console(stderr=True)
     columns = (

@@ -71,7 +71,7 @@ def classifier_gradient_spec(config: ClassifierConfig) -> GraphSpec:
 
 
 def update_spec(config: UNetConfig) -> GraphSpec:
-    """``x``, the network's ``out``, ``grad``, ``noise`` and a row of coefficients; ``x_prev`` and ``pred_x0``."""
+    """``x``, the UNet's ``out``, ``grad``, ``noise``, a row of coefficients; ``x_prev`` and ``pred_x0``."""
     image = (config.in_channels, config.image_size, config.image_size)
     out = (config.out_channels, config.image_size, config.image_size)
     return GraphSpec(

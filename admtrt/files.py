@@ -45,7 +45,9 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputError: if ``path`` exists and ``overwrite`` is false, or the place cannot be written.
     """
     if path.exists() and not overwrite:
-        raise OutputError(f"{path} already exists", hint="Choose another place, or pass --overwrite to replace it.")
+        raise OutputError(
+            f"{path} already exists", hint="Choose another place, or pass --overwrite to replace it."
+        )
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     retired = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
     try:
@@ -64,7 +66,9 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:
-    return OutputError(f"cannot write {path}: {error.strerror or error}", hint="What was there before is untouched.")
+    return OutputError(
+        f"cannot write {path}: {error.strerror or error}", hint="What was there before is untouched."
+    )
 
 
 def sha256_of(path: Path) -> str:

@@ -68,3 +68,15 @@ def _fitted(text: str, font: FreeTypeFont | ImageFont, width: int) -> str:
     while text and font.getlength(f"{text}…") > width:
         text = text[:-1]
     return f"{text}…"
+
+
+def save_png(image: NDArray[np.uint8], path: Path) -> None:
+    """Write one image, uint8 [H, W, C], as PNG.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    from PIL import Image
+
+    with atomic_file(path) as temporary:
+        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(temporary, format="PNG")

@@ -40,7 +40,10 @@ def betas(schedule: str, steps: int) -> Float64:
     if schedule == "linear":
         scale = 1000 / steps
         return np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
-    grid = [math.cos((i / steps + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2 for i in range(steps + 1)]
+    grid = [
+        math.cos((i / steps + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2
+        for i in range(steps + 1)
+    ]
     return np.array([min(1 - grid[i + 1] / grid[i], _MAX_BETA) for i in range(steps)])
 
 
@@ -149,9 +152,9 @@ class Process:
 def process_from_config(config: DiffusionConfig, respacing: str = "") -> Process:
     """Tables for a diffusion configuration, respaced as :func:`retained_timesteps` says."""
     retained = retained_timesteps(config.steps, respacing)
-    base_alpha_bar = np.cumprod(1.0 - betas(config.schedule, config.steps))
+    base_alpha_bar: Float64 = np.cumprod(1.0 - betas(config.schedule, config.steps), dtype=np.float64)
     timesteps = np.array(retained, dtype=np.int64)
-    alpha_bar = base_alpha_bar[timesteps]
+    alpha_bar: Float64 = base_alpha_bar[timesteps]
     alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
     beta = 1.0 - alpha_bar / alpha_bar_prev
     posterior_variance = beta * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar)

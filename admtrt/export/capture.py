@@ -55,7 +55,9 @@ def graph_from_module(
     if module.training:
         raise ExportError("the module is in training mode", hint="Call module.eval() first.")
     if any(tensor.shape[0] < 2 for tensor in inputs.values()):
-        raise ExportError("example inputs have a batch of 1, which PyTorch would freeze", hint="Give a batch of 2.")
+        raise ExportError(
+            "example inputs have a batch of 1, which PyTorch would freeze", hint="Give a batch of 2."
+        )
     batch = torch.export.Dim(BATCH)
     try:
         with _quiet(), torch.no_grad():
@@ -99,7 +101,9 @@ def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporter's notices about optional packages and its own internals off the terminal."""
-    loggers: list[Any] = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")]
+    loggers: list[Any] = [
+        logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir", "torch.export")
+    ]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:

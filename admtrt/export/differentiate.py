@@ -51,7 +51,9 @@ class Tape:
         like = inputs[1] if op_type == "Where" else inputs[0]
         assert like is not None
         for output in node.outputs:
-            output.dtype = ir.DataType(attributes["to"]) if op_type == "Cast" else _RESULT_TYPES.get(op_type, like.dtype)  # type: ignore[arg-type]
+            output.dtype = (
+                ir.DataType(attributes["to"]) if op_type == "Cast" else _RESULT_TYPES.get(op_type, like.dtype)
+            )  # type: ignore[arg-type]
         return node.outputs[0]
 
     def ints(self, *values: int) -> ir.Value:
@@ -94,7 +96,11 @@ class Tape:
         rank = len(_shape(value))
         perm = [*range(rank - 2), rank - 1, rank - 2]
         producer = value.producer()
-        if producer is not None and producer.op_type == "Transpose" and list(producer.attributes["perm"].as_ints()) == perm:
+        if (
+            producer is not None
+            and producer.op_type == "Transpose"
+            and list(producer.attributes["perm"].as_ints()) == perm
+        ):
             source = producer.inputs[0]
             assert source is not None
             return source
@@ -172,7 +178,9 @@ def _depends_on(graph: ir.Graph, source: ir.Value) -> set[ir.Value]:
     active = {source}
     for node in graph:
         if any(value in active for value in node.inputs):
-            active.update(output for output in node.outputs if output.dtype is None or output.dtype.is_floating_point())
+            active.update(
+                output for output in node.outputs if output.dtype is None or output.dtype.is_floating_point()
+            )
     return active
 
 

@@ -26,7 +26,8 @@ EXAMPLE_BATCH = 2
 def example_inputs(spec: GraphSpec) -> dict[str, Tensor]:
     """Tensors of the contract's shapes and types; capturing reads nothing else of them."""
     return {
-        tensor.name: torch.zeros(tensor.sized(EXAMPLE_BATCH), dtype=_DTYPES[tensor.dtype]) for tensor in spec.inputs
+        tensor.name: torch.zeros(tensor.sized(EXAMPLE_BATCH), dtype=_DTYPES[tensor.dtype])
+        for tensor in spec.inputs
     }
 
 
@@ -69,7 +70,7 @@ def classifier_gradient_graph(classifier: Classifier, *, conv_backward: ConvBack
 
 
 def update_graph(config: UNetConfig) -> ir.Model:
-    """One sampling step from the network's output, as :func:`admtrt.schedule.step_coefficients` defines it."""
+    """One sampling step from the network's output: :func:`admtrt.schedule.step_coefficients` as a graph."""
     spec = update_spec(config)
     inputs = [
         ir.Value(
@@ -87,7 +88,9 @@ def update_graph(config: UNetConfig) -> ir.Model:
     }
     half = tape.initializer(ir.tensor(0.5, dtype=ir.DataType.FLOAT, name="half"))
     row = tape.op("Reshape", [coefficients, ints["row"]])
-    columns = tape.op_multi_out("Split", [row, ints["sizes"]], attributes={"axis": 1}, num_outputs=len(COEFFICIENTS))
+    columns = tape.op_multi_out(
+        "Split", [row, ints["sizes"]], attributes={"axis": 1}, num_outputs=len(COEFFICIENTS)
+    )
     c = dict(zip(COEFFICIENTS, columns, strict=True))
 
     def mul(a: ir.Value, b: ir.Value) -> ir.Value:
@@ -100,7 +103,9 @@ def update_graph(config: UNetConfig) -> ir.Model:
         return total
 
     if config.learn_sigma:
-        split = tape.initializer(ir.tensor([config.in_channels] * 2, dtype=ir.DataType.INT64, name="channels"))
+        split = tape.initializer(
+            ir.tensor([config.in_channels] * 2, dtype=ir.DataType.INT64, name="channels")
+        )
         value, v = tape.op_multi_out("Split", [out, split], attributes={"axis": 1}, num_outputs=2)
         log_weight = add(c["log_weight"], mul(c["log_weight_from_v"], v))
     else:

@@ -84,7 +84,8 @@ def bundle_from_checkpoints(
         "classifier": None if guide is None else guide.config,
         "diffusion": unet.config.diffusion,
         "sampler": sampler or unet.config.sampler,
-        "class_names": unet.config.class_names or (() if classifier is None else classifier.config.class_names),
+        "class_names": unet.config.class_names
+        or (() if classifier is None else classifier.config.class_names),
         "made_with": _versions(),
     }
     return write_bundle(path, write_graphs, fields, overwrite=overwrite)
@@ -106,7 +107,7 @@ def _check_same_process(unet: LoadedNetwork, classifier: LoadedNetwork) -> None:
         if ours != theirs:
             raise CheckpointError(
                 f"the UNet was trained with diffusion.{field} = {ours!r}, the classifier with {theirs!r}",
-                hint="Guidance needs a classifier trained on the same noise; train one with the UNet's configuration.",
+                hint="Train the classifier on the UNet's noise: with the same [diffusion] section.",
             )
 
 

@@ -41,10 +41,15 @@ class Classifier(Encoder):
                 AttentionPool(size, channels, config.num_head_channels, config.num_classes),
             )
         elif config.pool == "spatial":
-            self.out = nn.Sequential(nn.Linear(features, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, config.num_classes))
+            self.out = nn.Sequential(
+                nn.Linear(features, _HIDDEN), nn.ReLU(), nn.Linear(_HIDDEN, config.num_classes)
+            )
         else:
             self.out = nn.Sequential(
-                nn.Linear(features, _HIDDEN), group_norm(_HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, config.num_classes)
+                nn.Linear(features, _HIDDEN),
+                group_norm(_HIDDEN),
+                nn.SiLU(),
+                nn.Linear(_HIDDEN, config.num_classes),
             )
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def log_prob(classifier: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
 
 
 def log_prob_gradient(classifier: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """d log p(y | x_t, t) / dx_t of each sample by autograd, [N, C, H, W]; the reference of the exported graph."""
+    """d log p(y | x_t, t) / dx_t of each sample by autograd, [N, C, H, W]: the exported graph's reference."""
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(log_prob(classifier, x, t, y).sum(), x)

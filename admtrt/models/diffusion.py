@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 class Network(Protocol):
     """A network bound to its labels and conditioning: (x, t) -> out."""
 
-    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, /) -> Tensor:
+        """Run the network."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,10 @@ class Diffusion:
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and clipped log variance of q(x_{t-1} | x_t, x_0) (Ho et al. eq. 7)."""
-        mean = self._at(self.process.posterior_mean_x0, step) * x_0 + self._at(self.process.posterior_mean_xt, step) * x_t
+        mean = (
+            self._at(self.process.posterior_mean_x0, step) * x_0
+            + self._at(self.process.posterior_mean_xt, step) * x_t
+        )
         return mean, self._at(self.process.posterior_log_variance, step)
 
     def predict(self, out: Tensor, x_t: Tensor, step: Tensor, *, clip: bool) -> Prediction:
@@ -104,7 +109,13 @@ class Diffusion:
         return (self._at(np.sqrt(1 / a), step) * x_t - x_0) / self._at(np.sqrt(1 / a - 1), step)
 
     def sample_step(
-        self, out: Tensor, x_t: Tensor, step: Tensor, noise: Tensor, gradient: Tensor | None, sampler: SamplerConfig
+        self,
+        out: Tensor,
+        x_t: Tensor,
+        step: Tensor,
+        noise: Tensor,
+        gradient: Tensor | None,
+        sampler: SamplerConfig,
     ) -> tuple[Tensor, Tensor]:
         """One guided step; returns x_{t-1} and the predicted x_0.
 

@@ -90,7 +90,13 @@ class ResBlock(nn.Module):
     """
 
     def __init__(
-        self, channels: int, emb_channels: int, out_channels: int, config: BackboneConfig, *, resample: str = ""
+        self,
+        channels: int,
+        emb_channels: int,
+        out_channels: int,
+        config: BackboneConfig,
+        *,
+        resample: str = "",
     ) -> None:
         super().__init__()
         self.scale_shift_norm = config.scale_shift_norm
@@ -157,7 +163,7 @@ class SelfAttention(nn.Module):
         if self.new_order:
             parts = tuple(part.reshape(-1, self.heads, size, length) for part in qkv.chunk(3, dim=1))
         else:
-            parts = qkv.reshape(-1, self.heads, 3 * size, length).split(size, dim=2)
+            parts = qkv.reshape(-1, self.heads, 3 * size, length).chunk(3, dim=2)
         q, k, v = parts  # each [N, heads, size, T]
         if queries is not None:
             q = q[..., :queries]
@@ -214,7 +220,7 @@ class AttentionPool(nn.Module):
 class Stage(nn.Sequential):
     """A sequence whose residual blocks also receive the embedding."""
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
         """Run every layer in turn."""
         for layer in self:
             x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)

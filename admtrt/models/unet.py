@@ -102,7 +102,9 @@ class UNet(Encoder):
                     stage.append(self._upsample(channels, config))
                 blocks.append(Stage(*stage))
         self.output_blocks = nn.ModuleList(blocks)
-        self.out = nn.Sequential(group_norm(channels), nn.SiLU(), zeroed(conv3x3(channels, config.out_channels)))
+        self.out = nn.Sequential(
+            group_norm(channels), nn.SiLU(), zeroed(conv3x3(channels, config.out_channels))
+        )
 
     def _upsample(self, channels: int, config: UNetConfig) -> nn.Module:
         if config.resblock_updown:

@@ -20,7 +20,9 @@ _INITIAL = 0  # counter of x_T; the noise of step i uses i + 1
 def check_seed(seed: int) -> int:
     """Return ``seed`` if it is usable: a whole number from 0 to 2**64 - 1."""
     if not 0 <= seed <= MAX_SEED:
-        raise RequestError(f"seed {seed} is out of range", hint=f"Seeds are whole numbers from 0 to {MAX_SEED}.")
+        raise RequestError(
+            f"seed {seed} is out of range", hint=f"Seeds are whole numbers from 0 to {MAX_SEED}."
+        )
     return seed
 
 

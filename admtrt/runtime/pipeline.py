@@ -200,7 +200,8 @@ class Pipeline:
         if labels is None:
             if manifest.unet.num_classes is not None or sampler.scale:
                 raise RequestError(
-                    f"labels are needed: the bundle has {classes} classes", hint="Give one class for each sample."
+                    f"labels are needed: the bundle has {classes} classes",
+                    hint="Give one class for each sample.",
                 )
             return None
         if classes is None:
@@ -222,7 +223,11 @@ class Pipeline:
         images = np.asarray(low_res)
         if images.dtype == np.uint8 and images.shape[1:] == (size, size, channels):
             return np.ascontiguousarray(images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
-        if images.dtype == np.float32 and images.shape[1:] == (channels, size, size) and np.isfinite(images).all():
+        if (
+            images.dtype == np.float32
+            and images.shape[1:] == (channels, size, size)
+            and np.isfinite(images).all()
+        ):
             return np.ascontiguousarray(images)
         raise RequestError(
             f"low_res is {images.dtype} {list(images.shape)}; expected uint8 [N, {size}, {size}, {channels}] "
@@ -255,7 +260,12 @@ class Pipeline:
                 timestep = int(schedule.timesteps[index])
                 callback(
                     Step(
-                        index=index + 1, total=len(schedule), first=first, timestep=timestep, x=slots.x, x_0=slots.x_0
+                        index=index + 1,
+                        total=len(schedule),
+                        first=first,
+                        timestep=timestep,
+                        x=slots.x,
+                        x_0=slots.x_0,
                     )
                 )
         if not np.isfinite(slots.x).all():

@@ -77,7 +77,6 @@ class Slots:
         return self.position >= np.array([len(schedule) for schedule in self.schedules])
 
 
-
 def start_slots(
     shape: tuple[int, int, int],
     schedules: Sequence[SamplingSchedule],
@@ -120,7 +119,11 @@ def advance(
     out = denoiser.unet(slots.x, t, slots.unet_y, slots.low_res)
     zeros = np.zeros_like(slots.x)
     guided = coefficients[:, [COEFFICIENTS.index(name) for name in _GUIDED_COLUMNS]].any()
-    grad = denoiser.classifier_gradient(slots.x, t, slots.guide_y) if guided and slots.guide_y is not None else zeros
+    grad = (
+        denoiser.classifier_gradient(slots.x, t, slots.guide_y)
+        if guided and slots.guide_y is not None
+        else zeros
+    )
     stochastic = coefficients[:, COEFFICIENTS.index("noise")].any()
     steps = [int(schedule.step[i]) for schedule, i in rows]
     z = noise(slots.seeds, steps, slots.x.shape[1:]) if stochastic else zeros

@@ -95,7 +95,7 @@ class LossSecondMomentSampler(UniformSampler):
         moment: NDArray[np.float64] = np.sqrt((self._losses**2).mean(axis=1))
         if not moment.any():
             return super().probabilities()
-        focused = moment / moment.sum()
+        focused: NDArray[np.float64] = moment / moment.sum()
         return focused * (1 - UNIFORM_PROBABILITY) + UNIFORM_PROBABILITY / self.steps
 
     def record(self, timesteps: NDArray[np.int64], losses: NDArray[np.float32]) -> None:

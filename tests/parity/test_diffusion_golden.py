@@ -76,7 +76,9 @@ def test_trajectory(entry: dict[str, Any], update: str) -> None:
     assert seen == sum(key.startswith(f"{name}.step") for key in GOLD)
 
 
-def _fused(row: torch.Tensor, x: torch.Tensor, out: torch.Tensor, g: torch.Tensor | None, z: torch.Tensor) -> torch.Tensor:
+def _fused(
+    row: torch.Tensor, x: torch.Tensor, out: torch.Tensor, g: torch.Tensor | None, z: torch.Tensor
+) -> torch.Tensor:
     x0_x, x0_out, clip, _, prev_x0, prev_x, prev_out, log_w, log_w_v, guidance, noise = row
     value, v = out.chunk(2, dim=1)
     x_0 = (x0_x * x + x0_out * value).clamp(-clip, clip)
@@ -99,7 +101,11 @@ def _loss_setup(schedule: str, kind: str) -> tuple[Diffusion, Any, str]:
         out = unet(x, t, y)
         return out if learned else out[:, :3]
 
-    return Diffusion(config, process_from_config(config)), network, {"kl": "vlb", "hybrid": "hybrid"}.get(kind, "simple")
+    return (
+        Diffusion(config, process_from_config(config)),
+        network,
+        {"kl": "vlb", "hybrid": "hybrid"}.get(kind, "simple"),
+    )
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

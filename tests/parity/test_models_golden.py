@@ -41,7 +41,9 @@ def test_classifier(name: str) -> None:
     classifier = golden_classifier(name)
     assert {k: list(v.shape) for k, v in classifier.state_dict().items()} == entry["params"]
     config = entry["config"]
-    x = torch.from_numpy(golden_input(name, 2, config["in_channels"], config["image_size"], config["image_size"]))
+    x = torch.from_numpy(
+        golden_input(name, 2, config["in_channels"], config["image_size"], config["image_size"])
+    )
     t, y = torch.tensor(entry["timesteps"]), torch.tensor(entry["y"])
     assert relative_error(classifier(x, t), arrays("models")[f"{name}.logits"]) <= TOLERANCE
     gradient = log_prob_gradient(classifier, x, t, y)

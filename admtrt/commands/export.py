@@ -1,0 +1,85 @@
+"""``admtrt export``: checkpoints to a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from admtrt.console import Output, table
+
+if TYPE_CHECKING:
+    from admtrt.bundle import Bundle
+
+
+def export(
+    unet: Annotated[Path, typer.Argument(help="Checkpoint of the UNet or upsampler (.safetensors or .pt).")],
+    out: Annotated[Path, typer.Option(help="Directory of the bundle to write.")],
+    classifier: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the noisy classifier; without it, plain sampling only.")
+    ] = None,
+    unet_preset: Annotated[
+        str | None,
+        typer.Option(help="Published model that an original UNet checkpoint is (it carries no settings)."),
+    ] = None,
+    classifier_preset: Annotated[
+        str | None, typer.Option(help="The same for the classifier, e.g. 64x64_classifier.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML with the settings of checkpoints that carry none and match no preset."),
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Recommended sampler: ddpm or ddim.")] = None,
+    steps: Annotated[str | None, typer.Option(help="Recommended steps, e.g. 250 or ddim25.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Recommended guidance scale.")] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Export a UNet and the input gradient of its classifier as ONNX graphs, packed as a bundle."""
+    from admtrt.commands.checkpoints import load_pair, recommended_sampler
+    from admtrt.export.pack import bundle_from_checkpoints
+
+    output = Output(json=json)
+    generator, guide = load_pair(
+        unet, classifier, unet_preset=unet_preset, classifier_preset=classifier_preset, config=config
+    )
+    bundle = bundle_from_checkpoints(
+        generator,
+        guide,
+        out,
+        sampler=recommended_sampler(generator.config.sampler, method=method, steps=steps, scale=scale),
+        overwrite=overwrite,
+        report=lambda name: output.note(f"exporting {name}"),
+    )
+    show_bundle(bundle, output)
+
+
+def show_bundle(bundle: Bundle, output: Output) -> None:
+    """Print what a bundle holds."""
+    manifest = bundle.manifest
+    rows = [
+        [
+            name,
+            "\n".join(str(tensor) for tensor in graph.spec.inputs),
+            "\n".join(str(tensor) for tensor in graph.spec.outputs),
+            f"{graph.precision}, opset {graph.opset}",
+            str(graph.nodes),
+        ]
+        for name, graph in manifest.graphs.items()
+    ]
+    size = sum(entry.size for entry in manifest.files.values())
+    sampler = manifest.sampler
+    text = (
+        f"recommended: {sampler.method}, steps {sampler.steps or manifest.diffusion.steps}, "
+        f"scale {sampler.scale:g}; "
+        f"classes: {manifest.num_classes or 'none'}; {len(manifest.files)} files, {size / 2**20:.1f} MiB"
+    )
+    columns = ("graph", "inputs", "outputs", "type", "nodes")
+    output.result(
+        {"bundle": str(bundle.path), "manifest": manifest.to_dict()},
+        table(str(bundle.path), columns, rows),
+        text,
+    )

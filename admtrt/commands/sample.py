@@ -1,0 +1,160 @@
+"""``admtrt sample``: images from a bundle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from admtrt.console import Output, progress
+from admtrt.errors import RequestError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from admtrt.bundle import Manifest
+    from admtrt.runtime.bulk import Format
+
+_FORMATS = ("npz", "png", "grid")
+
+
+def sample(
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run; a run that was cut off continues there.")],
+    num: Annotated[int | None, typer.Option(help="Samples in all; the classes asked for take turns.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Classes by number or name, e.g. 0,3,7; or with counts, e.g. 0:10,3:5.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the first sample; each further one has the next.")] = 0,
+    steps: Annotated[str | None, typer.Option(help="E.g. 250, ddim25 or 90,60,60,20,20.")] = None,
+    method: Annotated[str | None, typer.Option(help="ddpm or ddim; ddim where steps is ddimN.")] = None,
+    scale: Annotated[float | None, typer.Option(help="Guidance scale; 0 = unguided.")] = None,
+    eta: Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")] = None,
+    clip: Annotated[bool | None, typer.Option("--clip/--no-clip", help="Bound x_0 to [-1, 1].")] = None,
+    low_res: Annotated[
+        Path | None, typer.Option(help="Upsampler: .npz with the small images (arr_0 uint8 [N,H,W,C]).")
+    ] = None,
+    formats: Annotated[
+        list[str] | None,
+        typer.Option("--format", help="npz, png or grid; may be repeated. Default: npz and grid."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Samples computed at once.")] = 16,
+    shard_size: Annotated[int, typer.Option(help="Samples kept in one file on the way.")] = 256,
+    threads: Annotated[int | None, typer.Option(help="CPU threads; every core where left out.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Draw guided or unguided samples from a bundle, without PyTorch."""
+    from admtrt.runtime.bulk import BulkRequest, draw, finished_samples
+    from admtrt.runtime.pipeline import Pipeline
+    from admtrt.schedule import sampling_schedule
+
+    output = Output(json=json)
+    chosen = _formats(formats)
+    pipeline = Pipeline.from_bundle(bundle, threads=threads)
+    manifest = pipeline.bundle.manifest
+    if method not in (None, "ddpm", "ddim"):
+        raise RequestError(f"method {method!r} is unknown; expected ddpm or ddim")
+    sampler = pipeline.sampler(steps=steps, method=method, scale=scale, eta=eta, clip=clip)  # type: ignore[arg-type]
+    small = None if low_res is None else _low_res_images(low_res)
+    labels = requested_labels(classes, num if small is None else len(small), manifest)
+    checked = pipeline.check_labels(labels, sampler)
+    count = next((len(given) for given in (small, checked) if given is not None), 1 if num is None else num)
+    request = BulkRequest(
+        count=count,
+        labels=checked,
+        first_seed=seed,
+        sampler=sampler,
+        batch_size=batch_size,
+        shard_size=shard_size,
+        low_res=small,
+    )
+    total = len(sampling_schedule(manifest.diffusion, sampler))
+    done = finished_samples(out, request) if out.is_dir() else 0
+    with progress("sampling", count * total, done=done * total) as advance:
+        written = draw(pipeline, request, out, chosen, advance=advance)
+    output.result(
+        {
+            "samples": count,
+            "continued_from": done,
+            "files": [str(path) for path in written],
+            "sampler": sampler.to_dict(),
+            "first_seed": seed,
+        },
+        f"{count} samples: " + ", ".join(str(path) for path in written),
+    )
+
+
+def _formats(given: list[str] | None) -> list[Format]:
+    chosen: list[Format] = []
+    for one in given or ["npz", "grid"]:
+        if one not in _FORMATS:
+            raise RequestError(f"format {one!r} is unknown; expected one of {', '.join(_FORMATS)}")
+        if one not in chosen:
+            chosen.append(one)  # type: ignore[arg-type]
+    return chosen
+
+
+def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -> list[int] | None:
+    """The label of each sample.
+
+    ``0:10,3:5`` gives those counts; ``0,3`` takes turns until ``num`` samples (default: one each); without
+    ``classes``, every class takes turns where the bundle has classes.
+
+    Raises:
+        RequestError: for an unknown class, a count below 1 or counts that contradict ``num``.
+    """
+    if num is not None and num < 1:
+        raise RequestError(f"{num} samples were asked for; expected at least 1")
+    if classes is None:
+        if manifest.num_classes is None:
+            return None
+        return [index % manifest.num_classes for index in range(num or manifest.num_classes)]
+    parts = [part.strip() for part in classes.split(",")]
+    if any(":" in part for part in parts):
+        labels = [label for part in parts for label in _counted(part, manifest)]
+        if num is not None and num != len(labels):
+            raise RequestError(
+                f"--classes gives {len(labels)} samples, --num says {num}", hint="Leave --num out."
+            )
+        return labels
+    turns = [_class_index(part, manifest) for part in parts]
+    return [turns[index % len(turns)] for index in range(num or len(turns))]
+
+
+def _counted(part: str, manifest: Manifest) -> list[int]:
+    name, _, count = part.rpartition(":")
+    if not (count.isascii() and count.isdigit()) or not int(count[:9]) >= 1 or len(count) > 9:
+        raise RequestError(
+            f"{part!r}: {count!r} is no count of at least 1", hint="Write e.g. --classes 0:10,3:5."
+        )
+    return [_class_index(name, manifest)] * int(count)
+
+
+def _class_index(text: str, manifest: Manifest) -> int:
+    """A class by name or number."""
+    if text in manifest.class_names:
+        return manifest.class_names.index(text)
+    try:
+        return int(text)
+    except ValueError:
+        names = f"; the names are {', '.join(manifest.class_names[:10])}" if manifest.class_names else ""
+        raise RequestError(f"class {text!r} is neither a number nor a name of the bundle{names}") from None
+
+
+def _low_res_images(path: Path) -> NDArray[np.uint8]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images: NDArray[np.uint8] = archive["arr_0"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+        raise RequestError(f"cannot read {path} as .npz with arr_0: {error}") from None
+    if images.dtype != np.uint8 or images.ndim != 4:
+        raise RequestError(
+            f"{path}: arr_0 is {images.dtype} {list(images.shape)}; expected uint8 [N, H, W, C]"
+        )
+    return images

@@ -1,0 +1,227 @@
+"""Long runs: samples in shards that survive a kill, then one file in the format asked for.
+
+A run directory holds ``request.json`` (what is drawn, so that nothing else is ever mixed in), ``shards/``
+(each written whole) and, when every shard is there, the results. A sample's seed is the first seed plus its
+index, so a shard can be drawn by any process at any time and is the same.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from admtrt.bundle import MANIFEST
+from admtrt.errors import OutputError, RequestError
+from admtrt.files import atomic_file, sha256_of
+from admtrt.images import save_grid, save_png
+from admtrt.runtime.pipeline import consecutive_seeds
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from admtrt.config import SamplerConfig
+    from admtrt.runtime.pipeline import Pipeline, Step
+    from admtrt.runtime.sampler import Labels
+
+Format = Literal["npz", "png", "grid"]
+GRID_LIMIT = 400
+"""Samples on a grid; more are not readable."""
+_REQUEST = "request.json"
+
+
+@dataclass(frozen=True, eq=False)
+class BulkRequest:
+    """What a run draws.
+
+    Attributes:
+        count: samples in all.
+        labels: int64 [count], or None.
+        first_seed: sample i has the seed ``first_seed + i``.
+        sampler: one for all.
+        batch_size, shard_size: samples computed at once, and kept in one file.
+        low_res: uint8 [count, h, w, C], conditioning of an upsampler, or None.
+    """
+
+    count: int
+    labels: Labels | None
+    first_seed: int
+    sampler: SamplerConfig
+    batch_size: int
+    shard_size: int
+    low_res: NDArray[np.uint8] | None = None
+
+
+def draw(
+    pipeline: Pipeline,
+    request: BulkRequest,
+    directory: Path,
+    formats: Sequence[Format],
+    *,
+    advance: Callable[[int, str], None] = lambda _count, _text: None,
+) -> list[Path]:
+    """Draw every missing shard, then write the results; returns the files written.
+
+    Args:
+        pipeline: the sampler.
+        request: what to draw.
+        directory: of the run; made, or continued where it holds the same request.
+        formats: ``npz`` (``samples.npz``, the original's format), ``png`` (a file for each sample), ``grid``
+            (``grid.png``, labelled).
+        advance: called with the sample-steps done and a text, for a progress display.
+
+    Raises:
+        OutputError: if the directory holds another run.
+        RequestError: if the request is impossible.
+    """
+    if request.shard_size < 1:
+        raise RequestError(f"shard_size is {request.shard_size}; expected at least 1")
+    seeds = consecutive_seeds(request.first_seed, request.count)
+    _claim(directory, _identity(pipeline, request))
+    for start in range(0, request.count, request.shard_size):
+        stop = min(start + request.shard_size, request.count)
+        if _shard(directory, start).exists():
+            continue
+        _draw_shard(pipeline, request, directory, seeds, start, stop, advance)
+    return [_write(directory, one, request, pipeline.bundle.manifest.class_names) for one in formats]
+
+
+def finished_samples(directory: Path, request: BulkRequest) -> int:
+    """Samples in the shards that a run directory already holds."""
+    starts = range(0, request.count, request.shard_size)
+    done = (start for start in starts if _shard(directory, start).exists())
+    return sum(min(start + request.shard_size, request.count) - start for start in done)
+
+
+def _identity(pipeline: Pipeline, request: BulkRequest) -> dict[str, Any]:
+    """Everything that decides the images, and how they are divided into shards."""
+    return {
+        "bundle": sha256_of(pipeline.bundle.path / MANIFEST),
+        "count": request.count,
+        "labels": None if request.labels is None else request.labels.tolist(),
+        "first_seed": request.first_seed,
+        "sampler": request.sampler.to_dict(),
+        "shard_size": request.shard_size,
+        "low_res": None if request.low_res is None else _digest(request.low_res),
+    }
+
+
+def _digest(array: NDArray[np.uint8]) -> str:
+    import hashlib
+
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+
+
+def _claim(directory: Path, identity: dict[str, Any]) -> None:
+    """Start a run directory, or make sure that it holds this very run."""
+    file = directory / _REQUEST
+    if not file.exists():
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise OutputError(
+                f"{directory} exists and holds no sampling run",
+                hint="Choose an empty or new directory for --out.",
+            )
+        with atomic_file(file) as temporary:
+            temporary.write_text(json.dumps(identity), encoding="utf-8")
+        return
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        known = {}
+    differing = [key for key in identity if not isinstance(known, dict) or known.get(key) != identity[key]]
+    if differing:
+        raise OutputError(
+            f"{directory} holds the shards of another run: {', '.join(differing)} differ",
+            hint="Choose another directory for --out, or repeat the request that started it.",
+        )
+
+
+def _shard(directory: Path, start: int) -> Path:
+    return directory / "shards" / f"{start:08d}.npz"
+
+
+def _draw_shard(
+    pipeline: Pipeline,
+    request: BulkRequest,
+    directory: Path,
+    seeds: range,
+    start: int,
+    stop: int,
+    advance: Callable[[int, str], None],
+) -> None:
+    def after_step(step: Step) -> None:
+        advance(len(step.x), f"step {step.index}/{step.total}")
+
+    sampler = request.sampler
+    samples = pipeline(
+        None if request.labels is None else request.labels[start:stop].tolist(),
+        list(seeds[start:stop]),
+        steps=sampler.steps,
+        method=sampler.method,
+        scale=sampler.scale,
+        eta=sampler.eta,
+        clip=sampler.clip,
+        low_res=None if request.low_res is None else request.low_res[start:stop],
+        batch_size=request.batch_size,
+        callback=after_step,
+    )
+    arrays = {"images": samples.images} | ({} if samples.labels is None else {"labels": samples.labels})
+    with atomic_file(_shard(directory, start)) as temporary, temporary.open("wb") as opened:
+        np.savez(opened, **arrays)  # type: ignore[arg-type]
+
+
+def _images(directory: Path, request: BulkRequest, limit: int | None = None) -> Iterator[NDArray[np.uint8]]:
+    """The images of each shard in order."""
+    count = request.count if limit is None else min(limit, request.count)
+    for start in range(0, count, request.shard_size):
+        with np.load(_shard(directory, start), allow_pickle=False) as shard:
+            yield shard["images"][: count - start]
+
+
+def _write(directory: Path, kind: Format, request: BulkRequest, class_names: Sequence[str]) -> Path:
+    if kind == "npz":
+        return _write_npz(directory / "samples.npz", directory, request)
+    if kind == "png":
+        return _write_png(directory / "png", directory, request)
+    path = directory / "grid.png"
+    images = np.concatenate(list(_images(directory, request, GRID_LIMIT)))
+    names = None
+    if request.labels is not None:
+        shown = request.labels[: len(images)].tolist()
+        names = [class_names[label] if class_names else str(label) for label in shown]
+    save_grid(images, path, columns=max(1, min(20, round(len(images) ** 0.5))), labels=names)
+    return path
+
+
+def _write_npz(path: Path, directory: Path, request: BulkRequest) -> Path:
+    """``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 [N], streamed: they need not fit in memory."""
+    shape = next(_images(directory, request)).shape[1:]
+    header = {"descr": "|u1", "fortran_order": False, "shape": (request.count, *shape)}
+    with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for images in _images(directory, request):
+                member.write(images.tobytes())
+        if request.labels is not None:
+            with archive.open("arr_1.npy", "w") as member:
+                np.lib.format.write_array(member, request.labels)
+    return path
+
+
+def _write_png(folder: Path, directory: Path, request: BulkRequest) -> Path:
+    """One file for each sample, ``<class>_<index>.png``: the original's naming, ready to train on."""
+    index = 0
+    for images in _images(directory, request):
+        for image in images:
+            prefix = "" if request.labels is None else f"{request.labels[index]}_"
+            file = folder / f"{prefix}{index:06d}.png"
+            if not file.exists():
+                save_png(image, file)
+            index += 1
+    return folder

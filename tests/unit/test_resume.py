@@ -1,0 +1,205 @@
+"""Runs that are killed, resumed, refused or diverge."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import training_runs
+from training_runs import in_python, lines, run, tiny_config, weights
+
+from admtrt.config import save_config
+from admtrt.errors import CheckpointError, ConfigError, OutputError, TrainingDivergedError
+from admtrt.training import learner as learner_module
+
+STATE = "unet/state.safetensors"
+
+
+def same(left: Path, right: Path) -> bool:
+    first, second = weights(left), weights(right)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_run_killed_again_and_again_gives_the_same_bits(tmp_path):
+    config = tiny_config(
+        unet={"dropout": 0.3},
+        data={"hold_out": 0.1},
+        steps=13,
+        checkpoint_every=3,
+        sample_every=4,
+        ema_rates=[0.5, 0.9],
+        timestep_sampler="loss_second_moment",
+        lr_schedule="linear",
+        accumulate=2,
+    )
+    save_config(config, tmp_path / "run.toml")
+    fired = in_python(training_runs.__file__, "fire", tmp_path / "run.toml", tmp_path / "killed", 14)
+    had_state = json.loads(fired)
+    assert len(had_state) == 14
+    assert any(had_state), "no kill came after a checkpoint: the test shows nothing"
+    run(config, tmp_path / "whole")
+    for name in (STATE, "unet.safetensors", "unet-ema-0.9.safetensors"):
+        assert same(tmp_path / "killed" / name, tmp_path / "whole" / name), name
+    assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
+    assert [line["step"] for line in lines(tmp_path / "whole")] == [2, 4, 6, 8, 10, 12, 13]
+    files = [
+        sorted(p.relative_to(tmp_path / n) for p in (tmp_path / n).rglob("*")) for n in ("killed", "whole")
+    ]
+    assert files[0] == files[1]  # nothing half-written is left
+
+
+def test_more_steps_go_on_as_if_never_stopped(tmp_path):
+    run(tiny_config(unet={"dropout": 0.3}, steps=4), tmp_path / "parts")
+    result = run(tiny_config(unet={"dropout": 0.3}, steps=8), tmp_path / "parts", resume=True)
+    run(tiny_config(unet={"dropout": 0.3}, steps=8), tmp_path / "whole")
+    assert result.step == 8
+    assert same(tmp_path / "parts" / STATE, tmp_path / "whole" / STATE)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_resuming_a_finished_run_restores_its_weights(tmp_path):
+    run(tiny_config(), tmp_path)
+    before = weights(tmp_path / "unet.safetensors")
+    (tmp_path / "unet.safetensors").unlink()
+    result = run(tiny_config(), tmp_path, resume=True)
+    assert result.step == 4
+    assert result.metrics["step"] == 4
+    after = weights(tmp_path / "unet.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_fewer_steps_than_were_taken_are_refused_and_nothing_changes(tmp_path):
+    run(tiny_config(), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ConfigError, match=r"train_unet\.steps is 2.*step 4"):
+        run(tiny_config(steps=2), tmp_path, resume=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_existing_run_is_neither_continued_nor_replaced_unasked(tmp_path):
+    run(tiny_config(), tmp_path)
+    before = (tmp_path / STATE).read_bytes()
+    with pytest.raises(OutputError, match=r"already exists.*\n.*--resume.*--overwrite"):
+        run(tiny_config(), tmp_path)
+    assert (tmp_path / STATE).read_bytes() == before
+
+
+def test_overwrite_begins_anew_and_leaves_other_files_alone(tmp_path):
+    run(tiny_config(steps=6, ema_rates=[0.5, 0.9]), tmp_path)
+    (tmp_path / "unet" / "mine.txt").touch()
+    (tmp_path / "classifier.safetensors").touch()
+    result = run(tiny_config(seed=1), tmp_path, overwrite=True)
+    assert result.step == 4
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+    assert not (tmp_path / "unet-ema-0.9.safetensors").exists()
+    assert (tmp_path / "unet" / "mine.txt").exists()
+    assert (tmp_path / "classifier.safetensors").exists()
+
+
+def test_resume_and_overwrite_exclude_each_other(tmp_path):
+    with pytest.raises(OutputError, match="both"):
+        run(tiny_config(), tmp_path, resume=True, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        (tiny_config(lr=2e-3), "train_unet.lr is 0.001 there and 0.002 now"),
+        (tiny_config(unet={"dropout": 0.5}), r"unet\.dropout"),
+        (tiny_config(data={"random_flip": True}), r"data\.random_flip"),
+    ],
+)
+def test_another_run_is_not_resumed(tmp_path, changed, key):
+    run(tiny_config(), tmp_path)
+    with pytest.raises(OutputError, match=key):
+        run(changed, tmp_path, resume=True)
+
+
+def test_settings_that_change_no_step_may_change(tmp_path):
+    run(tiny_config(), tmp_path)
+    changed = tiny_config(steps=5, log_every=1, checkpoint_every=5, sample_every=5, max_nan_steps=2)
+    assert run(changed, tmp_path, resume=True).step == 5
+    assert (tmp_path / "unet/samples/step-000005.png").exists()
+
+
+def test_a_run_without_its_configuration_is_not_recognised(tmp_path):
+    run(tiny_config(), tmp_path)
+    (tmp_path / "unet/config.toml").unlink()
+    with pytest.raises(OutputError, match=r"config\.toml is missing"):
+        run(tiny_config(), tmp_path, resume=True)
+
+
+def test_a_damaged_state_is_the_users_error(tmp_path):
+    run(tiny_config(), tmp_path)
+    (tmp_path / STATE).write_bytes((tmp_path / STATE).read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot read the training state"):
+        run(tiny_config(), tmp_path, resume=True)
+
+
+def test_a_state_of_another_version_is_refused(tmp_path, monkeypatch):
+    run(tiny_config(), tmp_path)
+    monkeypatch.setattr("admtrt.training.state._VERSION", 99)
+    with pytest.raises(CheckpointError, match="version 99"):
+        run(tiny_config(), tmp_path, resume=True)
+
+
+def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write"):
+        run(tiny_config(), tmp_path / "file")
+
+
+def poison(monkeypatch, first: int, last: int) -> None:
+    """Give NaN losses in the given calls of the loss, one call a step."""
+    real, calls = learner_module.Learner._values, iter(range(1000))
+
+    def values(self, *arguments):
+        found = real(self, *arguments)
+        return {k: v * float("nan") for k, v in found.items()} if first <= next(calls) <= last else found
+
+    monkeypatch.setattr(learner_module.Learner, "_values", values)
+
+
+def test_a_few_nan_steps_are_skipped(tmp_path, monkeypatch):
+    run(tiny_config(steps=2), tmp_path / "good")
+    poison(monkeypatch, 2, 3)
+    result = run(tiny_config(steps=4, max_nan_steps=3), tmp_path / "nan")
+    assert same(tmp_path / "good/unet.safetensors", tmp_path / "nan/unet.safetensors")
+    assert result.metrics["skipped"] == 1
+    assert "loss" not in result.metrics
+    assert lines(tmp_path / "nan")[0]["skipped"] == 0
+
+
+def test_nan_again_and_again_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
+    run(tiny_config(steps=4), tmp_path / "good")
+    poison(monkeypatch, 4, 1000)
+    with pytest.raises(
+        TrainingDivergedError, match=r"3 steps in a row, up to step 7[\s\S]*of step 4, is kept in"
+    ) as error:
+        run(tiny_config(steps=12, max_nan_steps=3), tmp_path / "nan")
+    assert str(tmp_path / "nan" / STATE) in str(error.value)
+    assert same(tmp_path / "good" / STATE, tmp_path / "nan" / STATE)
+
+
+def test_nan_that_ends_in_time_does_not_stop_the_run(tmp_path, monkeypatch):
+    poison(monkeypatch, 1, 2)
+    run(tiny_config(steps=6, max_nan_steps=3), tmp_path)
+    monkeypatch.undo()
+    poison(monkeypatch, 1, 3)
+    with pytest.raises(TrainingDivergedError, match="No state had been saved"):
+        run(tiny_config(steps=6, max_nan_steps=3, checkpoint_every=6), tmp_path, overwrite=True)
+
+
+def test_a_gradient_that_is_not_finite_skips_the_step_too(tmp_path, monkeypatch):
+    real = learner_module.Learner._values
+
+    def values(self, *arguments):
+        found = real(self, *arguments)
+        # sqrt has an infinite slope at 0: the loss is finite, its gradient is not.
+        return found | {"loss": found["loss"] + (found["loss"] - found["loss"]).sqrt()}
+
+    monkeypatch.setattr(learner_module.Learner, "_values", values)
+    with pytest.raises(TrainingDivergedError):
+        run(tiny_config(max_nan_steps=2), tmp_path)
