@@ -1,4 +1,4 @@
-"""``python -m admtrt``, for launchers such as ``accelerate launch -m admtrt``."""
+"""``python -m admtrt``, for launchers such as ``torchrun -m admtrt``."""
 
 from admtrt.cli import main
 

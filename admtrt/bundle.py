@@ -7,6 +7,7 @@ every path (external data of the graphs included) have been checked.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -149,7 +150,10 @@ def _read_manifest(path: Path) -> Manifest:
         raise BundleError(f"{path} {what}", hint="Make one with: admtrt export UNET --out BUNDLE") from None
     except OSError as error:
         raise BundleError(f"cannot read {file}: {error.strerror}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (
+        ValueError,
+        RecursionError,
+    ) as error:  # of ValueErrors: bad JSON, bad UTF-8, absurdly long numbers
         raise BundleError(f"{file} is not valid JSON: {error}") from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
@@ -169,11 +173,11 @@ def _inside(path: Path, name: str) -> Path:
     Raises:
         BundleError: if it leaves the bundle, be it by "..", an absolute path or a link.
     """
-    relative = PurePosixPath(name)
+    root, relative = Path(os.path.realpath(path)), PurePosixPath(name)
     plain = bool(name) and not relative.is_absolute() and ".." not in relative.parts and "\\" not in name
-    if plain and "\0" not in name:
-        resolved = (path / relative).resolve()
-        if resolved.is_relative_to(path.resolve()) and resolved != path.resolve():
+    if plain and name.isprintable():
+        resolved = Path(os.path.realpath(path / relative))
+        if resolved.is_relative_to(root) and resolved != root:
             return resolved
     raise BundleError(f"{path}: the manifest names {name!r}, which lies outside the bundle")
 
@@ -181,12 +185,17 @@ def _inside(path: Path, name: str) -> Path:
 def _check_file(path: Path, name: str, entry: FileEntry) -> None:
     file = _inside(path, name)
     again = "Copy the bundle again, or export the checkpoint again."
-    if not file.is_file():
-        raise BundleError(f"{path}: the file '{name}' is missing", hint=again)
-    size = file.stat().st_size
-    if size != entry.size:
-        raise BundleError(f"{path}: '{name}' has {size} bytes, the manifest says {entry.size}", hint=again)
-    digest = sha256_of(file)
+    try:
+        if not file.is_file():
+            raise BundleError(f"{path}: the file '{name}' is missing", hint=again)
+        size = file.stat().st_size
+        if size != entry.size:
+            raise BundleError(
+                f"{path}: '{name}' has {size} bytes, the manifest says {entry.size}", hint=again
+            )
+        digest = sha256_of(file)
+    except OSError as error:
+        raise BundleError(f"{path}: cannot read '{name}': {error.strerror}", hint=again) from None
     if digest != entry.sha256:
         raise BundleError(
             f"{path}: '{name}' has SHA-256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...",
@@ -221,6 +230,8 @@ def write_bundle(
         overwrite: replace a bundle that stands there.
 
     Raises:
+        BundleError: if what stands there is no bundle.
+        ConfigError: if the fields do not fit together.
         OutputError: if the place is taken or cannot be written.
     """
     if overwrite and path.exists() and not (path / MANIFEST).is_file():
@@ -236,7 +247,7 @@ def write_bundle(
             for file in sorted(temporary.rglob("*"))
             if file.is_file()
         }
-        manifest = Manifest(graphs=dict(graphs), files=files, **fields)
+        manifest = Manifest.from_dict({"graphs": dict(graphs), "files": files, **fields}, source="the bundle")
         text = json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False)
         (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
     return Bundle(path, manifest)

@@ -24,6 +24,12 @@ from admtrt.errors import AdmtrtError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+_INTERRUPTED = 130
+_PLACE_FAULTS = frozenset(
+    {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR}
+)
+"""Faults of a place that the user named."""
+
 app = typer.Typer(
     name="admtrt",
     help="Train, export, verify and sample ADM diffusion models with classifier guidance.",
@@ -57,15 +63,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="admtrt")
     except SystemExit as stop:
+        if stop.code == _INTERRUPTED:  # typer turns the interruption itself into this
+            _show(
+                "interrupted", "What was finished is kept; the same command goes on from there where it can."
+            )
         return stop.code if isinstance(stop.code, int) else 1
     except AdmtrtError as error:
         _show(error.message, error.hint)
         return error.exit_code
-    except KeyboardInterrupt:
-        _show("interrupted", "What was finished is kept; the same command goes on from there where it can.")
-        return 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        if error.errno not in _PLACE_FAULTS:
             raise
         _show(
             f"cannot write {error.filename or 'the output'}: {error.strerror}",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -17,7 +16,9 @@ if TYPE_CHECKING:
 GROUPS = 32
 """Groups of every group normalisation in ADM; channel counts are multiples of it."""
 
-Positive = Annotated[int, Field(ge=1)]
+_TOML_NONE = "none"
+
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -64,7 +65,9 @@ def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
 def _suggestion(loc: tuple[int | str, ...], cls: type[BaseModel]) -> str:
     fields: Mapping[str, Any] = cls.model_fields
     for part in loc[:-1]:
-        model = next(iter(_models_in(getattr(fields.get(str(part)), "annotation", None))), None)
+        if part not in fields:  # a position in a list, or a name in a table, of what came before
+            continue
+        model = next(_models_in(fields[str(part)].annotation), None)
         if model is None:
             return ""
         fields = model.model_fields
@@ -84,14 +87,15 @@ class BackboneConfig(Config):
     """What the UNet and the classifier share: the encoder's shape.
 
     ``attention_resolutions`` are sizes in pixels (32 = attention where feature maps are 32x32), as in the
-    paper. ``num_head_channels`` takes precedence over ``num_heads``.
+    paper. ``num_head_channels`` takes precedence over ``num_heads``; in TOML, which has no null, ``"none"``
+    stands for None.
     """
 
     image_size: Positive
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
     model_channels: Positive = 128
     num_res_blocks: Positive = 2
-    channel_mult: tuple[Annotated[float, Field(gt=0)], ...] = (1, 2, 3, 4)
+    channel_mult: tuple[Annotated[float, Field(gt=0, le=1024)], ...] = (1, 2, 3, 4)
     attention_resolutions: tuple[Positive, ...] = (32, 16, 8)
     num_heads: Positive = 4
     num_head_channels: Positive | None = None
@@ -114,6 +118,11 @@ class BackboneConfig(Config):
 
     def _head_counts(self) -> tuple[int, ...]:
         return (self.num_heads,)
+
+    @field_validator("num_head_channels", mode="before")
+    @classmethod
+    def _none_from_text(cls, value: Any) -> Any:
+        return None if value == _TOML_NONE else value
 
     @model_validator(mode="after")
     def _check_shape(self) -> Self:
@@ -230,12 +239,13 @@ class DiffusionConfig(Config):
 class SamplerConfig(Config):
     """How samples are drawn: Algorithm 1 (``ddpm``) or Algorithm 2 (``ddim``) of Dhariwal & Nichol.
 
-    ``steps`` is a respacing (see :func:`admtrt.schedule.retained_timesteps`); ``scale`` multiplies the
-    classifier's gradient, 0 = unguided; ``eta`` in [0, 1] sets DDIM's noise; ``clip`` bounds x_0 to [-1, 1].
+    ``steps`` is a respacing (see :func:`admtrt.schedule.retained_timesteps`), of which a number may be given
+    as one; ``scale`` multiplies the classifier's gradient, 0 = unguided; ``eta`` in [0, 1] sets DDIM's noise;
+    ``clip`` bounds x_0 to [-1, 1].
     """
 
     method: Literal["ddpm", "ddim"] = "ddpm"
-    steps: str = "250"
+    steps: Annotated[str, Field(coerce_numbers_to_str=True)] = "250"
     scale: float = 1.0
     eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     clip: bool = True
@@ -295,7 +305,7 @@ class TrainingConfig(Config):
     lr_schedule: Literal["constant", "linear"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    ema_rates: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = (0.9999,)
+    ema_rates: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.9999,)
     grad_clip: Annotated[float, Field(gt=0)] | None = None
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
@@ -309,6 +319,13 @@ class TrainingConfig(Config):
     tensorboard: bool = False
 
 
+class ClassifierTrainingConfig(TrainingConfig):
+    """The same for a classifier, with the defaults that suit one."""
+
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 0.05
+
+
 class RunConfig(Config):
     """One file for a UNet, its classifier and its upsampler: data, process, networks, training, sampling."""
 
@@ -318,7 +335,7 @@ class RunConfig(Config):
     classifier: ClassifierConfig | None = None
     upsampler: UNetConfig | None = None
     train_unet: TrainingConfig = TrainingConfig()
-    train_classifier: TrainingConfig = TrainingConfig(weight_decay=0.05, lr=3e-4)
+    train_classifier: ClassifierTrainingConfig = ClassifierTrainingConfig()
     train_upsampler: TrainingConfig = TrainingConfig()
     sampler: SamplerConfig = SamplerConfig()
 
@@ -363,7 +380,7 @@ def load_config(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
     for override in overrides:
         _apply_override(data, override)
@@ -379,7 +396,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text.strip()
     for part in parts[:-1]:
         data = data.setdefault(part, {})
@@ -391,9 +408,21 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 def save_config(config: Config, path: Path) -> None:
     """Write a configuration as TOML that :func:`load_config` reads back; unset optional keys are left out."""
     try:
-        path.write_text(_to_toml(config.model_dump(mode="json", exclude_none=True)), encoding="utf-8")
+        path.write_text(_to_toml(_set_values(config)), encoding="utf-8")
     except OSError as error:
         raise OutputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _set_values(config: Config) -> dict[str, Any]:
+    """Plain data without the keys that are None by default."""
+    data = config.to_dict()
+    for name, field in type(config).model_fields.items():
+        value = getattr(config, name)
+        if isinstance(value, Config):
+            data[name] = _set_values(value)
+        elif value is None and field.default is None:
+            del data[name]
+    return data
 
 
 def _to_toml(data: Mapping[str, Any], section: str = "") -> str:
@@ -410,6 +439,8 @@ def _toml_value(value: Any) -> str:
 
     if isinstance(value, list):
         return f"[{', '.join(_toml_value(item) for item in value)}]"
-    if isinstance(value, float) and math.isfinite(value):
+    if isinstance(value, float):
         return repr(value)
-    return json.dumps(value)
+    # JSON's strings are TOML's, but for escaped halves of characters and for DEL, which TOML does not allow.
+    text = json.dumps(_TOML_NONE if value is None else value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")

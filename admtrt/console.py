@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from rich.console import Console, RenderableType
+    from rich.text import Text
 
 
 class Output:
@@ -31,22 +32,23 @@ class Output:
         else:
             console = _console(stderr=False)
             for item in shown:
-                console.print(item)
+                console.print(item, soft_wrap=isinstance(item, str))  # a path that is cut cannot be copied
 
     def note(self, text: str) -> None:
         """One line for people on stderr, whatever the mode."""
-        _console(stderr=True).print(text, markup=False, highlight=False)
+        _console(stderr=True).print(text, highlight=False, soft_wrap=True)
 
 
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
-    # A pipe has no width: 100 columns keep tables readable in logs.
-    return Console(stderr=stderr, width=None if (sys.stderr if stderr else sys.stdout).isatty() else 100)
+    # A pipe has no width: 100 columns keep tables readable in logs. Names may hold brackets: no markup.
+    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 100
+    return Console(stderr=stderr, width=width, markup=False, emoji=False)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> RenderableType:
-    """A table for :meth:`Output.result`."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> RenderableType:
+    """A table for :meth:`Output.result`; a cell may be a ``rich`` text with a style."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 

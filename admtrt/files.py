@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import shutil
@@ -41,6 +42,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary sibling directory that becomes ``path`` when the block ends without an error.
 
+    What it replaces disappears in the same instant, on Linux: whoever is killed leaves the one or the other.
+
     Raises:
         OutputError: if ``path`` exists and ``overwrite`` is false, or the place cannot be written.
     """
@@ -48,21 +51,40 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise OutputError(
             f"{path} already exists", hint="Choose another place, or pass --overwrite to replace it."
         )
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    retired = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
+    target = Path(os.path.realpath(path))  # "." has no name to put another beside
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         temporary.mkdir(parents=True)
         yield temporary
-        if path.exists():
-            path.rename(retired)
-        temporary.rename(path)
+        if overwrite and target.exists():
+            _swap_directories(temporary, target)
+        else:
+            temporary.rename(target)
     except OSError as error:
-        if retired.exists() and not path.exists():
-            retired.rename(path)
         raise _output_error(path, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+
+
+def _swap_directories(new: Path, old: Path) -> None:
+    if _exchange(new, old):
+        return
+    retired = new.with_suffix(".old")
+    try:
+        old.rename(retired)
+        new.rename(old)
+    except BaseException:
+        if retired.exists() and not old.exists():
+            retired.rename(old)
+        raise
+    retired.rename(new)
+
+
+def _exchange(left: Path, right: Path) -> bool:
+    """Swap two entries in one step with Linux's renameat2; False where it or the file system cannot."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(left), here, os.fsencode(right), exchange) == 0
 
 
 def _output_error(path: Path, error: OSError) -> OutputError:

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 # Field numbers of onnx.proto that lead from a model to a tensor's external_data.
 _CHILDREN: dict[str, dict[int, str]] = {
-    "model": {7: "graph", 25: "function"},
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
-    "function": {7: "node"},
+    "function": {7: "node", 11: "attribute"},
     "node": {5: "attribute"},
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
@@ -40,21 +41,24 @@ def external_locations(path: Path) -> frozenset[str]:
             raise BundleError(f"{path} is empty; expected an ONNX graph")
         with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
             try:
-                return frozenset(_locations(data, "model", 0, len(data)))
-            except (ValueError, IndexError) as error:
+                return frozenset(_locations(data))
+            except ValueError as error:
                 raise BundleError(f"{path} is not an ONNX graph: {error}") from None
 
 
-def _locations(data: mmap.mmap, kind: str, start: int, end: int) -> Iterator[str]:
-    children = _CHILDREN[kind]
-    for number, begin, stop in _fields(data, start, end):
-        child = children.get(number)
-        if child == "entry":
-            pair = {n: bytes(data[b:s]) for n, b, s in _fields(data, begin, stop)}
+def _locations(data: mmap.mmap) -> Iterator[str]:
+    messages = [("model", 0, len(data))]  # a stack, since a hostile file may nest deeper than Python recurses
+    while messages:
+        kind, start, end = messages.pop()
+        if kind == "entry":
+            pair = {number: data[begin:stop] for number, begin, stop in _fields(data, start, end)}
             if pair.get(_KEY) == b"location":
                 yield pair.get(_VALUE, b"").decode("utf-8")
-        elif child is not None:
-            yield from _locations(data, child, begin, stop)
+            continue
+        children = _CHILDREN[kind]
+        messages += [
+            (children[n], begin, stop) for n, begin, stop in _fields(data, start, end) if n in children
+        ]
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int]]:
@@ -63,6 +67,8 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
     while position < end:
         tag, position = _varint(data, position, end)
         number, wire_type = tag >> 3, tag & 7
+        if not 0 < number < 2**29:  # readers that keep 32 bits would take it for another field
+            raise ValueError(f"unknown field number {number}")
         if wire_type == _BYTES:
             length, position = _varint(data, position, end)
             if length > end - position:

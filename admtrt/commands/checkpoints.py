@@ -13,6 +13,7 @@ from admtrt.config import (
     load_config,
     method_for_steps,
 )
+from admtrt.schedule import retained_timesteps
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -80,16 +81,22 @@ def _generator_kind(path: Path, given: CheckpointConfig | None) -> Kind:
 
 
 def recommended_sampler(
-    base: SamplerConfig, *, method: str | None, steps: str | None, scale: float | None
+    checkpoint: CheckpointConfig, *, method: str | None, steps: str | None, scale: float | None
 ) -> SamplerConfig:
-    """A checkpoint's sampler with some choices replaced.
+    """The sampler that a generator's checkpoint recommends, with some choices replaced.
 
     Raises:
         ConfigError: if the result is impossible.
+        RequestError: if the checkpoint's process cannot be respaced so.
     """
+    chosen = checkpoint.sampler.to_dict()
     if method is None and steps is not None:
         method = method_for_steps(steps)
-    given = {"method": method, "steps": steps, "scale": scale}
-    return SamplerConfig.from_dict(
-        base.to_dict() | {name: value for name, value in given.items() if value is not None}, source="sampler"
+    if method is not None and method != chosen["method"]:
+        chosen |= {"method": method, "eta": 0.0}
+    given = {"steps": steps, "scale": scale}
+    sampler = SamplerConfig.from_dict(
+        chosen | {name: value for name, value in given.items() if value is not None}, source="sampler"
     )
+    retained_timesteps(checkpoint.diffusion.steps, sampler.steps)  # refuses an impossible respacing now
+    return sampler

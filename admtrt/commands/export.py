@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from admtrt.commands.requirements import require
 from admtrt.console import Output, table
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ def export(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Export a UNet and the input gradient of its classifier as ONNX graphs, packed as a bundle."""
+    require("torch", "onnx", "onnxscript", "safetensors", extra="export", purpose="Exporting")
     from admtrt.commands.checkpoints import load_pair, recommended_sampler
     from admtrt.export.pack import bundle_from_checkpoints
 
@@ -50,7 +52,7 @@ def export(
         generator,
         guide,
         out,
-        sampler=recommended_sampler(generator.config.sampler, method=method, steps=steps, scale=scale),
+        sampler=recommended_sampler(generator.config, method=method, steps=steps, scale=scale),
         overwrite=overwrite,
         report=lambda name: output.note(f"exporting {name}"),
     )

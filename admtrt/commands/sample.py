@@ -58,12 +58,17 @@ def sample(
         raise RequestError(f"method {method!r} is unknown; expected ddpm or ddim")
     sampler = pipeline.sampler(steps=steps, method=method, scale=scale, eta=eta, clip=clip)  # type: ignore[arg-type]
     small = None if low_res is None else _low_res_images(low_res)
-    labels = requested_labels(classes, num if small is None else len(small), manifest)
-    checked = pipeline.check_labels(labels, sampler)
-    count = next((len(given) for given in (small, checked) if given is not None), 1 if num is None else num)
+    if small is not None:
+        if num not in (None, len(small)):
+            raise RequestError(
+                f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out."
+            )
+        num = len(small)
+    labels = pipeline.check_labels(requested_labels(classes, num, manifest), sampler)
+    count = len(labels) if labels is not None else 1 if num is None else num
     request = BulkRequest(
         count=count,
-        labels=checked,
+        labels=labels,
         first_seed=seed,
         sampler=sampler,
         batch_size=batch_size,
@@ -103,33 +108,37 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
     ``classes``, every class takes turns where the bundle has classes.
 
     Raises:
-        RequestError: for an unknown class, a count below 1 or counts that contradict ``num``.
+        RequestError: for an unknown class, a count out of range or counts that contradict ``num``.
     """
-    if num is not None and num < 1:
-        raise RequestError(f"{num} samples were asked for; expected at least 1")
+    from admtrt.runtime.bulk import MAX_SAMPLES
+
+    if num is not None and not 1 <= num <= MAX_SAMPLES:
+        raise RequestError(f"{num} samples were asked for; expected 1 to {MAX_SAMPLES}")
     if classes is None:
         if manifest.num_classes is None:
             return None
         return [index % manifest.num_classes for index in range(num or manifest.num_classes)]
     parts = [part.strip() for part in classes.split(",")]
     if any(":" in part for part in parts):
-        labels = [label for part in parts for label in _counted(part, manifest)]
-        if num is not None and num != len(labels):
-            raise RequestError(
-                f"--classes gives {len(labels)} samples, --num says {num}", hint="Leave --num out."
-            )
-        return labels
+        counted = [_counted(part, manifest) for part in parts]
+        total = sum(count for _, count in counted)
+        if total > MAX_SAMPLES:
+            raise RequestError(f"--classes gives {total} samples; expected at most {MAX_SAMPLES}")
+        if num is not None and num != total:
+            raise RequestError(f"--classes gives {total} samples; {num} were asked for")
+        return [label for label, count in counted for _ in range(count)]
     turns = [_class_index(part, manifest) for part in parts]
     return [turns[index % len(turns)] for index in range(num or len(turns))]
 
 
-def _counted(part: str, manifest: Manifest) -> list[int]:
+def _counted(part: str, manifest: Manifest) -> tuple[int, int]:
+    """Class and count of ``class:count``."""
     name, _, count = part.rpartition(":")
     if not (count.isascii() and count.isdigit()) or not int(count[:9]) >= 1 or len(count) > 9:
         raise RequestError(
             f"{part!r}: {count!r} is no count of at least 1", hint="Write e.g. --classes 0:10,3:5."
         )
-    return [_class_index(name, manifest)] * int(count)
+    return _class_index(name, manifest), int(count)
 
 
 def _class_index(text: str, manifest: Manifest) -> int:
@@ -144,14 +153,12 @@ def _class_index(text: str, manifest: Manifest) -> int:
 
 
 def _low_res_images(path: Path) -> NDArray[np.uint8]:
-    import zipfile
-
     import numpy as np
 
     try:
         with np.load(path, allow_pickle=False) as archive:
             images: NDArray[np.uint8] = archive["arr_0"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile, AttributeError, TypeError) as error:
+    except Exception as error:  # arbitrary bytes make the reader fail in any way
         raise RequestError(f"cannot read {path} as .npz with arr_0: {error}") from None
     if images.dtype != np.uint8 or images.ndim != 4:
         raise RequestError(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from admtrt.commands.requirements import require
 from admtrt.config import RunConfig, load_config
 from admtrt.console import Output, table
 
@@ -71,6 +72,7 @@ def _command(kind: Kind) -> Callable[..., None]:
     ) -> None:
         settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision, "seed": seed}
         run_config = load_config(RunConfig, config, _overrides(kind, set_, data, settings))
+        require("torch", "accelerate", "safetensors", extra="train", purpose="Training")
         from accelerate import PartialState
 
         from admtrt.training.loop import train

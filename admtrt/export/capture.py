@@ -44,7 +44,7 @@ def graph_from_module(
     """Export ``module(*inputs.values())``, the first axis of every input being the dynamic batch ``N``.
 
     Args:
-        module: any module in evaluation mode.
+        module: any module, all of it in evaluation mode.
         inputs: example tensors by graph name, in the order of ``forward``; batch of at least 2.
         outputs: graph names of the outputs, in order.
         opset: of the default ONNX domain.
@@ -52,11 +52,13 @@ def graph_from_module(
     Raises:
         ExportError: if PyTorch cannot capture the module, or its batch size is not free.
     """
-    if module.training:
-        raise ExportError("the module is in training mode", hint="Call module.eval() first.")
-    if any(tensor.shape[0] < 2 for tensor in inputs.values()):
+    if any(part.training for part in module.modules()):
+        raise ExportError("the module or a part of it is in training mode", hint="Call module.eval() first.")
+    sizes = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in inputs.items()}
+    if len(set(sizes.values())) != 1 or min(sizes.values()) < 2:
         raise ExportError(
-            "example inputs have a batch of 1, which PyTorch would freeze", hint="Give a batch of 2."
+            f"the example inputs have batch sizes {sizes}; expected one size of 2 or more, as 1 is frozen",
+            hint="Give every input the same first axis, of size 2 for instance.",
         )
     batch = torch.export.Dim(BATCH)
     try:
@@ -75,11 +77,23 @@ def graph_from_module(
     except Exception as error:  # torch raises many unrelated types here
         cause = error.__cause__ or error  # its own message is a page of advice around the cause
         first_line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        raise ExportError(f"PyTorch cannot export {type(module).__name__}: {first_line}") from error
+        raise ExportError(f"PyTorch cannot export the module: {first_line}") from error
+    assert program is not None  # it is where the dynamo exporter returns
     model: ir.Model = program.model
+    _check_batch_free(model.graph)
     _name_batch_axis(model)
     simplify(model)
     return model
+
+
+def _check_batch_free(graph: ir.Graph) -> None:
+    """PyTorch's fallbacks ignore the dynamic axis without a word; a graph of one batch size is of no use."""
+    for value in graph.inputs:
+        if value.shape is None or isinstance(value.shape[0], int):
+            raise ExportError(
+                f"PyTorch fixed the input '{value.name}' to the shape {value.shape} of the example",
+                hint="Write the module for any batch: x.shape[0] in place of len(x), no reshape to the example's size.",
+            )
 
 
 def _name_batch_axis(model: ir.Model) -> None:

@@ -79,12 +79,12 @@ def _check_frozen_batch(name: str, model: onnx.ModelProto, example_batch: int) -
         for value in (*inferred.graph.value_info, *inferred.graph.output)
     }
     for node in model.graph.node:
-        if dynamic.isdisjoint(node.input):
+        if dynamic.isdisjoint(node.input) or node.op_type == "Shape":  # sizes of values are no values
             continue
         dynamic.update(node.output)
         for output in node.output:
             shape = shapes.get(output)
-            if shape and shape[0] == example_batch and node.op_type not in ("Shape",):
+            if shape and shape[0] == example_batch:
                 raise ExportError(f"{name}: '{output}' is fixed to the traced batch of {example_batch}")
 
 

@@ -27,6 +27,7 @@ ConvBackward = Literal["flipped", "transposed"]
 the weights) or a ConvTranspose that shares them (engines)."""
 
 
+_GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 _RESULT_TYPES = {"Shape": ir.DataType.INT64, "Less": ir.DataType.BOOL, "Greater": ir.DataType.BOOL}
 
 
@@ -50,11 +51,17 @@ class Tape:
         self.graph.append(node)
         like = inputs[1] if op_type == "Where" else inputs[0]
         assert like is not None
+        dtype = _RESULT_TYPES.get(op_type, like.dtype)
+        assert dtype is not None
         for output in node.outputs:
-            output.dtype = (
-                ir.DataType(attributes["to"]) if op_type == "Cast" else _RESULT_TYPES.get(op_type, like.dtype)
-            )  # type: ignore[arg-type]
+            output.dtype = dtype
         return node.outputs[0]
+
+    def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
+        """Convert to another type."""
+        converted = self.op("Cast", value, to=int(dtype))
+        converted.dtype = dtype
+        return converted
 
     def ints(self, *values: int) -> ir.Value:
         """A constant int64 vector."""
@@ -96,17 +103,19 @@ class Tape:
         rank = len(_shape(value))
         perm = [*range(rank - 2), rank - 1, rank - 2]
         producer = value.producer()
-        if (
-            producer is not None
-            and producer.op_type == "Transpose"
-            and list(producer.attributes["perm"].as_ints()) == perm
-        ):
+        if producer is not None and producer.op_type == "Transpose" and _permutation(producer, rank) == perm:
             source = producer.inputs[0]
             assert source is not None
             return source
         transposed = self.op("Transpose", value, perm=perm)
         transposed.shape = ir.Shape([_shape(value)[axis] for axis in perm])
         return transposed
+
+
+def _permutation(transpose: ir.Node, rank: int) -> list[int]:
+    """What a Transpose does; without the attribute it reverses the axes."""
+    perm = transpose.attributes.get("perm")
+    return list(reversed(range(rank))) if perm is None else list(perm.as_ints())
 
 
 def _shape(value: ir.Value) -> ir.Shape:
@@ -128,27 +137,30 @@ def add_input_gradient(
         conv_backward: see :data:`ConvBackward`.
 
     Raises:
-        ExportError: if the output does not depend on the input, or an operator on the way has no rule.
+        ExportError: if the output does not depend on the input, an operator on the way has no rule, or the
+            name is taken.
     """
     graph = model.graph
     source = _named(graph.inputs, wrt, "input")
     target = _named(graph.outputs, of, "output")
+    if any(value.name == name for value in (*graph.inputs, *graph.outputs)):
+        raise ExportError(f"the graph already has an input or output '{name}'", hint="Rename it.")
     tape = Tape(graph, conv_backward=conv_backward)
     tape.active = _depends_on(graph, source)
     if target not in tape.active:
         raise ExportError(f"output '{of}' does not depend on input '{wrt}'")
     gradients: dict[ir.Value, ir.Value] = {target: _ones_like(tape, target)}
     for node in reversed(list(graph)):
-        incoming = [gradients.pop(output, None) if output is not source else None for output in node.outputs]
-        if not any(gradient is not None for gradient in incoming):
+        incoming = [gradients.pop(output, None) for output in node.outputs]
+        if all(gradient is None for gradient in incoming):
             continue
         for value, gradient in zip(node.inputs, _differentiate(tape, node, incoming), strict=True):
             if value is None or gradient is None or value not in tape.active:
                 continue
             known = gradients.get(value)
             gradients[value] = gradient if known is None else tape.op("Add", known, gradient)
-    result = tape.op("Identity", gradients[source])
-    result.name, result.shape, result.dtype = name, source.shape, source.dtype
+    result = gradients[source]
+    result.name, result.shape = name, source.shape
     graph.outputs.insert(0, result)
     simplify(model)
 
@@ -177,6 +189,10 @@ def _depends_on(graph: ir.Graph, source: ir.Value) -> set[ir.Value]:
     """Floating-point values through which a change of ``source`` travels."""
     active = {source}
     for node in graph:
+        if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
+            raise ExportError(
+                f"no gradient rule for the operator '{node.op_type}' (node '{node.name}'): it is control flow"
+            )
         if any(value in active for value in node.inputs):
             active.update(
                 output for output in node.outputs if output.dtype is None or output.dtype.is_floating_point()

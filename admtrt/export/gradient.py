@@ -7,16 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
-import torch
 from torch import Tensor, nn
 
+from admtrt.contract import BATCH
 from admtrt.errors import ExportError
 from admtrt.export.capture import OPSET, graph_from_module
 from admtrt.export.differentiate import ConvBackward, add_input_gradient
 from admtrt.export.write import write_graph
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     ScalarFunction = Callable[..., Tensor]
 
@@ -36,6 +36,7 @@ class _Scalar(nn.Module):
         super().__init__()
         self.module = module
         self.scalar = scalar
+        self.training = module.training  # it has no mode of its own
 
     def forward(self, *inputs: Tensor) -> Tensor:
         out: Tensor = self.module(*inputs)
@@ -57,7 +58,7 @@ def export_input_gradient(
     The graph has the module's inputs, and the outputs ``grad`` (shaped as ``wrt``) and ``value`` [N].
 
     Args:
-        module: called as ``module(*inputs.values())``; a copy of nothing is made, evaluation mode is kept.
+        module: called as ``module(*inputs.values())``; all of it in evaluation mode.
         inputs: example tensors by name, all with the batch as their first axis, of size 2 or more. Their
             values do not matter.
         path: file to write; weights beyond the limit of ONNX go to ``<path>.data``.
@@ -73,16 +74,16 @@ def export_input_gradient(
     """
     if wrt not in inputs:
         raise ExportError(f"there is no input '{wrt}'; the inputs are {list(inputs)}")
-    wrapper = _Scalar(module, scalar).eval()
-    with torch.no_grad():
-        value = wrapper(*inputs.values())
-    batch = next(iter(inputs.values())).shape[0]
-    if value.shape != (batch,):
+    if not inputs[wrt].is_floating_point():
+        raise ExportError(f"input '{wrt}' is {inputs[wrt].dtype}; only floating-point inputs have a gradient")
+    wrapper = _Scalar(module, scalar)
+    model = graph_from_module(wrapper, inputs, ["value"], opset=opset)
+    shape = model.graph.outputs[0].shape
+    if shape is None or len(shape) != 1 or shape[0] != BATCH:
         raise ExportError(
-            f"the scalar has shape {list(value.shape)}, expected [{batch}]: one number for each sample",
+            f"the scalar has shape {shape}, expected [{BATCH}]: one number for each sample",
             hint="Pass scalar=..., for instance scalar=lambda out, x: out.sum(dim=1).",
         )
-    model = graph_from_module(wrapper, inputs, ["value"], opset=opset)
     add_input_gradient(model, wrt=wrt, of="value", name="grad", conv_backward=conv_backward)
     target = Path(path)
     write_graph(model, target)
@@ -94,5 +95,5 @@ def export_input_gradient(
     )
 
 
-def _names(values: list[ir.Value]) -> tuple[str, ...]:
+def _names(values: Sequence[ir.Value]) -> tuple[str, ...]:
     return tuple(value.name or "" for value in values)

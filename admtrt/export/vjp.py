@@ -8,7 +8,7 @@ use the forward node's inputs and outputs; what it does not use is dropped from 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 class Rule(Protocol):
     """See the module."""
 
-    def __call__(self, tape: Tape, node: ir.Node, incoming: Gradients, /) -> Gradients: ...
+    def __call__(self, tape: Tape, node: ir.Node, incoming: Gradients, /) -> Gradients:
+        """Gradients of the node's inputs."""
+        ...
 
 
 RULES: dict[str, Rule] = {}
@@ -72,6 +74,16 @@ def _ints(node: ir.Node, index: int) -> list[int] | None:
     return None if values is None else [int(value) for value in values.ravel()]
 
 
+def _refuse_active(tape: Tape, node: ir.Node, *indices: int) -> None:
+    """Inputs that a rule takes as constant must not depend on x: their gradient would be lost silently."""
+    for index in indices:
+        if index < len(node.inputs) and node.inputs[index] in tape.active:
+            raise ExportError(
+                f"no gradient rule for {node.op_type} '{node.name}' with respect to its input {index}, "
+                f"'{_input(node, index).name}', which must not depend on the differentiated input"
+            )
+
+
 def _attribute(node: ir.Node, name: str, default: int) -> int:
     return node.attributes[name].as_int() if name in node.attributes else default
 
@@ -82,10 +94,8 @@ def _int_list(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
 
 def _axes(node: ir.Node) -> list[int]:
     """Normalised axes of a reduction, from its second input (opset 18) or attribute."""
-    axes = _ints(node, 1) if len(node.inputs) > 1 else None
     rank = len(_dims(_input(node, 0)))
-    if axes is None:
-        axes = _int_list(node, "axes", range(rank))
+    axes = _ints(node, 1) or _int_list(node, "axes", range(rank))
     return [axis % rank for axis in axes]
 
 
@@ -101,15 +111,20 @@ def _only(incoming: Gradients) -> ir.Value:
 
 
 @_rule("Identity")
-def _identity(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:  # noqa: ARG001
+def _identity(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     return [_only(incoming)]
+
+
+@_rule("Neg")
+def _neg(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    return [tape.op("Neg", _only(incoming))]
 
 
 @_rule("Cast")
 def _cast(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     dtype = _input(node, 0).dtype
     assert dtype is not None
-    return [tape.op("Cast", _only(incoming), to=int(dtype))]
+    return [tape.cast(_only(incoming), dtype)]
 
 
 @_rule("Add")
@@ -142,7 +157,7 @@ def _mul(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 
 def _silu(tape: Tape, g: ir.Value, *, silu: ir.Value, sigmoid: ir.Value) -> ir.Value:
-    """d/dx [x s(x)] = s + x s (1 - s) = s + y (1 - s), from the sigmoid and the output y that exist already."""
+    """d/dx [x s(x)] = s + x s (1 - s) = s + y (1 - s), from the sigmoid and the output that exist."""
     rest = tape.op("Sub", tape.scalar(1.0, silu), sigmoid)
     return tape.op("Mul", g, tape.op("Add", sigmoid, tape.op("Mul", silu, rest)))
 
@@ -161,7 +176,7 @@ def _pow(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     if exponent is None or exponent.size != 1:
         raise ExportError(f"Pow '{node.name}' has no constant scalar exponent")
     p = float(exponent.item())
-    power = tape.op("Pow", x, tape.scalar(p - 1, x))
+    power = x if p == 2 else tape.op("Pow", x, tape.scalar(p - 1, x))
     return [tape.op("Mul", _only(incoming), tape.op("Mul", power, tape.scalar(p, x))), None]
 
 
@@ -169,6 +184,7 @@ def _pow(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 def _clip(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """The gradient passes where the value lies within the bounds, ends included, as in PyTorch."""
     x, g = _input(node, 0), _only(incoming)
+    _refuse_active(tape, node, 1, 2)
     for index, outside in ((1, "Less"), (2, "Greater")):
         if index < len(node.inputs) and node.inputs[index] is not None:
             g = tape.op("Where", tape.op(outside, x, node.inputs[index]), tape.scalar(0.0, x), g)
@@ -199,7 +215,6 @@ def _one_minus(tape: Tape, y: ir.Value) -> ir.Value:
     return tape.op("Sub", tape.scalar(1.0, y), y)
 
 
-_unary("Neg", lambda tape, x, y: tape.scalar(-1.0, x))
 _unary("Exp", lambda tape, x, y: y)
 _unary("Log", lambda tape, x, y: tape.op("Reciprocal", x))
 _unary("Sqrt", lambda tape, x, y: tape.op("Div", tape.scalar(0.5, y), y))
@@ -292,6 +307,7 @@ def _conv(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     are to be shared: a ConvTranspose, whose layout of the weights is the one they have.
     """
     g, x = _only(incoming), _input(node, 0)
+    _refuse_active(tape, node, 2)
     weights = _constant(node, 1)
     assert weights is not None
     kernel = list(weights.shape[2:])
@@ -306,7 +322,15 @@ def _conv(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     if set(strides) == {1} and group == 1 and tape.conv_backward == "flipped" and min(flipped_pads) >= 0:
         flipped = tape.array(_flipped(weights))
         return [
-            tape.op("Conv", g, flipped, kernel_shape=kernel, dilations=dilations, pads=flipped_pads, strides=strides),
+            tape.op(
+                "Conv",
+                g,
+                flipped,
+                kernel_shape=kernel,
+                dilations=dilations,
+                pads=flipped_pads,
+                strides=strides,
+            ),
             *others,
         ]
     sizes, out_sizes = _dims(x)[2:], _dims(node.outputs[0])[2:]
@@ -315,7 +339,9 @@ def _conv(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
         size, out_size = sizes[axis], out_sizes[axis]
         if size is None or out_size is None:
             if strides[axis] != 1:
-                raise ExportError(f"Conv '{node.name}' has stride {strides[axis]} over an axis of unknown size")
+                raise ExportError(
+                    f"Conv '{node.name}' has stride {strides[axis]} over an axis of unknown size"
+                )
             output_padding.append(0)
             continue
         covered = (out_size - 1) * strides[axis] + reach[axis] + 1 - pads[axis] - pads[axis + rank]
@@ -334,7 +360,9 @@ def _conv(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     return [transposed, *others]
 
 
-def _flipped(weights: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+def _flipped(
+    weights: np.ndarray[tuple[int, ...], np.dtype[np.generic]],
+) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
     """[O, I, *k] -> [I, O, *k] with every kernel axis reversed."""
     spatial = tuple(range(2, weights.ndim))
     return np.ascontiguousarray(np.flip(weights, spatial).swapaxes(0, 1))
@@ -355,7 +383,7 @@ def _normalisation(
     assert dtype is not None
     narrow = dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
     if narrow:
-        x, g = (tape.op("Cast", value, to=int(ir.DataType.FLOAT)) for value in (x, g))
+        x, g = (tape.cast(value, ir.DataType.FLOAT) for value in (x, g))
     centered = tape.op("Sub", x, tape.op("ReduceMean", x, tape.ints(*axes), keepdims=1))
     variance = tape.op("ReduceMean", tape.op("Mul", centered, centered), tape.ints(*axes), keepdims=1)
     std = tape.op("Sqrt", tape.op("Add", variance, tape.scalar(epsilon, x)))
@@ -364,7 +392,7 @@ def _normalisation(
     mean_gy = tape.op("ReduceMean", tape.op("Mul", g, y), tape.ints(*axes), keepdims=1)
     inner = tape.op("Sub", tape.op("Sub", g, mean_g), tape.op("Mul", y, mean_gy))
     result = tape.op("Div", inner, std)
-    return tape.op("Cast", result, to=int(dtype)) if narrow else result
+    return tape.cast(result, dtype) if narrow else result
 
 
 def _epsilon(node: ir.Node) -> float:
@@ -386,6 +414,7 @@ def _instance_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 @_rule("LayerNormalization")
 def _layer_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     g, x = _only(incoming), _input(node, 0)
+    _refuse_active(tape, node, 1, 2)
     rank = len(_dims(x))
     axis = _attribute(node, "axis", -1) % rank
     g = tape.op("Mul", g, _input(node, 1))
@@ -399,19 +428,24 @@ def _group_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     g, x = _only(incoming), _input(node, 0)
     dims = _dims(x)
     groups = node.attributes["num_groups"].as_int()
+    _refuse_active(tape, node, 2)
     scale = _constant(node, 1)
     assert scale is not None
     if scale.shape[0] != dims[1]:
-        raise ExportError("GroupNormalization before opset 21 has no gradient rule", hint="Export with opset 21.")
+        raise ExportError(
+            "GroupNormalization before opset 21 has no gradient rule", hint="Export with opset 21."
+        )
     g = tape.op("Mul", g, tape.array(scale.reshape(-1, *[1] * (len(dims) - 2))))
     by_group = tape.ints(0, groups, -1)
-    grouped = [tape.op("Reshape", value, by_group) for value in (x, g)]
-    return [tape.reshape_like(_normalisation(tape, *grouped, [2], _epsilon(node)), x), None, None]
+    grouped, grouped_g = (tape.op("Reshape", value, by_group) for value in (x, g))
+    result = _normalisation(tape, grouped, grouped_g, [2], _epsilon(node))
+    return [tape.reshape_like(result, x), None, None]
 
 
 @_rule("BatchNormalization")
 def _batch_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """Inference form: a constant scale for each channel."""
+    _refuse_active(tape, node, 2, 3)
     scale, variance = _constant(node, 1), _constant(node, 4)
     assert scale is not None
     assert variance is not None
@@ -451,7 +485,9 @@ def _expand(tape: Tape, value: ir.Value, like: ir.Value, axes: Sequence[int]) ->
     if any(dims[axis] is None for axis in axes):
         return tape.op("Expand", value, tape.op("Shape", like))
     # Size 1 leaves an axis as it is, so the batch needs no mention.
-    return tape.op("Expand", value, tape.ints(*[size if axis in axes and size else 1 for axis, size in enumerate(dims)]))
+    return tape.op(
+        "Expand", value, tape.ints(*[size if axis in axes and size else 1 for axis, size in enumerate(dims)])
+    )
 
 
 @_rule("ReduceSum", "ReduceMean")
@@ -471,7 +507,9 @@ def _reduce_squares(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients
     x = _input(node, 0)
     g = _spread(tape, node, _only(incoming))
     if node.op_type == "ReduceL2":
-        g = tape.op("Div", g, _spread(tape, node, node.outputs[0]))
+        norm = _spread(tape, node, node.outputs[0])
+        zero = tape.scalar(0.0, x)  # the subgradient at 0 that PyTorch takes
+        g = tape.op("Where", tape.op("Greater", norm, zero), tape.op("Div", g, norm), zero)
     else:
         g = tape.op("Mul", g, tape.scalar(2.0, x))
     return [tape.op("Mul", g, x), *([None] * (len(node.inputs) - 1))]
@@ -502,7 +540,9 @@ def _average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     kernel = _int_list(node, "kernel_shape", ())
     strides = _int_list(node, "strides", [1] * len(kernel))
     sizes = _dims(_input(node, 0))[2:]
-    tiled = strides == kernel and not any(_int_list(node, "pads", [0])) and not _attribute(node, "ceil_mode", 0)
+    tiled = (
+        strides == kernel and not any(_int_list(node, "pads", [0])) and not _attribute(node, "ceil_mode", 0)
+    )
     if not tiled or any(size is None or size % k for size, k in zip(sizes, kernel, strict=True)):
         raise ExportError(f"AveragePool '{node.name}' has windows that overlap, pad or do not tile the image")
     g = _only(incoming)
@@ -510,20 +550,26 @@ def _average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     return [_nearest(tape, share, kernel)]
 
 
+_TILING: dict[str, Any] = {
+    "mode": "nearest",
+    "coordinate_transformation_mode": "asymmetric",
+    "nearest_mode": "floor",
+}
+"""The one form of Resize in which position i is a copy of position floor(i / factor), for every factor."""
+
+
 def _nearest(tape: Tape, value: ir.Value, factors: Sequence[int]) -> ir.Value:
     scales = tape.array(np.array([1, 1, *factors], np.float32))
-    return tape.op(
-        "Resize", value, None, scales, mode="nearest", coordinate_transformation_mode="asymmetric", nearest_mode="floor"
-    )
+    return tape.op("Resize", value, None, scales, **_TILING)
 
 
 @_rule("Resize")
 def _resize(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """Nearest-neighbour enlargement by whole factors: sums over tiles."""
     x, out = _input(node, 0), node.outputs[0]
-    mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "nearest"
+    text = {name: attribute.as_string() for name, attribute in node.attributes.items() if name in _TILING}
     pairs = list(zip(_dims(x)[2:], _dims(out)[2:], strict=True))
-    if mode != "nearest" or any(a is None or b is None or b % a for a, b in pairs):
+    if text != _TILING or any(a is None or b is None or b % a for a, b in pairs):
         raise ExportError(f"Resize '{node.name}' is no nearest-neighbour enlargement by whole factors")
     factors = [b // a for a, b in pairs if a and b]
     pooled = tape.op("AveragePool", _only(incoming), kernel_shape=factors, strides=factors)
@@ -557,7 +603,9 @@ def _concat(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     sizes = [_dims(_input(node, index))[axis] for index in range(len(node.inputs))]
     if any(size is None for size in sizes):
         raise ExportError(f"Concat '{node.name}' joins along an axis of unknown size")
-    split = tape.op("Split", _only(incoming), tape.ints(*[s for s in sizes if s]), outputs=len(sizes), axis=axis)
+    split = tape.op(
+        "Split", _only(incoming), tape.ints(*[s for s in sizes if s]), outputs=len(sizes), axis=axis
+    )
     producer = split.producer()
     assert producer is not None
     return list(producer.outputs)

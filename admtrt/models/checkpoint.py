@@ -202,7 +202,7 @@ def load_network(path: Path, *, kind: Kind, config: CheckpointConfig | None = No
     if config is None:
         raise CheckpointError(
             f"{path} carries no configuration, and none was given",
-            hint=_preset_hint(shapes, kind, better_than=0.0) or "Pass --preset or --config.",
+            hint=_preset_hint(shapes, kind, better_than=0.0) or f"Pass {_option(kind)} or --config.",
         )
     with torch.device("meta"):
         module = build_network(config)
@@ -239,6 +239,11 @@ def _fraction_equal(left: Shapes, right: Shapes) -> float:
     return len(left.items() & right.items()) / max(len(left.keys() | right.keys()), 1)
 
 
+def _option(kind: Kind) -> str:
+    """The command line's name for a preset."""
+    return "--classifier-preset" if kind == "classifier" else "--unet-preset"
+
+
 def _preset_hint(shapes: Shapes, kind: Kind, *, better_than: float) -> str:
     """Advice that names a published model which the tensors fit better than a given fraction, or nothing."""
     nearest = nearest_preset(shapes)
@@ -251,7 +256,7 @@ def _preset_hint(shapes: Shapes, kind: Kind, *, better_than: float) -> str:
         return f"{fraction:.0%} of the keys are those of {presets}: it may be a variant of that model."
     if PRESETS[name].kind != kind:
         return f"These are the keys of {presets}, of kind '{PRESETS[name].kind}'; expected '{kind}'."
-    choice = f"--preset {name}" if len(same) == 1 else "--preset with the one that it is"
+    choice = f"{_option(kind)} {name}" if len(same) == 1 else f"{_option(kind)} with the one that it is"
     return f"These are the keys of {presets}: pass {choice}."
 
 
@@ -332,7 +337,7 @@ def _check_agreement(path: Path, embedded: CheckpointConfig, given: CheckpointCo
     if different:
         raise CheckpointError(
             f"{path} carries its own configuration, which the one given contradicts: {_listing(different)}",
-            hint="Leave out --preset and --config for this file.",
+            hint="Leave out the preset and --config for this file.",
         )
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from admtrt.runtime.sampler import Labels
 
 Format = Literal["npz", "png", "grid"]
+MAX_SAMPLES = 10_000_000
+"""Samples of one run: their labels are held in memory."""
 GRID_LIMIT = 400
 """Samples on a grid; more are not readable."""
 _REQUEST = "request.json"
@@ -47,6 +49,9 @@ class BulkRequest:
         sampler: one for all.
         batch_size, shard_size: samples computed at once, and kept in one file.
         low_res: uint8 [count, h, w, C], conditioning of an upsampler, or None.
+
+    Raises:
+        RequestError: if a size is out of range.
     """
 
     count: int
@@ -56,6 +61,13 @@ class BulkRequest:
     batch_size: int
     shard_size: int
     low_res: NDArray[np.uint8] | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= MAX_SAMPLES:
+            raise RequestError(f"{self.count} samples were asked for; expected 1 to {MAX_SAMPLES}")
+        for name in ("batch_size", "shard_size"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} is {getattr(self, name)}; expected at least 1")
 
 
 def draw(
@@ -77,11 +89,10 @@ def draw(
         advance: called with the sample-steps done and a text, for a progress display.
 
     Raises:
-        OutputError: if the directory holds another run.
+        OutputError: if the directory holds another run or a damaged shard, or cannot be written.
         RequestError: if the request is impossible.
     """
-    if request.shard_size < 1:
-        raise RequestError(f"shard_size is {request.shard_size}; expected at least 1")
+    pipeline.check_low_res(request.low_res)  # before an impossible request takes the directory
     seeds = consecutive_seeds(request.first_seed, request.count)
     _claim(directory, _identity(pipeline, request))
     for start in range(0, request.count, request.shard_size):
@@ -122,7 +133,7 @@ def _claim(directory: Path, identity: dict[str, Any]) -> None:
     """Start a run directory, or make sure that it holds this very run."""
     file = directory / _REQUEST
     if not file.exists():
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.exists() and (not directory.is_dir() or not _is_unclaimed(directory)):
             raise OutputError(
                 f"{directory} exists and holds no sampling run",
                 hint="Choose an empty or new directory for --out.",
@@ -140,6 +151,11 @@ def _claim(directory: Path, identity: dict[str, Any]) -> None:
             f"{directory} holds the shards of another run: {', '.join(differing)} differ",
             hint="Choose another directory for --out, or repeat the request that started it.",
         )
+
+
+def _is_unclaimed(directory: Path) -> bool:
+    """Whether a directory holds nothing, or only what a process killed while claiming it left."""
+    return all(path.match(f".{_REQUEST}.*.tmp") for path in directory.iterdir())
 
 
 def _shard(directory: Path, start: int) -> Path:
@@ -180,8 +196,19 @@ def _images(directory: Path, request: BulkRequest, limit: int | None = None) -> 
     """The images of each shard in order."""
     count = request.count if limit is None else min(limit, request.count)
     for start in range(0, count, request.shard_size):
-        with np.load(_shard(directory, start), allow_pickle=False) as shard:
-            yield shard["images"][: count - start]
+        yield _read_shard(_shard(directory, start))[: count - start]
+
+
+def _read_shard(file: Path) -> NDArray[np.uint8]:
+    try:
+        with np.load(file, allow_pickle=False) as shard:
+            images: NDArray[np.uint8] = shard["images"]
+    except Exception as error:  # damaged bytes make the reader fail in any way
+        raise OutputError(
+            f"cannot read the shard {file}: {error}",
+            hint="Delete it and repeat the command: it alone is drawn again.",
+        ) from error
+    return images
 
 
 def _write(directory: Path, kind: Format, request: BulkRequest, class_names: Sequence[str]) -> Path:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.sampler import Denoiser, Images, Labels
 
 DEFAULT_BATCH = 16
+_MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,8 +94,8 @@ class Pipeline:
         """
         from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 
-        if threads is not None and threads < 1:
-            raise RequestError(f"threads is {threads}; expected at least 1")
+        if threads is not None and not 1 <= threads <= _MAX_THREADS:
+            raise RequestError(f"threads is {threads}; expected 1 to {_MAX_THREADS}")
         bundle = Bundle.open(Path(path))
         return cls(bundle, OnnxRuntimeDenoiser(bundle, threads=threads))
 
@@ -129,7 +130,7 @@ class Pipeline:
         sampler = self.sampler(steps=steps, method=method, scale=scale, eta=eta, clip=clip)
         if batch_size < 1:
             raise RequestError(f"batch_size is {batch_size}; expected at least 1")
-        conditioning = self._check_low_res(low_res)
+        conditioning = self.check_low_res(low_res)
         count = next((len(given) for given in (labels, seeds, conditioning) if given is not None), 1)
         checked_seeds = [check_seed(operator.index(s)) for s in (range(count) if seeds is None else seeds)]
         checked_labels = self.check_labels(labels, sampler)
@@ -212,7 +213,12 @@ class Pipeline:
             raise RequestError(f"class {wrong} is out of range; the classes are 0 to {classes - 1}")
         return np.array(checked, dtype=np.int64)
 
-    def _check_low_res(self, low_res: NDArray[np.uint8] | Images | None) -> Images | None:
+    def check_low_res(self, low_res: NDArray[np.uint8] | Images | None) -> Images | None:
+        """An upsampler's conditioning as float32 [N, C, h, w], or None.
+
+        Raises:
+            RequestError: if it is missing, not wanted or of another shape or type.
+        """
         config = self.bundle.manifest.unet
         if (low_res is None) != (config.low_res_size is None):
             expected = "is an upsampler and needs low_res images" if low_res is None else "is no upsampler"

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
+from accelerate.utils import parse_flag_from_env
 
 from admtrt.errors import ConfigError
 
@@ -56,7 +58,9 @@ def start_engine(kind: Kind, settings: TrainingConfig) -> tuple[Accelerator, Div
     Raises:
         ConfigError: if the device cannot compute in the precision, or the batch cannot be divided.
     """
-    state = PartialState()
+    # Said outright, because accelerate would let the processes of a CPU run each on its own without it.
+    cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    state = PartialState(cpu=cpu)
     if settings.precision == "fp16" and state.device.type == "cpu":
         raise ConfigError(
             f"train_{kind}.precision is 'fp16', which a CPU would silently ignore",
@@ -73,7 +77,7 @@ def start_engine(kind: Kind, settings: TrainingConfig) -> tuple[Accelerator, Div
     AcceleratorState._reset_state()  # noqa: SLF001
     try:
         precision = "no" if settings.precision == "fp32" else settings.precision
-        return Accelerator(mixed_precision=precision), division
+        return Accelerator(mixed_precision=precision, cpu=cpu), division
     except ValueError as error:
         raise ConfigError(
             f"train_{kind}.precision '{settings.precision}' cannot be used here: {error}"

@@ -343,7 +343,7 @@ def test_a_network_of_another_kind(saved: Path) -> None:
 def test_no_configuration_at_all(tmp_path: Path, state: dict[str, Tensor]) -> None:
     with pytest.raises(CheckpointError, match="carries no configuration") as caught:
         load_network(torch_file(tmp_path / "a.pt", state), kind="unet")
-    assert caught.value.hint == "Pass --preset or --config."
+    assert caught.value.hint == "Pass --unet-preset or --config."
 
 
 # --- the configuration inside -----------------------------------------------------------------------------

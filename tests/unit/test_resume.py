@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Container
 from pathlib import Path
 
 import pytest
@@ -35,11 +36,10 @@ def test_a_run_killed_again_and_again_gives_the_same_bits(tmp_path):
         accumulate=2,
     )
     save_config(config, tmp_path / "run.toml")
-    fired = in_python(training_runs.__file__, "fire", tmp_path / "run.toml", tmp_path / "killed", 14)
+    fired = in_python(training_runs.__file__, "fire", tmp_path / "run.toml", tmp_path, 20)
     had_state = json.loads(fired)
-    assert len(had_state) == 14
+    assert len(had_state) == 20
     assert any(had_state), "no kill came after a checkpoint: the test shows nothing"
-    run(config, tmp_path / "whole")
     for name in (STATE, "unet.safetensors", "unet-ema-0.9.safetensors"):
         assert same(tmp_path / "killed" / name, tmp_path / "whole" / name), name
     assert lines(tmp_path / "killed") == lines(tmp_path / "whole")
@@ -87,13 +87,14 @@ def test_an_existing_run_is_neither_continued_nor_replaced_unasked(tmp_path):
 
 
 def test_overwrite_begins_anew_and_leaves_other_files_alone(tmp_path):
-    run(tiny_config(steps=6, ema_rates=[0.5, 0.9]), tmp_path)
+    run(tiny_config(steps=6, ema_rates=[0.5, 0.9], sample_every=3), tmp_path)
     (tmp_path / "unet" / "mine.txt").touch()
     (tmp_path / "classifier.safetensors").touch()
     result = run(tiny_config(seed=1), tmp_path, overwrite=True)
     assert result.step == 4
     assert [line["step"] for line in lines(tmp_path)] == [2, 4]
     assert not (tmp_path / "unet-ema-0.9.safetensors").exists()
+    assert not (tmp_path / "unet/samples").exists()
     assert (tmp_path / "unet" / "mine.txt").exists()
     assert (tmp_path / "classifier.safetensors").exists()
 
@@ -151,20 +152,20 @@ def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path):
         run(tiny_config(), tmp_path / "file")
 
 
-def poison(monkeypatch, first: int, last: int) -> None:
-    """Give NaN losses in the given calls of the loss, one call a step."""
-    real, calls = learner_module.Learner._values, iter(range(1000))
+def poison(monkeypatch, steps: Container[int]) -> None:
+    """Give NaN losses in the given steps, counted from 0."""
+    real = learner_module.Learner._values
 
     def values(self, *arguments):
         found = real(self, *arguments)
-        return {k: v * float("nan") for k, v in found.items()} if first <= next(calls) <= last else found
+        return {k: v * float("nan") for k, v in found.items()} if self.step in steps else found
 
     monkeypatch.setattr(learner_module.Learner, "_values", values)
 
 
 def test_a_few_nan_steps_are_skipped(tmp_path, monkeypatch):
     run(tiny_config(steps=2), tmp_path / "good")
-    poison(monkeypatch, 2, 3)
+    poison(monkeypatch, {2, 3})
     result = run(tiny_config(steps=4, max_nan_steps=3), tmp_path / "nan")
     assert same(tmp_path / "good/unet.safetensors", tmp_path / "nan/unet.safetensors")
     assert result.metrics["skipped"] == 1
@@ -174,7 +175,7 @@ def test_a_few_nan_steps_are_skipped(tmp_path, monkeypatch):
 
 def test_nan_again_and_again_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     run(tiny_config(steps=4), tmp_path / "good")
-    poison(monkeypatch, 4, 1000)
+    poison(monkeypatch, range(4, 1000))
     with pytest.raises(
         TrainingDivergedError, match=r"3 steps in a row, up to step 7[\s\S]*of step 4, is kept in"
     ) as error:
@@ -184,12 +185,14 @@ def test_nan_again_and_again_stops_the_run_and_keeps_the_last_good_state(tmp_pat
 
 
 def test_nan_that_ends_in_time_does_not_stop_the_run(tmp_path, monkeypatch):
-    poison(monkeypatch, 1, 2)
-    run(tiny_config(steps=6, max_nan_steps=3), tmp_path)
-    monkeypatch.undo()
-    poison(monkeypatch, 1, 3)
+    poison(monkeypatch, {1, 2, 4, 5})
+    assert run(tiny_config(steps=8, max_nan_steps=3), tmp_path).step == 8
+
+
+def test_nan_before_the_first_state_says_that_nothing_is_kept(tmp_path, monkeypatch):
+    poison(monkeypatch, {1, 2, 3})
     with pytest.raises(TrainingDivergedError, match="No state had been saved"):
-        run(tiny_config(steps=6, max_nan_steps=3, checkpoint_every=6), tmp_path, overwrite=True)
+        run(tiny_config(steps=6, max_nan_steps=3, checkpoint_every=6), tmp_path)
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_too(tmp_path, monkeypatch):

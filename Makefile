@@ -1,0 +1,61 @@
+# Everything runs in the project's own virtual environment, which the targets below create and fill.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# The PyTorch build: the docs tell how to choose a CPU or a CUDA one.
+TORCH ?= torch==2.13.0
+# How to install: constraints pin every other version.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+WORKERS ?= 2
+
+.PHONY: demo test test-slow test-gpu check format lint types imports docs clean
+
+demo: $(VENV)/.ready  ## train, export, verify and sample on real images; writes demo/report.html
+	$(BIN)/admtrt demo --out demo
+
+test: $(VENV)/.ready-dev  ## the default tests
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
+test-slow: $(VENV)/.ready-dev  ## the tests that take minutes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+
+test-gpu: $(VENV)/.ready-dev  ## the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu
+
+check: lint types imports  ## everything but the tests
+
+format: $(VENV)/.ready-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(VENV)/.ready-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: $(VENV)/.ready-dev
+	$(BIN)/mypy
+
+imports: $(VENV)/.ready-dev
+	$(BIN)/lint-imports
+
+docs: $(VENV)/.ready-dev  ## regenerate docs/cli.md
+	$(BIN)/python -m typer admtrt.cli utils docs --name admtrt --output docs/cli.md
+
+clean:
+	rm -rf $(VENV) build dist demo
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# PyTorch first and by itself, so that nothing else picks another build of it.
+$(VENV)/.torch: $(BIN)/python constraints.txt
+	$(PIP_INSTALL) "$(TORCH)"
+	touch $@
+
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml
+	$(PIP_INSTALL) --editable ".[all]"
+	touch $@
+
+$(VENV)/.ready-dev: $(VENV)/.ready
+	$(PIP_INSTALL) --editable ".[dev]"
+	touch $@

@@ -1,0 +1,18 @@
+"""Optional packages, asked for before any work starts."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from admtrt.errors import MissingDependencyError
+
+
+def require(*packages: str, extra: str, purpose: str) -> None:
+    """Make sure that optional packages are installed.
+
+    Raises:
+        MissingDependencyError: naming the first that is missing, and the extra of admtrt that has it.
+    """
+    for package in packages:
+        if find_spec(package) is None:
+            raise MissingDependencyError(package, extra=extra, purpose=purpose)

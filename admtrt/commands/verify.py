@@ -1,0 +1,93 @@
+"""``admtrt verify``: a bundle against the checkpoints that it was exported from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from admtrt.commands.requirements import require
+from admtrt.console import Output, table
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from admtrt.verify.report import Row, VerificationReport
+
+
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    unet: Annotated[Path, typer.Option(help="Checkpoint of the UNet or upsampler that was exported.")],
+    classifier: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the noisy classifier, if the bundle has one.")
+    ] = None,
+    unet_preset: Annotated[
+        str | None,
+        typer.Option(help="Published model that an original UNet checkpoint is (it carries no settings)."),
+    ] = None,
+    classifier_preset: Annotated[
+        str | None, typer.Option(help="The same for the classifier, e.g. 64x64_classifier.")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(help="TOML with the settings of checkpoints that carry none and match no preset."),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Steps of the compared trajectories.")] = 10,
+    seed: Annotated[int, typer.Option(help="Seed of the inputs and the noise.")] = 0,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="PATH.png", help="Draw the drift after every step.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Compare a bundle with its PyTorch checkpoints: graphs, steps, whole samples, images.
+
+    Exit codes: 0 all within tolerance, 1 not, 3 a graph cannot be loaded, 4 a graph fails when run.
+    """
+    from admtrt.bundle import Bundle
+    from admtrt.commands.checkpoints import load_pair
+
+    require("torch", "safetensors", extra="export", purpose="Verification")
+    from admtrt.verify.plot import plot_drift, require_plotting
+    from admtrt.verify.stages import verify_bundle
+
+    if plot is not None:
+        require_plotting()
+    output = Output(json=json)
+    opened = Bundle.open(bundle)
+    generator, guide = load_pair(
+        unet, classifier, unet_preset=unet_preset, classifier_preset=classifier_preset, config=config
+    )
+    report = verify_bundle(
+        opened,
+        generator,
+        guide,
+        steps=steps,
+        seed=seed,
+        report=lambda name: output.note(f"verifying {name}"),
+    )
+    if plot is not None and report.drift:
+        plot_drift(report, plot)
+    output.result({**report.to_dict(), "seed": seed}, *_shown(report))
+    if report.exit_code:
+        raise typer.Exit(report.exit_code)
+
+
+def _shown(report: VerificationReport) -> list[RenderableType]:
+    from rich.text import Text
+
+    columns = ["stage", "what", "worst error", "tolerance", "at", "result"]
+    made = table(f"{report.bundle} against its checkpoints", columns, [_cells(row) for row in report.rows])
+    details = [Text(f"{row.stage}, {row.what}: {row.detail}") for row in report.failures if row.detail]
+    failed = len(report.failures)
+    verdict = (
+        "passed" if report.passed else f"FAILED ({report.outcome}): {failed} of {len(report.rows)} checks"
+    )
+    return [made, *details, Text(verdict, style="green" if report.passed else "bold red")]
+
+
+def _cells(row: Row) -> list[str]:
+    error = "" if row.error is None else f"{row.error:.2g}"
+    tolerance = "" if row.tolerance is None else f"{row.tolerance:g}"
+    result = "pass" if row.status == "pass" else f"[bold red]FAIL: {row.status}[/]"
+    return [row.stage, row.what, error, tolerance, "" if row.where is None else str(row.where), result]

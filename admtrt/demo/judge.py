@@ -1,0 +1,83 @@
+"""The independent judge of the demo's samples: a support vector machine on images that no network saw."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from admtrt.errors import MissingDependencyError
+from admtrt.training.data import ImageSet, load_data, split
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from admtrt.config import DataConfig
+
+    Pixels = NDArray[np.uint8]
+
+_FOLDS = 5
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a set of samples was judged.
+
+    Attributes:
+        accuracy: fraction judged to be the class that was asked for.
+        diversity: mean distance between two samples of one class over the same for real images; 1 = as
+            diverse as the data, 0 = all alike.
+    """
+
+    accuracy: float
+    diversity: float
+
+
+class Judge:
+    """A classifier fitted on the held-out part of a labelled set, and that part's own diversity.
+
+    Attributes:
+        images: held-out images that it was fitted on.
+        accuracy: on real images that it was not fitted on, by cross-validation.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        try:
+            from sklearn.model_selection import cross_val_score
+            from sklearn.svm import SVC
+        except ImportError:
+            raise MissingDependencyError("scikit-learn", extra="train", purpose="The demo's judge") from None
+        _, held_out = split(load_data(config), config.hold_out)
+        assert held_out.labels is not None
+        features = _features(_pixels(held_out))
+        self.images = len(held_out)
+        self._model: Any = SVC(gamma="scale", C=10.0)
+        self.accuracy = float(cross_val_score(self._model, features, held_out.labels, cv=_FOLDS).mean())
+        self._model.fit(features, held_out.labels)
+        self._spread = _spread(features, held_out.labels)
+
+    def __call__(self, images: Pixels, labels: NDArray[np.int64]) -> Verdict:
+        """Judge uint8 [N, H, W, C] against the classes [N] that were asked for."""
+        features = _features(images)
+        correct = self._model.predict(features) == labels
+        return Verdict(accuracy=float(correct.mean()), diversity=_spread(features, labels) / self._spread)
+
+
+def _pixels(data: ImageSet) -> Pixels:
+    assert isinstance(data.images, np.ndarray)  # the demo's digits are kept in memory
+    return data.images
+
+
+def _features(images: Pixels) -> NDArray[np.float64]:
+    return images.reshape(len(images), -1).astype(np.float64) / 255
+
+
+def _spread(features: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
+    """Mean Euclidean distance between two images of the same class, averaged over the classes."""
+    spreads = []
+    for label in np.unique(labels):
+        rows = features[labels == label]
+        distances = np.linalg.norm(rows[:, None] - rows[None], axis=-1)
+        spreads.append(distances.sum() / (len(rows) * (len(rows) - 1)))
+    return float(np.mean(spreads))

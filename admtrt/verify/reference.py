@@ -1,0 +1,107 @@
+"""The other side of every comparison: the checkpoints in PyTorch and the papers' formulas, in float32."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from admtrt.models.classifier import Classifier, log_prob, log_prob_gradient
+from admtrt.models.diffusion import Diffusion
+from admtrt.models.unet import UNet
+from admtrt.schedule import process_from_config
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from admtrt.config import SamplerConfig
+    from admtrt.models.checkpoint import LoadedNetwork
+    from admtrt.runtime.sampler import Images, Labels
+    from admtrt.verify.inputs import Conditioning
+
+_CERTAIN = 0.9
+
+
+class Reference:
+    """The checkpoints as functions on arrays; the process is the UNet checkpoint's, not the bundle's."""
+
+    def __init__(self, unet: LoadedNetwork, classifier: LoadedNetwork | None) -> None:
+        assert isinstance(unet.module, UNet)
+        assert classifier is None or isinstance(classifier.module, Classifier)
+        self._unet = unet.module
+        self._classifier = None if classifier is None else classifier.module
+        self.diffusion = unet.config.diffusion
+
+    @torch.no_grad()
+    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
+        """The UNet's output, [N, C or 2C, H, W]."""
+        out: Images = self._unet(*map(_tensor, (x, t, y, low_res))).numpy()
+        return out
+
+    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
+        """d log p(y | x_t) / dx_t by autograd, [N, C, H, W]."""
+        assert self._classifier is not None
+        inputs = (torch.from_numpy(array) for array in (x, t, y))
+        gradient: Images = log_prob_gradient(self._classifier, *inputs).numpy()
+        return gradient
+
+    @torch.no_grad()
+    def log_prob(self, x: Images, t: NDArray[np.float32], y: Labels) -> NDArray[np.float32]:
+        """log p(y | x_t), [N]."""
+        assert self._classifier is not None
+        inputs = (torch.from_numpy(array) for array in (x, t, y))
+        value: NDArray[np.float32] = log_prob(self._classifier, *inputs).numpy()
+        return value
+
+    def uncertain_labels(self, x: Images, t: NDArray[np.float32], y: Labels, classes: int) -> Labels:
+        """``y`` with every label replaced by the next class where the classifier is all but certain of it.
+
+        Near p = 1 both log p and its gradient hang on 1 - p, which float32 does not hold: there a comparison
+        would measure rounding. A sample can be certain of one class only.
+        """
+        certain = np.exp(self.log_prob(x, t, y)) > _CERTAIN
+        replaced: Labels = np.where(certain, (y + 1) % classes, y)
+        return replaced
+
+    def diffusion_for(self, sampler: SamplerConfig) -> Diffusion:
+        """The checkpoint's process, respaced for a sampler."""
+        return Diffusion(self.diffusion, process_from_config(self.diffusion, sampler.steps))
+
+    @torch.no_grad()
+    def update(
+        self,
+        sampler: SamplerConfig,
+        x: Images,
+        out: Images,
+        grad: Images | None,
+        noise: Images,
+        steps: Sequence[int],
+    ) -> tuple[Images, Images]:
+        """x_{t-1} and the predicted x_0 by Algorithm 1 or 2, each sample at its own step of the process."""
+        x_prev, x_0 = self.diffusion_for(sampler).sample_step(
+            torch.from_numpy(out),
+            torch.from_numpy(x),
+            torch.tensor(steps),
+            torch.from_numpy(noise),
+            _tensor(grad),
+            sampler,
+        )
+        return x_prev.numpy(), x_0.numpy()
+
+    def step(
+        self, sampler: SamplerConfig, x: Images, noise: Images, step: int, given: Conditioning
+    ) -> Images:
+        """x_{t-1} after one whole step of a batch, networks included."""
+        steps = [step] * len(x)
+        t: NDArray[np.float32] = self.diffusion_for(sampler).model_t(torch.tensor(steps)).numpy()
+        out = self.unet(x, t, given.unet_y, given.low_res)
+        grad = None if given.guide_y is None else self.classifier_gradient(x, t, given.guide_y)
+        return self.update(sampler, x, out, grad, noise, steps)[0]
+
+
+def _tensor(array: NDArray[np.float32] | Labels | None) -> Tensor | None:
+    return None if array is None else torch.from_numpy(array)

@@ -1,0 +1,295 @@
+"""The stages of a verification, from single graphs to images; none waits for the one before it to pass."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from admtrt.contract import bundle_specs
+from admtrt.errors import BundleError, CheckpointError
+from admtrt.images import to_uint8
+from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+from admtrt.runtime.noise import step_noise
+from admtrt.runtime.pipeline import consecutive_seeds
+from admtrt.runtime.sampler import Slots, advance, start_slots
+from admtrt.schedule import process_from_config, sampling_schedule
+from admtrt.verify.checked import CheckedGraphs, GraphRunError
+from admtrt.verify.inputs import BATCHES, Inputs, chosen_steps, samplers, step_batches
+from admtrt.verify.reference import Reference
+from admtrt.verify.report import Place, Row, Tally, VerificationReport, sample_errors
+from admtrt.verify.tolerances import TOLERANCES, sampling_tolerance
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from numpy.typing import NDArray
+
+    from admtrt.bundle import Bundle
+    from admtrt.config import SamplerConfig
+    from admtrt.models.checkpoint import LoadedNetwork
+    from admtrt.runtime.sampler import Images, Labels
+
+DEFAULT_STEPS = 10
+_TRAJECTORIES = ("ddpm", "ddim")
+
+
+def verify_bundle(
+    bundle: Bundle,
+    unet: LoadedNetwork,
+    classifier: LoadedNetwork | None,
+    *,
+    steps: int = DEFAULT_STEPS,
+    seed: int = 0,
+    report: Callable[[str], None] = lambda _: None,
+) -> VerificationReport:
+    """Compare a bundle on ONNX Runtime with the networks in PyTorch: graphs, steps, trajectories, images.
+
+    Args:
+        bundle: a verified bundle.
+        unet: the generator that it was exported from.
+        classifier: its noisy classifier, if and only if the bundle has one.
+        steps: of the respaced process; a process that is shorter is taken whole.
+        seed: of all inputs and noise.
+        report: called with the name of each stage as it starts.
+
+    Raises:
+        CheckpointError: if the networks have other inputs or outputs than the bundle, so that there is
+            nothing to compare.
+        RequestError: if the seed or the number of steps is out of range.
+        MissingDependencyError: if onnxruntime is not installed.
+    """
+    _check_comparable(bundle, unet, classifier)
+    seeds = list(consecutive_seeds(seed, max(BATCHES)))
+    reference = Reference(unet, classifier)
+    # Both sides are as long then, even where the manifest tells of another process.
+    steps = min(steps, bundle.manifest.diffusion.steps, reference.diffusion.steps)
+    report("sessions")
+    sessions = "sessions of the graphs"
+    try:
+        graphs = CheckedGraphs(OnnxRuntimeDenoiser(bundle), bundle)
+    except BundleError as error:
+        return VerificationReport(str(bundle.path), (Row("build", sessions, "build", detail=error.message),))
+    comparison = _Comparison(bundle, graphs, reference, steps, seeds)
+    rows = [Row("build", sessions, "pass"), comparison.manifest_row()]
+    report("graphs")
+    rows += [*comparison.unet_rows(), *comparison.classifier_rows(), *comparison.update_rows()]
+    report("steps")
+    rows += comparison.step_rows()
+    report("trajectories")
+    drift, trajectory_rows = comparison.trajectories()
+    return VerificationReport(str(bundle.path), (*rows, *trajectory_rows), drift)
+
+
+def _check_comparable(bundle: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork | None) -> None:
+    manifest = bundle.manifest
+    if classifier is None and manifest.classifier is not None:
+        raise CheckpointError(
+            f"{bundle.path} has a classifier", hint="Give its checkpoint with --classifier."
+        )
+    if classifier is not None and manifest.classifier is None:
+        raise CheckpointError(f"{bundle.path} has no classifier", hint="Leave out --classifier.")
+    assert unet.config.unet is not None
+    guide = None if classifier is None else classifier.config.classifier
+    for name, ours in bundle_specs(unet.config.unet, guide).items():
+        theirs = manifest.graphs[name].spec
+        if ours != theirs:
+            listed = [", ".join(map(str, (*spec.inputs, *spec.outputs))) for spec in (theirs, ours)]
+            raise CheckpointError(
+                f"graph '{name}' has {listed[0]}; the checkpoint's network has {listed[1]}",
+                hint="Give the checkpoint that the bundle was exported from.",
+            )
+
+
+class _Comparison:
+    """The two sides, and the checks as methods that return their rows."""
+
+    def __init__(
+        self, bundle: Bundle, graphs: CheckedGraphs, reference: Reference, steps: int, seeds: list[int]
+    ) -> None:
+        self.manifest = bundle.manifest
+        self.graphs = graphs
+        self.reference = reference
+        self.steps = steps
+        self.seeds = seeds
+        self.inputs = Inputs(bundle.manifest, seeds[0])
+        self.base = process_from_config(reference.diffusion)
+
+    def manifest_row(self) -> Row:
+        """The process that the runtime will follow, against the one that the UNet was trained on."""
+        ours, theirs = self.manifest.diffusion.to_dict(), self.reference.diffusion.to_dict()
+        different = [
+            f"{key} is {ours[key]!r} in the bundle, {theirs[key]!r} in the checkpoint"
+            for key in ours
+            if ours[key] != theirs[key]
+        ]
+        return Row("manifest", "diffusion", "compare" if different else "pass", detail="; ".join(different))
+
+    def unet_rows(self) -> list[Row]:
+        """The UNet graph, over the base process."""
+        tallies = _graph_tallies("unet", "out")
+        for shift, steps in enumerate(step_batches(len(self.base))):
+            x, t = self.inputs.noisy_images(self.base.alpha_bar[steps]), self._model_t(steps)
+            given = self.inputs.conditioning(len(x), shift)
+            y, low_res = given.unet_y, given.low_res
+            feeds: dict[str, Any] = {"x": x, "t": t, "y": y, "low_res": low_res}
+            with _noted(*tallies.values()):
+                outputs = self.graphs.run("unet", {k: v for k, v in feeds.items() if v is not None})
+                _compare(tallies, outputs, {"out": self.reference.unet(x, t, y, low_res)}, _places(t, y))
+        return [tally.row() for tally in tallies.values()]
+
+    def classifier_rows(self) -> list[Row]:
+        """The gradient graph, over the base process; nothing where the bundle has no classifier."""
+        if self.manifest.classifier is None:
+            return []
+        tallies = _graph_tallies("classifier_gradient", "grad", "log_prob")
+        for shift, steps in enumerate(step_batches(len(self.base))):
+            x, t = self.inputs.noisy_images(self.base.alpha_bar[steps]), self._model_t(steps)
+            y = self.inputs.labels(len(x), shift)
+            assert y is not None  # a classifier has classes
+            y = self.reference.uncertain_labels(x, t, y, self.manifest.classifier.num_classes)
+            expected = {
+                "grad": self.reference.classifier_gradient(x, t, y),
+                "log_prob": self.reference.log_prob(x, t, y),
+            }
+            with _noted(*tallies.values()):
+                outputs = self.graphs.run("classifier_gradient", {"x": x, "t": t, "y": y})
+                _compare(tallies, outputs, expected, _places(t, y))
+        return [tally.row() for tally in tallies.values()]
+
+    def update_rows(self) -> list[Row]:
+        """The update graph with the manifest's coefficients, against the papers' formulas.
+
+        The gradient is random: the graph takes one whether or not the bundle has a classifier.
+        """
+        rows = []
+        for name, sampler in samplers(self.manifest, self.steps, guided=True).items():
+            schedule = sampling_schedule(self.manifest.diffusion, sampler)
+            process = self.reference.diffusion_for(sampler).process
+            tallies = _graph_tallies(f"update ({name})", "x_prev", "pred_x0")
+            for steps in step_batches(len(process)):
+                x = self.inputs.noisy_images(process.alpha_bar[steps])
+                out = self.inputs.uniform(len(x), *self.inputs.out_shape)
+                grad, noise = self.inputs.normal(*x.shape), self.inputs.normal(*x.shape)
+                coefficients = schedule.coefficients[len(schedule) - 1 - steps]
+                x_prev, x_0 = self.reference.update(sampler, x, out, grad, noise, steps.tolist())
+                feeds = {"x": x, "out": out, "grad": grad, "noise": noise, "coefficients": coefficients}
+                with _noted(*tallies.values()):
+                    outputs = self.graphs.run("update", feeds)
+                    places = _places(process.model_t[steps], None)
+                    _compare(tallies, outputs, {"x_prev": x_prev, "pred_x0": x_0}, places)
+            rows += [tally.row() for tally in tallies.values()]
+        return rows
+
+    def step_rows(self) -> list[Row]:
+        """One whole step of the runtime from the same x_t, at several t."""
+        rows = []
+        count = len(self.seeds)
+        for name, sampler in self._network_samplers().items():
+            schedule = sampling_schedule(self.manifest.diffusion, sampler)
+            process = self.reference.diffusion_for(sampler).process
+            tally = Tally("step", f"{name}: x_prev", sampling_tolerance("step", sampler, process))
+            for shift, step in enumerate(chosen_steps(len(process))):
+                given = self.inputs.conditioning(count, shift)
+                slots = Slots(
+                    x=self.inputs.noisy_images(np.repeat(process.alpha_bar[step], count)),
+                    schedules=[schedule] * count,
+                    position=np.full(count, len(schedule) - 1 - step),
+                    seeds=self.seeds,
+                    unet_y=given.unet_y,
+                    guide_y=given.guide_y,
+                    low_res=given.low_res,
+                )
+                expected = self.reference.step(sampler, slots.x, self._noise(step), step, given)
+                places = _places(np.repeat(process.model_t[step], count), self.inputs.labels(count, shift))
+                with _noted(tally):
+                    advance(slots, self.graphs)
+                    tally.add(sample_errors(slots.x, expected), places)
+            rows.append(tally.row())
+        return rows
+
+    def trajectories(self) -> tuple[dict[str, tuple[float, ...]], list[Row]]:
+        """Whole samples, both sides running freely from the same x_T: the drift, and the rows with images."""
+        chosen = self._network_samplers()
+        drift: dict[str, list[float]] = {name: [] for name in _TRAJECTORIES}
+        rows = [row for name in _TRAJECTORIES for row in self._trajectory(name, chosen[name], drift[name])]
+        rows.sort(key=lambda row: row.stage == "image")
+        return {name: tuple(errors) for name, errors in drift.items()}, rows
+
+    def _trajectory(self, name: str, sampler: SamplerConfig, drift: list[float]) -> list[Row]:
+        """Rows of one trajectory; the largest error after each step is appended to ``drift``."""
+        schedule = sampling_schedule(self.manifest.diffusion, sampler)
+        process = self.reference.diffusion_for(sampler).process
+        bound = sampling_tolerance("trajectory", sampler, process)
+        each = Tally("trajectory", f"{name}: x_t of every step", bound)
+        final = Tally("trajectory", f"{name}: final x_0", bound)
+        image = Tally("image", f"{name}: uint8 levels", TOLERANCES["image"].bound)
+        count = len(self.seeds)
+        given, labels = self.inputs.conditioning(count), self.inputs.labels(count)
+        slots = start_slots(
+            self.inputs.image_shape,
+            [schedule] * count,
+            self.seeds,
+            unet_y=given.unet_y,
+            guide_y=given.guide_y,
+            low_res=given.low_res,
+        )
+        x = slots.x
+        with _noted(each, final, image):
+            for step in reversed(range(len(process))):
+                advance(slots, self.graphs)
+                x = self.reference.step(sampler, x, self._noise(step), step, given)
+                errors = sample_errors(slots.x, x)
+                drift.append(float(errors.max()))
+                each.add(errors, _places(np.repeat(process.model_t[step], count), labels))
+            places = _places(np.repeat(process.model_t[0], count), labels)
+            final.add(sample_errors(slots.x, x), places)
+            image.add(_level_errors(slots.x, x), places)
+        return [each.row(), final.row(), image.row()]
+
+    def _network_samplers(self) -> dict[str, SamplerConfig]:
+        return samplers(self.manifest, self.steps, guided=self.manifest.classifier is not None)
+
+    def _model_t(self, steps: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self.base.model_t[steps].astype(np.float32)
+
+    def _noise(self, step: int) -> Images:
+        return step_noise(self.seeds, [step] * len(self.seeds), self.inputs.image_shape)
+
+
+@contextlib.contextmanager
+def _noted(*tallies: Tally) -> Iterator[None]:
+    """Turn a graph's failure into a failure of the rows that needed it."""
+    try:
+        yield
+    except GraphRunError as error:
+        for tally in tallies:
+            tally.fail("run", error.message)
+
+
+def _graph_tallies(graph: str, *outputs: str) -> dict[str, Tally]:
+    return {name: Tally("graph", f"{graph}: {name}", TOLERANCES["graph"].bound) for name in outputs}
+
+
+def _compare(
+    tallies: dict[str, Tally],
+    outputs: dict[str, Images],
+    expected: dict[str, Images],
+    places: Sequence[Place],
+) -> None:
+    for name, tally in tallies.items():
+        tally.add(sample_errors(outputs[name], expected[name]), places)
+
+
+def _level_errors(actual: Images, expected: Images) -> NDArray[np.float64]:
+    """Largest difference of each sample's uint8 pixels, float64 [N]; NaN where ``expected`` is not finite."""
+    with np.errstate(invalid="ignore"):
+        levels = to_uint8(actual).astype(np.float64) - to_uint8(expected)
+    largest = np.abs(levels).reshape(len(levels), -1).max(axis=1)
+    return np.where(np.isfinite(expected).reshape(len(levels), -1).all(axis=1), largest, np.nan)
+
+
+def _places(t: NDArray[np.float32] | NDArray[np.float64], y: Labels | None) -> Sequence[Place]:
+    labels: Sequence[int | None] = [None] * len(t) if y is None else y.tolist()
+    return [Place(t=time, y=label, batch=len(t)) for time, label in zip(t.tolist(), labels, strict=True)]

@@ -1,0 +1,219 @@
+"""The public exporter of input gradients on modules that have nothing to do with ADM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from goldens import relative_error
+from onnx_graphs import op_types, run, session
+from torch import Tensor, nn
+
+from admtrt.errors import ExportError
+from admtrt.export.gradient import export_input_gradient
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+TOLERANCE = 1e-5
+
+
+class Attention(nn.Module):
+    """Tokens [N, 5, 8] -> [N, 3], by fused attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.qkv, self.head = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.norm(x)).reshape(-1, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.head(x + mixed).mean(dim=1)
+
+
+class TwoInputs(nn.Module):
+    """An energy of a state and a condition, [N]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 6)
+
+    def forward(self, state: Tensor, condition: Tensor) -> Tensor:
+        return (self.linear(state).tanh() * condition).sum(dim=1)
+
+
+class Cosine(nn.Module):
+    """A CLIP-like similarity of normalised features, [N]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.image, self.text = nn.Linear(12, 6), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor, text: Tensor) -> Tensor:
+        a = nn.functional.normalize(self.image(x.flatten(1)), dim=-1)
+        b = nn.functional.normalize(self.text(text), dim=-1)
+        return (a * b).sum(dim=-1)
+
+
+def seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = build()
+        for part in module.modules():
+            if isinstance(part, nn.BatchNorm2d):
+                part.running_mean.normal_()
+                part.running_var.uniform_(0.5, 2)
+        return module.eval()
+
+
+def mlp() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 3))
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.2), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3),
+    )  # fmt: skip
+
+
+def log_prob_of_first(out: Tensor, *inputs: Tensor) -> Tensor:
+    return out.log_softmax(dim=1)[:, 0]
+
+
+def inputs_of(batch: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(batch)
+    return {name: torch.randn(batch, *shape, generator=generator) for name, shape in shapes.items()}
+
+
+MODULES = {
+    "mlp": (mlp, {"x": (4,)}, log_prob_of_first, "x"),
+    "cnn": (cnn, {"x": (3, 8, 8)}, log_prob_of_first, "x"),
+    "attention": (Attention, {"x": (5, 8)}, log_prob_of_first, "x"),
+    "energy": (TwoInputs, {"state": (4,), "condition": (6,)}, None, "state"),
+    "energy of the other input": (TwoInputs, {"state": (4,), "condition": (6,)}, None, "condition"),
+    "cosine": (Cosine, {"x": (3, 2, 2), "text": (4,)}, None, "x"),
+    "regularised": (mlp, {"x": (4,)}, lambda out, x: -(out**2).sum(dim=1) - (x**2).sum(dim=1).sqrt(), "x"),
+}
+
+
+@pytest.mark.parametrize("conv_backward", ["flipped", "transposed"])
+@pytest.mark.parametrize("name", MODULES)
+def test_equals_autograd_at_any_batch_size(name: str, conv_backward: Any, tmp_path: Path) -> None:
+    if conv_backward == "transposed" and name != "cnn":
+        pytest.skip("it has no convolution")
+    build, shapes, scalar, wrt = MODULES[name]
+    module = seeded(build)
+    path = tmp_path / "deep" / "g.onnx"
+    made = export_input_gradient(
+        module, inputs_of(2, shapes), path, wrt=wrt, scalar=scalar, conv_backward=conv_backward
+    )
+    graph = onnx.load(path)
+    onnx.checker.check_model(graph, full_check=True)
+    assert (made.path, made.nodes) == (path, len(graph.graph.node))
+    assert made.inputs == tuple(value.name for value in graph.graph.input) == tuple(shapes)
+    assert made.outputs == tuple(value.name for value in graph.graph.output) == ("grad", "value")
+    opened = session(graph)
+    for batch in (1, 3):
+        feeds = inputs_of(batch, shapes)
+        leaves = {key: tensor.clone().requires_grad_(key == wrt) for key, tensor in feeds.items()}
+        value = module(*leaves.values())
+        value = value if scalar is None else scalar(value, *leaves.values())
+        (expected,) = torch.autograd.grad(value.sum(), leaves[wrt])
+        out = run(opened, **feeds)
+        assert relative_error(out["grad"], expected) <= TOLERANCE
+        assert relative_error(out["value"], value.detach()) <= TOLERANCE
+
+
+def test_a_zero_feature_has_the_gradient_of_pytorch(tmp_path: Path) -> None:
+    """normalize() divides by max(norm, eps); at 0 the norm's own gradient must not be 0 / 0."""
+    module = seeded(Cosine)
+    with torch.no_grad():
+        module.image.bias.zero_()
+    x, text = torch.zeros(2, 3, 2, 2), torch.ones(2, 4)
+    export_input_gradient(module, {"x": x, "text": text}, tmp_path / "g.onnx")
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(module(leaf, text).sum(), leaf)
+    assert relative_error(run(onnx.load(tmp_path / "g.onnx"), x=x, text=text)["grad"], expected) <= TOLERANCE
+
+
+def test_conv_backward_and_opset_are_heeded(tmp_path: Path) -> None:
+    module = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Flatten(), nn.Linear(64, 3)
+    ).eval()
+    example = {"x": torch.randn(2, 3, 4, 4)}
+    found = {}
+    for conv_backward, opset in (("flipped", 18), ("transposed", 21)):
+        path = tmp_path / f"{conv_backward}.onnx"
+        export_input_gradient(
+            module, example, path, scalar=log_prob_of_first, conv_backward=conv_backward, opset=opset
+        )
+        graph = onnx.load(path)
+        found[conv_backward] = op_types(graph)
+        assert graph.opset_import[0].version == opset
+        leaf = example["x"].clone().requires_grad_()
+        (expected,) = torch.autograd.grad(log_prob_of_first(module(leaf)).sum(), leaf)
+        assert relative_error(run(graph, **example)["grad"], expected) <= TOLERANCE
+    assert "ConvTranspose" not in found["flipped"]
+    assert "ConvTranspose" in found["transposed"]
+    assert "GroupNormalization" in found["transposed"]
+
+
+def test_example_values_do_not_matter(tmp_path: Path) -> None:
+    module = seeded(mlp)
+    for name, example in (("zeros", torch.zeros(2, 4)), ("normal", torch.randn(5, 4))):
+        export_input_gradient(module, {"x": example}, tmp_path / name, scalar=log_prob_of_first)
+    x = torch.randn(3, 4)
+    first, second = (run(onnx.load(tmp_path / name), x=x)["grad"] for name in ("zeros", "normal"))
+    np.testing.assert_array_equal(first, second)
+
+
+class Frozen(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[torch.arange(len(x))].sum(dim=1)
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.sum(dim=1) if x.sum() > 0 else -x.sum(dim=1)
+
+
+X = {"x": torch.ones(2, 4)}
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "options", "message"),
+    [
+        (nn.Linear(4, 3), X, {}, r"scalar has shape \[N,3\], expected \[N\]"),
+        (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.sum()}, r"scalar has shape \[\], expected \[N\]"),
+        (nn.Linear(4, 3), X, {"scalar": log_prob_of_first, "wrt": "z"}, r"no input 'z'; the inputs are \['x'\]"),
+        (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.detach().sum(1) * 0 + 1}, "does not depend"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Dropout()).train(), X, {}, "training mode"),
+        (nn.Sequential(nn.Linear(4, 3), nn.Dropout().train()), X, {}, "training mode"),
+        (nn.Linear(4, 3), {"x": torch.ones(1, 4)}, {}, r"batch sizes \{'x': 1\}"),
+        (TwoInputs(), {"state": torch.ones(2, 4), "condition": torch.ones(3, 6)}, {"wrt": "state"}, "batch sizes"),
+        (TwoInputs(), {"state": torch.ones(2, 4), "condition": torch.ones(())}, {"wrt": "state"}, "batch sizes"),
+        (nn.Embedding(9, 3), {"x": torch.ones(2, dtype=torch.int64)}, {}, "torch.int64; only floating-point"),
+        (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.cumsum(1)[:, -1]}, "'CumSum'"),
+        (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.sort(dim=1)[0][:, 0]}, "operator"),
+        (nn.Linear(5, 3), X, {"scalar": log_prob_of_first}, "cannot export"),
+        (Frozen(), X, {}, "fixed the input 'x'"),
+        (Branching(), X, {}, "export"),
+        (nn.Identity(), {"x": torch.ones(2, 4), "grad": torch.ones(2)}, {}, "cannot export"),
+        (TwoInputs(), {"grad": torch.ones(2, 4), "c": torch.ones(2, 6)}, {"wrt": "grad"}, "already has"),
+    ],
+)  # fmt: skip
+def test_refusals(
+    module: nn.Module, inputs: dict[str, Tensor], options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    if "training" not in message:
+        module.eval()
+    modes = [part.training for part in module.modules()]
+    with pytest.raises(ExportError, match=message):
+        export_input_gradient(module, inputs, tmp_path / "g.onnx", **options)
+    assert [part.training for part in module.modules()] == modes, "the caller's module is not touched"
+    assert not list(tmp_path.iterdir())

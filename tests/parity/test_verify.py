@@ -1,0 +1,443 @@
+"""`admtrt verify` passes on a faithful bundle and tells every planted defect apart."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from goldens import generated_weights
+from onnx import helper
+from typer import Typer
+from typer.testing import CliRunner
+
+from admtrt.bundle import Bundle
+from admtrt.commands.verify import verify
+from admtrt.config import DiffusionConfig, SamplerConfig
+from admtrt.errors import CheckpointError, MissingDependencyError, RequestError, UserError
+from admtrt.export.graphs import EXAMPLE_BATCH
+from admtrt.export.pack import bundle_from_checkpoints
+from admtrt.models.checkpoint import CheckpointConfig, LoadedNetwork, build_network, save_checkpoint
+from admtrt.verify.inputs import BATCHES
+from admtrt.verify.reference import Reference
+from admtrt.verify.report import Row, VerificationReport
+from admtrt.verify.stages import verify_bundle
+
+TINY = {
+    "image_size": 8,
+    "in_channels": 1,
+    "model_channels": 32,
+    "num_res_blocks": 1,
+    "channel_mult": [1, 2],
+    "attention_resolutions": [4],
+    "num_heads": 2,
+}
+CLASSIFIER = TINY | {"num_classes": 5, "num_head_channels": 32}
+GRAPH_ROWS = ["unet: out", "classifier_gradient: grad", "classifier_gradient: log_prob"] + [
+    f"update ({name}): {output}"
+    for name in ("ddpm", "ddim", "ddim eta 0.5")
+    for output in ("x_prev", "pred_x0")
+]
+STEPS = 4
+
+
+def network(
+    kind: str, section: dict[str, Any], *, diffusion: dict[str, Any] | None = None, scale: float = 2.0
+) -> LoadedNetwork:
+    config = CheckpointConfig.from_dict(
+        {
+            "kind": kind,
+            "classifier" if kind == "classifier" else "unet": section,
+            "diffusion": diffusion or {},
+            "sampler": SamplerConfig(scale=scale).to_dict(),
+        }
+    )
+    return LoadedNetwork(module=generated_weights(build_network(config)), config=config)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def unet() -> LoadedNetwork:
+    return network("unet", TINY)
+
+
+@pytest.fixture(scope="module")
+def classifier() -> LoadedNetwork:
+    return network("classifier", CLASSIFIER)
+
+
+@pytest.fixture(scope="module")
+def good(unet: LoadedNetwork, classifier: LoadedNetwork, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return bundle_from_checkpoints(unet, classifier, tmp_path_factory.mktemp("verify") / "bundle")
+
+
+@pytest.fixture
+def altered(good: Bundle, tmp_path: Path) -> Path:
+    """A copy of the bundle to be spoilt."""
+    return Path(shutil.copytree(good.path, tmp_path / "altered"))
+
+
+def edit_manifest(bundle: Path, edit: Any) -> None:
+    file = bundle / "manifest.json"
+    data = json.loads(file.read_text())
+    edit(data)
+    file.write_text(json.dumps(data))
+
+
+def replace_graph(bundle: Path, name: str, content: bytes) -> None:
+    """Put other bytes in the place of a graph, hash and size included: tampering that no hash shows."""
+    file = f"{name}.onnx"
+    (bundle / file).write_bytes(content)
+    entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    edit_manifest(bundle, lambda data: data["files"].update({file: entry}))
+
+
+def append_ops(bundle: Path, name: str, output: str, *op_types: str) -> None:
+    """Pass one output of a graph through a chain of unary operators."""
+    model = onnx.load(bundle / f"{name}.onnx")
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            for index, value in enumerate(names):
+                if value == output:
+                    names[index] = f"{output}_0"
+    for index, op_type in enumerate(op_types):
+        made = output if index == len(op_types) - 1 else f"{output}_{index + 1}"
+        model.graph.node.append(helper.make_node(op_type, [f"{output}_{index}"], [made]))
+    replace_graph(bundle, name, model.SerializeToString())
+
+
+def run(
+    bundle: Bundle | Path, unet: LoadedNetwork, classifier: LoadedNetwork | None, **options: Any
+) -> VerificationReport:
+    opened = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle)
+    return verify_bundle(opened, unet, classifier, **({"steps": STEPS} | options))
+
+
+def failed(report: VerificationReport, stage: str) -> list[str]:
+    return [row.what for row in report.failures if row.stage == stage]
+
+
+def find(report: VerificationReport, what: str) -> Row:
+    (row,) = (row for row in report.rows if row.what == what)
+    return row
+
+
+def measured(report: VerificationReport) -> list[Row]:
+    return [row for row in report.rows if row.stage not in ("build", "manifest")]
+
+
+def test_faithful_bundle_passes(good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork) -> None:
+    stages: list[str] = []
+    report = run(good, unet, classifier, steps=10, report=stages.append)
+    assert report.passed, report.failures
+    assert report.exit_code == 0
+    assert stages == ["sessions", "graphs", "steps", "trajectories"]
+    assert [row.what for row in report.rows if row.stage == "graph"] == GRAPH_ROWS
+    for stage, count in {"build": 1, "manifest": 1, "step": 3, "trajectory": 4, "image": 2}.items():
+        assert sum(row.stage == stage for row in report.rows) == count
+    for row in measured(report):
+        assert row.error is not None
+        assert row.where is not None
+        assert row.where.batch in BATCHES
+        assert row.tolerance == (1 if row.stage == "image" else 1e-4)
+    assert {name: len(errors) for name, errors in report.drift.items()} == {"ddpm": 10, "ddim": 10}
+    # Two implementations that never differ by a bit would be one and the same.
+    assert 0 < max(max(errors) for errors in report.drift.values()) <= 1e-4
+
+
+def test_traced_batch_is_avoided() -> None:
+    assert EXAMPLE_BATCH not in BATCHES
+
+
+def test_seed_changes_the_inputs(good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork) -> None:
+    first, again, other = (run(good, unet, classifier, steps=2, seed=seed) for seed in (0, 0, 7))
+    assert first.drift == again.drift
+    assert first.drift != other.drift
+    with pytest.raises(RequestError):
+        run(good, unet, classifier, seed=-1)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_too_few_steps_are_refused(
+    good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork, steps: int
+) -> None:
+    with pytest.raises(RequestError):
+        run(good, unet, classifier, steps=steps)
+
+
+@pytest.mark.parametrize(
+    ("kind", "section", "diffusion"),
+    [
+        ("upsampler", TINY | {"low_res_size": 4}, {}),
+        ("unet", TINY | {"num_classes": 3}, {}),
+        ("unet", TINY | {"learn_sigma": False}, {"variance_type": "fixed_small", "mean_type": "x_0"}),
+    ],
+    ids=["upsampler", "class_conditional", "fixed_sigma"],
+)
+def test_kinds_without_classifier(
+    kind: str, section: dict[str, Any], diffusion: dict[str, Any], tmp_path: Path
+) -> None:
+    generator = network(kind, section, diffusion=diffusion, scale=0.0)
+    report = run(bundle_from_checkpoints(generator, None, tmp_path / "bundle"), generator, None)
+    assert report.passed, report.failures
+    graphs = {row.what.split(":")[0].split(" ")[0] for row in report.rows if row.stage == "graph"}
+    assert graphs == {"unet", "update"}
+    row = find(report, "unet: out")
+    assert row.where is not None
+    assert (row.where.y is not None) == ("num_classes" in section)
+
+
+def test_class_conditional_with_classifier(classifier: LoadedNetwork, tmp_path: Path) -> None:
+    generator = network("unet", TINY | {"num_classes": 5})
+    report = run(bundle_from_checkpoints(generator, classifier, tmp_path / "bundle"), generator, classifier)
+    assert report.passed, report.failures
+
+
+@pytest.fixture(scope="module")
+def unguided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, LoadedNetwork]:
+    generator = network("unet", TINY, diffusion={"schedule": "cosine"}, scale=0.0)
+    path = tmp_path_factory.mktemp("unguided") / "bundle"
+    return bundle_from_checkpoints(generator, None, path), generator
+
+
+def test_ill_conditioned_schedule_has_its_own_bound(unguided: tuple[Bundle, LoadedNetwork]) -> None:
+    report = run(*unguided, None, steps=10)
+    assert report.passed, report.failures
+    bounds = {row.what: row.tolerance for row in report.rows if row.stage in ("step", "trajectory")}
+    assert {bound for what, bound in bounds.items() if what.startswith("ddim")} == {2e-2}
+    assert {bound for what, bound in bounds.items() if what.startswith("ddpm")} == {1e-4}
+
+
+# Every parameter that reaches an output may be the altered one; these lie at either end and in the middle.
+@pytest.mark.parametrize("key", ["input_blocks.0.0.weight", "middle_block.1.qkv.weight", "out.2.bias"])
+def test_altered_unet_weight_fails(
+    good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork, key: str
+) -> None:
+    module = copy.deepcopy(unet.module)
+    module.state_dict()[key].flatten()[0] += 1e-2
+    report = run(good, LoadedNetwork(module, unet.config), classifier)
+    assert report.exit_code == 1
+    assert failed(report, "graph") == ["unet: out"]
+    assert failed(report, "step")
+    assert failed(report, "trajectory")
+
+
+def test_altered_classifier_weight_fails(
+    good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork
+) -> None:
+    module = copy.deepcopy(classifier.module)
+    module.state_dict()["input_blocks.0.0.weight"].flatten()[0] += 1e-2
+    report = run(good, unet, LoadedNetwork(module, classifier.config))
+    assert report.exit_code == 1
+    assert failed(report, "graph") == ["classifier_gradient: grad", "classifier_gradient: log_prob"]
+    assert failed(report, "trajectory")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("schedule", "cosine"), ("steps", 999), ("variance_type", "learned"), ("mean_type", "x_0")],
+)
+def test_altered_schedule_fails(
+    altered: Path, unet: LoadedNetwork, classifier: LoadedNetwork, key: str, value: Any
+) -> None:
+    edit_manifest(altered, lambda data: data["diffusion"].update({key: value}))
+    report = run(altered, unet, classifier)
+    assert report.exit_code == 1
+    assert f"{key} is {value!r} in the bundle" in find(report, "diffusion").detail
+    # Not by the manifest's word alone: what the runtime computes differs as well.
+    assert failed(report, "graph")
+    assert failed(report, "step")
+    assert not find(report, "unet: out").detail
+
+
+def test_rescaled_timesteps_fail_in_the_steps(
+    altered: Path, unet: LoadedNetwork, classifier: LoadedNetwork, tmp_path: Path
+) -> None:
+    """The graphs and the update agree: only what the runtime gives the networks as t is wrong."""
+    diffusion = DiffusionConfig(steps=500, rescale_timesteps=False)
+    config = unet.config.model_copy(update={"diffusion": diffusion})
+    edit_manifest(altered, lambda data: data["diffusion"].update({"steps": 500, "rescale_timesteps": True}))
+    report = run(altered, LoadedNetwork(unet.module, config), classifier)
+    assert report.exit_code == 1
+    assert not failed(report, "graph")
+    assert failed(report, "step")
+    assert failed(report, "trajectory")
+
+
+def test_flipped_sign_of_the_gradient_fails(
+    altered: Path, unet: LoadedNetwork, classifier: LoadedNetwork
+) -> None:
+    append_ops(altered, "classifier_gradient", "grad", "Neg")
+    report = run(altered, unet, classifier)
+    assert report.exit_code == 1
+    assert failed(report, "graph") == ["classifier_gradient: grad"]
+    assert find(report, "classifier_gradient: grad").error == pytest.approx(2, abs=1e-3)
+    assert len(failed(report, "step")) == 3
+    assert failed(report, "trajectory")
+    assert failed(report, "image")
+
+
+def test_garbage_graph_is_a_build_failure(
+    altered: Path, unet: LoadedNetwork, classifier: LoadedNetwork
+) -> None:
+    replace_graph(altered, "unet", b"\x0a\x07garbage")  # reads as a message, though not as a graph
+    report = run(altered, unet, classifier)
+    assert report.exit_code == 3
+    assert [row.status for row in report.rows] == ["build"]
+    assert "unet.onnx" in report.rows[0].detail
+    assert report.drift == {}
+
+
+def test_unknown_operator_is_a_build_failure(
+    altered: Path, unet: LoadedNetwork, classifier: LoadedNetwork
+) -> None:
+    append_ops(altered, "update", "x_prev", "NoSuchOperator")
+    assert run(altered, unet, classifier).exit_code == 3
+
+
+def test_nan_is_a_run_failure(altered: Path, unet: LoadedNetwork, classifier: LoadedNetwork) -> None:
+    append_ops(altered, "unet", "out", "Exp", "Neg", "Log")
+    report = run(altered, unet, classifier)
+    assert report.exit_code == 4
+    assert {row.status for row in report.failures} == {"run"}
+    assert failed(report, "graph") == ["unet: out"]  # the other graphs are still compared
+    assert "not finite" in find(report, "unet: out").detail
+    assert len(failed(report, "step")) == 3
+    assert "not finite" in find(report, "ddpm: final x_0").detail
+    assert report.drift == {"ddpm": (), "ddim": ()}
+
+
+def test_raising_graph_is_a_run_failure(
+    altered: Path, unet: LoadedNetwork, classifier: LoadedNetwork
+) -> None:
+    """Such as a graph that serves no batch but the traced one."""
+    model = onnx.load(altered / "unet.onnx")
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = EXAMPLE_BATCH
+    replace_graph(altered, "unet", model.SerializeToString())
+    report = run(altered, unet, classifier)
+    assert report.exit_code == 4
+    assert "raised" in find(report, "unet: out").detail
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "detail"),
+    [
+        ("log_prob", "log_p", "has the outputs grad, log_p;"),
+        ("grad", "gradient", "has the outputs gradient,"),
+    ],
+)
+def test_renamed_output_is_a_run_failure(
+    altered: Path, unet: LoadedNetwork, classifier: LoadedNetwork, old: str, new: str, detail: str
+) -> None:
+    append_ops(altered, "classifier_gradient", old, "Identity")
+    model = onnx.load(altered / "classifier_gradient.onnx")
+    model.graph.node[-1].output[0] = new
+    next(output for output in model.graph.output if output.name == old).name = new
+    replace_graph(altered, "classifier_gradient", model.SerializeToString())
+    report = run(altered, unet, classifier)
+    assert report.exit_code == 4
+    assert detail in find(report, "classifier_gradient: grad").detail
+
+
+def test_checkpoint_of_another_network_is_refused(
+    good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork
+) -> None:
+    with pytest.raises(CheckpointError, match="--classifier"):
+        run(good, unet, None)
+    with pytest.raises(CheckpointError, match=r"graph 'unet' has .*y int64\[N\]"):
+        run(good, network("unet", TINY | {"num_classes": 5}), classifier)
+
+
+def test_classifier_without_a_place_is_refused(
+    unguided: tuple[Bundle, LoadedNetwork], classifier: LoadedNetwork
+) -> None:
+    with pytest.raises(CheckpointError, match="Leave out --classifier"):
+        run(*unguided, classifier)
+
+
+def test_labels_avoid_certainty(unet: LoadedNetwork, classifier: LoadedNetwork) -> None:
+    module = copy.deepcopy(classifier.module)
+    module.state_dict()["out.2.c_proj.bias"][2] += 50  # now certain of class 2, and so near p = 1
+    reference = Reference(unet, LoadedNetwork(module, classifier.config))
+    x, t = np.zeros((3, 1, 8, 8), np.float32), np.zeros(3, np.float32)
+    assert reference.uncertain_labels(x, t, np.array([1, 2, 4]), 5).tolist() == [1, 3, 4]
+
+
+class Cli:
+    """The command alone, with checkpoints on disk."""
+
+    def __init__(self, unet: Path, classifier: Path) -> None:
+        self.app = Typer()
+        self.app.command()(verify)
+        self.networks = ["--unet", str(unet), "--classifier", str(classifier)]
+
+    def __call__(self, bundle: Path, *options: str) -> Any:
+        return CliRunner().invoke(self.app, [str(bundle), *self.networks, "--steps", "2", *options])
+
+
+@pytest.fixture(scope="module")
+def cli(unet: LoadedNetwork, classifier: LoadedNetwork, tmp_path_factory: pytest.TempPathFactory) -> Cli:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    for name, loaded in (("unet", unet), ("classifier", classifier)):
+        save_checkpoint(folder / f"{name}.safetensors", loaded.module.state_dict(), loaded.config)
+    return Cli(folder / "unet.safetensors", folder / "classifier.safetensors")
+
+
+def test_command_passes_and_plots(good: Bundle, cli: Cli, tmp_path: Path) -> None:
+    plot = tmp_path / "drift.png"
+    result = cli(good.path, "--json", "--plot", str(plot))
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout)
+    assert document["passed"] is True
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert len(document["drift"]["ddpm"]) == 2
+
+
+def test_command_shows_a_table(good: Bundle, cli: Cli) -> None:
+    result = cli(good.path)
+    assert result.exit_code == 0, result.output
+    assert "classifier_gradient: grad" in result.stdout
+    assert result.stdout.rstrip().endswith("passed")
+
+
+def test_command_exit_codes(altered: Path, cli: Cli, tmp_path: Path) -> None:
+    edit_manifest(altered, lambda data: data["diffusion"].update({"schedule": "cosine"}))
+    result = cli(altered)
+    assert result.exit_code == 1
+    assert "FAILED (compare)" in result.stdout
+    append_ops(altered, "update", "x_prev", "Exp", "Neg", "Log")
+    result = cli(altered, "--json")
+    assert result.exit_code == 4
+    assert json.loads(result.stdout)["outcome"] == "run"
+    replace_graph(altered, "update", b"\x0a\x07garbage")
+    plot = tmp_path / "none.png"
+    result = cli(altered, "--json", "--plot", str(plot))
+    assert result.exit_code == 3
+    assert json.loads(result.stdout)["outcome"] == "build"
+    assert not plot.exists()
+
+
+@pytest.mark.parametrize("options", [["--unet", "nowhere.safetensors"], ["--unet-preset", "no-such-model"]])
+def test_command_leaves_user_faults_to_the_command_line(good: Bundle, cli: Cli, options: list[str]) -> None:
+    result = cli(good.path, *options)
+    assert isinstance(result.exception, UserError)
+    assert result.exception.exit_code == 2
+
+
+def test_command_without_torch(good: Bundle, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = cli(good.path)
+    assert isinstance(result.exception, MissingDependencyError)
+
+
+def test_command_refuses_a_missing_or_altered_bundle(altered: Path, cli: Cli, tmp_path: Path) -> None:
+    (altered / "unet.onnx").write_bytes(b"other bytes")
+    for bundle in (altered, tmp_path / "nowhere"):
+        result = cli(bundle)
+        assert isinstance(result.exception, UserError)

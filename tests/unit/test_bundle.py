@@ -1,0 +1,353 @@
+"""Bundles: what is written is read back, and everything that was altered is refused."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from bundles import CLASSIFIER, EMPTY_GRAPH, SAMPLER, UNET, sham_bundle
+
+from admtrt.bundle import MANIFEST, Bundle
+from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
+from admtrt.errors import BundleError, ConfigError
+
+AGAIN = "Copy the bundle again"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return sham_bundle(tmp_path / "bundle").path
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    return data
+
+
+def refusal(path: Path, data: Any = None) -> BundleError:
+    """The error of opening a bundle, its manifest replaced by ``data`` where given."""
+    if data is not None:
+        (path / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(path)
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- round trip -----------------------------------------------------------------------------------------
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    written = sham_bundle(tmp_path / "bundle", class_names=("é", "b c", "日"), made_with={"torch": "2"})
+    read = Bundle.open(str(tmp_path / "bundle"))
+    assert read.manifest == written.manifest
+    assert read.path == written.path
+    assert read.manifest.unet == UNET
+    assert read.manifest.classifier == CLASSIFIER
+    assert read.manifest.sampler == SAMPLER
+    assert read.manifest.class_names == ("é", "b c", "日")
+    assert read.manifest.made_with == {"torch": "2"}
+    assert read.graph_path("unet").read_bytes() == EMPTY_GRAPH
+    assert names(tmp_path / "bundle") == [
+        "classifier_gradient.onnx", MANIFEST, "unet.onnx", "update.onnx",
+    ]  # fmt: skip
+
+
+def test_without_a_classifier(tmp_path: Path) -> None:
+    bundle = sham_bundle(tmp_path / "bundle", classifier=None, class_names=())
+    assert Bundle.open(bundle.path).manifest.num_classes is None
+    with pytest.raises(BundleError, match="has no graph 'classifier_gradient'"):
+        bundle.graph_path("classifier_gradient")
+
+
+@pytest.mark.parametrize(
+    ("unet", "classifier", "expected"), [(None, None, None), (None, 3, 3), (4, None, 4), (3, 3, 3)]
+)
+def test_number_of_classes(
+    tmp_path: Path, unet: int | None, classifier: int | None, expected: int | None
+) -> None:
+    manifest = sham_bundle(
+        tmp_path / "bundle",
+        unet=UNET.model_copy(update={"num_classes": unet}),
+        classifier=None if classifier is None else CLASSIFIER,
+        class_names=(),
+    ).manifest
+    assert manifest.num_classes == expected
+
+
+def test_a_bundle_may_hold_files_in_folders_and_be_moved(tmp_path: Path) -> None:
+    sham_bundle(tmp_path / "bundle", extra={"docs/readme.txt": b"hello"})
+    (tmp_path / "bundle").rename(tmp_path / "moved")
+    (tmp_path / "link").symlink_to("moved")
+    assert "docs/readme.txt" in Bundle.open(tmp_path / "link").manifest.files
+
+
+# --- what is missing or no bundle -----------------------------------------------------------------------
+
+
+def test_what_is_no_bundle(tmp_path: Path) -> None:
+    assert "does not exist" in refusal(tmp_path / "absent").message
+    assert "admtrt export" in refusal(tmp_path / "absent").hint
+    assert f"is not a bundle: it has no {MANIFEST}" in refusal(tmp_path).message
+    (tmp_path / "file").touch()
+    assert "is not a bundle" in refusal(tmp_path / "file").message
+    assert "cannot read" in refusal(tmp_path / ("x" * 300)).message
+    (tmp_path / MANIFEST).mkdir()
+    assert "cannot read" in refusal(tmp_path).message
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"not json", b"\xff\xfe", b'{"schema_version": 1,}', b"9" * 5000, b"[" * 100_000],
+)
+def test_a_manifest_that_is_no_json(bundle: Path, content: bytes) -> None:
+    (bundle / MANIFEST).write_bytes(content)
+    assert "is not valid JSON" in refusal(bundle).message
+
+
+@pytest.mark.parametrize(
+    "data", [[], 3, "text", {}, *[{"schema_version": v} for v in (0, 2, "1", None, [1])]]
+)
+def test_an_unknown_schema_version(bundle: Path, data: Any) -> None:
+    error = refusal(bundle, data)
+    assert "schema_version" in error.message
+    assert "this admtrt reads 1" in error.message
+    assert "version of admtrt" in error.hint
+
+
+# --- what was altered -----------------------------------------------------------------------------------
+
+
+def test_a_wrong_hash(bundle: Path) -> None:
+    (bundle / "unet.onnx").write_bytes(EMPTY_GRAPH[:-1] + b"\x07")
+    error = refusal(bundle)
+    assert "'unet.onnx' has SHA-256" in error.message
+    assert AGAIN in error.hint
+
+
+def test_a_wrong_size(bundle: Path) -> None:
+    (bundle / "unet.onnx").write_bytes(EMPTY_GRAPH[:-1])
+    error = refusal(bundle)
+    assert "'unet.onnx' has 1 bytes, the manifest says 2" in error.message
+    assert AGAIN in error.hint
+
+
+def test_a_missing_file(bundle: Path) -> None:
+    (bundle / "update.onnx").unlink()
+    error = refusal(bundle)
+    assert "the file 'update.onnx' is missing" in error.message
+    assert AGAIN in error.hint
+
+
+def test_a_folder_in_place_of_a_file(bundle: Path) -> None:
+    (bundle / "update.onnx").unlink()
+    (bundle / "update.onnx").mkdir()
+    assert "the file 'update.onnx' is missing" in refusal(bundle).message
+
+
+def test_a_file_that_cannot_be_read(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr("admtrt.bundle.sha256_of", failing)
+    assert "cannot read" in refusal(bundle).message
+    assert "Input/output error" in refusal(bundle).message
+
+
+def test_files_beside_those_of_the_manifest_do_not_matter(bundle: Path) -> None:
+    (bundle / "notes.txt").touch()
+    Bundle.open(bundle)
+
+
+# --- paths ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside.onnx",
+        "sub/../../outside.onnx",
+        "sub/../unet.onnx",
+        "/etc/passwd",
+        "..",
+        ".",
+        "",
+        "sub\\..\\outside.onnx",
+        "nul\0.onnx",
+        "line\nbreak",
+    ],
+)
+def test_a_path_outside(bundle: Path, name: str) -> None:
+    (bundle.parent / "outside.onnx").write_bytes(EMPTY_GRAPH)
+    (bundle / "sub").mkdir()
+    data = manifest_of(bundle)
+    data["files"][name] = data["files"]["unet.onnx"]
+    assert f"the manifest names {name!r}, which lies outside the bundle" in refusal(bundle, data).message
+    # The same where a graph says that it lies there
+    data["graphs"]["unet"]["file"] = name
+    assert repr(name) in refusal(bundle, data).message
+
+
+def test_an_absolute_path_is_refused_even_inside(bundle: Path) -> None:
+    data = manifest_of(bundle)
+    data["files"][str(bundle / "unet.onnx")] = data["files"]["unet.onnx"]
+    assert "lies outside the bundle" in refusal(bundle, data).message
+
+
+def test_a_link_out_of_the_bundle(bundle: Path) -> None:
+    (bundle / "unet.onnx").rename(bundle.parent / "elsewhere.onnx")
+    (bundle / "unet.onnx").symlink_to("../elsewhere.onnx")
+    assert "'unet.onnx', which lies outside the bundle" in refusal(bundle).message
+
+
+def test_a_folder_that_links_out_of_the_bundle(tmp_path: Path) -> None:
+    path = sham_bundle(tmp_path / "bundle", extra={"data/x": b"x"}).path
+    (path / "data").rename(tmp_path / "data")
+    (path / "data").symlink_to("../data")
+    assert "'data/x', which lies outside the bundle" in refusal(path).message
+
+
+def test_links_in_a_circle(bundle: Path) -> None:
+    (bundle / "unet.onnx").unlink()
+    (bundle / "unet.onnx").symlink_to("loop")
+    (bundle / "loop").symlink_to("unet.onnx")
+    assert "unet.onnx" in refusal(bundle).message
+
+
+def test_a_name_longer_than_any_files(bundle: Path) -> None:
+    data = manifest_of(bundle)
+    data["files"]["x" * 5000] = data["files"]["unet.onnx"]
+    assert "cannot read" in refusal(bundle, data).message
+
+
+# --- contradictions inside the manifest -----------------------------------------------------------------
+
+
+def test_unknown_keys_name_the_nearest(bundle: Path) -> None:
+    data = manifest_of(bundle)
+    data["graphs"]["unet"]["opzet"] = 1
+    assert "unknown key 'graphs.unet.opzet'; did you mean 'opset'?" in refusal(bundle, data).message
+
+
+@pytest.mark.parametrize(
+    ("side", "index", "field", "value"),
+    [
+        ("inputs", 0, "name", "X"),
+        ("inputs", 1, "dtype", "int64"),
+        ("inputs", 0, "shape", ["N", 1, 8, 9]),
+        ("inputs", 0, "shape", [2, 1, 8, 8]),
+        ("outputs", 0, "shape", ["N", 1, 8, 8]),
+    ],
+)
+def test_a_graph_that_declares_something_else(
+    bundle: Path, side: str, index: int, field: str, value: Any
+) -> None:
+    data = manifest_of(bundle)
+    assert data["graphs"]["unet"]["spec"][side][index][field] != value
+    data["graphs"]["unet"]["spec"][side][index][field] = value
+    assert "graph 'unet' declares other inputs or outputs" in refusal(bundle, data).message
+
+
+def test_a_graph_too_few_or_too_many(bundle: Path) -> None:
+    data = manifest_of(bundle)
+    removed = data["graphs"].pop("update")
+    assert "graphs are ['classifier_gradient', 'unet'], expected" in refusal(bundle, data).message
+    data["graphs"]["update"] = removed
+    data |= {"classifier": None, "class_names": []}
+    assert "expected ['unet', 'update']" in refusal(bundle, data).message
+    data["graphs"]["decoder"] = removed
+    assert "'graphs.decoder" in refusal(bundle, data).message
+
+
+def test_a_graph_whose_file_is_not_listed(bundle: Path) -> None:
+    data = manifest_of(bundle)
+    del data["files"]["unet.onnx"]
+    assert "graph 'unet' names the file 'unet.onnx', which is not listed" in refusal(bundle, data).message
+
+
+def test_class_names_of_another_number(bundle: Path) -> None:
+    data = manifest_of(bundle)
+    data["class_names"].append("dog")
+    assert "4 class names for 3 classes" in refusal(bundle, data).message
+
+
+@pytest.mark.parametrize(
+    ("unet", "classifier", "diffusion", "expected"),
+    [
+        ({"learn_sigma": False}, {}, {}, "the UNet has learn_sigma False, variance_type is 'learned_range'"),
+        ({}, {}, {"variance_type": "fixed_small"}, "learn_sigma True, variance_type is 'fixed_small'"),
+        ({}, {"image_size": 16}, {}, "the UNet has image_size 8 but the classifier 16"),
+        ({}, {"in_channels": 3}, {}, "the UNet has in_channels 1 but the classifier 3"),
+        ({"num_classes": 4}, {}, {}, "the UNet has 4 classes but the classifier 3"),
+    ],
+)
+def test_networks_that_do_not_fit(
+    tmp_path: Path, unet: dict[str, Any], classifier: dict[str, Any], diffusion: dict[str, Any], expected: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        sham_bundle(
+            tmp_path / "bundle",
+            unet=UNetConfig.from_dict(UNET.to_dict() | unet),
+            classifier=ClassifierConfig.from_dict(CLASSIFIER.to_dict() | classifier),
+            diffusion=DiffusionConfig.from_dict(diffusion),
+        )
+    assert expected in caught.value.message
+    assert names(tmp_path) == []
+
+
+# --- weights in files of their own ----------------------------------------------------------------------
+
+
+def graph_with_weights_in(location: str) -> bytes:
+    tensor = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [1], [1.0])
+    tensor.ClearField("float_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", "0"), ("length", "4")):
+        tensor.external_data.add(key=key, value=value)
+    graph = onnx.helper.make_graph([], "g", [], [], [tensor])
+    content: bytes = onnx.helper.make_model(graph).SerializeToString()
+    return content
+
+
+def test_weights_in_a_file_of_the_bundle(tmp_path: Path) -> None:
+    path = sham_bundle(
+        tmp_path / "bundle", graph=graph_with_weights_in("w.data"), extra={"w.data": bytes(4)}
+    ).path
+    Bundle.open(path)
+    (path / "w.data").write_bytes(b"1234")
+    assert "'w.data' has SHA-256" in refusal(path).message
+
+
+@pytest.mark.parametrize(
+    "location", ["/etc/passwd", "../w.data", "absent.data", "sub/w.data", "sub/../w.data", "", "w.data\0"]
+)
+def test_weights_elsewhere(tmp_path: Path, location: str) -> None:
+    extra = {"w.data": bytes(4), "sub/w.data": bytes(4)}
+    (tmp_path / "w.data").write_bytes(bytes(4))
+    path = sham_bundle(tmp_path / "bundle", graph=graph_with_weights_in(location), extra=extra).path
+    error = refusal(path)
+    assert f"keeps weights in {location!r}, which is not a file of the bundle" in error.message
+    assert "Do not run it" in error.hint
+
+
+def test_weights_behind_a_link_out_of_the_bundle(tmp_path: Path) -> None:
+    path = sham_bundle(
+        tmp_path / "bundle", graph=graph_with_weights_in("w.data"), extra={"w.data": bytes(4)}
+    ).path
+    (path / "w.data").rename(tmp_path / "w.data")
+    (path / "w.data").symlink_to("../w.data")
+    assert "'w.data', which lies outside the bundle" in refusal(path).message
+
+
+@pytest.mark.parametrize("graph", [b"", b"\x0a", b"not a graph", b"\xff" * 20])
+def test_a_graph_that_is_none(tmp_path: Path, graph: bytes) -> None:
+    path = sham_bundle(tmp_path / "bundle", graph=graph).path
+    assert "an ONNX graph" in refusal(path).message

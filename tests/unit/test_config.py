@@ -1,0 +1,395 @@
+"""Configurations: what is refused and how it is said, and that what is written is read back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from admtrt.config import (
+    ClassifierConfig,
+    Config,
+    DataConfig,
+    DiffusionConfig,
+    RunConfig,
+    SamplerConfig,
+    TrainingConfig,
+    UNetConfig,
+    load_config,
+    method_for_steps,
+    save_config,
+)
+from admtrt.errors import ConfigError, OutputError
+
+SMALL = {
+    "image_size": 8,
+    "model_channels": 32,
+    "channel_mult": [1, 2],
+    "attention_resolutions": [4],
+    "num_head_channels": 16,
+}
+RUN = {"data": {"source": "digits", "image_size": 8}, "unet": SMALL}
+
+
+def refusal(cls: type[Config], data: Any) -> str:
+    with pytest.raises(ConfigError) as caught:
+        cls.from_dict(data)
+    assert caught.value.exit_code == 2
+    return caught.value.message
+
+
+def changed(cls: type[Config], **changes: Any) -> Config:
+    return cls.from_dict(SMALL | ({"num_classes": 3} if cls is ClassifierConfig else {}) | changes)
+
+
+# --- unknown keys and wrong types -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "data", "expected"),
+    [
+        (
+            UNetConfig,
+            {**SMALL, "model_chanels": 1},
+            "unknown key 'model_chanels'; did you mean 'model_channels'?",
+        ),
+        (RunConfig, {**RUN, "unett": SMALL}, "unknown key 'unett'; did you mean 'unet'?"),
+        (
+            RunConfig,
+            {**RUN, "unet": {**SMALL, "dropuot": 0.1}},
+            "unknown key 'unet.dropuot'; did you mean 'dropout'?",
+        ),
+        (
+            RunConfig,
+            {**RUN, "train_classifier": {"batchsize": 1}},
+            "unknown key 'train_classifier.batchsize'; did you mean 'batch_size'?",
+        ),
+        (DiffusionConfig, {"xyz": 1}, "unknown key 'xyz' (known: mean_type, rescale_timesteps, schedule, "),
+    ],
+)
+def test_unknown_keys_name_the_nearest(cls: type[Config], data: Any, expected: str) -> None:
+    assert expected in refusal(cls, data)
+
+
+def test_unknown_keys_in_tables_and_lists_name_the_nearest() -> None:
+    class Row(Config):
+        length: int = 0
+
+    class Table(Config):
+        rows: dict[str, Row] | None = None
+        listed: tuple[Row, ...] = ()
+
+    assert "'rows.a.lenght'; did you mean 'length'?" in refusal(Table, {"rows": {"a": {"lenght": 1}}})
+    assert "'listed.0.lenght'; did you mean 'length'?" in refusal(Table, {"listed": [{"lenght": 1}]})
+
+
+@pytest.mark.parametrize(
+    ("cls", "data", "expected"),
+    [
+        (UNetConfig, {}, "'image_size' is required"),
+        (RunConfig, {}, "'data' is required"),
+        (UNetConfig, {**SMALL, "dropout": "much"}, "'dropout' is 'much'; input should be a valid number"),
+        (RunConfig, {**RUN, "data": 3}, "'data' is 3; input should be a valid dictionary"),
+        (UNetConfig, {**SMALL, "channel_mult": 3}, "'channel_mult' is 3; input should be a valid tuple"),
+        (UNetConfig, {**SMALL, "channel_mult": [1, "a"]}, "'channel_mult.1' is 'a'; "),
+        (DataConfig, {"source": "x" * 100, "image_size": "8.5"}, "'image_size' is '8.5'; "),
+        (DataConfig, {"source": ["x" * 100], "image_size": 8}, "'source' is ['" + "x" * 55 + "...; "),
+    ],
+)
+def test_wrong_types_and_missing_keys_name_the_path(cls: type[Config], data: Any, expected: str) -> None:
+    assert expected in refusal(cls, data)
+
+
+def test_every_fault_is_named_at_once() -> None:
+    message = refusal(DiffusionConfig, {"steps": 1, "schedule": "sigmoid", "stps": 3})
+    assert "'steps' is 1; input should be greater than or equal to 2" in message
+    assert "'schedule' is 'sigmoid'; input should be 'linear' or 'cosine'" in message
+    assert "unknown key 'stps'; did you mean 'steps'?" in message
+
+
+def test_the_source_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^my.toml: 'image_size' is required"):
+        UNetConfig.from_dict({}, source="my.toml")
+
+
+# --- ranges and combinations ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes"),
+    [
+        *[(UNetConfig, {name: 0}) for name in ("image_size", "model_channels", "num_res_blocks")],
+        (UNetConfig, {"num_heads": 0}),
+        *[(UNetConfig, {name: 2**31}) for name in ("image_size", "model_channels", "num_classes")],
+        (UNetConfig, {"num_head_channels": 0}),
+        (UNetConfig, {"num_classes": 0}),
+        (UNetConfig, {"low_res_size": 0}),
+        (UNetConfig, {"num_heads_upsample": -1}),
+        (UNetConfig, {"in_channels": 0}),
+        (UNetConfig, {"in_channels": 5}),
+        (UNetConfig, {"attention_resolutions": [0]}),
+        (UNetConfig, {"channel_mult": [1, 0]}),
+        (UNetConfig, {"channel_mult": [1, 1e300]}),
+        (UNetConfig, {"channel_mult": [1, float("inf")]}),
+        (UNetConfig, {"dropout": 1.0}),
+        (UNetConfig, {"dropout": -0.1}),
+        (UNetConfig, {"dropout": float("nan")}),
+        (ClassifierConfig, {"num_classes": 1}),
+        (ClassifierConfig, {"pool": "max"}),
+        (DiffusionConfig, {"steps": 1_000_001}),
+        (DiffusionConfig, {"mean_type": "v"}),
+        (DiffusionConfig, {"variance_type": "fixed"}),
+        (SamplerConfig, {"method": "plms"}),
+        (SamplerConfig, {"scale": float("nan")}),
+        (SamplerConfig, {"scale": float("inf")}),
+        (SamplerConfig, {"steps": [250]}),
+        (SamplerConfig, {"eta": 1.1}),
+        (SamplerConfig, {"eta": -0.1}),
+        (SamplerConfig, {"eta": float("nan")}),
+        (DataConfig, {"hold_out": 1.0}),
+        (DataConfig, {"kind": "zip"}),
+        (DataConfig, {"channels": 0}),
+        (DataConfig, {"label_from": "file"}),
+        (DataConfig, {"on_bad_file": "delete"}),
+        *[
+            (TrainingConfig, {name: 0})
+            for name in (
+                "steps", "batch_size", "accumulate", "lr", "grad_clip", "log_every", "checkpoint_every",
+                "max_nan_steps",
+            )
+        ],
+        *[(TrainingConfig, {name: -1}) for name in ("warmup_steps", "weight_decay", "seed", "sample_every")],
+        (TrainingConfig, {"seed": 2**63}),
+        (TrainingConfig, {"lr": float("nan")}),
+        (TrainingConfig, {"ema_rates": []}),
+        (TrainingConfig, {"ema_rates": [0.9, 1.0]}),
+        (TrainingConfig, {"ema_rates": [0.0]}),
+        (TrainingConfig, {"lr_schedule": "cosine"}),
+        (TrainingConfig, {"precision": "fp8"}),
+        (TrainingConfig, {"loss": "l1"}),
+        (TrainingConfig, {"timestep_sampler": "random"}),
+    ],
+)  # fmt: skip
+def test_values_out_of_range(cls: type[Config], changes: dict[str, Any]) -> None:
+    base = {
+        UNetConfig: SMALL,
+        ClassifierConfig: SMALL | {"num_classes": 3},
+        DataConfig: {"source": "digits", "image_size": 8},
+    }.get(cls, {})
+    cls.from_dict(base)
+    assert f"'{next(iter(changes))}" in refusal(cls, base | changes)
+
+
+@pytest.mark.parametrize(
+    ("cls", "changes", "expected"),
+    [
+        (UNetConfig, {"channel_mult": []}, "channel_mult is empty"),
+        (
+            UNetConfig,
+            {"image_size": 28, "channel_mult": [1, 1, 1, 1]},
+            "image_size 28 cannot be halved 3 times for the 4 levels of channel_mult; use a multiple of 8",
+        ),
+        (UNetConfig, {"model_channels": 48}, "a level has 48 channels (model_channels 48 x channel_mult"),
+        (UNetConfig, {"channel_mult": [0.01, 1]}, "a level has 0 channels"),
+        (
+            UNetConfig,
+            {"model_channels": 33, "channel_mult": [32 / 33, 64 / 33]},
+            "model_channels must be even",
+        ),
+        (
+            UNetConfig,
+            {"attention_resolutions": [16, 4]},
+            "[16] are no level's size; the levels are [8, 4] pixels",
+        ),
+        (
+            UNetConfig,
+            {"num_head_channels": 48},
+            "attention over 64 channels cannot be divided by num_head_channels 48",
+        ),
+        (
+            UNetConfig,
+            {"num_head_channels": None, "num_heads": 3},
+            "64 channels cannot be divided by num_heads 3",
+        ),
+        (
+            UNetConfig,
+            {"num_head_channels": None, "num_heads": 4, "num_heads_upsample": 5},
+            "64 channels cannot be divided by num_heads 5",
+        ),
+        (
+            UNetConfig,
+            {"attention_resolutions": [], "num_head_channels": 48},
+            "over 64 channels",
+        ),  # the middle
+        (UNetConfig, {"low_res_size": 8}, "low_res_size 8 is not below image_size 8"),
+        (ClassifierConfig, {"num_head_channels": None}, "pool 'attention' needs num_head_channels"),
+        (ClassifierConfig, {"image_size": 6, "channel_mult": [1, 1, 1]}, "cannot be halved 2 times"),
+        (DiffusionConfig, {"steps": 20}, "a linear schedule of 20 steps has beta >= 1; use 21 steps or more"),
+        (SamplerConfig, {"eta": 0.5}, "eta belongs to ddim"),
+        (SamplerConfig, {"scale": -2e6}, "'scale': -2000000.0 is out of range"),
+        (
+            RunConfig,
+            {"unet": SMALL | {"image_size": 16, "attention_resolutions": []}},
+            "unet.image_size 16 differs",
+        ),
+        (RunConfig, {"unet": SMALL | {"in_channels": 1}}, "unet.in_channels 1 differs from data.channels 3"),
+        (
+            RunConfig,
+            {"classifier": SMALL | {"num_classes": 2, "in_channels": 1}},
+            "classifier.in_channels 1 differs from data.channels 3",
+        ),
+        (
+            RunConfig,
+            {"diffusion": {"variance_type": "fixed_small"}},
+            "unet.learn_sigma is True but diffusion.variance_type is 'fixed_small'",
+        ),
+        (
+            RunConfig,
+            {"upsampler": SMALL | {"low_res_size": 4, "learn_sigma": False}},
+            "upsampler.learn_sigma is False but diffusion.variance_type is 'learned_range'",
+        ),
+        (
+            RunConfig,
+            {"unet": SMALL | {"low_res_size": 4}},
+            "unet.low_res_size belongs in the section 'upsampler'",
+        ),
+        (RunConfig, {"upsampler": SMALL}, "upsampler.low_res_size is required"),
+    ],
+)
+def test_impossible_combinations(cls: type[Config], changes: dict[str, Any], expected: str) -> None:
+    base = {
+        UNetConfig: SMALL,
+        ClassifierConfig: SMALL | {"num_classes": 3},
+        RunConfig: RUN,
+    }.get(cls, {})
+    cls.from_dict(base)
+    assert expected in refusal(cls, base | changes)
+
+
+def test_the_edges_of_what_is_allowed() -> None:
+    DiffusionConfig(steps=21)
+    DiffusionConfig(steps=2, schedule="cosine")
+    SamplerConfig(method="ddim", eta=1.0)
+    SamplerConfig(scale=-1e6)
+    changed(UNetConfig, low_res_size=7)
+    changed(ClassifierConfig, num_head_channels=None, num_heads=2, pool="adaptive")
+    # 32 channels at the fine level are not attended to, so they need not be divisible.
+    changed(UNetConfig, num_head_channels=64)
+
+
+def test_derived_values() -> None:
+    unet = UNetConfig.from_dict(SMALL | {"image_size": 16, "channel_mult": [1, 2, 3]})
+    assert unet.level_channels == (32, 64, 96)
+    assert unet.level_sizes == (16, 8, 4)
+    assert unet.out_channels == 6
+    assert UNetConfig.from_dict(SMALL | {"learn_sigma": False, "in_channels": 1}).out_channels == 1
+    assert DiffusionConfig(variance_type="learned").learns_sigma
+    assert not DiffusionConfig(variance_type="fixed_large").learns_sigma
+    assert [method_for_steps(text) for text in ("ddim25", " ddim25", "250", "")] == [
+        "ddim", "ddim", "ddpm", "ddpm",
+    ]  # fmt: skip
+
+
+def test_configurations_are_immutable_and_hashable() -> None:
+    config = RunConfig.from_dict(RUN)
+    assert hash(config) == hash(RunConfig.from_dict(RUN))
+    with pytest.raises(ValueError, match="frozen"):
+        config.data.image_size = 9  # type: ignore[misc]
+
+
+# --- files and overrides --------------------------------------------------------------------------------
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+MINIMAL = '[data]\nsource = "digits"\nimage_size = 8\n'
+
+
+def test_overrides_change_what_they_name(tmp_path: Path) -> None:
+    path = written(tmp_path / "run.toml", MINIMAL)
+    overrides = [
+        "data.source = some/folder with = in it",
+        "sampler.steps=50",
+        "train_unet.ema_rates=[0.9, 0.99]",
+        "train_unet.tensorboard=true",
+        'train_unet.loss="vlb"',
+        "train_unet.loss=simple",
+    ]
+    config = load_config(RunConfig, path, overrides)
+    assert config.data.source == "some/folder with = in it"
+    assert config.sampler.steps == "50"
+    assert config.train_unet.ema_rates == (0.9, 0.99)
+    assert config.train_unet.tensorboard is True
+    assert config.train_unet.loss == "simple"
+    assert config == load_config(RunConfig, path, overrides).model_copy()
+    assert config != load_config(RunConfig, path)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("data.source", "override 'data.source' is not of the form section.key=value"),
+        ("=3", "is not of the form"),
+        ("data..source=3", "is not of the form"),
+        ("data.source.deeper=3", "'source' is a value, not a section"),
+        ("data.sorce=x", "with overrides: unknown key 'data.sorce'; did you mean 'source'?"),
+        ("data.image_size=big", "'data.image_size' is 'big'"),
+        ("data.image_size=", "'data.image_size' is ''"),
+        ("data.image_size=" + "9" * 5000, "'data.image_size' is '999"),
+        ("data.image_size=" + "[" * 5000, "'data.image_size' is '[[["),
+        ("data=3", "'data' is 3"),
+    ],
+)
+def test_bad_overrides(tmp_path: Path, override: str, expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, written(tmp_path / "run.toml", MINIMAL), [override])
+    assert expected in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("not toml", "is not valid TOML"),
+        ("[data]\n[data]\n", "is not valid TOML"),
+        ("number = " + "9" * 5000, "is not valid TOML"),
+        ("list = " + "[" * 5000, "is not valid TOML"),
+        (MINIMAL + "chanels = 3\n", "did you mean 'channels'?"),
+    ],
+)
+def test_bad_files(tmp_path: Path, text: str, expected: str) -> None:
+    path = written(tmp_path / "run.toml", text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(RunConfig, path)
+    assert str(path) in caught.value.message
+    assert expected in caught.value.message
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*absent\.toml: No such file"):
+        load_config(RunConfig, tmp_path / "absent.toml")
+    with pytest.raises(ConfigError, match=r"cannot read .*: Is a directory"):
+        load_config(RunConfig, tmp_path)
+    (tmp_path / "latin.toml").write_bytes('source = "é"'.encode("latin-1"))
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(RunConfig, tmp_path / "latin.toml")
+    with pytest.raises(OutputError, match="cannot write"):
+        save_config(RunConfig.from_dict(RUN), tmp_path / "absent" / "run.toml")
+
+
+def test_a_classifiers_section_keeps_its_own_defaults() -> None:
+    """Naming one key of a section leaves the others as they are without the section."""
+    config = RunConfig.from_dict(RUN | {"train_classifier": {"steps": 7}, "train_unet": {"steps": 7}})
+    assert (config.train_classifier.lr, config.train_classifier.weight_decay) == (3e-4, 0.05)
+    assert (config.train_unet.lr, config.train_unet.weight_decay) == (1e-4, 0.0)
+
+
+def test_none_can_be_written_where_it_is_not_the_default(tmp_path: Path) -> None:
+    config = ClassifierConfig(image_size=8, num_classes=2, num_head_channels=None, pool="spatial",
+                              channel_mult=(1,), attention_resolutions=())  # fmt: skip
+    save_config(config, tmp_path / "c.toml")
+    assert 'num_head_channels = "none"' in (tmp_path / "c.toml").read_text()
+    assert load_config(ClassifierConfig, tmp_path / "c.toml") == config

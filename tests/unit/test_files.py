@@ -1,0 +1,265 @@
+"""Atomic writes: whoever looks, and whenever the writer dies, sees the old state or the new one."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import admtrt
+from admtrt import files
+from admtrt.errors import OutputError
+from admtrt.files import atomic_directory, atomic_file, sha256_of
+
+KILLED_AT_EVERY_EVENT = """
+import os, signal, sys
+from pathlib import Path
+from admtrt.files import atomic_directory, atomic_file
+
+root, kind = Path(sys.argv[1]), sys.argv[2]
+OLD, NEW = {"a": "old", "b": "old"}, {"a": "new", "c": "new"}
+
+def write():
+    if kind == "file":
+        with atomic_file(root / "target") as temporary:
+            for part in ("n", "e", "w"):
+                with temporary.open("a") as opened:
+                    opened.write(part)
+    else:
+        with atomic_directory(root / "target", overwrite=True) as temporary:
+            for name, text in NEW.items():
+                (temporary / name).write_text(text)
+
+def reset():
+    if kind == "file":
+        (root / "target").write_text("old")
+    else:
+        (root / "target").mkdir(exist_ok=True)
+        for path in (root / "target").iterdir():
+            path.unlink()
+        for name, text in OLD.items():
+            (root / "target" / name).write_text(text)
+
+def state():
+    if kind == "file":
+        return (root / "target").read_text()
+    found = {path.name: path.read_text() for path in (root / "target").iterdir()}
+    return "old" if found == OLD else "new" if found == NEW else found
+
+seen = []
+for event in range(1, 1000):
+    reset()
+    pid = os.fork()
+    if not pid:
+        left = event
+        def hook(name, arguments):
+            global left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        write()
+        os._exit(0)
+    status = os.waitpid(pid, 0)[1]
+    seen.append(state())
+    if not os.WIFSIGNALED(status):
+        break
+assert set(seen) <= {"old", "new"}, seen
+assert seen[0] == "old" and seen[-1] == "new", seen
+assert seen == sorted(seen, reverse=True), seen
+print(len(seen))
+"""
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def exchange_works(folder: Path) -> bool:
+    (folder / "left").mkdir()
+    (folder / "right").mkdir()
+    return files._exchange(folder / "left", folder / "right")
+
+
+@pytest.mark.parametrize("kind", ["file", "directory"])
+def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, kind: str) -> None:
+    if kind == "directory" and not exchange_works(tmp_path):
+        pytest.skip("this file system cannot exchange two directories")
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_AT_EVERY_EVENT, tmp_path, kind],
+        env=os.environ | {"PYTHONPATH": str(Path(admtrt.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 5
+
+
+# --- files ----------------------------------------------------------------------------------------------
+
+
+def test_a_file_appears_whole_with_its_folders(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "b" / "file"
+    with atomic_file(target) as temporary:
+        temporary.write_text("new")
+        assert temporary.parent == target.parent
+        assert not target.exists()
+    assert target.read_text() == "new"
+    assert names(target.parent) == ["file"]
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyError("x")])
+def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path, error: Exception) -> None:
+    target = tmp_path / "file"
+    target.write_text("old")
+    expected = OutputError if isinstance(error, OSError) else type(error)
+    with pytest.raises(expected) as caught, atomic_file(target) as temporary:  # noqa: PT012
+        temporary.write_text("half")
+        assert target.read_text() == "old"
+        raise error
+    if expected is OutputError:
+        assert f"cannot write {target}: No space left on device" in str(caught.value)
+        assert "untouched" in str(caught.value)
+    assert target.read_text() == "old"
+    assert names(tmp_path) == ["file"]
+
+
+def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for write in (atomic_file, atomic_directory):
+        with pytest.raises(OutputError, match="cannot write"), write(tmp_path / "file" / "x"):
+            pytest.fail("the block must not run")
+
+
+def test_two_writers_do_not_share_a_temporary(tmp_path: Path) -> None:
+    with atomic_file(tmp_path / "file") as first, atomic_file(tmp_path / "file") as second:
+        assert first != second
+        first.write_text("1")
+        second.write_text("2")
+    assert (tmp_path / "file").read_text() == "1"
+
+
+# --- directories ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With the system call that swaps in one step, and as where there is none."""
+    if request.param == "two renames":
+        monkeypatch.setattr(files, "_exchange", lambda left, right: False)
+    return str(request.param)
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old").write_text("old")
+    return tmp_path / "target"
+
+
+def is_old(target: Path) -> bool:
+    return names(target) == ["old"] and names(target.parent) == ["target"]
+
+
+def test_a_directory_appears_whole(tmp_path: Path) -> None:
+    target = tmp_path / "a" / "target"
+    with atomic_directory(target) as temporary:
+        (temporary / "x").touch()
+        assert not target.exists()
+    assert names(target) == ["x"]
+    assert names(target.parent) == ["target"]
+
+
+def test_a_directory_replaces_the_old_one_completely(old: Path, way: str) -> None:
+    with atomic_directory(old, overwrite=True) as temporary:
+        (temporary / "new").touch()
+        assert names(old) == ["old"]
+    assert names(old) == ["new"]
+    assert names(old.parent) == ["target"]
+
+
+def test_an_existing_directory_is_kept_unless_told_otherwise(old: Path) -> None:
+    with pytest.raises(OutputError, match="already exists") as caught, atomic_directory(old):
+        pytest.fail("the block must not run")
+    assert "--overwrite" in caught.value.hint
+    assert is_old(old)
+
+
+def test_a_directory_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    with (  # noqa: PT012
+        pytest.raises(OutputError, match="Directory not empty"),
+        atomic_directory(target) as temporary,
+    ):
+        (temporary / "new").touch()
+        target.mkdir()
+        (target / "old").touch()
+    assert is_old(target)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EROFS, "Read-only file system"), KeyboardInterrupt()])
+def test_a_directory_that_fails_leaves_the_old_one(old: Path, way: str, error: BaseException) -> None:
+    expected = OutputError if isinstance(error, OSError) else KeyboardInterrupt
+    with pytest.raises(expected), atomic_directory(old, overwrite=True) as temporary:  # noqa: PT012
+        (temporary / "half").touch()
+        raise error
+    assert is_old(old)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("at", [1, 2])
+@pytest.mark.parametrize("moment", ["before", "after"])
+def test_two_renames_that_fail_put_the_old_one_back(
+    old: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int, moment: str
+) -> None:
+    """The old directory is not lost even where the interruption falls between the renames."""
+    monkeypatch.setattr(files, "_exchange", lambda left, right: False)
+    calls, rename = 0, Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == at and moment == "after":
+            rename(self, target)
+        if calls == at:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises((OutputError, KeyboardInterrupt)), atomic_directory(old, overwrite=True) as temporary:
+        (temporary / "new").touch()
+    if (at, moment) == (2, "after"):  # by then the new one stands
+        assert names(old) == ["new"]
+    else:
+        assert is_old(old)
+
+
+def test_the_working_directory_can_be_replaced(old: Path, monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    monkeypatch.chdir(old)
+    with atomic_directory(Path(), overwrite=True) as temporary:
+        (temporary / "new").touch()
+    assert names(old) == ["new"]
+    assert names(old.parent) == ["target"]
+
+
+def test_a_link_to_a_directory_stays_a_link(old: Path) -> None:
+    link = old.parent / "link"
+    link.symlink_to("target")
+    with atomic_directory(link, overwrite=True) as temporary:
+        (temporary / "new").touch()
+    assert link.is_symlink()
+    assert names(old) == ["new"]
+    assert names(old.parent) == ["link", "target"]
+
+
+def test_sha256(tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    (tmp_path / "file").write_bytes(content)
+    assert sha256_of(tmp_path / "file") == hashlib.sha256(content).hexdigest()
