@@ -156,7 +156,7 @@ def _low_res_images(path: Path) -> NDArray[np.uint8]:
     import numpy as np
 
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
             images: NDArray[np.uint8] = archive["arr_0"]
     except Exception as error:  # arbitrary bytes make the reader fail in any way
         raise RequestError(f"cannot read {path} as .npz with arr_0: {error}") from None

@@ -56,6 +56,8 @@ def export_input_gradient(
     """Export the gradient of a per-sample scalar with respect to one input, for any batch size.
 
     The graph has the module's inputs, and the outputs ``grad`` (shaped as ``wrt``) and ``value`` [N].
+    It is the derivative of what is computed: ``detach()`` and ``no_grad()`` leave no trace in a graph, so
+    nothing is held constant by them.
 
     Args:
         module: called as ``module(*inputs.values())``; all of it in evaluation mode.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import (
-    CommonSubexpressionEliminationPass,
     DeduplicateInitializersPass,
     RemoveUnusedNodesPass,
     ShapeInferencePass,
@@ -19,7 +18,7 @@ def simplify(model: ir.Model) -> None:
     changed = True
     while changed:
         changed = False
-        for one in (static_reshapes, merge_reshapes, share_equal_nodes, remove_unused):
+        for one in (static_reshapes, merge_reshapes, share_equal_constants, remove_unused):
             changed |= one(model)
     TopologicalSortPass()(model)
     infer_shapes(model)
@@ -35,11 +34,9 @@ def remove_unused(model: ir.Model) -> bool:
     return bool(RemoveUnusedNodesPass()(model).modified)
 
 
-def share_equal_nodes(model: ir.Model) -> bool:
-    """Compute what is computed twice from the same inputs once, and keep equal constants once."""
-    changed = CommonSubexpressionEliminationPass()(model).modified
-    # Large tensors are compared by identity only: hashing gigabytes of weights finds nothing.
-    return bool(DeduplicateInitializersPass(size_limit=1024)(model).modified) or bool(changed)
+def share_equal_constants(model: ir.Model) -> bool:
+    """Keep equal small constants once; hashing gigabytes of weights would find nothing."""
+    return bool(DeduplicateInitializersPass(size_limit=1024)(model).modified)
 
 
 def static_reshapes(model: ir.Model) -> bool:
@@ -81,7 +78,7 @@ def constant_sizes(value: ir.Value) -> list[int] | None:
 
 
 def constant(graph: ir.Graph, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
-    """An initializer holding ``array``; equal small ones are shared by :func:`share_equal_nodes`."""
+    """An initializer holding ``array``; equal small ones are shared by :func:`share_equal_constants`."""
     index = len(graph.initializers)
     while (name := f"constant_{index}") in graph.initializers:
         index += 1

@@ -201,7 +201,7 @@ def _images(directory: Path, request: BulkRequest, limit: int | None = None) -> 
 
 def _read_shard(file: Path) -> NDArray[np.uint8]:
     try:
-        with np.load(file, allow_pickle=False) as shard:
+        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as shard:
             images: NDArray[np.uint8] = shard["images"]
     except Exception as error:  # damaged bytes make the reader fail in any way
         raise OutputError(

@@ -101,11 +101,10 @@ MODULES = {
 }
 
 
-@pytest.mark.parametrize("conv_backward", ["flipped", "transposed"])
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize(
+    ("name", "conv_backward"), [*((name, "flipped") for name in MODULES), ("cnn", "transposed")]
+)
 def test_equals_autograd_at_any_batch_size(name: str, conv_backward: Any, tmp_path: Path) -> None:
-    if conv_backward == "transposed" and name != "cnn":
-        pytest.skip("it has no convolution")
     build, shapes, scalar, wrt = MODULES[name]
     module = seeded(build)
     path = tmp_path / "deep" / "g.onnx"
@@ -191,7 +190,7 @@ X = {"x": torch.ones(2, 4)}
         (nn.Linear(4, 3), X, {}, r"scalar has shape \[N,3\], expected \[N\]"),
         (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.sum()}, r"scalar has shape \[\], expected \[N\]"),
         (nn.Linear(4, 3), X, {"scalar": log_prob_of_first, "wrt": "z"}, r"no input 'z'; the inputs are \['x'\]"),
-        (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.detach().sum(1) * 0 + 1}, "does not depend"),
+        (nn.Linear(4, 3), X, {"scalar": lambda out, x: (out > 0).float().sum(1)}, "does not depend"),
         (nn.Sequential(nn.Linear(4, 3), nn.Dropout()).train(), X, {}, "training mode"),
         (nn.Sequential(nn.Linear(4, 3), nn.Dropout().train()), X, {}, "training mode"),
         (nn.Linear(4, 3), {"x": torch.ones(1, 4)}, {}, r"batch sizes \{'x': 1\}"),

@@ -106,7 +106,7 @@ def test_the_same_request_gives_the_same_bits() -> None:
     "sampler", [SamplerConfig(steps="4", scale=3.0), SamplerConfig(method="ddim", steps="4", scale=3.0)]
 )
 def test_it_is_what_the_papers_formulas_say(sampler: SamplerConfig) -> None:
-    """A whole guided trajectory against PyTorch's networks and Algorithms 1 and 2, with the pipeline's noise."""
+    """A whole guided trajectory against PyTorch's networks and Algorithms 1 and 2, with the same noise."""
     import torch
 
     from admtrt.models.classifier import log_prob_gradient
@@ -148,21 +148,21 @@ def test_it_is_what_the_papers_formulas_say(sampler: SamplerConfig) -> None:
     ],
 )
 def test_every_option_changes_every_sample(base: dict[str, Any], change: dict[str, Any]) -> None:
-    # One pixel in five hundred may be bounded to the same value on both sides; no whole image is.
+    # Single pixels may be bounded to the same value on both sides; no whole image is.
     request = {"labels": [0, 1, 2], "seeds": [0, 1, 2]} | base
     before, after = (pipeline("guided")(**options).x for options in (request, request | change))
-    assert (np.abs(before - after).reshape(3, -1).max(axis=1) > 100 * ROUNDING).all()
+    assert (np.abs(before - after).reshape(3, -1).max(axis=1) > 10 * ROUNDING).all()
 
 
 def test_labels_reach_a_class_conditional_unet() -> None:
     x = pipeline("conditional")([0, 1, 2, 3], [0, 0, 0, 0]).x
     for index in range(1, 4):
-        assert np.abs(x[index] - x[0]).max() > 100 * ROUNDING
+        assert np.abs(x[index] - x[0]).max() > 10 * ROUNDING
 
 
 def test_the_conditioning_reaches_an_upsampler() -> None:
     x = pipeline("upsampler")(seeds=[0, 0], low_res=LOW_RES[:2], steps="3").x
-    assert np.abs(x[0] - x[1]).max() > 100 * ROUNDING
+    assert np.abs(x[0] - x[1]).max() > 10 * ROUNDING
 
 
 def test_small_images_may_be_given_as_levels_or_as_numbers() -> None:

@@ -7,14 +7,17 @@ from typing import TYPE_CHECKING, Any
 from admtrt.errors import BundleError, MissingDependencyError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import numpy as np
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
-    from admtrt.contract import GraphName
+    from admtrt.contract import GraphName, GraphSpec
     from admtrt.runtime.sampler import Images, Labels
 
 _ERRORS_ONLY = 3
+_DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
 class OnnxRuntimeDenoiser:
@@ -26,7 +29,7 @@ class OnnxRuntimeDenoiser:
 
     Raises:
         MissingDependencyError: if onnxruntime is not installed.
-        BundleError: if ONNX Runtime refuses a graph.
+        BundleError: if ONNX Runtime refuses a graph, or a graph has other inputs or outputs than declared.
     """
 
     def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
@@ -39,14 +42,16 @@ class OnnxRuntimeDenoiser:
         if threads is not None:
             options.intra_op_num_threads = threads
         self._sessions: dict[GraphName, Any] = {}
-        for name in bundle.manifest.graphs:
+        for name, graph in bundle.manifest.graphs.items():
             path = bundle.graph_path(name)
             try:
-                self._sessions[name] = onnxruntime.InferenceSession(
+                session = onnxruntime.InferenceSession(
                     str(path), sess_options=options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:  # the library raises types of its own for every cause
                 raise BundleError(f"ONNX Runtime refuses {path}: {error}") from None
+            _check_contract(path, session, graph.spec)
+            self._sessions[name] = session
 
     def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
         """See :class:`~admtrt.runtime.sampler.Denoiser`."""
@@ -76,3 +81,18 @@ class OnnxRuntimeDenoiser:
         session = self._sessions[name]
         names = [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(names, feeds), strict=True))
+
+
+def _check_contract(path: Path, session: Any, spec: GraphSpec) -> None:
+    """The file's own inputs and outputs must be those that the manifest declares."""
+    for values, tensors in ((session.get_inputs(), spec.inputs), (session.get_outputs(), spec.outputs)):
+        found = [
+            f"{value.name} {_DTYPES.get(value.type, value.type)}[{', '.join(map(str, value.shape))}]"
+            for value in values
+        ]
+        declared = [str(tensor) for tensor in tensors]
+        if found != declared:
+            raise BundleError(
+                f"{path} has {', '.join(found)}; the manifest declares {', '.join(declared)}",
+                hint="Export the checkpoint again.",
+            )

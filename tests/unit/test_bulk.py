@@ -1,0 +1,334 @@
+"""Long runs: shards that survive anything, and results in every format."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import UNET, sham_bundle
+from PIL import Image
+
+from admtrt.config import SamplerConfig
+from admtrt.errors import OutputError, RequestError
+from admtrt.runtime.bulk import GRID_LIMIT, MAX_SAMPLES, BulkRequest, draw, finished_samples
+from admtrt.runtime.pipeline import Pipeline
+
+SAMPLER = SamplerConfig(steps="3", scale=1.0)
+
+
+class Echo:
+    """A denoiser that returns x_T, so that an image tells its seed, and counts the images it has seen."""
+
+    def __init__(self) -> None:
+        self.seen = 0
+        self.fails_at: int | None = None
+
+    def unet(self, x: Any, t: Any, y: Any, low_res: Any) -> Any:
+        self.seen += len(x)
+        if self.fails_at is not None and self.seen >= self.fails_at:
+            raise KeyboardInterrupt
+        return np.concatenate([x, x], axis=1)
+
+    def classifier_gradient(self, x: Any, t: Any, y: Any) -> Any:
+        return np.zeros_like(x)
+
+    def update(self, x: Any, out: Any, grad: Any, noise: Any, coefficients: Any) -> Any:
+        return x, x
+
+
+@pytest.fixture
+def pipeline(tmp_path: Path) -> Pipeline:
+    return Pipeline(sham_bundle(tmp_path / "bundle"), Echo())
+
+
+@pytest.fixture
+def echo(pipeline: Pipeline) -> Echo:
+    assert isinstance(pipeline.denoiser, Echo)
+    return pipeline.denoiser
+
+
+def request(count: int = 10, **changes: Any) -> BulkRequest:
+    given: dict[str, Any] = {
+        "count": count,
+        "labels": np.arange(count, dtype=np.int64) % 3,
+        "first_seed": 7,
+        "sampler": SAMPLER,
+        "batch_size": 2,
+        "shard_size": 4,
+    }
+    return BulkRequest(**given | changes)
+
+
+def expected(pipeline: Pipeline, count: int = 10) -> np.ndarray:
+    seeds = list(range(7, 7 + count))
+    return pipeline([index % 3 for index in range(count)], seeds, steps="3", scale=1.0).images
+
+
+def shards(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "shards").iterdir())
+
+
+# --- formats --------------------------------------------------------------------------------------------
+
+
+def test_npz_is_the_originals_format(pipeline: Pipeline, tmp_path: Path) -> None:
+    (path,) = draw(pipeline, request(), tmp_path / "run", ["npz"])
+    assert path == tmp_path / "run" / "samples.npz"
+    with np.load(path, allow_pickle=False) as archive:
+        assert archive.files == ["arr_0", "arr_1"]
+        images, labels = archive["arr_0"], archive["arr_1"]
+    assert (images.dtype, images.shape) == (np.uint8, (10, 8, 8, 1))
+    assert (labels.dtype, labels.shape) == (np.int64, (10,))
+    np.testing.assert_array_equal(images, expected(pipeline))
+    assert labels.tolist() == [0, 1, 2, 0, 1, 2, 0, 1, 2, 0]
+    assert zipfile.ZipFile(path).testzip() is None
+    assert len(np.unique(images.reshape(10, -1), axis=0)) == 10
+    assert shards(tmp_path / "run") == ["00000000.npz", "00000004.npz", "00000008.npz"]
+
+
+def test_npz_without_labels(tmp_path: Path) -> None:
+    bundle = sham_bundle(tmp_path / "bundle", classifier=None, class_names=())
+    asked = request(labels=None, sampler=SamplerConfig(steps="3", scale=0.0))
+    (path,) = draw(Pipeline(bundle, Echo()), asked, tmp_path / "run", ["npz"])
+    with np.load(path) as archive:
+        assert archive.files == ["arr_0"]
+        assert archive["arr_0"].shape == (10, 8, 8, 1)
+
+
+def test_png_is_a_file_for_each_sample(pipeline: Pipeline, tmp_path: Path) -> None:
+    (folder,) = draw(pipeline, request(), tmp_path / "run", ["png"])
+    found = sorted(folder.iterdir(), key=lambda path: path.stem.split("_")[1])
+    assert [path.name for path in found] == [f"{index % 3}_{index:06d}.png" for index in range(10)]
+    images = np.stack([np.asarray(Image.open(path)) for path in found])[..., None]
+    np.testing.assert_array_equal(images, expected(pipeline))
+
+
+def test_png_are_written_again_only_where_they_are_missing(pipeline: Pipeline, tmp_path: Path) -> None:
+    (folder,) = draw(pipeline, request(), tmp_path / "run", ["png"])
+    (folder / "0_000003.png").unlink()
+    before = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    draw(pipeline, request(), tmp_path / "run", ["png"])
+    after = {path.name: path.stat().st_ino for path in folder.iterdir()}
+    assert len(after) == 10
+    assert before == {name: node for name, node in after.items() if name != "0_000003.png"}
+
+
+def test_a_grid_shows_the_first_samples(pipeline: Pipeline, tmp_path: Path) -> None:
+    (path,) = draw(pipeline, request(4), tmp_path / "run", ["grid"])
+    assert path == tmp_path / "run" / "grid.png"
+    pixels = np.asarray(Image.open(path))
+    images = expected(pipeline, 4)
+    header, cell = 16, 64 + 2
+    for index, image in enumerate(images):
+        top, left = 2 + index // 2 * (cell + header) + header, 2 + index % 2 * cell
+        np.testing.assert_array_equal(pixels[top : top + 64 : 8, left : left + 64 : 8], image[..., 0])
+
+
+def test_a_grid_has_an_end(pipeline: Pipeline, tmp_path: Path) -> None:
+    count = GRID_LIMIT + 30
+    (path,) = draw(pipeline, request(count, shard_size=150, batch_size=150), tmp_path / "run", ["grid"])
+    assert Image.open(path).size == (20 * 66 + 2, 20 * 82 + 2)
+
+
+def test_several_formats_at_once_and_one_later(pipeline: Pipeline, echo: Echo, tmp_path: Path) -> None:
+    written = draw(pipeline, request(), tmp_path / "run", ["grid", "npz"])
+    assert [path.name for path in written] == ["grid.png", "samples.npz"]
+    drawn = echo.seen
+    draw(pipeline, request(), tmp_path / "run", ["png"])
+    assert echo.seen == drawn  # from the shards alone
+
+
+# --- going on -------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_was_cut_off_goes_on_where_it_was(pipeline: Pipeline, echo: Echo, tmp_path: Path) -> None:
+    steps = 3
+    echo.fails_at = (4 + 4) * steps + 1  # in the third shard
+    with pytest.raises(KeyboardInterrupt):
+        draw(pipeline, request(), tmp_path / "run", ["npz"])
+    assert shards(tmp_path / "run") == ["00000000.npz", "00000004.npz"]
+    assert finished_samples(tmp_path / "run", request()) == 8
+    assert not (tmp_path / "run" / "samples.npz").exists()
+    echo.fails_at, echo.seen = None, 0
+    advanced: list[int] = []
+    (path,) = draw(
+        pipeline, request(), tmp_path / "run", ["npz"], advance=lambda count, _: advanced.append(count)
+    )
+    assert echo.seen == 2 * steps
+    assert sum(advanced) == 2 * steps
+    np.testing.assert_array_equal(np.load(path)["arr_0"], expected(pipeline))
+
+
+def test_a_missing_shard_is_drawn_again(pipeline: Pipeline, tmp_path: Path) -> None:
+    draw(pipeline, request(), tmp_path / "run", ["npz"])
+    (tmp_path / "run" / "shards" / "00000000.npz").unlink()
+    assert finished_samples(tmp_path / "run", request()) == 6
+    (path,) = draw(pipeline, request(), tmp_path / "run", ["npz"])
+    np.testing.assert_array_equal(np.load(path)["arr_0"], expected(pipeline))
+
+
+def test_batch_size_may_change_on_the_way(pipeline: Pipeline, tmp_path: Path) -> None:
+    draw(pipeline, request(), tmp_path / "run", ["npz"])
+    draw(pipeline, request(batch_size=3), tmp_path / "run", ["npz"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "differing"),
+    [
+        ({"count": 9, "labels": np.arange(9) % 3}, "count, labels"),
+        ({"labels": np.zeros(10, np.int64)}, "labels"),
+        ({"first_seed": 8}, "first_seed"),
+        ({"sampler": SamplerConfig(steps="4", scale=1.0)}, "sampler"),
+        ({"sampler": SamplerConfig(steps="3", scale=1.5)}, "sampler"),
+        ({"shard_size": 5}, "shard_size"),
+    ],
+)
+def test_another_runs_shards_are_refused(
+    pipeline: Pipeline, tmp_path: Path, changes: dict[str, Any], differing: str
+) -> None:
+    draw(pipeline, request(), tmp_path / "run", ["npz"])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    with pytest.raises(OutputError) as caught:
+        draw(pipeline, request(**changes), tmp_path / "run", ["npz"])
+    assert f"holds the shards of another run: {differing} differ" in caught.value.message
+    assert "--out" in caught.value.hint
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+
+
+def test_another_bundles_shards_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    draw(pipeline, request(), tmp_path / "run", ["npz"])
+    other = Pipeline(sham_bundle(tmp_path / "other", made_with={"torch": "9"}), Echo())
+    with pytest.raises(OutputError, match="another run: bundle differ"):
+        draw(other, request(), tmp_path / "run", ["npz"])
+
+
+def test_other_small_images_are_refused(tmp_path: Path) -> None:
+    unet = UNET.model_copy(update={"low_res_size": 4})
+    bundle = sham_bundle(tmp_path / "bundle", unet=unet, classifier=None, class_names=())
+    pipeline = Pipeline(bundle, Echo())
+    plain = {"labels": None, "sampler": SamplerConfig(steps="3", scale=0.0)}
+    images = np.zeros((10, 4, 4, 1), np.uint8)
+    draw(pipeline, request(low_res=images, **plain), tmp_path / "run", ["npz"])
+    with pytest.raises(OutputError, match="another run: low_res differ"):
+        draw(pipeline, request(low_res=images + 1, **plain), tmp_path / "run", ["npz"])
+
+
+@pytest.mark.parametrize("content", ["", "[]", "not json", "{}"])
+def test_a_run_that_cannot_be_recognised_is_refused(pipeline: Pipeline, tmp_path: Path, content: str) -> None:
+    draw(pipeline, request(), tmp_path / "run", ["npz"])
+    (tmp_path / "run" / "request.json").write_text(content)
+    with pytest.raises(OutputError, match="another run"):
+        draw(pipeline, request(), tmp_path / "run", ["npz"])
+
+
+def test_a_folder_with_something_else_is_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    for name in ("run", "file"):
+        with pytest.raises(OutputError, match="exists and holds no sampling run"):
+            draw(pipeline, request(), tmp_path / name, ["npz"])
+    with pytest.raises(OutputError, match="cannot write"):
+        draw(pipeline, request(), tmp_path / "file" / "run", ["npz"])
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
+
+
+def test_an_empty_folder_and_one_that_was_being_claimed_are_taken(pipeline: Pipeline, tmp_path: Path) -> None:
+    for name in ("empty", "begun"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "begun" / ".request.json.0123abcd.tmp").write_text('{"coun')  # left by a kill
+    for name in ("empty", "begun"):
+        draw(pipeline, request(), tmp_path / name, ["npz"])
+
+
+# --- faults ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"count": 0}, "0 samples were asked for"),
+        ({"count": -1}, "-1 samples were asked for"),
+        ({"count": MAX_SAMPLES + 1}, f"expected 1 to {MAX_SAMPLES}"),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"shard_size": 0}, "shard_size is 0; expected at least 1"),
+        ({"shard_size": -1}, "shard_size is -1"),
+    ],
+)
+def test_counts_out_of_range(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        request(**{"labels": None} | changes)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"first_seed": -1}, {"first_seed": 2**64 - 5}, {"low_res": np.zeros((10, 4, 4, 1), np.uint8)}]
+)
+def test_an_impossible_request_takes_no_folder(
+    pipeline: Pipeline, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    with pytest.raises(RequestError):
+        draw(pipeline, request(**changes), tmp_path / "run", ["npz"])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_loses_nothing(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    savez, calls = np.savez, 0
+
+    def full(file: Any, **arrays: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            file.write(b"half of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        savez(file, **arrays)
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(OutputError, match=r"cannot write .*00000004.npz: No space left on device"):
+        draw(pipeline, request(), tmp_path / "run", ["npz"])
+    assert shards(tmp_path / "run") == ["00000000.npz"]
+    (path,) = draw(pipeline, request(), tmp_path / "run", ["npz"])
+    np.testing.assert_array_equal(np.load(path)["arr_0"], expected(pipeline))
+
+
+def test_a_disk_that_fills_up_with_the_results_keeps_the_shards(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(np.lib.format, "write_array", full)
+        with pytest.raises(OutputError, match=r"cannot write .*samples.npz: No space left on device"):
+            draw(pipeline, request(), tmp_path / "run", ["npz"])
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["request.json", "shards"]
+    assert finished_samples(tmp_path / "run", request()) == 10
+    draw(pipeline, request(), tmp_path / "run", ["npz"])
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 no archive", b"\x93NUMPY"])
+def test_a_damaged_shard_is_named(pipeline: Pipeline, tmp_path: Path, content: bytes) -> None:
+    draw(pipeline, request(), tmp_path / "run", ["npz"])
+    shard = tmp_path / "run" / "shards" / "00000004.npz"
+    shard.write_bytes(content)
+    with pytest.raises(OutputError) as caught:
+        draw(pipeline, request(), tmp_path / "run", ["npz"])
+    assert f"cannot read the shard {shard}" in caught.value.message
+    assert "Delete it" in caught.value.hint
+    shard.unlink()
+    draw(pipeline, request(), tmp_path / "run", ["npz"])
+
+
+def test_the_request_is_kept_for_people_too(pipeline: Pipeline, tmp_path: Path) -> None:
+    draw(pipeline, request(), tmp_path / "run", ["npz"])
+    kept = json.loads((tmp_path / "run" / "request.json").read_text())
+    assert kept["count"] == 10
+    assert kept["first_seed"] == 7
+    assert kept["sampler"] == SAMPLER.to_dict()

@@ -1,0 +1,201 @@
+"""What the sampler refuses, and that it says what came, what was expected and what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from bundles import CLASSIFIER, UNET, sham_bundle
+
+from admtrt.config import DiffusionConfig
+from admtrt.errors import BundleError, RequestError
+from admtrt.runtime.pipeline import Pipeline, consecutive_seeds
+
+
+class Fixed:
+    """A denoiser whose every step gives the same image."""
+
+    def __init__(self, value: float = 0.0) -> None:
+        self.value = value
+
+    def unet(self, x: Any, t: Any, y: Any, low_res: Any) -> Any:
+        return np.concatenate([x, x], axis=1)
+
+    def classifier_gradient(self, x: Any, t: Any, y: Any) -> Any:
+        return np.zeros_like(x)
+
+    def update(self, x: Any, out: Any, grad: Any, noise: Any, coefficients: Any) -> Any:
+        filled = np.full_like(x, self.value)
+        return filled, filled
+
+
+def sham(folder: Path, value: float = 0.0, **fields: Any) -> Pipeline:
+    return Pipeline(sham_bundle(folder / "bundle", **fields), Fixed(value))
+
+
+@pytest.fixture
+def guided(tmp_path: Path) -> Pipeline:
+    return sham(tmp_path)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Pipeline:
+    """Unconditional, no classifier."""
+    return sham(tmp_path, classifier=None, class_names=())
+
+
+@pytest.fixture
+def conditional(tmp_path: Path) -> Pipeline:
+    unet = UNET.model_copy(update={"num_classes": 3})
+    return sham(tmp_path, unet=unet, classifier=None, class_names=())
+
+
+@pytest.fixture
+def upsampler(tmp_path: Path) -> Pipeline:
+    unet = UNET.model_copy(update={"low_res_size": 4})
+    return sham(tmp_path, unet=unet, classifier=None, class_names=())
+
+
+def refusal(pipeline: Pipeline, **request: Any) -> RequestError:
+    with pytest.raises(RequestError) as caught:
+        pipeline(**request)
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"labels": [3]}, "class 3 is out of range; the classes are 0 to 2"),
+        ({"labels": [0, -1]}, "class -1 is out of range"),
+        ({}, "labels are needed: the bundle has 3 classes"),
+        ({"seeds": [1, 2]}, "labels are needed"),
+        ({"labels": []}, "no sample was asked for"),
+        ({"labels": [0], "seeds": [-1]}, "seed -1 is out of range"),
+        ({"labels": [0], "seeds": [2**64]}, f"seed {2**64} is out of range"),
+        ({"labels": [0, 1], "seeds": [1]}, "1 seeds for 2 samples; give one for each"),
+        ({"labels": [0], "scale": float("nan")}, "'scale' is nan; input should be a finite number"),
+        ({"labels": [0], "scale": float("inf")}, "'scale' is inf"),
+        ({"labels": [0], "scale": 1e7}, "'scale': 10000000.0 is out of range"),
+        ({"labels": [0], "eta": 0.5}, "eta belongs to ddim"),
+        ({"labels": [0], "steps": "ddim5", "eta": 1.5}, "'eta' is 1.5"),
+        ({"labels": [0], "steps": "ddim5", "eta": float("nan")}, "'eta' is nan"),
+        ({"labels": [0], "steps": "ddim300"}, "no integer stride"),
+        ({"labels": [0], "steps": "1001"}, "cannot give 1001"),
+        ({"labels": [0], "steps": "some"}, "'some' is not a positive whole number"),
+        ({"labels": [0], "steps": "1"}, "keeps 1 of 1000 timesteps"),
+        ({"labels": [0], "method": "plms"}, "'method' is 'plms'; input should be 'ddpm' or 'ddim'"),
+        ({"labels": [0], "batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"labels": [0], "batch_size": -3}, "batch_size is -3"),
+        ({"labels": [0], "low_res": np.zeros((1, 4, 4, 1), np.uint8)}, "is no upsampler"),
+    ],
+)
+def test_requests_that_cannot_be_met(guided: Pipeline, request_: dict[str, Any], message: str) -> None:
+    assert message in refusal(guided, **request_).message
+
+
+def test_guidance_without_a_classifier(plain: Pipeline) -> None:
+    error = refusal(plain, scale=1.0)
+    assert "scale 1.0 asks for guidance" in error.message
+    assert "holds no classifier" in error.message
+    assert "--classifier" in error.hint
+
+
+def test_labels_without_classes(plain: Pipeline) -> None:
+    assert "the bundle knows no classes" in refusal(plain, labels=[0]).message
+
+
+def test_a_class_conditional_unet_needs_labels_even_unguided(conditional: Pipeline) -> None:
+    assert "labels are needed" in refusal(conditional, scale=0.0).message
+    assert "class 3 is out of range" in refusal(conditional, labels=[3]).message
+
+
+@pytest.mark.parametrize(
+    ("low_res", "message"),
+    [
+        (None, "is an upsampler and needs low_res images"),
+        (np.zeros((2, 5, 5, 1), np.uint8), "low_res is uint8 [2, 5, 5, 1]; expected uint8 [N, 4, 4, 1] or"),
+        (np.zeros((2, 1, 4, 4), np.uint8), "low_res is uint8 [2, 1, 4, 4]"),
+        (np.zeros((2, 4, 4, 1), np.float32), "low_res is float32 [2, 4, 4, 1]"),
+        (np.zeros((2, 1, 4, 4), np.float64), "low_res is float64"),
+        (np.full((2, 1, 4, 4), np.nan, np.float32), "or finite float32 [N, 1, 4, 4]"),
+        (np.uint8(3), "low_res is uint8 []"),
+        ("text", "low_res is <U4 []"),
+        (np.zeros((0, 4, 4, 1), np.uint8), "no sample was asked for"),
+    ],
+)
+def test_bad_conditioning(upsampler: Pipeline, low_res: Any, message: str) -> None:
+    assert message in refusal(upsampler, low_res=low_res).message
+
+
+def test_as_many_seeds_as_small_images(upsampler: Pipeline) -> None:
+    images = np.zeros((2, 4, 4, 1), np.uint8)
+    assert "2 low_res for 3 samples" in refusal(upsampler, seeds=[1, 2, 3], low_res=images).message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_images_that_are_no_numbers_are_not_given_out(tmp_path: Path, value: float) -> None:
+    error = refusal(sham(tmp_path, value), labels=[0], scale=50.0)
+    assert "values that are not finite (scale 50.0, steps '5')" in error.message
+    assert "smaller scale or more steps" in error.hint
+
+
+def test_a_recommendation_that_its_process_cannot_meet(tmp_path: Path) -> None:
+    pipeline = sham(tmp_path, diffusion=DiffusionConfig(steps=4, schedule="cosine"))
+    assert "section 1 has 4 timesteps, which cannot give 5" in refusal(pipeline, labels=[0]).message
+    assert pipeline([0], steps="2").x.shape == (1, 1, 8, 8)
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1025])
+def test_threads_out_of_range(tmp_path: Path, threads: int) -> None:
+    with pytest.raises(RequestError, match=f"threads is {threads}; expected 1 to 1024"):
+        Pipeline.from_bundle(tmp_path / "absent", threads=threads)
+
+
+def test_graphs_that_the_library_refuses(tmp_path: Path) -> None:
+    """A bundle that is whole, and holds what ONNX Runtime cannot load."""
+    path = sham_bundle(tmp_path / "bundle", classifier=CLASSIFIER).path
+    with pytest.raises(BundleError, match="ONNX Runtime refuses"):
+        Pipeline.from_bundle(path)
+
+
+@pytest.mark.parametrize(("name", "dtype", "size"), [("X", 1, 8), ("x", 7, 8), ("x", 1, 16)])
+def test_graphs_that_are_not_what_the_manifest_declares(
+    tmp_path: Path, name: str, dtype: int, size: int
+) -> None:
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Identity", [name], ["out"])],
+        "g",
+        [value(name, dtype, ["N", 1, size, size]), value("t", 1, ["N"])],
+        [value("out", dtype, ["N", 1, size, size])],
+    )
+    opset = onnx.helper.make_opsetid("", 18)
+    content = onnx.helper.make_model(graph, ir_version=9, opset_imports=[opset]).SerializeToString()
+    path = sham_bundle(tmp_path / "bundle", graph=content).path
+    with pytest.raises(BundleError, match=r"the manifest declares x float32\[N, 1, 8, 8\], t float32\[N\]"):
+        Pipeline.from_bundle(path)
+
+
+def test_labels_and_seeds_are_whole_numbers(guided: Pipeline) -> None:
+    for request in ({"labels": [0.5]}, {"labels": ["0"]}, {"labels": [0], "seeds": [0.5]}):
+        with pytest.raises(TypeError):
+            guided(**request)
+    samples = guided(np.array([0, 2], np.int32), np.array([2**64 - 1, 0], np.uint64))
+    assert samples.seeds == (2**64 - 1, 0)
+
+
+def test_consecutive_seeds() -> None:
+    assert list(consecutive_seeds(5, 3)) == [5, 6, 7]
+    assert list(consecutive_seeds(2**64 - 1, 1)) == [2**64 - 1]
+    for first, count, message in (
+        (0, 0, "0 samples were asked for"),
+        (0, -1, "-1 samples were asked for"),
+        (-1, 1, "seed -1 is out of range"),
+        (2**64 - 1, 2, "leave the range"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            consecutive_seeds(first, count)
