@@ -6,7 +6,8 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-torch.set_num_threads(1)  # workers share few cores, and the results of one thread do not depend on the machine
+# Workers share few cores, and the results of one thread do not depend on the machine.
+torch.set_num_threads(1)
 
 
 def pytest_report_header() -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Manifest
-    from admtrt.runtime.bulk import Format
+    from admtrt.config import SamplerConfig
+    from admtrt.runtime.bulk import BulkRequest, Format
+    from admtrt.runtime.pipeline import Pipeline
+    from admtrt.runtime.sampler import Labels
+    from admtrt.runtime.two_stage import TwoStage
 
 _FORMATS = ("npz", "png", "grid")
 
@@ -34,7 +39,18 @@ def sample(
     eta: Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")] = None,
     clip: Annotated[bool | None, typer.Option("--clip/--no-clip", help="Bound x_0 to [-1, 1].")] = None,
     low_res: Annotated[
-        Path | None, typer.Option(help="Upsampler: .npz with the small images (arr_0 uint8 [N,H,W,C]).")
+        Path | None,
+        typer.Option(help="Upsampler: .npz with small images (arr_0 uint8 [N,H,W,C]) and labels (arr_1)."),
+    ] = None,
+    upsample: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", help="Enlarge the samples with this upsampler: a second stage."),
+    ] = None,
+    upsample_steps: Annotated[
+        str | None, typer.Option(help="Steps of the second stage; its bundle's own where left out.")
+    ] = None,
+    upsample_scale: Annotated[
+        float | None, typer.Option(help="Guidance scale of the second stage; 0 where left out.")
     ] = None,
     formats: Annotated[
         list[str] | None,
@@ -46,49 +62,106 @@ def sample(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Draw guided or unguided samples from a bundle, without PyTorch."""
-    from admtrt.runtime.bulk import BulkRequest, draw, finished_samples
+    from admtrt.runtime.bulk import BulkRequest
     from admtrt.runtime.pipeline import Pipeline
-    from admtrt.schedule import sampling_schedule
 
     output = Output(json=json)
     chosen = _formats(formats)
+    if upsample is None and (upsample_steps is not None or upsample_scale is not None):
+        raise RequestError(
+            "--upsample-steps and --upsample-scale belong to a second stage", hint="Name it with --upsample."
+        )
     pipeline = Pipeline.from_bundle(bundle, threads=threads)
-    manifest = pipeline.bundle.manifest
     if method not in (None, "ddpm", "ddim"):
         raise RequestError(f"method {method!r} is unknown; expected ddpm or ddim")
     sampler = pipeline.sampler(steps=steps, method=method, scale=scale, eta=eta, clip=clip)  # type: ignore[arg-type]
-    small = None if low_res is None else _low_res_images(low_res)
-    if small is not None:
-        if num not in (None, len(small)):
-            raise RequestError(
-                f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out."
-            )
-        num = len(small)
-    labels = pipeline.check_labels(requested_labels(classes, num, manifest), sampler)
-    count = len(labels) if labels is not None else 1 if num is None else num
+    small = None if low_res is None else _SmallImages.read(low_res)
+    if small is not None and num not in (None, len(small)):
+        raise RequestError(f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out.")
+    labels = _labels(classes, num, small, pipeline, sampler)
     request = BulkRequest(
-        count=count,
+        count=next((len(given) for given in (labels, small) if given is not None), num or 1),
         labels=labels,
         first_seed=seed,
         sampler=sampler,
         batch_size=batch_size,
         shard_size=shard_size,
-        low_res=small,
+        low_res=None if small is None else small.images,
     )
-    total = len(sampling_schedule(manifest.diffusion, sampler))
-    done = finished_samples(out, request) if out.is_dir() else 0
-    with progress("sampling", count * total, done=done * total) as advance:
-        written = draw(pipeline, request, out, chosen, advance=advance)
+    if upsample is None:
+        result = _draw_one(pipeline, request, out, chosen)
+    else:
+        from admtrt.runtime.two_stage import UNGUIDED, TwoStage
+
+        stages = TwoStage(pipeline, Pipeline.from_bundle(upsample, threads=threads))
+        upsampler = stages.high.sampler(
+            steps=upsample_steps, scale=UNGUIDED if upsample_scale is None else upsample_scale
+        )
+        result = _draw_two(stages, request, upsampler, out, chosen)
     output.result(
-        {
-            "samples": count,
-            "continued_from": done,
-            "files": [str(path) for path in written],
-            "sampler": sampler.to_dict(),
-            "first_seed": seed,
-        },
-        f"{count} samples: " + ", ".join(str(path) for path in written),
+        {"samples": request.count, **result, "first_seed": seed},
+        f"{request.count} samples: " + ", ".join(result["files"]),
     )
+
+
+def _draw_one(pipeline: Pipeline, request: BulkRequest, out: Path, formats: list[Format]) -> dict[str, Any]:
+    from admtrt.runtime.bulk import draw, finished_samples
+
+    done, steps = finished_samples(out, request), _steps(pipeline, request)
+    with progress("sampling", request.count * steps, done=done * steps) as advance:
+        written = draw(pipeline, request, out, formats, advance=advance)
+    return _outcome(request, done, written)
+
+
+def _draw_two(
+    stages: TwoStage, low: BulkRequest, upsampler: SamplerConfig, out: Path, formats: list[Format]
+) -> dict[str, Any]:
+    from admtrt.runtime.bulk import LOW_STAGE, finished_samples
+    from admtrt.runtime.two_stage import draw_two_stage, second_request
+
+    high = second_request(stages, low, upsampler, out)
+    done = (finished_samples(out / LOW_STAGE, low), finished_samples(out, high))
+    steps = (_steps(stages.low, low), _steps(stages.high, high))
+    finished = done[0] * steps[0] + done[1] * steps[1]
+    with progress("sampling", low.count * sum(steps), done=finished) as advance:
+        first, second = draw_two_stage(stages, low, high, out, formats, advance=advance)
+    return _outcome(high, done[1], second) | {"first_stage": _outcome(low, done[0], first)}
+
+
+def _steps(pipeline: Pipeline, request: BulkRequest) -> int:
+    from admtrt.schedule import sampling_schedule
+
+    return len(sampling_schedule(pipeline.bundle.manifest.diffusion, request.sampler))
+
+
+def _outcome(request: BulkRequest, done: int, written: list[Path]) -> dict[str, Any]:
+    return {
+        "continued_from": done,
+        "files": [str(path) for path in written],
+        "sampler": request.sampler.to_dict(),
+    }
+
+
+def _labels(
+    classes: str | None,
+    num: int | None,
+    small: _SmallImages | None,
+    pipeline: Pipeline,
+    sampler: SamplerConfig,
+) -> Labels | None:
+    """The checked label of each sample: those asked for, else those of the small images, else of all classes.
+
+    Raises:
+        RequestError: as :func:`requested_labels` and :meth:`Pipeline.check_labels`.
+    """
+    manifest = pipeline.bundle.manifest
+    if small is None:
+        return pipeline.check_labels(requested_labels(classes, num, manifest), sampler)
+    if classes is not None:
+        return pipeline.check_labels(requested_labels(classes, len(small), manifest), sampler)
+    if manifest.num_classes is None:
+        return small.labels  # kept beside the images
+    return pipeline.check_labels(None if small.labels is None else small.labels.tolist(), sampler)
 
 
 def _formats(given: list[str] | None) -> list[Format]:
@@ -133,7 +206,7 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
 
 def _counted(part: str, manifest: Manifest) -> tuple[int, int]:
     """Class and count of ``class:count``."""
-    name, _, count = part.rpartition(":")
+    name, _, count = part.rpartition(":") if ":" in part else (part, "", "")
     if not (count.isascii() and count.isdigit()) or not int(count[:9]) >= 1 or len(count) > 9:
         raise RequestError(
             f"{part!r}: {count!r} is no count of at least 1", hint="Write e.g. --classes 0:10,3:5."
@@ -152,16 +225,38 @@ def _class_index(text: str, manifest: Manifest) -> int:
         raise RequestError(f"class {text!r} is neither a number nor a name of the bundle{names}") from None
 
 
-def _low_res_images(path: Path) -> NDArray[np.uint8]:
-    import numpy as np
+@dataclass(frozen=True, eq=False)
+class _SmallImages:
+    """Images for an upsampler: uint8 [N, H, W, C], and their labels, int64 [N], where the file has them."""
 
-    try:
-        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-            images: NDArray[np.uint8] = archive["arr_0"]
-    except Exception as error:  # arbitrary bytes make the reader fail in any way
-        raise RequestError(f"cannot read {path} as .npz with arr_0: {error}") from None
-    if images.dtype != np.uint8 or images.ndim != 4:
-        raise RequestError(
-            f"{path}: arr_0 is {images.dtype} {list(images.shape)}; expected uint8 [N, H, W, C]"
-        )
-    return images
+    images: NDArray[np.uint8]
+    labels: Labels | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Read ``arr_0`` and ``arr_1`` of an .npz file.
+
+        Raises:
+            RequestError: if it cannot be read, or holds something else.
+        """
+        import numpy as np
+
+        try:
+            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
+                images = archive["arr_0"]
+                labels = archive.get("arr_1")
+        except Exception as error:  # arbitrary bytes make the reader fail in any way
+            raise RequestError(f"cannot read {path} as .npz with arr_0: {error}") from None
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise RequestError(
+                f"{path}: arr_0 is {images.dtype} {list(images.shape)}; expected uint8 [N, H, W, C]"
+            )
+        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
+            raise RequestError(
+                f"{path}: arr_1 is {labels.dtype} {list(labels.shape)}; "
+                f"expected {len(images)} labels, whole numbers"
+            )
+        return cls(images, None if labels is None else labels.astype(np.int64))

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+_SWEEP_COLUMNS = ("sampler", "scale", "judged their class", "diversity (real = 1)", "seconds")
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .75rem; text-align: right }
@@ -71,8 +72,9 @@ def _page(result: DemoResult) -> str:
         '<strong class="pass">passed</strong>' if result.passed else '<strong class="fail">failed</strong>'
     )
     best = "; ".join(
-        f"{method.upper()} {steps}: {result.best(method).verdict.accuracy:.1%} at scale {result.best(method).scale:g}"
+        f"{method.upper()} {steps}: {point.verdict.accuracy:.1%} at scale {point.scale:g}"
         for method, steps in SAMPLERS.items()
+        for point in [result.best(method)]
     )
     sweep = [
         [
@@ -103,13 +105,13 @@ classifier as its input gradient), verified against PyTorch, and sampled without
 each setting were judged by a support vector machine fitted on {result.judge_images} real digits that neither
 network saw; it is {result.judge_accuracy:.1%} right on real digits. The target is {TARGET:.0%}. Best: {best}.</p>
 <h2>Guidance: class accuracy against diversity</h2>
-{_figure("sweep.png", "A larger scale trades diversity for fidelity to the class (the paper's figure 4).")}
-{_table(("sampler", "scale", "judged their class", "diversity (real = 1)", "seconds"), sweep)}
+{_figure("sweep.png", "A larger scale trades diversity for fidelity (figure 4 of the paper).")}
+{_table(_SWEEP_COLUMNS, sweep)}
 <h2>Samples</h2>
 {figures}
 <h2>Parity with PyTorch</h2>
 {_table(("stage", "worst error", "tolerance", "status"), parity)}
-{_figure("drift.png", "Per-sample relative difference between the exported graphs and PyTorch after each step.")}
+{_figure("drift.png", "Relative difference between the exported graphs and PyTorch after each step.")}
 <h2>Time</h2>
 {_table(("stage", "seconds"), seconds)}
 <p>admtrt {__version__}, Python {platform.python_version()}, {html.escape(platform.machine())}.</p>

@@ -92,7 +92,7 @@ def _check_batch_free(graph: ir.Graph) -> None:
         if value.shape is None or isinstance(value.shape[0], int):
             raise ExportError(
                 f"PyTorch fixed the input '{value.name}' to the shape {value.shape} of the example",
-                hint="Write the module for any batch: x.shape[0] in place of len(x), no reshape to the example's size.",
+                hint="Write it for any batch: x.shape[0] in place of len(x), no reshape to a fixed size.",
             )
 
 

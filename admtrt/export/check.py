@@ -94,10 +94,11 @@ def rtx_parser_errors(path: Path) -> list[str] | None:
         return None
     import tensorrt_rtx as trt
 
-    logger = trt.Logger(trt.Logger.ERROR)
+    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)  # its errors are returned, not printed
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
     if parser.parse_from_file(str(path)):
         return []
-    return [parser.get_error(index).desc() for index in range(parser.num_errors)]
+    errors = [parser.get_error(index) for index in range(parser.num_errors)]
+    return [f"{error.node_operator()} '{error.node_name()}': {error.desc()}" for error in errors]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from admtrt.files import atomic_file
+from admtrt.files import atomic_directory, atomic_file
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,5 +24,10 @@ def write_graph(model: ir.Model, path: Path) -> None:
         with atomic_file(path) as temporary:
             ir.save(model, temporary)
         return
-    # The graph names its data file, so the data are written in place, before the graph that points to them.
-    ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=1024)
+    data = f"{path.name}.data"
+    with atomic_directory(path.with_name(f"{path.name}.parts"), overwrite=True) as parts:
+        ir.save(model, parts / path.name, external_data=data, size_threshold_bytes=1024)
+        # Data first: a graph that stands at its place never points to data that are not there.
+        (parts / data).replace(path.with_name(data))
+        (parts / path.name).replace(path)
+    path.with_name(f"{path.name}.parts").rmdir()

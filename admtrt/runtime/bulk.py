@@ -7,10 +7,11 @@ index, so a shard can be drawn by any process at any time and is the same.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import zipfile
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
@@ -35,7 +36,20 @@ MAX_SAMPLES = 10_000_000
 """Samples of one run: their labels are held in memory."""
 GRID_LIMIT = 400
 """Samples on a grid; more are not readable."""
+LOW_STAGE = "low"
+"""Folder of the first stage's run within that of a two-stage run."""
 _REQUEST = "request.json"
+_BLOCK = 256  # images of which a digest reads at once
+
+
+class SmallImages(Protocol):
+    """An upsampler's conditioning, of which a part is read at a time; an array is one."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> NDArray[np.uint8]:
+        """Those rows, uint8 [n, h, w, C]."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,14 +58,14 @@ class BulkRequest:
 
     Attributes:
         count: samples in all.
-        labels: int64 [count], or None.
+        labels: int64 [count], or None; where the bundle knows no classes they are only kept with the images.
         first_seed: sample i has the seed ``first_seed + i``.
         sampler: one for all.
         batch_size, shard_size: samples computed at once, and kept in one file.
         low_res: uint8 [count, h, w, C], conditioning of an upsampler, or None.
 
     Raises:
-        RequestError: if a size is out of range.
+        RequestError: if a size is out of range, or there is not one label and small image for each sample.
     """
 
     count: int
@@ -60,7 +74,7 @@ class BulkRequest:
     sampler: SamplerConfig
     batch_size: int
     shard_size: int
-    low_res: NDArray[np.uint8] | None = None
+    low_res: SmallImages | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.count <= MAX_SAMPLES:
@@ -68,6 +82,10 @@ class BulkRequest:
         for name in ("batch_size", "shard_size"):
             if getattr(self, name) < 1:
                 raise RequestError(f"{name} is {getattr(self, name)}; expected at least 1")
+        for name in ("labels", "low_res"):
+            given = getattr(self, name)
+            if given is not None and len(given) != self.count:
+                raise RequestError(f"{len(given)} {name} for {self.count} samples; give one for each")
 
 
 def draw(
@@ -76,6 +94,7 @@ def draw(
     directory: Path,
     formats: Sequence[Format],
     *,
+    class_names: Sequence[str] = (),
     advance: Callable[[int, str], None] = lambda _count, _text: None,
 ) -> list[Path]:
     """Draw every missing shard, then write the results; returns the files written.
@@ -86,13 +105,15 @@ def draw(
         directory: of the run; made, or continued where it holds the same request.
         formats: ``npz`` (``samples.npz``, the original's format), ``png`` (a file for each sample), ``grid``
             (``grid.png``, labelled).
+        class_names: for the labels where the bundle has none of its own.
         advance: called with the sample-steps done and a text, for a progress display.
 
     Raises:
         OutputError: if the directory holds another run or a damaged shard, or cannot be written.
         RequestError: if the request is impossible.
     """
-    pipeline.check_low_res(request.low_res)  # before an impossible request takes the directory
+    # Before an impossible request takes the directory; the first image shows the size of all.
+    pipeline.check_low_res(None if request.low_res is None else request.low_res[:1])
     seeds = consecutive_seeds(request.first_seed, request.count)
     _claim(directory, _identity(pipeline, request))
     for start in range(0, request.count, request.shard_size):
@@ -100,7 +121,8 @@ def draw(
         if _shard(directory, start).exists():
             continue
         _draw_shard(pipeline, request, directory, seeds, start, stop, advance)
-    return [_write(directory, one, request, pipeline.bundle.manifest.class_names) for one in formats]
+    names = pipeline.bundle.manifest.class_names or class_names
+    return [_write(directory, one, request, names) for one in formats]
 
 
 def finished_samples(directory: Path, request: BulkRequest) -> int:
@@ -108,6 +130,48 @@ def finished_samples(directory: Path, request: BulkRequest) -> int:
     starts = range(0, request.count, request.shard_size)
     done = (start for start in starts if _shard(directory, start).exists())
     return sum(min(start + request.shard_size, request.count) - start for start in done)
+
+
+class RunImages:
+    """The images of a run that is finished, or will be when they are read: one array, read by shards.
+
+    Args:
+        directory: of the run.
+        request: what it draws.
+    """
+
+    def __init__(self, directory: Path, request: BulkRequest) -> None:
+        self._directory = directory
+        self._request = request
+
+    def __len__(self) -> int:
+        return self._request.count
+
+    def __getitem__(self, rows: slice, /) -> NDArray[np.uint8]:
+        """Those rows, uint8 [n, H, W, C].
+
+        Raises:
+            OutputError: if a shard is missing or damaged.
+        """
+        size = self._request.shard_size
+        start, stop, _ = rows.indices(len(self))
+        return np.concatenate(
+            [
+                _read_shard(_shard(self._directory, first))[max(0, start - first) : stop - first]
+                for first in range(start - start % size, stop, size)
+            ]
+        )
+
+
+def check_place(pipeline: Pipeline, request: BulkRequest, directory: Path) -> None:
+    """Refuse a directory where a run cannot begin or go on, whatever its small images will be.
+
+    Raises:
+        OutputError: if it holds another run, or something else.
+    """
+    identity = _identity(pipeline, replace(request, low_res=None))
+    del identity["low_res"]
+    _check_place(directory, identity)
 
 
 def _identity(pipeline: Pipeline, request: BulkRequest) -> dict[str, Any]:
@@ -123,14 +187,22 @@ def _identity(pipeline: Pipeline, request: BulkRequest) -> dict[str, Any]:
     }
 
 
-def _digest(array: NDArray[np.uint8]) -> str:
-    import hashlib
-
-    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()
+def _digest(images: SmallImages) -> str:
+    digest = hashlib.sha256()
+    for start in range(0, len(images), _BLOCK):
+        digest.update(np.ascontiguousarray(images[start : start + _BLOCK]).data)
+    return digest.hexdigest()
 
 
 def _claim(directory: Path, identity: dict[str, Any]) -> None:
     """Start a run directory, or make sure that it holds this very run."""
+    if not _check_place(directory, identity):
+        with atomic_file(directory / _REQUEST) as temporary:
+            temporary.write_text(json.dumps(identity), encoding="utf-8")
+
+
+def _check_place(directory: Path, identity: dict[str, Any]) -> bool:
+    """Whether a directory holds this very run already; False where it can begin there."""
     file = directory / _REQUEST
     if not file.exists():
         if directory.exists() and (not directory.is_dir() or not _is_unclaimed(directory)):
@@ -138,9 +210,7 @@ def _claim(directory: Path, identity: dict[str, Any]) -> None:
                 f"{directory} exists and holds no sampling run",
                 hint="Choose an empty or new directory for --out.",
             )
-        with atomic_file(file) as temporary:
-            temporary.write_text(json.dumps(identity), encoding="utf-8")
-        return
+        return False
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
@@ -151,11 +221,15 @@ def _claim(directory: Path, identity: dict[str, Any]) -> None:
             f"{directory} holds the shards of another run: {', '.join(differing)} differ",
             hint="Choose another directory for --out, or repeat the request that started it.",
         )
+    return True
 
 
 def _is_unclaimed(directory: Path) -> bool:
-    """Whether a directory holds nothing, or only what a process killed while claiming it left."""
-    return all(path.match(f".{_REQUEST}.*.tmp") for path in directory.iterdir())
+    """Whether a directory holds nothing but a first stage, or what a process killed when claiming it left."""
+    return all(
+        path.match(f".{_REQUEST}.*.tmp") or (path.name == LOW_STAGE and path.is_dir())
+        for path in directory.iterdir()
+    )
 
 
 def _shard(directory: Path, start: int) -> Path:
@@ -175,8 +249,9 @@ def _draw_shard(
         advance(len(step.x), f"step {step.index}/{step.total}")
 
     sampler = request.sampler
+    labels = None if request.labels is None else request.labels[start:stop]
     samples = pipeline(
-        None if request.labels is None else request.labels[start:stop].tolist(),
+        None if labels is None or pipeline.bundle.manifest.num_classes is None else labels.tolist(),
         list(seeds[start:stop]),
         steps=sampler.steps,
         method=sampler.method,
@@ -187,7 +262,7 @@ def _draw_shard(
         batch_size=request.batch_size,
         callback=after_step,
     )
-    arrays = {"images": samples.images} | ({} if samples.labels is None else {"labels": samples.labels})
+    arrays = {"images": samples.images} | ({} if labels is None else {"labels": labels})
     with atomic_file(_shard(directory, start)) as temporary, temporary.open("wb") as opened:
         np.savez(opened, **arrays)  # type: ignore[arg-type]
 

@@ -1,4 +1,8 @@
-"""Counter-based noise: a pure function of a sample's seed and the step, whatever the batch around it."""
+"""Counter-based noise: a pure function of a sample's seed, the stage and the step, whatever the batch.
+
+A *stage* is one network of a cascade, named by the size of the images that it enlarges: 0 for a network that
+enlarges none. The same seed thus gives every stage noise of its own, alone or in the cascade.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +19,7 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**64 - 1
 _INITIAL = 0  # counter of x_T; the noise of step i uses i + 1
+_STAGE_BITS = 32  # of a counter below its stage: no process has as many steps
 
 
 def check_seed(seed: int) -> int:
@@ -26,19 +31,23 @@ def check_seed(seed: int) -> int:
     return seed
 
 
-def initial_noise(seeds: Sequence[int], shape: tuple[int, ...]) -> NDArray[np.float32]:
+def initial_noise(seeds: Sequence[int], shape: tuple[int, ...], *, stage: int = 0) -> NDArray[np.float32]:
     """x_T of each sample, standard normal float32 [N, *shape]."""
-    return _drawn(seeds, [_INITIAL] * len(seeds), shape)
+    return _drawn(seeds, [_INITIAL] * len(seeds), shape, stage)
 
 
-def step_noise(seeds: Sequence[int], steps: Sequence[int], shape: tuple[int, ...]) -> NDArray[np.float32]:
+def step_noise(
+    seeds: Sequence[int], steps: Sequence[int], shape: tuple[int, ...], *, stage: int = 0
+) -> NDArray[np.float32]:
     """z of each sample at its own step index of the respaced process, standard normal float32 [N, *shape]."""
-    return _drawn(seeds, [step + 1 for step in steps], shape)
+    return _drawn(seeds, [step + 1 for step in steps], shape, stage)
 
 
-def _drawn(seeds: Sequence[int], counters: Sequence[int], shape: tuple[int, ...]) -> NDArray[np.float32]:
+def _drawn(
+    seeds: Sequence[int], counters: Sequence[int], shape: tuple[int, ...], stage: int
+) -> NDArray[np.float32]:
     out = np.empty((len(seeds), *shape), dtype=np.float32)
     for row, seed, counter in zip(out, seeds, counters, strict=True):
-        key = np.array([seed, counter], dtype=np.uint64)
+        key = np.array([seed, (stage << _STAGE_BITS) + counter], dtype=np.uint64)
         np.random.Generator(np.random.Philox(key=key)).standard_normal(out=row, dtype=np.float32)
     return out

@@ -259,6 +259,7 @@ class Pipeline:
             unet_y=labels if config.num_classes is not None else None,
             guide_y=labels if sampler.scale else None,
             low_res=low_res,
+            stage=config.low_res_size or 0,
         )
         for index in range(len(schedule)):
             advance(slots, self.denoiser)

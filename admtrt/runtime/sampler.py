@@ -10,7 +10,7 @@ import numpy as np
 from admtrt.runtime.noise import initial_noise, step_noise
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from numpy.typing import NDArray
 
@@ -49,10 +49,11 @@ class Slots:
         x: float32 [N, C, H, W], the current x_t.
         schedules: what each sample follows.
         position: int64 [N], steps already done.
-        seeds: one for each sample; the noise depends on nothing else.
+        seeds: one for each sample; the noise depends on it, the step and ``stage`` alone.
         unet_y: int64 [N], labels of a class-conditional UNet, or None.
         guide_y: int64 [N], labels of the classifier's guidance, or None where nothing is guided.
         low_res: float32 [N, C, h, w], the conditioning of an upsampler, or None.
+        stage: of a cascade, see :mod:`admtrt.runtime.noise`.
         x_0: the prediction of the last step, zeros before the first.
     """
 
@@ -63,6 +64,7 @@ class Slots:
     unet_y: Labels | None = None
     guide_y: Labels | None = None
     low_res: Images | None = None
+    stage: int = 0
     x_0: Images = field(init=False)
 
     def __post_init__(self) -> None:
@@ -85,28 +87,25 @@ def start_slots(
     unet_y: Labels | None = None,
     guide_y: Labels | None = None,
     low_res: Images | None = None,
+    stage: int = 0,
 ) -> Slots:
     """Samples at the start of their schedules, x_T drawn from their seeds; ``shape`` is (C, H, W)."""
     return Slots(
-        x=initial_noise(seeds, shape),
+        x=initial_noise(seeds, shape, stage=stage),
         schedules=list(schedules),
         position=np.zeros(len(seeds), dtype=np.int64),
         seeds=list(seeds),
         unet_y=unet_y,
         guide_y=guide_y,
         low_res=low_res,
+        stage=stage,
     )
 
 
 _GUIDED_COLUMNS = ("guidance", "x0_shift")
 
 
-def advance(
-    slots: Slots,
-    denoiser: Denoiser,
-    *,
-    noise: Callable[[Sequence[int], Sequence[int], tuple[int, ...]], Images] = step_noise,
-) -> None:
+def advance(slots: Slots, denoiser: Denoiser) -> None:
     """Take one step of every slot, in place. No slot may be finished.
 
     The gradient is skipped where no slot's step is guided, the noise where no slot's step is stochastic.
@@ -126,6 +125,6 @@ def advance(
     )
     stochastic = coefficients[:, COEFFICIENTS.index("noise")].any()
     steps = [int(schedule.step[i]) for schedule, i in rows]
-    z = noise(slots.seeds, steps, slots.x.shape[1:]) if stochastic else zeros
+    z = step_noise(slots.seeds, steps, slots.x.shape[1:], stage=slots.stage) if stochastic else zeros
     slots.x, slots.x_0 = denoiser.update(slots.x, out, grad, z, coefficients)
     slots.position += 1

@@ -144,14 +144,19 @@ def variational_bound(
         step = torch.full((len(x_0),), index, device=x_0.device)
         drawn = noise(index)
         x_t = diffusion.q_sample(x_0, step, drawn)
-        term, predicted = bound_term(diffusion, network(x_t, diffusion.model_t(step)), x_0, x_t, step, clip=clip)
+        term, predicted = bound_term(
+            diffusion, network(x_t, diffusion.model_t(step)), x_0, x_t, step, clip=clip
+        )
         terms.append(term)
         x_0_errors.append(flat_mean((predicted - x_0).square()))
         eps_errors.append(flat_mean((diffusion.eps_from_x_0(x_t, step, predicted) - drawn).square()))
     last = torch.full((len(x_0),), len(diffusion) - 1, device=x_0.device)
     log_variance = torch.log(torch.tensor(1 - diffusion.process.alpha_bar[-1], dtype=torch.float32))
     zero = torch.zeros((), device=x_0.device)
-    prior = flat_mean(gaussian_kl(diffusion.q_mean(x_0, last), log_variance.to(x_0.device), zero, zero)) / _NATS_PER_BIT
+    prior = (
+        flat_mean(gaussian_kl(diffusion.q_mean(x_0, last), log_variance.to(x_0.device), zero, zero))
+        / _NATS_PER_BIT
+    )
     stacked = torch.stack(terms, dim=1)
     return Bound(
         total=stacked.sum(dim=1) + prior,

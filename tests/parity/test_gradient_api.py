@@ -77,7 +77,8 @@ def mlp() -> nn.Module:
 def cnn() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.2), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3),
+        nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.LeakyReLU(0.2),
+        nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8, 3),
     )  # fmt: skip
 
 
@@ -189,13 +190,28 @@ X = {"x": torch.ones(2, 4)}
     [
         (nn.Linear(4, 3), X, {}, r"scalar has shape \[N,3\], expected \[N\]"),
         (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.sum()}, r"scalar has shape \[\], expected \[N\]"),
-        (nn.Linear(4, 3), X, {"scalar": log_prob_of_first, "wrt": "z"}, r"no input 'z'; the inputs are \['x'\]"),
+        (
+            nn.Linear(4, 3),
+            X,
+            {"scalar": log_prob_of_first, "wrt": "z"},
+            r"no input 'z'; the inputs are \['x'\]",
+        ),
         (nn.Linear(4, 3), X, {"scalar": lambda out, x: (out > 0).float().sum(1)}, "does not depend"),
         (nn.Sequential(nn.Linear(4, 3), nn.Dropout()).train(), X, {}, "training mode"),
         (nn.Sequential(nn.Linear(4, 3), nn.Dropout().train()), X, {}, "training mode"),
         (nn.Linear(4, 3), {"x": torch.ones(1, 4)}, {}, r"batch sizes \{'x': 1\}"),
-        (TwoInputs(), {"state": torch.ones(2, 4), "condition": torch.ones(3, 6)}, {"wrt": "state"}, "batch sizes"),
-        (TwoInputs(), {"state": torch.ones(2, 4), "condition": torch.ones(())}, {"wrt": "state"}, "batch sizes"),
+        (
+            TwoInputs(),
+            {"state": torch.ones(2, 4), "condition": torch.ones(3, 6)},
+            {"wrt": "state"},
+            "batch sizes",
+        ),
+        (
+            TwoInputs(),
+            {"state": torch.ones(2, 4), "condition": torch.ones(())},
+            {"wrt": "state"},
+            "batch sizes",
+        ),
         (nn.Embedding(9, 3), {"x": torch.ones(2, dtype=torch.int64)}, {}, "torch.int64; only floating-point"),
         (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.cumsum(1)[:, -1]}, "'CumSum'"),
         (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.sort(dim=1)[0][:, 0]}, "operator"),
@@ -205,7 +221,7 @@ X = {"x": torch.ones(2, 4)}
         (nn.Identity(), {"x": torch.ones(2, 4), "grad": torch.ones(2)}, {}, "cannot export"),
         (TwoInputs(), {"grad": torch.ones(2, 4), "c": torch.ones(2, 6)}, {"wrt": "grad"}, "already has"),
     ],
-)  # fmt: skip
+)
 def test_refusals(
     module: nn.Module, inputs: dict[str, Tensor], options: dict[str, Any], message: str, tmp_path: Path
 ) -> None:

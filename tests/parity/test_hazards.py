@@ -1,4 +1,4 @@
-"""The ten ways in which an exported gradient goes wrong; every check is also run on a graph with the defect."""
+"""The ten ways in which an exported gradient goes wrong; every check also sees a graph with the defect."""
 
 from __future__ import annotations
 
@@ -275,7 +275,8 @@ def test_hazard_03_planted(monkeypatch: pytest.MonkeyPatch) -> None:
 RESIZE = """g (float[N, 3, 8, 8] x) => (float[N] value) {
     pooled = AveragePool <kernel_shape = [2, 2], strides = [2, 2]> (x)
     p = Tanh (pooled)
-    u = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor"> (p, , scales)
+    u = Resize <mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor">
+        (p, , scales)
     q = Mul (u, x)
     value = ReduceSum <keepdims = 0> (q, axes)
 }"""

@@ -107,13 +107,28 @@ CASES = [
     ),
     Case("Div", (3, 4), "y = Div (x, c)", lambda x, c: x / c, {"c": VECTOR}),
     Case("Div", (3, 4), "y = Div (c, x)", lambda x, c: c / x, {"c": VECTOR}, positive=True),
-    Case("Div", (3, 4), f"{SQUARES} y = Div (x, s)", lambda x, axis: x / (x**2).sum(2, True), {"axis": ints(2)}),
-    Case("Div", (3, 4), f"{SQUARES} y = Div (s, x)", lambda x, axis: (x**2).sum(2, True) / x, {"axis": ints(2)}, True),
+    Case(
+        "Div", (3, 4), f"{SQUARES} y = Div (x, s)", lambda x, axis: x / (x**2).sum(2, True), {"axis": ints(2)}
+    ),
+    Case(
+        "Div",
+        (3, 4),
+        f"{SQUARES} y = Div (s, x)",
+        lambda x, axis: (x**2).sum(2, True) / x,
+        {"axis": ints(2)},
+        True,
+    ),
     *(
         Case("Pow", (3,), "y = Pow (x, p)", lambda x, p: x**p, {"p": np.float32(p)}, positive=p != 3)
         for p in (2.0, 3.0, 0.5, -1.5)
     ),
-    Case("Clip", (9,), "y = Clip (x, a, b)", lambda x, a, b: x.clamp(a, b), {"a": np.float32(-0.3), "b": np.float32(0.5)}),
+    Case(
+        "Clip",
+        (9,),
+        "y = Clip (x, a, b)",
+        lambda x, a, b: x.clamp(a, b),
+        {"a": np.float32(-0.3), "b": np.float32(0.5)},
+    ),
     Case("Clip", (9,), "y = Clip (x, a)", lambda x, a: x.clamp(min=a), {"a": np.float32(-0.3)}),
     Case("Clip", (9,), "y = Clip (x, , b)", lambda x, b: x.clamp(max=b), {"b": np.float32(0.5)}),
     Case(
@@ -132,8 +147,12 @@ CASES = [
     ),
     Case("MatMul", (3, 4), "y = MatMul (x, c)", lambda x, c: x @ c, {"c": MATRIX}),
     Case("MatMul", (4, 2), "y = MatMul (c, x)", lambda x, c: c @ x, {"c": MATRIX.T.copy()}),
-    Case("MatMul", (2, 3, 4), "t = Transpose <perm = [0, 1, 3, 2]> (x) y = MatMul (x, t)", lambda x: x @ x.mT),
-    Case("MatMul", (2, 3, 4), "t = Transpose <perm = [0, 1, 3, 2]> (x) y = MatMul (t, x)", lambda x: x.mT @ x),
+    Case(
+        "MatMul", (2, 3, 4), "t = Transpose <perm = [0, 1, 3, 2]> (x) y = MatMul (x, t)", lambda x: x @ x.mT
+    ),
+    Case(
+        "MatMul", (2, 3, 4), "t = Transpose <perm = [0, 1, 3, 2]> (x) y = MatMul (t, x)", lambda x: x.mT @ x
+    ),
     Case(
         "MatMul",
         (2, 3, 4),
@@ -149,7 +168,13 @@ CASES = [
         {"axis": ints(0)},
     ),
     Case("Gemm", (4,), "y = Gemm (x, c)", lambda x, c: x @ c, {"c": MATRIX}),
-    Case("Gemm", (5,), "y = Gemm <transB = 1> (x, c, d)", lambda x, c, d: x @ c.T + d, {"c": MATRIX, "d": VECTOR}),
+    Case(
+        "Gemm",
+        (5,),
+        "y = Gemm <transB = 1> (x, c, d)",
+        lambda x, c, d: x @ c.T + d,
+        {"c": MATRIX, "d": VECTOR},
+    ),
     Case(
         "Gemm",
         (4,),
@@ -164,7 +189,12 @@ CASES = [
         lambda x, c, axis: x @ c + mean_of(x, 1),
         {"c": MATRIX, "axis": ints(1)},
     ),
-    Case("Gemm", (4,), "g = Gemm <transA = 1, alpha = 0.5> (x, x) y = MatMul (x, g)", lambda x: x @ (0.5 * x.T @ x)),
+    Case(
+        "Gemm",
+        (4,),
+        "g = Gemm <transA = 1, alpha = 0.5> (x, x) y = MatMul (x, g)",
+        lambda x: x @ (0.5 * x.T @ x),
+    ),
     Case("Gemm", (4,), "g = Gemm <transB = 1> (x, x) y = MatMul (g, x)", lambda x: x @ x.T @ x),
     Case("Gemm", (4,), "t = Transpose (x) g = Gemm (x, t) y = MatMul (g, x)", lambda x: x @ x.T @ x),
     Case(
@@ -274,8 +304,16 @@ CASES = [
         lambda x, c, axis: 5 * x,
         {"c": ints(5, 1, 1), "axis": ints(0)},
     ),
-    Case("Concat", (3, 4), f"{MEAN} y = Concat <axis = 1> (m, x)", lambda x, axis: torch.cat([mean_of(x, 1), x], 1), {"axis": ints(1)}),
-    Case("Concat", (3, 4), "e = Exp (x) y = Concat <axis = -1> (x, e)", lambda x: torch.cat([x, x.exp()], -1)),
+    Case(
+        "Concat",
+        (3, 4),
+        f"{MEAN} y = Concat <axis = 1> (m, x)",
+        lambda x, axis: torch.cat([mean_of(x, 1), x], 1),
+        {"axis": ints(1)},
+    ),
+    Case(
+        "Concat", (3, 4), "e = Exp (x) y = Concat <axis = -1> (x, e)", lambda x: torch.cat([x, x.exp()], -1)
+    ),
     Case(
         "Split",
         (6,),
@@ -290,11 +328,17 @@ CASES = [
         lambda x, b, e, a: x[:, 1:4, -2:],
         {"b": ints(-2, 1), "e": ints(2**62, 4), "a": ints(2, 1)},
     ),
-    Case("Slice", (5,), "y = Slice (x, b, e, a, s)", lambda x, b, e, a, s: x[:, :-1], {"b": ints(0), "e": ints(-1), "a": ints(-1), "s": ints(1)}),
+    Case(
+        "Slice",
+        (5,),
+        "y = Slice (x, b, e, a, s)",
+        lambda x, b, e, a, s: x[:, :-1],
+        {"b": ints(0), "e": ints(-1), "a": ints(-1), "s": ints(1)},
+    ),
     Case("Gather", (3, 4), "y = Gather <axis = 1> (x, c)", lambda x, c: x[:, 2], {"c": np.int64(2)}),
     Case("Gather", (3, 4), "y = Gather <axis = -1> (x, c)", lambda x, c: x[:, :, 3:], {"c": ints(-1)}),
     Case("Pad", (4, 5), "y = Pad (x, c)", lambda x, c: F.pad(x, (0, 3, 1, 2)), {"c": PADDED}),
-]  # fmt: skip
+]
 
 
 def weighted(case: Case) -> onnx.ModelProto:
@@ -302,7 +346,8 @@ def weighted(case: Case) -> onnx.ModelProto:
     x = torch.from_numpy(normal(2, *case.shape))
     y_type = ", ".join(["N", *map(str, _reference(case, x.double()).shape[1:])])
     text = f"""
-        g (float[N, {", ".join(map(str, case.shape))}] x, float[{y_type}] w) => (float[N] value) <float[{y_type}] y> {{
+        g (float[N, {", ".join(map(str, case.shape))}] x, float[{y_type}] w)
+            => (float[N] value) <float[{y_type}] y> {{
             {case.body}
             weighted = Mul (y, w)
             flat = Flatten <axis = 1> (weighted)
@@ -369,8 +414,8 @@ def test_conv(
         return conv(F.pad(x, both_ends), k, b, stride=stride, dilation=dilation, groups=group)
 
     body = (
-        f"y = Conv <strides = {list(stride)}, pads = {list(pads)}, dilations = {list(dilation)}, group = {group}>"
-        " (x, k, b)"
+        f"y = Conv <strides = {list(stride)}, pads = {list(pads)}, dilations = {list(dilation)}, "
+        f"group = {group}> (x, k, b)"
     )
     constants = {"k": normal(8, 4 // group, *kernel), "b": normal(8, seed=1)}
     case = Case("Conv", (4, *size), body, reference, constants)
@@ -427,7 +472,7 @@ REFUSED = [
     ("Max", "y = Max (x, vector)"),
     (
         "If",
-        "y = If (flag) <then_branch = a () => (u) { u = Neg (x) }, else_branch = b () => (v) { v = Exp (x) }>",
+        "y = If (yes) <then_branch = a () => (u) { u = Neg (x) }, else_branch = b () => (v) { v = Abs (x) }>",
     ),
 ]
 REFUSED_IMAGES = [
@@ -454,7 +499,7 @@ def test_refusals_name_the_operator(op: str, body: str, shape: str) -> None:
     """What no rule covers is refused, never differentiated wrongly."""
     constants = {
         "zero": np.int64(0), "two": ints(2), "zeros": ints(0), "ones": ints(1), "fours": ints(4),
-        "vector": VECTOR, "pads": ints(0, 1, 0, 1), "flag": np.array(True), "rest": ints(0, 2, 3),
+        "vector": VECTOR, "pads": ints(0, 1, 0, 1), "yes": np.array(True), "rest": ints(0, 2, 3),
         "scales": np.float32([1, 1, 2, 2]), "halves": np.float32([1, 1, 0.5, 0.5]),
         "kernel": normal(4, 4, 3, 3),
     }  # fmt: skip

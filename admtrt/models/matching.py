@@ -1,0 +1,162 @@
+"""Which published model a state dict is, or derives from."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from admtrt.errors import CheckpointError
+from admtrt.models.infer import UNTOLD, UntoldSettingError, infer_config, traits_of
+from admtrt.models.settings import CheckpointConfig, build_network, checkpoint_config_from_preset
+from admtrt.presets import PRESETS, Kind, Preset
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from admtrt.models.infer import Shapes, Traits
+
+_ALIKE = 0.9  # of all keys equal: then a published model is worth naming
+_CHANGED_BY_FORKS = ("num_classes", "in_channels", "image_size")
+_ASSUMED = ("image_size", "low_res_size", "num_head_channels", "num_heads", "new_attention_order", "schedule")
+
+
+@dataclass(frozen=True)
+class Identified:
+    """The configuration of a file and, where something was assumed for it, a note that says what."""
+
+    config: CheckpointConfig
+    note: str = ""
+
+
+def identify_tensors(shapes: Shapes, *, name: str, given: Mapping[str, Any], options: str) -> Identified:
+    """The configuration of tensors that come with none.
+
+    What the shapes do not tell and ``given`` does not say is taken from the published model that the tensors
+    are, or of which they differ only in classes, channels or image size; where several are equally near, only
+    from what these have in common.
+
+    Args:
+        shapes: every tensor's shape by its bare name.
+        name: the file's name without its suffix, which decides between published models of equal shapes.
+        given: settings that are known.
+        options: how the command line's options for this file begin, for advice.
+
+    Raises:
+        CheckpointError: as :func:`~admtrt.models.infer.infer_config`.
+        ConfigError: likewise.
+    """
+    try:
+        traits = traits_of(shapes, given)
+        presets, changed = _kin(traits, name)
+        config = infer_config(shapes, given=given, assumed=_common_settings(presets))
+    except UntoldSettingError as error:
+        raise CheckpointError(
+            error.message,
+            hint=f"Give each with {options}set KEY=VALUE, or describe the network with --config.",
+        ) from None
+    if not presets:
+        return Identified(config)
+    samplers = {
+        preset.sampler
+        for preset in presets
+        if (preset.network, preset.diffusion) == (config.network, config.diffusion)
+    }
+    if len(samplers) == 1:
+        config = config.model_copy(update={"sampler": samplers.pop()})
+    differences = _settings_in_words(config, changed)
+    assumed = _settings_in_words(config, [key for key in _ASSUMED if key not in {*given, *traits.settings}])
+    note = f"its tensors are those of {_listed([preset.name for preset in presets])}"
+    note += f" but for {differences}" if differences else ""
+    note += f"; assumed from there: {assumed}" if assumed else ""
+    note += "; these recommend different samplers" if len(samplers) > 1 else ""
+    return Identified(config, f"{note}. Say otherwise with {options}preset or {options}set.")
+
+
+def nearest_preset(shapes: Shapes) -> tuple[str, float] | None:
+    """The published model most like a state dict.
+
+    Returns:
+        Its name and the fraction of all keys, of either, that are in both with equal shapes; of equally near
+        ones the first. None if no key of any agrees.
+    """
+    fractions = {name: fraction_equal(shapes, _preset_shapes(name)) for name in PRESETS}
+    name = max(fractions, key=fractions.__getitem__)
+    return (name, fractions[name]) if fractions[name] else None
+
+
+def preset_hint(shapes: Shapes, kinds: Sequence[Kind], *, better_than: float, options: str) -> str:
+    """Advice that names a published model which the tensors fit better than a given fraction, or nothing."""
+    nearest = nearest_preset(shapes)
+    if nearest is None or nearest[1] < _ALIKE or nearest[1] <= better_than:
+        return ""
+    name, fraction = nearest
+    same = [other for other in PRESETS if _preset_shapes(other) == _preset_shapes(name)]
+    if fraction < 1:
+        return f"{fraction:.0%} of the keys are those of {_listed(same)}: it may be a variant of that model."
+    if PRESETS[name].kind not in kinds:
+        expected = " or ".join(f"'{kind}'" for kind in kinds)
+        return f"These are the keys of {_listed(same)}, of kind '{PRESETS[name].kind}'; expected {expected}."
+    choice = f"{options}preset {name}" if len(same) == 1 else f"{options}preset with the one that it is"
+    return f"These are the keys of {_listed(same)}: pass {choice}."
+
+
+def shapes_of_network(config: CheckpointConfig) -> Shapes:
+    """What the tensors of a network with this configuration are, without building it in memory."""
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in build_network(config).state_dict().items()}
+
+
+def fraction_equal(left: Shapes, right: Shapes) -> float:
+    """The fraction of all keys, of either, that are in both with equal shapes."""
+    return len(left.items() & right.items()) / max(len(left.keys() | right.keys()), 1)
+
+
+@functools.cache
+def _preset_shapes(name: str) -> Shapes:
+    return shapes_of_network(checkpoint_config_from_preset(name))
+
+
+def _kin(traits: Traits, name: str) -> tuple[list[Preset], list[str]]:
+    """The published models nearest to a network, if it derives from any, and what it changed in them."""
+    distances = {
+        preset: changed for preset in PRESETS.values() if (changed := _changes(traits, preset)) is not None
+    }
+    fewest = min((len(changed) for changed in distances.values()), default=0)
+    nearest = [preset for preset, changed in distances.items() if len(changed) == fewest]
+    nearest = [preset for preset in nearest if preset.name == name] or nearest
+    return nearest, distances[nearest[0]] if nearest else []
+
+
+def _changes(traits: Traits, preset: Preset) -> list[str] | None:
+    """The settings that shapes tell and that differ from a published model's; None if it is another model."""
+    network = preset.network
+    attends = tuple(size in network.attention_resolutions for size in network.level_sizes)
+    if (traits.kind, traits.attends) != (preset.kind, attends):
+        return None
+    changed = [key for key, value in traits.settings.items() if value != getattr(network, key)]
+    return changed if set(changed) <= set(_CHANGED_BY_FORKS) else None
+
+
+def _common_settings(presets: Sequence[Preset]) -> dict[str, Any]:
+    """The settings without a trace in shapes on which published models agree."""
+    tables = [preset.network.model_dump() | preset.diffusion.model_dump() for preset in presets]
+    return {
+        key: tables[0][key]
+        for key in UNTOLD
+        if tables and key in tables[0] and all(table[key] == tables[0][key] for table in tables)
+    }
+
+
+def _settings_in_words(config: CheckpointConfig, keys: Sequence[str]) -> str:
+    values = config.network.model_dump() | config.diffusion.model_dump()
+    if values["num_head_channels"] is not None:
+        values["num_heads"] = None  # which has no effect then
+    return ", ".join(f"{key} {values[key]}" for key in keys if values.get(key) is not None)
+
+
+def _listed(names: Sequence[str]) -> str:
+    quoted = ", ".join(f"'{name}'" for name in names)
+    return f"preset {quoted}" if len(names) == 1 else f"presets {quoted}"

@@ -1,0 +1,147 @@
+"""What a checkpoint says of itself: its network, its process and how to sample from it."""
+
+from __future__ import annotations
+
+import difflib
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import model_validator
+
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, RunConfig, SamplerConfig, UNetConfig
+from admtrt.errors import ConfigError
+from admtrt.models.classifier import Classifier
+from admtrt.models.unet import UNet
+from admtrt.presets import PRESETS, Kind, network_kind
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class CheckpointConfig(Config):
+    """What a checkpoint says of itself.
+
+    ``unet`` is set for the kinds ``unet`` and ``upsampler``, ``classifier`` for ``classifier``. ``sampler``
+    is a recommendation. ``run``, ``step`` and ``ema_rate`` tell how the weights came about.
+    """
+
+    format_version: Literal[1] = 1
+    kind: Kind
+    unet: UNetConfig | None = None
+    classifier: ClassifierConfig | None = None
+    diffusion: DiffusionConfig
+    sampler: SamplerConfig = SamplerConfig()
+    class_names: tuple[str, ...] = ()
+    run: RunConfig | None = None
+    step: int = 0
+    ema_rate: float | None = None
+
+    @property
+    def network(self) -> UNetConfig | ClassifierConfig:
+        """The configuration of the network that the file holds."""
+        network = self.classifier or self.unet
+        assert network is not None  # the validator refuses it
+        return network
+
+    @model_validator(mode="after")
+    def _check_network(self) -> Self:
+        needed, other = ("classifier", "unet") if self.kind == "classifier" else ("unet", "classifier")
+        if getattr(self, needed) is None or getattr(self, other) is not None:
+            raise ValueError(f"kind '{self.kind}' needs the section '{needed}' and no section '{other}'")
+        if network_kind(self.network) != self.kind:
+            raise ValueError(
+                f"kind is '{self.kind}' but unet.low_res_size makes it '{network_kind(self.network)}'"
+            )
+        if self.unet is not None and self.unet.learn_sigma != self.diffusion.learns_sigma:
+            raise ValueError(
+                f"unet.learn_sigma is {self.unet.learn_sigma} but diffusion.variance_type is "
+                f"'{self.diffusion.variance_type}'"
+            )
+        return self
+
+
+def build_network(config: CheckpointConfig) -> UNet | Classifier:
+    """The network of a checkpoint with freshly initialised weights."""
+    network = config.network
+    return Classifier(network) if isinstance(network, ClassifierConfig) else UNet(network)
+
+
+def checkpoint_config_from_preset(name: str) -> CheckpointConfig:
+    """What a published checkpoint would say of itself.
+
+    Raises:
+        ConfigError: for an unknown name, with the nearest known one.
+    """
+    if name not in PRESETS:
+        near = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.3)
+        raise ConfigError(
+            f"there is no preset '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""),
+            hint=f"The presets are {', '.join(PRESETS)}.",
+        )
+    preset = PRESETS[name]
+    return CheckpointConfig.model_validate(
+        {
+            "kind": preset.kind,
+            _section(preset.kind): preset.network,
+            "diffusion": preset.diffusion,
+            "sampler": preset.sampler,
+        }
+    )
+
+
+def checkpoint_config_from_settings(
+    kind: Kind, settings: Mapping[str, Any], **fields: Any
+) -> CheckpointConfig:
+    """From one flat table with the keys of the network and of the process.
+
+    Args:
+        kind: what the network is for.
+        settings: keys of its network configuration and of :class:`~admtrt.config.DiffusionConfig`.
+        fields: further fields of the result.
+
+    Raises:
+        ConfigError: for an unknown key, naming the nearest, or an impossible value.
+    """
+    check_names(kind, settings)
+    network = {key: value for key, value in settings.items() if key not in DiffusionConfig.model_fields}
+    diffusion = {key: value for key, value in settings.items() if key in DiffusionConfig.model_fields}
+    return CheckpointConfig.from_dict(
+        fields | {"kind": kind, _section(kind): network, "diffusion": diffusion}, source="settings"
+    )
+
+
+def with_settings(config: CheckpointConfig, settings: Mapping[str, Any]) -> CheckpointConfig:
+    """A configuration with some keys of its network or process replaced.
+
+    Raises:
+        ConfigError: as :func:`checkpoint_config_from_settings`.
+    """
+    if not settings:
+        return config
+    data = config.to_dict()
+    kept = data[_section(config.kind)] | data["diffusion"]
+    if "num_heads" in settings:  # which the other key would override
+        kept["num_head_channels"] = None
+    rest = {key: data[key] for key in data if key not in ("kind", "unet", "classifier", "diffusion")}
+    return checkpoint_config_from_settings(config.kind, kept | dict(settings), **rest)
+
+
+def check_names(kind: Kind, settings: Mapping[str, Any]) -> None:
+    """Refuse keys that neither the network nor the process has.
+
+    Raises:
+        ConfigError: naming the nearest known key.
+    """
+    network = ClassifierConfig if kind == "classifier" else UNetConfig
+    known = [*network.model_fields, *DiffusionConfig.model_fields]
+    for key in settings:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            raise ConfigError(
+                f"a network of kind '{kind}' has no setting '{key}'"
+                + (f"; did you mean '{near[0]}'?" if near else ""),
+                hint=f"The settings are {', '.join(known)}.",
+            )
+
+
+def _section(kind: Kind) -> str:
+    return "classifier" if kind == "classifier" else "unet"

@@ -1,0 +1,170 @@
+"""State dicts in files: mapped into memory, never executed, every fault a :class:`CheckpointError`."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import re
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from admtrt.errors import CheckpointError
+from admtrt.files import atomic_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+"""Of the files that are read and written."""
+
+_RESAVE = "If you trust its source, save its state dict alone as .safetensors where it was made."
+
+
+def suffix_of(path: Path) -> str:
+    """The suffix of a readable checkpoint file, in lower case.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is of another type.
+    """
+    if not path.is_file():
+        found = "is a directory" if path.is_dir() else "does not exist"
+        raise CheckpointError(f"{path} {found}; expected a checkpoint file (.safetensors, .pt or .pth)")
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise CheckpointError(f"{path} has the suffix '{path.suffix}'; expected .safetensors, .pt or .pth")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    return suffix
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file as they are stored, mapped: their bytes are read when they are used.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged, wants to run code or is no state dict.
+    """
+    return _read_safetensors(path) if suffix_of(path) == ".safetensors" else _read_pickle(path)
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a safetensors file; a file of another type has none.
+
+    Raises:
+        CheckpointError: if the file is missing or damaged.
+    """
+    if suffix_of(path) != ".safetensors":
+        return {}
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            return opened.metadata() or {}
+    except SafetensorError as error:
+        raise _damaged_safetensors(path, error) from None
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+    """Write tensors, and texts or JSON values beside them; the old file stays until the new one is whole.
+
+    Raises:
+        OutputError: if the place cannot be written.
+    """
+    storages: set[int] = set()
+    plain = {}
+    for key, value in tensors.items():
+        tensor = value.detach().cpu().contiguous()
+        address = tensor.untyped_storage().data_ptr()
+        # The format has no place for tensors that share memory, as those of a flattened copy do.
+        plain[key] = tensor.clone() if address in storages else tensor
+        storages.add(address)
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    with atomic_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        try:
+            save_file(plain, temporary, metadata=texts)
+        except SafetensorError as error:
+            # Its writer has an error of its own for a full disk.
+            raise OSError(str(error)) from error
+        # It also makes its files unreadable for others, whatever the umask says.
+        temporary.chmod(mode)
+
+
+def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a state dict as the original code does: ``torch.save`` of an ordered dictionary.
+
+    Raises:
+        OutputError: if the place cannot be written; what stood there is untouched.
+    """
+    with atomic_file(path) as temporary, temporary.open("wb") as opened:
+        torch.save(OrderedDict(tensors), opened)
+
+
+def check_plain(path: Path, key: str, stored: Tensor) -> None:
+    """Refuse a weight unless it is dense, real and finite.
+
+    Raises:
+        CheckpointError: naming it.
+    """
+    if stored.layout is not torch.strided or stored.is_meta or not stored.is_floating_point():
+        raise CheckpointError(
+            f"{path}: {key} is a {stored.dtype} tensor; expected plain floating-point weights"
+        )
+    if not bool(torch.isfinite(stored).all()):
+        raise CheckpointError(
+            f"{path}: {key} has weights that are NaN or infinite",
+            hint="The training that wrote it diverged, or the file is damaged; take an earlier checkpoint.",
+        )
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt", device="cpu") as opened:
+            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
+    except SafetensorError as error:
+        raise _damaged_safetensors(path, error) from None
+
+
+def _damaged_safetensors(path: Path, error: SafetensorError) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is truncated, damaged or no safetensors file: {error}", hint="Copy or download it again."
+    )
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about formats, to developers
+            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # arbitrary bytes make the reader fail in any way
+        wanted = re.search(r"GLOBAL ((?:\w+\.)*\w+) (?:was|whose)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and wanted:
+            raise CheckpointError(
+                f"{path} was refused: its pickle wants to use '{wanted[1]}', which weights do not need "
+                "and which could run code; nothing was executed",
+                hint=_RESAVE,
+            ) from None
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no PyTorch file of weights alone; nothing in it was executed",
+            hint=f"Copy or download it again. {_RESAVE}",
+        ) from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict", hint=_RESAVE)
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{path} is no state dict: its entry {key!r} is a {type(value).__name__}, not a named tensor",
+                hint=_RESAVE,
+            )
+    return dict(content)

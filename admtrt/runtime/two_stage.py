@@ -1,0 +1,224 @@
+"""Two stages: a bundle draws small images, an upsampler's bundle enlarges them.
+
+The first stage's images are rounded to uint8 before they are enlarged, as they are when each stage runs by
+itself and the images pass through a file. Both stages use the same seeds; their noise differs all the same
+(see :mod:`admtrt.runtime.noise`), and is that of each stage alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal, Self
+
+from admtrt.errors import RequestError
+from admtrt.runtime.bulk import LOW_STAGE, RunImages, check_place, draw
+from admtrt.runtime.pipeline import DEFAULT_BATCH, Pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from admtrt.bundle import Bundle
+    from admtrt.config import SamplerConfig
+    from admtrt.runtime.bulk import BulkRequest, Format
+    from admtrt.runtime.pipeline import Samples, Step
+
+UNGUIDED = 0.0
+"""The second stage's default scale: the paper guides the small images only ("Comparison to Upsampling")."""
+
+
+@dataclass(frozen=True, eq=False)
+class TwoStageSamples:
+    """What was drawn: the small images, and the same enlarged."""
+
+    low: Samples
+    high: Samples
+
+    @property
+    def images(self) -> NDArray[np.uint8]:
+        """The enlarged images, uint8 [N, H, W, C]."""
+        return self.high.images
+
+
+class TwoStage:
+    """Sampling from two bundles.
+
+    Args:
+        low: draws the small images.
+        high: an upsampler of images of that size.
+
+    Raises:
+        RequestError: if the two do not fit together.
+    """
+
+    def __init__(self, low: Pipeline, high: Pipeline) -> None:
+        check_stages(low.bundle, high.bundle)
+        self.low = low
+        self.high = high
+
+    @classmethod
+    def from_bundles(cls, low: str | Path, high: str | Path, *, threads: int | None = None) -> Self:
+        """Open both bundles on ONNX Runtime's CPU backend, as :meth:`Pipeline.from_bundle` does."""
+        return cls(Pipeline.from_bundle(low, threads=threads), Pipeline.from_bundle(high, threads=threads))
+
+    def __call__(
+        self,
+        labels: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
+        *,
+        steps: str | None = None,
+        method: Literal["ddpm", "ddim"] | None = None,
+        scale: float | None = None,
+        eta: float | None = None,
+        clip: bool | None = None,
+        upsample_steps: str | None = None,
+        upsample_scale: float = UNGUIDED,
+        batch_size: int = DEFAULT_BATCH,
+        callback: Callable[[Step], None] | None = None,
+    ) -> TwoStageSamples:
+        """Draw one sample for each label and seed.
+
+        Args:
+            labels, seeds: as for :class:`Pipeline`; each goes to every stage that takes it.
+            steps, method, scale, eta, clip: of the first stage; what is left out is its bundle's
+                recommendation.
+            upsample_steps, upsample_scale: of the second stage, whose other choices are its bundle's
+                recommendation.
+            batch_size: samples computed at once.
+            callback: called after every step, of the first stage for all samples, then of the second.
+
+        Raises:
+            RequestError: for anything that the bundles cannot do, before the first step is taken.
+        """
+        sampler = self.low.sampler(steps=steps, method=method, scale=scale, eta=eta, clip=clip)
+        upsampler = self.high.sampler(steps=upsample_steps, scale=upsample_scale)
+        for_high = self.labels_of_high(labels)
+        self.low.check_labels(labels, sampler)
+        self.high.check_labels(for_high, upsampler)
+        low = self.low(
+            labels,
+            seeds,
+            steps=steps,
+            method=method,
+            scale=scale,
+            eta=eta,
+            clip=clip,
+            batch_size=batch_size,
+            callback=callback,
+        )
+        high = self.high(
+            for_high,
+            low.seeds,
+            steps=upsample_steps,
+            scale=upsample_scale,
+            low_res=low.images,
+            batch_size=batch_size,
+            callback=callback,
+        )
+        return TwoStageSamples(low=low, high=high)
+
+    def labels_of_high(self, labels: Sequence[int] | None) -> Sequence[int] | None:
+        """The labels that the second stage is given: all of them, or None where it knows no classes."""
+        return None if self.high.bundle.manifest.num_classes is None else labels
+
+
+def check_stages(low: Bundle, high: Bundle) -> None:
+    """Refuse bundles of which the second cannot enlarge what the first draws.
+
+    Raises:
+        RequestError: naming what differs.
+    """
+    ours, theirs = low.manifest, high.manifest
+    if ours.unet.low_res_size is not None:
+        raise RequestError(
+            f"{low.path} is an upsampler itself; a first stage draws from noise alone",
+            hint="Give it small images with --low-res, and enlarge the result in a further command.",
+        )
+    if theirs.unet.low_res_size is None:
+        raise RequestError(
+            f"{high.path} is no upsampler", hint="Give a bundle exported from an upsampler for --upsample."
+        )
+    pairs = (
+        ("images of {0}x{0} pixels", ours.unet.image_size, theirs.unet.low_res_size),
+        ("{0} channels", ours.unet.in_channels, theirs.unet.in_channels),
+        ("{0} classes", ours.num_classes, theirs.num_classes),
+        ("the classes {0}", _listed(ours.class_names), _listed(theirs.class_names)),
+    )
+    for text, drawn, enlarged in pairs:
+        if drawn and enlarged and drawn != enlarged:
+            raise RequestError(
+                f"{low.path} draws {text.format(drawn)}; {high.path} enlarges {text.format(enlarged)}",
+                hint="Use the upsampler that belongs to the first bundle.",
+            )
+    if ours.num_classes is None and theirs.unet.num_classes is not None:
+        raise RequestError(
+            f"{high.path} needs the class of every image, and {low.path} knows no classes",
+            hint="Draw with the first alone, and give the second its images with --low-res and --classes.",
+        )
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
+
+
+def second_request(
+    stages: TwoStage, request: BulkRequest, upsampler: SamplerConfig, out: Path
+) -> BulkRequest:
+    """What the second stage draws after the first has drawn ``request`` within the run directory ``out``.
+
+    Raises:
+        RequestError: if the upsampler lacks labels that it needs.
+    """
+    labels = None if request.labels is None else request.labels.tolist()
+    stages.high.check_labels(stages.labels_of_high(labels), upsampler)
+    return replace(request, sampler=upsampler, low_res=RunImages(out / LOW_STAGE, request))
+
+
+def draw_two_stage(
+    stages: TwoStage,
+    low: BulkRequest,
+    high: BulkRequest,
+    directory: Path,
+    formats: Sequence[Format],
+    *,
+    advance: Callable[[int, str], None] = lambda _count, _text: None,
+) -> tuple[list[Path], list[Path]]:
+    """Draw every missing shard of the first stage, then of the second, and write the results of both.
+
+    The run directory is the second stage's; the first has its own within it (``low/``), as if it had been
+    drawn alone.
+
+    Args:
+        stages: the samplers.
+        low, high: what each draws; ``high`` is of :func:`second_request`.
+        directory: of the run; made, or continued where it holds the same requests.
+        formats: of the results, as for :func:`admtrt.runtime.bulk.draw`.
+        advance: called with the sample-steps done and a text, for a progress display.
+
+    Returns:
+        The files written, of the first stage and of the second.
+
+    Raises:
+        OutputError, RequestError: as :func:`admtrt.runtime.bulk.draw`; where the directory holds another
+            run, before the first stage is drawn.
+    """
+    check_place(stages.high, high, directory)
+    first = draw(
+        stages.low,
+        low,
+        directory / LOW_STAGE,
+        formats,
+        advance=lambda count, text: advance(count, f"first stage, {text}"),
+    )
+    second = draw(
+        stages.high,
+        high,
+        directory,
+        formats,
+        class_names=stages.low.bundle.manifest.class_names,
+        advance=lambda count, text: advance(count, f"second stage, {text}"),
+    )
+    return first, second

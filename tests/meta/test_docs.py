@@ -1,0 +1,42 @@
+"""The documentation agrees with the code: the generated reference, links and named options."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+
+
+def test_cli_reference_is_current(tmp_path: Path) -> None:
+    """`make docs` writes it."""
+    made = tmp_path / "cli.md"
+    arguments = ["typer", "admtrt.cli", "utils", "docs", "--name", "admtrt", "--output", str(made)]
+    subprocess.run([sys.executable, "-m", *arguments], check=True, cwd=ROOT, capture_output=True)
+    assert made.read_text() == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in LINK.findall(page.read_text()):
+        assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_commands_in_the_documentation_exist() -> None:
+    """Every `admtrt COMMAND --option` that a page shows stands in the reference."""
+    reference = (ROOT / "docs" / "cli.md").read_text()
+    commands = set(re.findall(r"^## `admtrt (\w+)`|^### `admtrt (\w+ \w+)`", reference, re.MULTILINE))
+    names = {first or second for first, second in commands}
+    for page in PAGES:
+        text = page.read_text().replace("\\\n", " ")
+        for line in re.findall(r"^(?:\$ )?admtrt (\w.*)$", text, re.MULTILINE):
+            words = line.split()
+            assert words[0] in names, f"{page.name}: admtrt {line}"
+            for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", line):
+                assert f"`{option}" in reference or f"/{option}" in reference, f"{page.name}: {option} in: {line}"

@@ -1,0 +1,414 @@
+"""Bad input on the command line: a clear message, exit code 2, no traceback, and nothing lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bundles import CLASSIFIER, UNET, exported_bundle, network, sham_bundle
+from safetensors.torch import save_file
+
+from admtrt.bundle import MANIFEST, Bundle
+from admtrt.cli import run
+from admtrt.models.checkpoint import build_network, checkpoint_config_from_preset, save_checkpoint
+
+Capture = pytest.CaptureFixture[str]
+
+
+def refused(capsys: Capture, *arguments: Any) -> str:
+    """What a command that fails by the user's fault says."""
+    assert run([str(argument) for argument in arguments]) == 2
+    shown, complaint = capsys.readouterr()
+    assert shown == ""
+    assert "Traceback" not in complaint
+    assert complaint.strip()
+    return complaint
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+# --- sample ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "3"], "class 3 is out of range; the classes are 0 to 2"),
+        (["--classes", "-1"], "class -1 is out of range"),
+        (["--classes", "dog"], "class 'dog' is neither a number nor a name"),
+        (["--classes", "0:0"], "no count of at least 1"),
+        (["--classes", "0:3", "--num", "4"], "--classes gives 3 samples; 4 were asked for"),
+        (["--scale", "nan"], "'scale' is nan; input should be a finite number"),
+        (["--scale", "inf"], "'scale' is inf"),
+        (["--scale", "1e9"], "'scale': 1000000000.0 is out of range"),
+        (["--scale", "much"], "Invalid value for '--scale'"),
+        (["--steps", "some"], "'some' is not a positive whole number"),
+        (["--steps", "1001"], "cannot give 1001"),
+        (["--steps", "ddim300"], "The nearest that exists is 'ddim334'"),
+        (["--steps", "500,600"], "section 2 has 500 timesteps, which cannot give 600"),
+        (["--eta", "0.5"], "eta belongs to ddim"),
+        (["--method", "ddim", "--eta", "2"], "'eta' is 2.0"),
+        (["--method", "plms"], "method 'plms' is unknown; expected ddpm or ddim"),
+        (["--format", "gif"], "format 'gif' is unknown; expected one of npz, png, grid"),
+        (["--num", "0"], "0 samples were asked for"),
+        (["--num", "-5"], "-5 samples were asked for"),
+        (["--num", "99999999999"], "99999999999 samples were asked for; expected 1 to 10000000"),
+        (["--batch-size", "0"], "batch_size is 0; expected at least 1"),
+        (["--batch-size", "-1"], "batch_size is -1"),
+        (["--shard-size", "0"], "shard_size is 0; expected at least 1"),
+        (["--shard-size", "-1"], "shard_size is -1"),
+        (["--threads", "0"], "threads is 0; expected 1 to"),
+        (["--threads", "-1"], "threads is -1"),
+        (["--threads", "1000000"], "threads is 1000000"),
+        (["--seed", "-1"], "seed -1 is out of range"),
+        (["--seed", str(2**64)], f"seed {2**64} is out of range"),
+        (["--seed", str(2**64 - 1)], "leave the range"),
+        (["--low-res", "absent.npz"], "cannot read absent.npz as .npz with arr_0"),
+        (["--unknown", "1"], "No such option"),
+        (["--num", "many"], "Invalid value for '--num'"),
+    ],
+)
+@pytest.mark.parametrize("state", ["no run", "a run"])
+def test_requests_that_cannot_be_met(
+    capsys: Capture, tmp_path: Path, options: list[str], message: str, state: str
+) -> None:
+    out = tmp_path / "run"
+    base = ["sample", exported_bundle("guided"), "--out", out, "--steps", "2"]
+    if state == "a run":
+        assert run([str(argument) for argument in base]) == 0
+        capsys.readouterr()
+    before = contents(tmp_path)
+    complaint = refused(capsys, *base, *options)
+    assert message in " ".join(complaint.replace("│", " ").split())
+    assert contents(tmp_path) == before
+    assert out.exists() == (state == "a run")
+
+
+def test_guidance_without_a_classifier(capsys: Capture, tmp_path: Path) -> None:
+    bundle = exported_bundle("conditional")
+    complaint = refused(capsys, "sample", bundle, "--out", tmp_path / "run", "--scale", 1)
+    assert "holds no classifier" in complaint
+    assert "--classifier" in complaint
+
+
+def test_another_runs_folder(capsys: Capture, tmp_path: Path) -> None:
+    base = ["sample", exported_bundle("guided"), "--out", tmp_path / "run", "--steps", "2"]
+    assert run([str(argument) for argument in base]) == 0
+    capsys.readouterr()
+    before = contents(tmp_path)
+    for options, differing in (
+        (["--num", 4], "count, labels"),
+        (["--seed", 1], "first_seed"),
+        (["--scale", 1], "sampler"),
+    ):
+        complaint = refused(capsys, *base, *options)
+        assert f"holds the shards of another run: {differing} differ" in complaint
+    assert contents(tmp_path) == before
+
+
+def test_a_folder_with_something_else(capsys: Capture, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    for out in (tmp_path, tmp_path / "thesis.tex"):
+        complaint = refused(capsys, "sample", exported_bundle("guided"), "--out", out)
+        assert "exists and holds no sampling run" in complaint
+    complaint = refused(capsys, "sample", exported_bundle("guided"), "--out", tmp_path / "thesis.tex" / "run")
+    assert "cannot write" in complaint
+    assert os.listdir(tmp_path) == ["thesis.tex"]  # noqa: PTH208
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EACCES])
+def test_a_target_that_cannot_be_written(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def failing(self: Path, *arguments: Any, **options: Any) -> None:
+        raise OSError(code, os.strerror(code), str(self))
+
+    monkeypatch.setattr(Path, "mkdir", failing)
+    complaint = refused(capsys, "sample", exported_bundle("guided"), "--out", tmp_path / "run")
+    assert f"cannot write {tmp_path}" in complaint
+    assert os.strerror(code) in complaint
+
+
+def test_names_longer_than_any_file(capsys: Capture, tmp_path: Path) -> None:
+    long = tmp_path / ("x" * 300)
+    assert "File name too long" in refused(capsys, "sample", exported_bundle("guided"), "--out", long)
+    assert "File name too long" in refused(capsys, "inspect", long)
+    save_checkpoint(tmp_path / "u.safetensors", network(UNET).module.state_dict(), network(UNET).config)
+    assert "File name too long" in refused(capsys, "export", tmp_path / "u.safetensors", "--out", long)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"arr_0": np.zeros((2, 4, 4, 1))}, "arr_0 is float64 [2, 4, 4, 1]; expected uint8 [N, H, W, C]"),
+        ({"arr_0": np.zeros((2, 4, 4), np.uint8)}, "arr_0 is uint8 [2, 4, 4]"),
+        (
+            {"arr_0": np.zeros((2, 5, 5, 1), np.uint8)},
+            ", 5, 5, 1]; expected uint8 [N, 4, 4, 1]",
+        ),
+        ({"arr_0": np.zeros((0, 4, 4, 1), np.uint8)}, "0 samples were asked for"),
+        ({"images": np.zeros((2, 4, 4, 1), np.uint8)}, "as .npz with arr_0"),
+        ({"arr_0": np.array([{}], object)}, "as .npz with arr_0"),
+        (b"", "as .npz with arr_0"),
+        (b"PK\x03\x04 and no more", "as .npz with arr_0"),
+        (b"\x93NUMPY\x01\x00", "as .npz with arr_0"),
+        (None, "is an upsampler and needs low_res images"),
+    ],
+)
+def test_bad_small_images(capsys: Capture, tmp_path: Path, arrays: Any, message: str) -> None:
+    options: list[Any] = ["--low-res", tmp_path / "small.npz"]
+    if isinstance(arrays, dict):
+        np.savez(tmp_path / "small.npz", **arrays)
+    elif arrays is None:
+        options = []
+    else:
+        (tmp_path / "small.npz").write_bytes(arrays)
+    complaint = refused(capsys, "sample", exported_bundle("upsampler"), "--out", tmp_path / "run", *options)
+    assert message in complaint
+    assert not (tmp_path / "run").exists()
+
+
+def test_more_samples_than_small_images(capsys: Capture, tmp_path: Path) -> None:
+    np.savez(tmp_path / "small.npz", np.zeros((2, 4, 4, 1), np.uint8))
+    base = [
+        "sample",
+        exported_bundle("upsampler"),
+        "--out",
+        tmp_path / "run",
+        "--low-res",
+        tmp_path / "small.npz",
+    ]
+    assert "small.npz holds 2 images, --num says 3" in refused(capsys, *base, "--num", 3)
+
+
+# --- bundles --------------------------------------------------------------------------------------------
+
+
+def edited(path: Path, **fields: Any) -> None:
+    data = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(data | fields))
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "another file": (lambda path: (path / "unet.onnx").write_bytes(b"\x08\x07"), "has SHA-256"),
+    "a shorter file": (lambda path: (path / "unet.onnx").write_bytes(b"\x08"), "has 1 bytes"),
+    "a missing file": (lambda path: (path / "unet.onnx").unlink(), "'unet.onnx' is missing"),
+    "no manifest": (lambda path: (path / MANIFEST).unlink(), "is not a bundle"),
+    "no JSON": (lambda path: (path / MANIFEST).write_text("{"), "is not valid JSON"),
+    "a version": (lambda path: edited(path, schema_version=2), "has schema_version 2"),
+    "a path": (
+        lambda path: edited(path, files={"../x": {"size": 1, "sha256": "0" * 64}}),
+        "names the file 'unet.onnx', which is not listed",
+    ),
+    "a key": (lambda path: edited(path, clasifier=None), "did you mean 'classifier'?"),
+    "nothing": (shutil.rmtree, "does not exist"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("command", ["inspect", "sample"])
+def test_bundle_faults(capsys: Capture, tmp_path: Path, fault: str, command: str) -> None:
+    path = sham_bundle(tmp_path / "bundle").path
+    damage, message = FAULTS[fault]
+    damage(path)
+    options = ["--out", tmp_path / "run"] if command == "sample" else []
+    complaint = refused(capsys, command, path, *options)
+    assert message in complaint
+    assert not (tmp_path / "run").exists()
+
+
+# --- export ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def unet(tmp_path: Path) -> Path:
+    loaded = network(UNET, class_names=("a",))
+    save_checkpoint(tmp_path / "unet.safetensors", loaded.module.state_dict(), loaded.config)
+    return tmp_path / "unet.safetensors"
+
+
+def export_refused(capsys: Capture, tmp_path: Path, *arguments: Any) -> str:
+    complaint = refused(capsys, "export", *arguments, "--out", tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
+    return complaint
+
+
+def test_a_missing_checkpoint(capsys: Capture, tmp_path: Path) -> None:
+    assert "absent.safetensors does not exist" in export_refused(
+        capsys, tmp_path, tmp_path / "absent.safetensors"
+    )
+
+
+@pytest.mark.parametrize("kept", [0, 5, 100, 5000])
+def test_a_truncated_checkpoint(capsys: Capture, tmp_path: Path, unet: Path, kept: int) -> None:
+    unet.write_bytes(unet.read_bytes()[:kept])
+    assert "truncated, damaged or no safetensors file" in export_refused(capsys, tmp_path, unet)
+
+
+def test_a_truncated_pickle(capsys: Capture, tmp_path: Path) -> None:
+    torch.save({"w": torch.zeros(1000)}, tmp_path / "u.pt")
+    (tmp_path / "u.pt").write_bytes((tmp_path / "u.pt").read_bytes()[:500])
+    assert "truncated, damaged" in export_refused(capsys, tmp_path, tmp_path / "u.pt")
+
+
+def test_keys_that_do_not_match_name_the_preset(capsys: Capture, tmp_path: Path) -> None:
+    with torch.device("meta"):
+        published = build_network(checkpoint_config_from_preset("64x64_classifier"))
+    # Views of one element have the shapes of a published model and the size of none.
+    state = {key: torch.zeros(1).expand(value.shape) for key, value in published.state_dict().items()}
+    torch.save(state, tmp_path / "c.pt")
+    complaint = export_refused(capsys, tmp_path, tmp_path / "c.pt")
+    assert "64x64_classifier" in complaint
+    assert "expected 'unet'" in complaint
+
+
+def test_keys_and_shapes_are_named(capsys: Capture, tmp_path: Path, unet: Path) -> None:
+    loaded = network(UNET)
+    state = dict(loaded.module.state_dict())
+    key = next(iter(state))
+    state["extra.weight"] = state.pop(key)
+    save_checkpoint(unet, state, loaded.config)
+    complaint = export_refused(capsys, tmp_path, unet)
+    assert f"1 missing: {key}" in complaint
+    assert "1 unexpected: extra.weight" in complaint
+
+
+def test_a_checkpoint_without_settings(capsys: Capture, tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(1)}, tmp_path / "u.safetensors")
+    complaint = export_refused(capsys, tmp_path, tmp_path / "u.safetensors")
+    assert "carries no configuration" in complaint
+    complaint = export_refused(
+        capsys, tmp_path, tmp_path / "u.safetensors", "--unet-preset", "256x256_difusion"
+    )
+    assert "did you mean '256x256_diffusion'?" in complaint
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "some"], "'some' is not a positive whole number"),
+        (["--steps", "2000"], "cannot give 2000"),
+        (["--steps", "ddim300"], "'ddim334'"),
+        (["--method", "plms"], "'method' is 'plms'; input should be 'ddpm' or 'ddim'"),
+        (["--scale", "nan"], "'scale' is nan"),
+        (["--classifier", "absent.safetensors"], "absent.safetensors does not exist"),
+        (["--config", "absent.toml"], "cannot read absent.toml"),
+    ],
+)
+def test_export_options(
+    capsys: Capture, tmp_path: Path, unet: Path, options: list[str], message: str
+) -> None:
+    assert message in export_refused(capsys, tmp_path, unet, *options)
+
+
+def test_networks_that_do_not_fit(capsys: Capture, tmp_path: Path, unet: Path) -> None:
+    config = CLASSIFIER.model_copy(update={"in_channels": 3})
+    loaded = network(config)
+    save_checkpoint(tmp_path / "c.safetensors", loaded.module.state_dict(), loaded.config)
+    complaint = export_refused(capsys, tmp_path, unet, "--classifier", tmp_path / "c.safetensors")
+    assert "the UNet has in_channels 1 but the classifier 3" in complaint
+    assert "of kind 'unet'; expected 'classifier'" in export_refused(
+        capsys, tmp_path, unet, "--classifier", unet
+    )
+
+
+def test_an_unknown_key_in_the_settings(capsys: Capture, tmp_path: Path, unet: Path) -> None:
+    (tmp_path / "s.toml").write_text("[unet]\nimage_size = 8\nmodel_chanels = 32\n")
+    complaint = export_refused(capsys, tmp_path, unet, "--config", tmp_path / "s.toml")
+    assert "unknown key 'unet.model_chanels'; did you mean 'model_channels'?" in complaint
+
+
+def test_an_export_never_replaces_what_it_was_not_told_to(
+    capsys: Capture, tmp_path: Path, unet: Path
+) -> None:
+    sham_bundle(tmp_path / "old")
+    before = contents(tmp_path)
+    complaint = refused(capsys, "export", unet, "--out", tmp_path / "old")
+    assert "already exists" in complaint
+    assert "--overwrite" in complaint
+    complaint = refused(capsys, "export", unet, "--out", tmp_path, "--overwrite")
+    assert "is not a bundle; it is not overwritten" in complaint
+    assert "cannot write" in refused(capsys, "export", unet, "--out", unet / "bundle")
+    assert contents(tmp_path) == before
+    Bundle.open(tmp_path / "old")
+
+
+# --- train ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", [], "'data' is required"),
+        ("[data]\nsorce = 1", [], "unknown key 'data.sorce'; did you mean 'source'?"),
+        ("[dat]\nx = 1", [], "unknown key 'dat'; did you mean 'data'?"),
+        ("not toml", [], "is not valid TOML"),
+        (None, [], "cannot read"),
+        ('[data]\nsource = "digits"\nimage_size = 8', ["--steps", "0"], "'train_unet.steps' is 0"),
+        (
+            '[data]\nsource = "digits"\nimage_size = 8',
+            ["--batch-size", "-1"],
+            "'train_unet.batch_size' is -1",
+        ),
+        ('[data]\nsource = "digits"\nimage_size = 8', ["--lr", "nan"], "'train_unet.lr' is"),
+        ('[data]\nsource = "digits"\nimage_size = 8', ["--set", "unet.x=1"], "unknown key 'unet.x'"),
+        ('[data]\nsource = "digits"\nimage_size = 8', ["--set", "steps"], "is not of the form"),
+    ],
+)
+def test_train_settings(
+    capsys: Capture, tmp_path: Path, text: str | None, options: list[str], message: str
+) -> None:
+    config = tmp_path / "run.toml"
+    if text is not None:
+        config.write_text(text)
+    complaint = refused(capsys, "train", "unet", config, "--out", tmp_path / "run", *options)
+    assert message in complaint
+    assert not (tmp_path / "run").exists()
+
+
+# --- the command line itself ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["smaple"], "No such command"), (["sample"], "Missing argument"), (["sample", "x"], "Missing option")],
+)
+def test_wrong_commands(capsys: Capture, arguments: list[str], message: str) -> None:
+    assert message in refused(capsys, *arguments)
+
+
+def test_a_defect_of_ours_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: Path) -> Bundle:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Bundle, "open", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        run(["inspect", "bundle"])
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EPERM])
+def test_a_place_that_fails_outside_of_any_atomic_write(
+    capsys: Capture, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def failing(path: Path) -> Bundle:
+        raise OSError(code, os.strerror(code), "/some/file")
+
+    monkeypatch.setattr(Bundle, "open", failing)
+    assert f"error: cannot write /some/file: {os.strerror(code)}" in refused(capsys, "inspect", "bundle")
+
+
+def test_success_and_help(capsys: Capture) -> None:
+    assert run(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("admtrt ")
+    for command in ("sample", "export", "inspect", "verify", "demo", "train"):
+        assert run([command, "--help"]) == 0
+        assert "Usage" in capsys.readouterr().out
