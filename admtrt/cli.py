@@ -13,9 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from admtrt import __version__
+from admtrt.commands.convert import convert
 from admtrt.commands.demo import demo
+from admtrt.commands.evaluate import evaluate_app
 from admtrt.commands.export import export
 from admtrt.commands.inspect import inspect
+from admtrt.commands.presets import presets
 from admtrt.commands.sample import sample
 from admtrt.commands.train import train_app
 from admtrt.commands.verify import verify
@@ -38,7 +41,8 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(train_app, name="train")
-for command in (export, inspect, verify, sample, demo):
+app.add_typer(evaluate_app, name="evaluate")
+for command in (presets, convert, export, inspect, verify, sample, demo):
     app.command()(command)
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import tomllib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+from admtrt.bundle import check_networks
 from admtrt.config import (
     ClassifierConfig,
     Config,
@@ -13,12 +16,14 @@ from admtrt.config import (
     load_config,
     method_for_steps,
 )
+from admtrt.errors import CheckpointError, ConfigError
 from admtrt.schedule import retained_timesteps
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
-    from admtrt.models.checkpoint import CheckpointConfig, Kind, LoadedNetwork
+    from admtrt.models.checkpoint import CheckpointConfig, Kind, LoadedNetwork, StoredCheckpoint
 
 
 class CheckpointSettings(Config):
@@ -32,6 +37,26 @@ class CheckpointSettings(Config):
     class_names: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Description:
+    """What the command line says of one checkpoint.
+
+    Attributes:
+        preset: name of a published model.
+        config: TOML file with :class:`CheckpointSettings`.
+        settings: single settings, each as ``key=value``.
+        options: how the options that give these begin.
+    """
+
+    preset: str | None = None
+    config: Path | None = None
+    settings: Sequence[str] = ()
+    options: str = "--"
+
+    def __bool__(self) -> bool:
+        return self.preset is not None or self.config is not None or bool(self.settings)
+
+
 def load_pair(
     unet: Path,
     classifier: Path | None,
@@ -39,45 +64,112 @@ def load_pair(
     unet_preset: str | None,
     classifier_preset: str | None,
     config: Path | None,
+    unet_set: Sequence[str] = (),
+    classifier_set: Sequence[str] = (),
+    note: Callable[[str], None] = lambda _: None,
 ) -> tuple[LoadedNetwork, LoadedNetwork | None]:
     """Load a generator (UNet or upsampler) and, where given, its classifier.
+
+    Both are identified and held against each other before the weights of either are read.
+
+    Args:
+        unet: the generator's file.
+        classifier: the classifier's file.
+        unet_preset: the published model that the generator is.
+        classifier_preset: the same for the classifier.
+        config: TOML file with :class:`CheckpointSettings`.
+        unet_set: settings of the generator that its shapes do not tell, each as ``key=value``.
+        classifier_set: the same for the classifier.
+        note: told what was assumed of a file.
 
     Raises:
         UserError: if a checkpoint cannot be used; nothing of it has been executed.
     """
-    from admtrt.models.checkpoint import load_network
+    from admtrt.models.checkpoint import load_stored, open_checkpoint
 
-    settings = None if config is None else load_config(CheckpointSettings, config)
-    given = _settings(("unet", "upsampler"), unet_preset, settings)
-    generator = load_network(unet, kind=_generator_kind(unet, given), config=given)
+    said = Description(unet_preset, config, unet_set, options="--unet-")
+    generator = open_checkpoint(unet)
+    generator_config = identify_checkpoint(
+        generator, kinds=("unet", "upsampler"), description=said, note=note
+    )
     if classifier is None:
-        return generator, None
-    given = _settings(("classifier",), classifier_preset, settings)
-    return generator, load_network(classifier, kind="classifier", config=given)
+        return load_stored(generator, generator_config), None
+    said = Description(classifier_preset, config, classifier_set, options="--classifier-")
+    guide = open_checkpoint(classifier)
+    guide_config = identify_checkpoint(guide, kinds=("classifier",), description=said, note=note)
+    assert generator_config.unet is not None  # its kind says so
+    try:
+        check_networks(generator_config.unet, guide_config.classifier, generator_config.diffusion)
+    except ValueError as error:
+        raise CheckpointError(
+            f"{unet} and {classifier} do not belong together: {error}",
+            hint="Give a classifier that was trained for images and classes like this UNet's.",
+        ) from None
+    return load_stored(generator, generator_config), load_stored(guide, guide_config)
 
 
-def _settings(
-    kinds: tuple[Kind, ...], preset: str | None, settings: CheckpointSettings | None
+def identify_checkpoint(
+    stored: StoredCheckpoint,
+    *,
+    kinds: tuple[Kind, ...],
+    description: Description,
+    note: Callable[[str], None],
+) -> CheckpointConfig:
+    """The configuration of an opened file: its own, else the preset, else ``--config``, else its tensors'.
+
+    Raises:
+        UserError: if it cannot be told, or contradicts the file.
+    """
+    from admtrt.models.checkpoint import identify
+
+    settings = parse_settings(description.settings)
+    given = _given_config(description, stored.kind(settings), kinds)
+    found = identify(stored, kinds=kinds, config=given, settings=settings, options=description.options)
+    if found.note:
+        note(f"{stored.path}: {found.note}")
+    return found.config
+
+
+def parse_settings(items: Sequence[str]) -> dict[str, Any]:
+    """Settings written ``key=value``, the value in TOML notation or as plain text.
+
+    Raises:
+        ConfigError: for one that is not of this form, or a key that comes twice.
+    """
+    settings: dict[str, Any] = {}
+    for item in items:
+        key, equals, text = (part.strip() for part in item.partition("="))
+        if not equals or not key or key in settings:
+            fault = "comes twice" if key in settings else "is not of the form key=value"
+            raise ConfigError(f"setting {item!r} {fault}")
+        try:
+            settings[key] = tomllib.loads(f"value = {text}")["value"]
+        except (ValueError, RecursionError):
+            settings[key] = text
+    return settings
+
+
+def _given_config(
+    description: Description, kind: Kind | None, kinds: tuple[Kind, ...]
 ) -> CheckpointConfig | None:
+    """The configuration that a preset gives, or the section of ``--config`` for a network of this kind."""
     from admtrt.models.checkpoint import CheckpointConfig, checkpoint_config_from_preset
 
-    if preset is not None:
-        return checkpoint_config_from_preset(preset)
-    for kind in kinds:
-        network = None if settings is None else getattr(settings, kind)
-        if settings is not None and network is not None:
-            field = "classifier" if kind == "classifier" else "unet"
-            shared = settings.model_dump(include={"diffusion", "sampler", "class_names"})
-            return CheckpointConfig.from_dict({"kind": kind, field: network.to_dict(), **shared})
-    return None
-
-
-def _generator_kind(path: Path, given: CheckpointConfig | None) -> Kind:
-    """Whether the first checkpoint is a UNet or an upsampler: what it says of itself, else what was given."""
-    from admtrt.models.checkpoint import read_checkpoint_config
-
-    config = read_checkpoint_config(path) or given
-    return "upsampler" if config is not None and config.kind == "upsampler" else "unet"
+    settings = None if description.config is None else load_config(CheckpointSettings, description.config)
+    if description.preset is not None:
+        return checkpoint_config_from_preset(description.preset)
+    if settings is None:
+        return None
+    sections = [name for name in kinds if getattr(settings, name) is not None]
+    if not sections:
+        return None
+    section = kind if kind in sections else sections[0]
+    network = getattr(settings, section)
+    field = "classifier" if section == "classifier" else "unet"
+    shared = settings.model_dump(include={"diffusion", "sampler", "class_names"})
+    return CheckpointConfig.from_dict(
+        {"kind": section, field: network.to_dict(), **shared}, source=str(description.config)
+    )
 
 
 def recommended_sampler(

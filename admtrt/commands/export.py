@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from admtrt.commands.options import ClassifierPreset, ClassifierSet, SettingsFile, UnetPreset, UnetSet
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
 
@@ -20,17 +21,11 @@ def export(
     classifier: Annotated[
         Path | None, typer.Option(help="Checkpoint of the noisy classifier; without it, plain sampling only.")
     ] = None,
-    unet_preset: Annotated[
-        str | None,
-        typer.Option(help="Published model that an original UNet checkpoint is (it carries no settings)."),
-    ] = None,
-    classifier_preset: Annotated[
-        str | None, typer.Option(help="The same for the classifier, e.g. 64x64_classifier.")
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="TOML with the settings of checkpoints that carry none and match no preset."),
-    ] = None,
+    unet_preset: UnetPreset = None,
+    classifier_preset: ClassifierPreset = None,
+    config: SettingsFile = None,
+    unet_set: UnetSet = None,
+    classifier_set: ClassifierSet = None,
     method: Annotated[str | None, typer.Option(help="Recommended sampler: ddpm or ddim.")] = None,
     steps: Annotated[str | None, typer.Option(help="Recommended steps, e.g. 250 or ddim25.")] = None,
     scale: Annotated[float | None, typer.Option(help="Recommended guidance scale.")] = None,
@@ -46,7 +41,14 @@ def export(
 
     output = Output(json=json)
     generator, guide = load_pair(
-        unet, classifier, unet_preset=unet_preset, classifier_preset=classifier_preset, config=config
+        unet,
+        classifier,
+        unet_preset=unet_preset,
+        classifier_preset=classifier_preset,
+        config=config,
+        unet_set=unet_set or (),
+        classifier_set=classifier_set or (),
+        note=output.note,
     )
     bundle = bundle_from_checkpoints(
         generator,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from admtrt.commands.options import ClassifierPreset, ClassifierSet, SettingsFile, UnetPreset, UnetSet
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
 
@@ -22,17 +23,11 @@ def verify(
     classifier: Annotated[
         Path | None, typer.Option(help="Checkpoint of the noisy classifier, if the bundle has one.")
     ] = None,
-    unet_preset: Annotated[
-        str | None,
-        typer.Option(help="Published model that an original UNet checkpoint is (it carries no settings)."),
-    ] = None,
-    classifier_preset: Annotated[
-        str | None, typer.Option(help="The same for the classifier, e.g. 64x64_classifier.")
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(help="TOML with the settings of checkpoints that carry none and match no preset."),
-    ] = None,
+    unet_preset: UnetPreset = None,
+    classifier_preset: ClassifierPreset = None,
+    config: SettingsFile = None,
+    unet_set: UnetSet = None,
+    classifier_set: ClassifierSet = None,
     steps: Annotated[int, typer.Option(help="Steps of the compared trajectories.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the inputs and the noise.")] = 0,
     plot: Annotated[
@@ -56,7 +51,14 @@ def verify(
     output = Output(json=json)
     opened = Bundle.open(bundle)
     generator, guide = load_pair(
-        unet, classifier, unet_preset=unet_preset, classifier_preset=classifier_preset, config=config
+        unet,
+        classifier,
+        unet_preset=unet_preset,
+        classifier_preset=classifier_preset,
+        config=config,
+        unet_set=unet_set or (),
+        classifier_set=classifier_set or (),
+        note=output.note,
     )
     report = verify_bundle(
         opened,

@@ -290,8 +290,8 @@ def _other_kind(holder: str, kind: Kind, kinds: Sequence[Kind]) -> str:
 def _check_agreement(path: Path, embedded: CheckpointConfig, given: CheckpointConfig, options: str) -> None:
     if embedded.kind != given.kind:
         raise CheckpointError(
-            f"{path} holds a network of kind '{embedded.kind}'; the configuration given describes one of kind "
-            f"'{given.kind}'"
+            f"{path} holds a network of kind '{embedded.kind}'; "
+            f"the configuration given describes one of kind '{given.kind}'"
         )
     ours, theirs = ({**c.network.to_dict(), **c.diffusion.to_dict()} for c in (embedded, given))
     different = [

@@ -186,7 +186,7 @@ def _upsampling_blocks(shapes: Shapes) -> set[int]:
 
 
 def _layout(stages: list[_Stage], upsampling: set[int] | None, given: Mapping[str, Any]) -> _Layout:
-    """How the input blocks divide into levels: each ``num_res_blocks`` and, but for the last, one that halves.
+    """How input blocks divide into levels: each ``num_res_blocks`` and, but for the last, one that halves.
 
     Where a block does the halving it looks like any other: then widths, attention and the decoder decide.
     """

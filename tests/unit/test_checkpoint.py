@@ -17,7 +17,7 @@ from torch import Tensor
 
 from admtrt.config import ClassifierConfig, DataConfig, DiffusionConfig, RunConfig, SamplerConfig, UNetConfig
 from admtrt.errors import CheckpointError, ConfigError, OutputError
-from admtrt.models import checkpoint
+from admtrt.models import weights
 from admtrt.models.checkpoint import (
     METADATA_KEY,
     CheckpointConfig,
@@ -132,7 +132,7 @@ def test_non_contiguous_weights_are_saved(tmp_path: Path, state: dict[str, Tenso
 
 
 @pytest.mark.parametrize(
-    "fault", [OSError(28, "No space left on device"), checkpoint.SafetensorError("I/O error: full")]
+    "fault", [OSError(28, "No space left on device"), weights.SafetensorError("I/O error: full")]
 )
 def test_failing_write_leaves_the_old_file(
     saved: Path, state: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, fault: Exception
@@ -143,7 +143,7 @@ def test_failing_write_leaves_the_old_file(
         path.write_bytes(before[:100])
         raise fault
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(weights, "save_file", fail)
     with pytest.raises(OutputError, match="cannot write"):
         save_checkpoint(saved, state, UNET_CONFIG)
     assert saved.read_bytes() == before
@@ -341,9 +341,9 @@ def test_a_network_of_another_kind(saved: Path) -> None:
 
 
 def test_no_configuration_at_all(tmp_path: Path, state: dict[str, Tensor]) -> None:
-    with pytest.raises(CheckpointError, match="carries no configuration") as caught:
+    with pytest.raises(CheckpointError, match="do not tell image_size") as caught:
         load_network(torch_file(tmp_path / "a.pt", state), kind="unet")
-    assert caught.value.hint == "Pass --unet-preset or --config."
+    assert caught.value.hint.startswith("Give each with --unet-set KEY=VALUE")
 
 
 # --- the configuration inside -----------------------------------------------------------------------------

@@ -260,15 +260,16 @@ def test_a_truncated_pickle(capsys: Capture, tmp_path: Path) -> None:
     assert "truncated, damaged" in export_refused(capsys, tmp_path, tmp_path / "u.pt")
 
 
-def test_keys_that_do_not_match_name_the_preset(capsys: Capture, tmp_path: Path) -> None:
+def test_keys_that_do_not_match_name_the_preset(capsys: Capture, tmp_path: Path, unet: Path) -> None:
     with torch.device("meta"):
         published = build_network(checkpoint_config_from_preset("64x64_classifier"))
     # Views of one element have the shapes of a published model and the size of none.
     state = {key: torch.zeros(1).expand(value.shape) for key, value in published.state_dict().items()}
     torch.save(state, tmp_path / "c.pt")
-    complaint = export_refused(capsys, tmp_path, tmp_path / "c.pt")
+    options = ["--classifier", tmp_path / "c.pt", "--classifier-preset", "128x128_classifier"]
+    complaint = export_refused(capsys, tmp_path, unet, *options)
+    assert "are not those of its configuration" in complaint
     assert "64x64_classifier" in complaint
-    assert "expected 'unet'" in complaint
 
 
 def test_keys_and_shapes_are_named(capsys: Capture, tmp_path: Path, unet: Path) -> None:
@@ -282,13 +283,11 @@ def test_keys_and_shapes_are_named(capsys: Capture, tmp_path: Path, unet: Path) 
     assert "1 unexpected: extra.weight" in complaint
 
 
-def test_a_checkpoint_without_settings(capsys: Capture, tmp_path: Path) -> None:
+def test_a_file_of_something_else(capsys: Capture, tmp_path: Path) -> None:
     save_file({"w": torch.zeros(1)}, tmp_path / "u.safetensors")
-    complaint = export_refused(capsys, tmp_path, tmp_path / "u.safetensors")
-    assert "carries no configuration" in complaint
-    complaint = export_refused(
-        capsys, tmp_path, tmp_path / "u.safetensors", "--unet-preset", "256x256_difusion"
-    )
+    assert "u.safetensors" in export_refused(capsys, tmp_path, tmp_path / "u.safetensors")
+    options = ["--unet-preset", "256x256_difusion"]
+    complaint = export_refused(capsys, tmp_path, tmp_path / "u.safetensors", *options)
     assert "did you mean '256x256_diffusion'?" in complaint
 
 

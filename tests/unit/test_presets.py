@@ -110,9 +110,11 @@ def test_a_better_fitting_preset_is_named(tmp_path: Path) -> None:
     path = zeros_file(tmp_path / "a.pt", published_shapes("128x128_diffusion"))
     with pytest.raises(CheckpointError) as caught:
         load_network(path, kind="unet", config=checkpoint_config_from_preset("256x256_diffusion"))
+    assert "input_blocks.1.0" not in caught.value.message  # equal in both
+    assert "missing: input_blocks.13.0." in caught.value.message
     assert (
         caught.value.hint
-        == "These are the keys of preset '128x128_diffusion': pass --preset 128x128_diffusion."
+        == "These are the keys of preset '128x128_diffusion': pass --unet-preset 128x128_diffusion."
     )
 
 

@@ -1,0 +1,65 @@
+"""``admtrt convert``: checkpoints between the original layout and one that describes itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from admtrt.commands.requirements import require
+from admtrt.console import Output
+
+if TYPE_CHECKING:
+    from admtrt.presets import Kind
+
+
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint (.safetensors, .pt or .pth).")],
+    target: Annotated[
+        Path, typer.Argument(metavar="DST", help="File to write; its suffix decides the layout.")
+    ],
+    preset: Annotated[str | None, typer.Option(help="Published model that the checkpoint is.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML with the settings of a checkpoint that carries none.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting of it; may be repeated."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that stands there.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Write a checkpoint as .safetensors with its configuration inside, or as the original's .pt.
+
+    Names, types and bytes of the tensors stay as they are.
+    """
+    require("torch", "safetensors", extra="export", purpose="Converting")
+    from admtrt.commands.checkpoints import Description, identify_checkpoint
+    from admtrt.models.checkpoint import check_target, convert_checkpoint, open_checkpoint
+
+    output = Output(json=json)
+    check_target(target, overwrite=overwrite)
+    stored = open_checkpoint(source)
+    kinds: tuple[Kind, ...] = ("unet", "upsampler", "classifier")
+    description = Description(preset=preset, config=config, settings=set_ or ())
+    found = None
+    if target.suffix.lower() == ".safetensors" or stored.embedded is not None or description:
+        found = identify_checkpoint(stored, kinds=kinds, description=description, note=output.note)
+    convert_checkpoint(stored, target, found, overwrite=overwrite)
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in stored.tensors.values()})
+    parameters = sum(value.numel() for value in stored.tensors.values())
+    size = target.stat().st_size
+    output.result(
+        {
+            "source": str(source),
+            "target": str(target),
+            "tensors": len(stored.tensors),
+            "parameters": parameters,
+            "dtypes": dtypes,
+            "bytes": size,
+            "config": None if found is None else found.to_dict(),
+        },
+        f"{target}: {'' if found is None else f'{found.kind}, '}{len(stored.tensors)} tensors, "
+        f"{parameters / 1e6:.1f} M parameters, {', '.join(dtypes)}, {size / 2**20:.1f} MiB",
+    )

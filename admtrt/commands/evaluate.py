@@ -1,0 +1,143 @@
+"""``admtrt evaluate``: networks judged on real images."""
+
+from __future__ import annotations
+
+import json as json_
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NamedTuple
+
+import typer
+
+from admtrt.commands.options import UnetPreset, UnetSet
+from admtrt.commands.requirements import require
+from admtrt.config import DataConfig, RunConfig, load_config
+from admtrt.console import Output, progress, table
+from admtrt.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from admtrt.config import DiffusionConfig, UNetConfig
+    from admtrt.evaluate.nll import UNetFunction
+
+evaluate_app = typer.Typer(help="Judge a network on real images.", no_args_is_help=True)
+
+
+class _Judged(NamedTuple):
+    """A network, and what it says of itself."""
+
+    unet: UNetFunction
+    config: UNetConfig
+    diffusion: DiffusionConfig
+    class_names: tuple[str, ...]
+
+
+@evaluate_app.command()
+def nll(
+    unet: Annotated[
+        Path | None, typer.Option(metavar="CHECKPOINT", help="UNet or upsampler, run in PyTorch.")
+    ] = None,
+    bundle: Annotated[Path | None, typer.Option(help="Bundle, whose exported UNet graph is run.")] = None,
+    unet_preset: UnetPreset = None,
+    unet_set: UnetSet = None,
+    data: Annotated[str | None, typer.Option(help="Path of the images, or 'digits'.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG.toml", help="Training file, whose section data says how to read the images."
+        ),
+    ] = None,
+    images: Annotated[int | None, typer.Option(help="Images to take at random; all where left out.")] = None,
+    steps: Annotated[str, typer.Option(help="Fewer steps, e.g. 250; all where left out.")] = "",
+    batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the noise and of the choice of images.")] = 0,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Negative log likelihood in bits per dim: the whole variational bound.
+
+    Images that the data holds out are taken, or all where it holds out none. A checkpoint and its bundle are
+    given the same images and noise by the same data and seed.
+    """
+    if (unet is None) == (bundle is None):
+        raise RequestError("give either --unet, for a checkpoint, or --bundle, for its exported graph")
+    if data is None and config is None:
+        raise RequestError("there are no images", hint="Name them with --data, or give a file with --config.")
+    if bundle is not None and (unet_preset is not None or unet_set):
+        raise RequestError("--unet-preset and --unet-set belong to a checkpoint; a bundle carries its settings")
+    output = Output(json=json)
+    require("torch", "safetensors", extra="train", purpose="Evaluation")
+    from admtrt.evaluate.images import load_images
+    from admtrt.evaluate.nll import evaluate_nll
+    from admtrt.schedule import retained_timesteps
+
+    if bundle is not None:
+        judged = _from_bundle(bundle)
+    else:
+        assert unet is not None
+        judged = _from_checkpoint(unet, unet_preset, unet_set or (), output)
+    length = len(retained_timesteps(judged.diffusion.steps, steps))  # refuses an impossible respacing now
+    data_config = _data_config(data, config, judged.config)
+    chosen = load_images(data_config, judged.config, judged.class_names)
+    with progress("evaluating", (len(chosen) if images is None else images) * length) as advance:
+        found = evaluate_nll(
+            judged.unet,
+            judged.config,
+            judged.diffusion,
+            chosen,
+            count=images,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            report=lambda count: advance(count, ""),
+        )
+    error = "" if found.standard_error is None else f" ± {found.standard_error:.4f}"
+    rows = [
+        ["bits per dim", f"{found.bits_per_dim:.4f}{error}"],
+        ["of which the prior", f"{found.prior:.6f}"],
+        ["of which the decoder (last step)", f"{found.terms[-1]:.4f}"],
+        ["images, steps", f"{found.images}, {length}"],
+    ]
+    subject = str(bundle if bundle is not None else unet)
+    output.result(
+        {"network": subject, "data": data_config.to_dict(), "seed": seed, "steps": length, **found.to_dict()},
+        table(f"{subject} on {data_config.source}", ["quantity", "value"], rows),
+    )
+
+
+def _from_bundle(path: Path) -> _Judged:
+    from admtrt.bundle import Bundle
+    from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+
+    bundle = Bundle.open(path)
+    manifest = bundle.manifest
+    return _Judged(OnnxRuntimeDenoiser(bundle).unet, manifest.unet, manifest.diffusion, manifest.class_names)
+
+
+def _from_checkpoint(path: Path, preset: str | None, settings: Sequence[str], output: Output) -> _Judged:
+    import torch
+
+    from admtrt.commands.checkpoints import load_pair
+    from admtrt.models.unet import UNet
+    from admtrt.training.sampling import TorchDenoiser
+
+    loaded, _ = load_pair(
+        path,
+        None,
+        unet_preset=preset,
+        classifier_preset=None,
+        config=None,
+        unet_set=settings,
+        note=output.note,
+    )
+    assert isinstance(loaded.module, UNet)
+    unet = TorchDenoiser(loaded.module, torch.device("cpu")).unet
+    return _Judged(unet, loaded.module.config, loaded.config.diffusion, loaded.config.class_names)
+
+
+def _data_config(source: str | None, file: Path | None, network: UNetConfig) -> DataConfig:
+    if file is not None:
+        overrides = [] if source is None else [f"data.source={json_.dumps(source, ensure_ascii=False)}"]
+        return load_config(RunConfig, file, overrides).data
+    return DataConfig.from_dict(
+        {"source": source, "image_size": network.image_size, "channels": network.in_channels}, source="--data"
+    )

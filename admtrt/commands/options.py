@@ -1,0 +1,27 @@
+"""Options of the commands that read checkpoints; in a file of their own so that ``--help`` stays quick."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+UnetPreset = Annotated[
+    str | None,
+    typer.Option(help="Published model that an original UNet checkpoint is (it carries no settings)."),
+]
+ClassifierPreset = Annotated[
+    str | None, typer.Option(help="The same for the classifier, e.g. 64x64_classifier.")
+]
+SettingsFile = Annotated[
+    Path | None,
+    typer.Option(help="TOML with the settings of checkpoints that carry none and match no preset."),
+]
+UnetSet = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="One setting of the UNet, e.g. image_size=64; may be repeated."),
+]
+ClassifierSet = Annotated[
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the classifier; may be repeated.")
+]

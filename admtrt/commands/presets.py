@@ -1,0 +1,64 @@
+"""``admtrt presets``: the published checkpoints."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from admtrt.console import Output, table
+
+if TYPE_CHECKING:
+    from admtrt.presets import Preset
+
+
+def presets(
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """List the published checkpoints: files, sizes, cost of a step for one image, recommended samplers."""
+    from admtrt.presets import PRESETS
+
+    columns = ["preset", "size", "params", "weights", "GFLOP/step", "steps", "scale", "DDIM25 scale"]
+    notes: dict[str, list[str]] = {}
+    for preset in PRESETS.values():
+        if preset.note:
+            notes.setdefault(preset.note, []).append(preset.name)
+    Output(json=json).result(
+        {"presets": [_described(preset) for preset in PRESETS.values()]},
+        table("Published checkpoints (NAME.pt)", columns, [_row(preset) for preset in PRESETS.values()]),
+        "weights: memory in fp32. A classifier's step is its evaluation and its input gradient.",
+        *(f"{', '.join(names)}: {note}" for note, names in notes.items()),
+    )
+
+
+def _row(preset: Preset) -> list[str]:
+    fast = preset.fast_sampler
+    return [
+        preset.name,
+        str(preset.network.image_size),
+        f"{preset.parameters / 1e6:.0f} M",
+        f"{preset.weight_bytes / 2**30:.2f} GiB",
+        f"{preset.step_flops / 1e9:,.0f}",
+        preset.sampler.steps,
+        f"{preset.sampler.scale:g}" if preset.sampler.scale else "-",
+        "-" if fast is None else f"{fast.scale:g}",
+    ]
+
+
+def _described(preset: Preset) -> dict[str, Any]:
+    fast = preset.fast_sampler
+    return {
+        "name": preset.name,
+        "file": preset.file,
+        "kind": preset.kind,
+        "parameters": preset.parameters,
+        "weight_bytes": preset.weight_bytes,
+        "forward_flops": preset.forward_flops,
+        "step_flops": preset.step_flops,
+        "sampler": preset.sampler.to_dict(),
+        "fast_sampler": None if fast is None else fast.to_dict(),
+        "guided_by": preset.guided_by,
+        "note": preset.note,
+        "network": preset.network.to_dict(),
+        "diffusion": preset.diffusion.to_dict(),
+    }

@@ -1,0 +1,1 @@
+"""Judging networks on real images, in PyTorch or as exported graphs."""

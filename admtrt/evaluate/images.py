@@ -1,0 +1,46 @@
+"""The images that a network is judged on."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from admtrt.errors import DataError
+from admtrt.training.data import load_data, require_classes, split
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from admtrt.config import DataConfig, UNetConfig
+    from admtrt.training.data import ImageSet
+
+
+def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[str]) -> ImageSet:
+    """The held-out images of a source, or all where none are held out; never augmented.
+
+    Args:
+        config: the data.
+        network: what is judged; a class-conditional one needs its classes as labels.
+        class_names: of the network, in the order of its labels; empty where unknown.
+
+    Raises:
+        DataError: if the source cannot be read, or its images or classes are not the network's.
+    """
+    expected = (network.image_size, network.in_channels)
+    if (config.image_size, config.channels) != expected:
+        raise DataError(
+            f"the data is set to {config.image_size} pixels and {config.channels} channels; "
+            f"the network has {expected[0]} pixels and {expected[1]} channels",
+            hint="Set data.image_size and data.channels to the network's.",
+        )
+    plain = config.model_copy(update={"random_crop": False, "random_flip": False})
+    images = load_data(plain)
+    if network.num_classes is not None:
+        require_classes(images, network.num_classes)
+        numbers = tuple(str(label) for label in range(network.num_classes))
+        if class_names and images.class_names not in (tuple(class_names), numbers):
+            raise DataError(
+                f"{config.source} has the classes {', '.join(images.class_names)}; "
+                f"the network was trained on {', '.join(class_names)}",
+                hint="Name the folders or files as the network's classes, or by their numbers.",
+            )
+    return split(images, config.hold_out)[1] if config.hold_out else images

@@ -1,0 +1,172 @@
+"""Likelihood: the whole variational bound of a UNet or upsampler on images, in bits per dim.
+
+The network may be a checkpoint in PyTorch or an exported graph. The images and the noise are functions of
+the data and the seed, so both are judged on the very same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from admtrt.errors import AdmtrtError, DataError, RequestError
+from admtrt.models.diffusion import Diffusion
+from admtrt.runtime.noise import step_noise
+from admtrt.runtime.pipeline import consecutive_seeds
+from admtrt.runtime.sampler import Images, Labels
+from admtrt.schedule import process_from_config
+from admtrt.training.losses import variational_bound
+from admtrt.training.objectives import shrink
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from admtrt.config import DiffusionConfig, UNetConfig
+    from admtrt.training.data import ImageSet
+    from admtrt.training.losses import Bound
+
+UNetFunction = Callable[[Images, NDArray[np.float32], Labels | None, Images | None], Images]
+"""The network of a :class:`~admtrt.runtime.sampler.Denoiser`: (x, t, y, low_res) -> out."""
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """The bound, averaged over images.
+
+    Attributes:
+        images: how many.
+        bits_per_dim: the prior plus every term.
+        standard_error: of ``bits_per_dim``; None for a single image.
+        prior: bits per dim of KL(q(x_T | x_0) || N(0, 1)).
+        timesteps: of the base process, noisiest first.
+        terms: bits per dim of each timestep.
+        x_0_mse, eps_mse: errors of the predictions at each timestep.
+    """
+
+    images: int
+    bits_per_dim: float
+    standard_error: float | None
+    prior: float
+    timesteps: tuple[int, ...]
+    terms: tuple[float, ...]
+    x_0_mse: tuple[float, ...]
+    eps_mse: tuple[float, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data for JSON."""
+        return asdict(self)
+
+
+def evaluate_nll(
+    unet: UNetFunction,
+    config: UNetConfig,
+    diffusion: DiffusionConfig,
+    data: ImageSet,
+    *,
+    count: int | None = None,
+    steps: str = "",
+    batch_size: int = 16,
+    seed: int = 0,
+    report: Callable[[int], None] = lambda _count: None,
+) -> Likelihood:
+    """Evaluate the bound (Ho et al. eq. 5, with x_0 bounded to [-1, 1] as for published figures).
+
+    Args:
+        unet: the network.
+        config: its configuration; an upsampler is given the images averaged down.
+        diffusion: its process.
+        data: of :func:`admtrt.evaluate.images.load_images`.
+        count: images to take, drawn by the seed; None takes all.
+        steps: a respacing (:func:`admtrt.schedule.retained_timesteps`); the bound of the process as it was
+            trained is that of all steps.
+        batch_size: images at once; it does not change the result beyond rounding.
+        seed: the noise of image i is that of the sample with seed ``seed + i``.
+        report: called with the image-steps done.
+
+    Raises:
+        RequestError: if an option is out of range.
+        DataError: if there are fewer images.
+        AdmtrtError: if the bound is not finite.
+    """
+    if batch_size < 1:
+        raise RequestError(f"batch_size is {batch_size}; expected at least 1")
+    rows = _chosen_rows(data, count, seed)
+    seeds = consecutive_seeds(seed, len(data))
+    model = Diffusion(diffusion, process_from_config(diffusion, steps))
+    bounds = []
+    for first in range(0, len(rows), batch_size):
+        part = rows[first : first + batch_size]
+        bounds.append(_bound(unet, config, model, data, part, [seeds[row] for row in part], report))
+    total = _joined([bound.total for bound in bounds])
+    if not np.isfinite(total).all():
+        raise AdmtrtError(
+            f"the bound is not finite for {int((~np.isfinite(total)).sum())} of {len(total)} images",
+            hint="The network returns NaN or infinity, or variances without bounds: check its weights.",
+        )
+    return Likelihood(
+        images=len(total),
+        bits_per_dim=float(total.mean()),
+        standard_error=float(total.std(ddof=1)) / math.sqrt(len(total)) if len(total) > 1 else None,
+        prior=float(_joined([bound.prior for bound in bounds]).mean()),
+        timesteps=tuple(model.process.timesteps[::-1].tolist()),
+        terms=_mean_by_step([bound.terms for bound in bounds]),
+        x_0_mse=_mean_by_step([bound.x_0_mse for bound in bounds]),
+        eps_mse=_mean_by_step([bound.eps_mse for bound in bounds]),
+    )
+
+
+def _chosen_rows(data: ImageSet, count: int | None, seed: int) -> list[int]:
+    """Ascending indices of the images, every one as likely."""
+    if count is None:
+        return list(range(len(data)))
+    if count < 1:
+        raise RequestError(f"{count} images were asked for; expected at least 1")
+    if count > len(data):
+        raise DataError(
+            f"{count} images were asked for; {data.config.source} has {len(data)}",
+            hint="Ask for fewer, or leave the number out to take all.",
+        )
+    chosen: list[int] = np.sort(np.random.default_rng(seed).permutation(len(data))[:count]).tolist()
+    return chosen
+
+
+def _bound(
+    unet: UNetFunction,
+    config: UNetConfig,
+    diffusion: Diffusion,
+    data: ImageSet,
+    rows: list[int],
+    seeds: list[int],
+    report: Callable[[int], None],
+) -> Bound:
+    """The bound of one batch."""
+    unused = np.random.default_rng()  # the images are not augmented
+    x_0 = torch.from_numpy(np.stack([data.image(row, unused) for row in rows]))
+    assert config.num_classes is None or data.labels is not None  # refused when they were loaded
+    y = data.labels[rows] if config.num_classes is not None and data.labels is not None else None
+    low_res = None if config.low_res_size is None else shrink(x_0, config.low_res_size).numpy()
+
+    def network(x: Tensor, t: Tensor) -> Tensor:
+        out = torch.from_numpy(unet(x.numpy(), t.numpy(), y, low_res))
+        report(len(rows))
+        return out
+
+    def noise(step: int) -> Tensor:
+        return torch.from_numpy(step_noise(seeds, [step] * len(seeds), tuple(x_0.shape[1:])))
+
+    return variational_bound(diffusion, network, x_0, noise)
+
+
+def _joined(values: list[Tensor]) -> NDArray[np.float64]:
+    return torch.cat(values).numpy().astype(np.float64)
+
+
+def _mean_by_step(values: list[Tensor]) -> tuple[float, ...]:
+    """Means over the images of [N, S] tensors."""
+    return tuple(_joined(values).mean(axis=0).tolist())
