@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from admtrt.config import ClassifierConfig, UNetConfig
 from admtrt.models.classifier import Classifier
+from admtrt.models.generated import SALT, generate_weights, standard_normal
 from admtrt.models.unet import UNet
 
 DATA = Path(__file__).parent / "data"
@@ -30,31 +28,16 @@ def arrays(name: str) -> Any:
     return np.load(DATA / f"{name}.npz")
 
 
-SALT: str = metadata("models")["salt"]
-
-
-def standard_normal(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    seed = int.from_bytes(hashlib.sha256((SALT + name).encode()).digest()[:8], "little")
-    return np.random.Generator(np.random.PCG64(seed)).standard_normal(shape).astype(np.float32)
+assert metadata("models")["salt"] == SALT
 
 
 def golden_input(name: str, *shape: int) -> np.ndarray:
     return standard_normal("input:" + name, shape)
 
 
-def golden_weight(name: str, shape: tuple[int, ...]) -> np.ndarray:
-    n = standard_normal(name, shape)
-    if len(shape) >= 2:
-        return n / np.float32(math.sqrt(math.prod(shape[1:])))
-    if name.endswith("weight"):
-        return np.float32(1) + np.float32(0.1) * n
-    return np.float32(0.1) * n
-
-
 def generated_weights(module: nn.Module) -> nn.Module:
     """Overwrite every parameter by the recipe (no layer is zero) and switch to evaluation."""
-    state = {k: torch.from_numpy(golden_weight(k, tuple(v.shape))) for k, v in module.state_dict().items()}
-    module.load_state_dict(state)
+    generate_weights(module)
     return module.eval().requires_grad_(False)
 
 
