@@ -10,118 +10,19 @@ like. Nothing depends on PyTorch's autograd internals.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
-import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
-from admtrt.export.passes import constant, simplify
+from admtrt.export.passes import simplify
+from admtrt.export.tape import ConvBackward, Tape
 from admtrt.export.vjp import RULES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-ConvBackward = Literal["flipped", "transposed"]
-"""How a stride-1 convolution is differentiated: a Conv with flipped weights (fast on CPUs, a second copy of
-the weights) or a ConvTranspose that shares them (engines)."""
-
-
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-_RESULT_TYPES = {"Shape": ir.DataType.INT64, "Less": ir.DataType.BOOL, "Greater": ir.DataType.BOOL}
-
-
-class Tape:
-    """Appends backward nodes to a graph; the interface that the rules are written against."""
-
-    def __init__(self, graph: ir.Graph, *, conv_backward: ConvBackward) -> None:
-        self.graph = graph
-        self.conv_backward = conv_backward
-        self.active: set[ir.Value] = set()
-
-    def op(self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: object) -> ir.Value:
-        """Append one node; returns its first output."""
-        node = ir.Node(
-            "",
-            op_type,
-            inputs,
-            attributes=[ir.convenience.convert_attribute(name, value) for name, value in attributes.items()],  # type: ignore[arg-type]
-            num_outputs=outputs,
-        )
-        self.graph.append(node)
-        like = inputs[1] if op_type == "Where" else inputs[0]
-        assert like is not None
-        dtype = _RESULT_TYPES.get(op_type, like.dtype)
-        assert dtype is not None
-        for output in node.outputs:
-            output.dtype = dtype
-        return node.outputs[0]
-
-    def cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
-        """Convert to another type."""
-        converted = self.op("Cast", value, to=int(dtype))
-        converted.dtype = dtype
-        return converted
-
-    def ints(self, *values: int) -> ir.Value:
-        """A constant int64 vector."""
-        return constant(self.graph, np.array(values, np.int64))
-
-    def scalar(self, value: float, like: ir.Value) -> ir.Value:
-        """A constant of the floating type of ``like``."""
-        assert like.dtype is not None
-        return constant(self.graph, np.array(value, like.dtype.numpy()))
-
-    def array(self, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
-        """A constant tensor."""
-        return constant(self.graph, values)
-
-    def reshape_like(self, value: ir.Value, like: ir.Value) -> ir.Value:
-        """Reshape to the shape of a forward value, with constants wherever at most one size is dynamic."""
-        if like.shape is None:
-            raise ExportError(f"the shape of '{like.name}' is unknown; the graph cannot be differentiated")
-        sizes = [dim if isinstance(dim, int) else -1 for dim in like.shape]
-        if sizes.count(-1) > 1:
-            return self.op("Reshape", value, self.op("Shape", like))
-        return self.op("Reshape", value, self.ints(*sizes))
-
-    def sum_to(self, value: ir.Value, like: ir.Value, broadcast: ir.Value) -> ir.Value:
-        """Undo broadcasting: sum ``value``, shaped as ``broadcast``, over the axes that ``like`` lacks."""
-        small, large = _shape(like), _shape(broadcast)
-        missing = len(large) - len(small)
-        stretched = [
-            axis + missing for axis, dim in enumerate(small) if dim == 1 and large[axis + missing] != 1
-        ]
-        if stretched:
-            value = self.op("ReduceSum", value, self.ints(*stretched), keepdims=1)
-        if missing:
-            value = self.op("ReduceSum", value, self.ints(*range(missing)), keepdims=0)
-        return value
-
-    def swap_last(self, value: ir.Value) -> ir.Value:
-        """Transpose the last two axes; a value that is such a transpose gives its source."""
-        rank = len(_shape(value))
-        perm = [*range(rank - 2), rank - 1, rank - 2]
-        producer = value.producer()
-        if producer is not None and producer.op_type == "Transpose" and _permutation(producer, rank) == perm:
-            source = producer.inputs[0]
-            assert source is not None
-            return source
-        transposed = self.op("Transpose", value, perm=perm)
-        transposed.shape = ir.Shape([_shape(value)[axis] for axis in perm])
-        return transposed
-
-
-def _permutation(transpose: ir.Node, rank: int) -> list[int]:
-    """What a Transpose does; without the attribute it reverses the axes."""
-    perm = transpose.attributes.get("perm")
-    return list(reversed(range(rank))) if perm is None else list(perm.as_ints())
-
-
-def _shape(value: ir.Value) -> ir.Shape:
-    if value.shape is None:
-        raise ExportError(f"the shape of '{value.name}' is unknown; the graph cannot be differentiated")
-    return value.shape
 
 
 def add_input_gradient(

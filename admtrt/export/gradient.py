@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from admtrt.contract import BATCH
 from admtrt.errors import ExportError
 from admtrt.export.capture import OPSET, graph_from_module
-from admtrt.export.differentiate import ConvBackward, add_input_gradient
+from admtrt.export.differentiate import add_input_gradient
+from admtrt.export.tape import ConvBackward
 from admtrt.export.write import write_graph
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from admtrt.contract import BATCH, GraphSpec, classifier_gradient_spec, unet_spec, update_spec
 from admtrt.export.capture import OPSET, graph_from_module
-from admtrt.export.differentiate import ConvBackward, add_input_gradient
+from admtrt.export.differentiate import add_input_gradient
+from admtrt.export.tape import ConvBackward
 from admtrt.models.classifier import Classifier, log_prob
 from admtrt.schedule import COEFFICIENTS
 

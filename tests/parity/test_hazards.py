@@ -198,7 +198,9 @@ def test_hazard_02_planted(
                 attribute.ints[:] = [0] * len(attribute.ints)
     with pytest.raises(AssertionError):
         check_against_autograd(flipped, module, batch_of(3)[0])
-    monkeypatch.setattr(vjp, "_flipped", lambda weights: np.ascontiguousarray(weights.swapaxes(0, 1)))
+    monkeypatch.setattr(
+        vjp.products, "_flipped", lambda weights: np.ascontiguousarray(weights.swapaxes(0, 1))
+    )
     with pytest.raises(AssertionError):
         check_against_autograd(differentiated(forward, conv_backward="flipped"), module, batch_of(3)[0])
 
@@ -260,7 +262,7 @@ def naive_normalisation(
 
 
 def test_hazard_03_planted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vjp, "_normalisation", naive_normalisation)
+    monkeypatch.setattr(vjp.normalisation, "_normalisation", naive_normalisation)
     with pytest.raises(AssertionError):
         check_norm(norm_graph(np.float32), np.float32, TOLERANCE)
     half = norm_graph(np.float16)
@@ -308,7 +310,7 @@ def test_hazard_04_pooling_and_upsampling_backward(exported: onnx.ModelProto) ->
 
 def test_hazard_04_planted(monkeypatch: pytest.MonkeyPatch) -> None:
     def unscaled(tape: Any, node: ir.Node, incoming: Any) -> Any:
-        return [vjp._nearest(tape, incoming[0], [2, 2])]
+        return [vjp.reductions._nearest(tape, incoming[0], [2, 2])]
 
     def through_convolution(tape: Any, node: ir.Node, incoming: Any) -> Any:
         share = tape.array(np.full((3, 1, 2, 2), 0.25, np.float32))
@@ -402,11 +404,13 @@ def scattered(tape: Any, value: ir.Value, before: Any, after: Any) -> ir.Value:
 def test_hazard_06_planted(
     pool_graph: tuple[torch.nn.Module, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pad = vjp._pad
-    monkeypatch.setattr(vjp, "_pad", scattered)
+    pad = vjp.layout._pad
+    monkeypatch.setattr(vjp.layout, "_pad", scattered)
     with pytest.raises(AssertionError, match="Scatter"):
         check_attention_pool(*pool_graph)
-    monkeypatch.setattr(vjp, "_pad", lambda tape, value, before, after: pad(tape, value, after, before))
+    monkeypatch.setattr(
+        vjp.layout, "_pad", lambda tape, value, before, after: pad(tape, value, after, before)
+    )
     with pytest.raises(AssertionError):
         check_attention_pool(*pool_graph)
 
@@ -446,9 +450,9 @@ def test_hazard_07_planted(monkeypatch: pytest.MonkeyPatch) -> None:
             for own, other in ((a, b), (b, a))
         ]
 
-    silu_rule = vjp._silu
+    silu_rule = vjp.elementwise._silu
     with monkeypatch.context() as patch:
-        patch.setattr(vjp, "_silu", recomputed)
+        patch.setattr(vjp.elementwise, "_silu", recomputed)
         with pytest.raises(AssertionError):
             check_sigmoids()
     monkeypatch.setitem(vjp.RULES, "Mul", generic)

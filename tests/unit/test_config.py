@@ -380,6 +380,15 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         save_config(RunConfig.from_dict(RUN), tmp_path / "absent" / "run.toml")
 
 
+@pytest.mark.parametrize(
+    "source", ["\U0001f600", "\x7f", "\x00\x1f\t\n", "\\u0041", '"\'\'"""', "é日", "\u2028", ""]
+)
+def test_any_text_is_read_back(tmp_path: Path, source: str) -> None:
+    config = DataConfig(source=source, image_size=8)
+    save_config(config, tmp_path / "data.toml")
+    assert load_config(DataConfig, tmp_path / "data.toml") == config
+
+
 def test_a_classifiers_section_keeps_its_own_defaults() -> None:
     """Naming one key of a section leaves the others as they are without the section."""
     config = RunConfig.from_dict(RUN | {"train_classifier": {"steps": 7}, "train_unet": {"steps": 7}})

@@ -138,6 +138,15 @@ def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
             pytest.fail("the block must not run")
 
 
+def test_whoever_reads_the_old_file_reads_it_to_its_end(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    with (tmp_path / "file").open() as reader:
+        with atomic_file(tmp_path / "file") as temporary:
+            temporary.write_text("new")
+        assert reader.read() == "old"
+    assert (tmp_path / "file").read_text() == "new"
+
+
 def test_two_writers_do_not_share_a_temporary(tmp_path: Path) -> None:
     with atomic_file(tmp_path / "file") as first, atomic_file(tmp_path / "file") as second:
         assert first != second

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from admtrt.models.checkpoint import (
     nearest_preset,
 )
 from admtrt.models.classifier import Classifier, log_prob_gradient
+from admtrt.models.unet import UNet
 from admtrt.presets import PRESETS
 from admtrt.schedule import retained_timesteps
 
@@ -53,6 +55,12 @@ class OperationCounter(TorchDispatchMode):
         return out
 
 
+@cache
+def published_network(name: str) -> UNet | Classifier:
+    with torch.device("meta"):
+        return build_network(checkpoint_config_from_preset(name)).eval().to("meta")
+
+
 def test_every_published_checkpoint_has_a_preset() -> None:
     assert set(PRESETS) == set(PUBLISHED)
     assert all(preset.name == name for name, preset in PRESETS.items())
@@ -60,9 +68,7 @@ def test_every_published_checkpoint_has_a_preset() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_keys_shapes_and_parameter_count(name: str) -> None:
-    with torch.device("meta"):
-        network = build_network(checkpoint_config_from_preset(name))
-    shapes = {key: list(value.shape) for key, value in network.state_dict().items()}
+    shapes = {key: list(value.shape) for key, value in published_network(name).state_dict().items()}
     assert shapes == PUBLISHED[name]["params"]
     assert sum(math.prod(shape) for shape in shapes.values()) == PUBLISHED[name]["num_params"]
 
@@ -120,17 +126,15 @@ def test_a_scale_on_which_the_sources_differ_is_said() -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_costs(name: str) -> None:
-    preset = PRESETS[name]
+    preset, network = PRESETS[name], published_network(name)
+    config = network.config
     with torch.device("meta"):
-        network = build_network(checkpoint_config_from_preset(name)).eval()
-        config = network.config
         size, channels = config.image_size, config.in_channels
         inputs = [torch.zeros(1, channels, size, size), torch.zeros(1)]
         if isinstance(config, UNetConfig):
             small = config.low_res_size
             inputs.append(None if config.num_classes is None else torch.zeros(1, dtype=torch.int64))
             inputs.append(None if small is None else torch.zeros(1, channels, small, small))
-        network.timestep_embedding.to("meta")
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             network(*inputs)
     by_operation = {str(key): value for key, value in counter.get_flop_counts()["Global"].items()}
@@ -166,9 +170,7 @@ def test_presets_do_not_load_torch() -> None:
 
 
 def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    with torch.device("meta"):
-        network = build_network(checkpoint_config_from_preset(name))
-    return {key: tuple(value.shape) for key, value in network.state_dict().items()}
+    return {key: tuple(value.shape) for key, value in published_network(name).state_dict().items()}
 
 
 def zeros_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:

@@ -1,0 +1,123 @@
+"""Operators that move values about: reshapes, slices, concatenations."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from admtrt.errors import ExportError
+from admtrt.export.vjp.rule import (
+    constant_of,
+    dims_of,
+    input_of,
+    int_attribute,
+    ints_attribute,
+    ints_of,
+    only,
+    rule,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from admtrt.export.tape import Tape
+    from admtrt.export.vjp.rule import Gradients
+
+
+@rule("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+def _reshape(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    back = tape.reshape_like(only(incoming), input_of(node, 0))
+    return [back, *([None] * (len(node.inputs) - 1))]
+
+
+@rule("Transpose")
+def _transpose(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    rank = len(dims_of(input_of(node, 0)))
+    perm = ints_attribute(node, "perm", range(rank - 1, -1, -1))
+    return [tape.op("Transpose", only(incoming), perm=[perm.index(axis) for axis in range(rank)])]
+
+
+@rule("Expand")
+def _expand_rule(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    return [tape.sum_to(only(incoming), input_of(node, 0), node.outputs[0]), None]
+
+
+@rule("Concat")
+def _concat(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    axis = int_attribute(node, "axis", 0)
+    sizes = [dims_of(input_of(node, index))[axis] for index in range(len(node.inputs))]
+    if any(size is None for size in sizes):
+        raise ExportError(f"Concat '{node.name}' joins along an axis of unknown size")
+    split = tape.op(
+        "Split", only(incoming), tape.ints(*[s for s in sizes if s]), outputs=len(sizes), axis=axis
+    )
+    producer = split.producer()
+    assert producer is not None
+    return list(producer.outputs)
+
+
+@rule("Split")
+def _split(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    parts = [
+        g if g is not None else tape.op("Expand", tape.scalar(0.0, output), tape.op("Shape", output))
+        for g, output in zip(incoming, node.outputs, strict=True)
+    ]
+    joined = tape.op("Concat", *parts, axis=int_attribute(node, "axis", 0))
+    return [joined, *([None] * (len(node.inputs) - 1))]
+
+
+@rule("Slice")
+def _slice(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Zero padding puts a contiguous slice back; no scatter."""
+    x = input_of(node, 0)
+    dims, rank = dims_of(x), len(dims_of(x))
+    starts, ends = ints_of(node, 1) or [], ints_of(node, 2) or []
+    axes = ints_of(node, 3) or list(range(len(starts)))
+    steps = ints_of(node, 4) or [1] * len(starts)
+    before, after = [0] * rank, [0] * rank
+    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+        size = dims[axis]
+        if step != 1 or size is None:
+            raise ExportError(f"Slice '{node.name}' has a stride or cuts an axis of unknown size")
+        first, stop, _ = slice(start, end).indices(size)
+        before[axis], after[axis] = first, size - max(stop, first)
+    return [_pad(tape, only(incoming), before, after), *([None] * (len(node.inputs) - 1))]
+
+
+@rule("Gather")
+def _gather(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Selection of one constant index: zero padding around it."""
+    x, indices = input_of(node, 0), constant_of(node, 1)
+    dims = dims_of(x)
+    axis = int_attribute(node, "axis", 0) % len(dims)
+    size = dims[axis]
+    if indices is None or indices.size != 1 or size is None:
+        raise ExportError(f"Gather '{node.name}' selects more than one constant index; use slices")
+    index = int(indices.item()) % size
+    g = only(incoming)
+    if indices.ndim == 0:
+        g = tape.op("Unsqueeze", g, tape.ints(axis))
+    before, after = [0] * len(dims), [0] * len(dims)
+    before[axis], after[axis] = index, size - 1 - index
+    return [_pad(tape, g, before, after), None]
+
+
+def _pad(tape: Tape, value: ir.Value, before: Sequence[int], after: Sequence[int]) -> ir.Value:
+    if not any(before) and not any(after):
+        return value
+    return tape.op("Pad", value, tape.ints(*before, *after))
+
+
+@rule("Pad")
+def _pad_rule(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    pads, rank = ints_of(node, 1), len(dims_of(input_of(node, 0)))
+    constant = "mode" not in node.attributes or node.attributes["mode"].as_string() == "constant"
+    if pads is None or len(pads) != 2 * rank or min(pads) < 0 or not constant:
+        raise ExportError(f"Pad '{node.name}' is no plain constant padding")
+    cut = [axis for axis in range(rank) if pads[axis] or pads[axis + rank]]
+    ends = [-pads[axis + rank] if pads[axis + rank] else np.iinfo(np.int64).max for axis in cut]
+    starts = tape.ints(*[pads[axis] for axis in cut])
+    back = tape.op("Slice", only(incoming), starts, tape.ints(*ends), tape.ints(*cut))
+    return [back, *([None] * (len(node.inputs) - 1))]

@@ -1,0 +1,122 @@
+"""Normalisations and softmax."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from admtrt.errors import ExportError
+from admtrt.export.vjp.rule import (
+    constant_of,
+    dims_of,
+    input_of,
+    int_attribute,
+    only,
+    refuse_active,
+    rule,
+)
+
+if TYPE_CHECKING:
+    from admtrt.export.tape import Tape
+    from admtrt.export.vjp.rule import Gradients
+
+
+def _normalisation(
+    tape: Tape, x: ir.Value, g: ir.Value, axes: list[int], epsilon: float, normalised: ir.Value | None = None
+) -> ir.Value:
+    """Gradient through y = (x - mean) / std over ``axes``: (g - mean(g) - y mean(g y)) / std.
+
+    In float32 whatever the graph's type, since the sums run over up to millions of elements; the variance
+    in two passes, never as E[x^2] - E[x]^2. ``normalised`` is y where the forward graph holds it.
+    """
+    dtype = x.dtype
+    assert dtype is not None
+    narrow = dtype in (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+    if narrow:
+        x, g = (tape.cast(value, ir.DataType.FLOAT) for value in (x, g))
+    centered = tape.op("Sub", x, tape.op("ReduceMean", x, tape.ints(*axes), keepdims=1))
+    variance = tape.op("ReduceMean", tape.op("Mul", centered, centered), tape.ints(*axes), keepdims=1)
+    std = tape.op("Sqrt", tape.op("Add", variance, tape.scalar(epsilon, x)))
+    y = tape.op("Div", centered, std) if narrow or normalised is None else normalised
+    mean_g = tape.op("ReduceMean", g, tape.ints(*axes), keepdims=1)
+    mean_gy = tape.op("ReduceMean", tape.op("Mul", g, y), tape.ints(*axes), keepdims=1)
+    inner = tape.op("Sub", tape.op("Sub", g, mean_g), tape.op("Mul", y, mean_gy))
+    result = tape.op("Div", inner, std)
+    return tape.cast(result, dtype) if narrow else result
+
+
+def _epsilon(node: ir.Node) -> float:
+    return node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+
+
+@rule("InstanceNormalization")
+def _instance_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Every channel normalised over its positions; in the group-norm form each channel is a whole group."""
+    g, x, scale, bias = only(incoming), input_of(node, 0), constant_of(node, 1), constant_of(node, 2)
+    assert scale is not None
+    rank = len(dims_of(x))
+    normalised = node.outputs[0] if np.all(scale == 1) and not np.any(bias) else None
+    if normalised is None:
+        g = tape.op("Mul", g, tape.array(scale.reshape(-1, *[1] * (rank - 2))))
+    return [_normalisation(tape, x, g, list(range(2, rank)), _epsilon(node), normalised), None, None]
+
+
+@rule("LayerNormalization")
+def _layer_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    g, x = only(incoming), input_of(node, 0)
+    refuse_active(tape, node, 1, 2)
+    rank = len(dims_of(x))
+    axis = int_attribute(node, "axis", -1) % rank
+    g = tape.op("Mul", g, input_of(node, 1))
+    result = _normalisation(tape, x, g, list(range(axis, rank)), _epsilon(node))
+    return [result, *([None] * (len(node.inputs) - 1))]
+
+
+@rule("GroupNormalization")
+def _group_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Opset 21: one scale and bias for each channel."""
+    g, x = only(incoming), input_of(node, 0)
+    dims = dims_of(x)
+    groups = node.attributes["num_groups"].as_int()
+    refuse_active(tape, node, 2)
+    scale = constant_of(node, 1)
+    assert scale is not None
+    if scale.shape[0] != dims[1]:
+        raise ExportError(
+            "GroupNormalization before opset 21 has no gradient rule", hint="Export with opset 21."
+        )
+    g = tape.op("Mul", g, tape.array(scale.reshape(-1, *[1] * (len(dims) - 2))))
+    by_group = tape.ints(0, groups, -1)
+    grouped, grouped_g = (tape.op("Reshape", value, by_group) for value in (x, g))
+    result = _normalisation(tape, grouped, grouped_g, [2], _epsilon(node))
+    return [tape.reshape_like(result, x), None, None]
+
+
+@rule("BatchNormalization")
+def _batch_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Inference form: a constant scale for each channel."""
+    refuse_active(tape, node, 2, 3)
+    scale, variance = constant_of(node, 1), constant_of(node, 4)
+    assert scale is not None
+    assert variance is not None
+    factor = scale / np.sqrt(variance + np.asarray(_epsilon(node), variance.dtype))
+    factor = factor.astype(scale.dtype).reshape(-1, *[1] * (len(dims_of(input_of(node, 0))) - 2))
+    return [tape.op("Mul", only(incoming), tape.array(factor)), *([None] * 4)]
+
+
+@rule("Softmax")
+def _softmax(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """y (g - sum(g y))."""
+    g, y = only(incoming), node.outputs[0]
+    total = tape.op("ReduceSum", tape.op("Mul", g, y), tape.ints(int_attribute(node, "axis", -1)), keepdims=1)
+    return [tape.op("Mul", y, tape.op("Sub", g, total))]
+
+
+@rule("LogSoftmax")
+def _log_softmax(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """g - softmax sum(g)."""
+    g, y = only(incoming), node.outputs[0]
+    total = tape.op("ReduceSum", g, tape.ints(int_attribute(node, "axis", -1)), keepdims=1)
+    return [tape.op("Sub", g, tape.op("Mul", tape.op("Exp", y), total))]

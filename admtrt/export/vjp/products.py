@@ -1,0 +1,138 @@
+"""Matrix products and convolutions."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from admtrt.errors import ExportError
+from admtrt.export.vjp.rule import (
+    constant_of,
+    dims_of,
+    input_of,
+    int_attribute,
+    ints_attribute,
+    only,
+    refuse_active,
+    rule,
+)
+
+if TYPE_CHECKING:
+    from admtrt.export.tape import Tape
+    from admtrt.export.vjp.rule import Gradients
+
+
+@rule("MatMul")
+def _matmul(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    g, a, b, out = only(incoming), input_of(node, 0), input_of(node, 1), node.outputs[0]
+    if min(len(dims_of(a)), len(dims_of(b))) < 2:
+        raise ExportError(f"MatMul '{node.name}' multiplies by a vector; use matrices")
+    gradients: list[ir.Value | None] = [None, None]
+    if a in tape.active:
+        gradients[0] = _sum_batch(tape, tape.op("MatMul", g, tape.swap_last(b)), a, out)
+    if b in tape.active:
+        gradients[1] = _sum_batch(tape, tape.op("MatMul", tape.swap_last(a), g), b, out)
+    return gradients
+
+
+def _sum_batch(tape: Tape, gradient: ir.Value, like: ir.Value, out: ir.Value) -> ir.Value:
+    """Undo the broadcasting of a product's leading axes; the last two never broadcast."""
+    small, large = dims_of(like), dims_of(out)
+    gradient.shape = ir.Shape([*(out.shape or ())[:-2], *small[-2:]])
+    if small[:-2] == large[:-2]:
+        return gradient
+    return tape.sum_to(gradient, like, gradient)
+
+
+@rule("Gemm")
+def _gemm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Y = alpha A' B' + beta C."""
+    g, a, b = only(incoming), input_of(node, 0), input_of(node, 1)
+    trans_a, trans_b = int_attribute(node, "transA", 0), int_attribute(node, "transB", 0)
+    alpha = node.attributes["alpha"].as_float() if "alpha" in node.attributes else 1.0
+    gradients: list[ir.Value | None] = [None] * len(node.inputs)
+    if a in tape.active:
+        left, right, flags = (b, g, (trans_b, 1)) if trans_a else (g, b, (0, 1 - trans_b))
+        gradients[0] = tape.op("Gemm", left, right, alpha=alpha, transA=flags[0], transB=flags[1])
+    if b in tape.active:
+        left, right, flags = (g, a, (1, trans_a)) if trans_b else (a, g, (1 - trans_a, 0))
+        gradients[1] = tape.op("Gemm", left, right, alpha=alpha, transA=flags[0], transB=flags[1])
+    if len(node.inputs) > 2 and node.inputs[2] in tape.active:
+        beta = node.attributes["beta"].as_float() if "beta" in node.attributes else 1.0
+        scaled = g if beta == 1.0 else tape.op("Mul", g, tape.scalar(beta, g))
+        gradients[2] = tape.sum_to(scaled, input_of(node, 2), node.outputs[0])
+    return gradients
+
+
+@rule("Conv")
+def _conv(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """The input's gradient; weights and bias must be constants.
+
+    Stride 1: the correlation with the flipped kernel, as a Conv. Other strides, groups, or where weights
+    are to be shared: a ConvTranspose, whose layout of the weights is the one they have.
+    """
+    g, x = only(incoming), input_of(node, 0)
+    refuse_active(tape, node, 2)
+    weights = constant_of(node, 1)
+    assert weights is not None
+    kernel = list(weights.shape[2:])
+    rank = len(kernel)
+    if "auto_pad" in node.attributes and node.attributes["auto_pad"].as_string() not in ("NOTSET", ""):
+        raise ExportError(f"Conv '{node.name}' uses auto_pad; export explicit pads")
+    strides, dilations = (
+        ints_attribute(node, "strides", [1] * rank),
+        ints_attribute(node, "dilations", [1] * rank),
+    )
+    pads, group = ints_attribute(node, "pads", [0] * (2 * rank)), int_attribute(node, "group", 1)
+    reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
+    others: list[ir.Value | None] = [None] * (len(node.inputs) - 1)
+    flipped_pads = [r - p for r, p in zip(reach * 2, pads, strict=True)]
+    if set(strides) == {1} and group == 1 and tape.conv_backward == "flipped" and min(flipped_pads) >= 0:
+        flipped = tape.array(_flipped(weights))
+        return [
+            tape.op(
+                "Conv",
+                g,
+                flipped,
+                kernel_shape=kernel,
+                dilations=dilations,
+                pads=flipped_pads,
+                strides=strides,
+            ),
+            *others,
+        ]
+    sizes, out_sizes = dims_of(x)[2:], dims_of(node.outputs[0])[2:]
+    output_padding = []
+    for axis in range(rank):
+        size, out_size = sizes[axis], out_sizes[axis]
+        if size is None or out_size is None:
+            if strides[axis] != 1:
+                raise ExportError(
+                    f"Conv '{node.name}' has stride {strides[axis]} over an axis of unknown size"
+                )
+            output_padding.append(0)
+            continue
+        covered = (out_size - 1) * strides[axis] + reach[axis] + 1 - pads[axis] - pads[axis + rank]
+        output_padding.append(size - covered)
+    transposed = tape.op(
+        "ConvTranspose",
+        g,
+        node.inputs[1],
+        kernel_shape=kernel,
+        strides=strides,
+        dilations=dilations,
+        pads=pads,
+        group=group,
+        output_padding=output_padding,
+    )
+    return [transposed, *others]
+
+
+def _flipped(
+    weights: np.ndarray[tuple[int, ...], np.dtype[np.generic]],
+) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]]:
+    """[O, I, *k] -> [I, O, *k] with every kernel axis reversed."""
+    spatial = tuple(range(2, weights.ndim))
+    return np.ascontiguousarray(np.flip(weights, spatial).swapaxes(0, 1))

@@ -1,0 +1,131 @@
+"""Reductions, pooling and resizing."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx_ir as ir
+
+from admtrt.errors import ExportError
+from admtrt.export.vjp.rule import (
+    axes_of,
+    dims_of,
+    input_of,
+    int_attribute,
+    ints_attribute,
+    only,
+    rule,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from admtrt.export.tape import Tape
+    from admtrt.export.vjp.rule import Gradients
+
+
+def _spread(tape: Tape, node: ir.Node, gradient: ir.Value) -> ir.Value:
+    """A reduction's gradient with the reduced axes back, at size 1."""
+    if int_attribute(node, "keepdims", 1):
+        return gradient
+    return tape.op("Unsqueeze", gradient, tape.ints(*axes_of(node)))
+
+
+def _expand(tape: Tape, value: ir.Value, like: ir.Value, axes: Sequence[int]) -> ir.Value:
+    dims = dims_of(like)
+    if any(dims[axis] is None for axis in axes):
+        return tape.op("Expand", value, tape.op("Shape", like))
+    # Size 1 leaves an axis as it is, so the batch needs no mention.
+    return tape.op(
+        "Expand", value, tape.ints(*[size if axis in axes and size else 1 for axis, size in enumerate(dims)])
+    )
+
+
+@rule("ReduceSum", "ReduceMean")
+def _reduce(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    x, axes = input_of(node, 0), axes_of(node)
+    g = _spread(tape, node, only(incoming))
+    if node.op_type == "ReduceMean":
+        sizes = [dims_of(x)[axis] for axis in axes]
+        if any(size is None for size in sizes):
+            raise ExportError(f"ReduceMean '{node.name}' averages over an axis of unknown size")
+        g = tape.op("Mul", g, tape.scalar(1 / math.prod(size for size in sizes if size), x))
+    return [_expand(tape, g, x, axes), *([None] * (len(node.inputs) - 1))]
+
+
+@rule("ReduceSumSquare", "ReduceL2")
+def _reduce_squares(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    x = input_of(node, 0)
+    g = _spread(tape, node, only(incoming))
+    if node.op_type == "ReduceL2":
+        norm = _spread(tape, node, node.outputs[0])
+        zero = tape.scalar(0.0, x)  # the subgradient at 0 that PyTorch takes
+        g = tape.op("Where", tape.op("Greater", norm, zero), tape.op("Div", g, norm), zero)
+    else:
+        g = tape.op("Mul", g, tape.scalar(2.0, x))
+    return [tape.op("Mul", g, x), *([None] * (len(node.inputs) - 1))]
+
+
+@rule("ReduceLogSumExp")
+def _reduce_log_sum_exp(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    x = input_of(node, 0)
+    weights = tape.op("Exp", tape.op("Sub", x, _spread(tape, node, node.outputs[0])))
+    g = _spread(tape, node, only(incoming))
+    return [tape.op("Mul", weights, g), *([None] * (len(node.inputs) - 1))]
+
+
+@rule("GlobalAveragePool")
+def _global_average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    x = input_of(node, 0)
+    dims = dims_of(x)
+    spatial = list(range(2, len(dims)))
+    count = math.prod(dims[axis] or 0 for axis in spatial)
+    if not count:
+        raise ExportError(f"GlobalAveragePool '{node.name}' averages over an axis of unknown size")
+    return [_expand(tape, tape.op("Mul", only(incoming), tape.scalar(1 / count, x)), x, spatial)]
+
+
+@rule("AveragePool")
+def _average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Windows that tile the image exactly: every position gets its window's share, a nearest resize."""
+    kernel = ints_attribute(node, "kernel_shape", ())
+    strides = ints_attribute(node, "strides", [1] * len(kernel))
+    sizes = dims_of(input_of(node, 0))[2:]
+    tiled = (
+        strides == kernel
+        and not any(ints_attribute(node, "pads", [0]))
+        and not int_attribute(node, "ceil_mode", 0)
+    )
+    if not tiled or any(size is None or size % k for size, k in zip(sizes, kernel, strict=True)):
+        raise ExportError(f"AveragePool '{node.name}' has windows that overlap, pad or do not tile the image")
+    g = only(incoming)
+    share = tape.op("Mul", g, tape.scalar(1 / math.prod(kernel), input_of(node, 0)))
+    return [_nearest(tape, share, kernel)]
+
+
+_TILING: dict[str, Any] = {
+    "mode": "nearest",
+    "coordinate_transformation_mode": "asymmetric",
+    "nearest_mode": "floor",
+}
+"""The one form of Resize in which position i is a copy of position floor(i / factor), for every factor."""
+
+
+def _nearest(tape: Tape, value: ir.Value, factors: Sequence[int]) -> ir.Value:
+    scales = tape.array(np.array([1, 1, *factors], np.float32))
+    return tape.op("Resize", value, None, scales, **_TILING)
+
+
+@rule("Resize")
+def _resize(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Nearest-neighbour enlargement by whole factors: sums over tiles."""
+    x, out = input_of(node, 0), node.outputs[0]
+    text = {name: attribute.as_string() for name, attribute in node.attributes.items() if name in _TILING}
+    pairs = list(zip(dims_of(x)[2:], dims_of(out)[2:], strict=True))
+    if text != _TILING or any(a is None or b is None or b % a for a, b in pairs):
+        raise ExportError(f"Resize '{node.name}' is no nearest-neighbour enlargement by whole factors")
+    factors = [b // a for a, b in pairs if a and b]
+    pooled = tape.op("AveragePool", only(incoming), kernel_shape=factors, strides=factors)
+    return [tape.op("Mul", pooled, tape.scalar(math.prod(factors), x)), *([None] * (len(node.inputs) - 1))]

@@ -1,0 +1,104 @@
+"""What a rule is, the table of rules, and what rules read of a node."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from admtrt.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from admtrt.export.tape import Tape
+
+    Gradients = Sequence[ir.Value | None]
+
+
+class Rule(Protocol):
+    """See the module."""
+
+    def __call__(self, tape: Tape, node: ir.Node, incoming: Gradients, /) -> Gradients:
+        """Gradients of the node's inputs."""
+        ...
+
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*op_types: str) -> Callable[[Rule], Rule]:
+    """Register a rule for operators of the default domain."""
+
+    def register(function: Rule) -> Rule:
+        for op_type in op_types:
+            RULES[op_type] = function
+        return function
+
+    return register
+
+
+def input_of(node: ir.Node, index: int) -> ir.Value:
+    """An input that the operator requires."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def dims_of(value: ir.Value) -> list[int | None]:
+    """Sizes, None where dynamic."""
+    if value.shape is None:
+        raise ExportError(f"the shape of '{value.name}' is unknown; the graph cannot be differentiated")
+    return [dim if isinstance(dim, int) else None for dim in value.shape]
+
+
+def constant_of(node: ir.Node, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]] | None:
+    """An input's constant value; None where the input is absent."""
+    if index >= len(node.inputs) or node.inputs[index] is None:
+        return None
+    tensor = input_of(node, index).const_value
+    if tensor is None:
+        raise ExportError(f"{node.op_type} '{node.name}' computes its input {index}; a constant was expected")
+    return tensor.numpy()
+
+
+def ints_of(node: ir.Node, index: int) -> list[int] | None:
+    """An input's constant whole numbers; None where the input is absent."""
+    values = constant_of(node, index)
+    return None if values is None else [int(value) for value in values.ravel()]
+
+
+def refuse_active(tape: Tape, node: ir.Node, *indices: int) -> None:
+    """Inputs that a rule takes as constant must not depend on x: their gradient would be lost silently."""
+    for index in indices:
+        if index < len(node.inputs) and node.inputs[index] in tape.active:
+            raise ExportError(
+                f"no gradient rule for {node.op_type} '{node.name}' with respect to its input {index}, "
+                f"'{input_of(node, index).name}', which must not depend on the differentiated input"
+            )
+
+
+def int_attribute(node: ir.Node, name: str, default: int) -> int:
+    """A whole-number attribute."""
+    return node.attributes[name].as_int() if name in node.attributes else default
+
+
+def ints_attribute(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
+    """An attribute that lists whole numbers."""
+    return list(node.attributes[name].as_ints()) if name in node.attributes else list(default)
+
+
+def axes_of(node: ir.Node) -> list[int]:
+    """Normalised axes of a reduction, from its second input (opset 18) or attribute."""
+    rank = len(dims_of(input_of(node, 0)))
+    axes = ints_of(node, 1) or ints_attribute(node, "axes", range(rank))
+    return [axis % rank for axis in axes]
+
+
+def only(incoming: Gradients) -> ir.Value:
+    """The gradient of a node's first output, the only one that its rule knows."""
+    first, *others = incoming
+    if first is None or any(other is not None for other in others):
+        raise ExportError("a gradient arrives through an output that its operator's rule does not cover")
+    return first
