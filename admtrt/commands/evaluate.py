@@ -63,7 +63,7 @@ def nll(
     if data is None and config is None:
         raise RequestError("there are no images", hint="Name them with --data, or give a file with --config.")
     if bundle is not None and (unet_preset is not None or unet_set):
-        raise RequestError("--unet-preset and --unet-set belong to a checkpoint; a bundle carries its settings")
+        raise RequestError("--unet-preset and --unet-set are for a checkpoint; a bundle carries its settings")
     output = Output(json=json)
     require("torch", "safetensors", extra="train", purpose="Evaluation")
     from admtrt.evaluate.images import load_images

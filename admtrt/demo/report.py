@@ -103,7 +103,8 @@ def _page(result: DemoResult) -> str:
 <p>An unconditional ADM and a noisy classifier were trained on the 8x8 digits, exported as ONNX graphs (the
 classifier as its input gradient), verified against PyTorch, and sampled without PyTorch. {SAMPLES} samples at
 each setting were judged by a support vector machine fitted on {result.judge_images} real digits that neither
-network saw; it is {result.judge_accuracy:.1%} right on real digits. The target is {TARGET:.0%}. Best: {best}.</p>
+network saw; it is {result.judge_accuracy:.1%} right on other real digits. The target is {TARGET:.0%}.
+Best: {best}.</p>
 <h2>Guidance: class accuracy against diversity</h2>
 {_figure("sweep.png", "A larger scale trades diversity for fidelity (figure 4 of the paper).")}
 {_table(_SWEEP_COLUMNS, sweep)}

@@ -7,32 +7,40 @@ the data and the seed, so both are judged on the very same numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from admtrt.errors import AdmtrtError, DataError, RequestError
 from admtrt.models.diffusion import Diffusion
 from admtrt.runtime.noise import step_noise
 from admtrt.runtime.pipeline import consecutive_seeds
-from admtrt.runtime.sampler import Images, Labels
 from admtrt.schedule import process_from_config
 from admtrt.training.losses import variational_bound
 from admtrt.training.objectives import shrink
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
     from torch import Tensor
 
     from admtrt.config import DiffusionConfig, UNetConfig
+    from admtrt.runtime.sampler import Images, Labels
     from admtrt.training.data import ImageSet
     from admtrt.training.losses import Bound
 
-UNetFunction = Callable[[Images, NDArray[np.float32], Labels | None, Images | None], Images]
-"""The network of a :class:`~admtrt.runtime.sampler.Denoiser`: (x, t, y, low_res) -> out."""
+
+class UNetFunction(Protocol):
+    """The network of a :class:`~admtrt.runtime.sampler.Denoiser`."""
+
+    def __call__(
+        self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None, /
+    ) -> Images:
+        """The output [N, C or 2C, H, W] for x [N, C, H, W]."""
+        ...
 
 
 @dataclass(frozen=True)
