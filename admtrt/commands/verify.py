@@ -13,6 +13,7 @@ from admtrt.console import Output, table
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.text import Text
 
     from admtrt.verify.report import Row, VerificationReport
 
@@ -88,8 +89,10 @@ def _shown(report: VerificationReport) -> list[RenderableType]:
     return [made, *details, Text(verdict, style="green" if report.passed else "bold red")]
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: Row) -> list[str | Text]:
+    from rich.text import Text
+
     error = "" if row.error is None else f"{row.error:.2g}"
     tolerance = "" if row.tolerance is None else f"{row.tolerance:g}"
-    result = "pass" if row.status == "pass" else f"[bold red]FAIL: {row.status}[/]"
+    result = "pass" if row.status == "pass" else Text(f"FAIL: {row.status}", style="bold red")
     return [row.stage, row.what, error, tolerance, "" if row.where is None else str(row.where), result]

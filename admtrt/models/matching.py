@@ -20,7 +20,18 @@ if TYPE_CHECKING:
 
 _ALIKE = 0.9  # of all keys equal: then a published model is worth naming
 _CHANGED_BY_FORKS = ("num_classes", "in_channels", "image_size")
-_ASSUMED = ("image_size", "low_res_size", "num_head_channels", "num_heads", "new_attention_order", "schedule")
+_ASSUMED = (
+    "image_size",
+    "low_res_size",
+    "num_head_channels",
+    "num_heads",
+    "new_attention_order",
+    "schedule",
+    "steps",
+    "rescale_timesteps",
+    "mean_type",
+    "variance_type",
+)
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,8 @@ def _settings_in_words(config: CheckpointConfig, keys: Sequence[str]) -> str:
     values = config.network.model_dump() | config.diffusion.model_dump()
     if values["num_head_channels"] is not None:
         values["num_heads"] = None  # which has no effect then
+    if config.kind == "classifier":
+        values |= {"mean_type": None, "variance_type": None}  # of which a classifier has no use
     return ", ".join(f"{key} {values[key]}" for key in keys if values.get(key) is not None)
 
 

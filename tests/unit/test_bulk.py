@@ -57,7 +57,7 @@ def echo(pipeline: Pipeline) -> Echo:
 def request(count: int = 10, **changes: Any) -> BulkRequest:
     given: dict[str, Any] = {
         "count": count,
-        "labels": np.arange(count, dtype=np.int64) % 3,
+        "labels": None if "labels" in changes else np.arange(count, dtype=np.int64) % 3,
         "first_seed": 7,
         "sampler": SAMPLER,
         "batch_size": 2,

@@ -257,7 +257,7 @@ def test_guidance_is_linear_in_the_scale_and_nothing_else_is_touched(sampler: Sa
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 @pytest.mark.parametrize("sampler", METHODS)
-@pytest.mark.parametrize("steps", [21, 1_000_000])
+@pytest.mark.parametrize("steps", [21, 100_000])
 def test_every_coefficient_is_finite_at_the_extremes(
     schedule: Any, sampler: SamplerConfig, steps: int
 ) -> None:
