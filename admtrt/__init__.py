@@ -12,13 +12,15 @@ if TYPE_CHECKING:
     from admtrt.bundle import Bundle as Bundle
     from admtrt.export.gradient import export_input_gradient as export_input_gradient
     from admtrt.runtime.pipeline import Pipeline as Pipeline
+    from admtrt.runtime.two_stage import TwoStage as TwoStage
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Pipeline", "__version__", "export_input_gradient"]
+__all__ = ["Bundle", "Pipeline", "TwoStage", "__version__", "export_input_gradient"]
 
 _HOMES = {
     "Bundle": "admtrt.bundle",
     "Pipeline": "admtrt.runtime.pipeline",
+    "TwoStage": "admtrt.runtime.two_stage",
     "export_input_gradient": "admtrt.export.gradient",
 }
 

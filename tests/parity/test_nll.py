@@ -192,7 +192,9 @@ def test_held_out_images_without_augmentation(tmp_path: Path) -> None:
         assert (image[:, 4:] == 0).all()
         values.append(int(image[0, 0]) - 100)
     assert len(set(values)) == len(values)
-    assert len(images_of(path)) == 40
+    whole = images_of(path, random_flip=True, random_crop=True)
+    assert len(whole) == 40
+    assert all((whole.image(row, rng)[0, :, 4:] == -1).all() for row in range(40))
 
 
 def test_the_training_file_says_how_to_read_the_images(
