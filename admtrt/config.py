@@ -125,6 +125,16 @@ class BackboneConfig(Config):
         return None if value == _TOML_NONE else value
 
     @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        given = self.model_fields_set
+        if "num_heads" in given and "num_head_channels" not in given and self.num_head_channels is not None:
+            raise ValueError(
+                f"num_heads {self.num_heads} would be ignored beside the default num_head_channels "
+                f"{self.num_head_channels}; set num_head_channels to 'none' as well"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_shape(self) -> Self:
         if not self.channel_mult:
             raise ValueError("channel_mult is empty; give one multiplier for each level")

@@ -10,6 +10,7 @@ import typer
 from admtrt.commands.options import ClassifierPreset, ClassifierSet, SettingsFile, UnetPreset, UnetSet
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
+from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
     from admtrt.bundle import Bundle
@@ -39,6 +40,8 @@ def export(
     from admtrt.commands.checkpoints import load_pair, recommended_sampler
     from admtrt.export.pack import bundle_from_checkpoints
 
+    if scale and classifier is None:
+        raise RequestError(f"--scale {scale:g} recommends guidance without a --classifier")
     output = Output(json=json)
     generator, guide = load_pair(
         unet,

@@ -69,9 +69,9 @@ def verify(
         seed=seed,
         report=lambda name: output.note(f"verifying {name}"),
     )
+    output.result({**report.to_dict(), "seed": seed}, *_shown(report))
     if plot is not None and report.drift:
         plot_drift(report, plot)
-    output.result({**report.to_dict(), "seed": seed}, *_shown(report))
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 

@@ -44,7 +44,7 @@ def bundle_from_checkpoints(
         unet: the loaded generator.
         classifier: the noisy classifier, or None for plain sampling.
         path: the bundle's directory.
-        sampler: what to recommend; None takes the UNet checkpoint's.
+        sampler: what to recommend; None takes the UNet checkpoint's. Without a classifier its scale is 0.
         overwrite: replace a bundle that stands there.
         report: called with the name of each stage as it starts.
 
@@ -63,6 +63,7 @@ def bundle_from_checkpoints(
         raise CheckpointError(str(error), hint="Export networks that were trained for each other.") from None
     if classifier is not None and classifier.config.diffusion != unet.config.diffusion:
         _check_same_process(unet, classifier)
+    recommended = sampler or unet.config.sampler
     specs = bundle_specs(generator.config, None if guide is None else guide.config)
 
     def write_graphs(directory: Path) -> dict[GraphName, GraphEntry]:
@@ -83,7 +84,7 @@ def bundle_from_checkpoints(
         "unet": generator.config,
         "classifier": None if guide is None else guide.config,
         "diffusion": unet.config.diffusion,
-        "sampler": sampler or unet.config.sampler,
+        "sampler": recommended if guide is not None else recommended.model_copy(update={"scale": 0.0}),
         "class_names": unet.config.class_names
         or (() if classifier is None else classifier.config.class_names),
         "made_with": _versions(),

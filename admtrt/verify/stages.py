@@ -14,7 +14,7 @@ from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.runtime.noise import step_noise
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.sampler import Slots, advance, start_slots
-from admtrt.schedule import process_from_config, sampling_schedule
+from admtrt.schedule import process_from_config, retained_timesteps, sampling_schedule
 from admtrt.verify.checked import CheckedGraphs, GraphRunError
 from admtrt.verify.inputs import BATCHES, Inputs, chosen_steps, samplers, step_batches
 from admtrt.verify.reference import Reference
@@ -65,6 +65,7 @@ def verify_bundle(
     reference = Reference(unet, classifier)
     # Both sides are as long then, even where the manifest tells of another process.
     steps = min(steps, bundle.manifest.diffusion.steps, reference.diffusion.steps)
+    retained_timesteps(bundle.manifest.diffusion.steps, str(steps))  # refuses an impossible number now
     report("sessions")
     sessions = "sessions of the graphs"
     try:

@@ -447,3 +447,12 @@ def test_command_refuses_a_missing_or_altered_bundle(altered: Path, cli: Cli, tm
     for bundle in (altered, tmp_path / "nowhere"):
         result = cli(bundle)
         assert isinstance(result.exception, UserError)
+
+
+def test_impossible_steps_are_refused_before_any_work(
+    good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork
+) -> None:
+    started: list[str] = []
+    with pytest.raises(RequestError, match="'0'"):
+        verify_bundle(good, unet, classifier, steps=0, report=started.append)
+    assert not started
