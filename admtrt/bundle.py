@@ -15,15 +15,17 @@ from pydantic import Field, model_validator
 
 from admtrt.config import ClassifierConfig, Config, DiffusionConfig, SamplerConfig, UNetConfig
 from admtrt.contract import GraphName, GraphSpec, bundle_specs
-from admtrt.errors import BundleError, ConfigError
+from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import atomic_directory, sha256_of
 from admtrt.onnx_wire import external_locations
+from admtrt.schedule import retained_timesteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_AGAIN = "Copy the bundle again, or export the checkpoint again."
 
 
 class FileEntry(Config):
@@ -66,6 +68,10 @@ class Manifest(Config):
     @model_validator(mode="after")
     def _check_agreement(self) -> Self:
         check_networks(self.unet, self.classifier, self.diffusion)
+        try:
+            retained_timesteps(self.diffusion.steps, self.sampler.steps)
+        except RequestError as error:
+            raise ValueError(f"the recommended sampler's {error.message}") from None
         expected = bundle_specs(self.unet, self.classifier)
         if set(self.graphs) != set(expected):
             raise ValueError(f"graphs are {sorted(self.graphs)}, expected {sorted(expected)}")
@@ -149,12 +155,12 @@ def _read_manifest(path: Path) -> Manifest:
         what = "does not exist" if not path.exists() else f"is not a bundle: it has no {MANIFEST}"
         raise BundleError(f"{path} {what}", hint="Make one with: admtrt export UNET --out BUNDLE") from None
     except OSError as error:
-        raise BundleError(f"cannot read {file}: {error.strerror}") from None
+        raise BundleError(f"cannot read {file}: {error.strerror}", hint=_AGAIN) from None
     except (
         ValueError,
         RecursionError,
     ) as error:  # of ValueErrors: bad JSON, bad UTF-8, absurdly long numbers
-        raise BundleError(f"{file} is not valid JSON: {error}") from None
+        raise BundleError(f"{file} is not valid JSON: {error}", hint=_AGAIN) from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
@@ -164,7 +170,7 @@ def _read_manifest(path: Path) -> Manifest:
     try:
         return Manifest.from_dict(data, source=str(file))
     except ConfigError as error:
-        raise BundleError(error.message) from None
+        raise BundleError(error.message, hint=_AGAIN) from None
 
 
 def _inside(path: Path, name: str) -> Path:
@@ -184,22 +190,21 @@ def _inside(path: Path, name: str) -> Path:
 
 def _check_file(path: Path, name: str, entry: FileEntry) -> None:
     file = _inside(path, name)
-    again = "Copy the bundle again, or export the checkpoint again."
     try:
         if not file.is_file():
-            raise BundleError(f"{path}: the file '{name}' is missing", hint=again)
+            raise BundleError(f"{path}: the file '{name}' is missing", hint=_AGAIN)
         size = file.stat().st_size
         if size != entry.size:
             raise BundleError(
-                f"{path}: '{name}' has {size} bytes, the manifest says {entry.size}", hint=again
+                f"{path}: '{name}' has {size} bytes, the manifest says {entry.size}", hint=_AGAIN
             )
         digest = sha256_of(file)
     except OSError as error:
-        raise BundleError(f"{path}: cannot read '{name}': {error.strerror}", hint=again) from None
+        raise BundleError(f"{path}: cannot read '{name}': {error.strerror}", hint=_AGAIN) from None
     if digest != entry.sha256:
         raise BundleError(
             f"{path}: '{name}' has SHA-256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...",
-            hint=again,
+            hint=_AGAIN,
         )
 
 

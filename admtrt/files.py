@@ -26,13 +26,12 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise _output_error(path, error) from error
+        with _faults_of(temporary, path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
+            temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -54,14 +53,13 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     target = Path(os.path.realpath(path))  # "." has no name to put another beside
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        if overwrite and target.exists():
-            _swap_directories(temporary, target)
-        else:
-            temporary.rename(target)
-    except OSError as error:
-        raise _output_error(path, error) from error
+        with _faults_of(temporary, path):
+            temporary.mkdir(parents=True)
+            yield temporary
+            if overwrite and target.exists():
+                _swap_directories(temporary, target)
+            else:
+                temporary.rename(target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -87,10 +85,19 @@ def _exchange(left: Path, right: Path) -> bool:
     return rename is not None and rename(here, os.fsencode(left), here, os.fsencode(right), exchange) == 0
 
 
-def _output_error(path: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"cannot write {path}: {error.strerror or error}", hint="What was there before is untouched."
-    )
+@contextlib.contextmanager
+def _faults_of(temporary: Path, path: Path) -> Iterator[None]:
+    """Turn faults on the way into output errors that name ``path``: nobody has heard of the temporary."""
+    untouched = "What was there before is untouched."
+    try:
+        yield
+    except OutputError as error:
+        if str(temporary) not in error.message:
+            raise
+        message = error.message.replace(str(temporary), str(path))
+        raise OutputError(message, hint=error.hint or untouched) from error
+    except OSError as error:
+        raise OutputError(f"cannot write {path}: {error.strerror or error}", hint=untouched) from error
 
 
 def sha256_of(path: Path) -> str:

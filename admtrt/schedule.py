@@ -78,11 +78,14 @@ def _strided_timesteps(steps: int, text: str) -> tuple[int, ...]:
     for stride in range(1, steps + 1):
         if len(range(0, steps, stride)) == count:
             return tuple(range(0, steps, stride))
+    fault = f"steps {text!r}: no integer stride divides {steps} timesteps into exactly {count}"
+    if count > steps:
+        raise RequestError(fault, hint=f"At most {steps} steps are possible: 'ddim{steps}'.")
     possible = sorted({len(range(0, steps, stride)) for stride in range(1, steps)})
     nearest = min(possible, key=lambda n: abs(n - count))
     raise RequestError(
-        f"steps {text!r}: no integer stride divides {steps} timesteps into exactly {count}",
-        hint=f"The nearest that exists is 'ddim{nearest}'; '{min(count, steps)}' spaces them evenly instead.",
+        fault,
+        hint=f"The nearest that exists is 'ddim{nearest}'; '{count}' spaces them evenly instead.",
     )
 
 

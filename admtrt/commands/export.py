@@ -40,8 +40,6 @@ def export(
     from admtrt.commands.checkpoints import load_pair, recommended_sampler
     from admtrt.export.pack import bundle_from_checkpoints
 
-    if scale and classifier is None:
-        raise RequestError(f"--scale {scale:g} recommends guidance without a --classifier")
     output = Output(json=json)
     generator, guide = load_pair(
         unet,
@@ -53,11 +51,14 @@ def export(
         classifier_set=classifier_set or (),
         note=output.note,
     )
+    sampler = recommended_sampler(generator.config, method=method, steps=steps, scale=scale)
+    if scale and guide is None:
+        raise RequestError(f"--scale {scale:g} recommends guidance without a --classifier")
     bundle = bundle_from_checkpoints(
         generator,
         guide,
         out,
-        sampler=recommended_sampler(generator.config, method=method, steps=steps, scale=scale),
+        sampler=sampler,
         overwrite=overwrite,
         report=lambda name: output.note(f"exporting {name}"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -181,7 +182,8 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
     ``classes``, every class takes turns where the bundle has classes.
 
     Raises:
-        RequestError: for an unknown class, a count out of range or counts that contradict ``num``.
+        RequestError: for an unknown class, an empty entry, a count out of range or counts that contradict
+            ``num``.
     """
     from admtrt.runtime.bulk import MAX_SAMPLES
 
@@ -192,6 +194,11 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
             return None
         return [index % manifest.num_classes for index in range(num or manifest.num_classes)]
     parts = [part.strip() for part in classes.split(",")]
+    if not all(parts):
+        raise RequestError(
+            f"there is an empty entry in --classes {classes!r}",
+            hint="Write e.g. --classes 0,3,7 or 0:10,3:5.",
+        )
     if any(":" in part for part in parts):
         counted = [_counted(part, manifest) for part in parts]
         total = sum(count for _, count in counted)
@@ -215,14 +222,13 @@ def _counted(part: str, manifest: Manifest) -> tuple[int, int]:
 
 
 def _class_index(text: str, manifest: Manifest) -> int:
-    """A class by name or number."""
-    if text in manifest.class_names:
-        return manifest.class_names.index(text)
-    try:
-        return int(text)
-    except ValueError:
-        names = f"; the names are {', '.join(manifest.class_names[:10])}" if manifest.class_names else ""
-        raise RequestError(f"class {text!r} is neither a number nor a name of the bundle{names}") from None
+    """A class by name, else by number."""
+    from admtrt.runtime.request import class_index
+
+    if text not in manifest.class_names:
+        with contextlib.suppress(ValueError):
+            return int(text)
+    return class_index(text, manifest)
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,12 +250,17 @@ class _SmallImages:
         """
         import numpy as np
 
+        from admtrt.runtime.bulk import reading_fault
+
         try:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
                 images = archive["arr_0"]
                 labels = archive.get("arr_1")
         except Exception as error:  # arbitrary bytes make the reader fail in any way
-            raise RequestError(f"cannot read {path} as .npz with arr_0: {error}") from None
+            raise RequestError(
+                f"cannot read {path} as .npz with arr_0: {reading_fault(error)}",
+                hint="Give the samples.npz of a run, or a file that np.savez wrote.",
+            ) from None
         if images.dtype != np.uint8 or images.ndim != 4:
             raise RequestError(
                 f"{path}: arr_0 is {images.dtype} {list(images.shape)}; expected uint8 [N, H, W, C]"

@@ -20,10 +20,15 @@ if TYPE_CHECKING:
 train_app = typer.Typer(help="Train a network on images.", no_args_is_help=True)
 
 _HELP = {
-    "unet": "Train the UNet of [unet] with the settings of [train_unet].",
-    "classifier": "Train the noisy classifier of [classifier] with the settings of [train_classifier].",
-    "upsampler": "Train the upsampler of [upsampler] with the settings of [train_upsampler].",
+    "unet": "Train the UNet of section 'unet' with the settings of section 'train_unet'.",
+    "classifier": (
+        "Train the noisy classifier of section 'classifier' with the settings of section 'train_classifier'."
+    ),
+    "upsampler": "Train the upsampler of section 'upsampler' with the settings of section 'train_upsampler'.",
 }
+
+_SHOWN = ("loss", "accuracy", "held_out_loss", "held_out_accuracy", "images_per_second", "lr")
+"""Metrics of the result table; --json and metrics.jsonl have all of them."""
 
 _Config = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Data, process, networks and settings.")]
 _Out = Annotated[
@@ -81,7 +86,10 @@ def _command(kind: Kind) -> Callable[..., None]:
         result = train(kind, run_config, out, output=output, resume=resume, overwrite=overwrite)
         state = PartialState()
         if state.is_main_process:
-            rows = [[name, f"{value:.6g}"] for name, value in result.metrics.items()]
+            shown = {name: result.metrics[name] for name in _SHOWN if name in result.metrics}
+            rows = [
+                [name, "not finite" if value is None else f"{value:.6g}"] for name, value in shown.items()
+            ]
             rows += [["weights", str(path)] for path in result.weights]
             output.result(
                 {

@@ -20,6 +20,7 @@ from admtrt.errors import OutputError, RequestError
 from admtrt.files import atomic_file, sha256_of
 from admtrt.images import save_grid, save_png
 from admtrt.runtime.pipeline import consecutive_seeds
+from admtrt.runtime.request import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -39,6 +40,8 @@ GRID_LIMIT = 400
 LOW_STAGE = "low"
 """Folder of the first stage's run within that of a two-stage run."""
 _REQUEST = "request.json"
+_UNSHOWN = {"bundle": "bundle differs", "labels": "labels differ", "low_res": "low_res differs"}
+"""What is said of hashes and long lists, whose values tell nobody anything."""
 _BLOCK = 256  # images of which a digest reads at once
 
 
@@ -77,10 +80,10 @@ class BulkRequest:
     low_res: SmallImages | None = None
 
     def __post_init__(self) -> None:
-        if not 1 <= self.count <= MAX_SAMPLES:
+        if not 1 <= whole_number(self.count, "count") <= MAX_SAMPLES:
             raise RequestError(f"{self.count} samples were asked for; expected 1 to {MAX_SAMPLES}")
         for name in ("batch_size", "shard_size"):
-            if getattr(self, name) < 1:
+            if whole_number(getattr(self, name), name) < 1:
                 raise RequestError(f"{name} is {getattr(self, name)}; expected at least 1")
         for name in ("labels", "low_res"):
             given = getattr(self, name)
@@ -214,14 +217,32 @@ def _check_place(directory: Path, identity: dict[str, Any]) -> bool:
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
-        known = {}
-    differing = [key for key in identity if not isinstance(known, dict) or known.get(key) != identity[key]]
+        known = None
+    old, new = _settings(known), _settings(identity)
+    if not new.keys() <= old.keys():
+        raise OutputError(
+            f"{file} is damaged, so the run there cannot be recognised",
+            hint="Choose another directory for --out.",
+        )
+    differing = [_difference(key, old[key], new[key]) for key in new if old[key] != new[key]]
     if differing:
         raise OutputError(
-            f"{directory} holds the shards of another run: {', '.join(differing)} differ",
+            f"{directory} holds the shards of another run: {', '.join(differing)}",
             hint="Choose another directory for --out, or repeat the request that started it.",
         )
     return True
+
+
+def _settings(identity: Any) -> dict[str, Any]:
+    """An identity whose sampler's fields stand among the others; nothing of what is no identity."""
+    if not isinstance(identity, dict) or not isinstance(identity.get("sampler"), dict):
+        return {}
+    others = {key: value for key, value in identity.items() if key != "sampler"}
+    return {**others, **identity["sampler"]}
+
+
+def _difference(key: str, old: Any, new: Any) -> str:
+    return _UNSHOWN.get(key) or f"{key} is {old!r} there and {new!r} now"
 
 
 def _is_unclaimed(directory: Path) -> bool:
@@ -274,13 +295,19 @@ def _images(directory: Path, request: BulkRequest, limit: int | None = None) -> 
         yield _read_shard(_shard(directory, start))[: count - start]
 
 
+def reading_fault(error: Exception) -> str:
+    """Why an .npz file cannot be read; what the library says of damaged bytes would mislead."""
+    told = error.strerror if isinstance(error, OSError) else None
+    return told or "it is truncated, damaged or something else"
+
+
 def _read_shard(file: Path) -> NDArray[np.uint8]:
     try:
         with file.open("rb") as opened, np.load(opened, allow_pickle=False) as shard:
             images: NDArray[np.uint8] = shard["images"]
     except Exception as error:  # damaged bytes make the reader fail in any way
         raise OutputError(
-            f"cannot read the shard {file}: {error}",
+            f"cannot read the shard {file}: {reading_fault(error)}",
             hint="Delete it and repeat the command: it alone is drawn again.",
         ) from error
     return images

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from admtrt.errors import RequestError
+from admtrt.runtime.request import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +24,8 @@ _STAGE_BITS = 32  # of a counter below its stage: no process has as many steps
 
 
 def check_seed(seed: int) -> int:
-    """Return ``seed`` if it is usable: a whole number from 0 to 2**64 - 1."""
+    """Return ``seed`` as an int if it is usable: a whole number from 0 to 2**64 - 1."""
+    seed = whole_number(seed, "a seed")
     if not 0 <= seed <= MAX_SEED:
         raise RequestError(
             f"seed {seed} is out of range", hint=f"Seeds are whole numbers from 0 to {MAX_SEED}."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -14,6 +13,7 @@ from admtrt.config import SamplerConfig, method_for_steps
 from admtrt.errors import ConfigError, RequestError
 from admtrt.images import to_uint8
 from admtrt.runtime.noise import MAX_SEED, check_seed
+from admtrt.runtime.request import class_index, one_for_each, whole_number
 from admtrt.runtime.sampler import advance, start_slots
 from admtrt.schedule import sampling_schedule
 
@@ -91,20 +91,21 @@ class Pipeline:
 
         Raises:
             BundleError: if the bundle is incomplete or altered.
+            RequestError: if the number of threads is out of range.
         """
         from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 
-        if threads is not None and not 1 <= threads <= _MAX_THREADS:
+        if threads is not None and not 1 <= whole_number(threads, "threads") <= _MAX_THREADS:
             raise RequestError(f"threads is {threads}; expected 1 to {_MAX_THREADS}")
         bundle = Bundle.open(Path(path))
         return cls(bundle, OnnxRuntimeDenoiser(bundle, threads=threads))
 
     def __call__(
         self,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int | str] | None = None,
         seeds: Sequence[int] | None = None,
         *,
-        steps: str | None = None,
+        steps: str | int | None = None,
         method: Literal["ddpm", "ddim"] | None = None,
         scale: float | None = None,
         eta: float | None = None,
@@ -116,7 +117,8 @@ class Pipeline:
         """Draw one sample for each label and seed.
 
         Args:
-            labels: class of each sample; needed where the UNet is class-conditional or the scale is not 0.
+            labels: class of each sample, by number or name; needed where the UNet is class-conditional or the
+                scale is not 0.
             seeds: of each sample, 0 to 2**64 - 1; 0, 1, 2, ... where left out.
             steps, method, scale, eta, clip: as :class:`~admtrt.config.SamplerConfig`; what is left out is the
                 bundle's recommendation. ``steps`` "ddimN" implies the method ``ddim``, any other ``ddpm``.
@@ -128,12 +130,15 @@ class Pipeline:
             RequestError: for anything that the bundle cannot do.
         """
         sampler = self.sampler(steps=steps, method=method, scale=scale, eta=eta, clip=clip)
-        if batch_size < 1:
+        if whole_number(batch_size, "batch_size") < 1:
             raise RequestError(f"batch_size is {batch_size}; expected at least 1")
         conditioning = self.check_low_res(low_res)
-        count = next((len(given) for given in (labels, seeds, conditioning) if given is not None), 1)
-        checked_seeds = [check_seed(operator.index(s)) for s in (range(count) if seeds is None else seeds)]
         checked_labels = self.check_labels(labels, sampler)
+        given_seeds = None if seeds is None else one_for_each(seeds, "seeds")
+        count = next(
+            (len(given) for given in (checked_labels, given_seeds, conditioning) if given is not None), 1
+        )
+        checked_seeds = [check_seed(seed) for seed in (range(count) if given_seeds is None else given_seeds)]
         for name, given in (("labels", checked_labels), ("seeds", checked_seeds), ("low_res", conditioning)):
             if given is not None and len(given) != count:
                 raise RequestError(f"{len(given)} {name} for {count} samples; give one for each")
@@ -157,7 +162,7 @@ class Pipeline:
     def sampler(
         self,
         *,
-        steps: str | None = None,
+        steps: str | int | None = None,
         method: Literal["ddpm", "ddim"] | None = None,
         scale: float | None = None,
         eta: float | None = None,
@@ -172,11 +177,12 @@ class Pipeline:
         chosen: dict[str, Any] = manifest.sampler.to_dict()
         if manifest.classifier is None:
             chosen["scale"] = 0.0
-        if method is None and steps is not None:
-            method = method_for_steps(steps)
+        respacing = None if steps is None else str(steps)
+        if method is None and respacing is not None:
+            method = method_for_steps(respacing)
         if method is not None and method != chosen["method"]:
             chosen |= {"method": method, "eta": 0.0}
-        given = {"steps": steps, "scale": scale, "eta": eta, "clip": clip}
+        given = {"steps": respacing, "scale": scale, "eta": eta, "clip": clip}
         chosen |= {name: value for name, value in given.items() if value is not None}
         try:
             sampler = SamplerConfig.from_dict(chosen, source="sampler")
@@ -190,11 +196,11 @@ class Pipeline:
         sampling_schedule(manifest.diffusion, sampler)  # refuses an impossible respacing now
         return sampler
 
-    def check_labels(self, labels: Sequence[int] | None, sampler: SamplerConfig) -> Labels | None:
+    def check_labels(self, labels: Sequence[int | str] | None, sampler: SamplerConfig) -> Labels | None:
         """Labels as int64 [N], or None.
 
         Raises:
-            RequestError: if they are missing, not wanted or out of range.
+            RequestError: if they are missing, not wanted, no classes or out of range.
         """
         manifest = self.bundle.manifest
         classes = manifest.num_classes
@@ -207,7 +213,7 @@ class Pipeline:
             return None
         if classes is None:
             raise RequestError("labels were given, but the bundle knows no classes")
-        checked = [operator.index(label) for label in labels]
+        checked = [class_index(label, manifest) for label in one_for_each(labels, "labels")]
         wrong = next((label for label in checked if not 0 <= label < classes), None)
         if wrong is not None:
             raise RequestError(f"class {wrong} is out of range; the classes are 0 to {classes - 1}")
@@ -289,7 +295,7 @@ def consecutive_seeds(first: int, count: int) -> range:
     Raises:
         RequestError: if they leave the range, or there are none.
     """
-    if count < 1:
+    if whole_number(count, "count") < 1:
         raise RequestError(f"{count} samples were asked for; expected at least 1")
     check_seed(first)
     if first + count - 1 > MAX_SEED:

@@ -66,15 +66,15 @@ class TwoStage:
 
     def __call__(
         self,
-        labels: Sequence[int] | None = None,
+        labels: Sequence[int | str] | None = None,
         seeds: Sequence[int] | None = None,
         *,
-        steps: str | None = None,
+        steps: str | int | None = None,
         method: Literal["ddpm", "ddim"] | None = None,
         scale: float | None = None,
         eta: float | None = None,
         clip: bool | None = None,
-        upsample_steps: str | None = None,
+        upsample_steps: str | int | None = None,
         upsample_scale: float = UNGUIDED,
         batch_size: int = DEFAULT_BATCH,
         callback: Callable[[Step], None] | None = None,
@@ -95,11 +95,12 @@ class TwoStage:
         """
         sampler = self.low.sampler(steps=steps, method=method, scale=scale, eta=eta, clip=clip)
         upsampler = self.high.sampler(steps=upsample_steps, scale=upsample_scale)
-        for_high = self.labels_of_high(labels)
-        self.low.check_labels(labels, sampler)
+        checked = self.low.check_labels(labels, sampler)
+        numbers = None if checked is None else checked.tolist()  # the second may not know the names
+        for_high = self.labels_of_high(numbers)
         self.high.check_labels(for_high, upsampler)
         low = self.low(
-            labels,
+            numbers,
             seeds,
             steps=steps,
             method=method,

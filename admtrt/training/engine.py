@@ -9,11 +9,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
-from admtrt.errors import ConfigError
+from admtrt.errors import AdmtrtError, ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from numpy.typing import NDArray
 
     from admtrt.config import TrainingConfig
@@ -82,3 +84,23 @@ def start_engine(kind: Kind, settings: TrainingConfig) -> tuple[Accelerator, Div
         raise ConfigError(
             f"train_{kind}.precision '{settings.precision}' cannot be used here: {error}"
         ) from None
+
+
+def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
+    """Do something in the main process while the others wait for it, and fail in all of them if it fails.
+
+    Raises:
+        AdmtrtError: in the main process, what ``action`` raises.
+        SystemExit: in the others, with the exit code of that error: one process is enough to show it.
+    """
+    failure: AdmtrtError | None = None
+    if accelerator.is_main_process:
+        try:
+            action()
+        except AdmtrtError as error:
+            failure = error
+    (code,) = broadcast_object_list([0 if failure is None else failure.exit_code])
+    if failure is not None:
+        raise failure
+    if code:
+        raise SystemExit(code)

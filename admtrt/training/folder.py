@@ -11,12 +11,19 @@ from admtrt.errors import OutputError
 from admtrt.files import atomic_file
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from admtrt.presets import Kind
+    from admtrt.training.data_sources import Skipped
 
-_FREE_KEYS = ("steps", "log_every", "checkpoint_every", "sample_every", "max_nan_steps", "tensorboard")
-"""Training settings that a resumed run may change: they do not alter what a step computes."""
+_FREE_KEYS = frozenset(
+    {"steps", "log_every", "checkpoint_every", "sample_every", "max_nan_steps", "tensorboard"}
+)
+"""Training settings that a resumed run may change: they do not alter what a step computes.
+
+Only where ``lr_schedule`` is ``linear`` does every step's rate depend on ``steps``.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,7 @@ class RunFolder:
         out/<kind>/metrics.jsonl          one line for each logged step
         out/<kind>/samples/step-000500.png
         out/<kind>/state.safetensors      everything that a resumed run needs
+        out/<kind>/skipped.txt            the bad files left out, where there are any
         out/<kind>/tensorboard/           where asked for
     """
 
@@ -51,6 +59,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """Metrics as JSON lines."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def skipped(self) -> Path:
+        """The images left out, ``path: reason`` a line."""
+        return self.root / "skipped.txt"
 
     @property
     def state(self) -> Path:
@@ -111,11 +124,23 @@ class RunFolder:
         with atomic_file(self.config) as temporary:
             save_config(config, temporary)
 
+    def write_skipped(self, skipped: Sequence[Skipped]) -> None:
+        """Name the files that this run leaves out; no file of names is left where there are none.
+
+        Raises:
+            OutputError: if the file cannot be written.
+        """
+        if not skipped:
+            self.skipped.unlink(missing_ok=True)
+            return
+        text = "".join(f"{path}: {reason}\n" for path, reason in skipped)
+        with atomic_file(self.skipped) as temporary:
+            temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+
     def _entries(self) -> list[Path]:
-        own = [self.config, self.metrics, self.state, self.root / "samples", self.tensorboard, self.weights()]
-        return [
-            path for path in (*own, *sorted(self.out.glob(f"{self.kind}-ema-*.safetensors"))) if path.exists()
-        ]
+        own = [self.config, self.metrics, self.state, self.root / "samples", self.tensorboard, self.skipped]
+        exported = [self.weights(), *sorted(self.out.glob(f"{self.kind}-ema-*.safetensors"))]
+        return [path for path in (*own, *exported) if path.exists()]
 
     def _remove_run(self) -> None:
         for path in self._entries():
@@ -149,9 +174,11 @@ class RunFolder:
     def _identity(self, config: RunConfig) -> dict[str, Any]:
         """What decides the weights of this network, flattened to ``section.key``."""
         sections = config.to_dict()
+        annealed = sections[f"train_{self.kind}"]["lr_schedule"] == "linear"
+        free = _FREE_KEYS - {"steps"} if annealed else _FREE_KEYS
         return {
             f"{section}.{key}": value
             for section in ("data", "diffusion", self.kind, f"train_{self.kind}")
             for key, value in (sections[section] or {}).items()
-            if not (section.startswith("train_") and key in _FREE_KEYS)
+            if not (section.startswith("train_") and key in free)
         }

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from admtrt.console import progress
-from admtrt.errors import ConfigError, TrainingDivergedError
+from admtrt.errors import ConfigError, RequestError, TrainingDivergedError
 from admtrt.models.checkpoint import CheckpointConfig, build_network, save_checkpoint
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.unet import UNet
-from admtrt.schedule import process_from_config
+from admtrt.schedule import process_from_config, retained_timesteps
 from admtrt.training.data import ImageSet, load_data, require_classes, split
-from admtrt.training.engine import start_engine
+from admtrt.training.engine import on_main_process, start_engine
 from admtrt.training.folder import RunFolder
 from admtrt.training.learner import Learner, learning_rate
 from admtrt.training.metrics import MetricsLog, Window, summary_writer
-from admtrt.training.objectives import make_objective
+from admtrt.training.objectives import make_objective, settle_losses
 from admtrt.training.sampling import draw_grid
 from admtrt.training.state import load_state, save_state
 from admtrt.training.timesteps import Stream, torch_seed
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from admtrt.presets import Kind
 
 
+_NAMED_SKIPPED = 5  # bad files that are shown before they are only counted
+
+
 @dataclass(frozen=True)
 class TrainingResult:
     """How a run ended.
@@ -42,7 +45,7 @@ class TrainingResult:
     Attributes:
         kind: what was trained.
         step: optimiser steps of the whole run, those before a resume included.
-        metrics: the last logged line; empty outside the main process.
+        metrics: the last logged line, None for what is not finite; empty outside the main process.
         weights: the exported weights, one file for each EMA rate in the order of the configuration.
         folder: where metrics, samples and the state are.
     """
@@ -76,15 +79,19 @@ def train(
         ConfigError: if the configuration lacks the network or holds a setting that cannot be used here.
         DataError: if the images cannot be used.
         OutputError: if ``out`` holds another run, or cannot be written.
-        TrainingDivergedError: after ``max_nan_steps`` steps in a row without a finite loss and gradient.
+        TrainingDivergedError: after ``max_nan_steps`` steps in a row without a finite loss and gradient,
+            or if the last step is one of those.
+        SystemExit: outside the main process, if the folder was refused there.
     """
     if getattr(config, kind) is None:
         raise ConfigError(
             f"the configuration has no section [{kind}]", hint=f"Add [{kind}] with the shape of the network."
         )
+    config = settle_losses(config)
     settings: TrainingConfig = getattr(config, f"train_{kind}")
     if settings.tensorboard:
         summary_writer()
+    _check_sampler(config)
     diffusion = Diffusion(config.diffusion, process_from_config(config.diffusion))
     objective = make_objective(kind, config, diffusion)
     accelerator, division = start_engine(kind, settings)
@@ -93,13 +100,7 @@ def train(
     if described.network.num_classes is not None:
         require_classes(data, described.network.num_classes)
     folder = RunFolder(out, kind)
-    if accelerator.is_main_process:
-        folder.prepare(config, resume=resume, overwrite=overwrite)
-        if data.skipped:
-            output.note(
-                f"skipped {len(data.skipped)} of {len(data) + len(data.skipped)} files: not usable as images"
-            )
-    accelerator.wait_for_everyone()
+    on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
     torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))
     learner = Learner(build_network(described), objective, len(diffusion), settings, accelerator, division)
     if folder.state.exists():
@@ -114,6 +115,9 @@ def train(
         _run(kind, settings, learner, train_set, held_out, None)
         return TrainingResult(kind, learner.step, {}, (), folder.root)
     folder.write_config(config)
+    folder.write_skipped(data.skipped)
+    if data.skipped:
+        _name_skipped(data, folder.skipped, output)
     metrics = MetricsLog(
         folder.metrics, learner.step, tensorboard=folder.tensorboard if settings.tensorboard else None
     )
@@ -122,6 +126,26 @@ def train(
     with contextlib.closing(metrics):
         _run(kind, settings, learner, train_set, held_out, recorder)
     return TrainingResult(kind, learner.step, metrics.last, recorder.weights, folder.root)
+
+
+def _check_sampler(config: RunConfig) -> None:
+    """Refuse a respacing that only the export would find impossible, hours later."""
+    steps = config.sampler.steps
+    if steps == type(config.sampler).model_fields["steps"].default:
+        return  # not the user's choice: a process too short for it is no fault of the configuration
+    try:
+        retained_timesteps(config.diffusion.steps, steps)
+    except RequestError as error:
+        raise ConfigError(f"sampler.steps cannot be used: {error.message}", hint=error.hint) from None
+
+
+def _name_skipped(data: ImageSet, listing: Path, output: Output) -> None:
+    named = data.skipped[:_NAMED_SKIPPED]
+    output.note(f"left out {len(data.skipped)} of {len(data) + len(data.skipped)} files:")
+    for path, reason in named:
+        output.note(f"  {path}: {reason}")
+    if len(named) < len(data.skipped):
+        output.note(f"  and {len(data.skipped) - len(named)} more, all named in {listing}")
 
 
 def _describe(kind: Kind, config: RunConfig, data: ImageSet) -> CheckpointConfig:
@@ -235,7 +259,7 @@ def _run(
         while learner.step < settings.steps:
             learner.update(train_set)
             step, last = learner.step, learner.step == settings.steps
-            if learner.nan_steps >= settings.max_nan_steps:
+            if learner.nan_steps >= settings.max_nan_steps or (last and learner.nan_steps):
                 raise _diverged(kind, learner, saved, recorder)
             if step % settings.log_every == 0 or last:
                 held_out_values = learner.evaluate(held_out) if len(held_out) else {}

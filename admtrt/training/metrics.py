@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +74,10 @@ class Window:
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object for each logged step, in order.
+    """``metrics.jsonl``: one JSON object for each logged step, in order; null for what is not finite.
+
+    Attributes:
+        last: the last line; empty before the first.
 
     Args:
         path: the file; lines of later steps than ``step``, and a half-written one, are removed from it.
@@ -91,23 +95,23 @@ class MetricsLog:
         with atomic_file(path) as temporary:
             temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 
-    def write(self, line: dict[str, Any]) -> None:
-        """Append one line, which has a ``step``; it is on the disk when this returns.
+    def write(self, line: Mapping[str, float]) -> None:
+        """Append one line of numbers, which has a ``step``; it is on the disk when this returns.
 
         Raises:
             OutputError: if it cannot be written.
         """
-        self.last = line
+        self.last = {name: value if math.isfinite(value) else None for name, value in line.items()}
         try:
             with self._path.open("a", encoding="utf-8") as opened:
-                opened.write(json.dumps(line, allow_nan=False) + "\n")
+                opened.write(json.dumps(self.last, allow_nan=False) + "\n")
                 opened.flush()
                 os.fsync(opened.fileno())
         except OSError as error:
             raise OutputError(f"cannot write {self._path}: {error.strerror or error}") from error
         if self._board is not None:
-            for name, value in line.items():
-                if name != "step":
+            for name, value in self.last.items():
+                if name != "step" and value is not None:
                     self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:

@@ -74,11 +74,25 @@ def shrink(x: Tensor, size: int) -> Tensor:
     return interpolate(x, (size, size), mode="area")
 
 
+def settle_losses(config: RunConfig) -> RunConfig:
+    """The configuration with the loss ``simple`` where none is set and the variance is fixed."""
+    if config.diffusion.learns_sigma:
+        return config
+    sections = {"train_unet": config.train_unet, "train_upsampler": config.train_upsampler}
+    return config.model_copy(
+        update={
+            name: settings.model_copy(update={"loss": "simple"})
+            for name, settings in sections.items()
+            if "loss" not in settings.model_fields_set
+        }
+    )
+
+
 def make_objective(kind: Kind, config: RunConfig, diffusion: Diffusion) -> Objective:
-    """The objective of a network under a configuration.
+    """The objective of a network under a configuration whose losses are settled.
 
     Raises:
-        ConfigError: for a setting that this kind of network cannot have.
+        ConfigError: for a setting that this kind of network or process cannot have.
     """
     if kind == "classifier":
         settings = config.train_classifier
@@ -93,12 +107,33 @@ def make_objective(kind: Kind, config: RunConfig, diffusion: Diffusion) -> Objec
                 "is trained on every timestep alike",
                 hint="Set it to 'uniform', or leave it out.",
             )
+        if settings.loss != type(settings).model_fields["loss"].default:
+            raise ConfigError(
+                f"train_classifier.loss is '{settings.loss}', but a classifier is trained on cross-entropy",
+                hint="Leave it out.",
+            )
         return ClassifierObjective(diffusion)
     network = config.unet if kind == "unet" else config.upsampler
     assert network is not None  # refused before
+    loss = (config.train_unet if kind == "unet" else config.train_upsampler).loss
+    variance = config.diffusion.variance_type
+    if loss == "simple" and config.diffusion.learns_sigma:
+        raise ConfigError(
+            f"train_{kind}.loss is 'simple', which teaches the network nothing about the variance, but "
+            f"diffusion.variance_type is '{variance}'",
+            hint="Use the loss 'hybrid', or a variance that is not learned: 'fixed_small' or 'fixed_large' "
+            f"with {kind}.learn_sigma = false.",
+        )
+    if loss == "hybrid" and not config.diffusion.learns_sigma:
+        raise ConfigError(
+            f"train_{kind}.loss is 'hybrid', whose second part teaches the variance, but "
+            f"diffusion.variance_type is '{variance}'",
+            hint="Use the loss 'simple', or learn the variance: 'learned_range' with "
+            f"{kind}.learn_sigma = true.",
+        )
     return DenoisingObjective(
         diffusion,
-        (config.train_unet if kind == "unet" else config.train_upsampler).loss,
+        loss,
         class_conditional=network.num_classes is not None,
         low_res_size=network.low_res_size,
     )

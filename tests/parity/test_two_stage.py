@@ -406,7 +406,7 @@ def test_other_requests_are_refused_before_the_first_stage(stages: TwoStage, tmp
     for shard in (out / "low" / "shards").iterdir():
         shard.unlink()
     denoiser(stages.low).seen = 0
-    with pytest.raises(OutputError, match="another run: sampler differ"):
+    with pytest.raises(OutputError, match="another run: steps is '3' there and '4' now"):
         draw_two_stage(stages, *requests(stages, out, upsampler="4"), out, [])
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.tex").touch()

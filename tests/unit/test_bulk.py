@@ -194,12 +194,12 @@ def test_batch_size_may_change_on_the_way(pipeline: Pipeline, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "differing"),
     [
-        ({"count": 9, "labels": np.arange(9) % 3}, "count, labels"),
-        ({"labels": np.zeros(10, np.int64)}, "labels"),
-        ({"first_seed": 8}, "first_seed"),
-        ({"sampler": SamplerConfig(steps="4", scale=1.0)}, "sampler"),
-        ({"sampler": SamplerConfig(steps="3", scale=1.5)}, "sampler"),
-        ({"shard_size": 5}, "shard_size"),
+        ({"count": 9, "labels": np.arange(9) % 3}, "count is 10 there and 9 now, labels differ"),
+        ({"labels": np.zeros(10, np.int64)}, "labels differ"),
+        ({"first_seed": 8}, "first_seed is 7 there and 8 now"),
+        ({"sampler": SamplerConfig(steps="4", scale=1.0)}, "steps is '3' there and '4' now"),
+        ({"sampler": SamplerConfig(steps="3", scale=1.5)}, "scale is 1.0 there and 1.5 now"),
+        ({"shard_size": 5}, "shard_size is 4 there and 5 now"),
     ],
 )
 def test_another_runs_shards_are_refused(
@@ -209,7 +209,7 @@ def test_another_runs_shards_are_refused(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     with pytest.raises(OutputError) as caught:
         draw(pipeline, request(**changes), tmp_path / "run", ["npz"])
-    assert f"holds the shards of another run: {differing} differ" in caught.value.message
+    assert caught.value.message.endswith(f"holds the shards of another run: {differing}")
     assert "--out" in caught.value.hint
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
@@ -217,7 +217,7 @@ def test_another_runs_shards_are_refused(
 def test_another_bundles_shards_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     draw(pipeline, request(), tmp_path / "run", ["npz"])
     other = Pipeline(sham_bundle(tmp_path / "other", made_with={"torch": "9"}), Echo())
-    with pytest.raises(OutputError, match="another run: bundle differ"):
+    with pytest.raises(OutputError, match="another run: bundle differs"):
         draw(other, request(), tmp_path / "run", ["npz"])
 
 
@@ -228,15 +228,15 @@ def test_other_small_images_are_refused(tmp_path: Path) -> None:
     plain = {"labels": None, "sampler": SamplerConfig(steps="3", scale=0.0)}
     images = np.zeros((10, 4, 4, 1), np.uint8)
     draw(pipeline, request(low_res=images, **plain), tmp_path / "run", ["npz"])
-    with pytest.raises(OutputError, match="another run: low_res differ"):
+    with pytest.raises(OutputError, match="another run: low_res differs"):
         draw(pipeline, request(low_res=images + 1, **plain), tmp_path / "run", ["npz"])
 
 
-@pytest.mark.parametrize("content", ["", "[]", "not json", "{}"])
+@pytest.mark.parametrize("content", ["", "[]", "not json", "{}", '{"sampler": 3}'])
 def test_a_run_that_cannot_be_recognised_is_refused(pipeline: Pipeline, tmp_path: Path, content: str) -> None:
     draw(pipeline, request(), tmp_path / "run", ["npz"])
     (tmp_path / "run" / "request.json").write_text(content)
-    with pytest.raises(OutputError, match="another run"):
+    with pytest.raises(OutputError, match=r"request\.json is damaged, so the run there cannot be recognised"):
         draw(pipeline, request(), tmp_path / "run", ["npz"])
 
 
@@ -272,6 +272,8 @@ def test_an_empty_folder_and_one_that_was_being_claimed_are_taken(pipeline: Pipe
         ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
         ({"shard_size": 0}, "shard_size is 0; expected at least 1"),
         ({"shard_size": -1}, "shard_size is -1"),
+        ({"shard_size": 2.5}, "shard_size is 2.5; expected a whole number"),
+        ({"count": 2.5}, "count is 2.5; expected a whole number"),
     ],
 )
 def test_counts_out_of_range(changes: dict[str, Any], message: str) -> None:
@@ -335,7 +337,9 @@ def test_a_damaged_shard_is_named(pipeline: Pipeline, tmp_path: Path, content: b
     shard.write_bytes(content)
     with pytest.raises(OutputError) as caught:
         draw(pipeline, request(), tmp_path / "run", ["npz"])
-    assert f"cannot read the shard {shard}" in caught.value.message
+    assert (
+        caught.value.message == f"cannot read the shard {shard}: it is truncated, damaged or something else"
+    )
     assert "Delete it" in caught.value.hint
     shard.unlink()
     draw(pipeline, request(), tmp_path / "run", ["npz"])

@@ -110,7 +110,9 @@ def test_what_is_no_bundle(tmp_path: Path) -> None:
 )
 def test_a_manifest_that_is_no_json(bundle: Path, content: bytes) -> None:
     (bundle / MANIFEST).write_bytes(content)
-    assert "is not valid JSON" in refusal(bundle).message
+    error = refusal(bundle)
+    assert "is not valid JSON" in error.message
+    assert AGAIN in error.hint
 
 
 @pytest.mark.parametrize(
@@ -276,7 +278,21 @@ def test_a_graph_whose_file_is_not_listed(bundle: Path) -> None:
 def test_class_names_of_another_number(bundle: Path) -> None:
     data = manifest_of(bundle)
     data["class_names"].append("dog")
-    assert "4 class names for 3 classes" in refusal(bundle, data).message
+    error = refusal(bundle, data)
+    assert "4 class names for 3 classes" in error.message
+    assert AGAIN in error.hint
+
+
+@pytest.mark.parametrize("steps", ["7000", "ddim300", "many", "1"])
+def test_a_recommendation_that_its_process_cannot_meet(bundle: Path, steps: str) -> None:
+    data = manifest_of(bundle)
+    data["sampler"]["steps"] = steps
+    error = refusal(bundle, data)
+    assert f"the recommended sampler's steps '{steps}'" in error.message
+    assert AGAIN in error.hint
+    with pytest.raises(ConfigError, match="the recommended sampler's steps"):
+        sham_bundle(bundle.parent / "other", sampler=SAMPLER.model_copy(update={"steps": steps}))
+    assert names(bundle.parent) == ["bundle"]
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bundles import pipeline
+from bundles import UNET, network, pipeline
 
 from admtrt.cli import run
 from admtrt.config import ClassifierConfig
 from admtrt.errors import ConfigError
+from admtrt.models.checkpoint import save_checkpoint
 
 HEADS = {
     "image_size": 8,
@@ -21,9 +22,12 @@ HEADS = {
 
 
 def test_scale_without_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code = run(["export", "missing.safetensors", "--out", str(tmp_path / "b"), "--scale", "2"])
+    unet = network(UNET)
+    save_checkpoint(tmp_path / "unet.safetensors", unet.module.state_dict(), unet.config)
+    code = run(["export", str(tmp_path / "unet.safetensors"), "--out", str(tmp_path / "b"), "--scale", "2"])
     assert code == 2
     assert "--scale 2 recommends guidance without a --classifier" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
 
 
 @pytest.mark.parametrize(("name", "guided"), [("guided", True), ("upsampler", False)])

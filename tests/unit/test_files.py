@@ -131,6 +131,27 @@ def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path, e
     assert names(tmp_path) == ["file"]
 
 
+def test_faults_inside_a_temporary_are_told_of_the_target(tmp_path: Path) -> None:
+    """Whether a further atomic write or some other writer speaks of it, and with its own hint or none."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    with (
+        pytest.raises(OutputError) as caught,
+        atomic_directory(tmp_path / "bundle") as directory,
+        atomic_file(directory / "sub" / "unet.onnx"),
+    ):
+        raise full
+    wanted = f"cannot write {tmp_path / 'bundle' / 'sub' / 'unet.onnx'}: No space left on device"
+    assert caught.value.message == wanted
+    with pytest.raises(OutputError) as caught, atomic_file(tmp_path / "file") as file:
+        raise OutputError(f"cannot write {file}: full")
+    assert caught.value.message == f"cannot write {tmp_path / 'file'}: full"
+    assert "untouched" in caught.value.hint
+    with pytest.raises(OutputError) as caught, atomic_directory(tmp_path / "bundle"):
+        raise OutputError("cannot write elsewhere", hint="Go there.")
+    assert (caught.value.message, caught.value.hint) == ("cannot write elsewhere", "Go there.")
+    assert names(tmp_path) == []
+
+
 def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for write in (atomic_file, atomic_directory):

@@ -10,9 +10,9 @@ import onnx
 import pytest
 from bundles import CLASSIFIER, UNET, sham_bundle
 
-from admtrt.config import DiffusionConfig
 from admtrt.errors import BundleError, RequestError
 from admtrt.runtime.pipeline import Pipeline, consecutive_seeds
+from admtrt.runtime.two_stage import TwoStage
 
 
 class Fixed:
@@ -143,15 +143,12 @@ def test_images_that_are_no_numbers_are_not_given_out(tmp_path: Path, value: flo
     assert "smaller scale or more steps" in error.hint
 
 
-def test_a_recommendation_that_its_process_cannot_meet(tmp_path: Path) -> None:
-    pipeline = sham(tmp_path, diffusion=DiffusionConfig(steps=4, schedule="cosine"))
-    assert "section 1 has 4 timesteps, which cannot give 5" in refusal(pipeline, labels=[0]).message
-    assert pipeline([0], steps="2").x.shape == (1, 1, 8, 8)
-
-
-@pytest.mark.parametrize("threads", [0, -1, 1025])
-def test_threads_out_of_range(tmp_path: Path, threads: int) -> None:
-    with pytest.raises(RequestError, match=f"threads is {threads}; expected 1 to 1024"):
+@pytest.mark.parametrize(
+    ("threads", "expected"),
+    [(0, "1 to 1024"), (-1, "1 to 1024"), (1025, "1 to 1024"), (2.5, "a whole number")],
+)
+def test_threads_out_of_range(tmp_path: Path, threads: Any, expected: str) -> None:
+    with pytest.raises(RequestError, match=f"threads is {threads}; expected {expected}"):
         Pipeline.from_bundle(tmp_path / "absent", threads=threads)
 
 
@@ -180,12 +177,68 @@ def test_graphs_that_are_not_what_the_manifest_declares(
         Pipeline.from_bundle(path)
 
 
-def test_labels_and_seeds_are_whole_numbers(guided: Pipeline) -> None:
-    for request in ({"labels": [0.5]}, {"labels": ["0"]}, {"labels": [0], "seeds": [0.5]}):
-        with pytest.raises(TypeError):
-            guided(**request)
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        ({"labels": [3.5]}, "a label is 3.5; expected a whole number"),
+        ({"labels": [1.0]}, "a label is 1.0; expected a whole number"),
+        ({"labels": [True]}, "a label is True; expected a whole number"),
+        ({"labels": np.array([True])}, "a label is np.True_; expected a whole number"),
+        ({"labels": [None]}, "a label is None; expected a whole number"),
+        ({"labels": ["1"]}, "class '1' is neither a number nor a name of the bundle; the names are ant, bee"),
+        ({"labels": 1}, "labels is 1; expected one for each sample"),
+        ({"labels": np.array(1)}, "labels is array(1); expected one for each sample"),
+        ({"labels": "cat"}, "labels is 'cat'; expected one for each sample"),
+        ({"labels": [0], "seeds": [1.5]}, "a seed is 1.5; expected a whole number"),
+        ({"labels": [0], "seeds": [True]}, "a seed is True; expected a whole number"),
+        ({"labels": [0], "seeds": ["1"]}, "a seed is '1'; expected a whole number"),
+        ({"labels": [0], "seeds": 1}, "seeds is 1; expected one for each sample"),
+        ({"labels": [0], "batch_size": 2.5}, "batch_size is 2.5; expected a whole number"),
+        ({"labels": [0], "batch_size": True}, "batch_size is True; expected a whole number"),
+        ({"labels": [0], "steps": 2.5}, "'2.5' is not a positive whole number"),
+        ({"labels": [0], "steps": 0}, "'0' is not a positive whole number"),
+    ],
+)
+def test_values_of_another_type(guided: Pipeline, request_: dict[str, Any], message: str) -> None:
+    assert message in refusal(guided, **request_).message
+
+
+def test_whole_numbers_of_any_type(guided: Pipeline) -> None:
     samples = guided(np.array([0, 2], np.int32), np.array([2**64 - 1, 0], np.uint64))
     assert samples.seeds == (2**64 - 1, 0)
+    taken: list[int] = []
+    guided([1], steps=2, batch_size=np.int64(1), callback=lambda step: taken.append(step.total))
+    assert taken == [2, 2]
+
+
+def test_classes_by_name(guided: Pipeline) -> None:
+    samples = guided(["cat", 0, np.str_("bee")])
+    assert samples.labels is not None
+    assert samples.labels.tolist() == [2, 0, 1]
+    message = refusal(guided, labels=["dog"]).message
+    assert message == "class 'dog' is neither a number nor a name of the bundle; the names are ant, bee, cat"
+
+
+def test_a_name_that_looks_like_a_number_is_a_name(tmp_path: Path) -> None:
+    samples = sham(tmp_path, class_names=("2", "1", "0"))(["0", 0])
+    assert samples.labels is not None
+    assert samples.labels.tolist() == [2, 0]
+
+
+def test_two_stages_take_names_and_numbers_too(guided: Pipeline, tmp_path: Path) -> None:
+    """The second stage's bundle may know the classes by number alone."""
+    unet = UNET.model_copy(update={"image_size": 16, "low_res_size": 8, "num_classes": 3})
+    high = sham(tmp_path / "high", unet=unet, classifier=None, class_names=())
+    totals: list[int] = []
+    drawn = TwoStage(guided, high)(
+        ["cat", 1], steps=2, upsample_steps=3, callback=lambda step: totals.append(step.total)
+    )
+    for stage in (drawn.low, drawn.high):
+        assert stage.labels is not None
+        assert stage.labels.tolist() == [2, 1]
+    assert totals == [2, 2, 3, 3, 3]
+    with pytest.raises(RequestError, match="labels is 1; expected one for each sample"):
+        TwoStage(guided, high)(1)  # type: ignore[arg-type]
 
 
 def test_consecutive_seeds() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 from training_runs import tiny_config, weights
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from admtrt.commands.train import train_app
 from admtrt.config import RunConfig, load_config, save_config
 from admtrt.errors import ConfigError, UserError
+from admtrt.training.learner import Learner
 
 
 @pytest.fixture
@@ -36,6 +38,23 @@ def test_each_network_trains(kind, toml, tmp_path):
     assert f"{kind}: trained to step 2" in result.stdout
     assert weights(tmp_path / "out" / f"{kind}.safetensors")
     assert resolved(tmp_path / "out", kind) == tiny_config(steps=2)
+
+
+def test_the_table_holds_the_main_metrics_only(toml, tmp_path):
+    result = invoke("classifier", toml, "--out", tmp_path / "out", "--set", "data.hold_out=0.1")
+    assert re.findall(r"^  (\w+) ", result.stdout, re.MULTILINE) == [
+        *("metric", "loss", "accuracy", "held_out_loss", "held_out_accuracy"),
+        *("images_per_second", "lr", "weights"),
+    ]
+
+
+def test_a_metric_that_is_not_finite_is_shown_as_such(toml, tmp_path, monkeypatch):
+    monkeypatch.setattr(Learner, "evaluate", lambda *_: {"loss": float("nan")})
+    arguments = ("unet", toml, "--set", "data.hold_out=0.1")
+    assert re.search(r"held_out_loss +not finite", invoke(*arguments, "--out", tmp_path / "1").stdout)
+    document = json.loads(invoke(*arguments, "--out", tmp_path / "2", "--json").stdout)
+    assert document["metrics"]["held_out_loss"] is None
+    assert "loss_q3" in document["metrics"]
 
 
 def test_json_is_one_document(toml, tmp_path):
@@ -99,6 +118,13 @@ def test_a_missing_section_is_named(toml, tmp_path):
     toml.write_text(text[:start] + text[text.index("[upsampler]") :])
     with pytest.raises(ConfigError, match=r"no section \[classifier\]"):
         invoke("classifier", toml, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["unet", "classifier", "upsampler"])
+def test_help_names_the_sections(kind):
+    for arguments in (["--help"], [kind, "--help"]):
+        text = " ".join(invoke(*arguments).stdout.replace("\u2502", " ").split())
+        assert f"of section '{kind}' with the settings of section 'train_{kind}'." in text
 
 
 def test_help_needs_no_torch():

@@ -55,7 +55,6 @@ def base(tmp_path_factory):
         {"weight_decay": 0.5},
         {"grad_clip": 1e-4},
         {"precision": "bf16"},
-        {"loss": "simple"},
         {"loss": "vlb"},
         {"loss": "kl"},
         {"timestep_sampler": "loss_second_moment", "batch_size": 64},
@@ -393,7 +392,7 @@ def test_a_missing_network_names_its_section(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"sample_every": 5}, {"timestep_sampler": "loss_second_moment"}], ids=str
+    "setting", [{"sample_every": 5}, {"timestep_sampler": "loss_second_moment"}, {"loss": "vlb"}], ids=str
 )
 def test_settings_that_a_classifier_cannot_have_are_refused(tmp_path, setting):
     with pytest.raises(ConfigError, match=f"train_classifier.{next(iter(setting))}"):

@@ -1,0 +1,69 @@
+"""What a request is made of: whole numbers, and classes by number or name."""
+
+from __future__ import annotations
+
+import operator
+import reprlib
+from typing import TYPE_CHECKING, Any
+
+from admtrt.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from admtrt.bundle import Manifest
+
+_NAMES_SHOWN = 10
+
+
+def whole_number(value: Any, name: str) -> int:
+    """A whole number of any type, numpy's included, as an int; ``name`` says whose it is.
+
+    Raises:
+        RequestError: if it is none; neither ``True`` nor ``2.0`` nor ``"2"`` is one.
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None:
+        raise RequestError(f"{name} is {reprlib.repr(value)}; expected a whole number")
+    return number
+
+
+def one_for_each(given: Any, name: str) -> Sequence[Any]:
+    """What was given for the samples, if it has a length.
+
+    Raises:
+        RequestError: if it is a single value, or a text.
+    """
+    if isinstance(given, str | bytes) or not _has_length(given):
+        raise RequestError(
+            f"{name} is {reprlib.repr(given)}; expected one for each sample",
+            hint=f"Write e.g. {name}=[0, 1].",
+        )
+    sequence: Sequence[Any] = given
+    return sequence
+
+
+def _has_length(given: Any) -> bool:
+    try:
+        len(given)
+    except TypeError:  # an array of no dimension has the method, and no length
+        return False
+    return True
+
+
+def class_index(label: Any, manifest: Manifest) -> int:
+    """A class by its number, whose range is not checked, or by its name in the bundle.
+
+    Raises:
+        RequestError: for an unknown name, or what is neither.
+    """
+    if not isinstance(label, str):
+        return whole_number(label, "a label")
+    names = manifest.class_names
+    if label not in names:
+        known = f"; the names are {', '.join(names[:_NAMES_SHOWN])}" if names else ""
+        raise RequestError(f"class {label!r} is neither a number nor a name of the bundle{known}")
+    return names.index(label)
