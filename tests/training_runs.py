@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import admtrt
 from admtrt.config import RunConfig, load_config
 from admtrt.console import Output
+from admtrt.training.engine import leave_engine
 from admtrt.training.loop import TrainingResult, train
 
 NETWORK = {
@@ -144,7 +145,7 @@ if __name__ == "__main__":
     loaded = load_config(RunConfig, Path(config_path))
     if command == "train":
         run(loaded, Path(folder))
-        torch.distributed.destroy_process_group()
+        leave_engine()
     else:
         run(loaded, Path(folder, "whole"))  # also imports what the children would each import again
         print(json.dumps(train_under_fire(loaded, Path(folder, "killed"), int(rest[0]))))

@@ -80,6 +80,7 @@ def _command(kind: Kind) -> Callable[..., None]:
         require("torch", "accelerate", "safetensors", extra="train", purpose="Training")
         from accelerate import PartialState
 
+        from admtrt.training.engine import leave_engine
         from admtrt.training.loop import train
 
         output = Output(json=json_)
@@ -101,7 +102,7 @@ def _command(kind: Kind) -> Callable[..., None]:
                 },
                 table(f"{kind}: trained to step {result.step}", ["metric", "value"], rows),
             )
-        state.destroy_process_group()
+        leave_engine()
 
     return command
 

@@ -104,3 +104,11 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> Non
         raise failure
     if code:
         raise SystemExit(code)
+
+
+def leave_engine() -> None:
+    """End a run of several processes together: one that leaves early takes the others' connections down."""
+    state = PartialState()
+    if state.num_processes > 1:
+        state.wait_for_everyone()
+        state.destroy_process_group()
