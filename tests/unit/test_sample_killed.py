@@ -152,10 +152,24 @@ def test_a_run_killed_at_file_operations_can_always_go_on(tmp_path: Path) -> Non
     assert int(done.stdout) >= 15
 
 
+# A shell starts its background jobs with SIGINT ignored, and the tests may run in one.
+HEARS_INTERRUPTS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+from admtrt.cli import main
+main()
+"""
+
+
 def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
     bundle, out = exported_bundle("guided"), tmp_path / "run"
+    arguments = command(bundle, out)[3:]  # without python -m admtrt
     with subprocess.Popen(
-        command(bundle, out), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", HEARS_INTERRUPTS, *arguments],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as process:
         while not finished(out):
             assert process.poll() is None
