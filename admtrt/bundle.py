@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from admtrt.config import ClassifierConfig, Config, DiffusionConfig, SamplerConfig, UNetConfig
-from admtrt.contract import GraphName, GraphSpec, bundle_specs
+from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs
 from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import atomic_directory, sha256_of
 from admtrt.onnx_wire import external_locations
@@ -40,13 +40,17 @@ class GraphEntry(Config):
 
     file: str
     spec: GraphSpec
-    precision: Literal["fp32"] = "fp32"
+    precision: Precision = "fp32"
     opset: Annotated[int, Field(ge=1)]
     nodes: Annotated[int, Field(ge=0)]
 
 
 class Manifest(Config):
-    """Everything that the runtime needs besides the graphs themselves."""
+    """Everything that the runtime needs besides the graphs themselves.
+
+    ``graphs`` are the fp32 graphs in the form that CPUs like; ``engine_graphs`` hold, for each precision that
+    was exported, the same graphs in the form that inference engines like.
+    """
 
     schema_version: Literal[1] = 1
     unet: UNetConfig
@@ -55,6 +59,7 @@ class Manifest(Config):
     sampler: SamplerConfig
     class_names: tuple[str, ...] = ()
     graphs: dict[GraphName, GraphEntry]
+    engine_graphs: dict[Precision, dict[GraphName, GraphEntry]] = Field(default_factory=dict)
     files: dict[str, FileEntry]
     made_with: dict[str, str] = Field(default_factory=dict)
 
@@ -72,19 +77,21 @@ class Manifest(Config):
             retained_timesteps(self.diffusion.steps, self.sampler.steps)
         except RequestError as error:
             raise ValueError(f"the recommended sampler's {error.message}") from None
-        expected = bundle_specs(self.unet, self.classifier)
-        if set(self.graphs) != set(expected):
-            raise ValueError(f"graphs are {sorted(self.graphs)}, expected {sorted(expected)}")
-        for name, spec in expected.items():
-            if self.graphs[name].spec != spec:
-                raise ValueError(f"graph '{name}' declares other inputs or outputs than its network has")
-            if self.graphs[name].file not in self.files:
-                raise ValueError(
-                    f"graph '{name}' names the file '{self.graphs[name].file}', which is not listed"
-                )
+        specs = bundle_specs(self.unet, self.classifier)
+        for where, graphs in (("graphs", self.graphs), *self.engine_graphs.items()):
+            if set(graphs) != set(specs):
+                raise ValueError(f"{where} are {sorted(graphs)}, expected {sorted(specs)}")
+            for name, spec in specs.items():
+                self._check_graph(f"{where}: '{name}'", graphs[name], spec)
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
         return self
+
+    def _check_graph(self, what: str, graph: GraphEntry, spec: GraphSpec) -> None:
+        if graph.spec != spec:
+            raise ValueError(f"{what} declares other inputs or outputs than its network has")
+        if graph.file not in self.files:
+            raise ValueError(f"{what} names the file '{graph.file}', which is not listed")
 
 
 def check_networks(unet: UNetConfig, classifier: ClassifierConfig | None, diffusion: DiffusionConfig) -> None:
@@ -132,19 +139,32 @@ class Bundle:
         manifest = _read_manifest(path)
         for name, entry in manifest.files.items():
             _check_file(path, name, entry)
-        for name, graph in manifest.graphs.items():
-            _check_external_data(path, name, graph, manifest)
+        for graphs in (manifest.graphs, *manifest.engine_graphs.values()):
+            for name, graph in graphs.items():
+                _check_external_data(path, name, graph, manifest)
         return cls(path, manifest)
 
-    def graph_path(self, name: GraphName) -> Path:
-        """File of one graph.
+    def graph_entry(self, name: GraphName, engine: Precision | None = None) -> GraphEntry:
+        """One graph: the CPU form, or the engine form of a precision.
 
         Raises:
             BundleError: if the bundle has no such graph.
         """
-        if name not in self.manifest.graphs:
+        manifest = self.manifest
+        if engine is not None and engine not in manifest.engine_graphs:
+            held = ", ".join(manifest.engine_graphs) or "none"
+            raise BundleError(
+                f"{self.path} has no engine graphs in {engine}; it has {held}",
+                hint=f"Export the checkpoint again with: --engine {engine}",
+            )
+        graphs = manifest.graphs if engine is None else manifest.engine_graphs[engine]
+        if name not in graphs:
             raise BundleError(f"{self.path} has no graph '{name}'")
-        return self.path / self.manifest.graphs[name].file
+        return graphs[name]
+
+    def graph_path(self, name: GraphName, engine: Precision | None = None) -> Path:
+        """File of one graph, see :meth:`graph_entry`."""
+        return self.path / self.graph_entry(name, engine).file
 
 
 def _read_manifest(path: Path) -> Manifest:

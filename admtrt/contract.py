@@ -22,6 +22,8 @@ BATCH = "N"
 
 GraphName = Literal["unet", "classifier_gradient", "update"]
 DType = Literal["float32", "int64"]
+Precision = Literal["fp32", "fp16", "bf16"]
+"""What a graph computes in; inputs and outputs are float32 whatever it is."""
 
 
 class TensorSpec(Config):
