@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from admtrt.contract import BATCH
 from admtrt.errors import ExportError
+from admtrt.export.fold import fold
 from admtrt.export.passes import simplify
 
 if TYPE_CHECKING:
@@ -82,6 +83,8 @@ def graph_from_module(
     model: ir.Model = program.model
     _check_batch_free(model.graph)
     _name_batch_axis(model)
+    simplify(model)
+    fold(model)
     simplify(model)
     return model
 

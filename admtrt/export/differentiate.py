@@ -58,6 +58,7 @@ def add_input_gradient(
         for value, gradient in zip(node.inputs, _differentiate(tape, node, incoming), strict=True):
             if value is None or gradient is None or value not in tape.active:
                 continue
+            gradient.shape = value.shape  # reshapes hide the batch axis from shape inference
             known = gradients.get(value)
             gradients[value] = gradient if known is None else tape.op("Add", known, gradient)
     result = gradients[source]

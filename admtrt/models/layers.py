@@ -193,9 +193,8 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(2)
-        out: Tensor = flat + self.proj_out(self.attention(self.qkv(self.norm(flat))))
-        return out.reshape(-1, *x.shape[1:])
+        out: Tensor = self.proj_out(self.attention(self.qkv(self.norm(x.flatten(2)))))
+        return x + out.reshape(-1, *x.shape[1:])
 
 
 class AttentionPool(nn.Module):

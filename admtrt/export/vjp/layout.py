@@ -34,9 +34,15 @@ def _reshape(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Transpose")
 def _transpose(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    rank = len(dims_of(input_of(node, 0)))
+    g, rank = only(incoming), len(dims_of(input_of(node, 0)))
     perm = ints_attribute(node, "perm", range(rank - 1, -1, -1))
-    return [tape.op("Transpose", only(incoming), perm=[perm.index(axis) for axis in range(rank)])]
+    product = g.producer()
+    if perm == [*range(rank - 2), rank - 1, rank - 2] and product is not None and product.op_type == "MatMul":
+        # (A B)' = B' A': the factors are smaller than attention's product, and often transposed already.
+        a, b = product.inputs
+        if a is not None and b is not None and a.shape is not None and b.shape is not None:
+            return [tape.op("MatMul", tape.swap_last(b), tape.swap_last(a))]
+    return [tape.op("Transpose", g, perm=[perm.index(axis) for axis in range(rank)])]
 
 
 @rule("Expand")

@@ -1,0 +1,339 @@
+"""Passes that work constants into weights: each removes operators that a network would repeat at every step.
+
+Each changes a model in place, says whether it did, and leaves alone what it does not recognise. Weights are
+combined in float64 and rounded once, so that results move by rounding only.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+
+from admtrt.export.passes import constant
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    Array = NDArray[Any]
+
+
+def fold(model: ir.Model) -> None:
+    """Run every pass of this module once; they do not open ways for each other but in this order."""
+    for one in (fold_scale_shift, fold_affine_into_conv, fold_scale_into_conv, merge_projections):
+        one(model)
+
+
+def fold_scale_shift(model: ir.Model) -> bool:
+    """``(n * gamma + beta) * (1 + scale) + shift`` -> ``n * scale + shift``, the last two from a Gemm.
+
+    The affine part of an adaptive group norm goes into the projection of the embedding.
+    """
+    changed = False
+    for split in _nodes(model, "Split"):
+        gemm = _projection(split)
+        if gemm is None or len(split.outputs) != 2 or not _halves(split):
+            continue
+        scale, shift = split.outputs
+        one_plus = _only_user(scale, "Add")
+        product = None if one_plus is None else _only_user(one_plus.outputs[0], "Mul")
+        final = None if product is None else _only_user(product.outputs[0], "Add")
+        if one_plus is None or product is None or final is None or shift not in final.inputs:
+            continue
+        affine = _affine(_other(product, one_plus.outputs[0]))
+        if affine is None or _scalar(_other(one_plus, scale)) != 1.0:
+            continue
+        normalised, gamma, beta = affine
+        weight, bias = _array(gemm.inputs[1]), _array(gemm.inputs[2])
+        half = len(weight) // 2
+        if half not in (gamma.size, 1) or half != beta.size:
+            continue
+        gamma, beta = gamma.reshape(-1), beta.reshape(-1)
+        new_weight = np.concatenate(
+            [weight[:half] * gamma[:, None], weight[half:] + weight[:half] * beta[:, None]]
+        )
+        new_bias = np.concatenate([(1 + bias[:half]) * gamma, bias[half:] + (1 + bias[:half]) * beta])
+        _replace_constant(model, gemm, 1, new_weight)
+        _replace_constant(model, gemm, 2, new_bias)
+        product.replace_input_with(0, normalised)
+        product.replace_input_with(1, scale)
+        changed = True
+    return changed
+
+
+def fold_affine_into_conv(model: ir.Model) -> bool:
+    """``Conv(n * gamma + beta)`` -> ``Conv(n)`` with other weights, where nothing is padded."""
+    changed = False
+    for conv in _nodes(model, "Conv"):
+        affine = _affine(conv.inputs[0])
+        if affine is None or not _plain_weights(conv) or any(_ints(conv, "pads")):
+            continue
+        normalised, gamma, beta = affine
+        weight = _array(conv.inputs[1])
+        channels, rank = weight.shape[1], weight.ndim - 2
+        if any(a.shape != (channels, *[1] * rank) for a in (gamma, beta)):
+            continue
+        taps = weight.sum(axis=tuple(range(2, weight.ndim)))
+        _replace_constant(model, conv, 1, weight * gamma)
+        _set_bias(model, conv, _bias(conv, len(weight)) + taps @ beta.reshape(-1))
+        conv.replace_input_with(0, normalised)
+        changed = True
+    return changed
+
+
+def fold_scale_into_conv(model: ir.Model) -> bool:
+    """Work the constant factors of parts of a Conv's channels (queries and keys) into its weights."""
+    changed = False
+    for product in _nodes(model, "Mul"):
+        source, constant_factor = product.inputs
+        if _scalar(constant_factor) is None:
+            source, constant_factor = constant_factor, source
+        factor = _scalar(constant_factor)
+        if source is None or factor is None:
+            continue
+        part = _up(source, ("Reshape", "Slice", "Transpose"))
+        split = None if part is None else part.producer()
+        if part is None or split is None or split.op_type != "Split" or _users(part) != 1:
+            continue
+        rows = _channels_of_part(split, part)
+        if rows is None:
+            continue
+        conv, channels = rows
+        weight = _array(conv.inputs[1])
+        bias = _bias(conv, len(weight))
+        weight[channels] *= factor
+        bias[channels] *= factor
+        _replace_constant(model, conv, 1, weight)
+        _set_bias(model, conv, bias)
+        product.outputs[0].replace_all_uses_with(source)
+        changed = True
+    return changed
+
+
+def merge_projections(model: ir.Model) -> bool:
+    """Projections of one vector (the embedding, in every block) as one Gemm, unsqueezed and split once."""
+    groups: dict[tuple[ir.Value, tuple[int, ...]], list[tuple[ir.Node, ir.Node, ir.Node | None]]] = {}
+    for unsqueeze in _nodes(model, "Unsqueeze"):
+        gemm = None if unsqueeze.inputs[0] is None else unsqueeze.inputs[0].producer()
+        axes = unsqueeze.inputs[1]
+        if gemm is None or axes is None or axes.const_value is None or not _plain_gemm(gemm):
+            continue
+        split = _only_user(unsqueeze.outputs[0], "Split")
+        if split is not None and split.attributes["axis"].as_int() != 1:
+            split = None
+        source = gemm.inputs[0]
+        assert source is not None
+        key = (source, tuple(int(axis) for axis in axes.const_value.numpy()))
+        groups.setdefault(key, []).append((gemm, unsqueeze, split))
+    changed = False
+    for (source, axes_key), members in groups.items():
+        if len(members) > 1:
+            _merge(model, source, axes_key, members)
+            changed = True
+    return changed
+
+
+def _merge(
+    model: ir.Model,
+    source: ir.Value,
+    axes: tuple[int, ...],
+    members: list[tuple[ir.Node, ir.Node, ir.Node | None]],
+) -> None:
+    weights = np.concatenate([_array(gemm.inputs[1]) for gemm, _, _ in members])
+    biases = np.concatenate([_array(gemm.inputs[2]) for gemm, _, _ in members])
+    parts = [
+        part for _, unsqueeze, split in members for part in ((unsqueeze if split is None else split).outputs)
+    ]
+    sizes = [(_sizes(part) or [0])[0] for part in parts]
+    assert sum(sizes) == len(weights)
+    like = members[0][0].inputs[1]
+    assert like is not None
+    dtype = like.dtype.numpy() if like.dtype is not None else np.float32
+    graph = model.graph
+    tape = ir.tape.Tape()
+    every = tape.op(
+        "Gemm",
+        [source, constant(graph, weights.astype(dtype)), constant(graph, biases.astype(dtype))],
+        attributes={"transB": 1},
+    )
+    spread = tape.op("Unsqueeze", [every, constant(graph, np.array(axes, np.int64))])
+    outputs = tape.op_multi_out(
+        "Split",
+        [spread, constant(graph, np.array(sizes, np.int64))],
+        attributes={"axis": 1},
+        num_outputs=len(parts),
+    )
+    graph.insert_before(members[0][0], tape.nodes)
+    for old, new in zip(parts, outputs, strict=True):
+        new.shape, new.type = old.shape, old.type
+        old.replace_all_uses_with(new)
+
+
+def _nodes(model: ir.Model, op_type: str) -> Iterator[ir.Node]:
+    """Nodes of one kind that are still in use, over a copy of the list."""
+    return (node for node in list(model.graph) if node.op_type == op_type and any(map(_users, node.outputs)))
+
+
+def _users(value: ir.Value) -> int:
+    """How many places read a value; being a graph output counts."""
+    return len(list(value.uses())) + int(value.is_graph_output())
+
+
+def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The one node that reads a value, if there is one only and it is of this kind."""
+    if _users(value) != 1 or value.is_graph_output():
+        return None
+    node = next(iter(value.uses())).node
+    return node if node.op_type == op_type else None
+
+
+def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
+    """The other operand of a commutative node."""
+    return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
+
+
+def _array(value: ir.Value | None) -> Array:
+    """A constant's values in float64, a copy."""
+    assert value is not None
+    assert value.const_value is not None
+    return value.const_value.numpy().astype(np.float64)
+
+
+def _scalar(value: ir.Value | None) -> float | None:
+    """A constant of one element."""
+    if value is None or value.const_value is None or value.const_value.size != 1:
+        return None
+    return float(value.const_value.numpy().reshape(()))
+
+
+def _affine(value: ir.Value | None) -> tuple[ir.Value, Array, Array] | None:
+    """n, gamma and beta of ``n * gamma + beta``, constants of more than one element read nowhere else."""
+    operands = []
+    for op_type in ("Add", "Mul"):
+        node = None if value is None else value.producer()
+        if value is None or node is None or node.op_type != op_type or _users(value) != 1:
+            return None
+        constants = [i for i in node.inputs if i is not None and i.const_value is not None]
+        if len(constants) != 1 or constants[0].const_value is None or constants[0].const_value.size == 1:
+            return None
+        operands.append(_array(constants[0]))
+        value = _other(node, constants[0])
+    assert value is not None
+    beta, gamma = operands
+    return value, gamma, beta
+
+
+def _projection(split: ir.Node) -> ir.Node | None:
+    """The Gemm whose unsqueezed output a Split divides, each read by nothing else."""
+    unsqueeze = None if split.inputs[0] is None else split.inputs[0].producer()
+    if unsqueeze is None or unsqueeze.op_type != "Unsqueeze" or _users(unsqueeze.outputs[0]) != 1:
+        return None
+    gemm = None if unsqueeze.inputs[0] is None else unsqueeze.inputs[0].producer()
+    return gemm if gemm is not None and _plain_gemm(gemm) else None
+
+
+def _plain_gemm(node: ir.Node) -> bool:
+    """``x W' + b`` with constants and one reader."""
+    return (
+        node.op_type == "Gemm"
+        and len(node.inputs) == 3
+        and all(value is not None and value.const_value is not None for value in node.inputs[1:])
+        and _attribute(node, "transB", 0) == 1
+        and _attribute(node, "transA", 0) == 0
+        and _attribute(node, "alpha", 1.0) == 1
+        and _attribute(node, "beta", 1.0) == 1
+        and node.inputs[2] is not None
+        and node.inputs[2].shape is not None
+        and len(node.inputs[2].shape) == 1
+        and _users(node.outputs[0]) == 1
+    )
+
+
+def _attribute(node: ir.Node, name: str, default: float) -> float:
+    return float(node.attributes[name].value) if name in node.attributes else default
+
+
+def _ints(node: ir.Node, name: str) -> list[int]:
+    return list(node.attributes[name].as_ints()) if name in node.attributes else []
+
+
+def _sizes(value: ir.Value | None) -> list[int] | None:
+    """One sample's axes; None where a size is unknown."""
+    if value is None or value.shape is None:
+        return None
+    sizes = [size for size in list(value.shape)[1:] if isinstance(size, int)]
+    return sizes if len(sizes) == len(value.shape) - 1 else None
+
+
+def _halves(split: ir.Node) -> bool:
+    """Whether a Split divides the channels into two equal parts."""
+    sizes = [None if value.shape is None else value.shape[1] for value in split.outputs]
+    return split.attributes["axis"].as_int() == 1 and isinstance(sizes[0], int) and sizes[0] == sizes[1]
+
+
+def _plain_weights(conv: ir.Node) -> bool:
+    constants = [value for value in conv.inputs[1:] if value is not None]
+    return (
+        all(value.const_value is not None for value in constants)
+        and _attribute(conv, "group", 1) == 1
+        and ("auto_pad" not in conv.attributes or conv.attributes["auto_pad"].as_string() == "NOTSET")
+    )
+
+
+def _bias(conv: ir.Node, channels: int) -> Array:
+    given = len(conv.inputs) > 2 and conv.inputs[2] is not None
+    return _array(conv.inputs[2]) if given else np.zeros(channels)
+
+
+def _set_bias(model: ir.Model, conv: ir.Node, bias: Array) -> None:
+    if len(conv.inputs) < 3:
+        conv.resize_inputs(3)
+    weight = conv.inputs[1]
+    assert weight is not None
+    assert weight.dtype is not None
+    conv.replace_input_with(2, constant(model.graph, bias.astype(weight.dtype.numpy())))
+
+
+def _replace_constant(model: ir.Model, node: ir.Node, index: int, values: Array) -> None:
+    old = node.inputs[index]
+    assert old is not None
+    assert old.dtype is not None
+    node.replace_input_with(index, constant(model.graph, values.astype(old.dtype.numpy())))
+
+
+def _up(value: ir.Value | None, through: tuple[str, ...]) -> ir.Value | None:
+    """Follow a value up through nodes of these kinds that have no other reader."""
+    while value is not None:
+        node = value.producer()
+        if node is None or node.op_type not in through:
+            return value
+        value = node.inputs[0]
+        if value is None or _users(value) != 1:
+            return None
+    return None
+
+
+def _channels_of_part(split: ir.Node, part: ir.Value) -> tuple[ir.Node, Array] | None:
+    """The Conv behind a Split and the output channels that one part holds, if no other part shares them."""
+    conv_out = _up(split.inputs[0], ("Reshape",))
+    conv = None if conv_out is None else conv_out.producer()
+    if conv is None or conv.op_type != "Conv" or not _plain_weights(conv) or _users(conv.outputs[0]) != 1:
+        return None
+    axis = split.attributes["axis"].as_int()
+    sizes, target = _sizes(conv.outputs[0]), _sizes(split.inputs[0])
+    pieces = [
+        None if part_sizes is None else part_sizes[axis - 1] for part_sizes in map(_sizes, split.outputs)
+    ]
+    if sizes is None or target is None or axis == 0 or math.prod(sizes) != math.prod(target):
+        return None
+    channel = np.broadcast_to(np.arange(sizes[0]).reshape(-1, *[1] * (len(sizes) - 1)), sizes)
+    ends = np.cumsum([size or 0 for size in pieces])[:-1].tolist()
+    divisions = np.split(channel.reshape(target), ends, axis=axis - 1)
+    held = [np.unique(division) for division in divisions]
+    if sum(len(one) for one in held) != sizes[0]:
+        return None
+    return conv, held[list(split.outputs).index(part)]
