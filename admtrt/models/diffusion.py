@@ -39,17 +39,18 @@ class Prediction:
 
 
 class Diffusion:
-    """A (respaced) process acting on tensors; steps are int64 [N] indices into ``process``."""
+    """A (respaced) process acting on tensors of one type; steps are int64 [N] indices into ``process``."""
 
-    def __init__(self, config: DiffusionConfig, process: Process) -> None:
+    def __init__(self, config: DiffusionConfig, process: Process, dtype: torch.dtype = torch.float32) -> None:
         self.config = config
         self.process = process
+        self.dtype = dtype
 
     def __len__(self) -> int:
         return len(self.process)
 
     def model_t(self, step: Tensor) -> Tensor:
-        """What the networks are given as ``t``, float32 [N]."""
+        """What the networks are given as ``t``, [N]."""
         return self._at(self.process.model_t, step).flatten()
 
     def q_mean(self, x_0: Tensor, step: Tensor) -> Tensor:
@@ -140,5 +141,6 @@ class Diffusion:
         return self._at(np.sqrt(a_prev), step) * x_0 + direction + self._at(sigma, step) * noise, x_0
 
     def _at(self, table: np.ndarray[tuple[int], np.dtype[np.float64]], step: Tensor) -> Tensor:
-        """Entries of a float64 table as float32 [N, 1, 1, 1] on the device of ``step``."""
-        return torch.from_numpy(np.ascontiguousarray(table)).to(step.device)[step].float().view(-1, 1, 1, 1)
+        """Entries of a float64 table in the process's type, [N, 1, 1, 1], on the device of ``step``."""
+        entries = torch.from_numpy(np.ascontiguousarray(table)).to(step.device)[step]
+        return entries.to(self.dtype).view(-1, 1, 1, 1)

@@ -1,11 +1,13 @@
-"""The other side of every comparison: the checkpoints in PyTorch and the papers' formulas, in float32."""
+"""The other side of every comparison: the checkpoints in PyTorch and the papers' formulas."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 import torch
+from torch import nn
 
 from admtrt.models.classifier import Classifier, log_prob, log_prob_gradient
 from admtrt.models.diffusion import Diffusion
@@ -23,29 +25,40 @@ if TYPE_CHECKING:
     from admtrt.runtime.sampler import Images, Labels
     from admtrt.verify.inputs import Conditioning
 
+_Module = TypeVar("_Module", bound=nn.Module)
+
 _CERTAIN = 0.9
 
 
 class Reference:
-    """The checkpoints as functions on arrays; the process is the UNet checkpoint's, not the bundle's."""
+    """The checkpoints as functions on arrays; the process is the UNet checkpoint's, not the bundle's.
 
-    def __init__(self, unet: LoadedNetwork, classifier: LoadedNetwork | None) -> None:
+    Args:
+        unet, classifier: the loaded networks, float32.
+        dtype: to compute in, and of what is returned. Float64 works on a copy of the networks and tells how
+            far float32's rounding takes PyTorch itself.
+    """
+
+    def __init__(
+        self, unet: LoadedNetwork, classifier: LoadedNetwork | None, dtype: torch.dtype = torch.float32
+    ) -> None:
         assert isinstance(unet.module, UNet)
         assert classifier is None or isinstance(classifier.module, Classifier)
-        self._unet = unet.module
-        self._classifier = None if classifier is None else classifier.module
+        self._unet = _in_type(unet.module, dtype)
+        self._classifier = None if classifier is None else _in_type(classifier.module, dtype)
+        self._dtype = dtype
         self.diffusion = unet.config.diffusion
 
     @torch.no_grad()
     def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
         """The UNet's output, [N, C or 2C, H, W]."""
-        out: Images = self._unet(*map(_tensor, (x, t, y, low_res))).numpy()
+        out: Images = self._unet(*map(self._tensor, (x, t, y, low_res))).numpy()
         return out
 
     def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
         """d log p(y | x_t) / dx_t by autograd, [N, C, H, W]."""
         assert self._classifier is not None
-        inputs = (torch.from_numpy(array) for array in (x, t, y))
+        inputs = (self._given(array) for array in (x, t, y))
         gradient: Images = log_prob_gradient(self._classifier, *inputs).numpy()
         return gradient
 
@@ -53,7 +66,7 @@ class Reference:
     def log_prob(self, x: Images, t: NDArray[np.float32], y: Labels) -> NDArray[np.float32]:
         """log p(y | x_t), [N]."""
         assert self._classifier is not None
-        inputs = (torch.from_numpy(array) for array in (x, t, y))
+        inputs = (self._given(array) for array in (x, t, y))
         value: NDArray[np.float32] = log_prob(self._classifier, *inputs).numpy()
         return value
 
@@ -69,7 +82,7 @@ class Reference:
 
     def diffusion_for(self, sampler: SamplerConfig) -> Diffusion:
         """The checkpoint's process, respaced for a sampler."""
-        return Diffusion(self.diffusion, process_from_config(self.diffusion, sampler.steps))
+        return Diffusion(self.diffusion, process_from_config(self.diffusion, sampler.steps), self._dtype)
 
     @torch.no_grad()
     def update(
@@ -83,11 +96,11 @@ class Reference:
     ) -> tuple[Images, Images]:
         """x_{t-1} and the predicted x_0 by Algorithm 1 or 2, each sample at its own step of the process."""
         x_prev, x_0 = self.diffusion_for(sampler).sample_step(
-            torch.from_numpy(out),
-            torch.from_numpy(x),
+            self._given(out),
+            self._given(x),
             torch.tensor(steps),
-            torch.from_numpy(noise),
-            _tensor(grad),
+            self._given(noise),
+            self._tensor(grad),
             sampler,
         )
         return x_prev.numpy(), x_0.numpy()
@@ -102,6 +115,14 @@ class Reference:
         grad = None if given.guide_y is None else self.classifier_gradient(x, t, given.guide_y)
         return self.update(sampler, x, out, grad, noise, steps)[0]
 
+    def _given(self, array: Images | NDArray[np.float32] | Labels) -> Tensor:
+        """Floating-point values in the type of the computation; labels stay whole numbers."""
+        tensor = torch.from_numpy(array)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
-def _tensor(array: NDArray[np.float32] | Labels | None) -> Tensor | None:
-    return None if array is None else torch.from_numpy(array)
+    def _tensor(self, array: NDArray[np.float32] | Labels | None) -> Tensor | None:
+        return None if array is None else self._given(array)
+
+
+def _in_type(module: _Module, dtype: torch.dtype) -> _Module:
+    return module if dtype is torch.float32 else copy.deepcopy(module).to(dtype)

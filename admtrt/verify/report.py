@@ -146,6 +146,10 @@ class Tally:
             elif self._error is None or error > self._error:
                 self._error, self._where = error, place
 
+    def judge_by(self, tolerance: float) -> None:
+        """Put another tolerance in the place of the given one."""
+        self._tolerance = tolerance
+
     def fail(self, status: Status, detail: str) -> None:
         """Note that a case could not be measured; the first one is reported."""
         if self._fault_status == "pass":

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import torch
 
 from admtrt.contract import bundle_specs
 from admtrt.errors import BundleError, CheckpointError
@@ -19,7 +20,7 @@ from admtrt.verify.checked import CheckedGraphs, GraphRunError
 from admtrt.verify.inputs import BATCHES, Inputs, chosen_steps, samplers, step_batches
 from admtrt.verify.reference import Reference
 from admtrt.verify.report import Place, Row, Tally, VerificationReport, sample_errors
-from admtrt.verify.tolerances import TOLERANCES, sampling_tolerance
+from admtrt.verify.tolerances import TOLERANCES, amplifies, judged_by_float64
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -72,7 +73,11 @@ def verify_bundle(
         graphs = CheckedGraphs(OnnxRuntimeDenoiser(bundle), bundle)
     except BundleError as error:
         return VerificationReport(str(bundle.path), (Row("build", sessions, "build", detail=error.message),))
-    comparison = _Comparison(bundle, graphs, reference, steps, seeds)
+    truth = None
+    if amplifies(process_from_config(reference.diffusion, str(steps))):
+        report("networks in float64")
+        truth = Reference(unet, classifier, torch.float64)
+    comparison = _Comparison(bundle, graphs, reference, truth, steps, seeds)
     rows = [Row("build", sessions, "pass"), comparison.manifest_row()]
     report("graphs")
     rows += [*comparison.unet_rows(), *comparison.classifier_rows(), *comparison.update_rows()]
@@ -107,11 +112,18 @@ class _Comparison:
     """The two sides, and the checks as methods that return their rows."""
 
     def __init__(
-        self, bundle: Bundle, graphs: CheckedGraphs, reference: Reference, steps: int, seeds: list[int]
+        self,
+        bundle: Bundle,
+        graphs: CheckedGraphs,
+        reference: Reference,
+        truth: Reference | None,
+        steps: int,
+        seeds: list[int],
     ) -> None:
         self.manifest = bundle.manifest
         self.graphs = graphs
         self.reference = reference
+        self.truth = truth
         self.steps = steps
         self.seeds = seeds
         self.inputs = Inputs(bundle.manifest, seeds[0])
@@ -190,7 +202,7 @@ class _Comparison:
         for name, sampler in self._network_samplers().items():
             schedule = sampling_schedule(self.manifest.diffusion, sampler)
             process = self.reference.diffusion_for(sampler).process
-            tally = Tally("step", f"{name}: x_prev", sampling_tolerance("step", sampler, process))
+            judged = self._judged("step", f"{name}: x_prev")
             for shift, step in enumerate(chosen_steps(len(process))):
                 given = self.inputs.conditioning(count, shift)
                 slots = Slots(
@@ -202,12 +214,14 @@ class _Comparison:
                     guide_y=given.guide_y,
                     low_res=given.low_res,
                 )
-                expected = self.reference.step(sampler, slots.x, self._noise(step), step, given)
+                expected = [
+                    side.step(sampler, slots.x, self._noise(step), step, given) for side in self._sides
+                ]
                 places = _places(np.repeat(process.model_t[step], count), self.inputs.labels(count, shift))
-                with _noted(tally):
+                with _noted(judged.tally):
                     advance(slots, self.graphs)
-                    tally.add(sample_errors(slots.x, expected), places)
-            rows.append(tally.row())
+                    judged.add(slots.x, expected, places)
+            rows.append(judged.tally.row())
         return rows
 
     def trajectories(self) -> tuple[dict[str, tuple[float, ...]], list[Row]]:
@@ -222,9 +236,8 @@ class _Comparison:
         """Rows of one trajectory; the largest error after each step is appended to ``drift``."""
         schedule = sampling_schedule(self.manifest.diffusion, sampler)
         process = self.reference.diffusion_for(sampler).process
-        bound = sampling_tolerance("trajectory", sampler, process)
-        each = Tally("trajectory", f"{name}: x_t of every step", bound)
-        final = Tally("trajectory", f"{name}: final x_0", bound)
+        each = self._judged("trajectory", f"{name}: x_t of every step")
+        final = self._judged("trajectory", f"{name}: final x_0")
         image = Tally("image", f"{name}: uint8 levels", TOLERANCES["image"].bound)
         count = len(self.seeds)
         given, labels = self.inputs.conditioning(count), self.inputs.labels(count)
@@ -236,18 +249,27 @@ class _Comparison:
             guide_y=given.guide_y,
             low_res=given.low_res,
         )
-        x = slots.x
-        with _noted(each, final, image):
+        x = [slots.x for _ in self._sides]
+        with _noted(each.tally, final.tally, image):
             for step in reversed(range(len(process))):
                 advance(slots, self.graphs)
-                x = self.reference.step(sampler, x, self._noise(step), step, given)
-                errors = sample_errors(slots.x, x)
-                drift.append(float(errors.max()))
-                each.add(errors, _places(np.repeat(process.model_t[step], count), labels))
+                x = [
+                    side.step(sampler, state, self._noise(step), step, given)
+                    for side, state in zip(self._sides, x, strict=True)
+                ]
+                drift.append(each.add(slots.x, x, _places(np.repeat(process.model_t[step], count), labels)))
             places = _places(np.repeat(process.model_t[0], count), labels)
-            final.add(sample_errors(slots.x, x), places)
-            image.add(_level_errors(slots.x, x), places)
-        return [each.row(), final.row(), image.row()]
+            final.add(slots.x, x, places)
+            image.add(_level_errors(slots.x, x[0]), places)
+        return [each.tally.row(), final.tally.row(), image.row()]
+
+    @property
+    def _sides(self) -> list[Reference]:
+        """PyTorch in float32, then in float64 where that is the judge."""
+        return [self.reference] if self.truth is None else [self.reference, self.truth]
+
+    def _judged(self, stage: Literal["step", "trajectory"], what: str) -> _Judged:
+        return _Judged(stage, what if self.truth is None else f"{what}, against float64")
 
     def _network_samplers(self) -> dict[str, SamplerConfig]:
         return samplers(self.manifest, self.steps, guided=self.manifest.classifier is not None)
@@ -257,6 +279,25 @@ class _Comparison:
 
     def _noise(self, step: int) -> Images:
         return step_noise(self.seeds, [step] * len(self.seeds), self.inputs.image_shape)
+
+
+class _Judged:
+    """A row whose reference is PyTorch, or PyTorch in float64 where the process amplifies rounding."""
+
+    def __init__(self, stage: Literal["step", "trajectory"], what: str) -> None:
+        self.tally = Tally(stage, what, TOLERANCES[stage].bound)
+        self._stage = stage
+        self._own_error = 0.0
+
+    def add(self, actual: Images, expected: list[Images], places: Sequence[Place]) -> float:
+        """Take one batch and what each side says of it, the judge last; the largest error."""
+        *others, judge = expected
+        for other in others:
+            self._own_error = max(self._own_error, float(sample_errors(other, judge).max()))
+            self.tally.judge_by(judged_by_float64(self._stage, self._own_error))
+        errors = sample_errors(actual, judge)
+        self.tally.add(errors, places)
+        return float(errors.max())
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from admtrt.config import DiffusionConfig, SamplerConfig
+from admtrt.config import DiffusionConfig
 from admtrt.contract import GraphSpec, TensorSpec
 from admtrt.errors import MissingDependencyError, OutputError
 from admtrt.schedule import process_from_config
@@ -18,7 +18,7 @@ from admtrt.verify.checked import GraphRunError, _check_values
 from admtrt.verify.inputs import BATCHES, chosen_steps, step_batches
 from admtrt.verify.plot import plot_drift
 from admtrt.verify.report import Place, Row, Tally, VerificationReport, sample_errors
-from admtrt.verify.tolerances import TOLERANCES, sampling_tolerance
+from admtrt.verify.tolerances import TOLERANCES, amplifies, judged_by_float64
 
 SPEC = GraphSpec(
     inputs=(TensorSpec(name="x", dtype="float32", shape=("N", 2)),),
@@ -116,15 +116,18 @@ def test_report_is_valid_json_even_with_values_that_are_not_finite() -> None:
     assert data["rows"][0]["where"] == {"t": 1.0, "y": None, "batch": 3}
 
 
+@pytest.mark.parametrize(("schedule", "expected"), [("linear", False), ("cosine", True)])
+def test_which_processes_amplify(schedule: Any, expected: bool) -> None:
+    assert amplifies(process_from_config(DiffusionConfig(schedule=schedule), "10")) is expected
+
+
 @pytest.mark.parametrize(
-    ("schedule", "method", "bound"),
-    [("linear", "ddpm", 1e-4), ("linear", "ddim", 1e-4), ("cosine", "ddpm", 1e-4), ("cosine", "ddim", 2e-2)],
+    ("own_error", "bound"),
+    [(0.0, 1e-4), (1e-5, 1e-4), (1e-3, 4e-3), (1.0, 2e-2)],  # the stage's, PyTorch's own, the ceiling
 )
-def test_tolerance_follows_the_conditioning(schedule: Any, method: Any, bound: float) -> None:
-    sampler = SamplerConfig(method=method, steps="10")
-    process = process_from_config(DiffusionConfig(schedule=schedule), sampler.steps)
-    assert sampling_tolerance("step", sampler, process) == bound
-    assert sampling_tolerance("trajectory", sampler, process) == bound
+def test_float64_judges_by_the_error_of_pytorch_itself(own_error: float, bound: float) -> None:
+    for stage in ("step", "trajectory"):
+        assert judged_by_float64(stage, own_error) == pytest.approx(bound)
 
 
 def test_every_tolerance_has_a_reason() -> None:
