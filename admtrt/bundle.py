@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -17,6 +18,7 @@ from admtrt.config import ClassifierConfig, Config, DiffusionConfig, SamplerConf
 from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs
 from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import atomic_directory, sha256_of
+from admtrt.memo import Memo
 from admtrt.onnx_wire import external_locations
 from admtrt.schedule import retained_timesteps
 
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_SETTLED = 2.0  # seconds: a file that changed later than its clock's tick could change again unseen
 _AGAIN = "Copy the bundle again, or export the checkpoint again."
 
 
@@ -129,16 +132,23 @@ class Bundle:
         self.manifest = manifest
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, *, memo: bool = True) -> Self:
         """Read and verify a bundle.
+
+        Args:
+            path: its directory.
+            memo: believe the hash of a file that was read before and has not changed since, by its size,
+                times and inode; False reads every byte.
 
         Raises:
             BundleError: naming the file and what differs.
         """
         path = Path(path)
         manifest = _read_manifest(path)
+        hashes = _Hashes(Memo("hashes") if memo else None)
         for name, entry in manifest.files.items():
-            _check_file(path, name, entry)
+            _check_file(path, name, entry, hashes)
+        hashes.remember()
         for graphs in (manifest.graphs, *manifest.engine_graphs.values()):
             for name, graph in graphs.items():
                 _check_external_data(path, name, graph, manifest)
@@ -208,7 +218,38 @@ def _inside(path: Path, name: str) -> Path:
     raise BundleError(f"{path}: the manifest names {name!r}, which lies outside the bundle")
 
 
-def _check_file(path: Path, name: str, entry: FileEntry) -> None:
+class _Hashes:
+    """SHA-256 of files, each remembered under everything that changes when the file does."""
+
+    def __init__(self, memo: Memo | None) -> None:
+        self._memo = memo
+        self._read: dict[str, str] = {}
+
+    def __call__(self, file: Path) -> str:
+        if self._memo is None:
+            return sha256_of(file)
+        key = _file_identity(file)
+        known = self._memo.get(key)
+        if isinstance(known, str):
+            return known
+        digest = sha256_of(file)
+        if key == _file_identity(file) and time.time() - file.stat().st_ctime > _SETTLED:
+            self._read[key] = digest
+        return digest
+
+    def remember(self) -> None:
+        """Keep what was read for the next process."""
+        if self._memo is not None:
+            self._memo.update(self._read)
+
+
+def _file_identity(file: Path) -> str:
+    status = file.stat()
+    changing = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    return ":".join([*map(str, changing), str(file)])
+
+
+def _check_file(path: Path, name: str, entry: FileEntry, hashes: _Hashes) -> None:
     file = _inside(path, name)
     try:
         if not file.is_file():
@@ -218,7 +259,7 @@ def _check_file(path: Path, name: str, entry: FileEntry) -> None:
             raise BundleError(
                 f"{path}: '{name}' has {size} bytes, the manifest says {entry.size}", hint=_AGAIN
             )
-        digest = sha256_of(file)
+        digest = hashes(file)
     except OSError as error:
         raise BundleError(f"{path}: cannot read '{name}': {error.strerror}", hint=_AGAIN) from None
     if digest != entry.sha256:

@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from admtrt import __version__
+from admtrt.commands.bench import bench
+from admtrt.commands.build import build
 from admtrt.commands.convert import convert
 from admtrt.commands.demo import demo
+from admtrt.commands.doctor import doctor
+from admtrt.commands.drift import drift
 from admtrt.commands.evaluate import evaluate_app
 from admtrt.commands.export import export
 from admtrt.commands.inspect import inspect
@@ -53,7 +57,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
-for command in (presets, convert, export, inspect, verify, sample, demo):
+for command in (presets, convert, export, inspect, build, verify, drift, sample, demo, bench, doctor):
     app.command()(command)
 
 

@@ -20,6 +20,7 @@ _TOML_NONE = "none"
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NoiseLevel = Annotated[float, Field(ge=0.0)]
 
 
 class Config(BaseModel):
@@ -251,7 +252,9 @@ class SamplerConfig(Config):
 
     ``steps`` is a respacing (see :func:`admtrt.schedule.retained_timesteps`), of which a number may be given
     as one; ``scale`` multiplies the classifier's gradient, 0 = unguided; ``eta`` in [0, 1] sets DDIM's noise;
-    ``clip`` bounds x_0 to [-1, 1].
+    ``clip`` bounds x_0 to [-1, 1]. ``guidance_interval`` (low, high) guides only the steps that begin at a
+    noise level sigma = sqrt((1 - alpha_bar) / alpha_bar) with low < sigma <= high (Kynkaanniemi et al. 2024);
+    None guides all.
     """
 
     method: Literal["ddpm", "ddim"] = "ddpm"
@@ -259,6 +262,7 @@ class SamplerConfig(Config):
     scale: float = 1.0
     eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     clip: bool = True
+    guidance_interval: tuple[NoiseLevel, NoiseLevel] | None = None
 
     @field_validator("scale")
     @classmethod
@@ -266,6 +270,15 @@ class SamplerConfig(Config):
         if abs(scale) > 1e6:
             raise ValueError(f"{scale} is out of range; guidance scales lie between 0 and about 100")
         return scale
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _check_interval(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        if interval is not None and not interval[0] < interval[1]:
+            raise ValueError(
+                f"{interval[0]:g} to {interval[1]:g} is empty; the first is the lower noise level"
+            )
+        return interval
 
     @model_validator(mode="after")
     def _check_eta(self) -> Self:

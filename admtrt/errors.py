@@ -10,6 +10,8 @@
     │   ├── BundleError             a bundle on disk
     │   ├── RequestError            what was asked of the sampler
     │   ├── OutputError             a place that cannot be written
+    │   ├── EngineError             an inference library, or what it cannot build or run
+    │   │   └── PlanError               a built engine that is missing, altered or made for something else
     │   └── MissingDependencyError  an optional package
     ├── ExportError             1   a module that the exporter cannot turn into a graph
     └── TrainingDivergedError   1   NaN again and again; the last good state was kept
@@ -62,6 +64,14 @@ class RequestError(UserError):
 
 class OutputError(UserError):
     """A destination that exists, is read-only or is full."""
+
+
+class EngineError(UserError):
+    """An inference library that is too old or refuses something, or a device that it cannot use."""
+
+
+class PlanError(EngineError):
+    """A plan (a built engine) that is missing, damaged, altered or made for something else."""
 
 
 class MissingDependencyError(UserError):

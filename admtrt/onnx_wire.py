@@ -1,4 +1,4 @@
-"""The one thing the runtime must know of an ONNX file before opening it: where its weights lie.
+"""What the runtime must know of an ONNX file without opening it: where its weights lie, whose its nodes are.
 
 ONNX is a protocol-buffer message. Reading the few fields on the way to ``external_data`` takes a page of
 code; depending on the onnx package for it would pull the export stack into every deployment.
@@ -27,6 +27,7 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "tensor": {13: "entry"},
 }
 _KEY, _VALUE = 1, 2
+_GRAPH, _NODE, _NODE_NAME, _NODE_METADATA = 7, 1, 3, 9
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -44,6 +45,33 @@ def external_locations(path: Path) -> frozenset[str]:
                 return frozenset(_locations(data))
             except ValueError as error:
                 raise BundleError(f"{path} is not an ONNX graph: {error}") from None
+
+
+def node_metadata(path: Path, key: str) -> dict[str, str]:
+    """One entry of the metadata of every named node that has it, by the node's name.
+
+    Raises:
+        BundleError: if the file is no protocol-buffer message.
+    """
+    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return dict(_node_metadata(data, key.encode()))
+        except ValueError as error:
+            raise BundleError(f"{path} is not an ONNX graph: {error}") from None
+
+
+def _node_metadata(data: mmap.mmap, key: bytes) -> Iterator[tuple[str, str]]:
+    for graph in _children(data, (0, len(data)), _GRAPH):
+        for node in _children(data, graph, _NODE):
+            name = b"".join(data[begin:end] for begin, end in _children(data, node, _NODE_NAME))
+            for entry in _children(data, node, _NODE_METADATA):
+                pair = {number: data[begin:end] for number, begin, end in _fields(data, *entry)}
+                if name and pair.get(_KEY) == key:
+                    yield name.decode("utf-8"), pair.get(_VALUE, b"").decode("utf-8")
+
+
+def _children(data: mmap.mmap, within: tuple[int, int], number: int) -> Iterator[tuple[int, int]]:
+    return ((begin, end) for found, begin, end in _fields(data, *within) if found == number)
 
 
 def _locations(data: mmap.mmap) -> Iterator[str]:

@@ -199,19 +199,23 @@ def step_coefficients(config: DiffusionConfig, process: Process, sampler: Sample
     channels. In DDPM, w is the variance of the step; in DDIM it is 1. The combinations are formed in
     float64 and rounded once, which avoids the 1 / sqrt(alpha_bar) amplification of the textbook order of
     operations.
+
+    Raises:
+        RequestError: if no step lies in the sampler's guidance interval.
     """
     table = dict.fromkeys(COEFFICIENTS, np.zeros(len(process)))
     table["clip"] = np.full(len(process), 1.0 if sampler.clip else np.finfo(np.float32).max)
     table["x0_from_x"], table["x0_from_out"] = _x0_weights(config.mean_type, process)
     not_last = (np.arange(len(process)) > 0).astype(np.float64)
     a, a_prev = process.alpha_bar, process.alpha_bar_prev
+    scale = _guidance_scales(process, sampler)
     if sampler.method == "ddim":
         sigma = sampler.eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
         from_eps = np.sqrt(np.maximum(1 - a_prev - sigma**2, 0.0))
         table["prev_from_x"] = from_eps / np.sqrt(1 - a)
         table["prev_from_x0"] = np.sqrt(a_prev) - from_eps * np.sqrt(a / (1 - a))
-        table["x0_shift"] = sampler.scale * (1 - a) / np.sqrt(a)
-        table["guidance"] = np.sqrt(a_prev) * table["x0_shift"] - sampler.scale * from_eps * np.sqrt(1 - a)
+        table["x0_shift"] = scale * (1 - a) / np.sqrt(a)
+        table["guidance"] = np.sqrt(a_prev) * table["x0_shift"] - scale * from_eps * np.sqrt(1 - a)
         table["noise"] = sigma * not_last
     else:
         if config.mean_type == "previous_x":
@@ -222,9 +226,25 @@ def step_coefficients(config: DiffusionConfig, process: Process, sampler: Sample
         table["log_weight"], table["log_weight_from_v"] = _log_variance_weights(config.variance_type, process)
         # The true posterior variance of the last step is 0: its clipped log is not the log of it.
         guided = not_last if config.variance_type == "fixed_small" else np.ones(len(process))
-        table["guidance"] = sampler.scale * guided
+        table["guidance"] = scale * guided
         table["noise"] = not_last
     return np.stack([table[name] for name in COEFFICIENTS], axis=1).astype(np.float32)
+
+
+def _guidance_scales(process: Process, sampler: SamplerConfig) -> Float64:
+    """The guidance scale of each step: 0 outside the sampler's interval of noise levels."""
+    if sampler.guidance_interval is None or not sampler.scale:
+        return np.full(len(process), sampler.scale)
+    low, high = sampler.guidance_interval
+    sigma = np.sqrt((1 - process.alpha_bar) / process.alpha_bar)
+    inside = (low < sigma) & (sigma <= high)
+    if not inside.any():
+        raise RequestError(
+            f"the guidance interval {low:g} to {high:g} holds none of the {len(process)} steps, "
+            f"whose noise levels are {sigma[0]:.4g} to {sigma[-1]:.4g}",
+            hint="Widen the interval, or use scale 0 for samples without guidance.",
+        )
+    return np.where(inside, sampler.scale, 0.0)
 
 
 def _x0_weights(mean_type: str, process: Process) -> tuple[Float64, Float64]:

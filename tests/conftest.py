@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
 # Workers share few cores, and the results of one thread do not depend on the machine.
 torch.set_num_threads(1)
+
+# What the package remembers between runs (hashes, the fastest backend) stays out of the user's cache.
+_CACHE = tempfile.TemporaryDirectory(prefix="admtrt-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
 def pytest_report_header() -> str:

@@ -8,7 +8,14 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from admtrt.commands.options import UnetPreset, UnetSet
+from admtrt.commands.options import (
+    BackendName,
+    PrecisionName,
+    SettingsFile,
+    Threads,
+    UnetPreset,
+    UnetSet,
+)
 from admtrt.commands.requirements import require
 from admtrt.config import DataConfig, RunConfig, load_config
 from admtrt.console import Output, progress, table
@@ -19,6 +26,7 @@ if TYPE_CHECKING:
 
     from admtrt.config import DiffusionConfig, UNetConfig
     from admtrt.evaluate.nll import UNetFunction
+    from admtrt.runtime.pipeline import Pipeline
 
 evaluate_app = typer.Typer(help="Judge a network on real images.", no_args_is_help=True)
 
@@ -40,6 +48,10 @@ def nll(
     bundle: Annotated[Path | None, typer.Option(help="Bundle, whose exported UNet graph is run.")] = None,
     unet_preset: UnetPreset = None,
     unet_set: UnetSet = None,
+    settings: SettingsFile = None,
+    backend: BackendName = "onnxruntime",
+    precision: PrecisionName = "fp32",
+    threads: Threads = None,
     data: Annotated[str | None, typer.Option(help="Path of the images, or 'digits'.")] = None,
     config: Annotated[
         Path | None,
@@ -62,19 +74,35 @@ def nll(
         raise RequestError("give either --unet, for a checkpoint, or --bundle, for its exported graph")
     if data is None and config is None:
         raise RequestError("there are no images", hint="Name them with --data, or give a file with --config.")
-    if bundle is not None and (unet_preset is not None or unet_set):
-        raise RequestError("--unet-preset and --unet-set are for a checkpoint; a bundle carries its settings")
+    if bundle is not None and (unet_preset is not None or unet_set or settings is not None):
+        raise RequestError(
+            "--unet-preset, --unet-set and --settings are for a checkpoint; a bundle carries its settings"
+        )
+    if bundle is None and (backend, precision, threads) != ("onnxruntime", "fp32", None):
+        raise RequestError(
+            "--backend, --precision and --threads are for a bundle; a checkpoint runs in PyTorch"
+        )
     output = Output(json=json)
     require("torch", "safetensors", extra="train", purpose="Evaluation")
     from admtrt.evaluate.images import load_images
     from admtrt.evaluate.nll import evaluate_nll
+    from admtrt.runtime.pipeline import Pipeline
     from admtrt.schedule import retained_timesteps
 
     if bundle is not None:
-        judged = _from_bundle(bundle)
+        pipeline = Pipeline.from_bundle(
+            bundle,
+            backend=backend,
+            precision=precision,  # type: ignore[arg-type]
+            threads=threads,
+            batch_size=batch_size,
+            note=output.note,
+            chosen=lambda choice: output.note(str(choice)),
+        )
+        judged = _of_bundle(pipeline)
     else:
         assert unet is not None
-        judged = _from_checkpoint(unet, unet_preset, unet_set or (), output)
+        judged = _from_checkpoint(unet, unet_preset, unet_set or (), settings, output)
     length = len(retained_timesteps(judged.diffusion.steps, steps))  # refuses an impossible respacing now
     data_config = _data_config(data, config, judged.config)
     chosen = load_images(data_config, judged.config, judged.class_names)
@@ -104,16 +132,14 @@ def nll(
     )
 
 
-def _from_bundle(path: Path) -> _Judged:
-    from admtrt.bundle import Bundle
-    from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
-
-    bundle = Bundle.open(path)
-    manifest = bundle.manifest
-    return _Judged(OnnxRuntimeDenoiser(bundle).unet, manifest.unet, manifest.diffusion, manifest.class_names)
+def _of_bundle(pipeline: Pipeline) -> _Judged:
+    manifest = pipeline.bundle.manifest
+    return _Judged(pipeline.denoiser.unet, manifest.unet, manifest.diffusion, manifest.class_names)
 
 
-def _from_checkpoint(path: Path, preset: str | None, settings: Sequence[str], output: Output) -> _Judged:
+def _from_checkpoint(
+    path: Path, preset: str | None, settings: Sequence[str], settings_file: Path | None, output: Output
+) -> _Judged:
     import torch
 
     from admtrt.commands.checkpoints import load_pair
@@ -125,7 +151,7 @@ def _from_checkpoint(path: Path, preset: str | None, settings: Sequence[str], ou
         None,
         unet_preset=preset,
         classifier_preset=None,
-        config=None,
+        config=settings_file,
         unet_set=settings,
         note=output.note,
     )

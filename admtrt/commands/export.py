@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from admtrt.commands.options import ClassifierPreset, ClassifierSet, SettingsFile, UnetPreset, UnetSet
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
+from admtrt.contract import Precision
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from admtrt.bundle import Bundle
+    from admtrt.export.precision import Island
 
 
 def export(
@@ -30,6 +34,20 @@ def export(
     method: Annotated[str | None, typer.Option(help="Recommended sampler: ddpm or ddim.")] = None,
     steps: Annotated[str | None, typer.Option(help="Recommended steps, e.g. 250 or ddim25.")] = None,
     scale: Annotated[float | None, typer.Option(help="Recommended guidance scale.")] = None,
+    engine: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PRECISION", help="Add graphs for inference engines: fp32, fp16 or bf16; repeatable."
+        ),
+    ] = None,
+    fp32: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ISLANDS",
+            help="What stays fp32 in fp16 and bf16 engine graphs: a list of group_norm, softmax, output "
+            "(these three by default), embedding, activation, residual; or none.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")
     ] = False,
@@ -41,6 +59,7 @@ def export(
     from admtrt.export.pack import bundle_from_checkpoints
 
     output = Output(json=json)
+    engines, islands = _precisions(engine or ()), _islands(fp32, engine or ())
     generator, guide = load_pair(
         unet,
         classifier,
@@ -59,10 +78,37 @@ def export(
         guide,
         out,
         sampler=sampler,
+        engines=engines,
+        islands=islands,
         overwrite=overwrite,
         report=lambda name: output.note(f"exporting {name}"),
     )
     show_bundle(bundle, output)
+
+
+def _precisions(names: Sequence[str]) -> list[Precision]:
+    known: tuple[Precision, ...] = get_args(Precision)
+    for name in names:
+        if name not in known:
+            raise RequestError(f"--engine {name!r} is unknown; expected {', '.join(known)}")
+    return [precision for precision in known if precision in names]
+
+
+def _islands(text: str | None, engines: Sequence[str]) -> tuple[Island, ...]:
+    from admtrt.export.precision import DEFAULT_ISLANDS, ISLANDS
+
+    if text is None:
+        return DEFAULT_ISLANDS
+    if not set(engines) & {"fp16", "bf16"}:
+        raise RequestError(
+            "--fp32 says what stays float32 in fp16 and bf16 engine graphs, but none is made",
+            hint="Add --engine fp16 or --engine bf16, or leave --fp32 out.",
+        )
+    names = [] if text == "none" else [name.strip() for name in text.split(",")]
+    unknown = next((name for name in names if name not in ISLANDS), None)
+    if unknown is not None:
+        raise RequestError(f"--fp32 {unknown!r} is unknown; expected some of {', '.join(ISLANDS)}, or none")
+    return tuple(island for island in ISLANDS if island in names)
 
 
 def show_bundle(bundle: Bundle, output: Output) -> None:
@@ -78,6 +124,11 @@ def show_bundle(bundle: Bundle, output: Output) -> None:
         ]
         for name, graph in manifest.graphs.items()
     ]
+    engines = [
+        [name, precision, f"{graph.precision}, opset {graph.opset}", str(graph.nodes)]
+        for precision, graphs in manifest.engine_graphs.items()
+        for name, graph in graphs.items()
+    ]
     size = sum(entry.size for entry in manifest.files.values())
     sampler = manifest.sampler
     text = (
@@ -89,5 +140,6 @@ def show_bundle(bundle: Bundle, output: Output) -> None:
     output.result(
         {"bundle": str(bundle.path), "manifest": manifest.to_dict()},
         table(str(bundle.path), columns, rows),
+        *([table("for engines", ("graph", "engine", "type", "nodes"), engines)] if engines else []),
         text,
     )

@@ -1,21 +1,131 @@
-"""``admtrt inspect``: what a bundle holds."""
+"""``admtrt inspect``: what a bundle holds, and where its plans run."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from admtrt.console import Output
+from admtrt.console import Output, table
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from rich.console import RenderableType
+
+    from admtrt.bundle import Bundle, GraphEntry
+    from admtrt.contract import GraphName
+    from admtrt.runtime.engines.plans import PlanRecord
 
 
 def inspect(
     bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of plans to look into; the bundle's own where left out.")
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Check a bundle (schema, hashes, paths) and show its graphs and recommended sampler."""
+    """Check a bundle (schema, hashes, paths) and show its graphs, its plans and its recommended sampler."""
     from admtrt.bundle import Bundle
-    from admtrt.commands.export import show_bundle
+    from admtrt.runtime.engines.plans import PlanStore
 
-    show_bundle(Bundle.open(bundle), Output(json=json))
+    opened = Bundle.open(bundle)
+    records = PlanStore.of(opened, cache).records()
+    plans = [(record, is_current(record, opened)) for record in records]
+    manifest, forms = opened.manifest, _forms(opened)
+    data = {
+        "bundle": str(opened.path),
+        "manifest": manifest.to_dict(),
+        "graphs": [
+            {"graph": name, "form": form, "precision": entry.precision, "bytes": _bytes(opened, entry)}
+            for form, graphs in forms.items()
+            for name, entry in graphs.items()
+        ],
+        "plans": [
+            {"key": record.key.digest, "runs_on": record.runs_on, "current": current, **record.to_dict()}
+            for record, current in plans
+        ],
+    }
+    Output(json=json).result(data, *_shown(opened, forms, plans))
+
+
+def is_current(record: PlanRecord, bundle: Bundle) -> bool:
+    """Whether a plan was built from a graph that the bundle holds as it is now."""
+    from admtrt.errors import BundleError
+    from admtrt.runtime.engines.sources import graph_source
+
+    try:
+        return graph_source(bundle, record.key.graph, record.key.precision).digest == record.key.onnx
+    except BundleError:
+        return False
+
+
+def _forms(bundle: Bundle) -> dict[str, Mapping[GraphName, GraphEntry]]:
+    """The graphs for CPUs and those for engines, by what people call the forms."""
+    manifest = bundle.manifest
+    engines = {f"engine {precision}": graphs for precision, graphs in manifest.engine_graphs.items()}
+    return {"cpu fp32": manifest.graphs, **engines}
+
+
+def _bytes(bundle: Bundle, entry: GraphEntry) -> int:
+    """Of a graph's file and its external weights."""
+    from pathlib import PurePosixPath
+
+    from admtrt.onnx_wire import external_locations
+
+    folder = PurePosixPath(entry.file).parent
+    names = {entry.file} | {
+        (folder / name).as_posix() for name in external_locations(bundle.path / entry.file)
+    }
+    return sum(bundle.manifest.files[name].size for name in names)
+
+
+def _shown(
+    bundle: Bundle,
+    forms: Mapping[str, Mapping[GraphName, GraphEntry]],
+    plans: Sequence[tuple[PlanRecord, bool]],
+) -> list[RenderableType]:
+    manifest = bundle.manifest
+    tensors = [
+        [
+            name,
+            "\n".join(str(tensor) for tensor in graph.spec.inputs),
+            "\n".join(str(tensor) for tensor in graph.spec.outputs),
+        ]
+        for name, graph in manifest.graphs.items()
+    ]
+    graphs = [
+        [name, form, f"{graph.opset}", f"{graph.nodes}", _size(_bytes(bundle, graph))]
+        for form, entries in forms.items()
+        for name, graph in entries.items()
+    ]
+    sampler = manifest.sampler
+    size = sum(entry.size for entry in manifest.files.values())
+    return [
+        table(str(bundle.path), ("graph", "inputs", "outputs"), tensors),
+        table("forms", ("graph", "form", "opset", "nodes", "size"), graphs),
+        *([_plan_table(plans)] if plans else ["no plans; build them with: admtrt build"]),
+        f"recommended: {sampler.method}, steps {sampler.steps or manifest.diffusion.steps}, "
+        f"scale {sampler.scale:g}; classes: {manifest.num_classes or 'none'}; "
+        f"{len(manifest.files)} files, {_size(size)}",
+    ]
+
+
+def _plan_table(plans: Sequence[tuple[PlanRecord, bool]]) -> RenderableType:
+    rows = [
+        [
+            record.key.graph,
+            record.key.precision,
+            ", ".join(str(profile) for profile in record.key.options.profiles),
+            _size(record.plan.size),
+            record.runs_on if current else f"{record.runs_on}; of another graph, never used here",
+            record.key.digest[:12],
+        ]
+        for record, current in plans
+    ]
+    return table("plans", ("graph", "precision", "batches", "size", "runs on", "plan"), rows)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""Options of the commands that read checkpoints; in a file of their own so that ``--help`` stays quick."""
+"""Options that several commands share; in a file of their own so that ``--help`` stays quick."""
 
 from __future__ import annotations
 
@@ -25,3 +25,15 @@ UnetSet = Annotated[
 ClassifierSet = Annotated[
     list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the classifier; may be repeated.")
 ]
+BackendName = Annotated[
+    str,
+    typer.Option(
+        "--backend",
+        help="onnxruntime, openvino, onnxruntime-cuda, onnxruntime-tensorrt, onnxruntime-rtx, tensorrt; "
+        "auto measures those that are installed and takes the fastest.",
+    ),
+]
+PrecisionName = Annotated[
+    str, typer.Option("--precision", help="fp32, fp16 or bf16, where the backend has it.")
+]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; every core where left out.")]

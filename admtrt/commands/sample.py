@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from admtrt.commands.options import BackendName, PrecisionName, Threads
 from admtrt.console import Output, progress
 from admtrt.errors import RequestError
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from admtrt.bundle import Manifest
     from admtrt.config import SamplerConfig
+    from admtrt.runtime.backends.auto import Choice
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.sampler import Labels
@@ -39,6 +41,13 @@ def sample(
     scale: Annotated[float | None, typer.Option(help="Guidance scale; 0 = unguided.")] = None,
     eta: Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")] = None,
     clip: Annotated[bool | None, typer.Option("--clip/--no-clip", help="Bound x_0 to [-1, 1].")] = None,
+    guidance_interval: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LOW:HIGH",
+            help="Guide only at noise levels in this interval, e.g. 0.3:5; sigma = sqrt(1 / alpha_bar - 1).",
+        ),
+    ] = None,
     low_res: Annotated[
         Path | None,
         typer.Option(help="Upsampler: .npz with small images (arr_0 uint8 [N,H,W,C]) and labels (arr_1)."),
@@ -59,7 +68,9 @@ def sample(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Samples computed at once.")] = 16,
     shard_size: Annotated[int, typer.Option(help="Samples kept in one file on the way.")] = 256,
-    threads: Annotated[int | None, typer.Option(help="CPU threads; every core where left out.")] = None,
+    backend: BackendName = "onnxruntime",
+    precision: PrecisionName = "fp32",
+    threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Draw guided or unguided samples from a bundle, without PyTorch."""
@@ -72,10 +83,35 @@ def sample(
         raise RequestError(
             "--upsample-steps and --upsample-scale belong to a second stage", hint="Name it with --upsample."
         )
-    pipeline = Pipeline.from_bundle(bundle, threads=threads)
     if method not in (None, "ddpm", "ddim"):
         raise RequestError(f"method {method!r} is unknown; expected ddpm or ddim")
-    sampler = pipeline.sampler(steps=steps, method=method, scale=scale, eta=eta, clip=clip)  # type: ignore[arg-type]
+    interval = None if guidance_interval is None else _interval(guidance_interval)
+    choices: list[Choice] = []
+
+    def took(choice: Choice) -> None:
+        choices.append(choice)
+        output.note(str(choice))
+
+    def opened(path: Path) -> Pipeline:
+        return Pipeline.from_bundle(
+            path,
+            backend=backend,
+            precision=precision,  # type: ignore[arg-type]
+            threads=threads,
+            batch_size=max(1, min(batch_size, shard_size, num or batch_size)),
+            note=output.note,
+            chosen=took,
+        )
+
+    pipeline = opened(bundle)
+    sampler = pipeline.sampler(
+        steps=steps,
+        method=method,  # type: ignore[arg-type]
+        scale=scale,
+        eta=eta,
+        clip=clip,
+        guidance_interval=interval,
+    )
     small = None if low_res is None else _SmallImages.read(low_res)
     if small is not None and num not in (None, len(small)):
         raise RequestError(f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out.")
@@ -94,15 +130,34 @@ def sample(
     else:
         from admtrt.runtime.two_stage import UNGUIDED, TwoStage
 
-        stages = TwoStage(pipeline, Pipeline.from_bundle(upsample, threads=threads))
+        stages = TwoStage(pipeline, opened(upsample))
         upsampler = stages.high.sampler(
             steps=upsample_steps, scale=UNGUIDED if upsample_scale is None else upsample_scale
         )
         result = _draw_two(stages, request, upsampler, out, chosen)
     output.result(
-        {"samples": request.count, **result, "first_seed": seed},
+        {
+            "samples": request.count,
+            **result,
+            "first_seed": seed,
+            "backend": backend,
+            "precision": precision,
+            "chosen": [choice.to_dict() for choice in choices],
+        },
         f"{request.count} samples: " + ", ".join(result["files"]),
     )
+
+
+def _interval(text: str) -> tuple[float, float]:
+    """Two noise levels of ``LOW:HIGH``."""
+    low, colon, high = text.partition(":")
+    try:
+        return float(low), float(high if colon else "")
+    except ValueError:
+        raise RequestError(
+            f"the guidance interval {text!r} is not of the form LOW:HIGH",
+            hint="Write two noise levels, e.g. 0.3:5.",
+        ) from None
 
 
 def _draw_one(pipeline: Pipeline, request: BulkRequest, out: Path, formats: list[Format]) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def verify(
     if plot is not None:
         require_plotting()
     output = Output(json=json)
-    opened = Bundle.open(bundle)
+    opened = Bundle.open(bundle, memo=False)
     generator, guide = load_pair(
         unet,
         classifier,

@@ -55,6 +55,7 @@ def add_input_gradient(
         incoming = [gradients.pop(output, None) for output in node.outputs]
         if all(gradient is None for gradient in incoming):
             continue
+        tape.origin = node
         for value, gradient in zip(node.inputs, _differentiate(tape, node, incoming), strict=True):
             if value is None or gradient is None or value not in tape.active:
                 continue

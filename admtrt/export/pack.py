@@ -10,23 +10,31 @@ import onnx_ir as ir
 
 from admtrt import __version__
 from admtrt.bundle import Bundle, GraphEntry, check_networks, write_bundle
-from admtrt.contract import GraphName, bundle_specs
+from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs
 from admtrt.errors import CheckpointError, ExportError
-from admtrt.export.capture import OPSET
 from admtrt.export.check import check_graph, rtx_parser_errors
+from admtrt.export.engine_form import engine_form
 from admtrt.export.graphs import EXAMPLE_BATCH, classifier_gradient_graph, unet_graph, update_graph
+from admtrt.export.precision import DEFAULT_ISLANDS, Island, lower
 from admtrt.export.write import write_graph
 from admtrt.models.classifier import Classifier
 from admtrt.models.unet import UNet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
     from admtrt.config import SamplerConfig
+    from admtrt.export.tape import ConvBackward
     from admtrt.models.checkpoint import LoadedNetwork
 
 _TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir")
+_FOR_CPUS: ConvBackward = "flipped"
+_FOR_ENGINES: Mapping[Precision, ConvBackward] = {
+    "fp32": "transposed",
+    "fp16": "transposed",
+    "bf16": "flipped",  # engines have no bf16 deconvolution
+}
 
 
 def bundle_from_checkpoints(
@@ -35,6 +43,8 @@ def bundle_from_checkpoints(
     path: Path,
     *,
     sampler: SamplerConfig | None = None,
+    engines: Collection[Precision] = (),
+    islands: Collection[Island] = DEFAULT_ISLANDS,
     overwrite: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
@@ -45,6 +55,8 @@ def bundle_from_checkpoints(
         classifier: the noisy classifier, or None for plain sampling.
         path: the bundle's directory.
         sampler: what to recommend; None takes the UNet checkpoint's. Without a classifier its scale is 0.
+        engines: precisions in which to add the graphs in the form that inference engines like.
+        islands: what stays float32 in those; see :mod:`admtrt.export.precision`.
         overwrite: replace a bundle that stands there.
         report: called with the name of each stage as it starts.
 
@@ -66,19 +78,21 @@ def bundle_from_checkpoints(
     recommended = sampler or unet.config.sampler
     specs = bundle_specs(generator.config, None if guide is None else guide.config)
 
+    engine_graphs: dict[Precision, dict[GraphName, GraphEntry]] = {precision: {} for precision in engines}
+
     def write_graphs(directory: Path) -> dict[GraphName, GraphEntry]:
-        entries: dict[GraphName, GraphEntry] = {}
+        graphs: dict[GraphName, GraphEntry] = {}
         for name, spec in specs.items():
             report(name)
-            model = _graph(name, generator, guide)
-            file = directory / f"{name}.onnx"
-            write_graph(model, file)
-            check_graph(file, spec, example_batch=EXAMPLE_BATCH)
-            errors = rtx_parser_errors(file)
-            if errors:
-                raise ExportError(f"{name}: the TensorRT parser rejects the graph: {'; '.join(errors)}")
-            entries[name] = GraphEntry(file=file.name, spec=spec, opset=OPSET, nodes=len(list(model.graph)))
-        return entries
+            for engine, model in _forms(name, generator, guide, engine_graphs, islands):
+                if engine is None:
+                    graphs[name] = _written(model, directory, f"{name}.onnx", spec)
+                else:
+                    report(f"{name} for engines, {engine}")
+                    written = _written(model, directory, f"engine-{engine}/{name}.onnx", spec)
+                    precision = "fp32" if name == "update" else engine
+                    engine_graphs[engine][name] = written.model_copy(update={"precision": precision})
+        return graphs
 
     fields = {
         "unet": generator.config,
@@ -87,18 +101,52 @@ def bundle_from_checkpoints(
         "sampler": recommended if guide is not None else recommended.model_copy(update={"scale": 0.0}),
         "class_names": unet.config.class_names
         or (() if classifier is None else classifier.config.class_names),
-        "made_with": _versions(),
+        "made_with": _versions() | ({"fp32 in engines": ", ".join(islands) or "none"} if engines else {}),
+        "engine_graphs": engine_graphs,  # filled while the graphs are written
     }
     return write_bundle(path, write_graphs, fields, overwrite=overwrite)
 
 
-def _graph(name: GraphName, unet: UNet, classifier: Classifier | None) -> ir.Model:
+def _forms(
+    name: GraphName,
+    unet: UNet,
+    classifier: Classifier | None,
+    engines: Collection[Precision],
+    islands: Collection[Island],
+) -> Iterator[tuple[Precision | None, ir.Model]]:
+    """The form of a graph for CPUs, with None, then that for engines in each precision."""
+    captured = {_FOR_CPUS: _graph(name, unet, classifier, _FOR_CPUS)}
+    yield None, captured[_FOR_CPUS]
+    for precision in engines:
+        backward = _FOR_ENGINES[precision] if name == "classifier_gradient" else _FOR_CPUS
+        if backward not in captured:
+            captured[backward] = _graph(name, unet, classifier, backward)
+        model = engine_form(captured[backward])
+        if name != "update":  # x itself is never rounded
+            lower(model, precision, islands)
+        yield precision, model
+
+
+def _graph(
+    name: GraphName, unet: UNet, classifier: Classifier | None, conv_backward: ConvBackward
+) -> ir.Model:
     if name == "unet":
         return unet_graph(unet)
     if name == "update":
         return update_graph(unet.config)
     assert classifier is not None
-    return classifier_gradient_graph(classifier)
+    return classifier_gradient_graph(classifier, conv_backward=conv_backward)
+
+
+def _written(model: ir.Model, directory: Path, name: str, spec: GraphSpec) -> GraphEntry:
+    """Write a graph as a file of the bundle and check it."""
+    file = directory / name
+    write_graph(model, file)
+    check_graph(file, spec, example_batch=EXAMPLE_BATCH)
+    errors = rtx_parser_errors(file)
+    if errors:
+        raise ExportError(f"{name}: the TensorRT parser rejects the graph: {'; '.join(errors)}")
+    return GraphEntry(file=name, spec=spec, opset=model.opset_imports[""], nodes=len(model.graph))
 
 
 def _check_same_process(unet: LoadedNetwork, classifier: LoadedNetwork) -> None:

@@ -25,6 +25,7 @@ class Tape:
         self.graph = graph
         self.conv_backward = conv_backward
         self.active: set[ir.Value] = set()
+        self.origin: ir.Node | None = None  # the forward node whose backward is being written
 
     def op(self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: object) -> ir.Value:
         """Append one node; returns its first output."""
@@ -35,6 +36,8 @@ class Tape:
             attributes=[ir.convenience.convert_attribute(name, value) for name, value in attributes.items()],  # type: ignore[arg-type]
             num_outputs=outputs,
         )
+        if self.origin is not None:  # an engine that refuses a node then names the module it comes from
+            node.metadata_props.update(self.origin.metadata_props)
         self.graph.append(node)
         like = inputs[1] if op_type == "Where" else inputs[0]
         assert like is not None

@@ -267,7 +267,7 @@ def _draw_shard(
     advance: Callable[[int, str], None],
 ) -> None:
     def after_step(step: Step) -> None:
-        advance(len(step.x), f"step {step.index}/{step.total}")
+        advance(step.count, f"step {step.index}/{step.total}")
 
     sampler = request.sampler
     labels = None if request.labels is None else request.labels[start:stop]
@@ -279,6 +279,7 @@ def _draw_shard(
         scale=sampler.scale,
         eta=sampler.eta,
         clip=sampler.clip,
+        guidance_interval=sampler.guidance_interval,
         low_res=None if request.low_res is None else request.low_res[start:stop],
         batch_size=request.batch_size,
         callback=after_step,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -14,7 +15,7 @@ from admtrt.errors import ConfigError, RequestError
 from admtrt.images import to_uint8
 from admtrt.runtime.noise import MAX_SEED, check_seed
 from admtrt.runtime.request import class_index, one_for_each, whole_number
-from admtrt.runtime.sampler import advance, start_slots
+from admtrt.runtime.sampler import hold, start_slots
 from admtrt.schedule import sampling_schedule
 
 if TYPE_CHECKING:
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.runtime.sampler import Denoiser, Images, Labels
+    from admtrt.contract import Precision
+    from admtrt.runtime.backends.auto import Choice
+    from admtrt.runtime.sampler import Denoiser, HeldSlots, Images, Labels, Slots
 
 DEFAULT_BATCH = 16
-_MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +58,42 @@ class Step:
         index: steps done, from 1 to ``total``.
         total: steps in all.
         first: position of the batch's first sample among all samples.
+        count: samples of the batch.
         timestep: of the base process, at which the step began.
-        x: float32 [N, C, H, W], x_t after the step.
-        x_0: the predicted x_0.
+        state: gives ``x`` and ``x_0``; see there.
     """
 
     index: int
     total: int
     first: int
+    count: int
     timestep: int
-    x: Images
-    x_0: Images
+    state: Callable[[], tuple[Images, Images]] = field(repr=False)
+
+    @property
+    def x(self) -> Images:
+        """x_t after the step, float32 [N, C, H, W]; the first look waits for the device.
+
+        Raises:
+            RuntimeError: if the first look at the images comes after a later step.
+        """
+        return self._images[0]
+
+    @property
+    def x_0(self) -> Images:
+        """The predicted x_0, otherwise as ``x``."""
+        return self._images[1]
+
+    @cached_property
+    def _images(self) -> tuple[Images, Images]:
+        return self.state()
+
+
+def _state_after(index: int, slots: Slots, held: HeldSlots) -> tuple[Images, Images]:
+    if slots.position[0] != index:
+        raise RuntimeError(f"the images after step {index} are gone; look at them during the callback")
+    held.read()
+    return slots.x, slots.x_0
 
 
 class Pipeline:
@@ -82,23 +109,37 @@ class Pipeline:
         self.denoiser = denoiser
 
     @classmethod
-    def from_bundle(cls, path: str | Path, *, threads: int | None = None) -> Self:
-        """Open a bundle on ONNX Runtime's CPU backend.
+    def from_bundle(
+        cls,
+        path: str | Path,
+        *,
+        backend: str = "onnxruntime",
+        precision: Precision = "fp32",
+        threads: int | None = None,
+        batch_size: int = 1,
+        note: Callable[[str], None] = lambda _: None,
+        chosen: Callable[[Choice], None] = lambda _: None,
+    ) -> Self:
+        """Open a bundle.
 
         Args:
             path: the bundle's directory.
-            threads: CPU threads; None takes every core.
+            backend, precision, threads, batch_size, note, chosen: as for
+                :func:`admtrt.runtime.backends.registry.open_denoiser`.
 
         Raises:
             BundleError: if the bundle is incomplete or altered.
-            RequestError: if the number of threads is out of range.
+            RequestError: if the backend is unknown or cannot do this, or ``threads`` is out of range.
+            UserError: if the backend cannot run here.
         """
-        from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+        from admtrt.runtime.backends.registry import check_request, open_denoiser
 
-        if threads is not None and not 1 <= whole_number(threads, "threads") <= _MAX_THREADS:
-            raise RequestError(f"threads is {threads}; expected 1 to {_MAX_THREADS}")
+        check_request(backend, precision, threads)
         bundle = Bundle.open(Path(path))
-        return cls(bundle, OnnxRuntimeDenoiser(bundle, threads=threads))
+        denoiser = open_denoiser(
+            bundle, backend, precision, threads=threads, batch_size=batch_size, note=note, chosen=chosen
+        )
+        return cls(bundle, denoiser)
 
     def __call__(
         self,
@@ -110,6 +151,7 @@ class Pipeline:
         scale: float | None = None,
         eta: float | None = None,
         clip: bool | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         low_res: NDArray[np.uint8] | Images | None = None,
         batch_size: int = DEFAULT_BATCH,
         callback: Callable[[Step], None] | None = None,
@@ -120,8 +162,9 @@ class Pipeline:
             labels: class of each sample, by number or name; needed where the UNet is class-conditional or the
                 scale is not 0.
             seeds: of each sample, 0 to 2**64 - 1; 0, 1, 2, ... where left out.
-            steps, method, scale, eta, clip: as :class:`~admtrt.config.SamplerConfig`; what is left out is the
-                bundle's recommendation. ``steps`` "ddimN" implies the method ``ddim``, any other ``ddpm``.
+            steps, method, scale, eta, clip, guidance_interval: as :class:`~admtrt.config.SamplerConfig`; what
+                is left out is the bundle's recommendation. ``steps`` "ddimN" implies the method ``ddim``, any
+                other ``ddpm``.
             low_res: conditioning of an upsampler: uint8 [N, h, w, C], or float32 [N, C, h, w] in [-1, 1].
             batch_size: samples computed at once; it does not change them beyond rounding.
             callback: called after every step of every batch.
@@ -129,7 +172,9 @@ class Pipeline:
         Raises:
             RequestError: for anything that the bundle cannot do.
         """
-        sampler = self.sampler(steps=steps, method=method, scale=scale, eta=eta, clip=clip)
+        sampler = self.sampler(
+            steps=steps, method=method, scale=scale, eta=eta, clip=clip, guidance_interval=guidance_interval
+        )
         if whole_number(batch_size, "batch_size") < 1:
             raise RequestError(f"batch_size is {batch_size}; expected at least 1")
         conditioning = self.check_low_res(low_res)
@@ -167,6 +212,7 @@ class Pipeline:
         scale: float | None = None,
         eta: float | None = None,
         clip: bool | None = None,
+        guidance_interval: tuple[float, float] | None = None,
     ) -> SamplerConfig:
         """The bundle's recommended sampler with some choices replaced, checked against the bundle.
 
@@ -182,7 +228,13 @@ class Pipeline:
             method = method_for_steps(respacing)
         if method is not None and method != chosen["method"]:
             chosen |= {"method": method, "eta": 0.0}
-        given = {"steps": respacing, "scale": scale, "eta": eta, "clip": clip}
+        given = {
+            "steps": respacing,
+            "scale": scale,
+            "eta": eta,
+            "clip": clip,
+            "guidance_interval": guidance_interval,
+        }
         chosen |= {name: value for name, value in given.items() if value is not None}
         try:
             sampler = SamplerConfig.from_dict(chosen, source="sampler")
@@ -267,20 +319,21 @@ class Pipeline:
             low_res=low_res,
             stage=config.low_res_size or 0,
         )
-        for index in range(len(schedule)):
-            advance(slots, self.denoiser)
-            if callback is not None:
-                timestep = int(schedule.timesteps[index])
-                callback(
-                    Step(
-                        index=index + 1,
-                        total=len(schedule),
-                        first=first,
-                        timestep=timestep,
-                        x=slots.x,
-                        x_0=slots.x_0,
+        with hold(slots, self.denoiser) as held:
+            for index in range(len(schedule)):
+                held.advance()
+                if callback is not None:
+                    callback(
+                        Step(
+                            index=index + 1,
+                            total=len(schedule),
+                            first=first,
+                            count=len(slots),
+                            timestep=int(schedule.timesteps[index]),
+                            state=partial(_state_after, index + 1, slots, held),
+                        )
                     )
-                )
+            held.read()
         if not np.isfinite(slots.x).all():
             raise RequestError(
                 f"sampling gave values that are not finite (scale {sampler.scale}, steps {sampler.steps!r})",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from admtrt.runtime.noise import initial_noise, step_noise
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
+    from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
@@ -105,26 +107,101 @@ def start_slots(
 _GUIDED_COLUMNS = ("guidance", "x0_shift")
 
 
+@dataclass(frozen=True, eq=False)
+class StepInputs:
+    """What one step of every slot takes besides x and the conditioning.
+
+    Attributes:
+        t: float32 [N], in the model's units.
+        coefficients: float32 [N, K], see :mod:`admtrt.schedule`.
+        guided: whether any slot's step uses the classifier's gradient.
+        noise_steps: the steps that name each slot's noise, or None where no slot's step is stochastic.
+    """
+
+    t: NDArray[np.float32]
+    coefficients: NDArray[np.float32]
+    guided: bool
+    noise_steps: list[int] | None
+
+
+def step_inputs(slots: Slots) -> StepInputs:
+    """The inputs of the slots' next step. No slot may be finished."""
+    from admtrt.schedule import COEFFICIENTS
+
+    rows = list(zip(slots.schedules, slots.position.tolist(), strict=True))
+    coefficients = np.stack([schedule.coefficients[i] for schedule, i in rows])
+    guided = coefficients[:, [COEFFICIENTS.index(name) for name in _GUIDED_COLUMNS]].any()
+    stochastic = coefficients[:, COEFFICIENTS.index("noise")].any()
+    return StepInputs(
+        t=np.array([schedule.model_t[i] for schedule, i in rows], dtype=np.float32),
+        coefficients=coefficients,
+        guided=bool(guided) and slots.guide_y is not None,
+        noise_steps=[int(schedule.step[i]) for schedule, i in rows] if stochastic else None,
+    )
+
+
+def draw_noise(slots: Slots, inputs: StepInputs) -> Images | None:
+    """The noise of a step, float32 [N, C, H, W], or None where no slot's step is stochastic."""
+    if inputs.noise_steps is None:
+        return None
+    return step_noise(slots.seeds, inputs.noise_steps, slots.x.shape[1:], stage=slots.stage)
+
+
 def advance(slots: Slots, denoiser: Denoiser) -> None:
     """Take one step of every slot, in place. No slot may be finished.
 
     The gradient is skipped where no slot's step is guided, the noise where no slot's step is stochastic.
     """
-    from admtrt.schedule import COEFFICIENTS
-
-    rows = list(zip(slots.schedules, slots.position.tolist(), strict=True))
-    t = np.array([schedule.model_t[i] for schedule, i in rows], dtype=np.float32)
-    coefficients = np.stack([schedule.coefficients[i] for schedule, i in rows])
-    out = denoiser.unet(slots.x, t, slots.unet_y, slots.low_res)
+    inputs = step_inputs(slots)
+    out = denoiser.unet(slots.x, inputs.t, slots.unet_y, slots.low_res)
     zeros = np.zeros_like(slots.x)
-    guided = coefficients[:, [COEFFICIENTS.index(name) for name in _GUIDED_COLUMNS]].any()
-    grad = (
-        denoiser.classifier_gradient(slots.x, t, slots.guide_y)
-        if guided and slots.guide_y is not None
-        else zeros
-    )
-    stochastic = coefficients[:, COEFFICIENTS.index("noise")].any()
-    steps = [int(schedule.step[i]) for schedule, i in rows]
-    z = step_noise(slots.seeds, steps, slots.x.shape[1:], stage=slots.stage) if stochastic else zeros
-    slots.x, slots.x_0 = denoiser.update(slots.x, out, grad, z, coefficients)
+    guide = slots.guide_y if inputs.guided else None
+    grad = zeros if guide is None else denoiser.classifier_gradient(slots.x, inputs.t, guide)
+    z = draw_noise(slots, inputs)
+    slots.x, slots.x_0 = denoiser.update(slots.x, out, grad, zeros if z is None else z, inputs.coefficients)
     slots.position += 1
+
+
+class HeldSlots(Protocol):
+    """Slots whose x stays where the denoiser computes, until it is read.
+
+    Between the steps nothing of the slots may be changed.
+    """
+
+    def advance(self) -> None:
+        """Take one step of every slot, without waiting for its result. No slot may be finished."""
+        ...
+
+    def read(self) -> None:
+        """Wait for the last step and bring ``x`` and ``x_0`` of the slots up to date, as new arrays."""
+        ...
+
+
+@runtime_checkable
+class ResidentDenoiser(Denoiser, Protocol):
+    """A denoiser that can keep x on its device between the steps."""
+
+    def hold(self, slots: Slots) -> AbstractContextManager[HeldSlots]:
+        """Take the slots to the device; what was not read when the block ends is lost."""
+        ...
+
+
+class _HostSlots:
+    """Slots in host memory, advanced by a denoiser on arrays."""
+
+    def __init__(self, slots: Slots, denoiser: Denoiser) -> None:
+        self._slots = slots
+        self._denoiser = denoiser
+
+    def advance(self) -> None:
+        advance(self._slots, self._denoiser)
+
+    def read(self) -> None:
+        """Nothing is left to do: every step ends in host memory."""
+
+
+def hold(slots: Slots, denoiser: Denoiser) -> AbstractContextManager[HeldSlots]:
+    """The slots on the denoiser's device where it can keep them there, else in host memory."""
+    if isinstance(denoiser, ResidentDenoiser):
+        return denoiser.hold(slots)
+    return nullcontext(_HostSlots(slots, denoiser))

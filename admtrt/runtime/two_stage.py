@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from admtrt.bundle import Bundle
     from admtrt.config import SamplerConfig
+    from admtrt.contract import Precision
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Samples, Step
 
@@ -60,9 +61,24 @@ class TwoStage:
         self.high = high
 
     @classmethod
-    def from_bundles(cls, low: str | Path, high: str | Path, *, threads: int | None = None) -> Self:
-        """Open both bundles on ONNX Runtime's CPU backend, as :meth:`Pipeline.from_bundle` does."""
-        return cls(Pipeline.from_bundle(low, threads=threads), Pipeline.from_bundle(high, threads=threads))
+    def from_bundles(
+        cls,
+        low: str | Path,
+        high: str | Path,
+        *,
+        backend: str = "onnxruntime",
+        precision: Precision = "fp32",
+        threads: int | None = None,
+        batch_size: int = 1,
+    ) -> Self:
+        """Open both bundles as :meth:`Pipeline.from_bundle` does."""
+
+        def opened(path: str | Path) -> Pipeline:
+            return Pipeline.from_bundle(
+                path, backend=backend, precision=precision, threads=threads, batch_size=batch_size
+            )
+
+        return cls(opened(low), opened(high))
 
     def __call__(
         self,
@@ -74,6 +90,7 @@ class TwoStage:
         scale: float | None = None,
         eta: float | None = None,
         clip: bool | None = None,
+        guidance_interval: tuple[float, float] | None = None,
         upsample_steps: str | int | None = None,
         upsample_scale: float = UNGUIDED,
         batch_size: int = DEFAULT_BATCH,
@@ -83,8 +100,8 @@ class TwoStage:
 
         Args:
             labels, seeds: as for :class:`Pipeline`; each goes to every stage that takes it.
-            steps, method, scale, eta, clip: of the first stage; what is left out is its bundle's
-                recommendation.
+            steps, method, scale, eta, clip, guidance_interval: of the first stage; what is left out is its
+                bundle's recommendation.
             upsample_steps, upsample_scale: of the second stage, whose other choices are its bundle's
                 recommendation.
             batch_size: samples computed at once.
@@ -93,7 +110,9 @@ class TwoStage:
         Raises:
             RequestError: for anything that the bundles cannot do, before the first step is taken.
         """
-        sampler = self.low.sampler(steps=steps, method=method, scale=scale, eta=eta, clip=clip)
+        sampler = self.low.sampler(
+            steps=steps, method=method, scale=scale, eta=eta, clip=clip, guidance_interval=guidance_interval
+        )
         upsampler = self.high.sampler(steps=upsample_steps, scale=upsample_scale)
         checked = self.low.check_labels(labels, sampler)
         numbers = None if checked is None else checked.tolist()  # the second may not know the names
@@ -107,6 +126,7 @@ class TwoStage:
             scale=scale,
             eta=eta,
             clip=clip,
+            guidance_interval=guidance_interval,
             batch_size=batch_size,
             callback=callback,
         )

@@ -56,7 +56,7 @@ def test_importing_the_package_loads_nothing_but_itself() -> None:
     assert not loaded & {*HEAVY, "numpy", "pydantic", "rich", "typer"}
 
 
-@pytest.mark.parametrize("command", ["", "train unet", "export", "verify", "sample", "inspect", "demo"])
+@pytest.mark.parametrize("command", ["", "train unet", "export", "verify", "sample", "inspect", "demo", "build", "doctor", "drift", "bench"])
 def test_help_is_light(command: str) -> None:
     """The command line loads nothing before it is told what to do."""
     arguments = [*command.split(), "--help"]

@@ -206,7 +206,7 @@ def test_labels_go_to_every_stage_that_takes_them(stages: TwoStage, tmp_path: Pa
 
 def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command draw from sham bundles."""
-    monkeypatch.setattr(Pipeline, "from_bundle", lambda path, *, threads: Pipeline(Bundle.open(path), Fake()))
+    monkeypatch.setattr(Pipeline, "from_bundle", lambda path, **_: Pipeline(Bundle.open(path), Fake()))
 
 
 def test_the_labels_of_the_small_images_are_used(

@@ -255,7 +255,7 @@ def test_a_graph_that_declares_something_else(
     data = manifest_of(bundle)
     assert data["graphs"]["unet"]["spec"][side][index][field] != value
     data["graphs"]["unet"]["spec"][side][index][field] = value
-    assert "graph 'unet' declares other inputs or outputs" in refusal(bundle, data).message
+    assert "graphs: 'unet' declares other inputs or outputs" in refusal(bundle, data).message
 
 
 def test_a_graph_too_few_or_too_many(bundle: Path) -> None:
@@ -272,7 +272,7 @@ def test_a_graph_too_few_or_too_many(bundle: Path) -> None:
 def test_a_graph_whose_file_is_not_listed(bundle: Path) -> None:
     data = manifest_of(bundle)
     del data["files"]["unet.onnx"]
-    assert "graph 'unet' names the file 'unet.onnx', which is not listed" in refusal(bundle, data).message
+    assert "graphs: 'unet' names the file 'unet.onnx', which is not listed" in refusal(bundle, data).message
 
 
 def test_class_names_of_another_number(bundle: Path) -> None:

@@ -5,76 +5,63 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import BundleError, MissingDependencyError
+from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
     from pathlib import Path
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from admtrt.bundle import Bundle
-    from admtrt.contract import GraphName, GraphSpec
-    from admtrt.runtime.sampler import Images, Labels
+    from admtrt.contract import GraphName, GraphSpec, Precision
+    from admtrt.runtime.sampler import Images
 
-_ERRORS_ONLY = 3
+ERRORS_ONLY = 3
+"""Severity from which ONNX Runtime logs to stderr."""
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
-class OnnxRuntimeDenoiser:
-    """A bundle's graphs as a :class:`~admtrt.runtime.sampler.Denoiser`.
+class OnnxRuntimeDenoiser(GraphDenoiser):
+    """A bundle's graphs on the CPU.
 
     Args:
         bundle: a verified bundle.
         threads: of each operator; None lets ONNX Runtime take every core.
+        graphs: those to open; None opens all.
+        engine: run the engine form of this precision (its types are in the graph) in place of the CPU form.
 
     Raises:
         MissingDependencyError: if onnxruntime is not installed.
         BundleError: if ONNX Runtime refuses a graph, or a graph has other inputs or outputs than declared.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None) -> None:
-        try:
-            import onnxruntime
-        except ImportError:
-            raise MissingDependencyError("onnxruntime", extra="cpu", purpose="Sampling on a CPU") from None
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        threads: int | None = None,
+        graphs: Collection[GraphName] | None = None,
+        engine: Precision | None = None,
+    ) -> None:
+        onnxruntime = import_onnxruntime(extra="cpu", purpose="Sampling on a CPU")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = ERRORS_ONLY
+        # Each graph has threads of its own: those of one must not spin on the cores while the next one runs.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         self._sessions: dict[GraphName, Any] = {}
-        for name, graph in bundle.manifest.graphs.items():
-            path = bundle.graph_path(name)
+        for name in bundle.manifest.graphs:
+            if graphs is not None and name not in graphs:
+                continue
+            path = bundle.graph_path(name, engine)
             try:
                 session = onnxruntime.InferenceSession(
                     str(path), sess_options=options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:  # the library raises types of its own for every cause
                 raise BundleError(f"ONNX Runtime refuses {path}: {error}") from None
-            _check_contract(path, session, graph.spec)
+            check_session(path, session, bundle.graph_entry(name, engine).spec)
             self._sessions[name] = session
-
-    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
-        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        feeds: dict[str, Any] = {"x": x, "t": t}
-        if y is not None:
-            feeds["y"] = y
-        if low_res is not None:
-            feeds["low_res"] = low_res
-        return self.run("unet", feeds)["out"]
-
-    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
-        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        (grad,) = self._sessions["classifier_gradient"].run(["grad"], {"x": x, "t": t, "y": y})
-        out: Images = grad
-        return out
-
-    def update(
-        self, x: Images, out: Images, grad: Images, noise: Images, coefficients: NDArray[np.float32]
-    ) -> tuple[Images, Images]:
-        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        feeds = {"x": x, "out": out, "grad": grad, "noise": noise, "coefficients": coefficients}
-        results = self.run("update", feeds)
-        return results["x_prev"], results["pred_x0"]
 
     def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
         """Run one graph on arrays by name; every output by name."""
@@ -83,16 +70,26 @@ class OnnxRuntimeDenoiser:
         return dict(zip(names, session.run(names, feeds), strict=True))
 
 
-def _check_contract(path: Path, session: Any, spec: GraphSpec) -> None:
-    """The file's own inputs and outputs must be those that the manifest declares."""
-    for values, tensors in ((session.get_inputs(), spec.inputs), (session.get_outputs(), spec.outputs)):
-        found = [
-            f"{value.name} {_DTYPES.get(value.type, value.type)}[{', '.join(map(str, value.shape))}]"
-            for value in values
-        ]
-        declared = [str(tensor) for tensor in tensors]
-        if found != declared:
-            raise BundleError(
-                f"{path} has {', '.join(found)}; the manifest declares {', '.join(declared)}",
-                hint="Export the checkpoint again.",
-            )
+def import_onnxruntime(*, extra: str, purpose: str) -> Any:
+    """The library.
+
+    Raises:
+        MissingDependencyError: if it is not installed.
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingDependencyError("onnxruntime", extra=extra, purpose=purpose) from None
+    return onnxruntime
+
+
+def check_session(path: Path, session: Any, spec: GraphSpec) -> None:
+    """Refuse a session whose inputs or outputs are not those of the manifest, see :func:`check_contract`."""
+    check_contract(path, _shown(session.get_inputs()), _shown(session.get_outputs()), spec)
+
+
+def _shown(values: Any) -> list[str]:
+    return [
+        f"{value.name} {_DTYPES.get(value.type, value.type)}[{', '.join(map(str, value.shape))}]"
+        for value in values
+    ]

@@ -1,0 +1,49 @@
+"""The steps of all rows as bars."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from admtrt.bench.report import shown
+from admtrt.files import atomic_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from admtrt.bench.report import BenchReport
+
+_ROOM_FOR_TEXT = 1.4  # behind the longest bar
+_COLORS = {"fp32": "tab:blue", "fp16": "tab:green", "bf16": "tab:orange"}
+
+
+def plot_steps(report: BenchReport, path: Path) -> None:
+    """Write a PNG: the median guided step of every row, with quartiles, a panel for each batch size.
+
+    Raises:
+        OutputError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    panels = {batch: [m for m in report.at(batch) if m.step is not None] for batch in report.batches}
+    height = 0.8 + max(len(rows) for rows in panels.values()) * 0.35 + 0.8
+    # A figure of its own, without pyplot: no display, no global state.
+    figure = Figure(figsize=(5 * len(panels) + 2, height), layout="constrained")
+    for axes, (batch, rows) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for place, m in enumerate(rows):
+            assert m.step is not None
+            median, lower, upper = (1e3 * value for value in (m.step.median, m.step.lower, m.step.upper))
+            axes.barh(place, median, color=_COLORS[m.row.precision])
+            axes.errorbar(median, place, xerr=[[median - lower], [upper - median]], color="black", capsize=2)
+            ratio = report.ratio(m)
+            text = f"{shown(median)} ms" + ("" if ratio is None else f", {ratio:.2f}x")
+            axes.annotate(text, (upper, place), xytext=(5, 0), textcoords="offset points", va="center")
+        axes.set_yticks(range(len(rows)), [str(m.row) for m in rows])
+        axes.invert_yaxis()
+        axes.set_xlim(0, _ROOM_FOR_TEXT * axes.get_xlim()[1])
+        axes.set_xlabel("guided step, ms")
+        axes.set_title(f"batch {batch}")
+    figure.suptitle(report.subject)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -1,0 +1,259 @@
+"""One row at work, in a process of its own: opens its denoiser and takes timed steps."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from admtrt.bench.remote import peak_memory
+from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PLAIN
+from admtrt.bundle import Bundle
+from admtrt.config import SamplerConfig
+from admtrt.runtime.backends.registry import AUTO, BACKENDS, open_denoiser
+from admtrt.runtime.pipeline import Pipeline
+from admtrt.runtime.sampler import ResidentDenoiser, advance, start_slots
+from admtrt.schedule import sampling_schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from numpy.typing import NDArray
+
+    from admtrt.bench.plain import PlainExport
+    from admtrt.bench.rows import Device, Row
+    from admtrt.bench.subject import Subject
+    from admtrt.bundle import Manifest
+    from admtrt.runtime.sampler import Denoiser, Images, Labels, Slots
+
+_RESIDENT_STEPS = 10
+"""Steps timed at once where x stays on the device: waiting for one alone would be counted as its cost."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What happened until a row was ready for a batch size.
+
+    Attributes:
+        ready: seconds from nothing to the end of the first step; loading, compiling and tuning lie in here.
+        outputs: what the graphs give for the inputs that every row is given: ``out``, and ``grad`` if guided.
+        notes: what the backend said of its choices.
+    """
+
+    ready: float
+    outputs: Mapping[str, Images]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one guided step and of its graphs.
+
+    Attributes:
+        step: the whole step.
+        unet: the UNet.
+        gradient: the gradient, None where nothing guides.
+        outside: what the step spends outside its graphs, None where x stays on a device: there the graphs
+            were timed apart from the step.
+    """
+
+    step: float
+    unet: float
+    gradient: float | None
+    outside: float | None
+
+
+class Contender:
+    """A row.
+
+    Args:
+        row: what to run.
+        subject: on what.
+        device: of the rows of PyTorch.
+        threads: of every library on the CPU.
+        exports: of the row ``plain-onnx``: its graphs by batch size.
+    """
+
+    def __init__(
+        self,
+        row: Row,
+        subject: Subject,
+        device: Device,
+        threads: int,
+        exports: Mapping[int, PlainExport],
+    ) -> None:
+        self._row = row
+        self._subject = subject
+        self._device: Device = device
+        self._threads = threads
+        self._exports = exports
+        self._notes: list[str] = []
+        began = time.perf_counter()
+        self._bundle = Bundle.open(subject.bundle)
+        self._denoiser: Denoiser | None = None if self._one_batch_only else self._open(1)
+        self._opened = time.perf_counter() - began
+        self._slots: Slots | None = None
+
+    @property
+    def _one_batch_only(self) -> bool:
+        return self._row.name in (PLAIN, AUTO)
+
+    def prepare(self, batch: int) -> Prepared:
+        """Get ready for a batch size: compile, take a first step, and warm up."""
+        began = time.perf_counter()
+        if self._one_batch_only:
+            self._denoiser = None  # gone before the next one comes
+            self._denoiser = self._open(batch)
+        self._slots = bench_slots(self._bundle.manifest, batch)
+        first, _ = self._watched_step()
+        ready = time.perf_counter() - began + self._opened
+        self._opened = 0.0
+        self.step()
+        return Prepared(ready=ready, outputs=first.outputs, notes=tuple(self._notes))
+
+    def step(self) -> StepTime:
+        """Take the same guided step once more."""
+        watch, seconds = self._watched_step()
+        held = self._held_step()
+        return StepTime(
+            step=seconds if held is None else held,
+            unet=watch.seconds["unet"],
+            gradient=watch.seconds.get("gradient"),
+            outside=seconds - sum(watch.seconds.values()) if held is None else None,
+        )
+
+    def sample(self, steps: int) -> float:
+        """Seconds of a whole run of so many steps, of the batch that was prepared."""
+        assert self._slots is not None
+        assert self._denoiser is not None
+        slots = self._slots
+        labels = slots.unet_y if slots.guide_y is None else slots.guide_y
+        pipeline = Pipeline(self._bundle, self._denoiser)
+        began = time.perf_counter()
+        pipeline(
+            None if labels is None else labels.tolist(),
+            slots.seeds,
+            steps=steps,
+            scale=_scale(self._bundle.manifest),
+            low_res=slots.low_res,
+            batch_size=len(slots),
+        )
+        return time.perf_counter() - began
+
+    def memory(self) -> int:
+        """The largest resident memory so far, in bytes."""
+        return peak_memory()
+
+    def _open(self, batch: int) -> Denoiser:
+        if self._row.name in (ORIGINAL, EAGER, COMPILED):
+            from admtrt.bench.torch_rows import open_torch_row
+
+            return open_torch_row(self._row, self._subject, self._device, self._threads)
+        if self._row.name == PLAIN:
+            from admtrt.bench.plain import PlainDenoiser
+
+            return PlainDenoiser(self._bundle, self._exports[batch], self._threads)
+        on_cpu = self._row.name == AUTO or BACKENDS[self._row.name].device == "cpu"
+        return open_denoiser(
+            self._bundle,
+            self._row.name,
+            self._row.precision,
+            threads=self._threads if on_cpu else None,
+            batch_size=batch,
+            note=self._notes.append,
+        )
+
+    def _watched_step(self) -> tuple[_Stopwatch, float]:
+        """One step from host memory, every graph timed by itself, and its seconds."""
+        assert self._slots is not None
+        assert self._denoiser is not None
+        watch = _Stopwatch(self._denoiser)
+        start = self._slots.x, self._slots.position.copy()
+        began = time.perf_counter()
+        advance(self._slots, watch)
+        seconds = time.perf_counter() - began
+        self._slots.x, self._slots.position = start
+        return watch, seconds
+
+    def _held_step(self) -> float | None:
+        """Seconds of a step among several with x on the device, if the denoiser keeps it there."""
+        slots, denoiser = self._slots, self._denoiser
+        assert slots is not None
+        if not isinstance(denoiser, ResidentDenoiser):
+            return None
+        start = slots.x, slots.position.copy()
+        count = min(_RESIDENT_STEPS, len(slots.schedules[0]) - int(slots.position.max()))
+        with denoiser.hold(slots) as held:
+            began = time.perf_counter()
+            for _ in range(count):
+                held.advance()
+            held.read()
+            seconds = (time.perf_counter() - began) / count
+        slots.x, slots.position = start
+        return seconds
+
+
+class _Stopwatch:
+    """A denoiser that times another's graphs and keeps what they give."""
+
+    def __init__(self, denoiser: Denoiser) -> None:
+        self._denoiser = denoiser
+        self.seconds: dict[str, float] = {}
+        self.outputs: dict[str, Images] = {}
+
+    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
+        began = time.perf_counter()
+        out = self.outputs["out"] = self._denoiser.unet(x, t, y, low_res)
+        self.seconds["unet"] = time.perf_counter() - began
+        return out
+
+    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
+        began = time.perf_counter()
+        grad = self.outputs["grad"] = self._denoiser.classifier_gradient(x, t, y)
+        self.seconds["gradient"] = time.perf_counter() - began
+        return grad
+
+    def update(
+        self, x: Images, out: Images, grad: Images, noise: Images, coefficients: NDArray[np.float32]
+    ) -> tuple[Images, Images]:
+        began = time.perf_counter()
+        made = self._denoiser.update(x, out, grad, noise, coefficients)
+        self.seconds["update"] = time.perf_counter() - began
+        return made
+
+
+def bench_slots(manifest: Manifest, batch: int) -> Slots:
+    """What every row is given: a batch whose samples stand at different places of the recommended schedule.
+
+    The first stands at its start, the others in its first half. Guidance is on where there is a classifier.
+    """
+    unet, classes = manifest.unet, manifest.num_classes
+    scale = _scale(manifest)
+    schedule = sampling_schedule(
+        manifest.diffusion, SamplerConfig.from_dict({**manifest.sampler.to_dict(), "scale": scale})
+    )
+    labels = (
+        None if classes is None else np.arange(batch, dtype=np.int64) * max(1, classes // batch) % classes
+    )
+    low_res = None
+    if unet.low_res_size is not None:
+        shape = (batch, unet.in_channels, unet.low_res_size, unet.low_res_size)
+        low_res = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    slots = start_slots(
+        (unet.in_channels, unet.image_size, unet.image_size),
+        [schedule] * batch,
+        range(batch),
+        unet_y=labels if unet.num_classes is not None else None,
+        guide_y=labels if scale else None,
+        low_res=low_res,
+        stage=unet.low_res_size or 0,
+    )
+    slots.position[:] = np.arange(batch) * (len(schedule) // 2) // batch
+    return slots
+
+
+def _scale(manifest: Manifest) -> float:
+    """The recommended guidance, and some where there is a classifier but none is recommended."""
+    return 0.0 if manifest.classifier is None else manifest.sampler.scale or 1.0

@@ -1,0 +1,167 @@
+"""The run: every row in a process of its own, all of them stepped in turn."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from admtrt.bench.remote import RemoteError
+from admtrt.bench.report import Measurement, spread_of
+from admtrt.bench.rows import EAGER, ORIGINAL, Row
+from admtrt.verify.report import sample_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from admtrt.bench.contender import Prepared, StepTime
+    from admtrt.contract import Precision
+
+_REFERENCES = (Row(EAGER), Row(ORIGINAL), Row("onnxruntime"))
+
+
+class Callee(Protocol):
+    """Something whose methods are called by name; :class:`~admtrt.bench.remote.Remote` is one."""
+
+    def call(self, method: str, *arguments: object) -> Any:
+        """See :meth:`admtrt.bench.remote.Remote.call`."""
+        ...
+
+
+@dataclass
+class _Station:
+    """A row at one batch size while it is measured."""
+
+    row: Row
+    contender: Callee
+    times: list[StepTime] = field(default_factory=list)
+    prepared: Prepared | None = None
+    sampling: float | None = None
+    memory: int | None = None
+    reason: str = ""
+
+    def attempt(self, method: str, *arguments: object) -> Any:
+        """Call the contender unless it has failed; None if it fails."""
+        if self.reason:
+            return None
+        try:
+            return self.contender.call(method, *arguments)
+        except RemoteError as error:
+            self.reason = str(error)
+            return None
+
+
+@dataclass(frozen=True)
+class Round:
+    """All rows at one batch size, and the row from whose outputs the errors were taken ("" for none)."""
+
+    measurements: tuple[Measurement, ...]
+    reference: str
+
+
+class Bench:
+    """Rows that are ready to be measured.
+
+    Args:
+        contenders: the rows, each a remote :class:`~admtrt.bench.contender.Contender`, or why there is none.
+        yardstick: a :class:`~admtrt.bench.yardstick.Yardstick`, None where the peak cannot be measured.
+        operations: of a step for one image, None where they could not be counted.
+        note: told what goes on.
+
+    Attributes:
+        peaks: by precision, the best so far, operations a second.
+    """
+
+    def __init__(
+        self,
+        contenders: Mapping[Row, Callee | str],
+        yardstick: Callee | None,
+        operations: int | None,
+        note: Callable[[str], None],
+    ) -> None:
+        self._contenders = contenders
+        self._yardstick = yardstick
+        self._operations = operations
+        self._note = note
+        self.peaks: dict[Precision, float] = {}
+
+    def run(self, batch: int, repeat: int, sampling_steps: int | None) -> Round:
+        """Measure every row at one batch size; a row that fails says why and the others go on.
+
+        Whatever slows the machine for a while meets all rows alike, since each repetition visits all of them,
+        beginning with another one each time.
+        """
+        stations = [
+            _Station(row, contender)
+            for row, contender in self._contenders.items()
+            if not isinstance(contender, str)
+        ]
+        for station in stations:
+            self._note(f"preparing {station.row}, batch {batch}")
+            station.prepared = station.attempt("prepare", batch)
+        for repetition in range(repeat):
+            self._note(f"batch {batch}, repetition {repetition + 1} of {repeat}")
+            working = [station for station in stations if not station.reason]
+            first = repetition % max(1, len(working))
+            for station in (*working[first:], *working[:first]):
+                time = station.attempt("step")
+                if time is not None:
+                    station.times.append(time)
+            self._measure_peaks({station.row.precision for station in working})
+        for station in stations:
+            if sampling_steps is not None:
+                self._note(f"sampling {station.row}, batch {batch}")
+                station.sampling = station.attempt("sample", sampling_steps)
+            station.memory = station.attempt("memory")
+        return self._round(batch, {station.row: station for station in stations})
+
+    def _measure_peaks(self, precisions: set[Precision]) -> None:
+        if self._yardstick is None:
+            return
+        for precision in sorted(precisions):
+            with contextlib.suppress(RemoteError):  # PyTorch lacks this precision here: no peak is shown
+                speed: float = self._yardstick.call("measure", precision)
+                self.peaks[precision] = max(self.peaks.get(precision, 0.0), speed)
+
+    def _round(self, batch: int, stations: Mapping[Row, _Station]) -> Round:
+        outputs = {row: s.prepared.outputs for row, s in stations.items() if s.prepared is not None}
+        reference = next((row for row in _REFERENCES if row in outputs), None)
+        expected = {} if reference is None else outputs[reference]
+        made = []
+        for row, contender in self._contenders.items():
+            station = stations.get(row)
+            if station is None:
+                made.append(Measurement(row, batch, reason=str(contender)))
+            elif not station.times or station.prepared is None:
+                made.append(Measurement(row, batch, reason=station.reason))
+            else:
+                errors = {} if row == reference else _errors(station.prepared.outputs, expected)
+                made.append(replace(self._measurement(batch, station), errors=errors))
+        return Round(tuple(made), "" if reference is None else str(reference))
+
+    def _measurement(self, batch: int, station: _Station) -> Measurement:
+        times, prepared = station.times, station.prepared
+        assert prepared is not None
+        gradients = [time.gradient for time in times if time.gradient is not None]
+        outside = [time.outside / time.step for time in times if time.outside is not None]
+        return Measurement(
+            row=station.row,
+            batch=batch,
+            step=spread_of([time.step for time in times]),
+            unet=spread_of([time.unet for time in times]),
+            gradient=spread_of(gradients) if gradients else None,
+            outside=float(np.median(outside)) if outside else None,
+            operations=None if self._operations is None else batch * self._operations,
+            memory=station.memory,
+            ready=prepared.ready,
+            sampling=station.sampling,
+            notes=(*prepared.notes, *((station.reason,) if station.reason else ())),
+        )
+
+
+def _errors(outputs: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, float | None]:
+    """The worst sample's error of each output; None where it is not finite."""
+    worst = {name: float(sample_errors(outputs[name], array).max()) for name, array in expected.items()}
+    return {name: error if np.isfinite(error) else None for name, error in worst.items()}

@@ -1,0 +1,177 @@
+"""The peer without this package: what PyTorch's own exporter makes of the networks, on ONNX Runtime.
+
+The gradient takes the route that is left to a user: ``make_fx`` over ``torch.func.vjp``, with decompositions
+for what the exporter does not know. Batch sizes are fixed.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from admtrt.contract import GraphName, classifier_gradient_spec, unet_spec
+from admtrt.runtime.backends.graphs import GraphDenoiser
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from admtrt.bench.subject import Subject
+    from admtrt.bundle import Bundle
+    from admtrt.contract import GraphSpec
+    from admtrt.models.classifier import Classifier
+    from admtrt.models.unet import UNet
+    from admtrt.runtime.sampler import Images
+
+_DTYPES = {"float32": torch.float32, "int64": torch.int64}
+_OUTPUTS: dict[GraphName, list[str]] = {
+    "unet": ["out"],
+    "classifier_gradient": ["grad"],
+    "update": ["x_prev", "pred_x0"],
+}
+
+
+@dataclass(frozen=True)
+class PlainExport:
+    """Where the graphs are, by name, how many nodes each has, and how long the export took."""
+
+    paths: Mapping[GraphName, Path]
+    nodes: Mapping[GraphName, int]
+    seconds: float
+
+
+def export_plain(subject: Subject, batch: int) -> PlainExport:
+    """Export both networks at a fixed batch size by PyTorch alone.
+
+    Raises:
+        Exception: whatever PyTorch raises where it cannot.
+    """
+    began = time.perf_counter()
+    unet, classifier = subject.networks()
+    folder = subject.scratch / f"plain-{batch}"
+    folder.mkdir(parents=True, exist_ok=True)
+    spec = unet_spec(unet.config)
+    names = [tensor.name for tensor in spec.inputs]
+    programs: dict[GraphName, Any] = {"unet": _program(_Positional(unet, names).eval(), spec, batch)}
+    if classifier is not None:
+        gradient = classifier_gradient_spec(classifier.config)
+        traced = _traced_gradient(classifier, _examples(gradient, batch))
+        programs["classifier_gradient"] = _program(traced, gradient, batch)
+    for name, program in programs.items():
+        program.save(folder / f"{name}.onnx", external_data=True)
+    return PlainExport(
+        paths={name: folder / f"{name}.onnx" for name in programs},
+        nodes={name: len(list(program.model.graph)) for name, program in programs.items()},
+        seconds=time.perf_counter() - began,
+    )
+
+
+class PlainDenoiser(GraphDenoiser):
+    """Plainly exported graphs on ONNX Runtime's defaults; the update is the bundle's.
+
+    Args:
+        bundle: whose update graph is used.
+        exported: the graphs.
+        threads: of each operator.
+    """
+
+    def __init__(self, bundle: Bundle, exported: PlainExport, threads: int) -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        paths: dict[GraphName, Path] = {**exported.paths, "update": bundle.graph_path("update")}
+        self._sessions: dict[GraphName, Any] = {
+            name: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            for name, path in paths.items()
+        }
+
+    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
+        """Run one graph on arrays by name; every output by name."""
+        session = self._sessions[name]
+        names = _OUTPUTS[name]
+        return dict(zip(names, session.run(None, feeds), strict=True))
+
+
+class _Positional(nn.Module):
+    """The UNet with its inputs in order, those that the network lacks left out."""
+
+    def __init__(self, unet: UNet, names: list[str]) -> None:
+        super().__init__()
+        self.unet = unet
+        self.names = names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        out: Tensor = self.unet(**dict(zip(self.names, tensors, strict=True)))
+        return out
+
+
+def _examples(spec: GraphSpec, batch: int) -> tuple[Tensor, ...]:
+    return tuple(torch.zeros(tensor.sized(batch), dtype=_DTYPES[tensor.dtype]) for tensor in spec.inputs)
+
+
+def _program(module: nn.Module, spec: GraphSpec, batch: int) -> Any:
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        return torch.onnx.export(
+            module,
+            _examples(spec, batch),
+            dynamo=True,
+            input_names=[tensor.name for tensor in spec.inputs],
+            verbose=False,
+        )
+
+
+def _traced_gradient(classifier: Classifier, examples: tuple[Tensor, ...]) -> nn.Module:
+    """The operators that autograd runs for d log p(y | x_t) / dx_t, as a module."""
+    from torch._decomp import core_aten_decompositions
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def gradient(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        def log_prob(x: Tensor) -> Tensor:
+            return torch.log_softmax(classifier(x, t), dim=-1).gather(1, y[:, None]).sum()
+
+        value, pull, *_ = torch.func.vjp(log_prob, x)
+        grad: Tensor = pull(torch.ones_like(value))[0]
+        return grad
+
+    aten = torch.ops.aten
+    table: dict[Any, Any] = {**core_aten_decompositions()}
+    table[aten.convolution_backward.default] = _convolution_backward
+    table[aten.avg_pool2d_backward.default] = _average_pool_backward
+    table[aten.empty_permuted.default] = _empty_permuted
+    return make_fx(gradient, decomposition_table=table)(*examples)
+
+
+def _convolution_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, _bias: Any, *options: Any
+) -> tuple[Tensor, None, None]:
+    """The input's part of a convolution's backward: a transposed convolution."""
+    stride, padding, dilation, _transposed, _output_padding, groups, _mask = options
+    reached = [
+        (size - 1) * s - 2 * p + d * (kernel - 1) + 1
+        for size, s, p, d, kernel in zip(
+            grad.shape[2:], stride, padding, dilation, weight.shape[2:], strict=True
+        )
+    ]
+    missing = [size - got for size, got in zip(x.shape[2:], reached, strict=True)]
+    made = torch.ops.aten.convolution.default(
+        grad, weight, None, stride, padding, dilation, True, missing, groups
+    )
+    return made, None, None
+
+
+def _average_pool_backward(grad: Tensor, _x: Tensor, kernel: list[int], *_options: Any) -> Tensor:
+    """The backward of a pooling whose windows do not overlap, the only one in these networks."""
+    n, c, h, w = grad.shape
+    spread = grad[:, :, :, None, :, None].expand(n, c, h, kernel[0], w, kernel[1])
+    return spread.reshape(n, c, h * kernel[0], w * kernel[1]) / (kernel[0] * kernel[1])
+
+
+def _empty_permuted(size: list[int], _order: list[int], **options: Any) -> Tensor:
+    return torch.zeros(size, dtype=options["dtype"])

@@ -1,0 +1,243 @@
+"""What was measured, for machines and for people."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from admtrt.bench.machine import machine_lines
+from admtrt.bench.rows import EAGER, ORIGINAL, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from admtrt.contract import GraphName, Precision
+
+SPEED_COLUMNS = ("UNet", "grad", "step", "spread", "speed", "peak", "rest", "error out", "error grad")
+COST_COLUMNS = ("GFLOP/s", "GiB", "ready s")
+"""Heads of the tables; the documentation says what each means."""
+
+
+_WHOLE = 100  # numbers from here on are shown without decimals
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Seconds of repeated measurements: the smallest, the quartiles, and how many there were."""
+
+    minimum: float
+    lower: float
+    median: float
+    upper: float
+    count: int
+
+
+def spread_of(seconds: Sequence[float]) -> Spread:
+    """Summarise at least one measurement."""
+    lower, median, upper = np.percentile(seconds, (25, 50, 75)).tolist()
+    return Spread(min(seconds), lower, median, upper, len(seconds))
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row at one batch size.
+
+    Attributes:
+        row, batch: which.
+        reason: why nothing was measured; empty where something was.
+        step, unet, gradient: seconds of the guided step and of its graphs.
+        outside: median part of the step outside its graphs; None where the graphs are not within the step.
+        errors: by output, the worst sample's largest difference over its largest value, from the reference.
+        operations: in a step of the whole batch, None where they could not be counted.
+        memory: largest resident memory of the row's process until then, bytes.
+        ready: seconds from nothing to the first step's end.
+        sampling: seconds of a whole run, None where none was asked for.
+        notes: what the row said of itself.
+    """
+
+    row: Row
+    batch: int
+    reason: str = ""
+    step: Spread | None = None
+    unet: Spread | None = None
+    gradient: Spread | None = None
+    outside: float | None = None
+    errors: Mapping[str, float | None] = field(default_factory=dict)
+    operations: int | None = None
+    memory: int | None = None
+    ready: float | None = None
+    sampling: float | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def speed(self) -> float | None:
+        """Operations a second in a step."""
+        if self.step is None or self.operations is None:
+            return None
+        return self.operations / self.step.median
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """A run of the bench.
+
+    Attributes:
+        subject: what was measured.
+        machine: device, versions, threads.
+        measurements: every row at every batch size, in order.
+        reference: by batch size, the row from whose outputs the errors are taken.
+        nodes: by form (``bundle``, ``plain-onnx``), nodes of each graph.
+        operations: by graph, for one image.
+        peaks: by precision, operations a second of the largest products.
+        startup: seconds of imports and openings, by name.
+        sampling_steps: of a whole run, None where none was asked for.
+    """
+
+    subject: str
+    machine: Mapping[str, Any]
+    measurements: tuple[Measurement, ...]
+    reference: Mapping[int, str]
+    nodes: Mapping[str, Mapping[GraphName, int]]
+    operations: Mapping[str, int]
+    peaks: Mapping[Precision, float]
+    startup: Mapping[str, float]
+    sampling_steps: int | None = None
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """Batch sizes in order."""
+        return tuple(dict.fromkeys(measurement.batch for measurement in self.measurements))
+
+    def at(self, batch: int) -> tuple[Measurement, ...]:
+        """The rows at one batch size."""
+        return tuple(m for m in self.measurements if m.batch == batch)
+
+    def baseline(self, batch: int) -> Measurement | None:
+        """What the speeds of a batch size are relative to: the original in fp32, else our eager PyTorch."""
+        measured = {m.row: m for m in self.at(batch) if m.step is not None}
+        return next((measured[row] for row in (Row(ORIGINAL), Row(EAGER)) if row in measured), None)
+
+    def ratio(self, measurement: Measurement) -> float | None:
+        """How many times faster a row's step is than the baseline's."""
+        baseline = self.baseline(measurement.batch)
+        if baseline is None or baseline.step is None or measurement.step is None:
+            return None
+        return baseline.step.median / measurement.step.median
+
+    def of_peak(self, measurement: Measurement) -> float | None:
+        """A row's speed as part of the peak in its precision."""
+        peak = self.peaks.get(measurement.row.precision)
+        return None if peak is None or measurement.speed is None else measurement.speed / peak
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data; seconds, bytes, and operations a second."""
+        rows = [
+            {
+                "name": m.row.name,
+                "precision": m.row.precision,
+                **{key: value for key, value in asdict(m).items() if key != "row"},
+                "operations_per_second": m.speed,
+                "of_peak": self.of_peak(m),
+                "ratio": self.ratio(m),
+            }
+            for m in self.measurements
+        ]
+        baselines = {str(batch): self.baseline(batch) for batch in self.batches}
+        return {
+            "subject": self.subject,
+            "machine": dict(self.machine),
+            "rows": rows,
+            "reference": {str(batch): name for batch, name in self.reference.items()},
+            "baseline": {batch: None if m is None else str(m.row) for batch, m in baselines.items()},
+            "nodes": {form: dict(nodes) for form, nodes in self.nodes.items()},
+            "operations": dict(self.operations),
+            "peaks": dict(self.peaks),
+            "startup": dict(self.startup),
+            "sampling_steps": self.sampling_steps,
+        }
+
+    def speed_cells(self, batch: int) -> list[list[str]]:
+        """The rows of one batch size as text, under ``row`` and :data:`SPEED_COLUMNS`."""
+        return [[str(m.row), *self._speed(m)] for m in self.at(batch)]
+
+    def cost_cells(self, batch: int) -> list[list[str]]:
+        """The same under ``row`` and :meth:`cost_columns`."""
+        return [[str(m.row), *self._cost(m)] for m in self.at(batch)]
+
+    def cost_columns(self) -> tuple[str, ...]:
+        """:data:`COST_COLUMNS`, and the whole run if one was timed."""
+        return (*COST_COLUMNS, *(() if self.sampling_steps is None else (f"{self.sampling_steps} steps s",)))
+
+    def remarks(self, batch: int) -> list[str]:
+        """What a table cannot hold: why rows are empty, and what rows said of themselves."""
+        return [f"{m.row}: {text}" for m in self.at(batch) for text in ((m.reason,) if m.reason else m.notes)]
+
+    def title(self, batch: int) -> str:
+        """Head of the table of one batch size."""
+        baseline = self.baseline(batch)
+        against = "" if baseline is None else f", speed relative to {baseline.row}"
+        errors = f", errors from {self.reference[batch]}" if batch in self.reference else ""
+        return f"{self.subject}, batch {batch}: times in ms{against}{errors}"
+
+    def markdown(self) -> str:
+        """The tables for a document."""
+        parts = []
+        for batch in self.batches:
+            heads = ["row", *SPEED_COLUMNS, *self.cost_columns()]
+            rows = [[str(m.row), *self._speed(m), *self._cost(m)] for m in self.at(batch)]
+            lines = [heads, ["---"] * len(heads), *rows]
+            parts += ["", f"**{self.title(batch)}**", ""]
+            parts += ["| " + " | ".join(line) + " |" for line in lines]
+            parts += ["", *(f"- {remark}" for remark in self.remarks(batch))]
+        return "\n".join([*parts, "", *(f"- {line}" for line in self.footnotes())]) + "\n"
+
+    def footnotes(self) -> list[str]:
+        """The machine, peaks, operations, nodes and start-up, a line each."""
+        peaks = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in self.peaks.items())
+        counted = ", ".join(f"{name} {value / 1e9:,.2f} GFLOP" for name, value in self.operations.items())
+        nodes = "; ".join(
+            f"{form}: {', '.join(f'{name} {count:,}' for name, count in graphs.items())}"
+            for form, graphs in self.nodes.items()
+        )
+        startup = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.startup.items())
+        named = {"peak": peaks, "operations for one image": counted, "nodes": nodes, "start-up": startup}
+        lines = [f"{name}: {text}" for name, text in named.items() if text]
+        return [*machine_lines(self.machine), *lines]
+
+    def _speed(self, m: Measurement) -> list[str]:
+        if m.step is None:
+            return [""] * len(SPEED_COLUMNS)
+        return [
+            *(
+                shown(None if spread is None else 1e3 * spread.median)
+                for spread in (m.unet, m.gradient, m.step)
+            ),
+            f"{(m.step.upper - m.step.lower) / m.step.median:.0%}",
+            shown(self.ratio(m), "{:.2f}x"),
+            shown(self.of_peak(m), "{:.0%}"),
+            shown(m.outside, "{:.1%}"),
+            *(_error(m, name) for name in ("out", "grad")),
+        ]
+
+    def _cost(self, m: Measurement) -> list[str]:
+        return [
+            shown(m.speed and m.speed / 1e9),
+            shown(m.memory and m.memory / 2**30, "{:.2f}"),
+            shown(m.ready, "{:.1f}"),
+            *(() if self.sampling_steps is None else (shown(m.sampling, "{:.2f}"),)),
+        ]
+
+
+def _error(m: Measurement, name: str) -> str:
+    if name not in m.errors:
+        return ""
+    return "0" if m.errors[name] == 0 else shown(m.errors[name], "{:.0e}", "NaN")
+
+
+def shown(value: float | None, form: str = "", missing: str = "") -> str:
+    """A number for people, by a format of its own or with three digits."""
+    if value is None:
+        return missing
+    return form.format(value) if form else f"{value:.0f}" if value >= _WHOLE else f"{value:.3g}"

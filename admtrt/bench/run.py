@@ -1,0 +1,112 @@
+"""A whole run of the bench: processes, measurements, report."""
+
+from __future__ import annotations
+
+import contextlib
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from admtrt.bench.contender import Contender
+from admtrt.bench.machine import describe_machine
+from admtrt.bench.measure import Bench
+from admtrt.bench.remote import Remote, RemoteError, run_remotely
+from admtrt.bench.report import BenchReport
+from admtrt.bench.rows import PLAIN
+from admtrt.bench.startup import measure_startup
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from admtrt.bench.measure import Callee
+    from admtrt.bench.plain import PlainExport
+    from admtrt.bench.rows import Device, Row
+    from admtrt.bench.subject import Subject
+
+
+def run_bench(
+    subject: Subject,
+    rows: Sequence[Row],
+    *,
+    batches: Sequence[int],
+    repeat: int,
+    device: Device,
+    threads: int,
+    sampling_steps: int | None = None,
+    note: Callable[[str], None] = lambda _: None,
+) -> BenchReport:
+    """Measure rows on a subject that was checked.
+
+    Args:
+        subject: what to run.
+        rows: in the order of the tables.
+        batches: batch sizes, one after the other.
+        repeat: steps timed of every row at every batch size.
+        device: of the rows of PyTorch and of the peak.
+        threads: of every library on the CPU.
+        sampling_steps: steps of a whole run to time once, or None.
+        note: told what goes on.
+
+    Raises:
+        UserError: if the subject cannot be used.
+    """
+    manifest = subject.check()
+    nodes = {"bundle": {name: graph.nodes for name, graph in manifest.graphs.items()}}
+    note("measuring the start-up")
+    startup = measure_startup(subject.bundle)
+    with contextlib.ExitStack() as stack:
+        yardstick, operations = None, dict[str, int]()
+        if find_spec("torch") is not None:
+            from admtrt.bench.yardstick import Yardstick
+
+            yardstick = Remote(Yardstick, device, threads, log=subject.scratch / "yardstick.log")
+            stack.callback(yardstick.close)
+            operations = yardstick.call("count_operations", manifest.unet, manifest.classifier)
+        exports: dict[int, PlainExport] = {}
+        faults: dict[str, str] = {}
+        if any(row.name == PLAIN for row in rows):
+            exports, faults[PLAIN] = _plain_exports(subject, batches, note)
+            nodes.update({f"{PLAIN}, batch {batch}": dict(made.nodes) for batch, made in exports.items()})
+        contenders: dict[Row, Callee | str] = {}
+        for row in rows:
+            if faults.get(row.name):
+                contenders[row] = faults[row.name]
+                continue
+            note(f"opening {row}")
+            log = subject.scratch / f"{row.name}-{row.precision}.log"
+            try:
+                remote = Remote(Contender, row, subject, device, threads, exports, log=log)
+            except RemoteError as error:
+                contenders[row] = str(error)
+                continue
+            stack.callback(remote.close)
+            contenders[row] = remote
+        bench = Bench(contenders, yardstick, sum(operations.values()) or None, note)
+        rounds = {batch: bench.run(batch, repeat, sampling_steps) for batch in batches}
+        gpu = None if yardstick is None else yardstick.call("gpu")
+    return BenchReport(
+        subject=subject.name,
+        machine=describe_machine(threads, gpu),
+        measurements=tuple(m for made in rounds.values() for m in made.measurements),
+        reference={batch: made.reference for batch, made in rounds.items() if made.reference},
+        nodes=nodes,
+        operations=operations,
+        peaks=dict(bench.peaks),
+        startup=startup,
+        sampling_steps=sampling_steps,
+    )
+
+
+def _plain_exports(
+    subject: Subject, batches: Sequence[int], note: Callable[[str], None]
+) -> tuple[dict[int, PlainExport], str]:
+    """PyTorch's own exports, one a batch size, in processes that take their memory with them; or why not."""
+    from admtrt.bench.plain import export_plain
+
+    exports = {}
+    for batch in batches:
+        note(f"exporting by PyTorch alone, batch {batch}")
+        try:
+            exports[batch] = run_remotely(export_plain, subject, batch, log=subject.scratch / "plain.log")
+        except RemoteError as error:
+            return {}, str(error)
+    return exports, ""

@@ -1,0 +1,158 @@
+"""``admtrt bench``: every way to run a bundle, side by side."""
+
+from __future__ import annotations
+
+import contextlib
+import json as json_
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from admtrt.commands.requirements import require
+from admtrt.console import Output, table
+from admtrt.errors import RequestError
+from admtrt.files import atomic_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+
+    from admtrt.bench.report import BenchReport
+
+
+def bench(
+    bundle: Annotated[Path | None, typer.Argument(help="The bundle's directory.")] = None,
+    unet: Annotated[
+        Path | None, typer.Option(help="Checkpoint of its UNet, for the rows that run in PyTorch.")
+    ] = None,
+    classifier: Annotated[Path | None, typer.Option(help="Checkpoint of its classifier, likewise.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="In place of a bundle: a published model, with generated weights.")
+    ] = None,
+    work: Annotated[
+        Path | None,
+        typer.Option(help="Folder that keeps what a preset makes, and the logs; used again as it stands."),
+    ] = None,
+    original: Annotated[
+        Path | None, typer.Option(help="Checkout of the original implementation, to measure it as well.")
+    ] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[:PRECISION]",
+            help="Row to measure: a backend, torch, torch-compile, plain-onnx or original; may be repeated.",
+        ),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated. 1 if none.")] = None,
+    repeat: Annotated[int, typer.Option(help="Steps timed of every row.")] = 7,
+    sampling: Annotated[
+        int | None, typer.Option(metavar="STEPS", help="Time a whole run of so many steps as well.")
+    ] = None,
+    device: Annotated[
+        Literal["cpu", "cuda"], typer.Option(help="Of PyTorch's rows and of the peak.")
+    ] = "cpu",
+    threads: Annotated[int | None, typer.Option(help="CPU threads of every row; all where left out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for bench.json, bench.md and the chart bench.png.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure guided steps on every backend and in PyTorch: speed, parity and memory of the same weights.
+
+    Exit codes: 0 at least one row was measured, 1 none.
+    """
+    from admtrt.bench.machine import available_threads
+    from admtrt.bench.rows import default_rows, parse_rows
+    from admtrt.bench.run import run_bench
+    from admtrt.bench.subject import Subject, subject_from_preset
+    from admtrt.runtime.backends.registry import PRECISIONS
+
+    if (bundle is None) == (preset is None):
+        raise RequestError("give either a bundle or --preset")
+    if preset is not None and (unet is not None or classifier is not None):
+        raise RequestError("--unet and --classifier belong to a bundle; a preset has generated weights")
+    batches = tuple(dict.fromkeys(batch or (1,)))
+    for name, value in (
+        *(("--batch", size) for size in batches),
+        ("--repeat", repeat),
+        ("--sampling", sampling),
+        ("--threads", threads),
+    ):
+        if value is not None and value < 1:
+            raise RequestError(f"{name} is {value}; expected at least 1")
+    rows = parse_rows(backend) if backend else default_rows(device, original=original is not None)
+    if preset is not None:
+        require("torch", "onnx", "onnxscript", "safetensors", extra="export", purpose="A preset's bundle")
+    if unet is not None or classifier is not None:
+        require("torch", "safetensors", extra="train", purpose="Reading checkpoints")
+    if device == "cuda":
+        _check_cuda()
+    if out is not None:
+        require("matplotlib", extra="plot", purpose="The chart of the bench")
+    output = Output(json=json)
+    with _scratch(work) as scratch:
+        if preset is not None:
+            engines = PRECISIONS if device == "cuda" else ()
+            subject = subject_from_preset(preset, scratch, original, output.note, engines=engines)
+        else:
+            assert bundle is not None  # one of the two is given
+            subject = Subject(str(bundle), bundle, unet, classifier, original, scratch)
+        report = run_bench(
+            subject,
+            rows,
+            batches=batches,
+            repeat=repeat,
+            device=device,
+            threads=threads or available_threads(),
+            sampling_steps=sampling,
+            note=output.note,
+        )
+    if out is not None:
+        _write(report, out)
+    output.result(report.to_dict(), *_shown(report))
+    if all(measurement.step is None for measurement in report.measurements):
+        raise typer.Exit(1)
+
+
+@contextlib.contextmanager
+def _scratch(work: Path | None) -> Iterator[Path]:
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+        return
+    with tempfile.TemporaryDirectory(prefix="admtrt-bench-") as folder:
+        yield Path(folder)
+
+
+def _check_cuda() -> None:
+    require("torch", extra="train", purpose="--device cuda")
+    import torch
+
+    if not torch.cuda.is_available():
+        raise RequestError(
+            "PyTorch finds no CUDA device", hint="Leave out --device, or install a CUDA build of PyTorch."
+        )
+
+
+def _write(report: BenchReport, folder: Path) -> None:
+    from admtrt.bench.chart import plot_steps
+
+    with atomic_file(folder / "bench.json") as file:
+        file.write_text(json_.dumps(report.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    with atomic_file(folder / "bench.md") as file:
+        file.write_text(report.markdown(), encoding="utf-8")
+    plot_steps(report, folder / "bench.png")
+
+
+def _shown(report: BenchReport) -> list[RenderableType]:
+    from admtrt.bench.report import SPEED_COLUMNS
+
+    shown: list[RenderableType] = []
+    for batch in report.batches:
+        shown.append(table(report.title(batch), ["row", *SPEED_COLUMNS], report.speed_cells(batch)))
+        shown.append(table("what that takes", ["row", *report.cost_columns()], report.cost_cells(batch)))
+        shown += report.remarks(batch)
+    return [*shown, *report.footnotes()]

@@ -1,0 +1,187 @@
+"""``admtrt doctor``: what this machine can build and run, and what is missing."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from admtrt.console import Output, table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from admtrt.runtime.engines.device import Driver
+    from admtrt.runtime.engines.library import Flavor
+
+_LEAN = "Install it with: pip install tensorrt-lean-cu13"
+_PLAN_BACKEND = "tensorrt"  # runs the plans of either library
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for.
+
+    Attributes:
+        name: of the thing.
+        found: it is there and can be loaded.
+        version: its own; empty where it was not found.
+        detail: what it does here, or what is wrong.
+        hint: what to do where it is missing.
+        builds: the library that it is, where it can build plans here.
+        runs_plans: it can run plans here.
+    """
+
+    name: str
+    found: bool
+    version: str = ""
+    detail: str = ""
+    hint: str = ""
+    builds: str = ""
+    runs_plans: bool = False
+
+
+@dataclass(frozen=True)
+class Ability:
+    """One backend of ``admtrt sample``: whether it runs here, and if not why and what to do."""
+
+    name: str
+    runs: bool
+    precisions: tuple[str, ...]
+    detail: str
+    hint: str = ""
+
+
+def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
+    """Show the GPU, the inference libraries and their versions, what they do here, and what is missing."""
+    from admtrt.runtime.engines.device import query_driver
+
+    findings = examine(query_driver())
+    abilities = backends(findings)
+    builds = [finding.builds for finding in findings if finding.builds]
+    things = [
+        [finding.name, finding.version or "-", _lines(finding.detail, finding.hint)] for finding in findings
+    ]
+    runs = [
+        [
+            each.name,
+            "yes" if each.runs else "no",
+            ", ".join(each.precisions),
+            _lines(each.detail, each.hint),
+        ]
+        for each in abilities
+    ]
+    Output(json=json).result(
+        {
+            "findings": [asdict(finding) for finding in findings],
+            "builds": builds,
+            "backends": [asdict(ability) for ability in abilities],
+        },
+        table("this machine", ("", "version", "what it does here"), things),
+        table("backends", ("", "runs", "precisions", "what it is, or lacks"), runs),
+        f"builds plans with: {', '.join(builds) or 'nothing'}",
+    )
+
+
+def _lines(*texts: str) -> str:
+    return "\n".join(filter(None, texts))
+
+
+def examine(driver: Driver) -> list[Finding]:
+    """Look for everything; nothing that is missing is an error."""
+    return [
+        *_hardware(driver),
+        _engine("tensorrt", driver),
+        _engine("rtx", driver),
+        _package("TensorRT lean", "tensorrt_lean", "version-compatible plans, outside of admtrt", _LEAN),
+        _package("cuda-core", "cuda.core", "memory and streams of the GPU, for plans", _install("cuda")),
+        _package("ONNX Runtime", "onnxruntime", "exact on CPUs; on GPUs by its providers", _install("cpu")),
+        _package("OpenVINO", "openvino", "inference on CPUs", _install("openvino")),
+        _torch(),
+    ]
+
+
+def backends(findings: Sequence[Finding]) -> list[Ability]:
+    """Every backend; the one of the plans also needs a library that runs them on this GPU."""
+    from admtrt.runtime.backends.registry import BACKENDS
+
+    abilities = []
+    for backend in BACKENDS.values():
+        available = backend.available()
+        reason, hint = available.reason, available.hint
+        if available and backend.name == _PLAN_BACKEND and not any(each.runs_plans for each in findings):
+            reason = "no library that is installed runs plans on this GPU"
+            hint = _install("tensorrt")
+        ability = Ability(
+            backend.name,
+            runs=not reason,
+            precisions=backend.precisions,
+            detail=reason or backend.summary,
+            hint=hint,
+        )
+        abilities.append(ability)
+    return abilities
+
+
+def _install(extra: str) -> str:
+    return f"Install it with: pip install 'admtrt[{extra}]'"
+
+
+def _hardware(driver: Driver) -> list[Finding]:
+    if driver.cuda is None:
+        hint = "Plans can be built without it (rtx), and run only with it."
+        return [Finding("NVIDIA driver", found=False, detail=driver.fault, hint=hint)]
+    found = [Finding("NVIDIA driver", found=True, version=f"CUDA {driver.cuda}", detail=driver.fault)]
+    for index, gpu in enumerate(driver.gpus):
+        detail = f"{gpu.name}, {gpu.memory / 2**30:.0f} GiB"
+        found.append(
+            Finding(f"GPU {index}", found=True, version=f"SM{gpu.compute_capability}", detail=detail)
+        )
+    return found
+
+
+def _engine(flavor: Flavor, driver: Driver) -> Finding:
+    from admtrt.errors import UserError
+    from admtrt.runtime.engines.library import LIBRARY_NAMES, find_library
+
+    try:
+        library = find_library(flavor)
+    except UserError as error:
+        return Finding(LIBRARY_NAMES[flavor], found=False, detail=error.message, hint=error.hint)
+    runs = driver.gpu is not None and library.runs_on(driver.gpu.compute_capability)
+    here = "runs plans" if runs else f"runs none on {driver.gpu}" if driver.gpu else "runs none without a GPU"
+    targets = ", ".join(f"SM{target}" for target in library.targets)
+    builds = bool(targets) or driver.gpu is not None  # TensorRT builds on the GPU that runs the plan
+    what = f"builds plans for {targets}" if targets else "builds plans" if builds else "builds none"
+    return Finding(
+        library.name,
+        found=True,
+        version=library.version,
+        detail=f"{what}; {here}",
+        builds=flavor if builds else "",
+        runs_plans=runs,
+    )
+
+
+def _package(name: str, module: str, purpose: str, hint: str) -> Finding:
+    """A package, by importing it."""
+    try:
+        version = str(importlib.import_module(module).__version__).partition("-")[0]  # less a commit
+    except ModuleNotFoundError:
+        return Finding(name, found=False, detail=f"not installed: {purpose}", hint=hint)
+    except Exception as error:  # a missing or unfitting shared library shows as several types
+        return Finding(name, found=False, detail=f"cannot be loaded: {error}", hint=hint)
+    return Finding(name, found=True, version=version, detail=purpose)
+
+
+def _torch() -> Finding:
+    """PyTorch by its metadata: importing it takes seconds."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    purpose = "training, export and verification"
+    try:
+        return Finding("PyTorch", found=True, version=version("torch"), detail=purpose)
+    except PackageNotFoundError:
+        return Finding("PyTorch", found=False, detail=f"not installed: {purpose}", hint=_install("export"))

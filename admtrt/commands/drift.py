@@ -1,0 +1,166 @@
+"""``admtrt drift``: what a backend or a precision changes in a bundle's graphs and images."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from admtrt.commands.options import BackendName, PrecisionName, Threads
+from admtrt.commands.requirements import require
+from admtrt.console import Output, progress, table
+from admtrt.contract import Precision
+from admtrt.errors import RequestError
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from rich.console import RenderableType
+
+    from admtrt.bundle import Bundle
+    from admtrt.runtime.sampler import Denoiser
+    from admtrt.verify.drift import DriftReport
+
+
+def drift(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
+    backend: BackendName = "onnxruntime",
+    precision: PrecisionName = "fp32",
+    engine: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PRECISION",
+            help="Measure the bundle's engine graphs of this precision in place of a backend: emulated on "
+            "the CPU, every value rounded to its type.",
+        ),
+    ] = None,
+    images: Annotated[int, typer.Option(help="Images to draw on both sides.")] = 64,
+    steps: Annotated[str, typer.Option(help="Steps of the trajectories, e.g. ddim25 or 100.")] = "ddim25",
+    batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
+    threads: Threads = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PATH.png", help="Draw the errors.")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Measure how far a backend or a precision moves from fp32 on ONNX Runtime, with the same seeds.
+
+    Graphs are compared at the x_t of the fp32 trajectory; trajectories and images while both run freely.
+    """
+    if images < 1 or batch_size < 1:
+        raise RequestError(f"--images is {images}, --batch-size {batch_size}; expected at least 1 of each")
+    if engine is None and (backend, precision) == ("onnxruntime", "fp32"):
+        raise RequestError(
+            "fp32 on onnxruntime is what the others are measured against",
+            hint="Choose another --backend or --precision, or typed graphs with --engine.",
+        )
+    from admtrt.bundle import Bundle
+    from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+    from admtrt.schedule import retained_timesteps
+
+    if plot is not None:
+        from admtrt.verify.plot import require_plotting
+
+        require_plotting()
+    output = Output(json=json)
+    opened = Bundle.open(bundle)
+    length = len(retained_timesteps(opened.manifest.diffusion.steps, steps))
+    if engine is None:
+        what, measured = f"{backend}, {precision}", _opened(opened, backend, precision, threads, batch_size)
+    else:
+        what, measured = (
+            f"engine graphs in {engine}, emulated",
+            _emulated(opened, engine, backend, precision, threads),
+        )
+    from admtrt.verify.drift import measure_drift
+
+    reference = OnnxRuntimeDenoiser(opened, threads=threads)
+    with measured as denoiser, progress("measuring", images * length) as advance:
+        report = measure_drift(
+            opened,
+            reference,
+            denoiser,
+            images=images,
+            steps=steps,
+            batch_size=batch_size,
+            seed=seed,
+            report=lambda count: advance(count, ""),
+        )
+    title = f"{opened.path.name}: {what} against fp32"
+    output.result(
+        {
+            "bundle": str(opened.path),
+            "backend": None if engine is not None else backend,
+            "precision": engine or precision,
+            "emulated": engine is not None,
+            "sampling": steps,
+            "seed": seed,
+            **report.to_dict(),
+        },
+        *_shown(report, title),
+    )
+    if plot is not None:
+        from admtrt.verify.drift_plot import plot_precision_drift
+
+        plot_precision_drift(report, title, plot)
+
+
+def _opened(
+    bundle: Bundle, backend: str, precision: str, threads: int | None, batch_size: int
+) -> AbstractContextManager[Denoiser]:
+    from admtrt.runtime.backends.registry import open_denoiser
+
+    denoiser = open_denoiser(
+        bundle,
+        backend,
+        precision,  # type: ignore[arg-type]
+        threads=threads,
+        batch_size=batch_size,
+    )
+    return nullcontext(denoiser)
+
+
+def _emulated(
+    bundle: Bundle, engine: str, backend: str, precision: str, threads: int | None
+) -> AbstractContextManager[Denoiser]:
+    known: tuple[Precision, ...] = get_args(Precision)
+    chosen = next((name for name in known if name == engine), None)
+    if chosen is None:
+        raise RequestError(f"--engine {engine!r} is unknown; expected {', '.join(known)}")
+    if (backend, precision) != ("onnxruntime", "fp32"):
+        raise RequestError(
+            "--engine measures typed graphs on the CPU, --backend and --precision a backend",
+            hint="Give one or the other.",
+        )
+    require("onnx", "onnxscript", extra="export", purpose="Emulating engine graphs")
+    from admtrt.verify.emulation import emulated
+
+    bundle.graph_entry("unet", chosen)  # says what is there, before any work
+    return emulated(bundle, chosen, threads=threads)
+
+
+def _shown(report: DriftReport, title: str) -> list[RenderableType]:
+    graphs = [
+        [
+            graph.graph,
+            f"{graph.first}-{graph.last}",
+            f"{graph.mean_error:.2g}",
+            f"{graph.max_error:.2g}",
+            f"{graph.mean_cosine:.6f}",
+            f"{graph.min_cosine:.6f}",
+        ]
+        for graph in report.graphs
+    ]
+    shown = sorted({0, len(report.steps) // 4, len(report.steps) // 2, len(report.steps) - 1})
+    steps = [
+        [f"{index + 1}", f"{step.timestep}", f"{step.mean_error:.2g}", f"{step.max_error:.2g}"]
+        for index, step in ((index, report.steps[index]) for index in shown)
+    ]
+    columns = ("graph", "timesteps", "mean error", "largest", "mean cosine", "smallest")
+    return [
+        table(title, columns, graphs),
+        table("x_t of free trajectories", ("step", "timestep", "mean error", "largest"), steps),
+        f"{report.images} images: PSNR {report.mean_psnr:.1f} dB on average, {report.min_psnr:.1f} dB at "
+        f"least; a pixel differs by {report.max_levels:.1f} of 255 levels at most",
+    ]

@@ -1,0 +1,293 @@
+"""The fastest backend of this machine for each graph: measured once, then remembered.
+
+Backends for CPUs may be mixed, the UNet on the one and the gradient on another; a GPU runs both.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from pydantic import Field
+
+from admtrt.bundle import MANIFEST
+from admtrt.config import Config
+from admtrt.contract import GraphName, Precision
+from admtrt.errors import ConfigError, EngineError
+from admtrt.files import sha256_of
+from admtrt.memo import Memo
+from admtrt.runtime.backends.composite import Composite
+from admtrt.runtime.backends.probe import ProbeRequest, ProbeResult
+from admtrt.runtime.backends.registry import BACKENDS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from admtrt.bundle import Bundle
+    from admtrt.runtime.backends.registry import Backend
+    from admtrt.runtime.sampler import Denoiser
+
+_MEMO = "backends"
+_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13")
+"""Distributions whose versions decide the speed."""
+_TIMEOUT = 1800.0  # seconds for one backend: engines may be built on the way
+
+Seconds = Annotated[float, Field(gt=0)]
+
+
+class Measured(Config):
+    """What was found on a machine.
+
+    Attributes:
+        seconds: of a run of each graph, by backend.
+        failed: why a backend has none.
+    """
+
+    seconds: dict[str, dict[GraphName, Seconds]] = Field(default_factory=dict)
+    failed: dict[str, str] = Field(default_factory=dict)
+
+
+class Choice(Config):
+    """Which backend runs each graph, and why.
+
+    Attributes:
+        graphs: the backend of each graph.
+        measured: what decided.
+        batch_size: of the measurement.
+        remembered: whether it was made by an earlier process.
+    """
+
+    graphs: dict[GraphName, str]
+    measured: Measured
+    batch_size: int
+    remembered: bool
+
+    def __str__(self) -> str:
+        parts = []
+        for graph, chosen in self.graphs.items():
+            seconds = {name: found[graph] for name, found in self.measured.seconds.items()}
+            others = [f"{name} {took:.3g} s" for name, took in seconds.items() if name != chosen]
+            beaten = f", {', '.join(others)}" if others else ", the only one"
+            parts.append(f"{graph} on {chosen} ({seconds[chosen]:.3g} s{beaten})")
+        failed = "".join(f"; {name} failed: {reason}" for name, reason in self.measured.failed.items())
+        when = "measured earlier" if self.remembered else "measured now"
+        return f"auto: {'; '.join(parts)}; {when} at a batch of {self.batch_size}{failed}"
+
+
+def open_fastest(
+    bundle: Bundle,
+    precision: Precision,
+    *,
+    threads: int | None,
+    batch_size: int,
+    note: Callable[[str], None],
+    chosen: Callable[[Choice], None],
+) -> Denoiser:
+    """The bundle's graphs, each on the backend that is fastest for it here.
+
+    Args:
+        bundle: a verified bundle.
+        precision: fp32 admits only backends that compute in float32 throughout.
+        threads: of CPU backends; None takes every core.
+        batch_size: for which to choose.
+        note: told what is measured.
+        chosen: told what was chosen.
+
+    Raises:
+        EngineError: if no backend works.
+    """
+    choice = choose(bundle, precision, threads=threads, batch_size=batch_size, note=note)
+    chosen(choice)
+    return open_choice(bundle, choice, precision, threads=threads)
+
+
+def open_choice(bundle: Bundle, choice: Choice, precision: Precision, *, threads: int | None) -> Denoiser:
+    """The backends of a choice, as one denoiser."""
+    unet = choice.graphs["unet"]
+    guide = choice.graphs.get("classifier_gradient", unet)
+
+    def opened(name: str, graphs: Sequence[GraphName] | None) -> Denoiser:
+        backend = BACKENDS[name]
+        return backend.open(
+            bundle, precision, threads=threads if backend.device == "cpu" else None, graphs=graphs
+        )
+
+    if guide == unet:
+        return opened(unet, None)
+    return Composite(opened(unet, ("unet", "update")), opened(guide, ("classifier_gradient",)))
+
+
+def choose(
+    bundle: Bundle,
+    precision: Precision,
+    *,
+    threads: int | None,
+    batch_size: int,
+    note: Callable[[str], None],
+) -> Choice:
+    """The choice of an earlier process for the same graphs, machine and request, else a new one.
+
+    Raises:
+        EngineError: if no backend works.
+    """
+    candidates = _candidates(precision)
+    key = _key(bundle, candidates, precision, threads, batch_size)
+    memo = Memo(_MEMO)
+    measured = _remembered(memo.get(key), candidates, _measured_graphs(bundle))
+    remembered = measured is not None
+    if measured is None:
+        measured = _measure(bundle, candidates, precision, threads, batch_size, note)
+    if not measured.seconds:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in measured.failed.items())
+        known = [backend.name for backend in BACKENDS.values() if precision in backend.precisions]
+        raise EngineError(
+            f"no backend on this machine runs {bundle.path} in {precision}"
+            + (f" ({reasons})" if reasons else ""),
+            hint=f"Backends with {precision}: {', '.join(known)}; each says what it lacks when named.",
+        )
+    if not remembered:
+        memo.update({key: measured.to_dict()})
+    return Choice(
+        graphs=fastest(measured.seconds), measured=measured, batch_size=batch_size, remembered=remembered
+    )
+
+
+def fastest(seconds: dict[str, dict[GraphName, float]]) -> dict[GraphName, str]:
+    """The backends of the fastest step: the best CPU backend of each graph, or one GPU backend for all."""
+    plans: list[dict[GraphName, str]] = []
+    cpu = [name for name in seconds if BACKENDS[name].device == "cpu"]
+    graphs = list(next(iter(seconds.values())))
+    if cpu:
+        plans.append({graph: min(cpu, key=lambda name: seconds[name][graph]) for graph in graphs})
+    plans.extend(dict.fromkeys(graphs, name) for name in seconds if name not in cpu)
+    return min(plans, key=lambda plan: sum(seconds[name][graph] for graph, name in plan.items()))
+
+
+def _candidates(precision: Precision) -> list[Backend]:
+    return [
+        backend
+        for backend in BACKENDS.values()
+        if precision in backend.precisions and (precision != "fp32" or backend.exact) and backend.available()
+    ]
+
+
+def _measure(
+    bundle: Bundle,
+    candidates: Sequence[Backend],
+    precision: Precision,
+    threads: int | None,
+    batch_size: int,
+    note: Callable[[str], None],
+) -> Measured:
+    seconds: dict[str, dict[GraphName, float]] = {}
+    failed: dict[str, str] = {}
+    for backend in candidates:
+        note(f"measuring {backend.name} in {precision} at a batch of {batch_size}")
+        found = _probe(
+            ProbeRequest(
+                bundle=str(bundle.path),
+                backend=backend.name,
+                precision=precision,
+                threads=threads if backend.device == "cpu" else None,
+                batch_size=batch_size,
+                graphs=_measured_graphs(bundle),
+            )
+        )
+        if found.error:
+            failed[backend.name] = found.error
+        else:
+            seconds[backend.name] = found.seconds
+    return Measured(seconds=seconds, failed=failed)
+
+
+def _probe(request: ProbeRequest) -> ProbeResult:
+    """Measure in a process of its own."""
+    package = Path(__file__).parents[3]
+    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "admtrt.runtime.backends.probe"],
+            input=request.model_dump_json(),
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=_TIMEOUT,
+        )
+    except subprocess.TimeoutExpired:
+        return ProbeResult(error=f"it took more than {_TIMEOUT:g} s")
+    try:
+        return ProbeResult.from_dict(json.loads(done.stdout))
+    except (ValueError, ConfigError):
+        lines = done.stderr.strip().splitlines()
+        last = f": {lines[-1]}" if lines else ""
+        return ProbeResult(error=f"its process ended with code {done.returncode}{last}")
+
+
+def _measured_graphs(bundle: Bundle) -> tuple[GraphName, ...]:
+    """All but the update, which takes no time and runs beside the UNet."""
+    return tuple(name for name in bundle.manifest.graphs if name != "update")
+
+
+def _remembered(
+    value: object, candidates: Sequence[Backend], graphs: tuple[GraphName, ...]
+) -> Measured | None:
+    """A measurement of the memo, or None for anything that is none of these backends and graphs."""
+    if not isinstance(value, dict):
+        return None
+    try:
+        measured = Measured.from_dict(value)
+    except ConfigError:
+        return None
+    names = {backend.name for backend in candidates}
+    whole = all(name in names and set(found) == set(graphs) for name, found in measured.seconds.items())
+    return measured if whole and measured.seconds else None
+
+
+def _key(
+    bundle: Bundle, candidates: Sequence[Backend], precision: Precision, threads: int | None, batch_size: int
+) -> str:
+    """Everything that decides which backend is fastest."""
+    facts = {
+        "bundle": sha256_of(bundle.path / MANIFEST),
+        "plans": sorted(file.name for file in (bundle.path / "plans").glob("*.plan")),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "gpus": _gpus(),
+        "candidates": [backend.name for backend in candidates],
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "precision": precision,
+        "threads": threads,
+        "batch_size": batch_size,
+    }
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _processor() -> str:
+    """The model of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _gpus() -> list[str]:
+    """The models of the NVIDIA GPUs."""
+    files = Path("/proc/driver/nvidia/gpus").glob("*/information")
+    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
+    return sorted(line.partition(":")[2].strip() for line in lines if line.startswith("Model:"))
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

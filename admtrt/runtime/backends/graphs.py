@@ -1,0 +1,62 @@
+"""What backends share: a denoiser from graphs that run by name, and the check of a graph's contract."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any
+
+from admtrt.errors import BundleError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from admtrt.contract import GraphName, GraphSpec
+    from admtrt.runtime.sampler import Images, Labels
+
+
+class GraphDenoiser(ABC):
+    """A :class:`~admtrt.runtime.sampler.Denoiser` over arrays in host memory."""
+
+    @abstractmethod
+    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
+        """Run one graph on arrays by name; every output by name, owned by the caller."""
+
+    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
+        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
+        feeds: dict[str, Any] = {"x": x, "t": t}
+        if y is not None:
+            feeds["y"] = y
+        if low_res is not None:
+            feeds["low_res"] = low_res
+        return self.run("unet", feeds)["out"]
+
+    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
+        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
+        return self.run("classifier_gradient", {"x": x, "t": t, "y": y})["grad"]
+
+    def update(
+        self, x: Images, out: Images, grad: Images, noise: Images, coefficients: NDArray[np.float32]
+    ) -> tuple[Images, Images]:
+        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
+        feeds = {"x": x, "out": out, "grad": grad, "noise": noise, "coefficients": coefficients}
+        results = self.run("update", feeds)
+        return results["x_prev"], results["pred_x0"]
+
+
+def check_contract(path: Path, inputs: Sequence[str], outputs: Sequence[str], spec: GraphSpec) -> None:
+    """A graph's own inputs and outputs, each as ``name dtype[sizes]``, must be those of the manifest.
+
+    Raises:
+        BundleError: if they differ.
+    """
+    for found, tensors in ((inputs, spec.inputs), (outputs, spec.outputs)):
+        declared = [str(tensor) for tensor in tensors]
+        if list(found) != declared:
+            raise BundleError(
+                f"{path} has {', '.join(found)}; the manifest declares {', '.join(declared)}",
+                hint="Export the checkpoint again.",
+            )

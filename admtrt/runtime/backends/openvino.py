@@ -1,0 +1,204 @@
+"""OpenVINO on the CPU: fp32 exactly, or bf16 where the processor multiplies it."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from admtrt.errors import BundleError, MissingDependencyError, RequestError
+from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+    from pathlib import Path
+
+    from admtrt.bundle import Bundle
+    from admtrt.contract import GraphName, GraphSpec, Precision
+    from admtrt.runtime.sampler import Images
+
+_HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
+_EMBEDDING = "time_embedding"
+_DTYPES = {"f32": "float32", "i64": "int64"}
+_KEPT = 2
+"""Batch sizes compiled at once: each has a copy of the weights, and a run has full batches and a rest."""
+
+
+class OpenVinoDenoiser(GraphDenoiser):
+    """A bundle's graphs on the CPU, compiled for each batch size when it first comes.
+
+    A graph of fixed sizes runs up to twice as fast as one whose batch is open: worth compiling it again.
+
+    Args:
+        bundle: a verified bundle.
+        precision: what OpenVINO computes in; ``fp32`` forbids the bf16 that it would choose by itself.
+        threads: of each graph; None lets OpenVINO take every core.
+        graphs: those to open; None opens all.
+        engine: run the engine form of this precision (its types are in the graph) in place of the CPU form.
+
+    Raises:
+        MissingDependencyError: if openvino is not installed.
+        RequestError: if the processor does not compute in this precision.
+        BundleError: if OpenVINO refuses a graph, or a graph has other inputs or outputs than declared.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        precision: Precision = "fp32",
+        *,
+        threads: int | None = None,
+        graphs: Collection[GraphName] | None = None,
+        engine: Precision | None = None,
+    ) -> None:
+        try:
+            import openvino
+        except ImportError:
+            raise MissingDependencyError(
+                "openvino", extra="openvino", purpose="The backend 'openvino'"
+            ) from None
+        self._core = openvino.Core()
+        if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+            raise RequestError(
+                "this processor has no bf16 instructions, so OpenVINO would compute in fp32",
+                hint="Use --precision fp32.",
+            )
+        self._settings: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",  # one batch at a time on every core
+            # Pinned threads fight for their cores with whatever else runs, another graph's threads included.
+            "ENABLE_CPU_PINNING": False,
+        }
+        self._precision = precision
+        if threads is not None:
+            self._settings["INFERENCE_NUM_THREADS"] = threads
+        self._paths: dict[GraphName, Path] = {}
+        self._specs: dict[GraphName, GraphSpec] = {}
+        self._kept: OrderedDict[tuple[GraphName, int], _Compiled] = OrderedDict()
+        for name in bundle.manifest.graphs:
+            if graphs is not None and name not in graphs:
+                continue
+            self._paths[name] = bundle.graph_path(name, engine)
+            self._specs[name] = bundle.graph_entry(name, engine).spec
+            model = self._read(name)
+            check_contract(self._paths[name], _shown(model.inputs), _shown(model.outputs), self._specs[name])
+
+    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
+        """Run one graph on arrays by name; every output by name.
+
+        Raises:
+            BundleError: if OpenVINO cannot compile the graph for this batch size.
+        """
+        results = self._compiled(name, len(feeds["x"]))(feeds)
+        return {tensor.name: results[tensor.name] for tensor in self._specs[name].outputs}
+
+    def _compiled(self, name: GraphName, batch: int) -> _Compiled:
+        """The graph compiled for a batch size; of each graph, those used last are kept."""
+        key = (name, batch)
+        if key not in self._kept:
+            held = [other for other in self._kept if other[0] == name]
+            if len(held) >= _KEPT:
+                del self._kept[held[0]]
+            self._kept[key] = self._compile(name, batch)
+        self._kept.move_to_end(key)
+        return self._kept[key]
+
+    def _read(self, name: GraphName) -> Any:
+        try:
+            model = self._core.read_model(str(self._paths[name]))
+        except Exception as error:  # the library raises RuntimeError and others for every cause
+            raise BundleError(f"OpenVINO refuses {self._paths[name]}: {error}") from None
+        _separate_weights(model)
+        return model
+
+    def _compile(self, name: GraphName, batch: int) -> _Compiled:
+        model = self._read(name)
+        precision = "fp32" if name == "update" else self._precision  # x itself is never rounded
+        try:
+            model.reshape({tensor.name: list(tensor.sized(batch)) for tensor in self._specs[name].inputs})
+            return _Compiled(self._core, model, self._settings, precision)
+        except Exception as error:  # as above
+            raise BundleError(
+                f"OpenVINO cannot compile {self._paths[name]} for batches of {batch}: {error}"
+            ) from None
+
+
+class _Compiled:
+    """A graph of fixed sizes, ready to run.
+
+    OpenVINO rounds every operator's input to bf16, the timestep as well, of which 8 bits are left: four
+    neighbours around 900 would be one and the same. What depends on ``t`` alone is therefore a model of its
+    own, in fp32.
+    """
+
+    def __init__(self, core: Any, model: Any, settings: dict[str, Any], precision: Precision) -> None:
+        def compiled(part: Any, hint: str) -> Any:
+            chosen = settings | {"INFERENCE_PRECISION_HINT": hint}
+            return core.compile_model(part, "CPU", chosen).create_infer_request()
+
+        embedding = _cut_embedding(model) if precision == "bf16" else None
+        self._embed = None if embedding is None else compiled(embedding, "f32")
+        self.request = compiled(model, _HINTS[precision])
+
+    def __call__(self, feeds: dict[str, Any]) -> Any:
+        """Outputs by name, for inputs of the compiled sizes."""
+        if self._embed is not None:
+            found = self._embed.infer({"t": feeds["t"]}, share_inputs=True)
+            feeds = {name: value for name, value in feeds.items() if name != "t"} | {_EMBEDDING: found[0]}
+        return self.request.infer(feeds, share_inputs=True)
+
+
+def _separate_weights(model: Any) -> None:
+    """Give every transposed convolution weights of its own.
+
+    OpenVINO 2026.4 repacks a constant for the one kind of convolution and reads it so for the other, too:
+    values are wrong where a gradient shares a forward convolution's weights.
+    """
+    from openvino.opset1 import constant
+
+    for node in model.get_ordered_ops():
+        if node.get_type_name() in ("ConvolutionBackpropData", "GroupConvolutionBackpropData"):
+            source = node.input_value(1)
+            if source.get_node().get_type_name() == "Constant" and len(source.get_target_inputs()) > 1:
+                copied = constant(source.get_node().data.copy())
+                node.input(1).replace_source_output(copied.output(0))
+
+
+def _cut_embedding(model: Any) -> Any | None:
+    """Take the embedding of ``t``, which ends at the first product, out of a model; None where it has none.
+
+    The model keeps the embedding's values as an input.
+    """
+    from openvino import Model
+    from openvino.opset1 import parameter
+
+    timestep = next((node for node in model.get_parameters() if node.get_friendly_name() == "t"), None)
+    ends = [] if timestep is None else _first_products(timestep)
+    if not ends:
+        return None
+    source = ends[0].get_source_output()
+    assert all(end.get_source_output() == source for end in ends)  # one embedding, whatever is made of it
+    given = parameter(source.get_shape(), source.get_element_type(), name=_EMBEDDING)
+    given.output(0).get_tensor().set_names({_EMBEDDING})
+    for end in ends:
+        end.replace_source_output(given.output(0))
+    model.add_parameters([given])
+    model.remove_parameter(timestep)
+    return Model([source], [timestep], "embedding")
+
+
+def _first_products(node: Any) -> list[Any]:
+    """The inputs of matrix products that are reached from a node through other operators."""
+    found: dict[Any, Any] = {}
+    for output in node.outputs():
+        for target in output.get_target_inputs():
+            user = target.get_node()
+            further = [target] if user.get_type_name() == "MatMul" else _first_products(user)
+            found |= {(end.get_node().get_friendly_name(), end.get_index()): end for end in further}
+    return list(found.values())
+
+
+def _shown(ports: Any) -> list[str]:
+    return [
+        f"{port.any_name} {_DTYPES.get(port.element_type.get_type_name(), port.element_type.get_type_name())}"
+        f"[{', '.join('N' if size.is_dynamic else str(size.get_length()) for size in port.partial_shape)}]"
+        for port in ports
+    ]

@@ -1,0 +1,235 @@
+"""ONNX Runtime's execution providers for NVIDIA GPUs: CUDA, TensorRT and TensorRT-RTX.
+
+A provider that cannot be loaded is an error; ONNX Runtime by itself would go on, silently, on the CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from admtrt.bundle import MANIFEST
+from admtrt.errors import BundleError, EngineError
+from admtrt.files import sha256_of
+from admtrt.memo import cache_folder
+from admtrt.runtime.backends.graphs import GraphDenoiser
+from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, check_session, import_onnxruntime
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from admtrt.bundle import Bundle
+    from admtrt.contract import GraphName, GraphSpec, Precision
+    from admtrt.runtime.sampler import Images
+
+
+@dataclass(frozen=True)
+class Provider:
+    """How ONNX Runtime runs graphs on a GPU.
+
+    Attributes:
+        name: ONNX Runtime's.
+        memory: device to whose memory inputs and outputs are bound; empty where they come from the host.
+        graph_option: of the provider, which captures each batch size as a CUDA graph.
+        plugin: module that brings the provider's library; empty where ONNX Runtime's wheel has it.
+    """
+
+    name: str
+    memory: str = ""
+    graph_option: str = ""
+    plugin: str = ""
+
+
+PROVIDERS: dict[str, Provider] = {
+    "onnxruntime-cuda": Provider("CUDAExecutionProvider", "cuda", "enable_cuda_graph"),
+    "onnxruntime-tensorrt": Provider("TensorrtExecutionProvider", "cuda", "trt_cuda_graph_enable"),
+    "onnxruntime-rtx": Provider("NvTensorRTRTXExecutionProvider", plugin="onnxruntime_ep_nv_tensorrt_rtx"),
+}
+"""By the name of the backend."""
+
+
+def require_provider(backend: str) -> None:
+    """Make sure that ONNX Runtime has a backend's provider.
+
+    Raises:
+        MissingDependencyError: if onnxruntime is not installed.
+        EngineError: if it has not, or cannot load it.
+    """
+    provider = PROVIDERS[backend]
+    onnxruntime = _onnxruntime(backend)
+    if provider.plugin:
+        _plugin_devices(onnxruntime, provider)
+    elif provider.name not in onnxruntime.get_available_providers():
+        raise EngineError(
+            f"onnxruntime {onnxruntime.__version__} is installed without {provider.name}; "
+            f"it has {', '.join(onnxruntime.get_available_providers())}",
+            hint="Replace the package onnxruntime by onnxruntime-gpu: pip install 'admtrt[cuda]'",
+        )
+
+
+class ProviderDenoiser(GraphDenoiser):
+    """A bundle's graphs on a GPU, through ONNX Runtime.
+
+    The engine graphs of the precision are run; for fp32, a bundle without any has those of the CPU.
+
+    Args:
+        bundle: a verified bundle.
+        backend: one of :data:`PROVIDERS`.
+        precision: of the graphs.
+        graphs: those to open; None opens all.
+
+    Raises:
+        BundleError: if the bundle has no graphs of this precision, or ONNX Runtime refuses one.
+        EngineError: if the provider cannot be loaded.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: str,
+        precision: Precision = "fp32",
+        *,
+        graphs: Collection[GraphName] | None = None,
+    ) -> None:
+        require_provider(backend)
+        self._library = _onnxruntime(backend)
+        self._provider = PROVIDERS[backend]
+        engine = None if precision == "fp32" and "fp32" not in bundle.manifest.engine_graphs else precision
+        self._specs: dict[GraphName, GraphSpec] = {}
+        self._sessions: dict[GraphName, Any] = {}
+        self._bound: dict[tuple[GraphName, int], _BoundRun] = {}
+        for name in bundle.manifest.graphs:
+            if graphs is not None and name not in graphs:
+                continue
+            path = bundle.graph_path(name, engine)
+            self._specs[name] = bundle.graph_entry(name, engine).spec
+            # An engine's own cache may know it by its nodes alone; the manifest tells weights apart as well.
+            kept_for = f"{sha256_of(bundle.path / MANIFEST)[:32]}-{engine}-{name}"
+            self._sessions[name] = self._open(path, _options(self._provider, kept_for, precision))
+            check_session(path, self._sessions[name], self._specs[name])
+
+    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
+        """Run one graph on arrays by name; every output by name."""
+        session, spec = self._sessions[name], self._specs[name]
+        if not self._provider.memory:
+            names = [tensor.name for tensor in spec.outputs]
+            return dict(zip(names, session.run(names, feeds), strict=True))
+        batch = len(feeds["x"])
+        if (name, batch) not in self._bound:
+            self._bound[name, batch] = _BoundRun(self._library, session, spec, batch, self._provider.memory)
+        return self._bound[name, batch](feeds)
+
+    def _open(self, path: Path, options: Mapping[str, str]) -> Any:
+        """A session with CUDA graphs, or without where the provider cannot capture this graph."""
+        captured = {self._provider.graph_option: "1"} if self._provider.graph_option else {}
+        try:
+            session = self._session(path, {**options, **captured})
+        except Exception:  # the library raises types of its own for every cause
+            try:
+                session = self._session(path, options)
+            except Exception as error:  # as above
+                raise BundleError(f"{self._provider.name} refuses {path}: {error}") from None
+        if self._provider.name not in session.get_providers():
+            raise EngineError(
+                f"ONNX Runtime could not load {self._provider.name}, and would run on the CPU instead",
+                hint="CUDA, cuDNN and, for TensorRT, its libraries must be there in the versions for which "
+                f"onnxruntime {self._library.__version__} was built; `admtrt doctor` lists what is found.",
+            )
+        return session
+
+    def _session(self, path: Path, options: Mapping[str, str]) -> Any:
+        ort = self._library
+        settings = ort.SessionOptions()
+        settings.log_severity_level = ERRORS_ONLY
+        if self._provider.plugin:
+            settings.add_provider_for_devices(_plugin_devices(ort, self._provider)[:1], dict(options))
+            return ort.InferenceSession(str(path), sess_options=settings)
+        return ort.InferenceSession(
+            str(path), sess_options=settings, providers=[(self._provider.name, dict(options))]
+        )
+
+
+class _BoundRun:
+    """A graph bound to arrays of the device that stay where they are, as a CUDA graph needs them."""
+
+    def __init__(self, library: Any, session: Any, spec: GraphSpec, batch: int, memory: str) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._options = library.RunOptions()
+        self._options.add_run_config_entry("gpu_graph_id", str(batch))
+
+        def bound(tensors: Any, bind: Any) -> dict[str, Any]:
+            values = {}
+            for tensor in tensors:
+                values[tensor.name] = library.OrtValue.ortvalue_from_shape_and_type(
+                    tensor.sized(batch), np.dtype(tensor.dtype), memory, 0
+                )
+                bind(tensor.name, values[tensor.name])
+            return values
+
+        self._inputs = bound(spec.inputs, self._binding.bind_ortvalue_input)
+        self._outputs = bound(spec.outputs, self._binding.bind_ortvalue_output)
+
+    def __call__(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, Images]:
+        for name, value in self._inputs.items():
+            value.update_inplace(np.ascontiguousarray(feeds[name]))
+        self._session.run_with_iobinding(self._binding, self._options)
+        return {name: np.array(value.numpy()) for name, value in self._outputs.items()}
+
+
+def _options(provider: Provider, graph: str, precision: Precision) -> dict[str, str]:
+    """What a provider is told, besides its CUDA graphs; ``graph`` names its folder of the cache."""
+    if provider.name == "CUDAExecutionProvider":
+        return {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
+    options: dict[str, str] = {}
+    root = cache_folder()
+    if root is not None:
+        kept = str(root / "onnxruntime" / provider.name / graph)
+        engines = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": kept}
+        options |= {"nv_runtime_cache_path": kept} if provider.plugin else engines
+    if provider.name == "TensorrtExecutionProvider" and precision != "fp32":
+        options[f"trt_{precision}_enable"] = "1"
+    return options
+
+
+def _onnxruntime(backend: str) -> Any:
+    library = import_onnxruntime(extra="cuda", purpose=f"The backend '{backend}'")
+    # CUDA from wheels lies where the loader does not look; what is missing is told by the session itself.
+    with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Exception):
+        library.preload_dlls()
+    return library
+
+
+def _plugin_devices(library: Any, provider: Provider) -> Any:
+    """The devices that a plugin finds; its library is registered when it is first asked for.
+
+    Raises:
+        EngineError: if the library cannot be loaded, or finds no device.
+    """
+    found = [device for device in library.get_ep_devices() if device.ep_name == provider.name]
+    if found:
+        return found
+    try:
+        plugin = importlib.import_module(provider.plugin)
+        library.register_execution_provider_library(provider.name, os.fspath(plugin.get_library_path()))
+    except Exception as error:  # a missing library, a driver that is too old, a second registration
+        raise EngineError(
+            f"ONNX Runtime cannot load {provider.name}: {error}",
+            hint="`admtrt doctor` lists what is found of drivers and libraries.",
+        ) from None
+    found = [device for device in library.get_ep_devices() if device.ep_name == provider.name]
+    if not found:
+        raise EngineError(
+            f"{provider.name} finds no GPU that it supports (compute capability 7.5, 8.x or 12.x)",
+            hint="Use the backend onnxruntime-cuda or tensorrt.",
+        )
+    return found

@@ -1,0 +1,279 @@
+"""The backends by name: what each is, whether it can run here, and how it is opened."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Literal
+
+from admtrt.errors import EngineError, MissingDependencyError, RequestError, UserError
+from admtrt.runtime.backends.providers import PROVIDERS, ProviderDenoiser, require_provider
+from admtrt.runtime.request import whole_number
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from admtrt.bundle import Bundle
+    from admtrt.contract import GraphName, Precision
+    from admtrt.runtime.backends.auto import Choice
+    from admtrt.runtime.sampler import Denoiser
+
+    _Opener = Callable[[Bundle, Precision, int | None, Collection[GraphName] | None], Denoiser]
+
+AUTO = "auto"
+PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
+_MAX_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run on this machine; true where it can.
+
+    Attributes:
+        reason: why it cannot; empty where it can.
+        hint: what to do about it.
+    """
+
+    reason: str = ""
+    hint: str = ""
+
+    def __bool__(self) -> bool:
+        return not self.reason
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way to run a bundle's graphs.
+
+    Attributes:
+        name: as given by ``--backend``.
+        summary: what it is, for people.
+        precisions: those that it computes in.
+        extra: of admtrt, which installs it.
+        packages: what it needs: one module of each group.
+        device: where it runs.
+        exact: whether its fp32 is float32 throughout; engines may round products to TF32.
+    """
+
+    name: str
+    summary: str
+    precisions: tuple[Precision, ...]
+    extra: str
+    packages: tuple[tuple[str, ...], ...]
+    device: Literal["cpu", "cuda"] = "cpu"
+    exact: bool = True
+
+    def require(self) -> None:
+        """Make sure that its packages are installed and, for a CUDA backend, that a driver is there.
+
+        Raises:
+            MissingDependencyError: naming the package.
+            EngineError: if there is no driver, or the provider cannot be loaded.
+        """
+        for group in self.packages:
+            if not any(_is_installed(name) for name in group):
+                raise MissingDependencyError(
+                    " or ".join(group), extra=self.extra, purpose=f"The backend '{self.name}'"
+                )
+        if self.device == "cuda" and not _has_driver():
+            raise EngineError(
+                f"the backend '{self.name}' needs an NVIDIA GPU, and this machine has no driver "
+                "(libcuda.so.1 cannot be loaded)",
+                hint="Install the driver, or use a backend for CPUs: onnxruntime, openvino.",
+            )
+        if self.name in PROVIDERS:
+            require_provider(self.name)
+
+    def available(self) -> Availability:
+        """Whether :meth:`require` is content, and if not why."""
+        try:
+            self.require()
+        except UserError as error:
+            return Availability(error.message, error.hint)
+        return Availability()
+
+    def open(
+        self,
+        bundle: Bundle,
+        precision: Precision,
+        *,
+        threads: int | None = None,
+        graphs: Collection[GraphName] | None = None,
+    ) -> Denoiser:
+        """Open a bundle's graphs, or only those that are named where the backend can open some alone.
+
+        Raises:
+            UserError: if the backend cannot run here, or the bundle lacks what it needs.
+        """
+        self.require()
+        return _OPENERS[self.name](bundle, precision, threads, graphs)
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that it is within
+        return False
+
+
+def _has_driver() -> bool:
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    return True
+
+
+def _onnxruntime(
+    bundle: Bundle, _: Precision, threads: int | None, graphs: Collection[GraphName] | None
+) -> Denoiser:
+    from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+
+    return OnnxRuntimeDenoiser(bundle, threads=threads, graphs=graphs)
+
+
+def _openvino(
+    bundle: Bundle, precision: Precision, threads: int | None, graphs: Collection[GraphName] | None
+) -> Denoiser:
+    from admtrt.runtime.backends.openvino import OpenVinoDenoiser
+
+    return OpenVinoDenoiser(bundle, precision, threads=threads, graphs=graphs)
+
+
+def _tensorrt(
+    bundle: Bundle, precision: Precision, _: int | None, __: Collection[GraphName] | None
+) -> Denoiser:
+    from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
+
+    return TensorRTDenoiser(bundle, precision)
+
+
+def _provider(name: str) -> _Opener:
+    def opened(
+        bundle: Bundle, precision: Precision, _: int | None, graphs: Collection[GraphName] | None
+    ) -> Denoiser:
+        return ProviderDenoiser(bundle, name, precision, graphs=graphs)
+
+    return opened
+
+
+_OPENERS: dict[str, _Opener] = {
+    "onnxruntime": _onnxruntime,
+    "openvino": _openvino,
+    "tensorrt": _tensorrt,
+    **{name: _provider(name) for name in PROVIDERS},
+}
+_ORT = ("onnxruntime",)
+_RTX_PLUGIN = ("onnxruntime_ep_nv_tensorrt_rtx",)
+_TENSORRT = ("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings")
+
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend
+    for backend in (
+        Backend("onnxruntime", "ONNX Runtime on the CPU: the default", ("fp32",), "cpu", (_ORT,)),
+        Backend("openvino", "OpenVINO on the CPU", ("fp32", "bf16"), "openvino", (("openvino",),)),
+        Backend(
+            "onnxruntime-cuda",
+            "ONNX Runtime's CUDA kernels",
+            ("fp32", "fp16"),
+            "cuda",
+            (_ORT,),
+            device="cuda",
+        ),
+        Backend(
+            "onnxruntime-tensorrt",
+            "TensorRT within ONNX Runtime",
+            PRECISIONS,
+            "cuda",
+            (_ORT,),
+            device="cuda",
+            exact=False,
+        ),
+        Backend(
+            "onnxruntime-rtx",
+            "TensorRT-RTX within ONNX Runtime, by NVIDIA's plugin",
+            PRECISIONS,
+            "ort-rtx",
+            (_ORT, _RTX_PLUGIN),
+            device="cuda",
+            exact=False,
+        ),
+        Backend(
+            "tensorrt",
+            "engines of `admtrt build`, on TensorRT or TensorRT-RTX",
+            PRECISIONS,
+            "tensorrt",
+            (_TENSORRT, ("cuda.core",)),
+            device="cuda",
+            exact=False,
+        ),
+    )
+}
+"""In order of preference; ``auto`` chooses among them."""
+
+
+def open_denoiser(
+    bundle: Bundle,
+    backend: str = "onnxruntime",
+    precision: Precision = "fp32",
+    *,
+    threads: int | None = None,
+    batch_size: int = 1,
+    note: Callable[[str], None] = lambda _: None,
+    chosen: Callable[[Choice], None] = lambda _: None,
+) -> Denoiser:
+    """A bundle's graphs on a backend.
+
+    Args:
+        bundle: a verified bundle.
+        backend: one of :data:`BACKENDS`, or ``auto`` for the fastest here.
+        precision: what the networks compute in.
+        threads: of a CPU backend; None takes every core.
+        batch_size: for which ``auto`` chooses.
+        note: told what ``auto`` measures.
+        chosen: told what ``auto`` chooses.
+
+    Raises:
+        RequestError: for an unknown name, a precision that the backend has not, or threads out of range.
+        UserError: if the backend is not installed, finds no device or refuses a graph.
+    """
+    check_request(backend, precision, threads)
+    if whole_number(batch_size, "batch_size") < 1:
+        raise RequestError(f"batch_size is {batch_size}; expected at least 1")
+    if backend == AUTO:
+        from admtrt.runtime.backends.auto import open_fastest
+
+        return open_fastest(
+            bundle, precision, threads=threads, batch_size=batch_size, note=note, chosen=chosen
+        )
+    return BACKENDS[backend].open(bundle, precision, threads=threads)
+
+
+def check_request(backend: str, precision: str, threads: int | None) -> None:
+    """Refuse what no machine could open.
+
+    Raises:
+        RequestError: see :func:`open_denoiser`.
+    """
+    known = ", ".join([*BACKENDS, AUTO])
+    if backend != AUTO and backend not in BACKENDS:
+        raise RequestError(f"backend {backend!r} is unknown; expected one of {known}")
+    if precision not in PRECISIONS:
+        raise RequestError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    if threads is not None and not 1 <= whole_number(threads, "threads") <= _MAX_THREADS:
+        raise RequestError(f"threads is {threads}; expected 1 to {_MAX_THREADS}")
+    if backend == AUTO:
+        return
+    chosen = BACKENDS[backend]
+    if precision not in chosen.precisions:
+        others = [other.name for other in BACKENDS.values() if precision in other.precisions]
+        raise RequestError(
+            f"backend {backend!r} computes in {' or '.join(chosen.precisions)}, not in {precision}",
+            hint=f"Backends with {precision}: {', '.join(others)}.",
+        )
+    if threads is not None and chosen.device != "cpu":
+        raise RequestError(
+            f"threads is {threads}, but backend {backend!r} does not run on the CPU",
+            hint="Leave the threads out.",
+        )

@@ -1,0 +1,226 @@
+"""Plans of TensorRT or TensorRT-RTX on a GPU, without PyTorch; x stays on the GPU between the steps."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from typing import TYPE_CHECKING, Any, Self, get_args
+
+from admtrt.errors import EngineError, MissingDependencyError, PlanError, RequestError
+from admtrt.runtime.backends.graphs import GraphDenoiser
+from admtrt.runtime.cuda import CudaDevice
+from admtrt.runtime.engines.library import Flavor, find_library
+from admtrt.runtime.engines.match import usable_plans
+from admtrt.runtime.engines.plans import PlanStore
+from admtrt.runtime.engines.sources import graph_source
+from admtrt.runtime.trt.engine import Engine
+from admtrt.runtime.trt.held import HeldOnDevice
+from admtrt.runtime.trt.kernels import KernelCache
+from admtrt.runtime.trt.lane import Lane
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Mapping
+    from pathlib import Path
+
+    from admtrt.bundle import Bundle
+    from admtrt.contract import GraphName, Precision
+    from admtrt.runtime.engines.device import Gpu
+    from admtrt.runtime.engines.library import Library
+    from admtrt.runtime.engines.plans import PlanRecord
+    from admtrt.runtime.engines.sources import GraphSource
+    from admtrt.runtime.sampler import Images, Slots
+
+    Sources = Mapping[GraphName, GraphSource]
+
+_MOST_LANES = 2  # full batches and the last one of a run; each has memory of its own
+
+
+class TensorRTDenoiser(GraphDenoiser):
+    """A bundle's plans as a :class:`~admtrt.runtime.sampler.ResidentDenoiser`.
+
+    The newest plan of each graph that fits the graph's file, the library's version and the GPU is used;
+    TensorRT's where both libraries have one.
+
+    Args:
+        bundle: a verified bundle.
+        precision: of the plans.
+        cache: folder of the plans; None for the bundle's own.
+        graphs: those that are opened; None for all of the bundle's. Samples are held by all of them only.
+
+    Attributes:
+        library: that runs the plans.
+        gpu: where they run.
+
+    Raises:
+        MissingDependencyError: if neither library, or cuda-core, is installed.
+        BundleError: if the bundle has no graphs in that precision.
+        EngineError: without a usable GPU or driver, or if the GPU has no room for the weights.
+        PlanError: if a plan is missing, damaged or made for something else, naming what differs.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        precision: Precision = "fp32",
+        *,
+        cache: Path | None = None,
+        graphs: Collection[GraphName] | None = None,
+    ) -> None:
+        self._sources: Sources = {
+            graph: graph_source(bundle, graph, precision)
+            for graph in bundle.manifest.graphs
+            if graphs is None or graph in graphs
+        }
+        libraries = _installed()
+        self._device = CudaDevice()  # before the libraries do anything, which without a driver crash
+        self.gpu: Gpu = self._device.gpu
+        store = PlanStore.of(bundle, cache)
+        self.library, records = _choose(store, self._sources, libraries, self.gpu)
+        self._kernels: dict[GraphName, KernelCache] = {}
+        self._engines: dict[GraphName, Engine] = {}
+        for graph, record in records.items():
+            if self.library.flavor == "rtx":
+                name = f"{record.key.digest}-sm{self.gpu.compute_capability}.kernels"
+                self._kernels[graph] = KernelCache(store.root / name)
+            self._engines[graph] = Engine(
+                self.library,
+                self._device,
+                store.load(record),
+                self._sources[graph],
+                stripped=record.key.options.strip,
+                kernels=self._kernels.get(graph),
+            )
+        if not any(self._fits(size) for size in self._sizes()):
+            raise PlanError(
+                "the plans of the graphs have no batch size in common",
+                hint="Build them together: admtrt build BUNDLE --batch 1:4:16",
+            )
+        self._lanes: dict[int, Lane] = {}
+        self._held = False
+        self._unkept = False
+        self._closing = weakref.finalize(self, _close, self._lanes, list(self._kernels.values()))
+
+    def __str__(self) -> str:
+        faults = [lane.capture_fault for lane in self._lanes.values() if lane.capture_fault]
+        graphs = f"no CUDA graphs ({faults[0]})" if faults else "one CUDA graph a step"
+        if self.library.flavor == "rtx":
+            graphs = "CUDA graphs of its own"
+        return f"{self.library} on {self.gpu}, {graphs}"
+
+    @property
+    def largest_batch(self) -> int:
+        """The most samples that every plan takes at once."""
+        return max(size for size in self._sizes() if self._fits(size))
+
+    @contextlib.contextmanager
+    def hold(self, slots: Slots) -> Iterator[HeldOnDevice]:
+        """See :class:`~admtrt.runtime.sampler.ResidentDenoiser`.
+
+        Raises:
+            RequestError: if there are more slots than the plans take.
+            EngineError: if the GPU has no room for them, or the library refuses.
+        """
+        lane = self._lane(len(slots))
+        self._held = True
+        try:
+            with HeldOnDevice(slots, self._device, lane) as held:
+                yield held
+        finally:
+            self._held = False
+        self._keep_kernels()
+
+    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
+        """Run one graph on host arrays by name; every output by name.
+
+        Raises:
+            RequestError: if there are more rows than the plans take.
+            EngineError: if the GPU has no room for them, or the library refuses.
+        """
+        count = len(feeds["x"])
+        outputs = self._lane(count).run(name, feeds, count)
+        self._keep_kernels()
+        return outputs
+
+    def close(self) -> None:
+        """Give the GPU's memory back; done at the latest when the process ends."""
+        self._closing()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _lane(self, count: int) -> Lane:
+        if self._held:
+            raise RuntimeError("the GPU's memory is taken by slots that are held")
+        self._device.activate()
+        batch = self._padded(count)
+        lane = self._lanes.pop(batch, None)
+        if lane is None:
+            while len(self._lanes) >= _MOST_LANES:
+                self._lanes.pop(next(iter(self._lanes))).close()
+            capture = self.library.flavor != "rtx"
+            lane = Lane(self._device, self._engines, self._sources, batch, capture=capture)
+            self._unkept = True
+        self._lanes[batch] = lane  # the last of the dictionary is the last that was used
+        return lane
+
+    def _padded(self, count: int) -> int:
+        """The smallest batch that holds ``count`` samples and that every plan takes."""
+        fitting = [size for size in (count, *self._sizes()) if size >= count and self._fits(size)]
+        if not fitting:
+            raise RequestError(
+                f"a batch of {count} is larger than the largest that the plans take, {self.largest_batch}",
+                hint=f"Use --batch-size {self.largest_batch}, or build plans with a larger --batch.",
+            )
+        return min(fitting)
+
+    def _sizes(self) -> list[int]:
+        """Every size at which a profile begins or ends: where the sizes that fit begin and end, too."""
+        profiles = [profile for engine in self._engines.values() for profile in engine.profiles]
+        return [size for profile in profiles for size in (profile.smallest, profile.largest)]
+
+    def _fits(self, batch: int) -> bool:
+        return all(engine.profile(batch) is not None for engine in self._engines.values())
+
+    def _keep_kernels(self) -> None:
+        if self._unkept:
+            for kernels in self._kernels.values():
+                kernels.keep()
+            self._unkept = False
+
+
+def _close(lanes: dict[int, Lane], kernels: list[KernelCache]) -> None:
+    for cache in kernels:
+        cache.keep()
+    while lanes:
+        lanes.popitem()[1].close()
+
+
+def _installed() -> list[Library]:
+    """The libraries that are installed, TensorRT first."""
+    found, missing = [], []
+    for flavor in get_args(Flavor):
+        try:
+            found.append(find_library(flavor))
+        except MissingDependencyError as error:
+            missing.append(error)
+    if not found:
+        raise missing[0]
+    return found
+
+
+def _choose(
+    store: PlanStore, sources: Sources, libraries: list[Library], gpu: Gpu
+) -> tuple[Library, dict[GraphName, PlanRecord]]:
+    """The first library that has plans of every graph, and the newest of them."""
+    faults = []
+    for library in libraries:
+        try:
+            return library, {
+                graph: usable_plans(store, source, library, gpu)[0] for graph, source in sources.items()
+            }
+        except EngineError as error:
+            faults.append(error)
+    raise faults[0]

@@ -1,0 +1,302 @@
+"""A thin layer over cuda-core: one GPU's memory, streams, events and graphs, each a context manager.
+
+Nothing here waits for the device unless its name says so (``sync``). A :class:`CudaDevice` and what it made
+belong to the thread that last called :meth:`CudaDevice.activate`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import math
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from admtrt.errors import EngineError, MissingDependencyError
+from admtrt.runtime.engines.device import query_driver
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import DTypeLike, NDArray
+
+    from admtrt.runtime.engines.device import Gpu
+
+USED = (
+    "Buffer.close",
+    "Buffer.copy_from",
+    "Buffer.fill",
+    "Buffer.handle",
+    "Device.allocate",
+    "Device.create_event",
+    "Device.create_stream",
+    "Device.set_current",
+    "Event.close",
+    "Event.sync",
+    "EventOptions.blocking_sync",
+    "LegacyPinnedMemoryResource.allocate",
+    "Stream.close",
+    "Stream.create_graph_builder",
+    "Stream.handle",
+    "Stream.record",
+    "Stream.sync",
+    "Stream.wait",
+    "graph.Graph.close",
+    "graph.Graph.launch",
+    "graph.Graph.upload",
+    "graph.GraphBuilder.begin_building",
+    "graph.GraphBuilder.close",
+    "graph.GraphBuilder.complete",
+    "graph.GraphBuilder.end_building",
+)
+"""Every member that is used of ``cuda.core``; a test walks it."""
+
+_OUT_OF_MEMORY = "OUT_OF_MEMORY"  # in the driver's name of the fault
+_HINT = "Use a CPU backend, or see what this machine lacks with: admtrt doctor"
+
+
+class _Closing:
+    """Something of the device that is given back at the end of a ``with`` block."""
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Event(_Closing):
+    """A mark in a stream, for other streams or the host to wait for."""
+
+    def __init__(self, event: Any) -> None:
+        self.inner = event
+
+    def sync(self) -> None:
+        """Wait until the device has passed the mark; at once if it was never set."""
+        self.inner.sync()
+
+    def close(self) -> None:
+        """Give it back."""
+        self.inner.close()
+
+
+class Graph(_Closing):
+    """Work that was captured from a stream, launched as one piece."""
+
+    def __init__(self, graph: Any) -> None:
+        self._graph = graph
+
+    def launch(self, stream: Stream) -> None:
+        """Enqueue it."""
+        self._graph.launch(stream.inner)
+
+    def close(self) -> None:
+        """Give it back."""
+        self._graph.close()
+
+
+class Stream(_Closing):
+    """An ordered queue of work."""
+
+    def __init__(self, stream: Any) -> None:
+        self.inner = stream
+
+    @property
+    def handle(self) -> int:
+        """The ``cudaStream_t``, as engines want it."""
+        return int(self.inner.handle)
+
+    def record(self, event: Event) -> None:
+        """Set the mark behind everything that was enqueued so far."""
+        self.inner.record(event.inner)
+
+    def wait(self, event: Event) -> None:
+        """Let what is enqueued from now on wait for a mark, on the device."""
+        self.inner.wait(event.inner)
+
+    def sync(self) -> None:
+        """Wait until the device has done everything that was enqueued."""
+        self.inner.sync()
+
+    def capture(self, enqueue: Callable[[], None]) -> Graph:
+        """What ``enqueue`` puts into this stream, and into streams that wait for it, as a graph.
+
+        Nothing of it runs. Streams that joined have to be waited for again before ``enqueue`` ends.
+
+        Raises:
+            Exception: whatever the library raises where something cannot be captured; the stream is usable.
+        """
+        builder = self.inner.create_graph_builder()
+        try:
+            # Another thread may allocate meanwhile; a forbidden call of this one must fail, not be lost.
+            builder.begin_building("thread_local")
+            enqueue()
+            graph = builder.end_building().complete()
+        finally:
+            with contextlib.suppress(Exception):  # the end of a capture that failed reports that again
+                builder.close()
+        graph.upload(self.inner)
+        return Graph(graph)
+
+    def close(self) -> None:
+        """Give it back."""
+        self.inner.close()
+
+
+class DeviceArray(_Closing):
+    """An array in the device's memory, whose address never changes.
+
+    Attributes:
+        shape, dtype: as of a NumPy array in C order.
+    """
+
+    def __init__(self, buffer: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.inner = buffer
+        self.shape = shape
+        self.dtype = dtype
+
+    @property
+    def address(self) -> int:
+        """Where it lies."""
+        return int(self.inner.handle)
+
+    def copy_from(self, source: DeviceArray | PinnedArray, stream: Stream) -> None:
+        """Enqueue a copy of an equally large array."""
+        self.inner.copy_from(source.inner, stream=stream.inner)
+
+    def clear(self, stream: Stream) -> None:
+        """Enqueue filling with zeros."""
+        self.inner.fill(0, stream=stream.inner)
+
+    def close(self) -> None:
+        """Give it back, after what was enqueued on the stream that it was allocated for."""
+        self.inner.close()
+
+
+class PinnedArray(_Closing):
+    """An array in host memory that the device reads and writes while the host goes on.
+
+    Attributes:
+        array: the same memory for NumPy; not to be touched after the end.
+    """
+
+    def __init__(self, buffer: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        self.inner = buffer
+        self.array: NDArray[Any] = np.from_dlpack(buffer).view(dtype).reshape(shape)
+
+    def copy_from(self, source: DeviceArray, stream: Stream) -> None:
+        """Enqueue a copy of an equally large array; it is there after a ``sync``."""
+        self.inner.copy_from(source.inner, stream=stream.inner)
+
+    def close(self) -> None:
+        """Give it back."""
+        del self.array
+        self.inner.close()
+
+
+class CudaDevice:
+    """The first GPU.
+
+    Attributes:
+        gpu: its name, compute capability and memory.
+
+    Raises:
+        MissingDependencyError: if cuda-core is not installed.
+        EngineError: if there is no driver, it is too old, or there is no GPU.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._core = importlib.import_module("cuda.core")
+            needed = int(importlib.import_module("cuda.bindings").__version__.split(".")[0])
+        except ImportError:
+            raise MissingDependencyError(
+                "cuda-core", extra="tensorrt", purpose="Running engines on a GPU"
+            ) from None
+        self.gpu = _usable_gpu(needed)
+        try:
+            self._device = self._core.Device(0)
+            self._device.set_current()
+        except Exception as error:  # types of the library's private modules
+            raise EngineError(f"{self.gpu} cannot be used: {error}", hint=_HINT) from None
+        self._pinned = self._core.LegacyPinnedMemoryResource()
+
+    def activate(self) -> None:
+        """Make it the calling thread's device."""
+        self._device.set_current()
+
+    def stream(self) -> Stream:
+        """A new stream."""
+        return Stream(self._device.create_stream())
+
+    def event(self) -> Event:
+        """A new mark; a thread that waits for it sleeps."""
+        return Event(self._device.create_event(options=self._core.EventOptions(blocking_sync=True)))
+
+    def array(self, shape: tuple[int, ...], dtype: DTypeLike, stream: Stream) -> DeviceArray:
+        """Memory of the device, not yet filled, usable after what was enqueued on a stream.
+
+        Raises:
+            EngineError: if it is full.
+        """
+        size = _bytes(shape, dtype)
+        with self._allocating(size, "the samples"):
+            buffer = self._device.allocate(size, stream=stream.inner)
+        return DeviceArray(buffer, shape, np.dtype(dtype))
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> PinnedArray:
+        """Host memory that the device reaches, not yet filled.
+
+        Raises:
+            EngineError: if there is not enough.
+        """
+        size = _bytes(shape, dtype)
+        with self._allocating(size, "the samples in page-locked host memory"):
+            buffer = self._pinned.allocate(size)
+        return PinnedArray(buffer, shape, np.dtype(dtype))
+
+    def full(self, size: int, purpose: str) -> EngineError:
+        """The error of a device that has not ``size`` bytes left for something."""
+        left = ""
+        with contextlib.suppress(Exception):  # a figure for people; the fault itself is known
+            driver = importlib.import_module("cuda.bindings.driver")
+            _, free, total = driver.cuMemGetInfo()
+            left = f"; {_mebibytes(free)} of {_mebibytes(total)} are free"
+        return EngineError(
+            f"{self.gpu} is out of memory: {_mebibytes(size)} were needed for {purpose}{left}",
+            hint="Use a smaller --batch-size, or end other programs on the GPU.",
+        )
+
+    @contextlib.contextmanager
+    def _allocating(self, size: int, purpose: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # types of the library's private modules
+            if _OUT_OF_MEMORY not in str(error):
+                raise
+            raise self.full(size, purpose) from None
+
+
+def _usable_gpu(needed: int) -> Gpu:
+    """The first GPU, if its driver is as new as the bindings, which are for CUDA ``needed``."""
+    driver = query_driver()
+    if driver.cuda is not None and int(driver.cuda.split(".")[0]) < needed:
+        raise EngineError(
+            f"the NVIDIA driver is too old: it serves CUDA {driver.cuda}, CUDA {needed}.0 is needed",
+            hint="Update the driver; see: admtrt doctor",
+        )
+    if driver.gpu is None:
+        raise EngineError(f"no engine can run here: {driver.fault}", hint=_HINT)
+    return driver.gpu
+
+
+def _bytes(shape: tuple[int, ...], dtype: DTypeLike) -> int:
+    return math.prod(shape) * np.dtype(dtype).itemsize
+
+
+def _mebibytes(size: int) -> str:
+    return f"{math.ceil(size / 2**20):,} MiB"

@@ -1,0 +1,111 @@
+"""All plans of a bundle: each graph is built unless its plan is there already, and kept in one piece."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from admtrt.errors import EngineError, PlanError
+from admtrt.files import atomic_file
+from admtrt.runtime.engines.builder import build_plan
+from admtrt.runtime.engines.options import check_options
+from admtrt.runtime.engines.plans import plan_key
+from admtrt.runtime.engines.report import fusion_report
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from admtrt.runtime.engines.device import Gpu
+    from admtrt.runtime.engines.library import Library
+    from admtrt.runtime.engines.options import BuildOptions
+    from admtrt.runtime.engines.plans import PlanKey, PlanRecord, PlanStore
+    from admtrt.runtime.engines.sources import GraphSource
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """One plan.
+
+    Attributes:
+        record: of the plan in the store.
+        built: now, or was there already.
+    """
+
+    record: PlanRecord
+    built: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Workshop:
+    """Where plans are built and kept.
+
+    Attributes:
+        library: that builds.
+        gpu: of this machine; needed by TensorRT.
+        store: that keeps the plans.
+        timing_cache: file of what TensorRT measured; read before a build and written after it.
+        note: called with a line for people.
+    """
+
+    library: Library
+    gpu: Gpu | None
+    store: PlanStore
+    timing_cache: Path | None = None
+    note: Callable[[str], None] = print
+
+    def check(self, sources: Sequence[GraphSource], options: BuildOptions) -> None:
+        """Refuse what cannot work, before any work.
+
+        Raises:
+            EngineError: naming the option or what the machine lacks.
+            OutputError: if the store cannot be written.
+        """
+        for precision in dict.fromkeys(source.precision for source in sources):
+            check_options(options, self.library, precision)
+        if self.library.flavor == "rtx" and self.timing_cache is not None:
+            raise EngineError(
+                f"{self.library} does not offer --timing-cache: it measures nothing when it builds",
+                hint="Leave it out, or build with --library tensorrt.",
+            )
+        if self.library.flavor == "tensorrt" and self.gpu is None:
+            raise EngineError(
+                f"{self.library} builds on the GPU that runs the plan, and this machine has none",
+                hint="Build with --library rtx, which needs no GPU; see: admtrt doctor",
+            )
+        self.store.prepare()
+
+    def make(
+        self, source: GraphSource, options: BuildOptions, report: Callable[[float, str], None] | None = None
+    ) -> Outcome:
+        """The plan of one graph, from the store or built now.
+
+        Raises:
+            EngineError: as :func:`~admtrt.runtime.engines.builder.build_plan`.
+            OutputError: if the store or the timing cache cannot be written.
+        """
+        key = plan_key(source, options, self.library, self.gpu)
+        found = self._found(key)
+        if found is not None:
+            return Outcome(found, built=False)
+        built = build_plan(self.library, source, options, timing_cache=self._measured(), report=report)
+        record = self.store.put(key, built.plan, seconds=built.seconds, report=fusion_report(built.layers))
+        if self.timing_cache is not None:
+            with atomic_file(self.timing_cache) as temporary:
+                temporary.write_bytes(built.timing_cache)
+        return Outcome(record, built=True)
+
+    def _found(self, key: PlanKey) -> PlanRecord | None:
+        try:
+            return self.store.find(key)
+        except PlanError as error:
+            self.note(f"{error.message}; building it again")
+            return None
+
+    def _measured(self) -> bytes:
+        if self.timing_cache is None or not self.timing_cache.exists():
+            return b""
+        try:
+            return self.timing_cache.read_bytes()
+        except OSError as error:
+            raise EngineError(f"cannot read {self.timing_cache}: {error.strerror}") from None

@@ -1,0 +1,280 @@
+"""One ONNX file to one plan: parse, profiles, flags, build; stoppable, with progress, and nothing on disk.
+
+The library works in a thread of its own. Its calls back into Python (log, progress) would otherwise take the
+interruption of the main thread in the middle of C++; here the main thread takes it, and the monitor tells the
+library to stop.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from admtrt.errors import EngineError
+from admtrt.runtime.engines.faults import failed_build, refused_graph
+from admtrt.runtime.engines.options import check_options
+
+if TYPE_CHECKING:
+    from admtrt.runtime.engines.library import Library
+    from admtrt.runtime.engines.options import BuildOptions
+    from admtrt.runtime.engines.sources import GraphSource
+
+Report = Callable[[float, str], None]
+"""Takes the part that is done, 0 to 1, and what is being done."""
+_MIB = 2**20
+_STOPPING = "stopping after this step; interrupt again to leave at once"
+
+
+@dataclass(frozen=True, eq=False)
+class BuiltPlan:
+    """What a build gives.
+
+    Attributes:
+        plan: a view of the library's own memory.
+        seconds: that it took.
+        layers: the lines of the builder's log that describe the engine, for :mod:`report`.
+        timing_cache: what TensorRT measured; empty in TensorRT-RTX, which measures nothing.
+    """
+
+    plan: memoryview
+    seconds: float
+    layers: tuple[str, ...]
+    timing_cache: bytes
+
+
+@dataclass(eq=False)
+class _Conversation:
+    """What passes between the library's thread and ours."""
+
+    report: Report | None
+    stopped: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+    errors: list[str] = field(default_factory=list)
+    layers: list[str] = field(default_factory=list)
+    result: BuiltPlan | None = None
+    fault: BaseException | None = None
+
+    done: float = 0.0
+
+    def tell(self, done: float, phase: str) -> None:
+        """Pass progress on; a fault of the listener stops the build, since the library could not take it."""
+        self.done = done
+        try:
+            if self.report is not None:
+                self.report(done, _STOPPING if self.stopped.is_set() else phase)
+        except BaseException as error:
+            self.report, self.fault = None, error
+            self.stopped.set()
+
+
+def build_plan(
+    library: Library,
+    source: GraphSource,
+    options: BuildOptions,
+    *,
+    timing_cache: bytes = b"",
+    report: Report | None = None,
+) -> BuiltPlan:
+    """Build one graph.
+
+    Args:
+        library: the library that builds.
+        source: the graph.
+        options: checked against the library first.
+        timing_cache: of an earlier build with TensorRT; empty starts anew.
+        report: called from the library's thread as the build goes on.
+
+    Raises:
+        EngineError: naming the option, the node or the reason that the library gives.
+        KeyboardInterrupt: after the library has stopped.
+    """
+    check_options(options, library, source.precision)
+    talk = _Conversation(report=report)
+
+    def work() -> None:
+        try:
+            talk.result = _build(library, source, options, timing_cache, talk)
+        except BaseException as error:  # handed to the caller's thread
+            talk.fault = talk.fault or error
+        finally:
+            talk.ended.set()
+
+    threading.Thread(target=work, name=f"build {source.graph}", daemon=True).start()
+    try:
+        talk.ended.wait()  # Thread.join() takes an interrupted wait for the end of the thread
+    except BaseException:
+        talk.stopped.set()
+        talk.tell(talk.done, _STOPPING)
+        talk.ended.wait()  # a second interruption leaves at once; nothing is written before a build ends
+        raise
+    if talk.fault is not None:
+        raise talk.fault
+    assert talk.result is not None
+    return talk.result
+
+
+def _build(
+    library: Library, source: GraphSource, options: BuildOptions, timing_cache: bytes, talk: _Conversation
+) -> BuiltPlan:
+    trt, started = library.module, time.monotonic()
+    logger, monitor = _logger(trt, talk), _monitor(trt, talk)
+    builder = trt.Builder(logger)
+    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    parser = trt.OnnxParser(network, logger)  # owns the weights until the build has ended
+    if not parser.parse_from_file(str(source.path)):
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        raise refused_graph(library, source, errors)
+    _check_contract(network, library, source)
+    config = builder.create_builder_config()
+    config.progress_monitor = monitor
+    _configure(config, library, options)
+    for profile in options.profiles:
+        shapes = builder.create_optimization_profile()
+        for tensor in source.spec.inputs:
+            sizes = (profile.smallest, profile.best, profile.largest)
+            shapes.set_shape(tensor.name, *(tensor.sized(size) for size in sizes))
+        if config.add_optimization_profile(shapes) < 0:
+            raise failed_build(library, source, talk.errors)
+    if library.flavor == "tensorrt":
+        _use_timing_cache(config, library, timing_cache)
+    plan = builder.build_serialized_network(network, config)
+    if plan is None:
+        raise failed_build(library, source, talk.errors)
+    measured = bytes(config.get_timing_cache().serialize()) if library.flavor == "tensorrt" else b""
+    return BuiltPlan(
+        plan=memoryview(plan),
+        seconds=time.monotonic() - started,
+        layers=tuple(talk.layers),
+        timing_cache=measured,
+    )
+
+
+def _configure(config: Any, library: Library, options: BuildOptions) -> None:
+    trt = library.module
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    config.builder_optimization_level = options.optimization_level
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace * _MIB)
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)  # set by default
+    chosen = {
+        "REFIT": options.refit,
+        "REFIT_IDENTICAL": options.strip,
+        "STRIP_PLAN": options.strip,
+        "VERSION_COMPATIBLE": options.version_compatible,
+        # the lean runtime inside a plan would be host code, which the runtime does not execute
+        "EXCLUDE_LEAN_RUNTIME": options.version_compatible,
+    }
+    for flag, wanted in chosen.items():
+        if wanted:
+            config.set_flag(getattr(trt.BuilderFlag, flag))
+    if options.hardware_compatible is not None:
+        level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatible.upper())
+        config.hardware_compatibility_level = level
+    if library.flavor == "rtx":
+        config.num_compute_capabilities = len(options.targets)
+        for index, target in enumerate(options.targets):
+            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), index)
+
+
+def _use_timing_cache(config: Any, library: Library, content: bytes) -> None:
+    cache = config.create_timing_cache(content)
+    if cache is None or not config.set_timing_cache(cache, False):
+        raise EngineError(
+            f"{library} refuses the timing cache: it is damaged, or of another version or GPU",
+            hint="Delete the file, or name another with --timing-cache.",
+        )
+
+
+def _logger(trt: Any, talk: _Conversation) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]  # the library is known at run time only
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.ERROR):
+                talk.errors.append(message)
+            elif "LayerType:" in message:
+                talk.layers.extend(line for line in message.splitlines() if "LayerType:" in line)
+
+    return Log()
+
+
+def _monitor(trt: Any, talk: _Conversation) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.phases = Phases()
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            talk.tell(self.phases.start(phase_name, parent_phase, num_steps), phase_name)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            talk.tell(self.phases.step(phase_name, step), phase_name)
+            return not talk.stopped.is_set()
+
+        def phase_finish(self, phase_name: str) -> None:
+            talk.tell(self.phases.finish(phase_name), phase_name)
+
+    return Monitor()
+
+
+class Phases:
+    """The builder's nested phases as one part that is done, 0 to 1, which never falls."""
+
+    def __init__(self) -> None:
+        self._running: dict[str, _Phase] = {}
+        self._lock = threading.Lock()  # phases may run in threads of the library
+        self._done = 0.0
+
+    def start(self, name: str, parent: str | None, steps: int) -> float:
+        """A phase begins as the current step of its parent."""
+        with self._lock:
+            self._running[name] = _Phase(parent, max(steps, 1))
+            return self._done
+
+    def step(self, name: str, step: int) -> float:
+        """Step ``step`` (from 0) of a phase has ended."""
+        with self._lock:
+            phase = self._running[name]
+            phase.done = min(step + 1, phase.steps)
+            roots = [name for name, phase in self._running.items() if phase.parent not in self._running]
+            self._done = max(self._done, *(self._part(root) for root in roots))
+            return self._done
+
+    def finish(self, name: str) -> float:
+        """A phase has ended, be it complete or cancelled."""
+        with self._lock:
+            self._running.pop(name, None)
+            return self._done
+
+    def _part(self, name: str) -> float:
+        phase = self._running[name]
+        inner = sum(self._part(child) for child, other in self._running.items() if other.parent == name)
+        return min(1.0, (phase.done + min(inner, 1.0)) / phase.steps)
+
+
+@dataclass
+class _Phase:
+    parent: str | None
+    steps: int
+    done: int = 0
+
+
+def _check_contract(network: Any, library: Library, source: GraphSource) -> None:
+    """The parsed inputs and outputs must be those of the manifest; an unknown size (-1) is the batch."""
+    spec = source.spec
+    for what, count, get, tensors in (
+        ("inputs", network.num_inputs, network.get_input, spec.inputs),
+        ("outputs", network.num_outputs, network.get_output, spec.outputs),
+    ):
+        found = sorted((get(index).name, tuple(get(index).shape)) for index in range(count))
+        declared = sorted((tensor.name, tensor.sized(-1)) for tensor in tensors)
+        if found != declared:
+            raise EngineError(
+                f"{library} finds {what} {found} in {source.path}; the manifest declares {declared}",
+                hint="Export the checkpoint again.",
+            )

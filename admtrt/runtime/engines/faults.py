@@ -1,0 +1,76 @@
+"""What a library says when it cannot build a graph, as an error that names the node and its module."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import re
+from typing import TYPE_CHECKING, Any
+
+from admtrt.errors import BundleError, EngineError
+from admtrt.onnx_wire import node_metadata
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    from admtrt.runtime.engines.library import Library
+    from admtrt.runtime.engines.sources import GraphSource
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_LONGEST = 600
+# What every message of a machine without a driver carries along, whatever went wrong.
+_NOISE = re.compile(r"^.*\bcatchCudaError\b.*cudaError 35.*$\n?", re.MULTILINE)
+_HINTS = {
+    "check_turing_op": "SM75 takes plans in which every matrix product is fp16: leave --target 75 out.",
+    "OutOfMemory": "Build with a smaller --batch, or allow more or less scratch memory with --workspace.",
+    "out of memory": "Build with a smaller --batch, or allow more or less scratch memory with --workspace.",
+}
+_GENERAL = "Build with another --precision or --library, or report it with this message and the graph."
+
+
+def refused_graph(library: Library, source: GraphSource, errors: Sequence[Any]) -> EngineError:
+    """The parser refused a graph; ``errors`` are its own."""
+    modules, reasons = _modules(source.path), []
+    for error in errors:
+        node, operator = error.node_name(), error.node_operator()
+        place = f" (module {modules[node]})" if node in modules else ""
+        where = f"{operator} '{node}'{place}: " if operator else ""
+        reasons.append(where + _told(error.desc()))
+    return EngineError(
+        f"the parser of {library} refuses graph '{source.graph}' ({source.path}): {'; '.join(reasons)}",
+        hint=_hint(" ".join(reasons)),
+    )
+
+
+def failed_build(library: Library, source: GraphSource, errors: Sequence[str]) -> EngineError:
+    """The builder gave no plan; ``errors`` are the lines of its log."""
+    reasons = [told for told in map(_told, errors) if told]
+    text = "; ".join(dict.fromkeys(reasons)) or "it gives no reason"
+    modules = _modules(source.path)
+    nodes = dict.fromkeys(word for word in re.findall(r"[\w./]+", text) if word in modules)
+    where = " at " + ", ".join(f"'{node}' (module {modules[node]})" for node in nodes) if nodes else ""
+    return EngineError(
+        f"{library} cannot build graph '{source.graph}' in {source.precision}{where}: {text}",
+        hint=_hint(text),
+    )
+
+
+def _told(message: str) -> str:
+    """A message without the noise, on one line and of readable length."""
+    text = " ".join(_NOISE.sub("", message).split())
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _modules(path: Path) -> dict[str, str]:
+    """The PyTorch module that each node comes from, as far as the graph remembers it."""
+    modules = {}
+    with contextlib.suppress(BundleError):  # what is wrong with the file is said by the library's own message
+        for node, scopes in node_metadata(path, _SCOPES).items():
+            with contextlib.suppress(IndexError, TypeError, ValueError, SyntaxError):
+                modules[node] = str(ast.literal_eval(scopes)[-2])
+    return modules
+
+
+def _hint(text: str) -> str:
+    return next((hint for sign, hint in _HINTS.items() if sign in text), _GENERAL)

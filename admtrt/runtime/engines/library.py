@@ -1,0 +1,175 @@
+"""The inference library that is found at run time: TensorRT or TensorRT-RTX, behind one code path.
+
+Both libraries have the same Python interface up to a few members, which the modules that build and run
+engines ask for by name. ``USED_TO_BUILD`` lists what the builder uses; a test walks it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Literal
+
+from admtrt.errors import EngineError, MissingDependencyError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+Flavor = Literal["tensorrt", "rtx"]
+
+_MODULES: Mapping[Flavor, tuple[str, ...]] = MappingProxyType(
+    {"tensorrt": ("tensorrt", "tensorrt_bindings"), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
+)
+LIBRARY_NAMES: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"})
+"""What people call them."""
+_FLOORS: Mapping[Flavor, tuple[int, int]] = MappingProxyType({"tensorrt": (10, 12), "rtx": (1, 7)})
+
+USED_TO_BUILD = (
+    "Builder.build_serialized_network",
+    "Builder.create_builder_config",
+    "Builder.create_network",
+    "Builder.create_optimization_profile",
+    "BuilderFlag.REFIT",
+    "BuilderFlag.REFIT_IDENTICAL",
+    "BuilderFlag.STRIP_PLAN",
+    "BuilderFlag.TF32",
+    "BuilderFlag.VERSION_COMPATIBLE",
+    "BuilderFlag.EXCLUDE_LEAN_RUNTIME",
+    "HardwareCompatibilityLevel.AMPERE_PLUS",
+    "HardwareCompatibilityLevel.SAME_COMPUTE_CAPABILITY",
+    "IBuilderConfig.add_optimization_profile",
+    "IBuilderConfig.builder_optimization_level",
+    "IBuilderConfig.clear_flag",
+    "IBuilderConfig.create_timing_cache",
+    "IBuilderConfig.get_timing_cache",
+    "IBuilderConfig.hardware_compatibility_level",
+    "IBuilderConfig.profiling_verbosity",
+    "IBuilderConfig.progress_monitor",
+    "IBuilderConfig.set_flag",
+    "IBuilderConfig.set_memory_pool_limit",
+    "IBuilderConfig.set_timing_cache",
+    "IHostMemory.nbytes",
+    "ILogger.ERROR",
+    "ILogger.log",
+    "INetworkDefinition.get_input",
+    "INetworkDefinition.get_output",
+    "INetworkDefinition.num_inputs",
+    "INetworkDefinition.num_outputs",
+    "IOptimizationProfile.set_shape",
+    "IProgressMonitor.phase_finish",
+    "IProgressMonitor.phase_start",
+    "IProgressMonitor.step_complete",
+    "ITensor.name",
+    "ITensor.shape",
+    "ITimingCache.serialize",
+    "MemoryPoolType.WORKSPACE",
+    "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
+    "OnnxParser.get_error",
+    "OnnxParser.num_errors",
+    "OnnxParser.parse_from_file",
+    "ParserError.desc",
+    "ParserError.node_name",
+    "ParserError.node_operator",
+    "ProfilingVerbosity.DETAILED",
+)
+"""Every member that building uses of either library."""
+
+USED_TO_BUILD_RTX = (
+    "ComputeCapability",
+    "IBuilderConfig.num_compute_capabilities",
+    "IBuilderConfig.set_compute_capability",
+)
+"""What it uses of TensorRT-RTX alone."""
+
+
+@dataclass(frozen=True, eq=False)
+class Library:
+    """One inference library.
+
+    Attributes:
+        flavor: which of the two.
+        module: its Python module.
+        version: as it calls itself, for instance "11.4.0.106".
+    """
+
+    flavor: Flavor
+    module: Any
+    version: str
+
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        return LIBRARY_NAMES[self.flavor]
+
+    @property
+    def targets(self) -> tuple[int, ...]:
+        """Compute capabilities that it can be told to build for, as 75 for 7.5; none in TensorRT."""
+        members = getattr(getattr(self.module, "ComputeCapability", None), "__members__", {})
+        return tuple(sorted(int(name[2:]) for name in members if re.fullmatch(r"SM\d+", name)))
+
+    def runs_on(self, compute_capability: int) -> bool:
+        """Whether it runs plans on such a GPU; TensorRT answers only when it opens a plan."""
+        return not self.targets or compute_capability in self.targets
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.version}"
+
+
+def find_library(flavor: Flavor) -> Library:
+    """Import one library.
+
+    Raises:
+        MissingDependencyError: if it is not installed.
+        EngineError: if it is too old, or is installed and cannot be loaded.
+    """
+    for module in _MODULES[flavor]:
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if error.name == module:
+                continue
+            raise _unloadable(flavor, error) from None
+        except Exception as error:  # a missing or unfitting shared library shows as several types
+            raise _unloadable(flavor, error) from None
+        library = Library(flavor=flavor, module=found, version=str(found.__version__))
+        _check_floor(library)
+        return library
+    raise MissingDependencyError(
+        _MODULES[flavor][0], extra=flavor, purpose=f"Building or running {LIBRARY_NAMES[flavor]} engines"
+    )
+
+
+def choose_library(*, gpu: bool) -> Library:
+    """The library to build with where none was asked for.
+
+    TensorRT where a GPU is at hand, which it needs in order to build; else TensorRT-RTX, which needs none.
+
+    Raises:
+        MissingDependencyError: if there is neither, or only TensorRT and no GPU.
+        EngineError: as :func:`find_library`.
+    """
+    if gpu:
+        try:
+            return find_library("tensorrt")
+        except MissingDependencyError:
+            pass
+    return find_library("rtx")
+
+
+def _unloadable(flavor: Flavor, error: Exception) -> EngineError:
+    return EngineError(
+        f"{LIBRARY_NAMES[flavor]} is installed but cannot be loaded: {error}",
+        hint=f"Install it again with: pip install --force-reinstall 'admtrt[{flavor}]'",
+    )
+
+
+def _check_floor(library: Library) -> None:
+    floor = _FLOORS[library.flavor]
+    numbers = re.match(r"(\d+)\.(\d+)", library.version)
+    if numbers is None or tuple(map(int, numbers.groups())) < floor:
+        raise EngineError(
+            f"{library} is too old; admtrt needs {'.'.join(map(str, floor))} or later",
+            hint=f"Upgrade it with: pip install --upgrade 'admtrt[{library.flavor}]'",
+        )

@@ -1,0 +1,86 @@
+"""Which plans of a store run here: the same graph, the same library, this GPU."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from admtrt.errors import EngineError, PlanError
+from admtrt.runtime.engines.plans import RECIPE, bound_gpu
+
+if TYPE_CHECKING:
+    from admtrt.runtime.engines.device import Gpu
+    from admtrt.runtime.engines.library import Library
+    from admtrt.runtime.engines.plans import PlanKey, PlanRecord, PlanStore
+    from admtrt.runtime.engines.sources import GraphSource
+
+_FIRST_PORTABLE = 80
+
+
+def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: Gpu) -> list[PlanRecord]:
+    """The plans of a graph that run on this machine, the newest first; none of them is read yet.
+
+    Raises:
+        EngineError: if the library runs nothing on this GPU.
+        PlanError: if there is no such plan, saying for each plan of that graph what differs.
+    """
+    if not library.runs_on(gpu.compute_capability):
+        raise EngineError(
+            f"{library} does not run on {gpu}; it runs on "
+            + ", ".join(f"SM{target}" for target in library.targets),
+            hint="Use plans of TensorRT (admtrt build --library tensorrt), or another backend.",
+        )
+    records = [record for record in store.records() if record.key.graph == source.graph]
+    reasons = [mismatch(record.key, source, library, gpu) for record in records]
+    usable = [record for record, reason in zip(records, reasons, strict=True) if not reason]
+    if usable:
+        return usable
+    wanted = f"graph '{source.graph}' in {source.precision} for {library} on {gpu}"
+    found = "; ".join(
+        f"{record.key.digest[:12]} {reason}" for record, reason in zip(records, reasons, strict=True)
+    )
+    raise PlanError(
+        f"{store.root} has no plan of {wanted}" + (f": {found}" if found else ""),
+        hint=f"Make one with: admtrt build BUNDLE --library {library.flavor} --precision {source.precision}",
+    )
+
+
+def mismatch(key: PlanKey, source: GraphSource, library: Library, gpu: Gpu) -> str:
+    """Why a plan does not serve this graph, library and GPU; empty where it does."""
+    faults = []
+    if key.precision != source.precision:
+        faults.append(f"is in {key.precision}")
+    elif key.onnx != source.digest:
+        faults.append("was built from another ONNX file")
+    if key.recipe != RECIPE:
+        faults.append("was built by another version of admtrt")
+    if key.library != library.flavor:
+        faults.append(f"is a plan of {key.library}")
+    elif not _version_fits(key, library):
+        faults.append(f"was built by version {key.version}")
+    if not _gpu_fits(key, gpu):
+        faults.append(f"was built for {key.gpu or _names(key.options.targets)}")
+    return ", ".join(faults)
+
+
+def _version_fits(key: PlanKey, library: Library) -> bool:
+    if key.version == library.version:
+        return True
+    return key.options.version_compatible and _numbers(key.version) <= _numbers(library.version)
+
+
+def _gpu_fits(key: PlanKey, gpu: Gpu) -> bool:
+    if key.library == "rtx":
+        targets = key.options.targets
+        return gpu.compute_capability in targets if targets else gpu.compute_capability >= _FIRST_PORTABLE
+    if key.options.hardware_compatible == "ampere_plus" and gpu.compute_capability < _FIRST_PORTABLE:
+        return False
+    return key.gpu == bound_gpu(key.options, key.library, gpu)
+
+
+def _names(targets: tuple[int, ...]) -> str:
+    return ", ".join(f"SM{target}" for target in targets) or "SM80 and later"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)))

@@ -1,0 +1,247 @@
+"""Plans on disk: ``KEY.plan`` and its record ``KEY.json``, where KEY hashes every field of the build.
+
+A plan is machine code. Nothing in it is looked at before its size and SHA-256 are those of its record, and
+the record's own fields give the name that it has.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import Field
+
+from admtrt.bundle import FileEntry
+from admtrt.config import Config
+from admtrt.contract import GraphName, Precision
+from admtrt.errors import ConfigError, OutputError, PlanError
+from admtrt.files import atomic_file, sha256_of
+from admtrt.runtime.engines.library import Flavor
+from admtrt.runtime.engines.options import BuildOptions
+from admtrt.runtime.engines.report import FusionReport
+
+if TYPE_CHECKING:
+    from admtrt.bundle import Bundle
+    from admtrt.runtime.engines.device import Gpu
+    from admtrt.runtime.engines.library import Library
+    from admtrt.runtime.engines.sources import GraphSource
+
+PLANS = "plans"
+"""Folder of a bundle's plans; they are not part of its manifest."""
+RECIPE = 1
+"""Raised whenever the builder itself does something else with the same options."""
+_AGAIN = "Build it again with: admtrt build"
+
+
+class PlanKey(Config):
+    """Everything that decides what a plan is.
+
+    ``gpu`` is what a TensorRT plan is bound to, see :func:`bound_gpu`; None in TensorRT-RTX, whose plans
+    depend on ``options.targets`` alone.
+    """
+
+    graph: GraphName
+    precision: Precision
+    onnx: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    library: Flavor
+    version: str
+    gpu: str | None
+    options: BuildOptions
+    recipe: int = RECIPE
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hexadecimal) of the canonical JSON; the name of the plan's files."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class PlanRecord(Config):
+    """What stands beside a plan.
+
+    Attributes:
+        key: all fields of the build.
+        plan: size and SHA-256 of the plan.
+        built: when, ISO 8601 in UTC.
+        seconds: that the build took.
+        report: what the builder made of the graph.
+    """
+
+    schema_version: Literal[1] = 1
+    key: PlanKey
+    plan: FileEntry
+    built: str
+    seconds: Annotated[float, Field(ge=0)]
+    report: FusionReport
+
+    @property
+    def runs_on(self) -> str:
+        """Library and GPUs, for people."""
+        options, key = self.key.options, self.key
+        version = f"{key.version} and later" if options.version_compatible else key.version
+        if key.library == "tensorrt":
+            return f"TensorRT {version} on {key.gpu}"
+        targets = ", ".join(f"SM{target}" for target in options.targets) or "SM80 and later"
+        return f"TensorRT-RTX {version} on {targets}"
+
+
+def plan_key(source: GraphSource, options: BuildOptions, library: Library, gpu: Gpu | None) -> PlanKey:
+    """The key of the plan that a library makes of a graph on this machine."""
+    return PlanKey(
+        graph=source.graph,
+        precision=source.precision,
+        onnx=source.digest,
+        library=library.flavor,
+        version=library.version,
+        gpu=bound_gpu(options, library.flavor, gpu),
+        options=options,
+    )
+
+
+def bound_gpu(options: BuildOptions, flavor: Flavor, gpu: Gpu | None) -> str | None:
+    """What a plan that is built here is bound to: this GPU, its compute capability, or any from SM80 on."""
+    if flavor == "rtx" or gpu is None:
+        return None
+    if options.hardware_compatible == "ampere_plus":
+        return "SM80 and later"
+    if options.hardware_compatible == "same_compute_capability":
+        return f"SM{gpu.compute_capability}"
+    return str(gpu)
+
+
+class PlanStore:
+    """A folder of plans.
+
+    Args:
+        root: the folder; it need not exist yet.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    @classmethod
+    def of(cls, bundle: Bundle, cache: Path | None = None) -> PlanStore:
+        """The store inside a bundle, or a folder that serves several bundles."""
+        return cls(bundle.path / PLANS if cache is None else cache)
+
+    def prepare(self) -> None:
+        """Make the folder, so that a place that cannot be written shows before the work.
+
+        Raises:
+            OutputError: if it cannot be made or written.
+        """
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            fault = "" if os.access(self.root, os.W_OK | os.X_OK) else "Permission denied"
+        except OSError as error:
+            fault = error.strerror or str(error)
+        if fault:
+            raise OutputError(f"cannot write {self.root}: {fault}", hint="Name another folder with --cache.")
+
+    def path(self, key: PlanKey) -> Path:
+        """File of a plan, be it there or not."""
+        return self.root / f"{key.digest}.plan"
+
+    def records(self) -> list[PlanRecord]:
+        """Every record, newest first.
+
+        Raises:
+            PlanError: if one is unreadable or altered.
+        """
+        names = sorted(path for path in self.root.glob("*.json") if re.fullmatch(r"[0-9a-f]{64}", path.stem))
+        return sorted((self._read(path) for path in names), key=lambda record: record.built, reverse=True)
+
+    def find(self, key: PlanKey) -> PlanRecord | None:
+        """The record of exactly this plan, the plan itself verified; None where it was never built.
+
+        Raises:
+            PlanError: if record or plan are damaged, naming what differs.
+        """
+        path = self.path(key)
+        if not path.with_suffix(".json").exists():
+            return None
+        record = self._read(path.with_suffix(".json"))
+        self._check_size(record)
+        _check_digest(path, sha256_of(path), record)
+        return record
+
+    def load(self, record: PlanRecord) -> bytes:
+        """The verified bytes of a plan.
+
+        Raises:
+            PlanError: if the plan is missing, truncated or altered.
+        """
+        self._check_size(record)
+        path = self.path(record.key)
+        try:
+            plan = path.read_bytes()
+        except OSError as error:
+            raise PlanError(f"cannot read {path}: {error.strerror}", hint=_AGAIN) from None
+        _check_digest(path, hashlib.sha256(plan).hexdigest(), record)
+        return plan
+
+    def put(
+        self, key: PlanKey, plan: bytes | memoryview, *, seconds: float, report: FusionReport
+    ) -> PlanRecord:
+        """Keep a plan, in place of an earlier one of the same key.
+
+        Raises:
+            OutputError: if the folder cannot be written.
+        """
+        data = memoryview(plan)
+        record = PlanRecord(
+            key=key,
+            plan=FileEntry(size=data.nbytes, sha256=hashlib.sha256(data).hexdigest()),
+            built=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(seconds, 3),
+            report=report,
+        )
+        path = self.path(key)
+        path.with_suffix(".json").unlink(missing_ok=True)  # a kill leaves a plan without a record: no plan
+        with atomic_file(path) as temporary:
+            temporary.write_bytes(data)
+        with atomic_file(path.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+        return record
+
+    def _read(self, path: Path) -> PlanRecord:
+        try:
+            data: Any = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(data, dict):
+                raise PlanError(f"{path} is no record of a plan", hint=_AGAIN)
+            record = PlanRecord.from_dict(data, source=str(path))
+        except OSError as error:
+            raise PlanError(f"cannot read {path}: {error.strerror}", hint=_AGAIN) from None
+        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8
+            raise PlanError(f"{path} is not valid JSON: {error}", hint=_AGAIN) from None
+        except ConfigError as error:
+            raise PlanError(error.message, hint=_AGAIN) from None
+        if record.key.digest != path.stem:
+            raise PlanError(
+                f"{path} was altered: its fields belong to the name {record.key.digest[:12]}...",
+                hint=f"Delete it. {_AGAIN}",
+            )
+        return record
+
+    def _check_size(self, record: PlanRecord) -> None:
+        path = self.path(record.key)
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise PlanError(f"cannot read the plan {path}: {error.strerror}", hint=_AGAIN) from None
+        if size != record.plan.size:
+            raise PlanError(f"{path} has {size} bytes, its record says {record.plan.size}", hint=_AGAIN)
+
+
+def _check_digest(path: Path, digest: str, record: PlanRecord) -> None:
+    if digest != record.plan.sha256:
+        raise PlanError(
+            f"{path} has SHA-256 {digest[:12]}..., its record says {record.plan.sha256[:12]}...; "
+            "it is not executed",
+            hint=_AGAIN,
+        )

@@ -1,0 +1,275 @@
+"""One plan, open on the GPU: checked against its graph's contract, bound to memory for one batch size."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from admtrt.errors import EngineError, PlanError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from admtrt.contract import GraphSpec
+    from admtrt.runtime.cuda import CudaDevice, Stream
+    from admtrt.runtime.engines.library import Library
+    from admtrt.runtime.engines.sources import GraphSource
+    from admtrt.runtime.trt.kernels import KernelCache
+
+USED_TO_RUN = (
+    "DataType.FLOAT",
+    "DataType.INT64",
+    "ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE",
+    "ICudaEngine.create_execution_context",
+    "ICudaEngine.create_runtime_config",
+    "ICudaEngine.get_device_memory_size_for_profile_v2",
+    "ICudaEngine.get_tensor_dtype",
+    "ICudaEngine.get_tensor_mode",
+    "ICudaEngine.get_tensor_name",
+    "ICudaEngine.get_tensor_profile_shape",
+    "ICudaEngine.get_tensor_shape",
+    "ICudaEngine.num_io_tensors",
+    "ICudaEngine.num_optimization_profiles",
+    "IExecutionContext.execute_async_v3",
+    "IExecutionContext.get_tensor_shape",
+    "IExecutionContext.infer_shapes",
+    "IExecutionContext.set_input_shape",
+    "IExecutionContext.set_optimization_profile_async",
+    "IExecutionContext.set_tensor_address",
+    "ILogger.ERROR",
+    "ILogger.log",
+    "IRuntimeConfig.set_execution_context_allocation_strategy",
+    "Runtime.deserialize_cuda_engine",
+    "Runtime.engine_host_code_allowed",
+    "TensorIOMode.INPUT",
+    "TensorIOMode.OUTPUT",
+)
+"""Every member that running uses of either library, and of TensorRT's lean runtime."""
+
+USED_TO_REFIT = (
+    "OnnxParserRefitter.refit_from_file",
+    "Refitter.refit_cuda_engine",
+)
+"""What a plan without weights needs besides; the lean runtime has none of it."""
+
+USED_TO_RUN_RTX = (
+    "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
+    "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "EngineValidity.INVALID",
+    "IRuntimeCache.deserialize",
+    "IRuntimeCache.serialize",
+    "IRuntimeConfig.create_runtime_cache",
+    "IRuntimeConfig.cuda_graph_strategy",
+    "IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy",
+    "IRuntimeConfig.set_runtime_cache",
+    "Runtime.get_engine_validity",
+)
+"""What running uses of TensorRT-RTX alone."""
+
+_DTYPES = {"float32": "FLOAT", "int64": "INT64"}
+_AGAIN = "Build it again on this machine with: admtrt build BUNDLE"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Batch sizes that one of a plan's profiles takes."""
+
+    index: int
+    smallest: int
+    largest: int
+
+    def holds(self, batch: int) -> bool:
+        """Whether a batch size lies inside."""
+        return self.smallest <= batch <= self.largest
+
+
+class Engine:
+    """One plan.
+
+    Args:
+        library: the library that made it.
+        device: the GPU, which has to be the current one.
+        plan: verified bytes.
+        source: the graph that it was built from.
+        stripped: whether the plan has no weights: they are taken from the graph's file.
+        kernels: where TensorRT-RTX keeps what it compiles for this GPU; None for TensorRT.
+
+    Attributes:
+        profiles: batch sizes that it takes.
+
+    Raises:
+        PlanError: if the library refuses the plan, or it has other inputs or outputs than its graph.
+        EngineError: if the GPU has no room for the weights.
+    """
+
+    def __init__(
+        self,
+        library: Library,
+        device: CudaDevice,
+        plan: bytes,
+        source: GraphSource,
+        *,
+        stripped: bool,
+        kernels: KernelCache | None,
+    ) -> None:
+        self._library, self._device, self._source, self._kernels = library, device, source, kernels
+        self._errors: list[str] = []
+        self._logger = _logger(library.module, self._errors)
+        self._runtime = library.module.Runtime(self._logger)
+        self._runtime.engine_host_code_allowed = False
+        if library.flavor == "rtx":
+            self._check_validity(plan)
+        self._engine = self._runtime.deserialize_cuda_engine(plan)
+        if self._engine is None:
+            raise self._refused(len(plan), f"the weights of graph '{source.graph}'")
+        if stripped:
+            self._refit()
+        self._check_contract(source.spec)
+        self.profiles = self._read_profiles(source.spec)
+
+    def profile(self, batch: int) -> Profile | None:
+        """The tightest profile that holds a batch size."""
+        fitting = [profile for profile in self.profiles if profile.holds(batch)]
+        return min(fitting, key=lambda profile: profile.largest, default=None)
+
+    def bind(self, batch: int, addresses: Mapping[str, int], stream: Stream) -> Binding:
+        """A context of this plan for one batch size, every tensor at its address for good.
+
+        Args:
+            batch: held by one of the profiles.
+            addresses: of every input and output, by name.
+            stream: where the preparation is done; it is awaited.
+
+        Raises:
+            EngineError: if the GPU has no room for the intermediate values, or the library refuses.
+        """
+        profile, spec = self.profile(batch), self._source.spec
+        assert profile is not None, f"no profile holds a batch of {batch}"
+        purpose = f"graph '{self._source.graph}' at a batch of {batch}"
+        scratch = self._engine.get_device_memory_size_for_profile_v2(profile.index)
+        self._errors.clear()
+        context = self._engine.create_execution_context(self._runtime_config())
+        if context is None:
+            raise self._refused(scratch, purpose)
+        done = context.set_optimization_profile_async(profile.index, stream.handle)
+        stream.sync()
+        for tensor in spec.inputs:
+            done = done and context.set_input_shape(tensor.name, tensor.sized(batch))
+        done = done and not context.infer_shapes()
+        for tensor in (*spec.inputs, *spec.outputs):
+            done = done and tuple(context.get_tensor_shape(tensor.name)) == tensor.sized(batch)
+            done = done and context.set_tensor_address(tensor.name, addresses[tensor.name])
+        if not done:
+            raise self._refused(scratch, purpose)
+        return Binding(context, self)
+
+    def fault(self, what: str) -> EngineError:
+        """The error of something that failed, with what the library said of it."""
+        return EngineError(f"{self._library} cannot run graph '{self._source.graph}': {self._said() or what}")
+
+    def _runtime_config(self) -> Any:
+        trt = self._library.module
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(
+            trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
+        )
+        if self._kernels is not None:
+            self._kernels.attach(config)
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
+            config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        return config
+
+    def _check_validity(self, plan: bytes) -> None:
+        validity, diagnostics = self._runtime.get_engine_validity(plan)
+        if validity == self._library.module.EngineValidity.INVALID:
+            raise PlanError(
+                f"{self._library} says that its plan of graph '{self._source.graph}' is not valid on "
+                f"{self._device.gpu} (diagnostics {diagnostics})",
+                hint=_AGAIN,
+            )
+
+    def _refit(self) -> None:
+        trt = self._library.module
+        refitter = trt.Refitter(self._engine, self._logger)
+        parser = trt.OnnxParserRefitter(refitter, self._logger)
+        if not parser.refit_from_file(str(self._source.path)) or not refitter.refit_cuda_engine():
+            raise PlanError(
+                f"{self._library} cannot put the weights of {self._source.path} into their plan: "
+                f"{self._said() or 'it gives no reason'}",
+                hint=_AGAIN,
+            )
+
+    def _check_contract(self, spec: GraphSpec) -> None:
+        trt, engine = self._library.module, self._engine
+        found = {}
+        for index in range(engine.num_io_tensors):
+            name = engine.get_tensor_name(index)
+            shape = tuple(engine.get_tensor_shape(name))
+            found[name] = (engine.get_tensor_mode(name), engine.get_tensor_dtype(name), shape)
+        declared = {
+            tensor.name: (mode, getattr(trt.DataType, _DTYPES[tensor.dtype]), tensor.sized(-1))
+            for mode, tensors in (
+                (trt.TensorIOMode.INPUT, spec.inputs),
+                (trt.TensorIOMode.OUTPUT, spec.outputs),
+            )
+            for tensor in tensors
+        }
+        if found != declared:
+            raise PlanError(
+                f"the plan of graph '{self._source.graph}' has {found}; the manifest declares {declared}",
+                hint=_AGAIN,
+            )
+
+    def _read_profiles(self, spec: GraphSpec) -> tuple[Profile, ...]:
+        profiles = []
+        for index in range(self._engine.num_optimization_profiles):
+            shapes = [self._engine.get_tensor_profile_shape(tensor.name, index) for tensor in spec.inputs]
+            smallest = max(shape[0][0] for shape in shapes)
+            largest = min(shape[2][0] for shape in shapes)
+            profiles.append(Profile(index, smallest, largest))
+        return tuple(profiles)
+
+    def _said(self) -> str:
+        return "; ".join(dict.fromkeys(self._errors))
+
+    def _refused(self, size: int, purpose: str) -> EngineError:
+        """The library returned nothing: its log tells whether memory ran out."""
+        said = self._said()
+        if "memory" in said.lower() and "out" in said.lower():
+            return self._device.full(size, purpose)
+        return PlanError(
+            f"{self._library} refuses its plan of graph '{self._source.graph}' on {self._device.gpu}: "
+            f"{said or 'it gives no reason'}",
+            hint=_AGAIN,
+        )
+
+
+class Binding:
+    """A context bound to one batch size and to fixed addresses, used by one stream at a time."""
+
+    def __init__(self, context: Any, engine: Engine) -> None:
+        self._context = context
+        self._engine = engine  # a context must not outlive it
+
+    def enqueue(self, stream: Stream) -> None:
+        """Put one run into a stream.
+
+        Raises:
+            EngineError: if the library refuses.
+        """
+        if not self._context.execute_async_v3(stream.handle):
+            raise self._engine.fault("the run could not be enqueued")
+
+
+def _logger(trt: Any, errors: list[str]) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]  # the library is known at run time only
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.ERROR):
+                errors.append(" ".join(message.split()))
+
+    return Log()

@@ -1,0 +1,58 @@
+"""Kernels that TensorRT-RTX compiles for the GPU at hand, kept between runs in a file beside the plan."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+from admtrt.errors import OutputError
+from admtrt.files import atomic_file
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_DIGEST = 32  # bytes of SHA-256 before the library's own
+
+
+class KernelCache:
+    """The runtime cache of one plan.
+
+    A file that is damaged, or that the library does not want, is as good as none: kernels are compiled again.
+
+    Args:
+        path: its file, which need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._cache: Any = None
+        self._kept = b""
+
+    def attach(self, config: Any) -> None:
+        """Let contexts of a runtime configuration use the cache."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            self._kept = self._read()
+            if self._kept and not self._cache.deserialize(self._kept):
+                self._kept = b""
+        config.set_runtime_cache(self._cache)
+
+    def keep(self) -> None:
+        """Write what was compiled since it was read; a folder that cannot be written is left alone."""
+        if self._cache is None:
+            return
+        compiled = bytes(self._cache.serialize())
+        if compiled == self._kept:
+            return
+        with contextlib.suppress(OutputError), atomic_file(self._path) as temporary:
+            temporary.write_bytes(hashlib.sha256(compiled).digest() + compiled)
+        self._kept = compiled
+
+    def _read(self) -> bytes:
+        try:
+            data = self._path.read_bytes()
+        except OSError:
+            return b""
+        compiled = data[_DIGEST:]
+        return compiled if hashlib.sha256(compiled).digest() == data[:_DIGEST] else b""

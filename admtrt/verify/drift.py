@@ -1,0 +1,265 @@
+"""How far a backend or a precision moves from float32: graph by graph, step by step, and in the images.
+
+The reference is ONNX Runtime on the CPU form of the bundle's own graphs, with the same seeds. Nothing here
+passes or fails: the numbers say what a precision costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from admtrt.runtime.pipeline import Pipeline, consecutive_seeds
+from admtrt.runtime.sampler import advance, hold, start_slots
+from admtrt.schedule import sampling_schedule
+from admtrt.verify.inputs import Inputs
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from numpy.typing import NDArray
+
+    from admtrt.bundle import Bundle
+    from admtrt.runtime.sampler import Denoiser, Images, Labels, Slots
+    from admtrt.schedule import SamplingSchedule
+
+    Values = NDArray[np.float64]
+
+BINS = 5
+"""Equal ranges of timesteps over which graphs are compared."""
+EQUAL_PSNR = 120.0
+"""Shown for images that are equal, in dB; no two different float32 images reach it."""
+
+
+@dataclass(frozen=True)
+class GraphDrift:
+    """Errors of one graph's output over the samples and steps of one range of timesteps.
+
+    Attributes:
+        graph: its name.
+        first, last: the range of the base process, both ends inclusive.
+        mean_error, max_error: of |difference| / |reference| of each sample, in the Euclidean norm.
+        mean_cosine, min_cosine: between the two outputs of each sample.
+    """
+
+    graph: str
+    first: int
+    last: int
+    mean_error: float
+    max_error: float
+    mean_cosine: float
+    min_cosine: float
+
+
+@dataclass(frozen=True)
+class StepDrift:
+    """The distance of two free trajectories after one step.
+
+    Attributes:
+        timestep: of the base process, at which the step began.
+        mean_error, max_error: of x_t over the samples, as of :class:`GraphDrift`.
+    """
+
+    timestep: int
+    mean_error: float
+    max_error: float
+
+
+@dataclass(frozen=True)
+class DriftReport:
+    """What :func:`measure_drift` found.
+
+    Attributes:
+        images: how many were drawn.
+        graphs: by graph, then by range of timesteps, at the reference's own x_t.
+        steps: in the order of sampling.
+        mean_psnr, min_psnr: of the final images against the reference's, over values in [-1, 1], in dB.
+        max_levels: the largest difference of a pixel, of 255.
+    """
+
+    images: int
+    graphs: tuple[GraphDrift, ...]
+    steps: tuple[StepDrift, ...]
+    mean_psnr: float
+    min_psnr: float
+    max_levels: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return asdict(self)
+
+
+def measure_drift(
+    bundle: Bundle,
+    reference: Denoiser,
+    measured: Denoiser,
+    *,
+    images: int = 64,
+    steps: str = "ddim25",
+    batch_size: int = 16,
+    seed: int = 0,
+    report: Callable[[int], None] = lambda _: None,
+) -> DriftReport:
+    """Compare two denoisers over the same graphs.
+
+    Args:
+        bundle: whose networks they run; its recommended scale and clipping are used, its classes in turn.
+        reference, measured: what is compared.
+        images: how many to draw.
+        steps: respacing of the trajectories, as for :class:`~admtrt.config.SamplerConfig`.
+        batch_size: samples computed at once.
+        seed: of the first sample; the others follow.
+        report: called with the number of steps of samples that were done.
+
+    Raises:
+        RequestError: if the steps, the seed or a number is out of range.
+    """
+    sampler = Pipeline(bundle, reference).sampler(steps=steps)
+    schedule = sampling_schedule(bundle.manifest.diffusion, sampler)
+    seeds = list(consecutive_seeds(seed, images))
+    inputs = Inputs(bundle.manifest, seed)
+    paired = _Paired(reference, measured)
+    drifts: list[Values] = []
+    psnr: list[Values] = []
+    levels = 0.0
+    for first in range(0, images, batch_size):
+        chosen = seeds[first : first + batch_size]
+        given = inputs.conditioning(len(chosen), shift=first)
+        exact, other = (
+            start_slots(
+                inputs.image_shape,
+                [schedule] * len(chosen),
+                chosen,
+                unet_y=given.unet_y,
+                guide_y=given.guide_y if sampler.scale else None,
+                low_res=given.low_res,
+                stage=bundle.manifest.unet.low_res_size or 0,
+            )
+            for _ in range(2)
+        )
+        drifts.append(np.stack(list(_drifts(exact, paired, other, measured, report))))
+        psnr.append(_psnr(other.x, exact.x))
+        levels = max(levels, float(np.abs(_clipped(other.x) - _clipped(exact.x)).max()) * 127.5)
+    each = np.concatenate(drifts, axis=1)
+    quality = np.concatenate(psnr)
+    return DriftReport(
+        images=images,
+        graphs=tuple(_by_timestep(paired.errors, schedule, bundle.manifest.diffusion.steps)),
+        steps=tuple(
+            StepDrift(timestep=int(t), mean_error=float(errors.mean()), max_error=float(errors.max()))
+            for t, errors in zip(schedule.timesteps, each, strict=True)
+        ),
+        mean_psnr=float(quality.mean()),
+        min_psnr=float(quality.min()),
+        max_levels=levels,
+    )
+
+
+def _drifts(
+    exact: Slots, paired: _Paired, other: Slots, measured: Denoiser, report: Callable[[int], None]
+) -> Iterator[Values]:
+    """Both trajectories to their ends; the relative error of x_t of each sample after each step."""
+    with hold(other, measured) as held:
+        for _ in range(len(exact.schedules[0])):
+            paired.step = int(exact.position[0])
+            advance(exact, paired)
+            held.advance()
+            held.read()
+            yield _relative(other.x, exact.x)
+            report(len(exact))
+
+
+class _Paired:
+    """The reference as a :class:`~admtrt.runtime.sampler.Denoiser` that also asks the measured one.
+
+    Attributes:
+        step: position in the schedule, kept up to date by the caller.
+        errors: by graph and step, the relative error and the cosine of samples, float64 [2, N] each.
+    """
+
+    def __init__(self, reference: Denoiser, measured: Denoiser) -> None:
+        self._reference = reference
+        self._measured = measured
+        self.step = 0
+        self.errors: dict[str, dict[int, list[Values]]] = {}
+
+    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
+        return self._note(
+            "unet", self._reference.unet(x, t, y, low_res), self._measured.unet(x, t, y, low_res)
+        )
+
+    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
+        return self._note(
+            "classifier_gradient",
+            self._reference.classifier_gradient(x, t, y),
+            self._measured.classifier_gradient(x, t, y),
+        )
+
+    def update(
+        self, x: Images, out: Images, grad: Images, noise: Images, coefficients: NDArray[np.float32]
+    ) -> tuple[Images, Images]:
+        return self._reference.update(x, out, grad, noise, coefficients)
+
+    def _note(self, graph: str, exact: Images, other: Images) -> Images:
+        found = np.stack([_relative(other, exact), _cosine(other, exact)])
+        self.errors.setdefault(graph, {}).setdefault(self.step, []).append(found)
+        return exact
+
+
+def _by_timestep(
+    errors: dict[str, dict[int, list[Values]]], schedule: SamplingSchedule, length: int
+) -> Iterator[GraphDrift]:
+    edges = np.linspace(0, length, BINS + 1).astype(int)
+    for graph, by_step in errors.items():
+        for first, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
+            inside = [
+                found
+                for step, batches in by_step.items()
+                if first <= schedule.timesteps[step] < end
+                for found in batches
+            ]
+            if not inside:
+                continue
+            error, cosine = np.concatenate(inside, axis=1)
+            yield GraphDrift(
+                graph=graph,
+                first=first,
+                last=end - 1,
+                mean_error=float(error.mean()),
+                max_error=float(error.max()),
+                mean_cosine=float(cosine.mean()),
+                min_cosine=float(cosine.min()),
+            )
+
+
+def _rows(images: Images) -> Values:
+    return images.reshape(len(images), -1).astype(np.float64)
+
+
+def _relative(other: Images, exact: Images) -> Values:
+    """Euclidean norm of the difference over that of the reference, of each sample, float64 [N]."""
+    norm = np.linalg.norm(_rows(exact), axis=1)
+    result: Values = np.linalg.norm(_rows(other) - _rows(exact), axis=1) / np.maximum(norm, _TINY)
+    return result
+
+
+def _cosine(other: Images, exact: Images) -> Values:
+    a, b = _rows(other), _rows(exact)
+    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return np.where(norms > 0, (a * b).sum(axis=1) / np.maximum(norms, _TINY), 1.0)
+
+
+def _psnr(other: Images, exact: Images) -> Values:
+    """Peak signal-to-noise ratio of each sample, values in [-1, 1], in dB, float64 [N]."""
+    error = ((_clipped(other) - _clipped(exact)) ** 2).mean(axis=1)
+    ratio: Values = 10 * np.log10(4 / np.maximum(error, 4 * 10 ** (-EQUAL_PSNR / 10)))
+    return ratio
+
+
+def _clipped(images: Images) -> Values:
+    return _rows(images).clip(-1, 1)
+
+
+_TINY = float(np.finfo(np.float32).tiny)

@@ -1,0 +1,94 @@
+"""A bundle's plans on the doubles of the GPU and of the engine library, ready to be opened."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from bundles import exported_bundle
+from cuda_double import Machine
+from engine_double import engine_library, plan_bytes
+
+from admtrt.bundle import Bundle
+from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
+from admtrt.runtime.engines.device import Driver, Gpu
+from admtrt.runtime.engines.library import find_library
+from admtrt.runtime.engines.options import BatchProfile, BuildOptions
+from admtrt.runtime.engines.plans import PlanStore, plan_key
+from admtrt.runtime.engines.report import fusion_report
+from admtrt.runtime.engines.sources import graph_source
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+
+    import pytest
+
+    from admtrt.runtime.engines.plans import PlanRecord
+
+GPU = Gpu("GeForce Double", 89, 2**30)
+Profiles = tuple[tuple[int, int, int], ...]
+
+
+class Rig:
+    """One library, one GPU, one folder of plans of one of the bundles of :mod:`bundles`.
+
+    Args:
+        rtx: TensorRT-RTX instead of TensorRT.
+        profiles: of the plans, for each graph or for all.
+        memory: bytes of the GPU.
+    """
+
+    def __init__(
+        self,
+        patch: pytest.MonkeyPatch,
+        folder: Path,
+        name: str = "guided",
+        *,
+        rtx: bool = False,
+        profiles: Profiles = ((1, 4, 8),),
+        memory: int = 2**30,
+    ) -> None:
+        self.bundle = Bundle.open(exported_bundle(name))
+        self.folder = folder
+        self.store = PlanStore(folder)
+        self.machine = Machine(memory=memory)
+        self.profiles: dict[str, Profiles] = dict.fromkeys(self.bundle.manifest.graphs, profiles)
+        self.flavor: Any = "rtx" if rtx else "tensorrt"
+        self.module = engine_library(self.machine, rtx=rtx, version="1.7.1.116" if rtx else "11.4.0.106")
+        hidden = ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings")
+        for module in hidden:
+            patch.setitem(sys.modules, module, None)
+        patch.setitem(sys.modules, "tensorrt_rtx" if rtx else "tensorrt", self.module)
+        patch.setitem(sys.modules, "cuda.core", self.machine.namespace())
+        patch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))
+        patch.setitem(sys.modules, "cuda.bindings.driver", self.machine.driver())
+        self.driver(patch, Driver(cuda="13.1", gpus=(GPU,)))
+
+    def driver(self, patch: pytest.MonkeyPatch, driver: Driver) -> None:
+        """What the driver says from now on."""
+        patch.setattr("admtrt.runtime.cuda.query_driver", lambda: driver)
+
+    def build(self, graphs: Sequence[str] = (), **plan: Any) -> list[PlanRecord]:
+        """Put plans of the graphs, or of all, into the store; ``plan`` are fields of the double's."""
+        library, records = find_library(self.flavor), []
+        for graph in graphs or self.profiles:
+            source = graph_source(self.bundle, graph, "fp32")
+            profiles = self.profiles[graph]
+            options = BuildOptions(
+                profiles=tuple(BatchProfile(smallest=a, best=b, largest=c) for a, b, c in profiles),
+                strip=plan.get("stripped", False),
+            )
+            key = plan_key(source, options, library, GPU)
+            fields = {"gpu": f"SM{GPU.compute_capability}"} | plan
+            records.append(
+                self.store.put(
+                    key, plan_bytes(source.path, profiles, **fields), seconds=1.0, report=fusion_report([])
+                )
+            )
+        return records
+
+    def open(self, **options: Any) -> TensorRTDenoiser:
+        """The backend on the plans of the store."""
+        return TensorRTDenoiser(self.bundle, cache=self.folder, **options)

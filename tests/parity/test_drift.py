@@ -1,0 +1,180 @@
+"""Drift: exact where both sides are one, right where the error is known, and `admtrt drift` around it."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+from bundles import exported_bundle, pipeline
+from onnx_graphs import parse, proto
+from onnx_graphs import run as run_graph
+from typed_bundles import typed_bundle
+
+from admtrt.cli import run
+from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+from admtrt.verify.drift import BINS, EQUAL_PSNR, measure_drift
+from admtrt.verify.emulation import emulate, emulated
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from admtrt.runtime.sampler import Images
+    from admtrt.verify.drift import DriftReport
+
+Capture = pytest.CaptureFixture[str]
+STEPS = {"images": 3, "steps": "5", "batch_size": 2}
+
+
+class Altered:
+    """The graphs with a known error."""
+
+    def __init__(self, *, factor: float = 1.0, turned: float = 0.0) -> None:
+        self._exact = pipeline("guided").denoiser
+        self._factor = np.float32(factor)
+        self._turned = turned
+
+    def unet(self, *given: Any) -> Images:
+        return self._exact.unet(*given) * self._factor
+
+    def classifier_gradient(self, *given: Any) -> Images:
+        gradient = self._exact.classifier_gradient(*given)
+        rows = gradient.reshape(len(gradient), -1)
+        across = np.roll(rows, 1, axis=1)
+        across -= rows * (across * rows).sum(axis=1, keepdims=True) / (rows**2).sum(axis=1, keepdims=True)
+        across *= np.linalg.norm(rows, axis=1, keepdims=True) / np.linalg.norm(across, axis=1, keepdims=True)
+        turned = np.cos(self._turned) * rows + np.sin(self._turned) * across
+        return turned.reshape(gradient.shape).astype(np.float32)
+
+    def update(self, *given: Any) -> tuple[Images, Images]:
+        return self._exact.update(*given)
+
+
+def against(measured: Any, **options: Any) -> DriftReport:
+    exact = pipeline("guided")
+    return measure_drift(exact.bundle, exact.denoiser, measured, **STEPS | options)
+
+
+def test_of_itself_is_nothing() -> None:
+    report = against(pipeline("guided").denoiser)
+    assert {graph.graph for graph in report.graphs} == {"unet", "classifier_gradient"}
+    assert all(graph.max_error == 0 and graph.min_cosine > 1 - 1e-12 for graph in report.graphs)
+    assert [step.max_error for step in report.steps] == [0] * 5
+    assert [step.timestep for step in report.steps] == [999, 749, 500, 250, 0]
+    assert (report.mean_psnr, report.min_psnr, report.max_levels) == (EQUAL_PSNR, EQUAL_PSNR, 0)
+
+
+def test_a_known_error() -> None:
+    report = against(Altered(factor=1.01, turned=0.1))
+    ranges = [(graph.first, graph.last) for graph in report.graphs if graph.graph == "unet"]
+    assert ranges == [(0, 199), (200, 399), (400, 599), (600, 799), (800, 999)]
+    assert len(ranges) == BINS
+    for graph in report.graphs:
+        error, cosine = (0.01, 1.0) if graph.graph == "unet" else (2 * np.sin(0.05), np.cos(0.1))
+        assert graph.mean_error == pytest.approx(error, rel=1e-4)
+        assert graph.max_error == pytest.approx(error, rel=1e-4)
+        assert graph.mean_cosine == pytest.approx(cosine, abs=1e-6)
+        assert graph.min_cosine == pytest.approx(cosine, abs=1e-6)
+    assert 0 < report.steps[0].mean_error < report.steps[-1].mean_error <= report.steps[-1].max_error
+    assert 10 < report.min_psnr <= report.mean_psnr < 60
+    assert 1 < report.max_levels < 255
+
+
+def test_the_images_errors_follow_the_graphs() -> None:
+    """A tenth of the error is a tenth of the drift: 20 dB."""
+    large, small = (against(Altered(factor=1 + error)) for error in (1e-3, 1e-4))
+    assert small.steps[0].mean_error == pytest.approx(large.steps[0].mean_error / 10, rel=0.05)
+    assert small.mean_psnr - large.mean_psnr == pytest.approx(20, abs=2)
+
+
+def test_batches_change_nothing() -> None:
+    together, apart = (against(Altered(factor=1.01), batch_size=size) for size in (3, 1))
+    assert together.mean_psnr == pytest.approx(apart.mean_psnr, abs=0.01)
+    assert together.steps[-1].max_error == pytest.approx(apart.steps[-1].max_error, rel=1e-3)
+
+
+def test_fp16_drifts_less_than_bf16() -> None:
+    bundle = typed_bundle()
+    reference = OnnxRuntimeDenoiser(bundle, threads=1)
+    found = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        with emulated(bundle, precision, threads=1) as denoiser:
+            found[precision] = measure_drift(bundle, reference, denoiser, **STEPS)
+    psnr = [found[precision].mean_psnr for precision in ("fp32", "fp16", "bf16")]
+    assert psnr[0] > psnr[1] + 20 > psnr[2] + 30
+    assert psnr[2] > 30
+
+
+def test_emulation_rounds_every_result() -> None:
+    body = """
+        h = Cast <to = 10> (x) a = Mul (h, h) b = Sub (a, c)
+        r = Reshape (b, s) d = Div (r, r) y = Cast <to = 1> (d)
+    """
+    half = np.array([0.1, 0.7], np.float16)
+    model = ir.serde.deserialize_model(
+        parse(
+            f"g (float[N, 2] x) => (float[N, 2] y) {{ {body} }}",
+            {"c": half, "s": np.int64([-1, 2])},
+            opset=22,
+        )
+    )
+    for value in model.graph:
+        for output in value.outputs:
+            output.type = ir.TensorType(ir.DataType.FLOAT if output.name == "y" else ir.DataType.FLOAT16)
+    emulate(model)
+    x = np.array([[300, 1.2345], [1.0009765, 1 / 3]], np.float32)
+    with np.errstate(over="ignore", invalid="ignore"):
+        h = x.astype(np.float16)
+        rounded = h * h - half
+        expected = (rounded / rounded).astype(np.float32)
+    np.testing.assert_array_equal(run_graph(proto(model), x=x)["y"], expected)
+    assert np.isnan(expected[0, 0])  # 300 squared is beyond fp16: inf / inf
+
+
+def drift(*arguments: Any) -> int:
+    return run(["drift", *map(str, arguments), "--images", "2", "--steps", "5", "--threads", "1"])
+
+
+def test_command(tmp_path: Path, capsys: Capture) -> None:
+    options = [typed_bundle().path, "--engine", "fp16", "--plot", tmp_path / "drift.png"]
+    assert drift(*options, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["precision"], found["emulated"], found["images"], found["sampling"]) == (
+        "fp16",
+        True,
+        2,
+        "5",
+    )
+    assert len(found["steps"]) == 5
+    assert 30 < found["min_psnr"] <= found["mean_psnr"] < EQUAL_PSNR
+    assert (tmp_path / "drift.png").read_bytes().startswith(b"\x89PNG")
+    assert drift(*options[:3]) == 0
+    shown = capsys.readouterr().out
+    assert f"PSNR {found['mean_psnr']:.1f} dB on average, {found['min_psnr']:.1f} dB at least" in shown
+    assert "800-999" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "fp32 on onnxruntime is what the others are measured against"),
+        (["--engine", "int8"], "--engine 'int8' is unknown; expected fp32, fp16, bf16"),
+        (["--engine", "fp16"], "has no engine graphs in fp16; it has none"),
+        (["--engine", "fp16", "--precision", "bf16"], "--backend and --precision a backend"),
+        (["--precision", "fp16"], "'onnxruntime' computes in fp32, not in fp16"),
+        (["--backend", "abacus"], "'abacus' is unknown"),
+    ],
+)
+def test_refused(options: list[str], message: str, capsys: Capture) -> None:
+    assert drift(exported_bundle("guided"), *options) == 2
+    shown, complaint = capsys.readouterr()
+    assert shown == ""
+    assert message in complaint
+    assert "Traceback" not in complaint
+
+
+def test_numbers_out_of_range(capsys: Capture) -> None:
+    assert run(["drift", str(exported_bundle("guided")), "--engine", "fp16", "--images", "0"]) == 2
+    assert "--images is 0" in capsys.readouterr().err

@@ -1,0 +1,386 @@
+"""The backends by name: what is refused, what each opens, and ONNX Runtime's providers on a stand-in."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+from bundles import CLASSIFIER, exported_bundle, pipeline, sham_bundle
+
+from admtrt.bundle import Bundle
+from admtrt.cli import run
+from admtrt.errors import BundleError, EngineError, MissingDependencyError, RequestError
+from admtrt.runtime.backends import providers, registry
+from admtrt.runtime.backends.composite import Composite
+from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+from admtrt.runtime.backends.providers import Provider, ProviderDenoiser
+from admtrt.runtime.backends.registry import AUTO, BACKENDS, open_denoiser
+from admtrt.runtime.pipeline import Pipeline
+
+RNG = np.random.default_rng(0)
+X = RNG.standard_normal((3, 1, 8, 8), dtype=np.float32)
+T = np.array([900, 30, 500], dtype=np.float32)
+Y = np.array([2, 0, 1])
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "admtrt"
+
+
+@pytest.fixture
+def bundle() -> Bundle:
+    return pipeline("guided").bundle
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if an NVIDIA driver were installed."""
+    monkeypatch.setattr(registry, "_has_driver", lambda: True)
+
+
+NAMES = "onnxruntime, openvino, onnxruntime-cuda, onnxruntime-tensorrt, onnxruntime-rtx, tensorrt, auto"
+
+
+def test_the_help_names_every_backend() -> None:
+    from admtrt.commands.options import BackendName
+
+    (option,) = BackendName.__metadata__
+    assert ", ".join([*BACKENDS, AUTO]) == NAMES
+    assert all(name in option.help for name in [*BACKENDS, AUTO])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"backend": "tensorflow"}, f"backend 'tensorflow' is unknown; expected one of {NAMES}"),
+        ({"precision": "int8"}, "precision 'int8' is unknown; expected one of fp32, fp16, bf16"),
+        ({"precision": "bf16"}, "backend 'onnxruntime' computes in fp32, not in bf16"),
+        ({"backend": "openvino", "precision": "fp16"}, "computes in fp32 or bf16, not in fp16"),
+        ({"backend": "tensorrt", "threads": 2}, "threads is 2, but backend 'tensorrt' does not run on the"),
+        ({"threads": 0}, "threads is 0; expected 1 to 1024"),
+        ({"batch_size": 0, "backend": "auto"}, "batch_size is 0; expected at least 1"),
+        ({"batch_size": 1.5}, "batch_size is 1.5; expected a whole number"),
+    ],
+)
+def test_refused_requests(bundle: Bundle, given: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        open_denoiser(bundle, **given)
+
+
+def test_a_wrong_name_is_refused_before_the_bundle_is_read(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="is unknown"):
+        Pipeline.from_bundle(tmp_path / "absent", backend="cuda")
+
+
+def test_the_other_backends_of_a_precision_are_named(bundle: Bundle) -> None:
+    with pytest.raises(RequestError) as raised:
+        open_denoiser(bundle, "onnxruntime", "bf16")
+    assert (
+        raised.value.hint == "Backends with bf16: openvino, onnxruntime-tensorrt, onnxruntime-rtx, tensorrt."
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in BACKENDS if BACKENDS[name].device == "cuda"])
+def test_a_machine_without_a_driver(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(registry, "_is_installed", lambda _: True)
+    monkeypatch.setattr(registry, "_has_driver", lambda: False)
+    with pytest.raises(EngineError, match=f"backend '{name}' needs an NVIDIA GPU, and this machine has no"):
+        open_denoiser(bundle, name)
+    assert not BACKENDS[name].available()
+    assert "no driver" in BACKENDS[name].available().reason
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_a_package_that_is_missing(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr(registry, "_is_installed", lambda _: False)
+    with pytest.raises(MissingDependencyError) as raised:
+        open_denoiser(bundle, name)
+    assert f"'{name}' needs the package" in raised.value.message
+    assert raised.value.hint == f"Install it with: pip install 'admtrt[{BACKENDS[name].extra}]'"
+
+
+def test_modules_within_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not registry._is_installed("no_such_package.core")
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    assert not registry._is_installed("openvino")
+    assert registry._is_installed("numpy")
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_installed_backends_for_cpus_are_available(name: str) -> None:
+    assert BACKENDS[name].available()
+    assert BACKENDS[name].available().reason == ""
+
+
+def test_some_graphs_alone(bundle: Bundle) -> None:
+    denoiser = OnnxRuntimeDenoiser(bundle, threads=1, graphs=("classifier_gradient",))
+    expected = pipeline("guided").denoiser.classifier_gradient(X, T, Y)
+    assert np.array_equal(denoiser.classifier_gradient(X, T, Y), expected)
+    with pytest.raises(KeyError):
+        denoiser.unet(X, T, None, None)
+
+
+def test_engine_graphs_that_the_bundle_has_not(bundle: Bundle) -> None:
+    with pytest.raises(BundleError, match="has no engine graphs in fp16"):
+        OnnxRuntimeDenoiser(bundle, engine="fp16")
+
+
+def test_a_composite_runs_each_graph_where_it_belongs() -> None:
+    class Named:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def unet(self, *arguments: Any) -> Any:
+            return f"{self.name} unet", arguments
+
+        def classifier_gradient(self, *arguments: Any) -> Any:
+            return f"{self.name} gradient", arguments
+
+        def update(self, *arguments: Any) -> Any:
+            return f"{self.name} update", arguments
+
+    both: Any = Composite(Named("a"), Named("b"))  # type: ignore[arg-type]
+    assert both.unet(1, 2, 3, 4) == ("a unet", (1, 2, 3, 4))
+    assert both.classifier_gradient(1, 2, 3) == ("b gradient", (1, 2, 3))
+    assert both.update(1, 2, 3, 4, 5) == ("a update", (1, 2, 3, 4, 5))
+
+
+class Library(SimpleNamespace):
+    """ONNX Runtime, whose CPU provider answers to another's name; it records how sessions are opened."""
+
+    def __init__(self, *, refused: str = "", loaded: bool = True) -> None:
+        super().__init__(**{name: getattr(onnxruntime, name) for name in ("RunOptions", "OrtValue")})
+        self.__version__ = "1.99"
+        self.SessionOptions = onnxruntime.SessionOptions
+        self.opened: list[dict[str, str]] = []
+        self.refused = refused
+        self.loaded = loaded
+
+    def get_available_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"]
+
+    def InferenceSession(self, path: str, *, sess_options: Any, providers: Any) -> Any:  # noqa: N802
+        ((name, options),) = providers
+        self.opened.append(options)
+        if options.get(self.refused) == "1" or self.refused == "everything":
+            raise RuntimeError(f"{name} cannot do that")
+        session = onnxruntime.InferenceSession(path, sess_options, providers=["CPUExecutionProvider"])
+        held = [name, "CPUExecutionProvider"] if self.loaded else ["CPUExecutionProvider"]
+        return _Renamed(session, held)
+
+
+class _Renamed:
+    def __init__(self, session: Any, names: list[str]) -> None:
+        self._session, self._names = session, names
+
+    def get_providers(self) -> list[str]:
+        return self._names
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch, driver: None) -> Library:
+    made = Library()
+    monkeypatch.setattr(providers, "_onnxruntime", lambda _: made)
+    for name in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
+        here = Provider(providers.PROVIDERS[name].name, "cpu", providers.PROVIDERS[name].graph_option)
+        monkeypatch.setitem(providers.PROVIDERS, name, here)
+    return made
+
+
+def test_bound_arrays_give_what_the_cpu_gives(bundle: Bundle, library: Library) -> None:
+    denoiser = open_denoiser(bundle, "onnxruntime-cuda")
+    expected = pipeline("guided").denoiser
+    for rows in (
+        slice(0, 3),
+        slice(0, 2),
+        slice(1, 3),
+        slice(0, 3),
+    ):  # other sizes, and arrays that are reused
+        x, t, y = X[rows], T[rows], Y[rows]
+        assert np.allclose(denoiser.unet(x, t, None, None), expected.unet(x, t, None, None), atol=1e-6)
+        gradient = denoiser.classifier_gradient(x, t, y)
+        assert np.allclose(gradient, expected.classifier_gradient(x, t, y), atol=1e-6)
+
+
+def test_outputs_belong_to_the_caller(bundle: Bundle, library: Library) -> None:
+    denoiser = open_denoiser(bundle, "onnxruntime-cuda")
+    first = denoiser.unet(X, T, None, None)
+    kept = first.copy()
+    denoiser.unet(-X, T, None, None)
+    assert np.array_equal(first, kept)
+
+
+def test_arrays_that_are_not_contiguous(bundle: Bundle, library: Library) -> None:
+    denoiser = open_denoiser(bundle, "onnxruntime-cuda")
+    assert np.array_equal(
+        denoiser.unet(X[:, :, ::-1], T, None, None), denoiser.unet(X[:, :, ::-1].copy(), T, None, None)
+    )
+
+
+def test_images_through_a_provider(library: Library) -> None:
+    given = Pipeline.from_bundle(exported_bundle("guided"), backend="onnxruntime-cuda")
+    expected = pipeline("guided")([0, 1, 2], [4, 5, 6])
+    drawn = given([0, 1, 2], [4, 5, 6], batch_size=2)
+    assert np.abs(drawn.images.astype(int) - expected.images).max() <= 1
+
+
+def test_cuda_is_asked_for_exact_products_and_graphs(bundle: Bundle, library: Library) -> None:
+    open_denoiser(bundle, "onnxruntime-cuda")
+    assert all(options["use_tf32"] == "0" for options in library.opened)
+    assert all(options["enable_cuda_graph"] == "1" for options in library.opened)
+    assert len(library.opened) == 3
+
+
+def test_a_graph_that_cannot_be_captured_runs_without(bundle: Bundle, library: Library) -> None:
+    library.refused = "enable_cuda_graph"
+    open_denoiser(bundle, "onnxruntime-cuda").unet(X, T, None, None)
+    assert ["enable_cuda_graph" in options for options in library.opened] == [True, False] * 3
+
+
+def test_a_graph_that_is_refused(bundle: Bundle, library: Library) -> None:
+    library.refused = "everything"
+    with pytest.raises(BundleError, match=r"CUDAExecutionProvider refuses .*unet.onnx: .* cannot do that"):
+        open_denoiser(bundle, "onnxruntime-cuda")
+
+
+def test_a_provider_that_is_not_loaded_is_no_silent_cpu(bundle: Bundle, library: Library) -> None:
+    library.loaded = False
+    with pytest.raises(EngineError, match="could not load CUDAExecutionProvider, and would run on the CPU"):
+        open_denoiser(bundle, "onnxruntime-cuda")
+
+
+def test_engines_are_kept_apart_by_weights_and_graph(
+    bundle: Bundle, library: Library, tmp_path: Path, cache: Path
+) -> None:
+    open_denoiser(bundle, "onnxruntime-tensorrt")
+    first = [options["trt_engine_cache_path"] for options in library.opened]
+    assert len(set(first)) == 3
+    assert all(Path(path).is_relative_to(cache) for path in first)
+    assert all(options["trt_cuda_graph_enable"] == "1" for options in library.opened)
+    assert not any("trt_fp16_enable" in options for options in library.opened)
+    with pytest.raises(BundleError, match="has no engine graphs in fp16"):
+        open_denoiser(bundle, "onnxruntime-tensorrt", "fp16")
+    other = json.loads((bundle.path / "manifest.json").read_text()) | {"made_with": {"other": "weights"}}
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in bundle.path.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    (copy / "manifest.json").write_text(json.dumps(other))
+    library.opened.clear()
+    ProviderDenoiser(Bundle.open(copy), "onnxruntime-tensorrt")
+    assert not set(first) & {options["trt_engine_cache_path"] for options in library.opened}
+
+
+def test_the_wheel_for_cpus_lacks_the_provider(driver: None) -> None:
+    assert "CUDAExecutionProvider" not in onnxruntime.get_available_providers()
+    with pytest.raises(EngineError) as raised:
+        BACKENDS["onnxruntime-cuda"].require()
+    assert "is installed without CUDAExecutionProvider; it has" in raised.value.message
+    assert "pip install 'admtrt[cuda]'" in raised.value.hint
+
+
+class Plugin(Library):
+    """ONNX Runtime with a plugin, which is registered once and finds some devices."""
+
+    def __init__(self, devices: int, *, fault: str = "") -> None:
+        super().__init__()
+        self.registered: list[str] = []
+        self.devices, self.fault = devices, fault
+
+    def get_ep_devices(self) -> list[SimpleNamespace]:
+        found = self.devices if self.registered else 0
+        cpu = SimpleNamespace(ep_name="CPUExecutionProvider")
+        return [cpu, *[SimpleNamespace(ep_name="NvTensorRTRTXExecutionProvider", i=i) for i in range(found)]]
+
+    def register_execution_provider_library(self, name: str, path: str) -> None:
+        if self.fault:
+            raise RuntimeError(self.fault)
+        self.registered.append(f"{name} {path}")
+
+    def SessionOptions(self) -> Any:  # noqa: N802
+        options = onnxruntime.SessionOptions()
+        plugin = self
+
+        class Recording:
+            def add_provider_for_devices(self, devices: list[Any], given: dict[str, str]) -> None:
+                assert [device.i for device in devices] == [0]
+                plugin.opened.append(given)
+
+            def __setattr__(self, name: str, value: Any) -> None:
+                setattr(options, name, value)
+
+        return Recording()
+
+    def InferenceSession(self, path: str, *, sess_options: Any) -> Any:  # noqa: N802
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        return _Renamed(session, ["NvTensorRTRTXExecutionProvider", "CPUExecutionProvider"])
+
+
+@pytest.fixture
+def plugin(monkeypatch: pytest.MonkeyPatch, driver: None) -> Plugin:
+    made = Plugin(devices=2)
+    module = ModuleType("onnxruntime_ep_nv_tensorrt_rtx")
+    module.get_library_path = lambda: Path("plugin.so")  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.setattr(registry, "_is_installed", lambda _: True)
+    monkeypatch.setattr(providers, "_onnxruntime", lambda _: made)
+    del made.SessionOptions  # that of the base is an attribute of the object
+    return made
+
+
+def test_a_plugin_is_registered_once_and_runs(bundle: Bundle, plugin: Plugin, cache: Path) -> None:
+    denoiser = open_denoiser(bundle, "onnxruntime-rtx")
+    assert plugin.registered == ["NvTensorRTRTXExecutionProvider plugin.so"]
+    assert len({options["nv_runtime_cache_path"] for options in plugin.opened}) == 3
+    expected = pipeline("guided").denoiser.unet(X, T, None, None)
+    assert np.allclose(denoiser.unet(X, T, None, None), expected, atol=1e-6)
+
+
+def test_a_plugin_without_a_device(plugin: Plugin) -> None:
+    plugin.devices = 0
+    with pytest.raises(EngineError, match="NvTensorRTRTXExecutionProvider finds no GPU that it supports"):
+        BACKENDS["onnxruntime-rtx"].require()
+
+
+def test_a_plugin_that_cannot_be_loaded(plugin: Plugin) -> None:
+    plugin.fault = "libfoo.so: cannot open shared object file"
+    with pytest.raises(EngineError, match=r"cannot load NvTensorRTRTXExecutionProvider: libfoo.so"):
+        BACKENDS["onnxruntime-rtx"].require()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--backend", "cuda"],
+        ["--backend", "onnxruntime", "--precision", "bf16"],
+        ["--precision", "int8"],
+        ["--backend", "onnxruntime-cuda"],
+        ["--guidance-interval", "3"],
+        ["--guidance-interval", "3:1"],
+        ["--guidance-interval", "a:b"],
+        ["--guidance-interval", "0:nan"],
+    ],
+)
+def test_bad_options_of_the_command(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str]
+) -> None:
+    path = sham_bundle(tmp_path / "bundle", classifier=CLASSIFIER).path
+    if "--guidance-interval" in options:
+        path = exported_bundle("guided")
+    assert run(["sample", str(path), "--out", str(tmp_path / "run"), *options]) == 2
+    shown, complaint = capsys.readouterr()
+    assert shown == ""
+    assert "error:" in complaint
+    assert "Traceback" not in complaint
+    assert not (tmp_path / "run").exists()

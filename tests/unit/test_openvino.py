@@ -1,0 +1,206 @@
+"""OpenVINO: exact in fp32, near in bf16, compiled for each batch size and no more often."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from bundles import CLASSIFIER, UNET, exported_bundle, network, pipeline, sham_bundle
+
+from admtrt.bundle import Bundle
+from admtrt.cli import run
+from admtrt.config import ClassifierConfig
+from admtrt.errors import BundleError, MissingDependencyError, RequestError
+from admtrt.export.pack import bundle_from_checkpoints
+from admtrt.runtime.backends.openvino import OpenVinoDenoiser
+from admtrt.runtime.pipeline import Pipeline
+
+RNG = np.random.default_rng(1)
+X = RNG.standard_normal((3, 1, 8, 8), dtype=np.float32)
+T = np.array([900, 30, 500], dtype=np.float32)
+Y = np.array([2, 0, 1])
+# Sums in another order, relative to the largest value of a sample.
+EXACT = 1e-5
+# bf16 keeps 8 bits: 4e-3 for each rounding. Measured: 0.013 of the UNet, 0.027 of the gradient.
+LOW = 5e-2
+
+
+def error(found: np.ndarray, expected: np.ndarray) -> float:
+    """The worst relative error of a sample."""
+    axes = tuple(range(1, expected.ndim))
+    return float((np.abs(found - expected).max(axes) / np.abs(expected).max(axes)).max())
+
+
+@pytest.fixture(scope="module")
+def denoiser() -> OpenVinoDenoiser:
+    return OpenVinoDenoiser(pipeline("guided").bundle, threads=1)
+
+
+@pytest.fixture(scope="module")
+def low() -> OpenVinoDenoiser:
+    try:
+        return OpenVinoDenoiser(pipeline("guided").bundle, "bf16", threads=1)
+    except RequestError as refused:
+        pytest.skip(refused.message)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_fp32_is_exact(denoiser: OpenVinoDenoiser, batch: int) -> None:
+    expected = pipeline("guided").denoiser
+    x, t, y = X[:batch], T[:batch], Y[:batch]
+    assert error(denoiser.unet(x, t, None, None), expected.unet(x, t, None, None)) < EXACT
+    gradient = denoiser.classifier_gradient(x, t, y)
+    assert error(gradient, expected.classifier_gradient(x, t, y)) < EXACT
+
+
+def test_strided_convolutions_and_their_gradients_share_weights(tmp_path: Path) -> None:
+    """Which OpenVINO by itself repacks for the one and reads for both."""
+    strided = {"channel_mult": (1, 2), "resblock_updown": False, "conv_resample": True}
+    guide = network(ClassifierConfig.from_dict(CLASSIFIER.to_dict() | strided))
+    path = tmp_path / "strided"
+    bundle_from_checkpoints(network(UNET), guide, path)
+    expected = Pipeline.from_bundle(path).denoiser.classifier_gradient(X, T, Y)
+    found = OpenVinoDenoiser(Bundle.open(path), threads=1).classifier_gradient(X, T, Y)
+    assert error(found, expected) < EXACT
+
+
+def test_bf16_is_near_and_another_computation(low: OpenVinoDenoiser) -> None:
+    expected = pipeline("guided").denoiser
+    for found, reference in (
+        (low.unet(X, T, None, None), expected.unet(X, T, None, None)),
+        (low.classifier_gradient(X, T, Y), expected.classifier_gradient(X, T, Y)),
+    ):
+        assert 1e-4 < error(found, reference) < LOW
+
+
+@pytest.mark.parametrize("graph", ["unet", "classifier_gradient"])
+def test_bf16_tells_neighbouring_timesteps_apart(low: OpenVinoDenoiser, graph: str) -> None:
+    """bf16 has no whole numbers between 896 and 900."""
+    x, t, y = np.repeat(X[:1], 4, axis=0), np.arange(896, 900, dtype=np.float32), np.zeros(4, dtype=np.int64)
+    exact: Any = pipeline("guided").denoiser
+    arguments = (x, t, None, None) if graph == "unet" else (x, t, y)
+    found, expected = (getattr(denoiser, graph)(*arguments) for denoiser in (low, exact))
+    for row in range(3):
+        moved = np.linalg.norm(expected[row + 1] - expected[row])
+        assert np.linalg.norm(found[row + 1] - found[row]) == pytest.approx(moved, rel=0.5)
+        assert moved > 0
+
+
+def update_inputs() -> dict[str, np.ndarray]:
+    shapes = {"x": 1, "out": 2, "grad": 1, "noise": 1}
+    feeds = {
+        name: RNG.standard_normal((3, channels, 8, 8), dtype=np.float32) for name, channels in shapes.items()
+    }
+    return feeds | {"coefficients": np.full((3, 11), 0.3, dtype=np.float32)}
+
+
+def test_the_update_is_float32_whatever_the_precision(low: OpenVinoDenoiser) -> None:
+    feeds = update_inputs()
+    expected = pipeline("guided").denoiser.update(**feeds)
+    for found, reference in zip(low.update(**feeds), expected, strict=True):
+        assert error(found, reference) < EXACT
+
+
+@pytest.mark.parametrize("name", ["conditional", "upsampler"])
+def test_every_kind_of_input(name: str) -> None:
+    bundle = pipeline(name).bundle
+    y = np.array([3, 1, 0]) if name == "conditional" else None
+    low_res = RNG.standard_normal((3, 1, 4, 4), dtype=np.float32) if name == "upsampler" else None
+    expected = pipeline(name).denoiser.unet(X, T, y, low_res)
+    assert error(OpenVinoDenoiser(bundle, threads=1).unet(X, T, y, low_res), expected) < EXACT
+
+
+def test_outputs_belong_to_the_caller_and_inputs_stay(denoiser: OpenVinoDenoiser) -> None:
+    x = X.copy()
+    x.flags.writeable = False
+    first = denoiser.unet(x, T, None, None)
+    kept = first.copy()
+    denoiser.unet(-X, T, None, None)
+    assert np.array_equal(first, kept)
+    assert np.array_equal(x, X)
+
+
+def test_arrays_that_are_not_contiguous(denoiser: OpenVinoDenoiser) -> None:
+    turned = X[:, :, ::-1]
+    assert np.array_equal(denoiser.unet(turned, T, None, None), denoiser.unet(turned.copy(), T, None, None))
+
+
+def test_batch_sizes_are_compiled_once_and_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=1, graphs=("unet",))
+    compiled: list[tuple[str, int]] = []
+    compile_ = denoiser._compile
+
+    def recording(name: Any, batch: int) -> Any:
+        compiled.append((name, batch))
+        return compile_(name, batch)
+
+    monkeypatch.setattr(denoiser, "_compile", recording)
+    for batch in (3, 1, 3, 3, 1, 2, 1, 3):
+        denoiser.unet(X[:batch], T[:batch], None, None)
+    assert compiled == [("unet", batch) for batch in (3, 1, 2, 3)]
+
+
+def test_settings_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=1)
+    denoiser.unet(X, T, None, None)
+    (compiled,) = denoiser._kept.values()
+    model = compiled.request.get_compiled_model()
+    assert model.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
+    assert model.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+def test_images_are_those_of_onnxruntime() -> None:
+    given = Pipeline.from_bundle(exported_bundle("guided"), backend="openvino", threads=1)
+    drawn = given([0, 1, 2], [4, 5, 6], batch_size=2)
+    expected = pipeline("guided")([0, 1, 2], [4, 5, 6])
+    assert np.abs(drawn.images.astype(int) - expected.images).max() <= 1
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    options = ["--backend", "openvino", "--threads", "1", "--format", "npz", "--json"]
+    assert run(["sample", str(exported_bundle("guided")), "--out", str(tmp_path / "run"), *options]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["backend"], result["precision"], result["chosen"]) == ("openvino", "fp32", [])
+
+
+def test_a_processor_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
+    with pytest.raises(RequestError, match="this processor has no bf16 instructions"):
+        OpenVinoDenoiser(pipeline("guided").bundle, "bf16")
+
+
+def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(MissingDependencyError, match="needs the package 'openvino'"):
+        OpenVinoDenoiser(pipeline("guided").bundle)
+
+
+def test_graphs_that_the_library_refuses(tmp_path: Path) -> None:
+    path = sham_bundle(tmp_path / "bundle", classifier=CLASSIFIER).path
+    with pytest.raises(BundleError, match=r"OpenVINO refuses .*unet.onnx"):
+        OpenVinoDenoiser(Bundle.open(path))
+
+
+def test_graphs_that_are_not_what_the_manifest_declares(tmp_path: Path) -> None:
+    graph = (exported_bundle("conditional") / "unet.onnx").read_bytes()
+    path = sham_bundle(tmp_path / "bundle", graph=graph).path
+    with pytest.raises(BundleError, match=r"has x float32\[N, 1, 8, 8\], t float32\[N\], y int64\[N\]; the"):
+        OpenVinoDenoiser(Bundle.open(path), graphs=("unet",))
+
+
+def test_a_graph_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    import openvino
+
+    def refusing(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    denoiser = OpenVinoDenoiser(pipeline("guided").bundle, graphs=("unet",))
+    monkeypatch.setattr(openvino.Core, "compile_model", refusing)
+    with pytest.raises(BundleError, match=r"cannot compile .*unet.onnx for batches of 3: no memory"):
+        denoiser.unet(X, T, None, None)

@@ -1,0 +1,249 @@
+"""What cannot be run says so: driver, GPU, libraries, plans, memory."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from bundles import pipeline
+from engine_double import Context
+from engine_rig import GPU, Rig
+
+from admtrt.errors import EngineError, MissingDependencyError, PlanError, UserError
+from admtrt.runtime.engines.device import Driver, Gpu
+from admtrt.runtime.engines.sources import GraphSource, graph_source
+from admtrt.runtime.pipeline import Pipeline
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture
+def rig(monkeypatch: Patch, tmp_path: Path) -> Rig:
+    made = Rig(monkeypatch, tmp_path)
+    made.build()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("driver", "message"),
+    [
+        (
+            Driver(None, (), "no NVIDIA driver was found"),
+            "no engine can run here: no NVIDIA driver was found",
+        ),
+        (Driver("13.0", (), "the driver finds no GPU"), "the driver finds no GPU"),
+        (Driver("12.8", (GPU,)), r"too old: it serves CUDA 12\.8, CUDA 13\.0 is needed"),
+    ],
+)
+def test_drivers(rig: Rig, monkeypatch: Patch, driver: Driver, message: str) -> None:
+    rig.driver(monkeypatch, driver)
+    with pytest.raises(EngineError, match=message) as info:
+        rig.open()
+    assert info.value.exit_code == 2
+    assert "admtrt doctor" in info.value.hint
+
+
+def test_a_device_that_refuses(rig: Rig, monkeypatch: Patch) -> None:
+    def fail(self: Any) -> None:
+        raise RuntimeError("CUDA_ERROR_DEVICE_UNAVAILABLE: busy")
+
+    monkeypatch.setattr("cuda_double.Device.set_current", fail)
+    with pytest.raises(EngineError, match=r"GeForce Double \(SM89\) cannot be used: CUDA_ERROR"):
+        rig.open()
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [("cuda.core", "'cuda-core'"), ("cuda.bindings", "'cuda-core'"), ("tensorrt", "tensorrt")],
+)
+def test_packages(rig: Rig, monkeypatch: Patch, missing: str, message: str) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(MissingDependencyError, match=message) as info:
+        rig.open()
+    assert "pip install" in info.value.hint
+
+
+def truncated(rig: Rig) -> None:
+    for path in rig.folder.glob("*.plan"):
+        path.write_bytes(path.read_bytes()[:-9])
+
+
+def altered(rig: Rig) -> None:
+    for path in rig.folder.glob("*.plan"):
+        path.write_bytes(path.read_bytes()[:-1] + b" ")
+
+
+def absent(rig: Rig) -> None:
+    for path in rig.folder.iterdir():
+        path.unlink()
+
+
+def incomplete(rig: Rig) -> None:
+    absent(rig)
+    rig.build(["unet", "update"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (truncated, "bytes, its record says"),
+        (altered, "it is not executed"),
+        (absent, "no plan of graph 'unet' in fp32 for TensorRT 11.4.0.106 on GeForce Double"),
+        (incomplete, "no plan of graph 'classifier_gradient'"),
+    ],
+)
+def test_plans_on_disk(rig: Rig, damage: Callable[[Rig], None], message: str) -> None:
+    damage(rig)
+    with pytest.raises(PlanError, match=message) as info:
+        rig.open()
+    assert "admtrt build" in info.value.hint
+
+
+def test_plans_of_another_gpu(rig: Rig, monkeypatch: Patch) -> None:
+    rig.driver(monkeypatch, Driver("13.1", (Gpu("GeForce Other", 120, 2**30),)))
+    with pytest.raises(PlanError, match=r"on GeForce Other \(SM120\): \w+ was built for GeForce Double"):
+        rig.open()
+
+
+def test_plans_of_another_version(rig: Rig, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(rig.module, "__version__", "11.5.0.1")
+    with pytest.raises(PlanError, match=r"was built by version 11\.4\.0\.106"):
+        rig.open()
+
+
+def test_plans_of_another_graph(rig: Rig, monkeypatch: Patch) -> None:
+    def exported_anew(*arguments: Any) -> GraphSource:
+        return replace(graph_source(*arguments), digest="0" * 64)
+
+    monkeypatch.setattr("admtrt.runtime.backends.tensorrt.graph_source", exported_anew)
+    with pytest.raises(PlanError, match="was built from another ONNX file"):
+        rig.open()
+
+
+def test_plans_of_a_precision_that_the_bundle_lacks(rig: Rig) -> None:
+    with pytest.raises(UserError, match="has no engine graphs in fp16") as info:
+        rig.open(precision="fp16")
+    assert "--engine fp16" in info.value.hint
+
+
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        (
+            {"gpu": "SM80"},
+            r"refuses its plan of graph 'unet' on GeForce .*: The plan is for SM80",
+        ),
+        ({"renamed": "eps"}, "the plan of graph 'unet' has .*eps.*; the manifest declares .*out"),
+    ],
+)
+def test_plans_that_the_library_refuses(
+    monkeypatch: Patch, tmp_path: Path, plan: dict[str, Any], message: str
+) -> None:
+    rig = Rig(monkeypatch, tmp_path)
+    rig.build(**plan)
+    with pytest.raises(PlanError, match=message):
+        rig.open()
+
+
+def test_a_plan_that_is_no_plan(monkeypatch: Patch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path)
+    monkeypatch.setattr("engine_rig.plan_bytes", lambda *_, **__: b"\x00plan")
+    rig.build()
+    with pytest.raises(PlanError, match="magicTagRead failed"):
+        rig.open()
+
+
+def test_rtx_looks_at_a_plan_before_it_opens_it(monkeypatch: Patch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path, rtx=True)
+    rig.build(gpu="SM80")
+    with pytest.raises(PlanError, match=r"TensorRT-RTX 1\.7\.1\.116 says .* is not valid .*diagnostics 4"):
+        rig.open()
+
+
+def test_plans_without_weights_take_them_from_the_graph(monkeypatch: Patch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path)
+    rig.build(stripped=True)
+    with rig.open() as denoiser:
+        samples = Pipeline(rig.bundle, denoiser)([0, 1])
+    np.testing.assert_allclose(samples.x, pipeline("guided")([0, 1]).x, rtol=0, atol=2e-5)
+    monkeypatch.setattr("engine_double.OnnxParserRefitter.refit_from_file", lambda self, path: False)
+    with pytest.raises(PlanError, match=r"cannot put the weights of .*unet\.onnx into their plan"):
+        rig.open()
+
+
+def test_plans_without_a_common_batch(monkeypatch: Patch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path)
+    rig.profiles |= {"unet": ((1, 1, 2),), "update": ((3, 4, 8),)}
+    rig.build()
+    with pytest.raises(PlanError, match="no batch size in common"):
+        rig.open()
+
+
+def test_the_newest_plan_is_used(rig: Rig, monkeypatch: Patch) -> None:
+    for graph in rig.profiles:
+        rig.profiles[graph] = ((1, 2, 2),)
+    monkeypatch.setattr("admtrt.runtime.engines.plans.datetime", _Later)
+    rig.build()
+    assert rig.open().largest_batch == 2
+
+
+class _Later:
+    @staticmethod
+    def now(_: Any) -> Any:
+        from datetime import UTC, datetime
+
+        return datetime(2999, 1, 1, tzinfo=UTC)
+
+
+def test_memory_for_the_samples(monkeypatch: Patch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path, memory=2**12)
+    rig.build(scratch=0)
+    with pytest.raises(
+        EngineError, match=r"GeForce Double \(SM89\) is out of memory: 1 MiB were needed for the samples"
+    ) as info:
+        rig.open().unet(np.zeros((8, 1, 8, 8), np.float32), np.zeros(8, np.float32), None, None)
+    assert "1 MiB of 1 MiB are free" in info.value.message
+    assert "smaller --batch-size" in info.value.hint
+    assert rig.machine.free == 2**12  # what was there before the fault was given back
+
+
+def test_memory_for_the_engine(monkeypatch: Patch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path, profiles=((1, 1, 1), (2, 4, 8)), memory=2**20)
+    rig.build(scratch=2**18)
+    with rig.open() as denoiser:
+        sample = Pipeline(rig.bundle, denoiser)
+        with pytest.raises(EngineError, match=r"2 MiB were needed for graph '.*' at a batch of 4"):
+            sample([0, 1, 2, 0])
+        assert sample([0]).x.shape == (1, 1, 8, 8)  # nothing is lost
+
+
+def test_memory_for_the_weights(rig: Rig, monkeypatch: Patch) -> None:
+    def fail(self: Any, plan: bytes) -> None:
+        self.logger.log(1, "Error Code 2: Out of memory")
+
+    monkeypatch.setattr("engine_double.Runtime.deserialize_cuda_engine", fail)
+    with pytest.raises(EngineError, match="1 MiB were needed for the weights of graph 'unet'"):
+        rig.open()
+
+
+@pytest.mark.parametrize("output", ["grad", "out", "x_prev"])
+def test_a_run_that_the_library_refuses(rig: Rig, monkeypatch: Patch, output: str) -> None:
+    accept = Context.execute_async_v3
+
+    def refuse(self: Any, stream_handle: int) -> bool:
+        if output in self.engine.tensors and self.engine.tensors[output][0] == 2:
+            return bool(self._refuse("the device is lost"))
+        return accept(self, stream_handle)
+
+    with rig.open() as denoiser:
+        monkeypatch.setattr(Context, "execute_async_v3", refuse)
+        with pytest.raises(EngineError, match=r"cannot run graph .*\(the device is lost\)"):
+            Pipeline(rig.bundle, denoiser)([0])
+    assert rig.machine.free == rig.machine.memory  # whatever was under way on either stream

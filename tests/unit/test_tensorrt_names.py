@@ -1,0 +1,114 @@
+"""Every member that is used exists in the real libraries, and the doubles have none that those lack."""
+
+from __future__ import annotations
+
+import inspect
+from functools import reduce
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import cuda_double
+import engine_double
+import pytest
+
+from admtrt.runtime import cuda
+from admtrt.runtime.trt.engine import USED_TO_REFIT, USED_TO_RUN, USED_TO_RUN_RTX
+
+DOUBLES = {
+    "Context": "IExecutionContext",
+    "Engine": "ICudaEngine",
+    "RtxRuntime": "Runtime",
+    "RtxRuntimeConfig": "IRuntimeConfig",
+    "RuntimeCache": "IRuntimeCache",
+}
+
+
+def real(module: str) -> Any:
+    if find_spec(module.split(".", maxsplit=1)[0]) is None:
+        pytest.skip(f"{module} is not installed")
+    return import_module(module)
+
+
+def missing(module: Any, names: tuple[str, ...]) -> list[str]:
+    def found(name: str) -> bool:
+        try:
+            reduce(getattr, name.split("."), module)
+        except AttributeError:
+            return False
+        return True
+
+    return [name for name in names if not found(name)]
+
+
+@pytest.mark.parametrize(
+    ("module", "names"),
+    [
+        ("tensorrt_rtx", (*USED_TO_RUN, *USED_TO_REFIT, *USED_TO_RUN_RTX)),
+        ("tensorrt_lean", USED_TO_RUN),
+        ("cuda.core", cuda.USED),
+    ],
+)
+def test_what_is_used_exists(module: str, names: tuple[str, ...]) -> None:
+    assert missing(real(module), names) == []
+
+
+def test_a_name_that_is_not_there_is_found_out() -> None:
+    assert missing(real("tensorrt_rtx"), ("Runtime.absent", "Absent", "Runtime")) == [
+        "Runtime.absent",
+        "Absent",
+    ]
+
+
+@pytest.mark.parametrize("double", DOUBLES)
+def test_engine_doubles_have_no_more_methods(double: str) -> None:
+    theirs = getattr(real("tensorrt_rtx"), DOUBLES[double])
+    methods = inspect.getmembers(getattr(engine_double, double), inspect.isfunction)
+    ours = {name for name, _ in methods if not name.startswith("_")} - {"has_room"}  # the double's own
+    assert {name for name in ours if not hasattr(theirs, name)} == set()
+
+
+@pytest.mark.parametrize(
+    "double", ["Buffer", "Device", "Event", "Stream", "graph.Graph", "graph.GraphBuilder"]
+)
+def test_device_doubles_have_no_more_methods(double: str) -> None:
+    theirs = reduce(getattr, double.split("."), real("cuda.core"))
+    ours = inspect.getmembers(getattr(cuda_double, double.split(".")[-1]), inspect.isfunction)
+    own = {"access", "check"}  # the double's own
+    assert {name for name, _ in ours if name[0] != "_" and not hasattr(theirs, name)} <= own
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "CudaGraphStrategy", "DataType", "DynamicShapesKernelSpecializationStrategy", "EngineValidity",
+        "ExecutionContextAllocationStrategy", "TensorIOMode",
+    ],
+)  # fmt: skip
+def test_enums_of_the_double_are_the_real_ones(name: str) -> None:
+    theirs = getattr(real("tensorrt_rtx"), name).__members__
+    ours = getattr(engine_double, name).__members__
+    assert {key: int(value) for key, value in ours.items()} == {key: int(theirs[key]) for key in ours}
+
+
+def test_the_logger_of_the_real_library_takes_ours() -> None:
+    from admtrt.runtime.trt.engine import _logger
+
+    module, errors = real("tensorrt_rtx"), []
+    logger = _logger(module, errors)
+    logger.log(module.ILogger.WARNING, "quiet")
+    logger.log(module.ILogger.ERROR, "two\n  lines")
+    logger.log(module.ILogger.INTERNAL_ERROR, "worse")
+    assert errors == ["two lines", "worse"]
+
+
+def test_a_machine_without_a_driver_says_so() -> None:
+    from admtrt.errors import EngineError
+    from admtrt.runtime.engines.device import query_driver
+
+    real("cuda.core")
+    if query_driver().gpu is not None:
+        pytest.skip("this machine has a GPU")
+    with pytest.raises(EngineError, match="no engine can run here") as info:
+        cuda.CudaDevice()
+    assert "admtrt doctor" in info.value.hint

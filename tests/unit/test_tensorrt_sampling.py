@@ -1,0 +1,313 @@
+"""Sampling on plans, over strict doubles of the GPU and of the engine library: what is computed, and when."""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+from bundles import SAMPLER, pipeline
+from engine_double import RtxRuntimeConfig
+from engine_rig import Rig
+
+from admtrt.config import DiffusionConfig, SamplerConfig
+from admtrt.errors import RequestError
+from admtrt.runtime.pipeline import Pipeline
+from admtrt.runtime.sampler import advance, hold, start_slots
+from admtrt.schedule import sampling_schedule
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from admtrt.runtime.pipeline import Samples, Step
+
+_ROUNDING = 2e-5  # ONNX Runtime chooses kernels by the batch size, and padding changes that
+
+
+def drawn(rig: Rig, *arguments: Any, **options: Any) -> Samples:
+    with rig.open() as denoiser:
+        return Pipeline(rig.bundle, denoiser)(*arguments, **options)
+
+
+@pytest.fixture
+def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
+    made = Rig(monkeypatch, tmp_path)
+    made.build()
+    return made
+
+
+@pytest.mark.parametrize("rtx", [False, True])
+@pytest.mark.parametrize(
+    ("name", "labels", "options"),
+    [
+        ("guided", [0, 1, 2, 0, 1], {"batch_size": 2}),
+        ("guided", [0, 1, 2], {"method": "ddim", "steps": "ddim4", "eta": 0.5}),
+        ("guided", [2, 1], {"method": "ddim", "steps": "ddim4"}),  # without noise
+        ("guided", [0, 1], {"steps": 8, "guidance_interval": (0.5, 20.0)}),  # two kinds of steps in turn
+        ("guided", None, {"seeds": [3, 4], "scale": 0.0}),
+        ("conditional", [3, 1], {}),
+        ("upsampler", None, {"seeds": [1, 2], "low_res": np.full((2, 4, 4, 1), 99, np.uint8)}),
+    ],
+)
+def test_images_are_those_of_onnx_runtime(
+    name: str,
+    labels: list[int] | None,
+    options: dict[str, Any],
+    rtx: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    rig = Rig(monkeypatch, tmp_path, name, rtx=rtx)
+    rig.build()
+    expected = pipeline(name)(labels, **options)
+    np.testing.assert_allclose(drawn(rig, labels, **options).x, expected.x, rtol=0, atol=_ROUNDING)
+
+
+def test_the_host_waits_only_before_and_after_the_loop(rig: Rig) -> None:
+    drawn(rig, [0, 1], steps=8, batch_size=2)
+    waits = [index for index, line in enumerate(rig.machine.log) if line.startswith("host waits")]
+    steps = [index for index, line in enumerate(rig.machine.log) if "run x_prev" in line or "graph" in line]
+    assert len(steps) == 8
+    # once, where the second step captures what the first one ran
+    assert len([wait for wait in waits if steps[0] < wait < steps[-1]]) == 1
+
+
+def test_a_step_is_enqueued_while_the_next_one_s_noise_is_drawn(rig: Rig) -> None:
+    schedule = sampling_schedule(DiffusionConfig(), SAMPLER.model_copy(update={"steps": "8"}))
+    slots = start_slots((1, 8, 8), [schedule] * 2, [5, 6], guide_y=np.array([0, 1]))
+    with rig.open() as denoiser, hold(slots, denoiser) as held:
+        for enqueued in range(1, 9):
+            held.advance()
+            done = sum(name in ("graph", "run x_prev") for name in rig.machine.finished)
+            assert done <= max(enqueued - 2, 1)  # the second step waits for the first, to be captured
+
+
+def test_a_callback_that_does_not_look_waits_for_nothing(rig: Rig) -> None:
+    seen: list[int] = []
+    drawn(rig, [0, 1], steps=8, callback=lambda step: seen.append(step.count))
+    assert seen == [2] * 8
+    quiet = len([line for line in rig.machine.log if line.startswith("host waits")])
+    rig.machine.log.clear()
+    drawn(rig, [0, 1], steps=8, callback=lambda step: seen.append(len(step.x)))
+    assert len([line for line in rig.machine.log if line.startswith("host waits")]) >= quiet + 7
+
+
+def test_callbacks_see_every_step(rig: Rig) -> None:
+    def states(sample: Any) -> list[np.ndarray]:
+        seen: list[np.ndarray] = []
+        sample([0, 2], callback=lambda step: seen.extend((step.x, step.x_0)))
+        return seen
+
+    with rig.open() as denoiser:
+        ours = states(Pipeline(rig.bundle, denoiser))
+    for mine, other in zip(ours, states(pipeline("guided")), strict=True):
+        np.testing.assert_allclose(mine, other, rtol=0, atol=_ROUNDING)
+
+
+def test_a_late_look_is_refused(rig: Rig) -> None:
+    steps: list[Step] = []
+    drawn(rig, [0], callback=steps.append)
+    with pytest.raises(RuntimeError, match="after step 2 are gone"):
+        _ = steps[1].x
+    assert np.isfinite(steps[-1].x).all()  # the last one's are the result
+
+
+def test_gradient_and_unet_run_on_two_streams_that_join_before_the_update(rig: Rig) -> None:
+    drawn(rig, [0], steps=2)
+    runs = [line for line in rig.machine.log if "run" in line]
+    assert runs[0].split(": ") == ["s1", "run grad"]
+    assert [line.split(": ") for line in runs[1:3]] == [["s0", "run out"], ["s0", "run x_prev"]]
+
+
+def test_steps_without_guidance_compute_no_gradient(rig: Rig) -> None:
+    drawn(rig, None, seeds=[1, 2], scale=0.0)
+    assert not any("grad" in line for line in rig.machine.log)
+
+
+def test_a_gradient_that_overflowed_does_not_reach_steps_without_guidance(rig: Rig) -> None:
+    with rig.open() as denoiser:
+        sample = Pipeline(rig.bundle, denoiser)
+        sample([0, 1], steps=2)
+        denoiser._lanes[2]._arrays["grad"].inner.data.fill(0xFF)  # NaN
+        assert np.isfinite(sample(None, [1, 2], scale=0.0).x).all()
+
+
+def test_one_graph_for_each_batch_size_and_kind_of_step(rig: Rig) -> None:
+    with rig.open() as denoiser:
+        sample = Pipeline(rig.bundle, denoiser)
+        sample([0, 1, 2], steps=6, batch_size=2)
+        assert (
+            len([line for line in rig.machine.log if "run out" in line]) == 2
+        )  # the first step of each batch
+        rig.machine.log.clear()
+        sample([0, 1, 2], steps=6, batch_size=2)
+        assert not any("run" in line for line in rig.machine.log)
+        assert len([line for line in rig.machine.log if "graph" in line]) == 12
+        sample(None, [1, 2], steps=6, scale=0.0)
+        assert len([line for line in rig.machine.log if "run out" in line]) == 1
+        assert "one CUDA graph a step" in str(denoiser)
+
+
+def test_memory_of_a_batch_size_that_is_no_longer_used_is_given_back(rig: Rig) -> None:
+    with rig.open() as denoiser:
+        sample = Pipeline(rig.bundle, denoiser)
+        used = []
+        for count in (1, 2, 3, 4):
+            sample([0] * count, steps=3, batch_size=count)
+            used.append(rig.machine.memory - rig.machine.free)
+        assert used[0] < used[1]
+        assert used[3] - used[1] == pytest.approx((3 + 4 - 1 - 2) * used[0], rel=0.01)
+    assert rig.machine.free == rig.machine.memory
+
+
+@pytest.mark.parametrize("graph", ["classifier_gradient", "unet", "update"])
+def test_an_engine_that_cannot_be_captured_is_enqueued_every_time(
+    graph: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rig = Rig(monkeypatch, tmp_path)
+    rig.build()
+    rig.build([graph], capturable=False)
+    with rig.open() as denoiser:
+        samples = Pipeline(rig.bundle, denoiser)([0, 1])
+        assert re.search(r"no CUDA graphs \(.*not permitted", str(denoiser))
+    assert not any("graph" in line for line in rig.machine.log)
+    np.testing.assert_allclose(samples.x, pipeline("guided")([0, 1]).x, rtol=0, atol=_ROUNDING)
+
+
+def test_rtx_makes_graphs_of_its_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path, rtx=True)
+    rig.build()
+    with rig.open() as denoiser:
+        Pipeline(rig.bundle, denoiser)([0, 1])
+        assert "CUDA graphs of its own" in str(denoiser)
+    assert not any("graph" in line for line in rig.machine.log)
+
+
+@pytest.mark.parametrize(
+    ("profiles", "count", "batch"),
+    [
+        (((1, 4, 8),), 3, 3),
+        (((4, 4, 8),), 3, 4),  # padded up to the smallest
+        (((4, 8, 8), (1, 1, 2)), 2, 2),  # served by the smaller profile
+        (((4, 8, 8), (1, 1, 2)), 3, 4),
+        (((1, 8, 8), (1, 2, 2)), 2, 2),
+    ],
+)
+def test_profile_and_padding(
+    profiles: Any, count: int, batch: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rig = Rig(monkeypatch, tmp_path, profiles=profiles)
+    rig.build()
+    with rig.open() as denoiser:
+        labels = [0, 1, 2][:count]
+        samples = Pipeline(rig.bundle, denoiser)(labels)
+        assert list(denoiser._lanes) == [batch]
+        rows = denoiser._lanes[batch]._arrays["x"].inner.data.view(np.float32)
+        assert np.isfinite(rows).all()  # those that fill up, too
+        tightest = min(b for a, _, b in profiles if a <= batch <= b)
+        assert all(
+            engine.profile(batch).largest == tightest  # type: ignore[union-attr]
+            for engine in denoiser._engines.values()
+        )
+    np.testing.assert_allclose(samples.x, pipeline("guided")(labels).x, rtol=0, atol=_ROUNDING)
+
+
+def test_graphs_with_different_profiles_share_a_batch(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rig = Rig(monkeypatch, tmp_path)
+    rig.profiles |= {"unet": ((2, 2, 4),), "update": ((3, 4, 8),)}
+    rig.build()
+    with rig.open() as denoiser:
+        assert denoiser.largest_batch == 4
+        samples = Pipeline(rig.bundle, denoiser)([1])
+        assert list(denoiser._lanes) == [3]
+    np.testing.assert_allclose(samples.x, pipeline("guided")([1]).x, rtol=0, atol=_ROUNDING)
+
+
+def test_a_batch_larger_than_every_profile_is_refused(rig: Rig) -> None:
+    with pytest.raises(
+        RequestError, match="batch of 9 is larger than the largest that the plans take, 8"
+    ) as info:
+        drawn(rig, [0] * 9)
+    assert "--batch-size 8" in info.value.hint
+    assert drawn(rig, [0] * 9, steps=2, batch_size=8).x.shape == (9, 1, 8, 8)
+
+
+def test_samples_of_different_samplers_and_lengths_share_a_batch(rig: Rig) -> None:
+    def slots() -> Any:
+        configs = [SAMPLER, SamplerConfig(method="ddim", steps="ddim8", scale=1.0), SamplerConfig(steps="6")]
+        schedules = [sampling_schedule(DiffusionConfig(), config) for config in configs]
+        made = start_slots((1, 8, 8), schedules, [5, 6, 7], guide_y=np.array([0, 1, 2]))
+        made.position[:] = [1, 3, 0]
+        return made
+
+    expected, ours = slots(), slots()
+    with rig.open() as denoiser, hold(ours, denoiser) as held:
+        for _ in range(4):
+            advance(expected, pipeline("guided").denoiser)
+            held.advance()
+        held.read()
+    assert ours.position.tolist() == [5, 7, 4]
+    np.testing.assert_allclose(ours.x, expected.x, rtol=0, atol=_ROUNDING)
+    np.testing.assert_allclose(ours.x_0, expected.x_0, rtol=0, atol=_ROUNDING)
+
+
+def test_single_graphs_on_host_arrays(rig: Rig) -> None:
+    generator = np.random.default_rng(0)
+    x, noise, grad = (generator.standard_normal((3, 1, 8, 8), dtype=np.float32) for _ in range(3))
+    t, y = np.array([1, 500, 900], np.float32), np.array([0, 1, 2])
+    schedule = sampling_schedule(DiffusionConfig(), SAMPLER)
+    with rig.open() as denoiser:
+        results = []
+        for each in (denoiser, pipeline("guided").denoiser):
+            out = each.unet(x, t, None, None)
+            updated = each.update(x, out, grad, noise, schedule.coefficients[:3])
+            results.append([out, each.classifier_gradient(x, t, y), *updated])
+        for ours, expected in zip(*results, strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=_ROUNDING)
+        assert denoiser.run("classifier_gradient", {"x": x, "t": t, "y": y})["log_prob"].shape == (3,)
+
+
+def test_only_some_graphs_can_be_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path)
+    rig.build(["unet"])
+    with rig.open(graphs=["unet"]) as denoiser:
+        out = denoiser.unet(np.zeros((1, 1, 8, 8), np.float32), np.zeros(1, np.float32), None, None)
+    assert out.shape == (1, 2, 8, 8)
+
+
+def test_another_thread_may_sample(rig: Rig) -> None:
+    with rig.open() as denoiser, ThreadPoolExecutor(1) as pool:
+        samples = pool.submit(Pipeline(rig.bundle, denoiser), [0, 1]).result()
+        assert np.isfinite(samples.x).all()
+        denoiser._device.activate()
+
+
+def test_held_memory_is_not_lent_twice(rig: Rig) -> None:
+    with rig.open() as denoiser:
+        sample = Pipeline(rig.bundle, denoiser)
+        zeros = np.zeros((1, 1, 8, 8), np.float32)
+        with pytest.raises(RuntimeError, match="held"):
+            sample([0], callback=lambda _: denoiser.unet(zeros, np.zeros(1, np.float32), None, None))
+        sample([0])  # the error gave the memory back
+
+
+def test_kernels_of_rtx_are_kept_between_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path, rtx=True)
+    rig.build()
+    made = RtxRuntimeConfig.made
+    drawn(rig, [0], steps=2)
+    files = sorted(tmp_path.glob("*-sm89.kernels"))
+    assert len(files) == 3
+    assert not any(cache.read for cache in made)
+    drawn(rig, [0], steps=2)
+    assert [cache.read for cache in made[3:]] == [[b"rtx"]] * 3
+    for file in files:
+        file.write_bytes(file.read_bytes()[:-1])  # damaged: compiled again
+    drawn(rig, [0], steps=2)
+    assert not any(cache.read for cache in made[6:])
+    drawn(rig, [0], steps=2)
+    assert all(cache.read for cache in made[9:])

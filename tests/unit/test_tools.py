@@ -1,0 +1,113 @@
+"""The scripts in tools/ on tiny models."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from bundles import CLASSIFIER, exported_bundle, network
+from PIL import Image
+
+from admtrt.models.checkpoint import load_network
+from admtrt.models.generated import generated_weight
+
+TOOLS = Path(__file__).parents[2] / "tools"
+DIGITS = "[data]\nsource = 'digits'\nimage_size = 8\nchannels = 1\nhold_out = 0.1\n"
+
+
+def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def call(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", [module.__name__, *map(str, arguments)])
+    try:
+        module.main()
+    except SystemExit as left:
+        return int(left.code or 0)
+    return 0
+
+
+def test_upsampler_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool, config, grid = load("upsampler_error", monkeypatch), tmp_path / "c.toml", tmp_path / "grid.png"
+    config.write_text(DIGITS)
+    bundle = exported_bundle("upsampler")
+    options = ["--images", 3, "--steps", "ddim2", "3", "--grid", grid]
+    assert call(tool, monkeypatch, bundle, config, *options) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("| 3 held-out images |")
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| bilinear",
+        "| upsampler, DDIM 2 steps",
+        "| upsampler, DDPM 3 steps",
+    ]
+    errors = [float(line.split(" | ")[1].split(" ± ")[0]) for line in lines[2:]]
+    assert errors[0] < errors[1] != errors[2]  # its weights were never trained
+    with Image.open(grid) as image:
+        assert image.width > image.height  # three rows of four
+
+
+def test_what_the_upsampler_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows tell the images' errors: none for the same image, its square for a shift."""
+    tool = load("upsampler_error", monkeypatch)
+    x_0 = np.linspace(-1, 1, 2 * 64, dtype=np.float32).reshape(2, 1, 8, 8)
+    assert tool.row("same", x_0, x_0) == "| same | 0.0000 ± 0.0000 |  |"
+    assert tool.row("shifted", x_0 + 0.5, x_0, 2.6) == "| shifted | 0.2500 ± 0.0000 | 3 |"
+    half = x_0 + np.array([0.5, 0.0], np.float32).reshape(2, 1, 1, 1)
+    assert tool.row("one", half, x_0) == "| one | 0.1250 ± 0.1250 |  |"
+    flat = tool.Task(x_0, np.full((2, 4, 4, 1), 255, np.uint8), None).bilinear()
+    np.testing.assert_array_equal(flat, np.ones_like(x_0))
+
+
+def test_upsampler_error_names_a_users_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool, config = load("upsampler_error", monkeypatch), tmp_path / "c.toml"
+    config.write_text(DIGITS)
+    assert call(tool, monkeypatch, exported_bundle("guided"), config) == 2
+    assert "is no upsampler" in capsys.readouterr().err
+    assert call(tool, monkeypatch, exported_bundle("upsampler"), config, "--images", 10_000) == 2
+    assert "10000 images were asked for; 179 are held out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "dtype"), [([], torch.float32), (["--half"], torch.float16)])
+def test_generated_checkpoint(
+    options: list[str], dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a preset that is made small here: it loads as a published file does, and no weight is zero."""
+    tool, path = load("generated_checkpoint", monkeypatch), tmp_path / "a.pt"
+    config = network(CLASSIFIER).config
+    monkeypatch.setattr(tool, "checkpoint_config_from_preset", lambda name: config)
+    assert call(tool, monkeypatch, "some preset", path, *options) == 0
+    stored = torch.load(path, weights_only=True)
+    assert {value.dtype for value in stored.values()} == {dtype}
+    loaded = load_network(path, kind="classifier", config=config).module
+    for name, value in loaded.named_parameters():
+        expected = torch.from_numpy(generated_weight(name, tuple(value.shape))).to(dtype).float()
+        assert torch.equal(value, expected)
+        assert value.any()
+
+
+def test_generated_checkpoint_names_a_users_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool, path = load("generated_checkpoint", monkeypatch), tmp_path / "a.pt"
+    assert call(tool, monkeypatch, "65x64_diffusion", path) == 2
+    assert "did you mean '64x64_diffusion'?" in capsys.readouterr().err
+    path.write_bytes(b"mine")
+    assert call(tool, monkeypatch, "64x64_classifier", path) == 2
+    assert "already exists" in capsys.readouterr().err
+    assert path.read_bytes() == b"mine"
