@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from admtrt.config import ClassifierConfig
 from admtrt.contract import classifier_gradient_spec, unet_spec
 from admtrt.files import atomic_file
 from admtrt.presets import PRESETS
@@ -121,7 +122,7 @@ def _write(model: ir.Model, name: str, path: Path) -> int:
 
 def _contract(name: str) -> tuple[GraphName, GraphSpec]:
     network = PRESETS[name].network
-    if PRESETS[name].kind == "classifier":
+    if isinstance(network, ClassifierConfig):
         return "classifier_gradient", classifier_gradient_spec(network)
     return "unet", unet_spec(network)
 

@@ -104,7 +104,7 @@ def measure(arguments: argparse.Namespace) -> None:
     bilinear = task.bilinear()
     print(f"| {len(task.x_0)} held-out images | mean squared error | s |\n|---|---|---|")
     print(row("bilinear", bilinear, task.x_0), flush=True)
-    first = None
+    drawings = []
     for steps in arguments.steps:
         sampler = pipeline.sampler(steps=steps)
         start = time.perf_counter()
@@ -112,9 +112,9 @@ def measure(arguments: argparse.Namespace) -> None:
         seconds = time.perf_counter() - start
         name = f"upsampler, {sampler.method.upper()} {steps.removeprefix('ddim')} steps"
         print(row(name, drawn, task.x_0, seconds), flush=True)
-        first = drawn if first is None else first
+        drawings.append(drawn)
     if arguments.grid is not None:
-        save_comparison(task, bilinear, first, arguments.grid)
+        save_comparison(task, bilinear, drawings[0], arguments.grid)
 
 
 def main() -> None:
