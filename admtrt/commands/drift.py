@@ -11,7 +11,6 @@ import typer
 from admtrt.commands.options import BackendName, PrecisionName, Threads
 from admtrt.commands.requirements import require
 from admtrt.console import Output, progress, table
-from admtrt.contract import Precision
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
@@ -124,6 +123,8 @@ def _opened(
 def _emulated(
     bundle: Bundle, engine: str, backend: str, precision: str, threads: int | None
 ) -> AbstractContextManager[Denoiser]:
+    from admtrt.contract import Precision
+
     known: tuple[Precision, ...] = get_args(Precision)
     chosen = next((name for name in known if name == engine), None)
     if chosen is None:

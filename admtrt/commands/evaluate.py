@@ -17,14 +17,13 @@ from admtrt.commands.options import (
     UnetSet,
 )
 from admtrt.commands.requirements import require
-from admtrt.config import DataConfig, RunConfig, load_config
 from admtrt.console import Output, progress, table
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from admtrt.config import DiffusionConfig, UNetConfig
+    from admtrt.config import DataConfig, DiffusionConfig, UNetConfig
     from admtrt.evaluate.nll import UNetFunction
     from admtrt.runtime.pipeline import Pipeline
 
@@ -161,6 +160,8 @@ def _from_checkpoint(
 
 
 def _data_config(source: str | None, file: Path | None, network: UNetConfig) -> DataConfig:
+    from admtrt.config import DataConfig, RunConfig, load_config
+
     if file is not None:
         overrides = [] if source is None else [f"data.source={json_.dumps(source, ensure_ascii=False)}"]
         return load_config(RunConfig, file, overrides).data

@@ -10,13 +10,13 @@ import typer
 from admtrt.commands.options import ClassifierPreset, ClassifierSet, SettingsFile, UnetPreset, UnetSet
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
-from admtrt.contract import Precision
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from admtrt.bundle import Bundle
+    from admtrt.contract import Precision
     from admtrt.export.precision import Island
 
 
@@ -87,6 +87,8 @@ def export(
 
 
 def _precisions(names: Sequence[str]) -> list[Precision]:
+    from admtrt.contract import Precision
+
     known: tuple[Precision, ...] = get_args(Precision)
     for name in names:
         if name not in known:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from admtrt.commands.requirements import require
-from admtrt.config import RunConfig, load_config
 from admtrt.console import Output, table
 
 if TYPE_CHECKING:
@@ -76,6 +75,8 @@ def _command(kind: Kind) -> Callable[..., None]:
         json_: _Json = False,
     ) -> None:
         settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision, "seed": seed}
+        from admtrt.config import RunConfig, load_config
+
         run_config = load_config(RunConfig, config, _overrides(kind, set_, data, settings))
         require("torch", "accelerate", "safetensors", extra="train", purpose="Training")
         from accelerate import PartialState

@@ -56,7 +56,10 @@ def test_importing_the_package_loads_nothing_but_itself() -> None:
     assert not loaded & {*HEAVY, "numpy", "pydantic", "rich", "typer"}
 
 
-@pytest.mark.parametrize("command", ["", "train unet", "export", "verify", "sample", "inspect", "demo", "build", "doctor", "drift", "bench"])
+@pytest.mark.parametrize(
+    "command",
+    ["", "train unet", "export", "verify", "sample", "inspect", "demo", "build", "doctor", "drift", "bench"],
+)
 def test_help_is_light(command: str) -> None:
     """The command line loads nothing before it is told what to do."""
     arguments = [*command.split(), "--help"]
@@ -65,6 +68,11 @@ def test_help_is_light(command: str) -> None:
         f"with contextlib.redirect_stdout(io.StringIO()):\n    assert run({arguments!r}) == 0"
     )
     assert not loaded & set(HEAVY)
+
+
+def test_the_command_line_is_there_at_once() -> None:
+    """What commands need is loaded by the command that is given."""
+    assert not loaded_after("import admtrt.cli") & {"numpy", "pydantic", "PIL"}
 
 
 def test_the_sampler_itself_needs_no_engine() -> None:
