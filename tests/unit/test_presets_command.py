@@ -41,6 +41,7 @@ def test_json(capsys: pytest.CaptureFixture[str]) -> None:
         "steps": "ddim25",
         "scale": 1.25,
         "eta": 0.0,
+        "guidance_interval": None,
         "clip": True,
     }
 
