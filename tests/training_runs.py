@@ -125,7 +125,7 @@ def train_under_fire(config: RunConfig, out: Path, kills: int) -> list[bool]:
     for attempt in range(1000):
         safe = len(killed) >= kills
         at_file = attempt % 2 == 0 and not safe
-        pid = _child(config, out, rng.randint(1, 16) if at_file else -1)
+        pid = _child(config, out, rng.randint(1, 40) if at_file else -1)
         if not at_file and not safe:
             time.sleep(rng.uniform(0.05, 0.3))
             os.kill(pid, signal.SIGKILL)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import tempfile
 import warnings
 import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,9 +19,6 @@ from torch import Tensor
 
 from admtrt.errors import CheckpointError
 from admtrt.files import atomic_file
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 """Of the files that are read and written."""
@@ -89,11 +87,16 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
     with atomic_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        try:
-            save_file(plain, temporary, metadata=texts)
-        except SafetensorError as error:
-            # Its writer has an error of its own for a full disk.
-            raise OSError(str(error)) from error
+        # The format's writer makes a temporary of its own, whose name nobody knows after a kill; in this
+        # folder it is found with the folder.
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
+            written = Path(folder, path.name)
+            try:
+                save_file(plain, written, metadata=texts)
+            except SafetensorError as error:
+                # It has an error of its own for a full disk.
+                raise OSError(str(error)) from error
+            written.replace(temporary)
         # It also makes its files unreadable for others, whatever the umask says.
         temporary.chmod(mode)
 

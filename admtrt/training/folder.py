@@ -144,17 +144,14 @@ class RunFolder:
 
     def _remove_run(self) -> None:
         for path in self._entries():
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+            _remove(path)
 
     def _remove_temporaries(self) -> None:
         """Remove what a killed process left of files that it was writing."""
         written = (f".{self.kind}.safetensors.*.tmp", f".{self.kind}-ema-*.tmp", f"{self.kind}/.*.tmp")
         for pattern in (*written, f"{self.kind}/samples/.*.tmp"):
             for path in self.out.glob(pattern):
-                path.unlink()
+                _remove(path)
 
     def _check_same_run(self, config: RunConfig) -> None:
         if not self.config.exists():
@@ -182,3 +179,10 @@ class RunFolder:
             for key, value in (sections[section] or {}).items()
             if not (section.startswith("train_") and key in free)
         }
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

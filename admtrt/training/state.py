@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from admtrt.errors import CheckpointError
-from admtrt.files import atomic_file
+from admtrt.models.weights import write_safetensors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,17 +32,11 @@ def save_state(path: Path, groups: Mapping[str, Mapping[str, Tensor]], values: M
         OutputError: if the place cannot be written; the old file is untouched.
     """
     tensors = {
-        f"{group}{_SEPARATOR}{name}": tensor.detach().cpu().contiguous()
+        f"{group}{_SEPARATOR}{name}": tensor
         for group, members in groups.items()
         for name, tensor in members.items()
     }
-    metadata = {_METADATA: json.dumps({"version": _VERSION, **values})}
-    with atomic_file(path) as temporary:
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-        except SafetensorError as error:
-            # Its writer has an error of its own for a full disk.
-            raise OSError(str(error)) from error
+    write_safetensors(path, tensors, {_METADATA: {"version": _VERSION, **values}})
 
 
 def load_state(path: Path) -> tuple[Groups, dict[str, Any]]:

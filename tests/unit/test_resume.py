@@ -50,6 +50,39 @@ def test_a_run_killed_again_and_again_gives_the_same_bits(tmp_path):
     assert files[0] == files[1]  # nothing half-written is left
 
 
+WRITER_THAT_DIES = """
+import os, sys
+from pathlib import Path
+sys.path.append(sys.argv[4])
+from admtrt.config import RunConfig, load_config
+from admtrt.models import weights
+from training_runs import run
+
+def save_file(tensors, file, metadata):
+    (Path(file).parent / ".tmpAbCdEf").write_bytes(b"half")
+    if file.name == sys.argv[3]:
+        os._exit(0)
+    really(tensors, file, metadata=metadata)
+    (Path(file).parent / ".tmpAbCdEf").unlink()
+
+really, weights.save_file = weights.save_file, save_file
+run(load_config(RunConfig, Path(sys.argv[1])), Path(sys.argv[2]))
+raise SystemExit("the file was never written")
+"""
+
+
+@pytest.mark.parametrize("name", ["unet.safetensors", "unet-ema-0.9.safetensors", "state.safetensors"])
+def test_what_a_writer_killed_midway_leaves_is_removed(tmp_path, name):
+    config = tiny_config(steps=2, ema_rates=[0.5, 0.9])
+    save_config(config, tmp_path / "run.toml")
+    in_python(
+        "-c", WRITER_THAT_DIES, tmp_path / "run.toml", tmp_path / "out", name, Path(__file__).parents[1]
+    )
+    assert any(path.name == ".tmpAbCdEf" for path in tmp_path.rglob("*"))
+    run(config, tmp_path / "out", resume=True)
+    assert not [path for path in (tmp_path / "out").rglob("*") if "tmp" in path.name]
+
+
 def test_more_steps_go_on_as_if_never_stopped(tmp_path):
     run(tiny_config(unet={"dropout": 0.3}, steps=4), tmp_path / "parts")
     result = run(tiny_config(unet={"dropout": 0.3}, steps=8), tmp_path / "parts", resume=True)
