@@ -50,9 +50,10 @@ def add_input_gradient(
     tape.active = _depends_on(graph, source)
     if target not in tape.active:
         raise ExportError(f"output '{of}' does not depend on input '{wrt}'")
-    gradients: dict[ir.Value, ir.Value] = {target: _ones_like(tape, target)}
+    gradients = tape.gradients
+    gradients[target] = _ones_like(tape, target)
     for node in reversed(list(graph)):
-        incoming = [gradients.pop(output, None) for output in node.outputs]
+        incoming = [gradients.get(output) for output in node.outputs]
         if all(gradient is None for gradient in incoming):
             continue
         tape.origin = node

@@ -11,7 +11,7 @@ import onnx_ir as ir
 from onnxscript.version_converter import convert_version
 
 from admtrt.errors import ExportError
-from admtrt.export.passes import constant, simplify
+from admtrt.export.passes import constant, insert_in_place_of, simplify
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -75,7 +75,7 @@ def fuse_group_norms(model: ir.Model) -> bool:
         if found.target is not None:
             fused.outputs[0].shape, fused.outputs[0].type = found.x.shape, found.x.type
             nodes.append(ir.node("Reshape", [fused.outputs[0], found.target]))
-        _replace(model.graph, node, nodes, found.result)
+        insert_in_place_of(model.graph, node, nodes, found.result)
         changed = True
     return changed
 
@@ -102,7 +102,7 @@ def put_queries_first(model: ir.Model) -> bool:
         back = ir.node("Transpose", [rows.outputs[0]], attributes={"perm": swap})
         for made in (columns, rows):
             made.outputs[0].type = result.type
-        _replace(model.graph, product, [columns, rows, back], result)
+        insert_in_place_of(model.graph, product, [columns, rows, back], result)
         changed = True
     return changed
 
@@ -153,16 +153,6 @@ def _channel_constant(
     if _dims(other) not in (shape, [1, *shape]):
         return None
     return node.outputs[0], other.const_value.numpy().reshape(-1)
-
-
-def _replace(graph: ir.Graph, place: ir.Node, nodes: list[ir.Node], result: ir.Value) -> None:
-    """Insert nodes at a place; the output of the last takes over from ``result``."""
-    graph.insert_after(place, nodes)
-    made = nodes[-1].outputs[0]
-    made.shape, made.type = result.shape, result.type
-    result.replace_all_uses_with(made, replace_graph_outputs=True)
-    if made.is_graph_output():
-        made.name, result.name = result.name, None
 
 
 def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:

@@ -6,13 +6,15 @@ combined in float64 and rounded once, so that results move by rounding only.
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 
-from admtrt.export.passes import constant
+from admtrt.export.passes import constant, insert_in_place_of
+from admtrt.export.vjp.reductions import enlargement_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -134,6 +136,55 @@ def merge_projections(model: ir.Model) -> bool:
         if len(members) > 1:
             _merge(model, source, axes_key, members)
             changed = True
+    return changed
+
+
+_TAPS = (np.array([[1, 0, 0], [0, 1, 1]]), np.array([[1, 1, 0], [0, 0, 1]]))
+"""Which of three taps on an image enlarged to twice its size fall on each of the two pixels of the small one
+that they meet: at even positions, whose first is the pixel before, and at odd ones."""
+
+
+def fold_enlargement_into_conv(model: ir.Model) -> bool:
+    """A 3x3 Conv of an image enlarged to twice its size -> four 2x2 ones of the image itself, interleaved.
+
+    4/9 of the multiplications. Three neighbours on the large image are two pixels of the small one, the taps
+    that meet the same pixel add up, and which they are depends on the parity of row and column alone.
+    """
+    changed = False
+    for conv in _nodes(model, "Conv"):
+        enlarge = None if conv.inputs[0] is None else conv.inputs[0].producer()
+        if enlarge is None or enlarge.op_type != "Resize" or enlargement_of(enlarge) != [2, 2]:
+            continue
+        like = conv.inputs[1]
+        moved = [*_ints(conv, "strides"), *_ints(conv, "dilations")]
+        if not _plain_weights(conv) or _ints(conv, "pads") != [1] * 4 or any(step != 1 for step in moved):
+            continue
+        assert like is not None
+        assert like.dtype is not None
+        weight = _array(like)
+        if weight.shape[2:] != (3, 3):
+            continue
+        tape = ir.tape.Tape()
+        parts = []
+        for row, column in itertools.product((0, 1), repeat=2):
+            taps = np.einsum("oiab,ra,cb->oirc", weight, _TAPS[row], _TAPS[column])
+            parts.append(
+                tape.op(
+                    "Conv",
+                    [
+                        enlarge.inputs[0],
+                        constant(model.graph, taps.astype(like.dtype.numpy())),
+                        *conv.inputs[2:],
+                    ],
+                    attributes={"kernel_shape": [2, 2], "pads": [1 - row, 1 - column, row, column]},
+                )
+            )
+        stacked = tape.op("Concat", parts, attributes={"axis": 1})
+        tape.op("DepthToSpace", [stacked], attributes={"blocksize": 2})
+        for node in tape.nodes:
+            node.metadata_props.update(conv.metadata_props)
+        insert_in_place_of(model.graph, conv, tape.nodes, conv.outputs[0])
+        changed = True
     return changed
 
 

@@ -13,6 +13,7 @@ from admtrt.bundle import Bundle, GraphEntry, check_networks, write_bundle
 from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs
 from admtrt.errors import CheckpointError, ExportError
 from admtrt.export.check import check_graph, rtx_parser_errors
+from admtrt.export.cpu_form import cpu_form
 from admtrt.export.engine_form import engine_form
 from admtrt.export.graphs import EXAMPLE_BATCH, classifier_gradient_graph, unet_graph, update_graph
 from admtrt.export.precision import DEFAULT_ISLANDS, Island, lower
@@ -116,7 +117,7 @@ def _forms(
 ) -> Iterator[tuple[Precision | None, ir.Model]]:
     """The form of a graph for CPUs, with None, then that for engines in each precision."""
     captured = {_FOR_CPUS: _graph(name, unet, classifier, _FOR_CPUS)}
-    yield None, captured[_FOR_CPUS]
+    yield None, cpu_form(captured[_FOR_CPUS])
     for precision in engines:
         backward = _FOR_ENGINES[precision] if name == "classifier_gradient" else _FOR_CPUS
         if backward not in captured:

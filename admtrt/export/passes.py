@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import (
@@ -10,6 +12,9 @@ from onnx_ir.passes.common import (
     ShapeInferencePass,
     TopologicalSortPass,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 
 def simplify(model: ir.Model) -> None:
@@ -75,6 +80,16 @@ def constant_sizes(value: ir.Value) -> list[int] | None:
         return None
     sizes = [dim if isinstance(dim, int) else -1 for dim in value.shape]
     return sizes if sizes.count(-1) <= 1 else None
+
+
+def insert_in_place_of(graph: ir.Graph, place: ir.Node, nodes: Sequence[ir.Node], result: ir.Value) -> None:
+    """Insert nodes behind a place; the output of the last takes over from ``result``."""
+    graph.insert_after(place, nodes)
+    made = nodes[-1].outputs[0]
+    made.shape, made.type = result.shape, result.type
+    result.replace_all_uses_with(made, replace_graph_outputs=True)
+    if made.is_graph_output():
+        made.name, result.name = result.name, None
 
 
 def constant(graph: ir.Graph, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:

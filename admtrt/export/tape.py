@@ -25,7 +25,9 @@ class Tape:
         self.graph = graph
         self.conv_backward = conv_backward
         self.active: set[ir.Value] = set()
+        self.gradients: dict[ir.Value, ir.Value] = {}  # of forward values; whole once all readers are done
         self.origin: ir.Node | None = None  # the forward node whose backward is being written
+        self._forward = set(graph)
 
     def op(self, op_type: str, *inputs: ir.Value | None, outputs: int = 1, **attributes: object) -> ir.Value:
         """Append one node; returns its first output."""
@@ -91,9 +93,9 @@ class Tape:
     def swap_last(self, value: ir.Value) -> ir.Value:
         """Transpose the last two axes; a value that is such a transpose gives its source."""
         rank = len(_shape(value))
-        perm = [*range(rank - 2), rank - 1, rank - 2]
+        perm = _swap(rank)
         producer = value.producer()
-        if producer is not None and producer.op_type == "Transpose" and _permutation(producer, rank) == perm:
+        if producer is not None and producer.op_type == "Transpose" and swaps_last(producer, rank):
             source = producer.inputs[0]
             assert source is not None
             return source
@@ -101,11 +103,22 @@ class Tape:
         transposed.shape = ir.Shape([_shape(value)[axis] for axis in perm])
         return transposed
 
+    def only_reader(self, value: ir.Value, op_type: str) -> ir.Node | None:
+        """The one forward node that reads a value, if there is one only and it is of this kind."""
+        readers = [use.node for use in value.uses() if use.node in self._forward]
+        if value.is_graph_output() or len(readers) != 1 or readers[0].op_type != op_type:
+            return None
+        return readers[0]
 
-def _permutation(transpose: ir.Node, rank: int) -> list[int]:
-    """What a Transpose does; without the attribute it reverses the axes."""
+
+def swaps_last(transpose: ir.Node, rank: int) -> bool:
+    """Whether a Transpose swaps the last two axes; without the attribute it reverses all."""
     perm = transpose.attributes.get("perm")
-    return list(reversed(range(rank))) if perm is None else list(perm.as_ints())
+    return _swap(rank) == (list(reversed(range(rank))) if perm is None else list(perm.as_ints()))
+
+
+def _swap(rank: int) -> list[int]:
+    return [*range(rank - 2), rank - 1, rank - 2]
 
 
 def _shape(value: ir.Value) -> ir.Shape:

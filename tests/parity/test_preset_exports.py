@@ -23,6 +23,7 @@ from admtrt.config import ClassifierConfig, UNetConfig
 from admtrt.contract import classifier_gradient_spec, unet_spec
 from admtrt.export.capture import graph_from_module
 from admtrt.export.check import check_graph
+from admtrt.export.cpu_form import cpu_form
 from admtrt.export.differentiate import add_input_gradient
 from admtrt.export.engine_form import engine_form
 from admtrt.export.graphs import EXAMPLE_BATCH, example_inputs, unet_graph
@@ -144,13 +145,13 @@ def forms(network: UNet | Classifier, spec: GraphSpec) -> dict[str, ir.Model]:
     """The graph for CPUs and the fp32 graph for engines, as a bundle has them; captured once."""
     if isinstance(network, UNet):
         model = unet_graph(network)
-        return {"cpu": model, "engine": engine_form(model)}
+        return {"cpu": cpu_form(model), "engine": engine_form(model)}
     forward = graph_from_module(LogProb(network).eval(), example_inputs(spec), ["log_prob"])
     found = {}
     for form, conv_backward in (("cpu", "flipped"), ("engine", "transposed")):
         found[form] = forward.clone()
         add_input_gradient(found[form], wrt="x", of="log_prob", name="grad", conv_backward=conv_backward)
-    return found | {"engine": engine_form(found["engine"])}
+    return {"cpu": cpu_form(found["cpu"]), "engine": engine_form(found["engine"])}
 
 
 def check_engine(spec: GraphSpec, path: Path) -> None:

@@ -61,6 +61,16 @@ def mean_of(x: torch.Tensor, axis: int) -> torch.Tensor:
     return x.mean(axis, keepdim=True)
 
 
+def weights_of(x: torch.Tensor, axis: int = -1) -> torch.Tensor:
+    return (x @ x.mT).tanh().softmax(axis)
+
+
+def attend(x: torch.Tensor, axis: int = -1) -> torch.Tensor:
+    return weights_of(x, axis) @ x
+
+
+SCORES = "t = Transpose <perm = [0, 2, 1]> (x) m = MatMul (x, t) s = Tanh (m)"
+SCORES4 = "t = Transpose <perm = [0, 1, 3, 2]> (x) m = MatMul (x, t) s = Tanh (m)"
 MEAN = "m = ReduceMean <keepdims = 1> (x, axis)"
 SQUARES = "s = ReduceSumSquare <keepdims = 1> (x, axis)"
 MATRIX, VECTOR, FACTORS = normal(4, 5, seed=1), normal(4, seed=2), normal(5, 1, 1, seed=3)
@@ -255,6 +265,32 @@ CASES = [
     ),
     Case("Softmax", (3, 4), "y = Softmax (x)", lambda x: x.softmax(-1)),
     Case("Softmax", (3, 4), "y = Softmax <axis = 1> (x)", lambda x: x.softmax(1)),
+    Case("Softmax", (5, 3), f"{SCORES} p = Softmax (s) y = MatMul (p, x)", lambda x: attend(x)),
+    Case(
+        "Softmax", (2, 5, 3), f"{SCORES4} p = Softmax <axis = 3> (s) y = MatMul (p, x)", lambda x: attend(x)
+    ),
+    Case(
+        "Softmax",
+        (2, 5, 3),
+        f"{SCORES4} p = Softmax (s) u = Transpose <perm = [0, 1, 3, 2]> (p) y = MatMul (t, u)",
+        lambda x: attend(x).mT,
+    ),
+    Case("Softmax", (3, 3), f"{SCORES} p = Softmax (s) y = MatMul (p, x)", lambda x: attend(x)),
+    Case("Softmax", (5, 3), f"{SCORES} p = Softmax <axis = 1> (s) y = MatMul (p, x)", lambda x: attend(x, 1)),
+    Case("Softmax", (5, 3), f"{SCORES} p = Softmax (s) y = MatMul (t, p)", lambda x: x.mT @ weights_of(x)),
+    Case(
+        "Softmax",
+        (5, 3),
+        f"{SCORES} p = Softmax (s) z = MatMul (p, x) e = Tanh (x) q = MatMul (p, e) y = Add (z, q)",
+        lambda x: attend(x) + weights_of(x) @ x.tanh(),
+    ),
+    Case(
+        "Softmax",
+        (2, 5, 3),
+        f"{SCORES4} p = Softmax (s) u = Transpose <perm = [0, 2, 1, 3]> (p)"
+        " v = Transpose <perm = [0, 2, 1, 3]> (u) y = MatMul (v, x)",
+        lambda x: attend(x),
+    ),
     Case("LogSoftmax", (3, 4), "y = LogSoftmax (x)", lambda x: x.log_softmax(-1)),
     Case("LogSoftmax", (3, 4), "y = LogSoftmax <axis = 1> (x)", lambda x: x.log_softmax(1)),
     *(
@@ -376,6 +412,32 @@ def test_rule(case: Case) -> None:
         np.testing.assert_allclose(
             out["value"], (y * torch.from_numpy(w)).reshape(batch, -1).sum(1).detach(), rtol=1e-4, atol=1e-5
         )
+
+
+@pytest.mark.parametrize(
+    ("product", "large"),
+    [
+        ("y = MatMul (p, x)", 0),
+        ("u = Transpose <perm = [0, 1, 3, 2]> (p) y = MatMul (t, u)", 0),
+        ("y = MatMul (t, p)", 1),  # the columns of the product, not its rows, belong to the weights
+    ],
+)
+def test_a_softmax_that_weighs_is_summed_over_channels(product: str, large: int) -> None:
+    """Sums over products of two tensors of all pairs of positions, which are the largest of all."""
+
+    def reference(x: torch.Tensor) -> torch.Tensor:
+        y = weights_of(x).mT @ x if large else attend(x)
+        return y if product.startswith("y = MatMul (p") else y.mT
+
+    model = differentiated(
+        weighted(Case("Softmax", (2, 5, 3), f"{SCORES4} p = Softmax (s) {product}", reference))
+    )
+    shapes = {
+        value.name: [size.dim_value for size in value.type.tensor_type.shape.dim][-2:]
+        for value in model.graph.value_info
+    }
+    summed = [node.input[0] for node in model.graph.node if node.op_type == "ReduceSum"]
+    assert sum(shapes.get(name) == [5, 5] for name in summed) == large
 
 
 @pytest.mark.parametrize("conv_backward", ["flipped", "transposed"])

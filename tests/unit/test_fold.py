@@ -11,6 +11,7 @@ from onnx_graphs import op_types, parse, proto, run
 
 from admtrt.export.fold import (
     fold_affine_into_conv,
+    fold_enlargement_into_conv,
     fold_scale_into_conv,
     fold_scale_shift,
     merge_projections,
@@ -112,6 +113,50 @@ def test_padding_would_see_another_border(attributes: str) -> None:
         w=f32(8, width, 3, 3), b=f32(8), gamma=f32(4, 1, 1), beta=f32(4, 1, 1),
     )  # fmt: skip
     assert op_types(after) == ["Mul", "Add", "Conv"]
+
+
+NEAREST = 'mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor"'
+ENLARGED = f"u = Resize <{NEAREST}> (x, , scales)"
+CONV_3X3 = "y = Conv <pads = [1, 1, 1, 1]> (u, w{bias})"
+
+
+@pytest.mark.parametrize("bias", ["", ", b"])
+@pytest.mark.parametrize("size", [(5, 5), (3, 6), (1, 1)])
+def test_an_enlarged_image_is_convolved_at_its_own_size(bias: str, size: tuple[int, int]) -> None:
+    after = applied(
+        fold_enlargement_into_conv, f"{ENLARGED} {CONV_3X3.format(bias=bias)}", {"x": (4, *size)},
+        w=f32(7, 4, 3, 3), b=f32(7), scales=np.float32([1, 1, 2, 2]),
+    )  # fmt: skip
+    assert op_types(after) == ["Conv"] * 4 + ["Concat", "DepthToSpace"]
+
+
+def test_an_enlarged_image_that_others_read_stays_for_them() -> None:
+    after = applied(
+        fold_enlargement_into_conv, f"{ENLARGED} c = Conv <pads = [1, 1, 1, 1]> (u, w) y = Add (u, c)",
+        {"x": (4, 5, 5)}, w=f32(4, 4, 3, 3), scales=np.float32([1, 1, 2, 2]),
+    )  # fmt: skip
+    assert op_types(after).count("Conv") == 4
+    assert op_types(after).count("Resize") == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "constants"),
+    [
+        (f"{ENLARGED} y = Conv (u, w)", {}),
+        (f"{ENLARGED} y = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (u, w)", {}),
+        (f"{ENLARGED} y = Conv <pads = [2, 2, 2, 2], dilations = [2, 2]> (u, w)", {}),
+        (f"{ENLARGED} y = Conv <pads = [1, 1, 1, 1], group = 2> (u, w)", {"w": f32(6, 2, 3, 3)}),
+        (f"{ENLARGED} {CONV_3X3.format(bias='')}", {"w": f32(6, 4, 5, 5)}),
+        (f"{ENLARGED} {CONV_3X3.format(bias='')}", {"scales": np.float32([1, 1, 3, 3])}),
+        (f"{ENLARGED} {CONV_3X3.format(bias='')}", {"scales": np.float32([1, 1, 2, 1])}),
+        (f'u = Resize <mode = "linear"> (x, , scales) {CONV_3X3.format(bias="")}', {}),
+        (f"u = Neg (x) {CONV_3X3.format(bias='')}", {}),
+    ],
+)  # fmt: skip
+def test_other_enlargements_and_convolutions_stay(body: str, constants: dict[str, Any]) -> None:
+    given = {"w": f32(6, 4, 3, 3), "scales": np.float32([1, 1, 2, 2])} | constants
+    after = applied(fold_enlargement_into_conv, body, {"x": (4, 5, 5)}, **given)
+    assert op_types(after).count("Conv") == 1
 
 
 LEGACY = "r = Reshape (c, heads) q, k, v = Split <axis = 2, num_outputs = 3> (r)"

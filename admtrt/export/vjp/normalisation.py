@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
+from admtrt.export.tape import swaps_last
 from admtrt.export.vjp.rule import (
     constant_of,
     dims_of,
@@ -110,8 +111,43 @@ def _batch_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 def _softmax(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """y (g - sum(g y))."""
     g, y = only(incoming), node.outputs[0]
-    total = tape.op("ReduceSum", tape.op("Mul", g, y), tape.ints(int_attribute(node, "axis", -1)), keepdims=1)
+    total = _sum_by_product(tape, node)
+    if total is None:
+        axis = tape.ints(int_attribute(node, "axis", -1))
+        total = tape.op("ReduceSum", tape.op("Mul", g, y), axis, keepdims=1)
     return [tape.op("Mul", y, tape.op("Sub", g, total))]
+
+
+def _sum_by_product(tape: Tape, softmax: ir.Node) -> ir.Value | None:
+    """sum(g y) of attention weights y as sum(dO O) of the product O = y V or V' y' that they are for.
+
+    The same number, since g = dO V' (FlashAttention, Dao et al. 2022, uses it), from the channels of a head
+    in place of all positions: the largest tensors of a network are read once, not three times. None where
+    anything else reads y, or O has no fewer columns.
+    """
+    y = softmax.outputs[0]
+    turned = tape.only_reader(y, "Transpose")
+    weights = y if turned is None else turned.outputs[0]
+    product = tape.only_reader(weights, "MatMul")
+    if product is None or product.inputs[0 if turned is None else 1] is not weights:
+        return None
+    out = product.outputs[0]
+    rank, axis = len(dims_of(y)), -1 if turned is None else -2
+    columns, channels = dims_of(y)[-1], dims_of(out)[axis]
+    if (
+        int_attribute(softmax, "axis", -1) % rank != rank - 1
+        or (turned is not None and not swaps_last(turned, rank))
+        or dims_of(out)[:-2] != dims_of(y)[:-2]
+        or columns is None
+        or channels is None
+        or channels >= columns
+    ):
+        return None
+    total = tape.op("ReduceSum", tape.op("Mul", tape.gradients[out], out), tape.ints(axis), keepdims=1)
+    if turned is None:
+        return total
+    total.shape = ir.Shape([1 if index == rank - 2 else dim for index, dim in enumerate(out.shape or ())])
+    return tape.swap_last(total)
 
 
 @rule("LogSoftmax")

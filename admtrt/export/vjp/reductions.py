@@ -118,14 +118,22 @@ def _nearest(tape: Tape, value: ir.Value, factors: Sequence[int]) -> ir.Value:
     return tape.op("Resize", value, None, scales, **_TILING)
 
 
+def enlargement_of(resize: ir.Node) -> list[int] | None:
+    """The whole factors of a nearest-neighbour enlargement, one for each axis behind the channels."""
+    text = {name: attribute.as_string() for name, attribute in resize.attributes.items() if name in _TILING}
+    sizes, out_sizes = (dims_of(value)[2:] for value in (input_of(resize, 0), resize.outputs[0]))
+    pairs = [(a, b) for a, b in zip(sizes, out_sizes, strict=True) if a is not None and b is not None]
+    if text != _TILING or len(pairs) != len(sizes) or any(b % a for a, b in pairs):
+        return None
+    return [b // a for a, b in pairs]
+
+
 @rule("Resize")
 def _resize(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """Nearest-neighbour enlargement by whole factors: sums over tiles."""
-    x, out = input_of(node, 0), node.outputs[0]
-    text = {name: attribute.as_string() for name, attribute in node.attributes.items() if name in _TILING}
-    pairs = list(zip(dims_of(x)[2:], dims_of(out)[2:], strict=True))
-    if text != _TILING or any(a is None or b is None or b % a for a, b in pairs):
+    factors = enlargement_of(node)
+    if factors is None:
         raise ExportError(f"Resize '{node.name}' is no nearest-neighbour enlargement by whole factors")
-    factors = [b // a for a, b in pairs if a and b]
     pooled = tape.op("AveragePool", only(incoming), kernel_shape=factors, strides=factors)
-    return [tape.op("Mul", pooled, tape.scalar(math.prod(factors), x)), *([None] * (len(node.inputs) - 1))]
+    share = tape.scalar(math.prod(factors), input_of(node, 0))
+    return [tape.op("Mul", pooled, share), *([None] * (len(node.inputs) - 1))]
