@@ -7,6 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import BundleError, MissingDependencyError, RequestError
 from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract
+from admtrt.runtime.backends.openvino_passes import (
+    EMBEDDING,
+    cut_embedding,
+    normalise_by_channel,
+    separate_weights,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -17,7 +23,6 @@ if TYPE_CHECKING:
     from admtrt.runtime.sampler import Images
 
 _HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
-_EMBEDDING = "time_embedding"
 _DTYPES = {"f32": "float32", "i64": "int64"}
 _KEPT = 2
 """Batch sizes compiled at once: each has a copy of the weights, and a run has full batches and a rest."""
@@ -106,7 +111,7 @@ class OpenVinoDenoiser(GraphDenoiser):
             model = self._core.read_model(str(self._paths[name]))
         except Exception as error:  # the library raises RuntimeError and others for every cause
             raise BundleError(f"OpenVINO refuses {self._paths[name]}: {error}") from None
-        _separate_weights(model)
+        separate_weights(model)
         return model
 
     def _compile(self, name: GraphName, batch: int) -> _Compiled:
@@ -114,6 +119,7 @@ class OpenVinoDenoiser(GraphDenoiser):
         precision = "fp32" if name == "update" else self._precision  # x itself is never rounded
         try:
             model.reshape({tensor.name: list(tensor.sized(batch)) for tensor in self._specs[name].inputs})
+            normalise_by_channel(model)
             return _Compiled(self._core, model, self._settings, precision)
         except Exception as error:  # as above
             raise BundleError(
@@ -134,7 +140,7 @@ class _Compiled:
             chosen = settings | {"INFERENCE_PRECISION_HINT": hint}
             return core.compile_model(part, "CPU", chosen).create_infer_request()
 
-        embedding = _cut_embedding(model) if precision == "bf16" else None
+        embedding = cut_embedding(model) if precision == "bf16" else None
         self._embed = None if embedding is None else compiled(embedding, "f32")
         self.request = compiled(model, _HINTS[precision])
 
@@ -142,58 +148,8 @@ class _Compiled:
         """Outputs by name, for inputs of the compiled sizes."""
         if self._embed is not None:
             found = self._embed.infer({"t": feeds["t"]}, share_inputs=True)
-            feeds = {name: value for name, value in feeds.items() if name != "t"} | {_EMBEDDING: found[0]}
+            feeds = {name: value for name, value in feeds.items() if name != "t"} | {EMBEDDING: found[0]}
         return self.request.infer(feeds, share_inputs=True)
-
-
-def _separate_weights(model: Any) -> None:
-    """Give every transposed convolution weights of its own.
-
-    OpenVINO 2026.4 repacks a constant for the one kind of convolution and reads it so for the other, too:
-    values are wrong where a gradient shares a forward convolution's weights.
-    """
-    from openvino.opset1 import constant
-
-    for node in model.get_ordered_ops():
-        if node.get_type_name() in ("ConvolutionBackpropData", "GroupConvolutionBackpropData"):
-            source = node.input_value(1)
-            if source.get_node().get_type_name() == "Constant" and len(source.get_target_inputs()) > 1:
-                copied = constant(source.get_node().data.copy())
-                node.input(1).replace_source_output(copied.output(0))
-
-
-def _cut_embedding(model: Any) -> Any | None:
-    """Take the embedding of ``t``, which ends at the first product, out of a model; None where it has none.
-
-    The model keeps the embedding's values as an input.
-    """
-    from openvino import Model
-    from openvino.opset1 import parameter
-
-    timestep = next((node for node in model.get_parameters() if node.get_friendly_name() == "t"), None)
-    ends = [] if timestep is None else _first_products(timestep)
-    if not ends:
-        return None
-    source = ends[0].get_source_output()
-    assert all(end.get_source_output() == source for end in ends)  # one embedding, whatever is made of it
-    given = parameter(source.get_shape(), source.get_element_type(), name=_EMBEDDING)
-    given.output(0).get_tensor().set_names({_EMBEDDING})
-    for end in ends:
-        end.replace_source_output(given.output(0))
-    model.add_parameters([given])
-    model.remove_parameter(timestep)
-    return Model([source], [timestep], "embedding")
-
-
-def _first_products(node: Any) -> list[Any]:
-    """The inputs of matrix products that are reached from a node through other operators."""
-    found: dict[Any, Any] = {}
-    for output in node.outputs():
-        for target in output.get_target_inputs():
-            user = target.get_node()
-            further = [target] if user.get_type_name() == "MatMul" else _first_products(user)
-            found |= {(end.get_node().get_friendly_name(), end.get_index()): end for end in further}
-    return list(found.values())
 
 
 def _shown(ports: Any) -> list[str]:
