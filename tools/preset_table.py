@@ -61,8 +61,11 @@ def generate(name: str, folder: Path) -> Measured:
 
 def export(name: str, folder: Path) -> Measured:
     """The graph for CPUs, written and checked as a bundle's graphs are."""
+    from admtrt.export.cpu_form import cpu_form
+
     start = time.perf_counter()
-    nodes = _write(_graph(name, folder, for_engines=False), name, folder / "cpu" / "graph.onnx")
+    model = cpu_form(_graph(name, folder, for_engines=False))
+    nodes = _write(model, name, folder / "cpu" / "graph.onnx")
     return {"nodes": nodes, "export_s": time.perf_counter() - start, "export_peak": _peak()}
 
 

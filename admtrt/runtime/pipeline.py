@@ -293,8 +293,9 @@ class Pipeline:
             and np.isfinite(images).all()
         ):
             return np.ascontiguousarray(images)
+        found = ", ".join(["N", *map(str, images.shape[1:])][: images.ndim])  # their number is not at fault
         raise RequestError(
-            f"low_res is {images.dtype} {list(images.shape)}; expected uint8 [N, {size}, {size}, {channels}] "
+            f"low_res is {images.dtype} [{found}]; expected uint8 [N, {size}, {size}, {channels}] "
             f"or finite float32 [N, {channels}, {size}, {size}]"
         )
 

@@ -117,9 +117,9 @@ def test_a_class_conditional_unet_needs_labels_even_unguided(conditional: Pipeli
     ("low_res", "message"),
     [
         (None, "is an upsampler and needs low_res images"),
-        (np.zeros((2, 5, 5, 1), np.uint8), "low_res is uint8 [2, 5, 5, 1]; expected uint8 [N, 4, 4, 1] or"),
-        (np.zeros((2, 1, 4, 4), np.uint8), "low_res is uint8 [2, 1, 4, 4]"),
-        (np.zeros((2, 4, 4, 1), np.float32), "low_res is float32 [2, 4, 4, 1]"),
+        (np.zeros((2, 5, 5, 1), np.uint8), "low_res is uint8 [N, 5, 5, 1]; expected uint8 [N, 4, 4, 1] or"),
+        (np.zeros((2, 1, 4, 4), np.uint8), "low_res is uint8 [N, 1, 4, 4]"),
+        (np.zeros((2, 4, 4, 1), np.float32), "low_res is float32 [N, 4, 4, 1]"),
         (np.zeros((2, 1, 4, 4), np.float64), "low_res is float64"),
         (np.full((2, 1, 4, 4), np.nan, np.float32), "or finite float32 [N, 1, 4, 4]"),
         (np.uint8(3), "low_res is uint8 []"),
