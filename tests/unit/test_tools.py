@@ -6,6 +6,7 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import torch
 from bundles import CLASSIFIER, exported_bundle, network
 from PIL import Image
 
+from admtrt import demo
+from admtrt.config import RunConfig, load_config
 from admtrt.models.checkpoint import load_network
 from admtrt.models.generated import generated_weight
 
@@ -99,6 +102,27 @@ def test_generated_checkpoint(
         expected = torch.from_numpy(generated_weight(name, tuple(value.shape))).to(dtype).float()
         assert torch.equal(value, expected)
         assert value.any()
+
+
+@pytest.mark.parametrize("kind", ["unet", "classifier"])
+def test_generated_checkpoint_of_a_run(
+    kind: Literal["unet", "classifier"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool, path = load("generated_checkpoint", monkeypatch), tmp_path / "a.safetensors"
+    config = Path(demo.__file__).parent / "digits.toml"
+    assert call(tool, monkeypatch, config, path, "--kind", kind) == 0
+    loaded = load_network(path, kind=kind)
+    assert loaded.config.network == getattr(load_config(RunConfig, config), kind)
+    assert all(value.any() for value in loaded.module.parameters())
+
+
+def test_generated_checkpoint_of_a_run_without_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool, config = load("generated_checkpoint", monkeypatch), tmp_path / "c.toml"
+    config.write_text(DIGITS)
+    assert call(tool, monkeypatch, config, tmp_path / "a.safetensors", "--kind", "classifier") == 2
+    assert "has no section [classifier]" in capsys.readouterr().err
 
 
 def test_generated_checkpoint_names_a_users_fault(
