@@ -10,6 +10,10 @@ from onnx_graphs import parse, run
 
 openvino = pytest.importorskip("openvino")
 
+from bundles import pipeline  # noqa: E402
+
+from admtrt.runtime.backends import openvino as openvino_backend  # noqa: E402
+from admtrt.runtime.backends import openvino_passes  # noqa: E402
 from admtrt.runtime.backends.openvino_passes import normalise_by_channel  # noqa: E402
 
 BATCH, CHANNELS = 3, 12
@@ -55,12 +59,44 @@ def test_large_images_are_normalised_by_channel(size: tuple[int, int], groups: i
     assert error < 1e-5
 
 
+WRITTEN_OUT = """
+    g = Reshape (x, groups)
+    m = ReduceMean <keepdims = 1> (g, last)
+    c = Sub (g, m)
+    q = Mul (c, c)
+    v = ReduceMean <keepdims = 1> (q, last)
+    e = Add (v, half)
+    d = Sqrt (e)
+    {end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "images"),
+    [
+        ("n = Div (c, d) y = Reshape (n, image)", 1),
+        ("n = Div (c, d) o = Add (g, n) y = Reshape (o, image)", 1),
+        ("n = Div (c, d) a = Reshape (n, image) b = Reshape (q, image) y = Add (a, b)", 2),
+        ("n = Div (c, d) h = Mul (n, whole) y = Reshape (h, image)", 0),  # not one number a group
+        ("n = Div (c, d) h = Exp (n) y = Reshape (h, image)", 0),
+        ("n = Div (c, d) y = Reshape (n, flat)", 0),
+    ],
+)
+def test_what_a_gradient_computes_on_groups(end: str, images: int) -> None:
+    constants = {
+        "last": np.int64([2]), "half": np.float32(0.5), "flat": np.int64([0, -1]),
+        "whole": np.linspace(-1, 2, 4 * 768, dtype=np.float32).reshape(1, 4, 768),
+    }  # fmt: skip
+    changed, error = converted(WRITTEN_OUT.format(end=end), (16, 16), **constants)
+    assert changed == images
+    assert error < 1e-5
+
+
 @pytest.mark.parametrize(
     ("body", "size"),
     [
         (NORM, (8, 8)),  # too small to gain
         (NORM, (400,)),  # no image
-        (NORM.replace("y =", "z =") + "m = Mul (n, n) k = Reshape (m, image) y = Add (z, k)", (16, 16)),
         (NORM.replace("y = Reshape (n, image)", "h = Exp (n) y = Reshape (h, image)"), (16, 16)),
         ("y = InstanceNormalization (x, ones, ones)", (16, 16)),
     ],
@@ -69,3 +105,23 @@ def test_other_norms_stay(body: str, size: tuple[int, ...]) -> None:
     changed, error = converted(body, size, ones=np.ones(CHANNELS, np.float32))
     assert changed == 0
     assert error < 1e-5
+
+
+def test_whole_networks_stay_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every norm and its gradient, of images that would be too small."""
+    monkeypatch.setattr(openvino_passes, "_MANY_POSITIONS", 1)
+    counts = []
+    monkeypatch.setattr(
+        openvino_backend, "normalise_by_channel", lambda m: counts.append(normalise_by_channel(m))
+    )
+    exact = pipeline("guided")
+    found = openvino_backend.OpenVinoDenoiser(exact.bundle, threads=1)
+    x = np.random.default_rng(1).standard_normal((2, 1, 8, 8), dtype=np.float32)
+    t, y = np.float32([900, 30]), np.int64([2, 0])
+    for one, other in [
+        (found.unet(x, t, None, None), exact.denoiser.unet(x, t, None, None)),
+        (found.classifier_gradient(x, t, y), exact.denoiser.classifier_gradient(x, t, y)),
+    ]:
+        assert np.abs(one - other).max() < 1e-5 * np.abs(other).max()
+    assert len(counts) == 2
+    assert min(counts) > 3

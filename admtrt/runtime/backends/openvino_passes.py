@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 EMBEDDING = "time_embedding"
 """The input that :func:`cut_embedding` makes."""
@@ -65,82 +68,130 @@ def _first_products(node: Any) -> list[Any]:
 
 
 def normalise_by_channel(model: Any) -> int:
-    """Let the group norms of large images keep the layout of the convolutions; returns how many were changed.
+    """Let the group norms of large images, and their gradients, keep the layout of the convolutions.
 
-    A convolution here wants its channels last, an MVN over [N, groups, rest] wants them first: the image is
-    copied before and behind it. Means over the positions of one channel run in any layout, and a group's
-    statistics follow from its channels': its mean is the mean of their means, its variance the mean of their
-    variances plus the variance of their means. Nothing cancels, so float32 stays exact. Left alone is a norm
-    whose normalised groups the graph reads otherwise, as a gradient graph does.
+    A convolution here wants its channels last, and what is computed on [N, groups, rest] wants them first: an
+    image is copied before it and behind it. All of it can be done on [N, C, H, W]: a mean over a group is the
+    mean of the means of its channels, and everything else acts on each element. The variance stays the mean
+    of squared distances from the mean, so float32 stays exact.
 
     Args:
         model: with all sizes fixed.
+
+    Returns:
+        How many images are formed without leaving their layout.
     """
-    from openvino import opset6 as ops
-
-    def mean(value: Any, *axes: int) -> Any:
-        return ops.reduce_mean(value, ops.constant(axes, np.int64), True)
-
-    def shaped(value: Any, *sizes: int) -> Any:
-        return ops.reshape(value, ops.constant(sizes, np.int64), False)
-
-    changed = 0
-    for node in model.get_ordered_ops():
-        norm = _group_norm(node)
-        if norm is None:
-            continue
-        batch, channels, height, width = norm.x.get_shape()
-        if height * width < _MANY_POSITIONS:
-            continue
-        by_group, by_channel = (batch, norm.groups, channels // norm.groups), (batch, channels, 1, 1)
-        means = mean(norm.x, 2, 3)
-        centered = ops.subtract(norm.x, means)
-        variances = shaped(mean(ops.multiply(centered, centered), 2, 3), *by_group)
-        of_channels = shaped(means, *by_group)
-        offsets = ops.subtract(of_channels, mean(of_channels, 2))
-        variance = mean(ops.add(variances, ops.multiply(offsets, offsets)), 2)
-        std = ops.sqrt(ops.add(variance, ops.constant(norm.epsilon, np.float32)))
-        ones = ops.constant(np.ones(by_group[2], np.float32))
-        scale = ops.multiply(ops.divide(norm.scale, std), ones)
-        shift = ops.add(ops.multiply(offsets, scale), norm.bias)
-        normalised = ops.multiply(centered, shaped(scale, *by_channel))
-        norm.result.replace(ops.add(normalised, shaped(shift, *by_channel)).output(0))
-        changed += 1
-    return changed
+    rewriter = _ByChannel()
+    return sum(rewriter.visit(node) for node in model.get_ordered_ops())
 
 
-class _GroupNorm(NamedTuple):
-    """Reshape - MVN - Multiply - Add - Reshape; x and the result are [N, C, H, W], the factors [1, G, 1]."""
+class _ByChannel:
+    """Values on [N, G, K] as values on [N, C, H, W], node by node; equal values are formed once."""
 
-    x: Any
-    result: Any
-    groups: int
-    scale: Any
-    bias: Any
-    epsilon: float
+    def __init__(self) -> None:
+        from openvino import opset6
+
+        self._ops = opset6
+        self._elementwise = {
+            "Add": opset6.add,
+            "Subtract": opset6.subtract,
+            "Multiply": opset6.multiply,
+            "Divide": opset6.divide,
+        }
+        self._images: dict[str, Any] = {}  # by the name of the node that has the grouped value
+        self._made: dict[tuple[str, ...], Any] = {}
+
+    def visit(self, node: Any) -> bool:
+        """Take in one node, in order; whether it was the end of a chain and now is the image itself."""
+        kind, inputs = node.get_type_name(), node.input_values()
+        images = [self._images.get(value.get_node().get_name()) for value in inputs]
+        image = next((image for image in images if image is not None), None)
+        if image is None:
+            if kind == "Reshape" and _groups_channels(inputs[0], node.output(0)):
+                self._images[node.get_name()] = inputs[0]
+        elif kind == "Reshape" and image.get_shape() == node.get_output_shape(0):
+            node.output(0).replace(image)
+            return True
+        elif kind == "ReduceMean" and _over_groups(node):
+            node.output(0).replace(self._mean(image, node.get_output_shape(0)[1]))
+        elif kind == "MVN":
+            epsilon = node.get_attributes()["eps"]
+            self._images[node.get_name()] = self._normalised(image, node.get_output_shape(0)[1], epsilon)
+        elif kind in self._elementwise:
+            operands = [
+                self._spread(value, image) if own is None else own
+                for value, own in zip(inputs, images, strict=True)
+            ]
+            if all(operand is not None for operand in operands):
+                self._images[node.get_name()] = self._apply(kind, *operands)
+        return False
+
+    def _normalised(self, image: Any, groups: int, epsilon: float) -> Any:
+        centered = self._apply("Subtract", image, self._spread(self._mean(image, groups), image))
+        variance = self._mean(self._apply("Multiply", centered, centered), groups)
+        std = self._ops.sqrt(self._ops.add(variance, self._ops.constant(epsilon, np.float32)))
+        scale = self._ops.divide(self._ops.constant(1, np.float32), std).output(0)
+        return self._apply("Multiply", centered, self._spread(scale, image))
+
+    def _mean(self, image: Any, groups: int) -> Any:
+        """Of each group, [N, G, 1]."""
+
+        def made() -> Any:
+            batch, channels = list(image.get_shape())[:2]
+            of_channels = self._ops.reduce_mean(image, self._ops.constant([2, 3], np.int64), True)
+            return self._ops.reduce_mean(
+                self._shaped(of_channels, batch, groups, channels // groups),
+                self._ops.constant([2], np.int64),
+                True,
+            )
+
+        return self._once(("mean", _name(image), str(groups)), made)
+
+    def _spread(self, value: Any, like: Any) -> Any | None:
+        """[N or 1, G, 1] as [N or 1, C, 1, 1]; a single number stays; None where it is anything else."""
+        shape, channels = list(value.get_shape()), like.get_shape()[1]
+        if np.prod(shape) == 1:
+            return value
+        if len(shape) != 3 or shape[2] != 1 or channels % shape[1]:
+            return None
+
+        def made() -> Any:
+            ones = self._ops.constant(np.ones(channels // shape[1], np.float32))
+            return self._shaped(self._ops.multiply(value, ones), shape[0], channels, 1, 1)
+
+        return self._once(("spread", _name(value), str(channels)), made)
+
+    def _apply(self, kind: str, left: Any, right: Any) -> Any:
+        return self._once((kind, _name(left), _name(right)), lambda: self._elementwise[kind](left, right))
+
+    def _shaped(self, value: Any, *sizes: int) -> Any:
+        return self._ops.reshape(value, self._ops.constant(sizes, np.int64), False)
+
+    def _once(self, key: tuple[str, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make().output(0)
+        return self._made[key]
 
 
-def _group_norm(node: Any) -> _GroupNorm | None:
-    """The group norm around a node that is its MVN."""
+def _groups_channels(image: Any, grouped: Any) -> bool:
+    """Whether a reshape is [N, C, H, W] float32 of a large image -> [N, G, K], groups of whole channels."""
     from openvino import Type
 
-    if node.get_type_name() != "MVN":
-        return None
-    split = node.input_value(0).get_node()
-    product = _only_reader(node, "Multiply")
-    total = _only_reader(product, "Add")
-    merge = _only_reader(total, "Reshape")
-    if split.get_type_name() != "Reshape" or product is None or total is None or merge is None:
-        return None
-    x, result = split.input_value(0), merge.output(0)
-    if len(x.get_shape()) != 4 or x.get_shape() != result.get_shape() or x.get_element_type() != Type.f32:
-        return None
-    groups, epsilon = node.get_output_shape(0)[1], node.get_attributes()["eps"]
-    return _GroupNorm(x, result, groups, product.input_value(1), total.input_value(1), epsilon)
+    sizes, groups = list(image.get_shape()), list(grouped.get_shape())
+    return (
+        len(sizes) == 4
+        and len(groups) == 3
+        and sizes[0] == groups[0]
+        and sizes[1] % groups[1] == 0
+        and sizes[2] * sizes[3] >= _MANY_POSITIONS
+        and image.get_element_type() == Type.f32
+    )
 
 
-def _only_reader(node: Any | None, kind: str) -> Any | None:
-    """The one node that reads another's values, if there is one only and it is of this kind."""
-    readers = [] if node is None else [target.get_node() for target in node.output(0).get_target_inputs()]
-    readers = [reader for reader in readers if reader.get_type_name() != "ShapeOf"]
-    return readers[0] if len(readers) == 1 and readers[0].get_type_name() == kind else None
+def _over_groups(mean: Any) -> bool:
+    """Whether a mean of [N, G, K] is over K and leaves [N, G, 1]."""
+    return list(mean.get_output_shape(0)) == [*list(mean.input_value(0).get_shape())[:2], 1]
+
+
+def _name(output: Any) -> str:
+    return f"{output.get_node().get_name()}:{output.get_index()}"
