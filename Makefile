@@ -32,7 +32,7 @@ lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 
-types: $(VENV)/.ready-dev
+types: $(VENV)/.ready-dev $(VENV)/stubs
 	$(BIN)/mypy
 
 imports: $(VENV)/.ready-dev
@@ -40,6 +40,14 @@ imports: $(VENV)/.ready-dev
 
 docs: $(VENV)/.ready-dev  ## regenerate docs/cli.md
 	$(BIN)/python -m typer admtrt.cli utils docs --name admtrt --output docs/cli.md
+
+# For mypy alone: installed beside the packages, these stubs would look like TensorRT itself. They were made by a
+# tool, and some lines of them are no Python, no types, or hide one.
+$(VENV)/stubs: $(BIN)/python constraints.txt
+	$(PIP_INSTALL) --no-deps --upgrade --target $@ tensorrt-stubs
+	sed -i -e 's/, in: /, in_: /' -e 's/= None, channel_axis: int)/= None, channel_axis: int = ...)/' \
+		-e 's/-> \.\.\.:/-> typing.Any:/' -e '/^bool: /d' $@/tensorrt_bindings/tensorrt.pyi
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist demo

@@ -53,6 +53,11 @@ class EngineValidity(IntEnum):
     INVALID = 2
 
 
+class LayerInformationFormat(IntEnum):
+    ONELINE = 0
+    JSON = 1
+
+
 class CudaGraphStrategy(IntEnum):
     DISABLED = 0
     WHOLE_GRAPH_CAPTURE = 1
@@ -158,6 +163,9 @@ class Engine:
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         return int(self.fields["scratch"]) * self.fields["profiles"][profile_index][2]
 
+    def create_engine_inspector(self) -> EngineInspector:
+        return EngineInspector(self)
+
     def create_runtime_config(self) -> RuntimeConfig:
         return RtxRuntimeConfig(self) if self.runtime.rtx else RuntimeConfig(self)
 
@@ -177,6 +185,27 @@ class Engine:
         if not room:
             self.runtime.logger.log(Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was ...)")
         return room
+
+
+class EngineInspector:
+    """Writes outputs as TensorRT 10 does, or as 11 does."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    def get_engine_information(self, format: LayerInformationFormat) -> str:  # noqa: A002 - as the real one
+        assert format is LayerInformationFormat.JSON
+        outputs = [name for name, (mode, _) in self.engine.tensors.items() if mode is TensorIOMode.OUTPUT]
+        typed = (
+            {"Format": "Row major linear", "DataType": "Float"}
+            if self.engine.runtime.rtx
+            else {"Format/Datatype": "Row major linear FP32 format"}
+        )
+        layers = [
+            {"Name": f"last of {name}", "LayerType": "kgen", "Outputs": [{"Name": name, **typed}]}
+            for name in outputs
+        ]
+        return json.dumps({"Layers": layers, "I/O Tensors": []})
 
 
 class RuntimeConfig:
@@ -351,6 +380,7 @@ def engine_library(machine: Machine, *, rtx: bool = False, version: str = "11.4.
         "DataType": DataType,
         "ExecutionContextAllocationStrategy": ExecutionContextAllocationStrategy,
         "ILogger": ILogger,
+        "LayerInformationFormat": LayerInformationFormat,
         "OnnxParserRefitter": OnnxParserRefitter,
         "Refitter": Refitter,
         "Runtime": runtime,

@@ -12,7 +12,7 @@ from admtrt.bench.remote import peak_memory
 from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PLAIN
 from admtrt.bundle import Bundle
 from admtrt.config import SamplerConfig
-from admtrt.runtime.backends.registry import AUTO, BACKENDS, open_denoiser
+from admtrt.runtime.backends.registry import AUTO, BACKENDS, PLANS_ONLY, open_denoiser
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import ResidentDenoiser, advance, start_slots
 from admtrt.schedule import sampling_schedule
@@ -156,11 +156,13 @@ class Contender:
 
             return PlainDenoiser(self._bundle, self._exports[batch], self._threads)
         on_cpu = self._row.name == AUTO or BACKENDS[self._row.name].device == "cpu"
+        runs_plans = self._row.name in (AUTO, PLANS_ONLY)
         return open_denoiser(
             self._bundle,
             self._row.name,
             self._row.precision,
             threads=self._threads if on_cpu else None,
+            plans=self._subject.plans if runs_plans else None,
             batch_size=batch,
             note=self._notes.append,
         )

@@ -32,6 +32,7 @@ class Subject:
         unet, classifier: checkpoints, None where there are none.
         original: checkout of the original implementation, None where none was given.
         scratch: folder for what a row makes for itself.
+        plans: folder of plans, None for the bundle's own.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Subject:
     classifier: Path | None
     original: Path | None
     scratch: Path
+    plans: Path | None = None
 
     def check(self) -> Manifest:
         """Hold the checkpoints against the bundle without reading weights, and return the manifest.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from admtrt.commands.options import PlanFolder
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
 from admtrt.errors import RequestError
@@ -55,6 +56,7 @@ def bench(
         Literal["cpu", "cuda"], typer.Option(help="Of PyTorch's rows and of the peak.")
     ] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads of every row; all where left out.")] = None,
+    cache: PlanFolder = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for bench.json, bench.md and the chart bench.png.")
     ] = None,
@@ -72,8 +74,10 @@ def bench(
 
     if (bundle is None) == (preset is None):
         raise RequestError("give either a bundle or --preset")
-    if preset is not None and (unet is not None or classifier is not None):
-        raise RequestError("--unet and --classifier belong to a bundle; a preset has generated weights")
+    if preset is not None and (unet is not None or classifier is not None or cache is not None):
+        raise RequestError(
+            "--unet, --classifier and --cache belong to a bundle; a preset has generated weights and no plans"
+        )
     batches = tuple(dict.fromkeys(batch or (1,)))
     for name, value in (
         *(("--batch", size) for size in batches),
@@ -99,7 +103,7 @@ def bench(
             subject = subject_from_preset(preset, scratch, original, output.note, engines=engines)
         else:
             assert bundle is not None  # one of the two is given
-            subject = Subject(str(bundle), bundle, unet, classifier, original, scratch)
+            subject = Subject(str(bundle), bundle, unet, classifier, original, scratch, cache)
         report = run_bench(
             subject,
             rows,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from admtrt.commands.options import BackendName, PrecisionName, Threads
+from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads
 from admtrt.commands.requirements import require
 from admtrt.console import Output, progress, table
 from admtrt.errors import RequestError
@@ -40,6 +40,7 @@ def drift(
     batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
     threads: Threads = None,
+    cache: PlanFolder = None,
     plot: Annotated[Path | None, typer.Option(metavar="PATH.png", help="Draw the errors.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -66,12 +67,15 @@ def drift(
     opened = Bundle.open(bundle)
     length = len(retained_timesteps(opened.manifest.diffusion.steps, steps))
     if engine is None:
-        what, measured = f"{backend}, {precision}", _opened(opened, backend, precision, threads, batch_size)
+        what = f"{backend}, {precision}"
+        measured = _opened(opened, backend, precision, threads, cache, batch_size)
     else:
-        what, measured = (
-            f"engine graphs in {engine}, emulated",
-            _emulated(opened, engine, backend, precision, threads),
-        )
+        if (backend, precision, cache) != ("onnxruntime", "fp32", None):
+            raise RequestError(
+                "--engine measures typed graphs on the CPU, --backend, --precision and --cache a backend",
+                hint="Give one or the other.",
+            )
+        what, measured = f"engine graphs in {engine}, emulated", _emulated(opened, engine, threads)
     from admtrt.verify.drift import measure_drift
 
     reference = OnnxRuntimeDenoiser(opened, threads=threads)
@@ -106,7 +110,7 @@ def drift(
 
 
 def _opened(
-    bundle: Bundle, backend: str, precision: str, threads: int | None, batch_size: int
+    bundle: Bundle, backend: str, precision: str, threads: int | None, plans: Path | None, batch_size: int
 ) -> AbstractContextManager[Denoiser]:
     from admtrt.runtime.backends.registry import open_denoiser
 
@@ -115,25 +119,19 @@ def _opened(
         backend,
         precision,  # type: ignore[arg-type]
         threads=threads,
+        plans=plans,
         batch_size=batch_size,
     )
     return nullcontext(denoiser)
 
 
-def _emulated(
-    bundle: Bundle, engine: str, backend: str, precision: str, threads: int | None
-) -> AbstractContextManager[Denoiser]:
+def _emulated(bundle: Bundle, engine: str, threads: int | None) -> AbstractContextManager[Denoiser]:
     from admtrt.contract import Precision
 
     known: tuple[Precision, ...] = get_args(Precision)
     chosen = next((name for name in known if name == engine), None)
     if chosen is None:
         raise RequestError(f"--engine {engine!r} is unknown; expected {', '.join(known)}")
-    if (backend, precision) != ("onnxruntime", "fp32"):
-        raise RequestError(
-            "--engine measures typed graphs on the CPU, --backend and --precision a backend",
-            hint="Give one or the other.",
-        )
     require("onnx", "onnxscript", extra="export", purpose="Emulating engine graphs")
     from admtrt.verify.emulation import emulated
 

@@ -10,6 +10,7 @@ import typer
 
 from admtrt.commands.options import (
     BackendName,
+    PlanFolder,
     PrecisionName,
     SettingsFile,
     Threads,
@@ -51,6 +52,7 @@ def nll(
     backend: BackendName = "onnxruntime",
     precision: PrecisionName = "fp32",
     threads: Threads = None,
+    cache: PlanFolder = None,
     data: Annotated[str | None, typer.Option(help="Path of the images, or 'digits'.")] = None,
     config: Annotated[
         Path | None,
@@ -77,9 +79,9 @@ def nll(
         raise RequestError(
             "--unet-preset, --unet-set and --settings are for a checkpoint; a bundle carries its settings"
         )
-    if bundle is None and (backend, precision, threads) != ("onnxruntime", "fp32", None):
+    if bundle is None and (backend, precision, threads, cache) != ("onnxruntime", "fp32", None, None):
         raise RequestError(
-            "--backend, --precision and --threads are for a bundle; a checkpoint runs in PyTorch"
+            "--backend, --precision, --threads and --cache are for a bundle; a checkpoint runs in PyTorch"
         )
     output = Output(json=json)
     require("torch", "safetensors", extra="train", purpose="Evaluation")
@@ -94,6 +96,7 @@ def nll(
             backend=backend,
             precision=precision,  # type: ignore[arg-type]
             threads=threads,
+            plans=cache,
             batch_size=batch_size,
             note=output.note,
             chosen=lambda choice: output.note(str(choice)),

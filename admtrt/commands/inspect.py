@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,17 +25,26 @@ def inspect(
     cache: Annotated[
         Path | None, typer.Option(help="Folder of plans to look into; the bundle's own where left out.")
     ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLAN", help="List the layers of this plan, by the beginning of its name; needs its GPU."
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check a bundle (schema, hashes, paths) and show its graphs, its plans and its recommended sampler."""
     from admtrt.bundle import Bundle
     from admtrt.runtime.engines.plans import PlanStore
+    from admtrt.runtime.trt.layers import plan_layers
 
     opened = Bundle.open(bundle)
-    records = PlanStore.of(opened, cache).records()
+    store = PlanStore.of(opened, cache)
+    records = store.records()
+    listed = None if layers is None else plan_layers(opened, store, _chosen(records, layers))
     plans = [(record, is_current(record, opened)) for record in records]
     manifest, forms = opened.manifest, _forms(opened)
-    data = {
+    data: dict[str, Any] = {
         "bundle": str(opened.path),
         "manifest": manifest.to_dict(),
         "graphs": [
@@ -47,7 +57,31 @@ def inspect(
             for record, current in plans
         ],
     }
-    Output(json=json).result(data, *_shown(opened, forms, plans))
+    shown = _shown(opened, forms, plans)
+    if listed is not None:
+        data["layers"] = [asdict(layer) for layer in listed]
+        rows = [[layer.name, layer.kind, "\n".join(layer.outputs)] for layer in listed]
+        shown.append(table(f"layers of plan {layers}", ("layer", "kind", "outputs"), rows))
+    Output(json=json).result(data, *shown)
+
+
+def _chosen(records: Sequence[PlanRecord], beginning: str) -> PlanRecord:
+    """The one plan whose name begins so.
+
+    Raises:
+        RequestError: if there is none, or there are several.
+    """
+    from admtrt.errors import RequestError
+
+    found = [record for record in records if record.key.digest.startswith(beginning)]
+    if len(found) == 1:
+        return found[0]
+    names = ", ".join(record.key.digest[:12] for record in found or records)
+    raise RequestError(
+        f"{len(found) or 'no'} plans have a name that begins with {beginning!r}"
+        + (f"; there are {names}" if names else ""),
+        hint="The last column of the table of plans has their names.",
+    )
 
 
 def is_current(record: PlanRecord, bundle: Bundle) -> bool:

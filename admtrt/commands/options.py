@@ -36,4 +36,10 @@ BackendName = Annotated[
 PrecisionName = Annotated[
     str, typer.Option("--precision", help="fp32, fp16 or bf16, where the backend has it.")
 ]
+PlanFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--cache", metavar="DIR", help="tensorrt: folder of plans; the bundle's own where left out."
+    ),
+]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; every core where left out.")]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from admtrt.commands.options import BackendName, PrecisionName, Threads
+from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads
 from admtrt.console import Output, progress
 from admtrt.errors import RequestError
 
@@ -71,6 +71,7 @@ def sample(
     backend: BackendName = "onnxruntime",
     precision: PrecisionName = "fp32",
     threads: Threads = None,
+    cache: PlanFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Draw guided or unguided samples from a bundle, without PyTorch."""
@@ -98,6 +99,7 @@ def sample(
             backend=backend,
             precision=precision,  # type: ignore[arg-type]
             threads=threads,
+            plans=cache,
             batch_size=max(1, min(batch_size, shard_size, num or batch_size)),
             note=output.note,
             chosen=took,

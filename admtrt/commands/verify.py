@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from admtrt.commands.options import ClassifierPreset, ClassifierSet, SettingsFile, UnetPreset, UnetSet
+from admtrt.commands.options import (
+    BackendName,
+    ClassifierPreset,
+    ClassifierSet,
+    PlanFolder,
+    SettingsFile,
+    Threads,
+    UnetPreset,
+    UnetSet,
+)
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
 
@@ -31,17 +40,29 @@ def verify(
     classifier_set: ClassifierSet = None,
     steps: Annotated[int, typer.Option(help="Steps of the compared trajectories.")] = 10,
     seed: Annotated[int, typer.Option(help="Seed of the inputs and the noise.")] = 0,
+    backend: BackendName = "onnxruntime",
+    threads: Threads = None,
+    cache: PlanFolder = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="PATH.png", help="Draw the drift after every step.")
+    ] = None,
+    polygraphy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Save what every graph was given, and PyTorch's outputs, for `polygraphy run` to load.",
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Compare a bundle with its PyTorch checkpoints: graphs, steps, whole samples, images.
 
+    In fp32 on any backend; what a lower precision costs is measured by `admtrt drift`.
     Exit codes: 0 all within tolerance, 1 not, 3 a graph cannot be loaded, 4 a graph fails when run.
     """
     from admtrt.bundle import Bundle
     from admtrt.commands.checkpoints import load_pair
+    from admtrt.runtime.backends.registry import check_request
 
     require("torch", "safetensors", extra="export", purpose="Verification")
     from admtrt.verify.plot import plot_drift, require_plotting
@@ -49,6 +70,13 @@ def verify(
 
     if plot is not None:
         require_plotting()
+    check_request(backend, "fp32", threads, cache)
+    recorder = None
+    if polygraphy is not None:
+        require("polygraphy", extra="debug", purpose="--polygraphy")
+        from admtrt.verify.record import Recorder
+
+        recorder = Recorder(polygraphy)
     output = Output(json=json)
     opened = Bundle.open(bundle, memo=False)
     generator, guide = load_pair(
@@ -67,20 +95,28 @@ def verify(
         guide,
         steps=steps,
         seed=seed,
+        backend=backend,
+        threads=threads,
+        plans=cache,
         report=lambda name: output.note(f"verifying {name}"),
+        note=output.note,
+        record=None if recorder is None else recorder.add,
     )
-    output.result({**report.to_dict(), "seed": seed}, *_shown(report))
+    saved = [] if recorder is None else recorder.write()
+    data = {**report.to_dict(), "seed": seed, "backend": backend, "saved": list(map(str, saved))}
+    output.result(data, *_shown(report, backend))
     if plot is not None and report.drift:
         plot_drift(report, plot)
     if report.exit_code:
         raise typer.Exit(report.exit_code)
 
 
-def _shown(report: VerificationReport) -> list[RenderableType]:
+def _shown(report: VerificationReport, backend: str) -> list[RenderableType]:
     from rich.text import Text
 
     columns = ["stage", "what", "worst error", "tolerance", "at", "result"]
-    made = table(f"{report.bundle} against its checkpoints", columns, [_cells(row) for row in report.rows])
+    title = f"{report.bundle} on {backend} against its checkpoints"
+    made = table(title, columns, [_cells(row) for row in report.rows])
     details = [Text(f"{row.stage}, {row.what}: {row.detail}") for row in report.failures if row.detail]
     failed = len(report.failures)
     verdict = (

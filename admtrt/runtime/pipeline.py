@@ -116,6 +116,7 @@ class Pipeline:
         backend: str = "onnxruntime",
         precision: Precision = "fp32",
         threads: int | None = None,
+        plans: Path | None = None,
         batch_size: int = 1,
         note: Callable[[str], None] = lambda _: None,
         chosen: Callable[[Choice], None] = lambda _: None,
@@ -124,7 +125,7 @@ class Pipeline:
 
         Args:
             path: the bundle's directory.
-            backend, precision, threads, batch_size, note, chosen: as for
+            backend, precision, threads, plans, batch_size, note, chosen: as for
                 :func:`admtrt.runtime.backends.registry.open_denoiser`.
 
         Raises:
@@ -134,10 +135,17 @@ class Pipeline:
         """
         from admtrt.runtime.backends.registry import check_request, open_denoiser
 
-        check_request(backend, precision, threads)
+        check_request(backend, precision, threads, plans)
         bundle = Bundle.open(Path(path))
         denoiser = open_denoiser(
-            bundle, backend, precision, threads=threads, batch_size=batch_size, note=note, chosen=chosen
+            bundle,
+            backend,
+            precision,
+            threads=threads,
+            plans=plans,
+            batch_size=batch_size,
+            note=note,
+            chosen=chosen,
         )
         return cls(bundle, denoiser)
 

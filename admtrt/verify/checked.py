@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, GraphSpec, TensorSpec
-    from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+    from admtrt.runtime.backends.graphs import GraphDenoiser
     from admtrt.runtime.sampler import Images, Labels
 
 _LONGEST = 300  # characters of a backend's message, which can go on for pages
@@ -34,7 +34,7 @@ class CheckedGraphs:
         bundle: whose graphs it runs.
     """
 
-    def __init__(self, denoiser: OnnxRuntimeDenoiser, bundle: Bundle) -> None:
+    def __init__(self, denoiser: GraphDenoiser, bundle: Bundle) -> None:
         self._denoiser = denoiser
         self._specs = {name: entry.spec for name, entry in bundle.manifest.graphs.items()}
 

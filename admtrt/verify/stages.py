@@ -11,7 +11,7 @@ import torch
 from admtrt.contract import bundle_specs
 from admtrt.errors import BundleError, CheckpointError
 from admtrt.images import to_uint8
-from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+from admtrt.runtime.backends.registry import open_denoiser
 from admtrt.runtime.noise import step_noise
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.sampler import Slots, advance, start_slots
@@ -23,14 +23,18 @@ from admtrt.verify.report import Place, Row, Tally, VerificationReport, sample_e
 from admtrt.verify.tolerances import TOLERANCES, amplifies, judged_by_float64
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
     from admtrt.config import SamplerConfig
+    from admtrt.contract import GraphName
     from admtrt.models.checkpoint import LoadedNetwork
     from admtrt.runtime.sampler import Images, Labels
+
+    Record = Callable[[GraphName, Mapping[str, Any], Mapping[str, Images]], None]
 
 DEFAULT_STEPS = 10
 _TRAJECTORIES = ("ddpm", "ddim")
@@ -43,9 +47,14 @@ def verify_bundle(
     *,
     steps: int = DEFAULT_STEPS,
     seed: int = 0,
+    backend: str = "onnxruntime",
+    threads: int | None = None,
+    plans: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
+    note: Callable[[str], None] = lambda _: None,
+    record: Record | None = None,
 ) -> VerificationReport:
-    """Compare a bundle on ONNX Runtime with the networks in PyTorch: graphs, steps, trajectories, images.
+    """Compare a bundle on a backend with the networks in PyTorch: graphs, steps, trajectories, images.
 
     Args:
         bundle: a verified bundle.
@@ -53,13 +62,16 @@ def verify_bundle(
         classifier: its noisy classifier, if and only if the bundle has one.
         steps: of the respaced process; a process that is shorter is taken whole.
         seed: of all inputs and noise.
+        backend, threads, plans: as for :func:`~admtrt.runtime.backends.registry.open_denoiser`, in fp32.
         report: called with the name of each stage as it starts.
+        note: told what ``auto`` measures and chooses.
+        record: called with a graph, its inputs and PyTorch's outputs for every batch that graphs are given.
 
     Raises:
         CheckpointError: if the networks have other inputs or outputs than the bundle, so that there is
             nothing to compare.
         RequestError: if the seed or the number of steps is out of range.
-        MissingDependencyError: if onnxruntime is not installed.
+        UserError: if the backend is unknown or cannot run here.
     """
     _check_comparable(bundle, unet, classifier)
     seeds = list(consecutive_seeds(seed, max(BATCHES)))
@@ -70,14 +82,22 @@ def verify_bundle(
     report("sessions")
     sessions = "sessions of the graphs"
     try:
-        graphs = CheckedGraphs(OnnxRuntimeDenoiser(bundle), bundle)
+        denoiser = open_denoiser(
+            bundle,
+            backend,
+            threads=threads,
+            plans=plans,
+            batch_size=max(BATCHES),
+            note=note,
+            chosen=lambda choice: note(str(choice)),
+        )
     except BundleError as error:
         return VerificationReport(str(bundle.path), (Row("build", sessions, "build", detail=error.message),))
     truth = None
     if amplifies(process_from_config(reference.diffusion, str(steps))):
         report("networks in float64")
         truth = Reference(unet, classifier, torch.float64)
-    comparison = _Comparison(bundle, graphs, reference, truth, steps, seeds)
+    comparison = _Comparison(bundle, CheckedGraphs(denoiser, bundle), reference, truth, steps, seeds, record)
     rows = [Row("build", sessions, "pass"), comparison.manifest_row()]
     report("graphs")
     rows += [*comparison.unet_rows(), *comparison.classifier_rows(), *comparison.update_rows()]
@@ -119,6 +139,7 @@ class _Comparison:
         truth: Reference | None,
         steps: int,
         seeds: list[int],
+        record: Record | None,
     ) -> None:
         self.manifest = bundle.manifest
         self.graphs = graphs
@@ -126,6 +147,7 @@ class _Comparison:
         self.truth = truth
         self.steps = steps
         self.seeds = seeds
+        self.record = record
         self.inputs = Inputs(bundle.manifest, seeds[0])
         self.base = process_from_config(reference.diffusion)
 
@@ -147,9 +169,9 @@ class _Comparison:
             given = self.inputs.conditioning(len(x), shift)
             y, low_res = given.unet_y, given.low_res
             feeds: dict[str, Any] = {"x": x, "t": t, "y": y, "low_res": low_res}
-            with _noted(*tallies.values()):
-                outputs = self.graphs.run("unet", {k: v for k, v in feeds.items() if v is not None})
-                _compare(tallies, outputs, {"out": self.reference.unet(x, t, y, low_res)}, _places(t, y))
+            feeds = {name: value for name, value in feeds.items() if value is not None}
+            expected = {"out": self.reference.unet(x, t, y, low_res)}
+            self._compare("unet", tallies, feeds, expected, _places(t, y))
         return [tally.row() for tally in tallies.values()]
 
     def classifier_rows(self) -> list[Row]:
@@ -166,9 +188,8 @@ class _Comparison:
                 "grad": self.reference.classifier_gradient(x, t, y),
                 "log_prob": self.reference.log_prob(x, t, y),
             }
-            with _noted(*tallies.values()):
-                outputs = self.graphs.run("classifier_gradient", {"x": x, "t": t, "y": y})
-                _compare(tallies, outputs, expected, _places(t, y))
+            feeds = {"x": x, "t": t, "y": y}
+            self._compare("classifier_gradient", tallies, feeds, expected, _places(t, y))
         return [tally.row() for tally in tallies.values()]
 
     def update_rows(self) -> list[Row]:
@@ -188,10 +209,8 @@ class _Comparison:
                 coefficients = schedule.coefficients[len(schedule) - 1 - steps]
                 x_prev, x_0 = self.reference.update(sampler, x, out, grad, noise, steps.tolist())
                 feeds = {"x": x, "out": out, "grad": grad, "noise": noise, "coefficients": coefficients}
-                with _noted(*tallies.values()):
-                    outputs = self.graphs.run("update", feeds)
-                    places = _places(process.model_t[steps], None)
-                    _compare(tallies, outputs, {"x_prev": x_prev, "pred_x0": x_0}, places)
+                expected = {"x_prev": x_prev, "pred_x0": x_0}
+                self._compare("update", tallies, feeds, expected, _places(process.model_t[steps], None))
             rows += [tally.row() for tally in tallies.values()]
         return rows
 
@@ -263,6 +282,22 @@ class _Comparison:
             image.add(_level_errors(slots.x, x[0]), places)
         return [each.tally.row(), final.tally.row(), image.row()]
 
+    def _compare(
+        self,
+        graph: GraphName,
+        tallies: dict[str, Tally],
+        feeds: dict[str, Any],
+        expected: dict[str, Images],
+        places: Sequence[Place],
+    ) -> None:
+        """One batch through one graph, each output into its tally."""
+        if self.record is not None:
+            self.record(graph, feeds, expected)
+        with _noted(*tallies.values()):
+            outputs = self.graphs.run(graph, feeds)
+            for name, tally in tallies.items():
+                tally.add(sample_errors(outputs[name], expected[name]), places)
+
     @property
     def _sides(self) -> list[Reference]:
         """PyTorch in float32, then in float64 where that is the judge."""
@@ -312,16 +347,6 @@ def _noted(*tallies: Tally) -> Iterator[None]:
 
 def _graph_tallies(graph: str, *outputs: str) -> dict[str, Tally]:
     return {name: Tally("graph", f"{graph}: {name}", TOLERANCES["graph"].bound) for name in outputs}
-
-
-def _compare(
-    tallies: dict[str, Tally],
-    outputs: dict[str, Images],
-    expected: dict[str, Images],
-    places: Sequence[Place],
-) -> None:
-    for name, tally in tallies.items():
-        tally.add(sample_errors(outputs[name], expected[name]), places)
 
 
 def _level_errors(actual: Images, expected: Images) -> NDArray[np.float64]:

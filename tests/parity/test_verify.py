@@ -6,6 +6,7 @@ import copy
 import hashlib
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from admtrt.export.graphs import EXAMPLE_BATCH
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import CheckpointConfig, LoadedNetwork, build_network, save_checkpoint
 from admtrt.verify.inputs import BATCHES
+from admtrt.verify.record import Recorder
 from admtrt.verify.reference import Reference
 from admtrt.verify.report import Row, VerificationReport
 from admtrt.verify.stages import verify_bundle
@@ -465,3 +467,34 @@ def test_impossible_steps_are_refused_before_any_work(
     with pytest.raises(RequestError, match="'0'"):
         verify_bundle(good, unet, classifier, steps=0, report=started.append)
     assert not started
+
+
+def test_another_backend(good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork) -> None:
+    report = run(good, unet, classifier, backend="openvino")
+    assert report.passed, report.failures
+    said: list[str] = []
+    assert run(good, unet, classifier, backend="auto", note=said.append).passed
+    assert any(line.startswith("auto: unet on ") for line in said)
+
+
+def test_what_polygraphy_is_given(
+    good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork, tmp_path: Path
+) -> None:
+    """Its own command compares every graph with PyTorch's saved outputs, and tells an altered graph."""
+    recorder = Recorder(tmp_path)
+    run(good, unet, classifier, record=recorder.add)
+    saved = recorder.write()
+    assert len(saved) == 2 * len(good.manifest.graphs)
+
+    def compared(graph: str, path: Path) -> int:
+        files = [str(tmp_path / f"{graph}.{kind}.json") for kind in ("inputs", "outputs")]
+        program = str(Path(sys.executable).with_name("polygraphy"))
+        command = [program, "run", str(path), "--onnxrt", "--atol", "1e-4"]
+        command += ["--rtol", "1e-4", "--load-inputs", files[0], "--load-outputs", files[1]]
+        return subprocess.run(command, capture_output=True, check=False).returncode
+
+    for graph in good.manifest.graphs:
+        assert compared(graph, good.graph_path(graph)) == 0, graph
+    altered = Path(shutil.copytree(good.path, tmp_path / "altered"))
+    append_ops(altered, "classifier_gradient", "grad", "Neg")
+    assert compared("classifier_gradient", altered / "classifier_gradient.onnx") != 0

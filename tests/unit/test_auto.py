@@ -61,8 +61,14 @@ def probes(monkeypatch: pytest.MonkeyPatch) -> Probes:
     return made
 
 
-def chosen(bundle: Bundle, precision: Any = "fp32", threads: int | None = 1, batch_size: int = 2) -> Choice:
-    return choose(bundle, precision, threads=threads, batch_size=batch_size, note=lambda _: None)
+def chosen(
+    bundle: Bundle,
+    precision: Any = "fp32",
+    threads: int | None = 1,
+    batch_size: int = 2,
+    plans: Path | None = None,
+) -> Choice:
+    return choose(bundle, precision, threads=threads, plans=plans, batch_size=batch_size, note=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +146,13 @@ def test_another_bundle_and_new_plans_are_measured_again(
     (copy / "plans").mkdir()
     (copy / "plans" / "0.plan").touch()
     assert not chosen(moved).remembered
+    elsewhere = tmp_path / "plans"
+    assert chosen(bundle, plans=elsewhere).remembered  # no plans there either
+    assert probes.requests[-1].plans is None
+    elsewhere.mkdir()
+    (elsewhere / "1.plan").touch()
+    assert not chosen(bundle, plans=elsewhere).remembered
+    assert probes.requests[-1].plans == str(elsewhere)
     monkeypatch.setattr(auto.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
     assert not chosen(bundle).remembered
 

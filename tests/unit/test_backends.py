@@ -64,6 +64,7 @@ def test_the_help_names_every_backend() -> None:
         ({"precision": "int8"}, "precision 'int8' is unknown; expected one of fp32, fp16, bf16"),
         ({"precision": "bf16"}, "backend 'onnxruntime' computes in fp32, not in bf16"),
         ({"backend": "openvino", "precision": "fp16"}, "computes in fp32 or bf16, not in fp16"),
+        ({"plans": Path("kept")}, "backend 'onnxruntime' runs no plans, but kept was given as their folder"),
         ({"backend": "tensorrt", "threads": 2}, "threads is 2, but backend 'tensorrt' does not run on the"),
         ({"threads": 0}, "threads is 0; expected 1 to 1024"),
         ({"batch_size": 0, "backend": "auto"}, "batch_size is 0; expected at least 1"),
@@ -138,19 +139,14 @@ def test_a_composite_runs_each_graph_where_it_belongs() -> None:
         def __init__(self, name: str) -> None:
             self.name = name
 
-        def unet(self, *arguments: Any) -> Any:
-            return f"{self.name} unet", arguments
-
-        def classifier_gradient(self, *arguments: Any) -> Any:
-            return f"{self.name} gradient", arguments
-
-        def update(self, *arguments: Any) -> Any:
-            return f"{self.name} update", arguments
+        def run(self, name: str, feeds: dict[str, Any]) -> dict[str, Any]:
+            return dict.fromkeys(("out", "grad", "x_prev", "pred_x0"), (self.name, name, feeds))
 
     both: Any = Composite(Named("a"), Named("b"))  # type: ignore[arg-type]
-    assert both.unet(1, 2, 3, 4) == ("a unet", (1, 2, 3, 4))
-    assert both.classifier_gradient(1, 2, 3) == ("b gradient", (1, 2, 3))
-    assert both.update(1, 2, 3, 4, 5) == ("a update", (1, 2, 3, 4, 5))
+    assert both.unet(1, 2, 3, None) == ("a", "unet", {"x": 1, "t": 2, "y": 3})
+    assert both.classifier_gradient(1, 2, 3) == ("b", "classifier_gradient", {"x": 1, "t": 2, "y": 3})
+    x_prev, _ = both.update(1, 2, 3, 4, 5)
+    assert x_prev == ("a", "update", {"x": 1, "out": 2, "grad": 3, "noise": 4, "coefficients": 5})
 
 
 class Library(SimpleNamespace):

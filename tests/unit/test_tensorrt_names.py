@@ -13,11 +13,12 @@ import engine_double
 import pytest
 
 from admtrt.runtime import cuda
-from admtrt.runtime.trt.engine import USED_TO_REFIT, USED_TO_RUN, USED_TO_RUN_RTX
+from admtrt.runtime.trt.engine import USED_TO_INSPECT, USED_TO_REFIT, USED_TO_RUN, USED_TO_RUN_RTX
 
 DOUBLES = {
     "Context": "IExecutionContext",
     "Engine": "ICudaEngine",
+    "EngineInspector": "EngineInspector",
     "RtxRuntime": "Runtime",
     "RtxRuntimeConfig": "IRuntimeConfig",
     "RuntimeCache": "IRuntimeCache",
@@ -44,7 +45,7 @@ def missing(module: Any, names: tuple[str, ...]) -> list[str]:
 @pytest.mark.parametrize(
     ("module", "names"),
     [
-        ("tensorrt_rtx", (*USED_TO_RUN, *USED_TO_REFIT, *USED_TO_RUN_RTX)),
+        ("tensorrt_rtx", (*USED_TO_RUN, *USED_TO_REFIT, *USED_TO_INSPECT, *USED_TO_RUN_RTX)),
         ("tensorrt_lean", USED_TO_RUN),
         ("cuda.core", cuda.USED),
     ],
@@ -82,7 +83,7 @@ def test_device_doubles_have_no_more_methods(double: str) -> None:
     "name",
     [
         "CudaGraphStrategy", "DataType", "DynamicShapesKernelSpecializationStrategy", "EngineValidity",
-        "ExecutionContextAllocationStrategy", "TensorIOMode",
+        "ExecutionContextAllocationStrategy", "LayerInformationFormat", "TensorIOMode",
     ],
 )  # fmt: skip
 def test_enums_of_the_double_are_the_real_ones(name: str) -> None:

@@ -26,13 +26,14 @@ from admtrt.memo import Memo
 from admtrt.runtime.backends.composite import Composite
 from admtrt.runtime.backends.probe import ProbeRequest, ProbeResult
 from admtrt.runtime.backends.registry import BACKENDS
+from admtrt.runtime.engines.plans import PlanStore
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from admtrt.bundle import Bundle
+    from admtrt.runtime.backends.graphs import GraphDenoiser
     from admtrt.runtime.backends.registry import Backend
-    from admtrt.runtime.sampler import Denoiser
 
 _MEMO = "backends"
 _PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13")
@@ -86,16 +87,18 @@ def open_fastest(
     precision: Precision,
     *,
     threads: int | None,
+    plans: Path | None,
     batch_size: int,
     note: Callable[[str], None],
     chosen: Callable[[Choice], None],
-) -> Denoiser:
+) -> GraphDenoiser:
     """The bundle's graphs, each on the backend that is fastest for it here.
 
     Args:
         bundle: a verified bundle.
         precision: fp32 admits only backends that compute in float32 throughout.
         threads: of CPU backends; None takes every core.
+        plans: folder of plans; None for the bundle's own.
         batch_size: for which to choose.
         note: told what is measured.
         chosen: told what was chosen.
@@ -103,21 +106,20 @@ def open_fastest(
     Raises:
         EngineError: if no backend works.
     """
-    choice = choose(bundle, precision, threads=threads, batch_size=batch_size, note=note)
+    choice = choose(bundle, precision, threads=threads, plans=plans, batch_size=batch_size, note=note)
     chosen(choice)
-    return open_choice(bundle, choice, precision, threads=threads)
+    return open_choice(bundle, choice, precision, threads=threads, plans=plans)
 
 
-def open_choice(bundle: Bundle, choice: Choice, precision: Precision, *, threads: int | None) -> Denoiser:
+def open_choice(
+    bundle: Bundle, choice: Choice, precision: Precision, *, threads: int | None, plans: Path | None
+) -> GraphDenoiser:
     """The backends of a choice, as one denoiser."""
     unet = choice.graphs["unet"]
     guide = choice.graphs.get("classifier_gradient", unet)
 
-    def opened(name: str, graphs: Sequence[GraphName] | None) -> Denoiser:
-        backend = BACKENDS[name]
-        return backend.open(
-            bundle, precision, threads=threads if backend.device == "cpu" else None, graphs=graphs
-        )
+    def opened(name: str, graphs: Sequence[GraphName] | None) -> GraphDenoiser:
+        return BACKENDS[name].open(bundle, precision, threads=threads, plans=plans, graphs=graphs)
 
     if guide == unet:
         return opened(unet, None)
@@ -129,6 +131,7 @@ def choose(
     precision: Precision,
     *,
     threads: int | None,
+    plans: Path | None,
     batch_size: int,
     note: Callable[[str], None],
 ) -> Choice:
@@ -138,12 +141,24 @@ def choose(
         EngineError: if no backend works.
     """
     candidates = _candidates(precision)
-    key = _key(bundle, candidates, precision, threads, batch_size)
+    key = _key(bundle, candidates, precision, threads, plans, batch_size)
     memo = Memo(_MEMO)
     measured = _remembered(memo.get(key), candidates, _measured_graphs(bundle))
     remembered = measured is not None
     if measured is None:
-        measured = _measure(bundle, candidates, precision, threads, batch_size, note)
+        requests = [
+            ProbeRequest(
+                bundle=str(bundle.path),
+                backend=backend.name,
+                precision=precision,
+                threads=threads,
+                plans=None if plans is None else str(plans),
+                batch_size=batch_size,
+                graphs=_measured_graphs(bundle),
+            )
+            for backend in candidates
+        ]
+        measured = _measure(requests, note)
     if not measured.seconds:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in measured.failed.items())
         known = [backend.name for backend in BACKENDS.values() if precision in backend.precisions]
@@ -178,32 +193,16 @@ def _candidates(precision: Precision) -> list[Backend]:
     ]
 
 
-def _measure(
-    bundle: Bundle,
-    candidates: Sequence[Backend],
-    precision: Precision,
-    threads: int | None,
-    batch_size: int,
-    note: Callable[[str], None],
-) -> Measured:
+def _measure(requests: Sequence[ProbeRequest], note: Callable[[str], None]) -> Measured:
     seconds: dict[str, dict[GraphName, float]] = {}
     failed: dict[str, str] = {}
-    for backend in candidates:
-        note(f"measuring {backend.name} in {precision} at a batch of {batch_size}")
-        found = _probe(
-            ProbeRequest(
-                bundle=str(bundle.path),
-                backend=backend.name,
-                precision=precision,
-                threads=threads if backend.device == "cpu" else None,
-                batch_size=batch_size,
-                graphs=_measured_graphs(bundle),
-            )
-        )
+    for request in requests:
+        note(f"measuring {request.backend} in {request.precision} at a batch of {request.batch_size}")
+        found = _probe(request)
         if found.error:
-            failed[backend.name] = found.error
+            failed[request.backend] = found.error
         else:
-            seconds[backend.name] = found.seconds
+            seconds[request.backend] = found.seconds
     return Measured(seconds=seconds, failed=failed)
 
 
@@ -252,12 +251,17 @@ def _remembered(
 
 
 def _key(
-    bundle: Bundle, candidates: Sequence[Backend], precision: Precision, threads: int | None, batch_size: int
+    bundle: Bundle,
+    candidates: Sequence[Backend],
+    precision: Precision,
+    threads: int | None,
+    plans: Path | None,
+    batch_size: int,
 ) -> str:
     """Everything that decides which backend is fastest."""
     facts = {
         "bundle": sha256_of(bundle.path / MANIFEST),
-        "plans": sorted(file.name for file in (bundle.path / "plans").glob("*.plan")),
+        "plans": sorted(file.name for file in PlanStore.of(bundle, plans).root.glob("*.plan")),
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": _gpus(),

@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from admtrt.runtime.backends.graphs import GraphDenoiser
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from admtrt.runtime.sampler import Denoiser, Images, Labels
+    from admtrt.contract import GraphName
+    from admtrt.runtime.sampler import Images
 
 
-class Composite:
-    """A :class:`~admtrt.runtime.sampler.Denoiser` made of two.
+class Composite(GraphDenoiser):
+    """A denoiser made of two.
 
     Args:
         generator: runs the UNet and the update.
         guide: runs the gradient.
     """
 
-    def __init__(self, generator: Denoiser, guide: Denoiser) -> None:
+    def __init__(self, generator: GraphDenoiser, guide: GraphDenoiser) -> None:
         self._generator = generator
         self._guide = guide
 
-    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
-        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        return self._generator.unet(x, t, y, low_res)
-
-    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
-        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        return self._guide.classifier_gradient(x, t, y)
-
-    def update(
-        self, x: Images, out: Images, grad: Images, noise: Images, coefficients: NDArray[np.float32]
-    ) -> tuple[Images, Images]:
-        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        return self._generator.update(x, out, grad, noise, coefficients)
+    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
+        """Run one graph on arrays by name; every output by name."""
+        return (self._guide if name == "classifier_gradient" else self._generator).run(name, feeds)

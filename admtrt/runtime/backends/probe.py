@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class ProbeRequest(Config):
     backend: str
     precision: Precision
     threads: Positive | None
+    plans: str | None = None
     batch_size: Positive
     graphs: tuple[GraphName, ...]
 
@@ -53,7 +55,11 @@ def measure(request: ProbeRequest) -> ProbeResult:
     for name in request.graphs:
         try:
             denoiser = BACKENDS[request.backend].open(
-                bundle, request.precision, threads=request.threads, graphs=(name,)
+                bundle,
+                request.precision,
+                threads=request.threads,
+                plans=None if request.plans is None else Path(request.plans),
+                graphs=(name,),
             )
             seconds[name] = _fastest_run(denoiser, name, bundle, request.batch_size)
         except AdmtrtError as error:

@@ -13,15 +13,16 @@ from admtrt.runtime.request import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
+    from pathlib import Path
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, Precision
     from admtrt.runtime.backends.auto import Choice
-    from admtrt.runtime.sampler import Denoiser
-
-    _Opener = Callable[[Bundle, Precision, int | None, Collection[GraphName] | None], Denoiser]
+    from admtrt.runtime.backends.graphs import GraphDenoiser
 
 AUTO = "auto"
+PLANS_ONLY = "tensorrt"
+"""The backend that runs plans, and so takes a folder of them."""
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 _MAX_THREADS = 1024
 
@@ -99,15 +100,18 @@ class Backend:
         precision: Precision,
         *,
         threads: int | None = None,
+        plans: Path | None = None,
         graphs: Collection[GraphName] | None = None,
-    ) -> Denoiser:
+    ) -> GraphDenoiser:
         """Open a bundle's graphs, or only those that are named where the backend can open some alone.
+
+        ``threads`` is for CPU backends and ``plans`` for those that run plans; the others ignore them.
 
         Raises:
             UserError: if the backend cannot run here, or the bundle lacks what it needs.
         """
         self.require()
-        return _OPENERS[self.name](bundle, precision, threads, graphs)
+        return _OPENERS[self.name](_Wanted(bundle, precision, threads, plans, graphs))
 
 
 def _is_installed(name: str) -> bool:
@@ -125,43 +129,43 @@ def _has_driver() -> bool:
     return True
 
 
-def _onnxruntime(
-    bundle: Bundle, _: Precision, threads: int | None, graphs: Collection[GraphName] | None
-) -> Denoiser:
+@dataclass(frozen=True, eq=False)
+class _Wanted:
+    """What is to be opened; every backend takes of it what it needs. Fields as of :meth:`Backend.open`."""
+
+    bundle: Bundle
+    precision: Precision
+    threads: int | None
+    plans: Path | None
+    graphs: Collection[GraphName] | None
+
+
+def _onnxruntime(wanted: _Wanted) -> GraphDenoiser:
     from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 
-    return OnnxRuntimeDenoiser(bundle, threads=threads, graphs=graphs)
+    return OnnxRuntimeDenoiser(wanted.bundle, threads=wanted.threads, graphs=wanted.graphs)
 
 
-def _openvino(
-    bundle: Bundle, precision: Precision, threads: int | None, graphs: Collection[GraphName] | None
-) -> Denoiser:
+def _openvino(wanted: _Wanted) -> GraphDenoiser:
     from admtrt.runtime.backends.openvino import OpenVinoDenoiser
 
-    return OpenVinoDenoiser(bundle, precision, threads=threads, graphs=graphs)
+    return OpenVinoDenoiser(wanted.bundle, wanted.precision, threads=wanted.threads, graphs=wanted.graphs)
 
 
-def _tensorrt(
-    bundle: Bundle, precision: Precision, _: int | None, __: Collection[GraphName] | None
-) -> Denoiser:
+def _tensorrt(wanted: _Wanted) -> GraphDenoiser:
     from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
 
-    return TensorRTDenoiser(bundle, precision)
+    return TensorRTDenoiser(wanted.bundle, wanted.precision, cache=wanted.plans)
 
 
-def _provider(name: str) -> _Opener:
-    def opened(
-        bundle: Bundle, precision: Precision, _: int | None, graphs: Collection[GraphName] | None
-    ) -> Denoiser:
-        return ProviderDenoiser(bundle, name, precision, graphs=graphs)
-
-    return opened
+def _provider(name: str) -> Callable[[_Wanted], GraphDenoiser]:
+    return lambda wanted: ProviderDenoiser(wanted.bundle, name, wanted.precision, graphs=wanted.graphs)
 
 
-_OPENERS: dict[str, _Opener] = {
+_OPENERS: dict[str, Callable[[_Wanted], GraphDenoiser]] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
-    "tensorrt": _tensorrt,
+    PLANS_ONLY: _tensorrt,
     **{name: _provider(name) for name in PROVIDERS},
 }
 _ORT = ("onnxruntime",)
@@ -200,7 +204,7 @@ BACKENDS: dict[str, Backend] = {
             exact=False,
         ),
         Backend(
-            "tensorrt",
+            PLANS_ONLY,
             "engines of `admtrt build`, on TensorRT or TensorRT-RTX",
             PRECISIONS,
             "tensorrt",
@@ -219,10 +223,11 @@ def open_denoiser(
     precision: Precision = "fp32",
     *,
     threads: int | None = None,
+    plans: Path | None = None,
     batch_size: int = 1,
     note: Callable[[str], None] = lambda _: None,
     chosen: Callable[[Choice], None] = lambda _: None,
-) -> Denoiser:
+) -> GraphDenoiser:
     """A bundle's graphs on a backend.
 
     Args:
@@ -230,27 +235,35 @@ def open_denoiser(
         backend: one of :data:`BACKENDS`, or ``auto`` for the fastest here.
         precision: what the networks compute in.
         threads: of a CPU backend; None takes every core.
+        plans: folder of the plans of ``tensorrt``; None for the bundle's own.
         batch_size: for which ``auto`` chooses.
         note: told what ``auto`` measures.
         chosen: told what ``auto`` chooses.
 
     Raises:
-        RequestError: for an unknown name, a precision that the backend has not, or threads out of range.
+        RequestError: for an unknown name, a precision that the backend has not, threads out of range, or
+            plans for a backend that runs none.
         UserError: if the backend is not installed, finds no device or refuses a graph.
     """
-    check_request(backend, precision, threads)
+    check_request(backend, precision, threads, plans)
     if whole_number(batch_size, "batch_size") < 1:
         raise RequestError(f"batch_size is {batch_size}; expected at least 1")
     if backend == AUTO:
         from admtrt.runtime.backends.auto import open_fastest
 
         return open_fastest(
-            bundle, precision, threads=threads, batch_size=batch_size, note=note, chosen=chosen
+            bundle,
+            precision,
+            threads=threads,
+            plans=plans,
+            batch_size=batch_size,
+            note=note,
+            chosen=chosen,
         )
-    return BACKENDS[backend].open(bundle, precision, threads=threads)
+    return BACKENDS[backend].open(bundle, precision, threads=threads, plans=plans)
 
 
-def check_request(backend: str, precision: str, threads: int | None) -> None:
+def check_request(backend: str, precision: str, threads: int | None, plans: Path | None = None) -> None:
     """Refuse what no machine could open.
 
     Raises:
@@ -276,4 +289,9 @@ def check_request(backend: str, precision: str, threads: int | None) -> None:
         raise RequestError(
             f"threads is {threads}, but backend {backend!r} does not run on the CPU",
             hint="Leave the threads out.",
+        )
+    if plans is not None and backend != PLANS_ONLY:
+        raise RequestError(
+            f"backend {backend!r} runs no plans, but {plans} was given as their folder",
+            hint=f"Leave it out, or use the backend {PLANS_ONLY}.",
         )

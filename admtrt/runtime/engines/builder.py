@@ -11,13 +11,16 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from admtrt.errors import EngineError
 from admtrt.runtime.engines.faults import failed_build, refused_graph
+from admtrt.runtime.engines.library import sizes_of
 from admtrt.runtime.engines.options import check_options
 
 if TYPE_CHECKING:
+    import tensorrt as typed  # public stubs of 10.13: what both libraries share is checked against them
+
     from admtrt.runtime.engines.library import Library
     from admtrt.runtime.engines.options import BuildOptions
     from admtrt.runtime.engines.sources import GraphSource
@@ -121,9 +124,9 @@ def _build(
 ) -> BuiltPlan:
     trt, started = library.module, time.monotonic()
     logger, monitor = _logger(trt, talk), _monitor(trt, talk)
-    builder = trt.Builder(logger)
+    builder: typed.Builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)  # owns the weights until the build has ended
+    parser: typed.OnnxParser = trt.OnnxParser(network, logger)  # owns the weights until the build has ended
     if not parser.parse_from_file(str(source.path)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         raise refused_graph(library, source, errors)
@@ -132,7 +135,7 @@ def _build(
     config.progress_monitor = monitor
     _configure(config, library, options)
     for profile in options.profiles:
-        shapes = builder.create_optimization_profile()
+        shapes: Any = builder.create_optimization_profile()  # takes tuples, where the stubs know Dims alone
         for tensor in source.spec.inputs:
             sizes = (profile.smallest, profile.best, profile.largest)
             shapes.set_shape(tensor.name, *(tensor.sized(size) for size in sizes))
@@ -140,7 +143,7 @@ def _build(
             raise failed_build(library, source, talk.errors)
     if library.flavor == "tensorrt":
         _use_timing_cache(config, library, timing_cache)
-    plan = builder.build_serialized_network(network, config)
+    plan = cast("typed.IHostMemory | None", builder.build_serialized_network(network, config))
     if plan is None:
         raise failed_build(library, source, talk.errors)
     measured = bytes(config.get_timing_cache().serialize()) if library.flavor == "tensorrt" else b""
@@ -152,7 +155,7 @@ def _build(
     )
 
 
-def _configure(config: Any, library: Library, options: BuildOptions) -> None:
+def _configure(config: typed.IBuilderConfig, library: Library, options: BuildOptions) -> None:
     trt = library.module
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.builder_optimization_level = options.optimization_level
@@ -175,12 +178,13 @@ def _configure(config: Any, library: Library, options: BuildOptions) -> None:
         level = getattr(trt.HardwareCompatibilityLevel, options.hardware_compatible.upper())
         config.hardware_compatibility_level = level
     if library.flavor == "rtx":
-        config.num_compute_capabilities = len(options.targets)
+        rtx: Any = config
+        rtx.num_compute_capabilities = len(options.targets)
         for index, target in enumerate(options.targets):
-            config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), index)
+            rtx.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), index)
 
 
-def _use_timing_cache(config: Any, library: Library, content: bytes) -> None:
+def _use_timing_cache(config: typed.IBuilderConfig, library: Library, content: bytes) -> None:
     cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, False):
         raise EngineError(
@@ -264,14 +268,14 @@ class _Phase:
     done: int = 0
 
 
-def _check_contract(network: Any, library: Library, source: GraphSource) -> None:
+def _check_contract(network: typed.INetworkDefinition, library: Library, source: GraphSource) -> None:
     """The parsed inputs and outputs must be those of the manifest; an unknown size (-1) is the batch."""
     spec = source.spec
     for what, count, get, tensors in (
         ("inputs", network.num_inputs, network.get_input, spec.inputs),
         ("outputs", network.num_outputs, network.get_output, spec.outputs),
     ):
-        found = sorted((get(index).name, tuple(get(index).shape)) for index in range(count))
+        found = sorted((get(index).name, sizes_of(get(index).shape)) for index in range(count))
         declared = sorted((tensor.name, tensor.sized(-1)) for tensor in tensors)
         if found != declared:
             raise EngineError(

@@ -141,6 +141,11 @@ def find_library(flavor: Flavor) -> Library:
     )
 
 
+def sizes_of(dims: Any) -> tuple[int, ...]:
+    """The library's own sequence of sizes, -1 for an open one, as a tuple."""
+    return tuple(dims)
+
+
 def choose_library(*, gpu: bool) -> Library:
     """The library to build with where none was asked for.
 

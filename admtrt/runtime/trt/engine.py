@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import EngineError, PlanError
+from admtrt.runtime.engines.library import sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    import tensorrt as typed  # public stubs of 10.13: what both libraries share is checked against them
 
     from admtrt.contract import GraphSpec
     from admtrt.runtime.cuda import CudaDevice, Stream
@@ -51,6 +54,13 @@ USED_TO_REFIT = (
     "Refitter.refit_cuda_engine",
 )
 """What a plan without weights needs besides; the lean runtime has none of it."""
+
+USED_TO_INSPECT = (
+    "EngineInspector.get_engine_information",
+    "ICudaEngine.create_engine_inspector",
+    "LayerInformationFormat.JSON",
+)
+"""What showing a plan's layers needs; the lean runtime has no inspector."""
 
 USED_TO_RUN_RTX = (
     "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
@@ -115,13 +125,14 @@ class Engine:
         self._library, self._device, self._source, self._kernels = library, device, source, kernels
         self._errors: list[str] = []
         self._logger = _logger(library.module, self._errors)
-        self._runtime = library.module.Runtime(self._logger)
+        self._runtime: typed.Runtime = library.module.Runtime(self._logger)
         self._runtime.engine_host_code_allowed = False
         if library.flavor == "rtx":
             self._check_validity(plan)
-        self._engine = self._runtime.deserialize_cuda_engine(plan)
-        if self._engine is None:
+        engine: typed.ICudaEngine | None = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
             raise self._refused(len(plan), f"the weights of graph '{source.graph}'")
+        self._engine = engine
         if stripped:
             self._refit()
         self._check_contract(source.spec)
@@ -148,7 +159,9 @@ class Engine:
         purpose = f"graph '{self._source.graph}' at a batch of {batch}"
         scratch = self._engine.get_device_memory_size_for_profile_v2(profile.index)
         self._errors.clear()
-        context = self._engine.create_execution_context(self._runtime_config())
+        context: typed.IExecutionContext | None = self._engine.create_execution_context(
+            self._runtime_config()
+        )
         if context is None:
             raise self._refused(scratch, purpose)
         done = context.set_optimization_profile_async(profile.index, stream.handle)
@@ -157,11 +170,16 @@ class Engine:
             done = done and context.set_input_shape(tensor.name, tensor.sized(batch))
         done = done and not context.infer_shapes()
         for tensor in (*spec.inputs, *spec.outputs):
-            done = done and tuple(context.get_tensor_shape(tensor.name)) == tensor.sized(batch)
+            done = done and sizes_of(context.get_tensor_shape(tensor.name)) == tensor.sized(batch)
             done = done and context.set_tensor_address(tensor.name, addresses[tensor.name])
         if not done:
             raise self._refused(scratch, purpose)
         return Binding(context, self)
+
+    def inspect(self) -> str:
+        """What the library's inspector says of the plan's layers, as JSON."""
+        inspector: typed.EngineInspector = self._engine.create_engine_inspector()
+        return inspector.get_engine_information(self._library.module.LayerInformationFormat.JSON)
 
     def fault(self, what: str) -> EngineError:
         """The error of something that failed, with what the library said of it."""
@@ -169,7 +187,7 @@ class Engine:
 
     def _runtime_config(self) -> Any:
         trt = self._library.module
-        config = self._engine.create_runtime_config()
+        config: Any = self._engine.create_runtime_config()  # with members that are TensorRT-RTX's alone
         config.set_execution_context_allocation_strategy(
             trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         )
@@ -182,7 +200,8 @@ class Engine:
         return config
 
     def _check_validity(self, plan: bytes) -> None:
-        validity, diagnostics = self._runtime.get_engine_validity(plan)
+        rtx: Any = self._runtime
+        validity, diagnostics = rtx.get_engine_validity(plan)
         if validity == self._library.module.EngineValidity.INVALID:
             raise PlanError(
                 f"{self._library} says that its plan of graph '{self._source.graph}' is not valid on "
@@ -192,8 +211,8 @@ class Engine:
 
     def _refit(self) -> None:
         trt = self._library.module
-        refitter = trt.Refitter(self._engine, self._logger)
-        parser = trt.OnnxParserRefitter(refitter, self._logger)
+        refitter: typed.Refitter = trt.Refitter(self._engine, self._logger)
+        parser: typed.OnnxParserRefitter = trt.OnnxParserRefitter(refitter, self._logger)
         if not parser.refit_from_file(str(self._source.path)) or not refitter.refit_cuda_engine():
             raise PlanError(
                 f"{self._library} cannot put the weights of {self._source.path} into their plan: "
@@ -206,7 +225,7 @@ class Engine:
         found = {}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
-            shape = tuple(engine.get_tensor_shape(name))
+            shape = sizes_of(engine.get_tensor_shape(name))
             found[name] = (engine.get_tensor_mode(name), engine.get_tensor_dtype(name), shape)
         declared = {
             tensor.name: (mode, getattr(trt.DataType, _DTYPES[tensor.dtype]), tensor.sized(-1))
@@ -249,7 +268,7 @@ class Engine:
 class Binding:
     """A context bound to one batch size and to fixed addresses, used by one stream at a time."""
 
-    def __init__(self, context: Any, engine: Engine) -> None:
+    def __init__(self, context: typed.IExecutionContext, engine: Engine) -> None:
         self._context = context
         self._engine = engine  # a context must not outlive it
 

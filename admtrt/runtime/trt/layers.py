@@ -1,0 +1,81 @@
+"""The layers of a plan, as the library's inspector tells them on the GPU that runs it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from admtrt.errors import EngineError, PlanError
+from admtrt.runtime.cuda import CudaDevice
+from admtrt.runtime.engines.library import find_library
+from admtrt.runtime.engines.match import mismatch
+from admtrt.runtime.engines.sources import graph_source
+from admtrt.runtime.trt.engine import Engine
+
+if TYPE_CHECKING:
+    from admtrt.bundle import Bundle
+    from admtrt.runtime.engines.plans import PlanRecord, PlanStore
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer, as far as the library describes it.
+
+    Attributes:
+        name: with the operators of the graph that it stands for.
+        kind: the library's.
+        outputs: type and layout of each.
+    """
+
+    name: str
+    kind: str
+    outputs: tuple[str, ...]
+
+
+def plan_layers(bundle: Bundle, store: PlanStore, record: PlanRecord) -> list[Layer]:
+    """Open a plan and list its layers.
+
+    Raises:
+        MissingDependencyError: if the library, or cuda-core, is not installed.
+        EngineError: without a usable GPU or driver, or if the library says nothing that can be read.
+        PlanError: if the plan is damaged or does not run here.
+    """
+    key = record.key
+    source = graph_source(bundle, key.graph, key.precision)
+    library, device = find_library(key.library), CudaDevice()
+    fault = mismatch(key, source, library, device.gpu)
+    if fault:
+        raise PlanError(
+            f"plan {key.digest[:12]} cannot be opened on {device.gpu}: it {fault}",
+            hint="Layers can be shown where a plan runs; what the builder fused: admtrt build --report",
+        )
+    engine = Engine(library, device, store.load(record), source, stripped=key.options.strip, kernels=None)
+    return read_layers(engine.inspect(), str(library))
+
+
+def read_layers(text: str, library: str) -> list[Layer]:
+    """The layers of an inspector's JSON, as TensorRT 10 or 11 writes it.
+
+    Raises:
+        EngineError: if it is something else.
+    """
+    try:
+        listed = json.loads(text)["Layers"]
+    except (ValueError, KeyError, TypeError):
+        raise EngineError(f"the inspector of {library} gives no list of layers") from None
+    return [_layer(entry) for entry in listed]
+
+
+def _layer(entry: Any) -> Layer:
+    if not isinstance(entry, dict):  # a plan that was built without details has names alone
+        return Layer(str(entry), "", ())
+    outputs = tuple(map(_type, entry.get("Outputs", ())))
+    return Layer(str(entry.get("Name", "")), str(entry.get("LayerType", "")), outputs)
+
+
+def _type(output: Any) -> str:
+    """Version 10 has type and layout in one field, 11 in two."""
+    fields = ("Format/Datatype", "DataType", "Datatype", "Format")
+    told = [str(output[field]) for field in fields if isinstance(output, dict) and field in output]
+    return ", ".join(told)
