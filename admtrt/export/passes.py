@@ -23,7 +23,13 @@ def simplify(model: ir.Model) -> None:
     changed = True
     while changed:
         changed = False
-        for one in (static_reshapes, merge_reshapes, share_equal_constants, remove_unused):
+        for one in (
+            unsqueeze_constants,
+            static_reshapes,
+            merge_reshapes,
+            share_equal_constants,
+            remove_unused,
+        ):
             changed |= one(model)
     TopologicalSortPass()(model)
     infer_shapes(model)
@@ -42,6 +48,21 @@ def remove_unused(model: ir.Model) -> bool:
 def share_equal_constants(model: ir.Model) -> bool:
     """Keep equal small constants once; hashing gigabytes of weights would find nothing."""
     return bool(DeduplicateInitializersPass(size_limit=1024)(model).modified)
+
+
+def unsqueeze_constants(model: ir.Model) -> bool:
+    """Unsqueeze of a constant -> the constant with further axes of size 1, its values shared."""
+    changed = False
+    for node in model.graph:
+        values = [value.const_value if value is not None else None for value in node.inputs]
+        if node.op_type != "Unsqueeze" or values[0] is None or values[1] is None:
+            continue
+        array = values[0].numpy()
+        rank = array.ndim + values[1].size
+        axes = tuple(int(axis) % rank for axis in values[1].numpy())
+        node.outputs[0].replace_all_uses_with(constant(model.graph, np.expand_dims(array, axes)))
+        changed = True
+    return changed
 
 
 def static_reshapes(model: ir.Model) -> bool:

@@ -193,8 +193,10 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.proj_out(self.attention(self.qkv(self.norm(x.flatten(2)))))
-        return x + out.reshape(-1, *x.shape[1:])
+        # On images, not on rows of positions: what runs convolutions then need not change its layout.
+        qkv = F.conv2d(self.norm(x), self.qkv.weight[..., None], self.qkv.bias)
+        out = self.attention(qkv.flatten(2)).reshape(-1, *x.shape[1:])
+        return x + F.conv2d(out, self.proj_out.weight[..., None], self.proj_out.bias)
 
 
 class AttentionPool(nn.Module):

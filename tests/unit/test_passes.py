@@ -22,6 +22,7 @@ from admtrt.export.passes import (
     share_equal_constants,
     simplify,
     static_reshapes,
+    unsqueeze_constants,
 )
 
 if TYPE_CHECKING:
@@ -57,6 +58,20 @@ COMPUTED = """
     y = Reshape (x, target)
 """
 SLICES = {"zero": np.int64([0]), "one": np.int64([1])}
+
+
+def test_unsqueeze_constants() -> None:
+    body = "w = Unsqueeze (c, axes) y = Mul (x, w)"
+    changed, model = applied(unsqueeze_constants, graph(body, "N, 3, 4"), c=X[0, 0], axes=np.int64([-2, 0]))
+    assert changed
+    assert op_types(model) == ["Mul"]
+    assert list(model.graph.initializer[0].dims) == [1, 1, 4]
+
+
+def test_unsqueeze_constants_leaves_what_is_computed() -> None:
+    body = "w = Unsqueeze (x, axes) y = Squeeze (w, axes)"
+    changed, _ = applied(unsqueeze_constants, graph(body, "N, 3, 4"), axes=np.int64([1]))
+    assert not changed
 
 
 def test_static_reshapes() -> None:
