@@ -1,0 +1,44 @@
+"""Pages of a mapped file are given back and come again from the file."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+
+import pytest
+
+from admtrt.runtime.backends import mapped
+from admtrt.runtime.backends.mapped import release_pages
+
+SIZE = 4 * 2**20
+
+pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="there is no list of mappings")
+
+
+def resident(file: Path) -> int:
+    """KiB of a file's mappings that are in memory."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    starts = [index for index, line in enumerate(lines) if line.endswith(str(file))]
+    sizes = [line for start in starts for line in lines[start : start + 6] if line.startswith("Rss:")]
+    return sum(int(line.split()[1]) for line in sizes)
+
+
+def test_pages_go_and_come_again(tmp_path: Path) -> None:
+    file, link = tmp_path / "weights with spaces.data", tmp_path / "link"
+    file.write_bytes(bytes(range(256)) * (SIZE // 256))
+    link.symlink_to(file)
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+        assert memory[:][257] == 1  # every page is read
+        assert resident(file) == SIZE // 1024
+        assert release_pages(link) == 1
+        assert resident(file) == 0
+        assert memory[257] == 1
+
+
+def test_a_file_that_is_not_mapped(tmp_path: Path) -> None:
+    assert release_pages(tmp_path / "absent") == 0
+
+
+def test_a_system_without_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mapped, "_MAPS", tmp_path / "absent")
+    assert release_pages(tmp_path) == 0
