@@ -611,3 +611,20 @@ def test_a_path_through_integers_carries_no_gradient() -> None:
     text = "g (float[N] x) => (float[N] value) { i = Cast <to = 7> (x) value = Cast <to = 1> (i) }"
     with pytest.raises(ExportError, match="does not depend"):
         differentiated(parse(text))
+
+
+@pytest.mark.parametrize("label", [0, 1, 3])
+@pytest.mark.parametrize("lead", [0.0, 8.0, 20.0, 40.0])
+def test_log_softmax_of_a_certain_class(lead: float, label: int) -> None:
+    """Every element is as exact as p, where 1 - p and the rest of the gradient are far below p's rounding."""
+    case = Case("LogSoftmax", (5,), "y = LogSoftmax (x)", lambda x: x.log_softmax(-1))
+    x = normal(3, 5, seed=7)
+    x[:, 1] += np.float32(lead)
+    w = np.zeros_like(x)
+    w[:, label] = 1
+    p = torch.from_numpy(x).double().softmax(-1).numpy()
+    rest = np.stack([np.delete(row, label).sum() for row in p])
+    expected = -p
+    expected[:, label] = rest  # 1 - p of this class, which float64 itself does not hold for a lead of 40
+    got = run(differentiated(weighted(case)), x=x, w=w)["grad"]
+    np.testing.assert_allclose(got, expected, rtol=1e-5)

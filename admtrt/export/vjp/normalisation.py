@@ -152,7 +152,21 @@ def _sum_by_product(tape: Tape, softmax: ir.Node) -> ir.Value | None:
 
 @rule("LogSoftmax")
 def _log_softmax(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """g - softmax sum(g)."""
-    g, y = only(incoming), node.outputs[0]
-    total = tape.op("ReduceSum", g, tape.ints(int_attribute(node, "axis", -1)), keepdims=1)
-    return [tape.op("Sub", g, tape.op("Mul", tape.op("Exp", y), total))]
+    """g - p sum(g), p the softmax, as g (1 - p) - p (sum(g) - g).
+
+    The gradient of one class's log p is 1 - p there, which p itself no longer holds where the network is
+    certain: the one p that can exceed a half has the sum of the others in place of the difference. Then the
+    result is as exact as p, relative to its size, in bf16 as well.
+    """
+    g, axis = only(incoming), int_attribute(node, "axis", -1)
+    p = tape.op("Softmax", input_of(node, 0), axis=axis)
+    zero, one = tape.scalar(0.0, p), tape.scalar(1.0, p)
+
+    def total(value: ir.Value) -> ir.Value:
+        return tape.op("ReduceSum", value, tape.ints(axis), keepdims=1)
+
+    likely = tape.op("Greater", p, tape.scalar(0.5, p))
+    unlikely = total(tape.op("Where", likely, zero, p))
+    rest = tape.op("Where", likely, unlikely, tape.op("Sub", one, p))
+    others = tape.op("Mul", p, tape.op("Sub", total(g), g))
+    return [tape.op("Sub", tape.op("Mul", g, rest), others)]
