@@ -82,11 +82,12 @@ def plan_bytes(
     gpu: str = "SM89",
     scratch: int = 4096,
     stripped: bool = False,
+    lean: bool = False,
     renamed: str = "",
     capturable: bool = True,
 ) -> bytes:
     """A plan of the double; ``renamed`` gives an output another name, ``scratch`` is for each sample."""
-    fields = {"onnx": str(onnx), "profiles": list(profiles), "gpu": gpu, "scratch": scratch}
+    fields = {"onnx": str(onnx), "profiles": list(profiles), "gpu": gpu, "scratch": scratch, "lean": lean}
     return json.dumps(fields | {"stripped": stripped, "renamed": renamed, "capturable": capturable}).encode()
 
 
@@ -107,6 +108,14 @@ class Runtime:
         self.logger = logger
         self.engine_host_code_allowed: bool | None = None  # whoever leaves it open trusts the plan
 
+    def load_runtime(self, path: str) -> Runtime | None:
+        if not path.endswith("libnvinfer_lean.so"):
+            self.logger.log(Severity.ERROR, f"Unable to load library: {path}")
+            return None
+        lean = type("Lean", (LeanRuntime,), {"machine": self.machine, "gpu": self.gpu})
+        loaded: Runtime = lean(self.logger)
+        return loaded
+
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> Engine | None:
         if self.engine_host_code_allowed is not False:
             raise MisuseError("host code of a plan was not forbidden")
@@ -115,10 +124,17 @@ class Runtime:
         except ValueError:
             self.logger.log(Severity.ERROR, "Serialization assertion magicTagRead failed")
             return None
+        if fields["lean"] != isinstance(self, LeanRuntime):
+            self.logger.log(Severity.ERROR, "The plan needs the lean runtime of its version, and it alone")
+            return None
         if fields["gpu"] != self.gpu:
             self.logger.log(Severity.ERROR, f"The plan is for {fields['gpu']}, got {self.gpu}")
             return None
         return Engine(self, fields)
+
+
+class LeanRuntime(Runtime):
+    """What ``load_runtime`` gives."""
 
 
 class RtxRuntime(Runtime):
@@ -153,7 +169,10 @@ class Engine:
         return DataType.INT64 if "int64" in self.tensors[name][1].type else DataType.FLOAT
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return tuple(size if isinstance(size, int) else -1 for size in self.tensors[name][1].shape)
+        """A profile of one size alone makes that size fixed."""
+        sizes = {size for profile in self.fields["profiles"] for size in profile}
+        batch = sizes.pop() if len(sizes) == 1 else -1
+        return tuple(size if isinstance(size, int) else batch for size in self.tensors[name][1].shape)
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[tuple[int, ...]]:
         assert self.tensors[name][0] is TensorIOMode.INPUT
@@ -269,7 +288,9 @@ class Context:
         self._stream(stream_handle).check()
         self.profile, self.shapes = profile_index, {}
         self.version += 1
-        return profile_index < self.engine.num_optimization_profiles and self.engine.has_room(profile_index)
+        if profile_index >= self.engine.num_optimization_profiles or not self.engine.has_room(profile_index):
+            raise RuntimeError("Error in set optimization profile async.")  # as the real binding does
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         smallest, _, largest = self.engine.get_tensor_profile_shape(name, self.profile)

@@ -79,6 +79,7 @@ class Rig:
             options = BuildOptions(
                 profiles=tuple(BatchProfile(smallest=a, best=b, largest=c) for a, b, c in profiles),
                 strip=plan.get("stripped", False),
+                version_compatible=plan.get("lean", False),
             )
             key = plan_key(source, options, library, GPU)
             fields = {"gpu": f"SM{GPU.compute_capability}"} | plan

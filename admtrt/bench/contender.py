@@ -11,11 +11,10 @@ import numpy as np
 from admtrt.bench.remote import peak_memory
 from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PLAIN
 from admtrt.bundle import Bundle
-from admtrt.config import SamplerConfig
 from admtrt.runtime.backends.registry import AUTO, BACKENDS, PLANS_ONLY, open_denoiser
+from admtrt.runtime.example import example_scale, example_slots, held_step
 from admtrt.runtime.pipeline import Pipeline
-from admtrt.runtime.sampler import ResidentDenoiser, advance, start_slots
-from admtrt.schedule import sampling_schedule
+from admtrt.runtime.sampler import ResidentDenoiser, advance
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -25,11 +24,7 @@ if TYPE_CHECKING:
     from admtrt.bench.plain import PlainExport
     from admtrt.bench.rows import Device, Row
     from admtrt.bench.subject import Subject
-    from admtrt.bundle import Manifest
     from admtrt.runtime.sampler import Denoiser, Images, Labels, Slots
-
-_RESIDENT_STEPS = 10
-"""Steps timed at once where x stays on the device: waiting for one alone would be counted as its cost."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class Contender:
         if self._one_batch_only:
             self._denoiser = None  # gone before the next one comes
             self._denoiser = self._open(batch)
-        self._slots = bench_slots(self._bundle.manifest, batch)
+        self._slots = example_slots(self._bundle.manifest, batch)
         first, _ = self._watched_step()
         ready = time.perf_counter() - began + self._opened
         self._opened = 0.0
@@ -116,7 +111,9 @@ class Contender:
     def step(self) -> StepTime:
         """Take the same guided step once more."""
         watch, seconds = self._watched_step()
-        held = self._held_step()
+        denoiser, slots = self._denoiser, self._slots
+        assert slots is not None
+        held = held_step(denoiser, slots) if isinstance(denoiser, ResidentDenoiser) else None
         return StepTime(
             step=seconds if held is None else held,
             unet=watch.seconds["unet"],
@@ -136,7 +133,7 @@ class Contender:
             None if labels is None else labels.tolist(),
             slots.seeds,
             steps=steps,
-            scale=_scale(self._bundle.manifest),
+            scale=example_scale(self._bundle.manifest),
             low_res=slots.low_res,
             batch_size=len(slots),
         )
@@ -179,23 +176,6 @@ class Contender:
         self._slots.x, self._slots.position = start
         return watch, seconds
 
-    def _held_step(self) -> float | None:
-        """Seconds of a step among several with x on the device, if the denoiser keeps it there."""
-        slots, denoiser = self._slots, self._denoiser
-        assert slots is not None
-        if not isinstance(denoiser, ResidentDenoiser):
-            return None
-        start = slots.x, slots.position.copy()
-        count = min(_RESIDENT_STEPS, len(slots.schedules[0]) - int(slots.position.max()))
-        with denoiser.hold(slots) as held:
-            began = time.perf_counter()
-            for _ in range(count):
-                held.advance()
-            held.read()
-            seconds = (time.perf_counter() - began) / count
-        slots.x, slots.position = start
-        return seconds
-
 
 class _Stopwatch:
     """A denoiser that times another's graphs and keeps what they give."""
@@ -224,38 +204,3 @@ class _Stopwatch:
         made = self._denoiser.update(x, out, grad, noise, coefficients)
         self.seconds["update"] = time.perf_counter() - began
         return made
-
-
-def bench_slots(manifest: Manifest, batch: int) -> Slots:
-    """What every row is given: a batch whose samples stand at different places of the recommended schedule.
-
-    The first stands at its start, the others in its first half. Guidance is on where there is a classifier.
-    """
-    unet, classes = manifest.unet, manifest.num_classes
-    scale = _scale(manifest)
-    schedule = sampling_schedule(
-        manifest.diffusion, SamplerConfig.from_dict({**manifest.sampler.to_dict(), "scale": scale})
-    )
-    labels = (
-        None if classes is None else np.arange(batch, dtype=np.int64) * max(1, classes // batch) % classes
-    )
-    low_res = None
-    if unet.low_res_size is not None:
-        shape = (batch, unet.in_channels, unet.low_res_size, unet.low_res_size)
-        low_res = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-    slots = start_slots(
-        (unet.in_channels, unet.image_size, unet.image_size),
-        [schedule] * batch,
-        range(batch),
-        unet_y=labels if unet.num_classes is not None else None,
-        guide_y=labels if scale else None,
-        low_res=low_res,
-        stage=unet.low_res_size or 0,
-    )
-    slots.position[:] = np.arange(batch) * (len(schedule) // 2) // batch
-    return slots
-
-
-def _scale(manifest: Manifest) -> float:
-    """The recommended guidance, and some where there is a classifier but none is recommended."""
-    return 0.0 if manifest.classifier is None else manifest.sampler.scale or 1.0

@@ -40,7 +40,7 @@ def inspect(
 
     opened = Bundle.open(bundle)
     store = PlanStore.of(opened, cache)
-    records = store.records()
+    records, faults = store.records()
     listed = None if layers is None else plan_layers(opened, store, _chosen(records, layers))
     plans = [(record, is_current(record, opened)) for record in records]
     manifest, forms = opened.manifest, _forms(opened)
@@ -57,12 +57,15 @@ def inspect(
             for record, current in plans
         ],
     }
+    output = Output(json=json)
+    for fault in faults:
+        output.note(fault)
     shown = _shown(opened, forms, plans)
     if listed is not None:
         data["layers"] = [asdict(layer) for layer in listed]
         rows = [[layer.name, layer.kind, "\n".join(layer.outputs)] for layer in listed]
         shown.append(table(f"layers of plan {layers}", ("layer", "kind", "outputs"), rows))
-    Output(json=json).result(data, *shown)
+    output.result(data, *shown)
 
 
 def _chosen(records: Sequence[PlanRecord], beginning: str) -> PlanRecord:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import exported_bundle, pipeline
+from engine_rig import Rig
 
 from admtrt.bundle import Bundle
 from admtrt.cli import run
@@ -120,6 +121,7 @@ def test_the_choice_is_measured_once_and_remembered(bundle: Bundle, probes: Prob
         ("_processor", lambda: "another"),
         ("_gpus", lambda: ["H100"]),
         ("_version", lambda _: "0.1"),
+        ("__version__", "9"),
     ],
 )
 def test_every_part_of_the_key_counts(
@@ -193,6 +195,22 @@ def test_a_backend_that_fails_is_left_out_and_named(bundle: Bundle, probes: Prob
     assert str(choice).endswith("; openvino failed: no memory")
 
 
+def test_a_failure_is_remembered_for_a_while(
+    bundle: Bundle, probes: Probes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probes.errors = {"openvino": "no memory"}
+    chosen(bundle)
+    probes.errors = {}
+    assert chosen(bundle).remembered
+    now = auto.time.time()
+    monkeypatch.setattr(auto.time, "time", lambda: now + 2 * 3600)
+    later = chosen(bundle)
+    assert not later.remembered
+    assert later.graphs["unet"] == "openvino"
+    monkeypatch.setattr(auto.time, "time", lambda: now + 9e9)
+    assert chosen(bundle).remembered  # what failed nowhere is remembered for good
+
+
 def test_none_that_works(bundle: Bundle, probes: Probes, cache: Path) -> None:
     probes.errors = dict.fromkeys(MIXED, "no memory")
     with pytest.raises(EngineError, match=r"in fp32 \(onnxruntime: no memory; openvino: no memory\)"):
@@ -260,6 +278,19 @@ def test_a_measurement(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.error == ""
     assert set(found.seconds) == set(request(bundle=name).graphs)
     assert all(0 < seconds < 5 for seconds in found.seconds.values())
+
+
+def test_steps_on_a_device_are_measured_as_they_are_sampled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(registry, "_has_driver", lambda: True)
+    monkeypatch.setattr(registry, "_is_installed", lambda _: True)
+    rig = Rig(monkeypatch, tmp_path)
+    rig.build()
+    found = measure(request("tensorrt").model_copy(update={"plans": str(rig.folder)}))
+    assert found.error == ""
+    assert all(0 < found.seconds[name] < 5 for name in ("unet", "classifier_gradient"))
+    assert sum(line.endswith(": graph") for line in rig.machine.log) > 10
 
 
 def test_a_measurement_that_cannot_be_made() -> None:

@@ -163,7 +163,10 @@ class Library(SimpleNamespace):
     def get_available_providers(self) -> list[str]:
         return ["CUDAExecutionProvider", "TensorrtExecutionProvider", "CPUExecutionProvider"]
 
-    def InferenceSession(self, path: str, *, sess_options: Any, providers: Any) -> Any:  # noqa: N802
+    def InferenceSession(  # noqa: N802
+        self, path: str, *, sess_options: Any, providers: Any, enable_fallback: int
+    ) -> Any:
+        assert enable_fallback == 0  # else it goes on on the CPU, and says so on stdout
         ((name, options),) = providers
         self.opened.append(options)
         if options.get(self.refused) == "1" or self.refused == "everything":
@@ -207,6 +210,14 @@ def test_bound_arrays_give_what_the_cpu_gives(bundle: Bundle, library: Library) 
         assert np.allclose(denoiser.unet(x, t, None, None), expected.unet(x, t, None, None), atol=1e-6)
         gradient = denoiser.classifier_gradient(x, t, y)
         assert np.allclose(gradient, expected.classifier_gradient(x, t, y), atol=1e-6)
+
+
+def test_the_last_batch_sizes_are_kept(bundle: Bundle, library: Library) -> None:
+    denoiser: Any = open_denoiser(bundle, "onnxruntime-cuda")
+    for count in (1, 2, 1, 3):
+        denoiser.unet(X[:count], T[:count], None, None)
+    denoiser.classifier_gradient(X, T, Y)
+    assert list(denoiser._bound) == [("unet", 1), ("unet", 3), ("classifier_gradient", 3)]
 
 
 def test_outputs_belong_to_the_caller(bundle: Bundle, library: Library) -> None:
@@ -263,7 +274,10 @@ def test_engines_are_kept_apart_by_weights_and_graph(
     first = [options["trt_engine_cache_path"] for options in library.opened]
     assert len(set(first)) == 3
     assert all(Path(path).is_relative_to(cache) for path in first)
-    assert all(options["trt_cuda_graph_enable"] == "1" for options in library.opened)
+    assert all(Path(path).is_dir() for path in first)  # the provider would make one level alone
+    assert not any(
+        "trt_cuda_graph_enable" in options for options in library.opened
+    )  # one graph for all sizes
     assert not any("trt_fp16_enable" in options for options in library.opened)
     with pytest.raises(BundleError, match="has no engine graphs in fp16"):
         open_denoiser(bundle, "onnxruntime-tensorrt", "fp16")
@@ -318,7 +332,8 @@ class Plugin(Library):
 
         return Recording()
 
-    def InferenceSession(self, path: str, *, sess_options: Any) -> Any:  # noqa: N802
+    def InferenceSession(self, path: str, *, sess_options: Any, enable_fallback: int) -> Any:  # noqa: N802
+        assert enable_fallback == 0
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         return _Renamed(session, ["NvTensorRTRTXExecutionProvider", "CPUExecutionProvider"])
 

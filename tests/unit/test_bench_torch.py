@@ -14,7 +14,6 @@ from bundles import CLASSIFIER, SAMPLER, UNET, exported_bundle, network
 from onnx_graphs import small_classifier
 
 from admtrt.bench import plain
-from admtrt.bench.contender import bench_slots
 from admtrt.bench.rows import Row
 from admtrt.bench.subject import Subject, subject_from_preset
 from admtrt.bench.torch_rows import DeviceDenoiser, TorchDenoiser, open_torch_row
@@ -27,7 +26,9 @@ from admtrt.models.checkpoint import save_checkpoint
 from admtrt.models.classifier import log_prob_gradient
 from admtrt.presets import PRESETS, Preset
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
-from admtrt.runtime.sampler import advance, hold
+from admtrt.runtime.example import example_slots
+from admtrt.runtime.pipeline import Pipeline
+from admtrt.runtime.sampler import advance
 from admtrt.verify.report import sample_errors
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def denoiser_of(dtype: torch.dtype) -> TorchDenoiser:
 
 
 def stepped(denoiser: TorchDenoiser | OnnxRuntimeDenoiser, steps: int = 1) -> np.ndarray:
-    slots = bench_slots(Bundle.open(exported_bundle("guided")).manifest, 3)
+    slots = example_slots(Bundle.open(exported_bundle("guided")).manifest, 3)
     for _ in range(steps):
         advance(slots, denoiser)
     return slots.x
@@ -79,15 +80,6 @@ def test_pytorch_and_the_bundle_take_the_same_step() -> None:
 def test_bf16_is_not_fp32() -> None:
     error = sample_errors(stepped(denoiser_of(torch.bfloat16)), stepped(denoiser_of(torch.float32))).max()
     assert CLOSE < error < 0.2
-
-
-def test_x_that_stays_on_the_device_takes_the_same_steps() -> None:
-    slots = bench_slots(Bundle.open(exported_bundle("guided")).manifest, 3)
-    with hold(slots, DeviceDenoiser(*modules(), torch.device("cpu"), torch.float32)) as held:
-        held.advance()
-        held.advance()
-        held.read()
-    np.testing.assert_array_equal(slots.x, stepped(denoiser_of(torch.float32), steps=2))
 
 
 ORIGINAL = """
@@ -162,6 +154,18 @@ def test_the_plain_gradient_is_exact_in_operators_that_onnx_has() -> None:
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([4, 1])
     torch.testing.assert_close(traced(x, t, y), log_prob_gradient(classifier, x, t, y), rtol=1e-4, atol=1e-6)
     assert not [node.target for node in traced.graph.nodes if "backward" in str(node.target)]
+
+
+def test_a_row_that_keeps_x_on_its_device(checkpoints: Path, tmp_path: Path) -> None:
+    """Its noise is its own, so steps without noise are compared; the device is the CPU."""
+    tiny = subject(checkpoints, tmp_path)
+    bundle = Bundle.open(tiny.bundle)
+    held = DeviceDenoiser(*tiny.networks(), torch.device("cpu"), torch.float32)
+    given = {"steps": "ddim4", "scale": 2.0}
+    expected = Pipeline(bundle, OnnxRuntimeDenoiser(bundle, threads=1))([0, 1], **given)
+    assert sample_errors(Pipeline(bundle, held)([0, 1], **given).x, expected.x).max() < CLOSE
+    noisy = Pipeline(bundle, held)([0, 1], steps=4)
+    assert np.isfinite(noisy.x).all()
 
 
 @pytest.mark.slow

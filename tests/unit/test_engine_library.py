@@ -6,6 +6,7 @@ import ast
 import inspect
 import sys
 import types
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,7 +19,9 @@ from admtrt.runtime.engines.library import (
     USED_TO_BUILD_RTX,
     Flavor,
     choose_library,
+    find_libraries,
     find_library,
+    lean_runtime,
 )
 
 NAMES = ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings")
@@ -117,6 +120,26 @@ def test_without_a_choice_a_gpu_decides(installed: Any) -> None:
         choose_library(gpu=False)
 
 
+def test_a_library_that_cannot_be_used_does_not_hide_the_other(installed: Any) -> None:
+    installed(tensorrt="10.8.0", tensorrt_rtx="1.7.1")
+    assert choose_library(gpu=True).flavor == "rtx"
+    assert [library.flavor for library in find_libraries()] == ["rtx"]
+    installed(tensorrt="10.8.0")
+    with pytest.raises(EngineError, match=r"10\.8\.0 is too old"):
+        find_libraries()
+    installed()
+    with pytest.raises(MissingDependencyError, match="TensorRT engines"):
+        find_libraries()
+
+
+@pytest.mark.skipif(find_spec("tensorrt_lean_libs") is None, reason="tensorrt_lean is not installed")
+def test_the_lean_runtime_of_a_version() -> None:
+    found = lean_runtime(version("tensorrt_lean_cu13_libs"))
+    assert found is not None
+    assert found.is_file()
+    assert lean_runtime("1.2.3") is None
+
+
 @rtx_only
 @pytest.mark.parametrize("name", [*USED_TO_BUILD, *USED_TO_BUILD_RTX])
 def test_the_real_library_has_every_member_that_is_used(name: str) -> None:
@@ -128,7 +151,7 @@ def test_the_real_library_has_every_member_that_is_used(name: str) -> None:
 
 def test_no_member_is_used_that_is_not_listed() -> None:
     """What the builder asks of the library's objects, read from its source."""
-    objects = {"trt", "config", "builder", "network", "parser", "shapes", "error", "plan", "cache"}
+    objects = {"trt", "config", "rtx", "builder", "network", "parser", "shapes", "error", "plan", "cache"}
     listed = {part for name in (*USED_TO_BUILD, *USED_TO_BUILD_RTX) for part in name.split(".")}
     used = set()
     for node in ast.walk(ast.parse(inspect.getsource(builder))):

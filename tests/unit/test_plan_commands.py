@@ -118,7 +118,7 @@ def test_layers_of_a_plan_for_another_gpu(
     from admtrt.runtime.engines.device import Driver, Gpu
 
     rig.driver(monkeypatch, Driver(cuda="13.1", gpus=(Gpu("Other", 90, 2**30),)))
-    name = rig.store.records()[0].key.digest
+    name = rig.store.records()[0][0].key.digest
     code, _, said = command(capsys, "inspect", rig.bundle.path, "--cache", rig.folder, "--layers", name)
     assert code == 2
     assert (

@@ -147,10 +147,10 @@ def test_fp32_falls_back_to_the_form_for_cpus_and_fp16_does_not(tmp_path: Path) 
 
 def test_what_was_put_is_found_and_loaded(tmp_path: Path) -> None:
     store = PlanStore(tmp_path / "new" / "folder")
-    assert store.records() == []
+    assert store.records() == ([], [])
     assert store.find(key()) is None
     record = put(store, key())
-    assert store.find(key()) == record == store.records()[0]
+    assert store.find(key()) == record == store.records()[0][0]
     assert store.load(record) == PLAN
     assert (record.plan.size, record.seconds) == (len(PLAN), 1.5)
     assert sorted(path.name for path in store.root.iterdir()) == [
@@ -163,7 +163,7 @@ def test_a_newer_build_replaces_the_older(tmp_path: Path) -> None:
     put(store, key())
     record = store.put(key(), b"newer", seconds=0.0, report=REPORT)
     assert store.load(record) == b"newer"
-    assert store.records() == [record]
+    assert store.records() == ([record], [])
 
 
 def truncated(path: Path) -> None:
@@ -267,7 +267,7 @@ def test_files_of_others_in_the_folder_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.json").write_text("not ours")
     store = PlanStore(tmp_path)
     record = put(store, key())
-    assert store.records() == [record]
+    assert store.records() == ([record], [])
 
 
 # --- which plan runs here -------------------------------------------------------------------------------
@@ -330,17 +330,42 @@ def test_hardware_compatible_plans(options: Any, gpu: Gpu, runs: bool, tmp_path:
             usable(PlanStore(tmp_path), gpu=gpu)
 
 
-@pytest.mark.parametrize(("version", "runs"), [("11.5.0", True), ("12.0.1", True), ("11.3.9", False)])
-def test_version_compatible_plans_run_on_later_versions_only(
-    version: str, runs: bool, tmp_path: Path
+@pytest.mark.parametrize(
+    ("version", "lean", "runs"),
+    [
+        ("11.5.0", True, True),
+        ("12.0.1", True, True),
+        ("11.4.0", True, True),
+        ("11.4.0", False, False),
+        ("11.5.0", False, False),
+        ("11.3.9", True, False),
+    ],
+)
+def test_version_compatible_plans_run_on_later_versions_by_the_lean_runtime_of_their_own(
+    version: str, lean: bool, runs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    known = {"11.4.0": tmp_path / "libnvinfer_lean.so"} if lean else {}
+    monkeypatch.setattr("admtrt.runtime.engines.match.lean_runtime", known.get)
     put(PlanStore(tmp_path), key(version_compatible=True))
     library = Library("tensorrt", None, version)
     if runs:
         assert usable(PlanStore(tmp_path), library=library)
     else:
-        with pytest.raises(PlanError, match="was built by version"):
+        with pytest.raises(PlanError, match=r"was built by version 11\.4\.0, whose lean runtime it needs"):
             usable(PlanStore(tmp_path), library=library)
+
+
+@pytest.mark.parametrize("content", ["{}", "not JSON", '{"schema_version": 99}'])
+def test_a_record_that_cannot_be_read_does_not_hide_the_others(content: str, tmp_path: Path) -> None:
+    store = PlanStore(tmp_path)
+    (tmp_path / f"{'0' * 64}.json").write_text(content)
+    with pytest.raises(PlanError, match=f"has no plan of graph 'unet'.*{'0' * 64}.json"):
+        usable(store)
+    record = put(store, key())
+    assert usable(store) == [record]
+    records, faults = store.records()
+    assert records == [record]
+    assert len(faults) == 1
 
 
 @pytest.mark.parametrize(

@@ -178,6 +178,84 @@ def test_plans_without_weights_take_them_from_the_graph(monkeypatch: Patch, tmp_
         rig.open()
 
 
+def test_plans_for_later_versions_run_by_their_lean_runtime(monkeypatch: Patch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path)
+    rig.build(lean=True)
+    libraries = {"11.4.0.106": tmp_path / "libnvinfer_lean.so"}
+    for module in ("match", "library"):
+        monkeypatch.setattr(f"admtrt.runtime.engines.{module}.lean_runtime", libraries.get)
+    monkeypatch.setattr("admtrt.runtime.trt.engine.lean_runtime", libraries.get)
+    monkeypatch.setattr(rig.module, "__version__", "11.5.0.1")
+    with rig.open() as denoiser:
+        samples = Pipeline(rig.bundle, denoiser)([0, 1])
+    np.testing.assert_allclose(samples.x, pipeline("guided")([0, 1]).x, rtol=0, atol=2e-5)
+    libraries["11.4.0.106"] = tmp_path / "broken.so"
+    with pytest.raises(
+        PlanError, match=r"needs the lean runtime of TensorRT 11\.4\.0\.106: Unable to"
+    ) as info:
+        rig.open()
+    assert "pip install tensorrt-lean-cu13==11.4.0.106" in info.value.hint
+    libraries.clear()
+    with pytest.raises(PlanError, match="whose lean runtime it needs"):
+        rig.open()
+
+
+def test_older_plans_are_used_where_the_newest_do_not_go_together(monkeypatch: Patch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path, profiles=((1, 2, 4),))
+    rig.build()
+    monkeypatch.setattr("admtrt.runtime.engines.plans.datetime", _Later)
+    rig.profiles["unet"] = ((16, 16, 16),)
+    rig.build(["unet"])
+    assert rig.open().largest_batch == 4
+
+
+def test_a_closed_backend_gives_everything_back(rig: Rig) -> None:
+    denoiser = rig.open()
+    x, t = np.zeros((2, 1, 8, 8), np.float32), np.zeros(2, np.float32)
+    denoiser.unet(x, t, None, None)
+    denoiser.close()
+    assert rig.machine.free == rig.machine.memory
+    assert not denoiser._engines  # and with them the weights
+    with pytest.raises(RuntimeError, match="closed"):
+        denoiser.unet(x, t, None, None)
+
+
+@pytest.mark.parametrize(
+    ("said", "full"),
+    [
+        ("Error Code 2: OutOfMemory (Requested size was 3)", True),
+        ("Cuda failure: out of memory", True),
+        ("output tensor has no memory layout", False),
+        ("cannot be used without a memory pool", False),
+    ],
+)
+def test_only_full_memory_is_called_full(rig: Rig, monkeypatch: Patch, said: str, full: bool) -> None:
+    def fail(self: Any, plan: bytes) -> None:
+        self.logger.log(1, said)
+
+    monkeypatch.setattr("engine_double.Runtime.deserialize_cuda_engine", fail)
+    with pytest.raises(EngineError, match="is out of memory" if full else f"refuses its plan .*{said}"):
+        rig.open()
+
+
+def test_a_run_that_fails_tells_only_what_was_said_of_it(rig: Rig, monkeypatch: Patch) -> None:
+    accept = Context.execute_async_v3
+    with rig.open() as denoiser:
+        x, t = np.zeros((1, 1, 8, 8), np.float32), np.zeros(1, np.float32)
+
+        def grumble(self: Any, stream_handle: int) -> bool:
+            self.engine.runtime.logger.log(1, "an old story")
+            return accept(self, stream_handle)
+
+        monkeypatch.setattr(Context, "execute_async_v3", grumble)
+        denoiser.unet(x, t, None, None)
+        monkeypatch.setattr(Context, "execute_async_v3", lambda self, _: self._refuse("the device is lost"))
+        with pytest.raises(EngineError) as info:
+            denoiser.unet(x, t, None, None)
+    assert "the device is lost" in info.value.message
+    assert "old story" not in info.value.message
+
+
 def test_plans_without_a_common_batch(monkeypatch: Patch, tmp_path: Path) -> None:
     rig = Rig(monkeypatch, tmp_path)
     rig.profiles |= {"unet": ((1, 1, 2),), "update": ((3, 4, 8),)}

@@ -19,6 +19,7 @@ DOUBLES = {
     "Context": "IExecutionContext",
     "Engine": "ICudaEngine",
     "EngineInspector": "EngineInspector",
+    "Runtime": "Runtime",
     "RtxRuntime": "Runtime",
     "RtxRuntimeConfig": "IRuntimeConfig",
     "RuntimeCache": "IRuntimeCache",

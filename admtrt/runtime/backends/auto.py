@@ -11,12 +11,14 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from admtrt import __version__
 from admtrt.bundle import MANIFEST
 from admtrt.config import Config
 from admtrt.contract import GraphName, Precision
@@ -36,8 +38,12 @@ if TYPE_CHECKING:
     from admtrt.runtime.backends.registry import Backend
 
 _MEMO = "backends"
-_PACKAGES = ("onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-rtx-cu13")
+_PACKAGES = (
+    "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu12", "tensorrt-cu13",
+    "tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx", "cuda-core",
+)  # fmt: skip
 """Distributions whose versions decide the speed."""
+_FAILED_FOR = 3600.0  # seconds that a failure is remembered: a GPU may have been full just then
 _TIMEOUT = 1800.0  # seconds for one backend: engines may be built on the way
 
 Seconds = Annotated[float, Field(gt=0)]
@@ -47,10 +53,12 @@ class Measured(Config):
     """What was found on a machine.
 
     Attributes:
+        at: when, in seconds since the epoch.
         seconds: of a run of each graph, by backend.
         failed: why a backend has none.
     """
 
+    at: float = 0.0
     seconds: dict[str, dict[GraphName, Seconds]] = Field(default_factory=dict)
     failed: dict[str, str] = Field(default_factory=dict)
 
@@ -203,7 +211,7 @@ def _measure(requests: Sequence[ProbeRequest], note: Callable[[str], None]) -> M
             failed[request.backend] = found.error
         else:
             seconds[request.backend] = found.seconds
-    return Measured(seconds=seconds, failed=failed)
+    return Measured(at=time.time(), seconds=seconds, failed=failed)
 
 
 def _probe(request: ProbeRequest) -> ProbeResult:
@@ -247,7 +255,8 @@ def _remembered(
         return None
     names = {backend.name for backend in candidates}
     whole = all(name in names and set(found) == set(graphs) for name, found in measured.seconds.items())
-    return measured if whole and measured.seconds else None
+    fresh = not measured.failed or 0 <= time.time() - measured.at < _FAILED_FOR
+    return measured if whole and measured.seconds and fresh else None
 
 
 def _key(
@@ -265,6 +274,8 @@ def _key(
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)),
         "gpus": _gpus(),
+        "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
+        "admtrt": __version__,
         "candidates": [backend.name for backend in candidates],
         "versions": {name: _version(name) for name in _PACKAGES},
         "precision": precision,
@@ -284,10 +295,15 @@ def _processor() -> str:
 
 
 def _gpus() -> list[str]:
-    """The models of the NVIDIA GPUs."""
-    files = Path("/proc/driver/nvidia/gpus").glob("*/information")
-    lines = [line for file in files for line in file.read_text(encoding="utf-8").splitlines()]
-    return sorted(line.partition(":")[2].strip() for line in lines if line.startswith("Model:"))
+    """The models of the NVIDIA GPUs, and their driver."""
+    root = Path("/proc/driver/nvidia")
+    lines = [
+        line
+        for file in (*root.glob("gpus/*/information"), *root.glob("version"))
+        for line in file.read_text(encoding="utf-8").splitlines()
+    ]
+    kept = ("Model:", "NVRM version:")
+    return sorted(line.partition(":")[2].strip() for line in lines if line.startswith(kept))
 
 
 def _version(package: str) -> str | None:

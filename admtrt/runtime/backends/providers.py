@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,13 +24,16 @@ from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, check_session, impo
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, GraphSpec, Precision
     from admtrt.runtime.sampler import Images
+
+
+_KEPT = 2
+"""Batch sizes bound at once, of each graph: full batches and the rest of a run."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,8 @@ class Provider:
     Attributes:
         name: ONNX Runtime's.
         memory: device to whose memory inputs and outputs are bound; empty where they come from the host.
-        graph_option: of the provider, which captures each batch size as a CUDA graph.
+        graph_option: of the provider, which captures each batch size as a CUDA graph. TensorRT's has one that
+            keeps a single graph whatever the batch size, and would replay it for every other.
         plugin: module that brings the provider's library; empty where ONNX Runtime's wheel has it.
     """
 
@@ -51,7 +56,7 @@ class Provider:
 
 PROVIDERS: dict[str, Provider] = {
     "onnxruntime-cuda": Provider("CUDAExecutionProvider", "cuda", "enable_cuda_graph"),
-    "onnxruntime-tensorrt": Provider("TensorrtExecutionProvider", "cuda", "trt_cuda_graph_enable"),
+    "onnxruntime-tensorrt": Provider("TensorrtExecutionProvider", "cuda"),
     "onnxruntime-rtx": Provider("NvTensorRTRTXExecutionProvider", plugin="onnxruntime_ep_nv_tensorrt_rtx"),
 }
 """By the name of the backend."""
@@ -123,13 +128,21 @@ class ProviderDenoiser(GraphDenoiser):
         if not self._provider.memory:
             names = [tensor.name for tensor in spec.outputs]
             return dict(zip(names, session.run(names, feeds), strict=True))
-        batch = len(feeds["x"])
-        if (name, batch) not in self._bound:
-            self._bound[name, batch] = _BoundRun(self._library, session, spec, batch, self._provider.memory)
-        return self._bound[name, batch](feeds)
+        key = (name, len(feeds["x"]))
+        bound = self._bound.pop(key, None)
+        if bound is None:
+            held = [other for other in self._bound if other[0] == name]
+            if len(held) >= _KEPT:
+                del self._bound[held[0]]
+            bound = _BoundRun(self._library, session, spec, key[1], self._provider.memory)
+        self._bound[key] = bound  # the last of the dictionary is the last that was used
+        return bound(feeds)
 
     def _open(self, path: Path, options: Mapping[str, str]) -> Any:
-        """A session with CUDA graphs, or without where the provider cannot capture this graph."""
+        """A session with CUDA graphs, or without where the provider cannot capture this graph.
+
+        ONNX Runtime's own fallback is off: it would go on on the CPU, and say so on stdout.
+        """
         captured = {self._provider.graph_option: "1"} if self._provider.graph_option else {}
         try:
             session = self._session(path, {**options, **captured})
@@ -152,9 +165,12 @@ class ProviderDenoiser(GraphDenoiser):
         settings.log_severity_level = ERRORS_ONLY
         if self._provider.plugin:
             settings.add_provider_for_devices(_plugin_devices(ort, self._provider)[:1], dict(options))
-            return ort.InferenceSession(str(path), sess_options=settings)
+            return ort.InferenceSession(str(path), sess_options=settings, enable_fallback=0)
         return ort.InferenceSession(
-            str(path), sess_options=settings, providers=[(self._provider.name, dict(options))]
+            str(path),
+            sess_options=settings,
+            providers=[(self._provider.name, dict(options))],
+            enable_fallback=0,
         )
 
 
@@ -194,6 +210,8 @@ def _options(provider: Provider, graph: str, precision: Precision) -> dict[str, 
     root = cache_folder()
     if root is not None:
         kept = str(root / "onnxruntime" / provider.name / graph)
+        with contextlib.suppress(OSError):  # the providers make one folder at most
+            Path(kept).mkdir(parents=True, exist_ok=True)
         engines = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": kept}
         options |= {"nv_runtime_cache_path": kept} if provider.plugin else engines
     if provider.name == "TensorrtExecutionProvider" and precision != "fp32":

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, Self, get_args
+from typing import TYPE_CHECKING, Any, Self
 
-from admtrt.errors import EngineError, MissingDependencyError, PlanError, RequestError
+from admtrt.errors import EngineError, PlanError, RequestError
 from admtrt.runtime.backends.graphs import GraphDenoiser
 from admtrt.runtime.cuda import CudaDevice
-from admtrt.runtime.engines.library import Flavor, find_library
+from admtrt.runtime.engines.library import find_libraries
 from admtrt.runtime.engines.match import usable_plans
 from admtrt.runtime.engines.plans import PlanStore
 from admtrt.runtime.engines.sources import graph_source
@@ -19,7 +20,7 @@ from admtrt.runtime.trt.kernels import KernelCache
 from admtrt.runtime.trt.lane import Lane
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from admtrt.bundle import Bundle
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
     Sources = Mapping[GraphName, GraphSource]
 
+_MOST_SETS = 1000  # of plans that are tried for a common batch size
 _MOST_LANES = 2  # full batches and the last one of a run; each has memory of its own
 
 
@@ -71,7 +73,7 @@ class TensorRTDenoiser(GraphDenoiser):
             for graph in bundle.manifest.graphs
             if graphs is None or graph in graphs
         }
-        libraries = _installed()
+        libraries = find_libraries()
         self._device = CudaDevice()  # before the libraries do anything, which without a driver crash
         self.gpu: Gpu = self._device.gpu
         store = PlanStore.of(bundle, cache)
@@ -87,7 +89,7 @@ class TensorRTDenoiser(GraphDenoiser):
                 self._device,
                 store.load(record),
                 self._sources[graph],
-                stripped=record.key.options.strip,
+                record.key,
                 kernels=self._kernels.get(graph),
             )
         if not any(self._fits(size) for size in self._sizes()):
@@ -98,7 +100,7 @@ class TensorRTDenoiser(GraphDenoiser):
         self._lanes: dict[int, Lane] = {}
         self._held = False
         self._unkept = False
-        self._closing = weakref.finalize(self, _close, self._lanes, list(self._kernels.values()))
+        self._closing = weakref.finalize(self, _close, self._lanes, self._engines, self._kernels)
 
     def __str__(self) -> str:
         faults = [lane.capture_fault for lane in self._lanes.values() if lane.capture_fault]
@@ -154,6 +156,8 @@ class TensorRTDenoiser(GraphDenoiser):
     def _lane(self, count: int) -> Lane:
         if self._held:
             raise RuntimeError("the GPU's memory is taken by slots that are held")
+        if not self._engines:
+            raise RuntimeError("this backend was closed")
         self._device.activate()
         batch = self._padded(count)
         lane = self._lanes.pop(batch, None)
@@ -191,36 +195,37 @@ class TensorRTDenoiser(GraphDenoiser):
             self._unkept = False
 
 
-def _close(lanes: dict[int, Lane], kernels: list[KernelCache]) -> None:
-    for cache in kernels:
+def _close(
+    lanes: dict[int, Lane], engines: dict[GraphName, Engine], kernels: dict[GraphName, KernelCache]
+) -> None:
+    for cache in kernels.values():
         cache.keep()
     while lanes:
         lanes.popitem()[1].close()
-
-
-def _installed() -> list[Library]:
-    """The libraries that are installed, TensorRT first."""
-    found, missing = [], []
-    for flavor in get_args(Flavor):
-        try:
-            found.append(find_library(flavor))
-        except MissingDependencyError as error:
-            missing.append(error)
-    if not found:
-        raise missing[0]
-    return found
+    engines.clear()  # and with them the weights
 
 
 def _choose(
     store: PlanStore, sources: Sources, libraries: list[Library], gpu: Gpu
 ) -> tuple[Library, dict[GraphName, PlanRecord]]:
-    """The first library that has plans of every graph, and the newest of them."""
+    """The first library that has plans of every graph, and the newest of them that go together."""
     faults = []
     for library in libraries:
         try:
-            return library, {
-                graph: usable_plans(store, source, library, gpu)[0] for graph, source in sources.items()
-            }
+            usable = [usable_plans(store, source, library, gpu) for source in sources.values()]
         except EngineError as error:
             faults.append(error)
+            continue
+        # All the newest come first, and are what is complained about where none go together.
+        sets = list(itertools.islice(itertools.product(*usable), _MOST_SETS))
+        chosen = next(filter(_have_a_common_batch, sets), sets[0])
+        return library, dict(zip(sources, chosen, strict=True))
     raise faults[0]
+
+
+def _have_a_common_batch(records: Sequence[PlanRecord]) -> bool:
+    profiles = [record.key.options.profiles for record in records]
+    return any(
+        all(any(one.smallest <= size <= one.largest for one in of_plan) for of_plan in profiles)
+        for size in {one.smallest for of_plan in profiles for one in of_plan}
+    )

@@ -9,13 +9,15 @@ from __future__ import annotations
 import importlib
 import re
 from dataclasses import dataclass
+from importlib.metadata import distributions
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from admtrt.errors import EngineError, MissingDependencyError
+from admtrt.errors import EngineError, MissingDependencyError, UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
 Flavor = Literal["tensorrt", "rtx"]
 
@@ -141,6 +143,17 @@ def find_library(flavor: Flavor) -> Library:
     )
 
 
+def lean_runtime(version: str) -> Path | None:
+    """The lean runtime of TensorRT of exactly this version, as its wheel installs it; None without it."""
+    for distribution in distributions():
+        name = str(distribution.metadata["Name"]).replace("-", "_")
+        if re.fullmatch(r"tensorrt_lean_\w*libs", name) and distribution.version == version:
+            for file in distribution.files or ():
+                if file.name.startswith("libnvinfer_lean.so"):
+                    return Path(str(file.locate()))
+    return None
+
+
 def sizes_of(dims: Any) -> tuple[int, ...]:
     """The library's own sequence of sizes, -1 for an open one, as a tuple."""
     return tuple(dims)
@@ -155,12 +168,27 @@ def choose_library(*, gpu: bool) -> Library:
         MissingDependencyError: if there is neither, or only TensorRT and no GPU.
         EngineError: as :func:`find_library`.
     """
-    if gpu:
+    found = find_libraries(("tensorrt", "rtx") if gpu else ("rtx",))
+    return found[0]
+
+
+def find_libraries(flavors: Sequence[Flavor] = ("tensorrt", "rtx")) -> list[Library]:
+    """Those that are installed and can be loaded, in the order asked for.
+
+    Raises:
+        EngineError: if there is none: why the first that is installed cannot be used.
+        MissingDependencyError: if none is installed.
+    """
+    found: list[Library] = []
+    faults: list[UserError] = []
+    for flavor in flavors:
         try:
-            return find_library("tensorrt")
-        except MissingDependencyError:
-            pass
-    return find_library("rtx")
+            found.append(find_library(flavor))
+        except (EngineError, MissingDependencyError) as error:
+            faults.append(error)
+    if not found:
+        raise next((fault for fault in faults if isinstance(fault, EngineError)), faults[0])
+    return found
 
 
 def _unloadable(flavor: Flavor, error: Exception) -> EngineError:

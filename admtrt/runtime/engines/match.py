@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING
 
 from admtrt.errors import EngineError, PlanError
+from admtrt.runtime.engines.library import lean_runtime
 from admtrt.runtime.engines.plans import RECIPE, bound_gpu
 
 if TYPE_CHECKING:
@@ -30,15 +31,16 @@ def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: G
             + ", ".join(f"SM{target}" for target in library.targets),
             hint="Use plans of TensorRT (admtrt build --library tensorrt), or another backend.",
         )
-    records = [record for record in store.records() if record.key.graph == source.graph]
+    known, damaged = store.records()
+    records = [record for record in known if record.key.graph == source.graph]
     reasons = [mismatch(record.key, source, library, gpu) for record in records]
     usable = [record for record, reason in zip(records, reasons, strict=True) if not reason]
     if usable:
         return usable
     wanted = f"graph '{source.graph}' in {source.precision} for {library} on {gpu}"
-    found = "; ".join(
-        f"{record.key.digest[:12]} {reason}" for record, reason in zip(records, reasons, strict=True)
-    )
+    names = [record.key.digest[:12] for record in records]
+    differing = [f"{name} {reason}" for name, reason in zip(names, reasons, strict=True)]
+    found = "; ".join((*differing, *damaged))
     raise PlanError(
         f"{store.root} has no plan of {wanted}" + (f": {found}" if found else ""),
         hint=f"Make one with: admtrt build BUNDLE --library {library.flavor} --precision {source.precision}",
@@ -57,16 +59,17 @@ def mismatch(key: PlanKey, source: GraphSource, library: Library, gpu: Gpu) -> s
     if key.library != library.flavor:
         faults.append(f"is a plan of {key.library}")
     elif not _version_fits(key, library):
-        faults.append(f"was built by version {key.version}")
+        lean = ", whose lean runtime it needs" if key.options.version_compatible else ""
+        faults.append(f"was built by version {key.version}{lean}")
     if not _gpu_fits(key, gpu):
         faults.append(f"was built for {key.gpu or _names(key.options.targets)}")
     return ", ".join(faults)
 
 
 def _version_fits(key: PlanKey, library: Library) -> bool:
-    if key.version == library.version:
-        return True
-    return key.options.version_compatible and _numbers(key.version) <= _numbers(library.version)
+    if key.options.version_compatible:  # its lean runtime does the work, which has to be its own version's
+        return _numbers(key.version) <= _numbers(library.version) and lean_runtime(key.version) is not None
+    return key.version == library.version
 
 
 def _gpu_fits(key: PlanKey, gpu: Gpu) -> bool:

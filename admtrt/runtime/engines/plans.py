@@ -147,14 +147,16 @@ class PlanStore:
         """File of a plan, be it there or not."""
         return self.root / f"{key.digest}.plan"
 
-    def records(self) -> list[PlanRecord]:
-        """Every record, newest first.
-
-        Raises:
-            PlanError: if one is unreadable or altered.
-        """
-        names = sorted(path for path in self.root.glob("*.json") if re.fullmatch(r"[0-9a-f]{64}", path.stem))
-        return sorted((self._read(path) for path in names), key=lambda record: record.built, reverse=True)
+    def records(self) -> tuple[list[PlanRecord], list[str]]:
+        """Every record, newest first, and what is wrong with those that cannot be used."""
+        records, faults = [], []
+        for path in sorted(self.root.glob("*.json")):
+            if re.fullmatch(r"[0-9a-f]{64}", path.stem):
+                try:
+                    records.append(self._read(path))
+                except PlanError as error:
+                    faults.append(error.message)
+        return sorted(records, key=lambda record: record.built, reverse=True), faults
 
     def find(self, key: PlanKey) -> PlanRecord | None:
         """The record of exactly this plan, the plan itself verified; None where it was never built.

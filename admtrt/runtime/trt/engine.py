@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from admtrt.errors import EngineError, PlanError
-from admtrt.runtime.engines.library import sizes_of
+from admtrt.runtime.engines.library import lean_runtime, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from admtrt.contract import GraphSpec
     from admtrt.runtime.cuda import CudaDevice, Stream
     from admtrt.runtime.engines.library import Library
+    from admtrt.runtime.engines.plans import PlanKey
     from admtrt.runtime.engines.sources import GraphSource
     from admtrt.runtime.trt.kernels import KernelCache
 
@@ -44,6 +46,7 @@ USED_TO_RUN = (
     "IRuntimeConfig.set_execution_context_allocation_strategy",
     "Runtime.deserialize_cuda_engine",
     "Runtime.engine_host_code_allowed",
+    "Runtime.load_runtime",
     "TensorIOMode.INPUT",
     "TensorIOMode.OUTPUT",
 )
@@ -101,7 +104,8 @@ class Engine:
         device: the GPU, which has to be the current one.
         plan: verified bytes.
         source: the graph that it was built from.
-        stripped: whether the plan has no weights: they are taken from the graph's file.
+        key: how it was built. A plan without weights takes them from the graph's file; one for later versions
+            too is run by the lean runtime of its own.
         kernels: where TensorRT-RTX keeps what it compiles for this GPU; None for TensorRT.
 
     Attributes:
@@ -118,14 +122,14 @@ class Engine:
         device: CudaDevice,
         plan: bytes,
         source: GraphSource,
+        key: PlanKey,
         *,
-        stripped: bool,
         kernels: KernelCache | None,
     ) -> None:
         self._library, self._device, self._source, self._kernels = library, device, source, kernels
         self._errors: list[str] = []
         self._logger = _logger(library.module, self._errors)
-        self._runtime: typed.Runtime = library.module.Runtime(self._logger)
+        self._runtime = self._open_runtime(key)
         self._runtime.engine_host_code_allowed = False
         if library.flavor == "rtx":
             self._check_validity(plan)
@@ -133,7 +137,7 @@ class Engine:
         if engine is None:
             raise self._refused(len(plan), f"the weights of graph '{source.graph}'")
         self._engine = engine
-        if stripped:
+        if key.options.strip:
             self._refit()
         self._check_contract(source.spec)
         self.profiles = self._read_profiles(source.spec)
@@ -164,17 +168,24 @@ class Engine:
         )
         if context is None:
             raise self._refused(scratch, purpose)
-        done = context.set_optimization_profile_async(profile.index, stream.handle)
-        stream.sync()
-        for tensor in spec.inputs:
-            done = done and context.set_input_shape(tensor.name, tensor.sized(batch))
-        done = done and not context.infer_shapes()
-        for tensor in (*spec.inputs, *spec.outputs):
-            done = done and sizes_of(context.get_tensor_shape(tensor.name)) == tensor.sized(batch)
-            done = done and context.set_tensor_address(tensor.name, addresses[tensor.name])
+        try:
+            done = context.set_optimization_profile_async(profile.index, stream.handle)
+            stream.sync()
+            for tensor in spec.inputs:
+                done = done and context.set_input_shape(tensor.name, tensor.sized(batch))
+            done = done and not context.infer_shapes()
+            for tensor in (*spec.inputs, *spec.outputs):
+                done = done and sizes_of(context.get_tensor_shape(tensor.name)) == tensor.sized(batch)
+                done = done and context.set_tensor_address(tensor.name, addresses[tensor.name])
+        except RuntimeError:  # in place of False; what is wrong stands in the log
+            done = False
         if not done:
             raise self._refused(scratch, purpose)
         return Binding(context, self)
+
+    def forget_errors(self) -> None:
+        """Let :meth:`fault` tell only what the library says from now on."""
+        self._errors.clear()
 
     def inspect(self) -> str:
         """What the library's inspector says of the plan's layers, as JSON."""
@@ -184,6 +195,21 @@ class Engine:
     def fault(self, what: str) -> EngineError:
         """The error of something that failed, with what the library said of it."""
         return EngineError(f"{self._library} cannot run graph '{self._source.graph}': {self._said() or what}")
+
+    def _open_runtime(self, key: PlanKey) -> typed.Runtime:
+        own: typed.Runtime = self._library.module.Runtime(self._logger)
+        if not key.options.version_compatible:
+            return own
+        lean = lean_runtime(key.version)
+        loaded = None if lean is None else cast("typed.Runtime | None", own.load_runtime(str(lean)))
+        if loaded is None:
+            raise PlanError(
+                f"the plan of graph '{self._source.graph}' needs the lean runtime of TensorRT {key.version}: "
+                f"{self._said() or 'it is not installed'}",
+                hint=f"Install it with: pip install tensorrt-lean-cu13=={key.version}",
+            )
+        self._own_runtime = own  # the loaded one must not outlive it
+        return loaded
 
     def _runtime_config(self) -> Any:
         trt = self._library.module
@@ -225,7 +251,7 @@ class Engine:
         found = {}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
-            shape = sizes_of(engine.get_tensor_shape(name))
+            shape = (-1, *sizes_of(engine.get_tensor_shape(name))[1:])  # batches are the profiles' matter
             found[name] = (engine.get_tensor_mode(name), engine.get_tensor_dtype(name), shape)
         declared = {
             tensor.name: (mode, getattr(trt.DataType, _DTYPES[tensor.dtype]), tensor.sized(-1))
@@ -256,7 +282,7 @@ class Engine:
     def _refused(self, size: int, purpose: str) -> EngineError:
         """The library returned nothing: its log tells whether memory ran out."""
         said = self._said()
-        if "memory" in said.lower() and "out" in said.lower():
+        if re.search(r"out ?of ?memory", said, re.IGNORECASE):
             return self._device.full(size, purpose)
         return PlanError(
             f"{self._library} refuses its plan of graph '{self._source.graph}' on {self._device.gpu}: "
@@ -278,6 +304,7 @@ class Binding:
         Raises:
             EngineError: if the library refuses.
         """
+        self._engine.forget_errors()
         if not self._context.execute_async_v3(stream.handle):
             raise self._engine.fault("the run could not be enqueued")
 

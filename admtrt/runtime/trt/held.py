@@ -60,7 +60,7 @@ class HeldOnDevice:
         self._lane.upload({key: rows for key, rows in given.items() if rows is not None})
         with ExitStack() as stack:
             self._stages = [_Stage(self._device, self._lane, stack) for _ in range(_STAGES)]
-            stack.callback(self._lane.main.sync)  # before memory goes that the GPU may still read
+            stack.callback(self._lane.sync)  # before memory goes that the GPU may still read
             self._drawer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="noise"))
             self._stack = stack.pop_all()
         return self

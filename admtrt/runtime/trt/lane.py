@@ -161,10 +161,14 @@ class Lane:
             self._staging[key] = self._stack.enter_context(self.pinned(key))
         return self._staging[key]
 
-    def close(self) -> None:
-        """Give everything back, once the device has done what was enqueued."""
+    def sync(self) -> None:
+        """Wait for everything that was enqueued, be it complete or cut off by a fault."""
         self._side.sync()
         self.main.sync()
+
+    def close(self) -> None:
+        """Give everything back, once the device has done what was enqueued."""
+        self.sync()
         self._bindings.clear()
         self._stack.close()
 

@@ -50,7 +50,7 @@ def plan_layers(bundle: Bundle, store: PlanStore, record: PlanRecord) -> list[La
             f"plan {key.digest[:12]} cannot be opened on {device.gpu}: it {fault}",
             hint="Layers can be shown where a plan runs; what the builder fused: admtrt build --report",
         )
-    engine = Engine(library, device, store.load(record), source, stripped=key.options.strip, kernels=None)
+    engine = Engine(library, device, store.load(record), source, key, kernels=None)
     return read_layers(engine.inspect(), str(library))
 
 

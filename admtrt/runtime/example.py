@@ -1,0 +1,67 @@
+"""A batch to measure with, the same for every backend and every process, and its steps on a device."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from admtrt.config import SamplerConfig
+from admtrt.runtime.sampler import start_slots
+from admtrt.schedule import sampling_schedule
+
+if TYPE_CHECKING:
+    from admtrt.bundle import Manifest
+    from admtrt.runtime.sampler import ResidentDenoiser, Slots
+
+_STEPS = 10  # at once on a device: waiting for one alone would be counted as its cost
+
+
+def example_slots(manifest: Manifest, batch: int) -> Slots:
+    """A batch whose samples stand at different places of the recommended schedule.
+
+    The first stands at its start, the others in its first half. Every step is guided where there is a
+    classifier.
+    """
+    unet, classes = manifest.unet, manifest.num_classes
+    scale = example_scale(manifest)
+    chosen = {**manifest.sampler.to_dict(), "scale": scale, "guidance_interval": None}
+    schedule = sampling_schedule(manifest.diffusion, SamplerConfig.from_dict(chosen))
+    labels = (
+        None if classes is None else np.arange(batch, dtype=np.int64) * max(1, classes // batch) % classes
+    )
+    low_res = None
+    if unet.low_res_size is not None:
+        shape = (batch, unet.in_channels, unet.low_res_size, unet.low_res_size)
+        low_res = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
+    slots = start_slots(
+        (unet.in_channels, unet.image_size, unet.image_size),
+        [schedule] * batch,
+        range(batch),
+        unet_y=labels if unet.num_classes is not None else None,
+        guide_y=labels if scale else None,
+        low_res=low_res,
+        stage=unet.low_res_size or 0,
+    )
+    slots.position[:] = np.arange(batch) * (len(schedule) // 2) // batch
+    return slots
+
+
+def example_scale(manifest: Manifest) -> float:
+    """The recommended guidance, and some where there is a classifier but none is recommended."""
+    return 0.0 if manifest.classifier is None else manifest.sampler.scale or 1.0
+
+
+def held_step(denoiser: ResidentDenoiser, slots: Slots) -> float:
+    """Seconds of a step of slots that stay on the device, among several between which nothing waits."""
+    x, position = slots.x, slots.position.copy()
+    count = min(_STEPS, len(slots.schedules[0]) - int(position.max()))
+    with denoiser.hold(slots) as held:
+        began = time.perf_counter()
+        for _ in range(count):
+            held.advance()
+        held.read()
+        seconds = (time.perf_counter() - began) / count
+    slots.x, slots.position = x, position
+    return seconds
