@@ -95,7 +95,12 @@ def examine(driver: Driver) -> list[Finding]:
         *_hardware(driver),
         _engine("tensorrt", driver),
         _engine("rtx", driver),
-        _package("TensorRT lean", "tensorrt_lean", "runs plans of `build --version-compatible` of this version", _LEAN),
+        _package(
+            "TensorRT lean",
+            "tensorrt_lean",
+            "its version's plans of build --version-compatible",
+            _LEAN,
+        ),
         _package("cuda-core", "cuda.core", "memory and streams of the GPU, for plans", _install("cuda")),
         _package("ONNX Runtime", "onnxruntime", "exact on CPUs; on GPUs by its providers", _install("cpu")),
         _package("OpenVINO", "openvino", "inference on CPUs", _install("openvino")),

@@ -55,7 +55,15 @@ def graph_from_module(
     """
     if any(part.training for part in module.modules()):
         raise ExportError("the module or a part of it is in training mode", hint="Call module.eval() first.")
-    sizes = {name: tensor.shape[0] if tensor.dim() else 0 for name, tensor in inputs.items()}
+    if opset < OPSET:
+        raise ExportError(f"opset {opset} is too old; gradients are written in operators of {OPSET} or later")
+    flat = [name for name, tensor in inputs.items() if not tensor.dim()]
+    if flat:
+        raise ExportError(
+            f"the example input '{flat[0]}' has no batch axis",
+            hint="Give every input the same first axis, of size 2 for instance.",
+        )
+    sizes = {name: tensor.shape[0] for name, tensor in inputs.items()}
     if len(set(sizes.values())) != 1 or min(sizes.values()) < 2:
         raise ExportError(
             f"the example inputs have batch sizes {sizes}; expected one size of 2 or more, as 1 is frozen",
@@ -81,6 +89,8 @@ def graph_from_module(
         raise ExportError(f"PyTorch cannot export the module: {first_line}") from error
     assert program is not None  # it is where the dynamo exporter returns
     model: ir.Model = program.model
+    if len(model.graph.outputs) != len(outputs):
+        raise ExportError(f"the module returns {len(model.graph.outputs)} tensors; expected {len(outputs)}")
     _check_batch_free(model.graph)
     _name_batch_axis(model)
     simplify(model)

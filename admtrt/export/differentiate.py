@@ -22,6 +22,8 @@ from admtrt.export.vjp import RULES
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from admtrt.export.vjp.rule import Rule
+
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
@@ -72,6 +74,21 @@ def add_input_gradient(
 def _differentiate(tape: Tape, node: ir.Node, incoming: list[ir.Value | None]) -> Sequence[ir.Value | None]:
     if not any(value in tape.active for value in node.inputs):
         return [None] * len(node.inputs)
+    return _rule_for(node)(tape, node, incoming)
+
+
+def refuse_unknown(model: ir.Model) -> None:
+    """Refuse a graph with an operator that has no rule.
+
+    Raises:
+        ExportError: naming it.
+    """
+    for node in model.graph:
+        if any(value.dtype is None or value.dtype.is_floating_point() for value in node.outputs):
+            _rule_for(node)
+
+
+def _rule_for(node: ir.Node) -> Rule:
     rule = RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
     if rule is None:
         known = ", ".join(sorted(RULES))
@@ -79,7 +96,7 @@ def _differentiate(tape: Tape, node: ir.Node, incoming: list[ir.Value | None]) -
             f"no gradient rule for the operator '{node.op_type}' (node '{node.name}')",
             hint=f"Rewrite that part of the module with: {known}.",
         )
-    return rule(tape, node, incoming)
+    return rule
 
 
 def _named(values: Sequence[ir.Value], name: str, what: str) -> ir.Value:

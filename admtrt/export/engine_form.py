@@ -5,6 +5,7 @@ The operators are those of opset 22, the first in which convolutions may be bf16
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import onnx_ir as ir
@@ -125,6 +126,9 @@ def _match_group_norm(norm: ir.Node) -> _GroupNorm | None:
         return None
     if _dims(result)[1] != channels:
         return None
+    # A sample must stay one: what is not the batch has as many values in all three.
+    if _size(dims) is None or not _size(dims) == _size(groups) == _size(_dims(result)):
+        return None
     target = None if _dims(result)[1:] == dims[1:] else merge.inputs[1]
     gamma, beta = (values.repeat(channels // count) for values in constants)
     return _with_affine(_GroupNorm(x, result, target, gamma, beta))
@@ -161,6 +165,12 @@ def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
     if value.is_graph_output() or len(users) != 1 or users[0].node.op_type != op_type:
         return None
     return users[0].node
+
+
+def _size(dims: Sequence[object]) -> int | None:
+    """Values of one sample; None where a size is unknown."""
+    sizes = [dim for dim in dims[1:] if isinstance(dim, int)]
+    return math.prod(sizes) if len(sizes) == len(dims) - 1 else None
 
 
 def _dims(value: ir.Value | None) -> list[object]:

@@ -44,7 +44,7 @@ def fold_scale_shift(model: ir.Model) -> bool:
         one_plus = _only_user(scale, "Add")
         product = None if one_plus is None else _only_user(one_plus.outputs[0], "Mul")
         final = None if product is None else _only_user(product.outputs[0], "Add")
-        if one_plus is None or product is None or final is None or shift not in final.inputs:
+        if one_plus is None or product is None or final is None or _only_user(shift, "Add") is not final:
             continue
         affine = _affine(_other(product, one_plus.outputs[0]))
         if affine is None or _scalar(_other(one_plus, scale)) != 1.0:
@@ -52,7 +52,7 @@ def fold_scale_shift(model: ir.Model) -> bool:
         normalised, gamma, beta = affine
         weight, bias = _array(gemm.inputs[1]), _array(gemm.inputs[2])
         half = len(weight) // 2
-        if half not in (gamma.size, 1) or half != beta.size:
+        if not all(_one_for_each_channel(a, normalised, half) for a in (gamma, beta)):
             continue
         gamma, beta = gamma.reshape(-1), beta.reshape(-1)
         new_weight = np.concatenate(
@@ -76,9 +76,9 @@ def fold_affine_into_conv(model: ir.Model) -> bool:
             continue
         normalised, gamma, beta = affine
         weight = _array(conv.inputs[1])
-        channels, rank = weight.shape[1], weight.ndim - 2
-        if any(a.shape != (channels, *[1] * rank) for a in (gamma, beta)):
+        if not all(_one_for_each_channel(a, normalised, weight.shape[1]) for a in (gamma, beta)):
             continue
+        gamma = gamma.reshape(-1, *[1] * (weight.ndim - 2))
         taps = weight.sum(axis=tuple(range(2, weight.ndim)))
         _replace_constant(model, conv, 1, weight * gamma)
         _set_bias(model, conv, _bias(conv, len(weight)) + taps @ beta.reshape(-1))
@@ -99,7 +99,7 @@ def fold_scale_into_conv(model: ir.Model) -> bool:
             continue
         part = _up(source, ("Reshape", "Slice", "Transpose"))
         split = None if part is None else part.producer()
-        if part is None or split is None or split.op_type != "Split" or _users(part) != 1:
+        if part is None or split is None or split.op_type != "Split" or product.outputs[0].is_graph_output():
             continue
         rows = _channels_of_part(split, part)
         if rows is None:
@@ -129,7 +129,10 @@ def merge_projections(model: ir.Model) -> bool:
             split = None
         source = gemm.inputs[0]
         assert source is not None
-        key = (source, tuple(int(axis) for axis in axes.const_value.numpy()))
+        rank = 2 + axes.const_value.size
+        key = (source, tuple(int(axis) % rank for axis in axes.const_value.numpy()))
+        if min(key[1]) < 2:  # the features no longer lie along axis 1
+            continue
         groups.setdefault(key, []).append((gemm, unsqueeze, split))
     changed = False
     for (source, axes_key), members in groups.items():
@@ -278,6 +281,15 @@ def _affine(value: ir.Value | None) -> tuple[ir.Value, Array, Array] | None:
     return value, gamma, beta
 
 
+def _one_for_each_channel(values: Array, like: ir.Value, channels: int) -> bool:
+    """Whether a constant that broadcasts to [N, channels, ...] has one value for each channel."""
+    sizes = _sizes(like)
+    if sizes is None or not sizes or sizes[0] != channels:
+        return False
+    shape = (channels, *[1] * (len(sizes) - 1))
+    return values.shape in (shape, (1, *shape))
+
+
 def _projection(split: ir.Node) -> ir.Node | None:
     """The Gemm whose unsqueezed output a Split divides, each read by nothing else."""
     unsqueeze = None if split.inputs[0] is None else split.inputs[0].producer()
@@ -357,14 +369,12 @@ def _replace_constant(model: ir.Model, node: ir.Node, index: int, values: Array)
 
 
 def _up(value: ir.Value | None, through: tuple[str, ...]) -> ir.Value | None:
-    """Follow a value up through nodes of these kinds that have no other reader."""
-    while value is not None:
+    """Follow a value up through nodes of these kinds; None where anything on the way has another reader."""
+    while value is not None and _users(value) == 1:
         node = value.producer()
         if node is None or node.op_type not in through:
             return value
         value = node.inputs[0]
-        if value is None or _users(value) != 1:
-            return None
     return None
 
 

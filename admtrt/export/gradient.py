@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from admtrt.contract import BATCH
 from admtrt.errors import ExportError
+from admtrt.export.autograd import check_against_autograd
 from admtrt.export.capture import OPSET, graph_from_module
-from admtrt.export.differentiate import add_input_gradient
+from admtrt.export.differentiate import add_input_gradient, refuse_unknown
 from admtrt.export.tape import ConvBackward
 from admtrt.export.write import write_graph
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     ScalarFunction = Callable[..., Tensor]
+
+_OUTPUTS = ("grad", "value")
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,14 @@ def export_input_gradient(
     scalar: ScalarFunction | None = None,
     conv_backward: ConvBackward = "flipped",
     opset: int = OPSET,
+    check: bool = True,
 ) -> GradientGraph:
     """Export the gradient of a per-sample scalar with respect to one input, for any batch size.
 
     The graph has the module's inputs, and the outputs ``grad`` (shaped as ``wrt``) and ``value`` [N].
     It is the derivative of what is computed: ``detach()`` and ``no_grad()`` leave no trace in a graph, so
-    nothing is held constant by them.
+    nothing is held constant by them. Where ONNX Runtime is installed, the written graph is run beside
+    autograd on a batch of another size.
 
     Args:
         module: called as ``module(*inputs.values())``; all of it in evaluation mode.
@@ -70,19 +76,24 @@ def export_input_gradient(
             sample's scalar must depend on that sample alone.
         conv_backward: ``flipped`` (fast on CPUs) or ``transposed`` (shares the weights).
         opset: of the default ONNX domain.
+        check: compare with autograd; False for a module in which gradients are held back on purpose.
 
     Raises:
-        ExportError: if the module cannot be captured, the scalar is not [N], or an operator has no gradient
-            rule; the message names the operator.
+        ExportError: if the module cannot be captured, the scalar is not [N], an operator has no gradient rule
+            (the message names it), or the graph and autograd differ.
     """
     if wrt not in inputs:
         raise ExportError(f"there is no input '{wrt}'; the inputs are {list(inputs)}")
+    taken = next((name for name in inputs if name in ("", *_OUTPUTS)), None)
+    if taken is not None:
+        raise ExportError(f"an input cannot be called {taken!r}", hint="Give it another name.")
     if not inputs[wrt].is_floating_point():
         raise ExportError(f"input '{wrt}' is {inputs[wrt].dtype}; only floating-point inputs have a gradient")
     wrapper = _Scalar(module, scalar)
     model = graph_from_module(wrapper, inputs, ["value"], opset=opset)
     shape = model.graph.outputs[0].shape
     if shape is None or len(shape) != 1 or shape[0] != BATCH:
+        refuse_unknown(model)  # of whose results the exporter may not know the shape
         raise ExportError(
             f"the scalar has shape {shape}, expected [{BATCH}]: one number for each sample",
             hint="Pass scalar=..., for instance scalar=lambda out, x: out.sum(dim=1).",
@@ -90,6 +101,13 @@ def export_input_gradient(
     add_input_gradient(model, wrt=wrt, of="value", name="grad", conv_backward=conv_backward)
     target = Path(path)
     write_graph(model, target)
+    if check and find_spec("onnxruntime") is not None:
+        try:
+            check_against_autograd(target, wrapper, inputs, wrt)
+        except ExportError:
+            for written in (target, target.with_name(f"{target.name}.data")):
+                written.unlink(missing_ok=True)
+            raise
     return GradientGraph(
         path=target,
         inputs=_names(model.graph.inputs),

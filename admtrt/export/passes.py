@@ -24,6 +24,7 @@ def simplify(model: ir.Model) -> None:
     while changed:
         changed = False
         for one in (
+            stable_log_sigmoid,
             unsqueeze_constants,
             static_reshapes,
             merge_reshapes,
@@ -61,6 +62,23 @@ def unsqueeze_constants(model: ir.Model) -> bool:
         rank = array.ndim + values[1].size
         axes = tuple(int(axis) % rank for axis in values[1].numpy())
         node.outputs[0].replace_all_uses_with(constant(model.graph, np.expand_dims(array, axes)))
+        changed = True
+    return changed
+
+
+def stable_log_sigmoid(model: ir.Model) -> bool:
+    """Log(Sigmoid(x)) -> -Softplus(-x): finite, and differentiable, where the sigmoid is 0."""
+    changed = False
+    for node in list(model.graph):
+        source = node.inputs[0] if node.op_type == "Log" else None
+        sigmoid = None if source is None else source.producer()
+        if sigmoid is None or sigmoid.op_type != "Sigmoid":
+            continue
+        tape = ir.tape.Tape()
+        tape.op("Neg", [tape.op("Softplus", [tape.op("Neg", [sigmoid.inputs[0]])])])
+        for made in tape.nodes:
+            made.outputs[0].shape, made.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+        insert_in_place_of(model.graph, node, tape.nodes, node.outputs[0])
         changed = True
     return changed
 
@@ -110,7 +128,7 @@ def insert_in_place_of(graph: ir.Graph, place: ir.Node, nodes: Sequence[ir.Node]
     made.shape, made.type = result.shape, result.type
     result.replace_all_uses_with(made, replace_graph_outputs=True)
     if made.is_graph_output():
-        made.name, result.name = result.name, None
+        made.name, result.name = result.name, f"{result.name}_replaced"  # unused from here on, not nameless
 
 
 def constant(graph: ir.Graph, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:

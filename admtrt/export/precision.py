@@ -194,6 +194,8 @@ class _Typing:
                 node.replace_input_with(index, self._as_type(value, dtype))
             for value in filter(_is_float, node.outputs):
                 value.type = ir.TensorType(dtype)
+                if node.op_type == "Cast":
+                    node.attributes["to"] = ir.AttrInt64("to", int(dtype))
         for index, value in enumerate(self._graph.outputs):
             if value.dtype == self._narrow:
                 name = value.name

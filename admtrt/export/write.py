@@ -22,13 +22,13 @@ def write_graph(model: ir.Model, path: Path) -> None:
     """
     values = [value.const_value for value in model.graph.initializers.values()]
     large = sum(tensor.nbytes for tensor in values if tensor is not None) > EXTERNAL_THRESHOLD
-    path.parent.mkdir(parents=True, exist_ok=True)
     if not large:
         with atomic_file(path) as temporary:
             ir.save(model, temporary)
         return
     data = f"{path.name}.data"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             parts = Path(folder)
             ir.save(model, parts / path.name, external_data=data, size_threshold_bytes=1024)

@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
 from goldens import relative_error
 from onnx_graphs import op_types, run, session
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from admtrt.errors import ExportError
+from admtrt.errors import ExportError, OutputError
 from admtrt.export.gradient import export_input_gradient
+from admtrt.runtime.backends.openvino_passes import separate_weights
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -182,6 +185,15 @@ class Branching(nn.Module):
         return x.sum(dim=1) if x.sum() > 0 else -x.sum(dim=1)
 
 
+class HeldBack(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * x.detach()).sum(dim=1)
+
+
+def cross_entropy(out: Tensor) -> Tensor:
+    return -F.cross_entropy(out, torch.zeros_like(out[:, 0], dtype=torch.int64), reduction="none")
+
+
 X = {"x": torch.ones(2, 4)}
 
 
@@ -210,7 +222,7 @@ X = {"x": torch.ones(2, 4)}
             TwoInputs(),
             {"state": torch.ones(2, 4), "condition": torch.ones(())},
             {"wrt": "state"},
-            "batch sizes",
+            "input 'condition' has no batch axis",
         ),
         (nn.Embedding(9, 3), {"x": torch.ones(2, dtype=torch.int64)}, {}, "torch.int64; only floating-point"),
         (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.cumsum(1)[:, -1]}, "'CumSum'"),
@@ -218,8 +230,13 @@ X = {"x": torch.ones(2, 4)}
         (nn.Linear(5, 3), X, {"scalar": log_prob_of_first}, "cannot export"),
         (Frozen(), X, {}, "fixed the input 'x'"),
         (Branching(), X, {}, "export"),
-        (nn.Identity(), {"x": torch.ones(2, 4), "grad": torch.ones(2)}, {}, "cannot export"),
-        (TwoInputs(), {"grad": torch.ones(2, 4), "c": torch.ones(2, 6)}, {"wrt": "grad"}, "already has"),
+        (TwoInputs(), {"x": torch.ones(2, 4), "grad": torch.ones(2, 6)}, {}, "cannot be called 'grad'"),
+        (TwoInputs(), {"value": torch.ones(2, 4), "c": torch.ones(2, 6)}, {"wrt": "value"}, "called 'value'"),
+        (TwoInputs(), {"": torch.ones(2, 4), "c": torch.ones(2, 6)}, {"wrt": ""}, "called ''"),
+        (nn.Linear(4, 3), X, {"scalar": log_prob_of_first, "opset": 17}, "opset 17 is too old"),
+        (nn.Linear(4, 3), X, {"scalar": lambda out, x: (out.sum(1), x)}, "returns 2 tensors; expected 1"),
+        (nn.Linear(4, 3), X, {"scalar": lambda out, x: cross_entropy(out)}, "'SoftmaxCrossEntropyLoss'"),
+        (HeldBack(), X, {}, "not the module: 'grad' differs from PyTorch"),
     ],
 )
 def test_refusals(
@@ -232,3 +249,184 @@ def test_refusals(
         export_input_gradient(module, inputs, tmp_path / "g.onnx", **options)
     assert [part.training for part in module.modules()] == modes, "the caller's module is not touched"
     assert not list(tmp_path.iterdir())
+
+
+def test_without_the_check_gradients_flow_through_what_was_held_back(tmp_path: Path) -> None:
+    export_input_gradient(HeldBack().eval(), X, tmp_path / "g.onnx", check=False)
+    x = torch.randn(3, 4)
+    assert relative_error(run(onnx.load(tmp_path / "g.onnx"), x=x)["grad"], 2 * x) <= TOLERANCE
+
+
+def test_a_place_below_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot write"):
+        export_input_gradient(seeded(mlp), X, tmp_path / "file" / "g.onnx", scalar=log_prob_of_first)
+
+
+class RelativePositions(nn.Module):
+    """Scaled queries meet the keys, unscaled ones a table."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.table = nn.Conv1d(4, 12, 1), nn.Parameter(torch.randn(7, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, 1)
+        q = q.transpose(1, 2)
+        return (((q * 0.5) @ k + q @ self.table.T).softmax(-1) @ v.transpose(1, 2)).sum((1, 2))
+
+
+class PartAndWhole(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Conv1d(4, 12, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        r = self.qkv(x).reshape(-1, 2, 6, 7)
+        q, k, v = r.chunk(3, 2)
+        return ((q * 0.5 * k).softmax(-1) * v).sum((1, 2, 3)) + (r.mean(2) ** 2).sum((1, 2))
+
+
+class Modulated(nn.Module):
+    """An adaptive norm whose shift is read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(6, 16), nn.GroupNorm(2, 8)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        scale, shift = self.linear(e)[:, :, None].chunk(2, 1)
+        return ((self.norm(x) * (1 + scale) + shift).tanh() * shift).sum((1, 2))
+
+
+class AlongTheLastAxis(nn.Module):
+    """gamma and beta belong to positions, of which there are as many as channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 16)
+        self.gamma, self.beta = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        scale, shift = self.linear(e)[:, :, None].chunk(2, 1)
+        n = F.layer_norm(x, (8,)) * self.gamma + self.beta
+        return (n * (1 + scale) + shift).tanh().sum((1, 2))
+
+
+class GreyStem(nn.Module):
+    """An affine map that makes three channels of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 2, stride=2)
+        self.g, self.b = nn.Parameter(torch.randn(3, 1, 1)), nn.Parameter(torch.randn(3, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x * self.g + self.b).square().sum((1, 2, 3))
+
+
+class TokensFirst(nn.Module):
+    """Projections unsqueezed before the features, as transformers do it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, width), nn.Linear(6, width)
+
+    def forward(self, x: Tensor, e: Tensor) -> Tensor:
+        return ((x + self.a(e)[:, None]).tanh() * self.b(e)[:, None]).sum((1, 2))
+
+
+class ScaledPart(nn.Module):
+    """The scaled part of a convolution is the output itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).chunk(2, 1)[0].reshape(-1) * 0.5
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+class FirstOf(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)[:, 0, 0]
+
+
+def enlarged(x: Tensor) -> Tensor:
+    """By a factor of 3.2, of which the sizes 4 and 12 know nothing."""
+    return F.interpolate(x, scale_factor=3.2, mode="nearest").square().sum((1, 2, 3))
+
+
+def chosen(x: Tensor, y: Tensor) -> Tensor:
+    return x.log_softmax(1).gather(1, y[:, None])[:, 0]
+
+
+E = torch.zeros(2, 6)
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs"),
+    [
+        (RelativePositions(), {"x": torch.zeros(2, 4, 7)}),
+        (PartAndWhole(), {"x": torch.zeros(2, 4, 7)}),
+        (Modulated(), {"x": torch.zeros(2, 8, 4), "e": E}),
+        (Modulated(), {"e": E, "x": torch.zeros(2, 8, 4)}),
+        (AlongTheLastAxis(), {"x": torch.zeros(2, 8, 8), "e": E}),
+        (GreyStem(), {"x": torch.zeros(2, 1, 6, 6)}),
+        (TokensFirst(5), {"x": torch.zeros(2, 4, 5), "e": E}),
+        (TokensFirst(1), {"x": torch.zeros(2, 4, 1), "e": E}),
+        (ScaledPart(), {"x": torch.zeros(2, 3, 4, 4)}),
+        (Function(lambda x: F.logsigmoid(x).sum(1)), {"x": torch.full((2, 3), -60.0)}),
+        (Function(lambda x: (x**0 + x).sum(1)), {"x": torch.zeros(2, 3)}),
+        (Function(chosen), {"x": torch.zeros(2, 5), "y": torch.tensor([4, 1])}),
+        (FirstOf(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)), {"x": torch.zeros(2, 3, 8)}),
+    ],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_modules_that_nearly_match_a_pass(
+    module: nn.Module, inputs: dict[str, Tensor], tmp_path: Path
+) -> None:
+    """The check within compares with autograd; here it must find nothing, on ONNX Runtime and on OpenVINO."""
+    if next(iter(inputs)) == "e":
+        module = Function(lambda e, x, inner=module: inner(x, e))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in module.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    wrt = next(iter(inputs))
+    export_input_gradient(module.eval(), inputs, tmp_path / "g.onnx", wrt=wrt)
+    rows = {name: value[[0, 1, 0]].clone() for name, value in inputs.items()}
+    given = {name: value + torch.randn(value.shape) if value.is_floating_point() else value
+             for name, value in rows.items()}  # fmt: skip
+    expected = run(onnx.load(tmp_path / "g.onnx"), **given)
+    core = openvino.Core()
+    model = core.read_model(str(tmp_path / "g.onnx"))
+    separate_weights(model)
+    compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    found = compiled({name: value.numpy() for name, value in given.items()})
+    for name in ("grad", "value"):
+        assert relative_error(found[name], expected[name]) <= 1e-4, name
+
+
+def test_a_fractional_enlargement_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="no nearest-neighbour enlargement by whole factors"):
+        export_input_gradient(Function(enlarged).eval(), {"x": torch.zeros(2, 2, 4, 4)}, tmp_path / "g.onnx")
+
+
+def test_the_deviation_of_equal_values_has_no_gradient(tmp_path: Path) -> None:
+    module = Function(lambda x: x.std(-1)).eval()
+    export_input_gradient(module, {"x": torch.zeros(2, 4)}, tmp_path / "g.onnx")
+    found = run(onnx.load(tmp_path / "g.onnx"), x=torch.ones(3, 4))["grad"]
+    np.testing.assert_array_equal(found, np.zeros((3, 4), np.float32))

@@ -373,6 +373,12 @@ CASES = [
     ),
     Case("Gather", (3, 4), "y = Gather <axis = 1> (x, c)", lambda x, c: x[:, 2], {"c": np.int64(2)}),
     Case("Gather", (3, 4), "y = Gather <axis = -1> (x, c)", lambda x, c: x[:, :, 3:], {"c": ints(-1)}),
+    Case(
+        "GatherElements",
+        (3, 4),
+        "i = ArgMax <axis = 1> (x) y = GatherElements <axis = 1> (x, i)",
+        lambda x: x.gather(1, x.argmax(1, keepdim=True)),
+    ),
     Case("Pad", (4, 5), "y = Pad (x, c)", lambda x, c: F.pad(x, (0, 3, 1, 2)), {"c": PADDED}),
 ]
 

@@ -99,10 +99,16 @@ def test_what_a_gradient_computes_on_groups(end: str, images: int) -> None:
         (NORM, (400,)),  # no image
         (NORM.replace("y = Reshape (n, image)", "h = Exp (n) y = Reshape (h, image)"), (16, 16)),
         ("y = InstanceNormalization (x, ones, ones)", (16, 16)),
+        (
+            "g = Reshape (x, groups) u = Reshape (x, turned) e = Exp (u) h = Reshape (e, groups) "
+            "p = Mul (g, h) y = Reshape (p, image)",
+            (16, 32),
+        ),  # two images of unlike shapes
     ],
 )
 def test_other_norms_stay(body: str, size: tuple[int, ...]) -> None:
-    changed, error = converted(body, size, ones=np.ones(CHANNELS, np.float32))
+    constants = {"ones": np.ones(CHANNELS, np.float32), "turned": np.int64([0, CHANNELS, 32, 16])}
+    changed, error = converted(body, size, **constants)
     assert changed == 0
     assert error < 1e-5
 

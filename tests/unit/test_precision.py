@@ -162,6 +162,18 @@ def test_an_unknown_operator_stays_float32() -> None:
     assert in_float32(model) == {"h"}
 
 
+def test_a_cast_of_the_graph_itself_takes_the_type_that_its_value_gets() -> None:
+    text = (
+        "g (float[N, 4] x) => (float[N, 4] y) { h = Cast <to = 10> (x) s = Cast <to = 1> (h) y = Mul (s, s) }"
+    )
+    model = ir.serde.deserialize_model(parse(text))
+    infer_shapes(model)
+    lower(model, "bf16")
+    infer_shapes(model)  # refuses a value of another type than its Cast says
+    x = weights(3, 4)
+    np.testing.assert_allclose(run(proto(model), x=x)["y"], x * x, rtol=2e-2)
+
+
 def test_scales_of_a_resize_stay_float32() -> None:
     text = "g (float[N, 4, 6, 6] x) => (float[N, 4, 12, 12] y) { h = Resize (x, , scales) y = Neg (h) }"
     model = typed("fp16", text=text, scales=np.float32([1, 1, 2, 2]))

@@ -82,12 +82,14 @@ def test_group_norm(tail: str, rest: list[str]) -> None:
         (NORM + "y = Neg (c) z = Neg (b)", "float[N, 8, 4, 5] y, float[N, 2, 80] z"),
         ("y = InstanceNormalization (x, ones, ones)", "float[N, 8, 4, 5] y"),
         (NORM.replace("back", "other") + "y = Neg (c)", "float[N, 4, 8, 5] y"),
+        (NORM.replace("groups", "halves") + "y = Neg (c)", "float[N, 8, 4, 5] y"),
     ],
-    ids=["its groups are used", "no groups", "reshaped otherwise"],
+    ids=["its groups are used", "no groups", "reshaped otherwise", "groups of several samples' batch"],
 )
 def test_group_norm_leaves_others(body: str, out: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CONSTANTS, "ones", np.ones(8, np.float32))
     monkeypatch.setitem(CONSTANTS, "other", np.int64([-1, 4, 8, 5]))
+    monkeypatch.setitem(CONSTANTS, "halves", np.int64([-1, 2, 20]))  # [4 N, 2, 20]
     changed, model = applied(fuse_group_norms, body, out)
     assert not changed
     assert "InstanceNormalization" in op_types(model)

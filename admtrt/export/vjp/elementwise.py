@@ -89,6 +89,8 @@ def _pow(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     if exponent is None or exponent.size != 1:
         raise ExportError(f"Pow '{node.name}' has no constant scalar exponent")
     p = float(exponent.item())
+    if p == 0:
+        return [None, None]
     power = x if p == 2 else tape.op("Pow", x, tape.scalar(p - 1, x))
     return [tape.op("Mul", only(incoming), tape.op("Mul", power, tape.scalar(p, x))), None]
 
@@ -130,7 +132,6 @@ def _one_minus(tape: Tape, y: ir.Value) -> ir.Value:
 
 _unary("Exp", lambda tape, x, y: y)
 _unary("Log", lambda tape, x, y: tape.op("Reciprocal", x))
-_unary("Sqrt", lambda tape, x, y: tape.op("Div", tape.scalar(0.5, y), y))
 _unary("Reciprocal", lambda tape, x, y: tape.op("Neg", tape.op("Mul", y, y)))
 _unary("Abs", lambda tape, x, y: tape.op("Sign", x))
 _unary("Sin", lambda tape, x, y: tape.op("Cos", x))
@@ -145,6 +146,14 @@ _unary(
         "Mul", tape.scalar(2 / math.sqrt(math.pi), x), tape.op("Exp", tape.op("Neg", tape.op("Mul", x, x)))
     ),
 )
+
+
+@rule("Sqrt")
+def _sqrt(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """0 at 0, the subgradient that keeps the deviation of equal values finite."""
+    y, zero = node.outputs[0], tape.scalar(0.0, node.outputs[0])
+    slope = tape.op("Where", tape.op("Greater", y, zero), tape.op("Div", tape.scalar(0.5, y), y), zero)
+    return [tape.op("Mul", only(incoming), slope)]
 
 
 @rule("Gelu")

@@ -110,6 +110,21 @@ def _gather(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     return [_pad(tape, g, before, after), None]
 
 
+@rule("GatherElements")
+def _gather_elements(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Selection of one element along an axis, such as the score of a label: a one-hot product, no scatter."""
+    x, indices = input_of(node, 0), input_of(node, 1)
+    dims, rank = dims_of(x), len(dims_of(x))
+    axis = int_attribute(node, "axis", 0) % rank
+    size = dims[axis]
+    others = [a == b for a, b in zip(dims, dims_of(indices), strict=True)]
+    if size is None or dims_of(indices)[axis] != 1 or not all(others[:axis] + others[axis + 1 :]):
+        raise ExportError(f"GatherElements '{node.name}' selects more than one element along its axis")
+    places = tape.array(np.arange(size).reshape([-1 if a == axis else 1 for a in range(rank)]))
+    chosen = tape.cast(tape.op("Equal", indices, places), x.dtype or ir.DataType.FLOAT)
+    return [tape.op("Mul", chosen, only(incoming)), None]
+
+
 def _pad(tape: Tape, value: ir.Value, before: Sequence[int], after: Sequence[int]) -> ir.Value:
     if not any(before) and not any(after):
         return value

@@ -125,7 +125,14 @@ def enlargement_of(resize: ir.Node) -> list[int] | None:
     pairs = [(a, b) for a, b in zip(sizes, out_sizes, strict=True) if a is not None and b is not None]
     if text != _TILING or len(pairs) != len(sizes) or any(b % a for a, b in pairs):
         return None
-    return [b // a for a, b in pairs]
+    factors = [b // a for a, b in pairs]
+    scales = resize.inputs[2] if len(resize.inputs) > 2 else None  # from which sizes were rounded down
+    if scales is not None and scales.const_value is None:
+        return None
+    if scales is not None and scales.const_value is not None and scales.const_value.size:
+        given = scales.const_value.numpy()
+        return factors if given.tolist() == [1, 1, *factors] else None
+    return factors
 
 
 @rule("Resize")

@@ -18,19 +18,21 @@ around its statistics (measured on the ImageNet-64 configuration)."""
 
 
 def separate_weights(model: Any) -> None:
-    """Give every transposed convolution weights of its own.
+    """Give every transposed convolution and every matrix product weights of its own.
 
-    OpenVINO 2026.4 repacks a constant for the one kind of convolution and reads it so for the other, too:
-    values are wrong where a gradient shares a forward convolution's weights.
+    OpenVINO 2026.4 repacks a constant for one reader and reads it so for others, too: for a convolution and a
+    transposed one, for products with a square matrix and with its transpose. Values are then wrong where a
+    gradient shares the forward's weights.
     """
     from openvino import opset1 as ops
 
     for node in model.get_ordered_ops():
-        if node.get_type_name() in ("ConvolutionBackpropData", "GroupConvolutionBackpropData"):
-            source = node.input_value(1)
-            if source.get_node().get_type_name() == "Constant" and len(source.get_target_inputs()) > 1:
-                copied = ops.constant(source.get_node().data.copy())
-                node.input(1).replace_source_output(copied.output(0))
+        if node.get_type_name() in ("ConvolutionBackpropData", "GroupConvolutionBackpropData", "MatMul"):
+            for given in node.inputs():
+                source = given.get_source_output()
+                if source.get_node().get_type_name() == "Constant" and len(source.get_target_inputs()) > 1:
+                    copied = ops.constant(source.get_node().data.copy())
+                    given.replace_source_output(copied.output(0))
 
 
 def cut_embedding(model: Any) -> Any | None:
@@ -122,7 +124,8 @@ class _ByChannel:
                 self._spread(value, image) if own is None else own
                 for value, own in zip(inputs, images, strict=True)
             ]
-            if all(operand is not None for operand in operands):
+            shapes = {tuple(own.get_shape()) for own in images if own is not None}
+            if all(operand is not None for operand in operands) and len(shapes) == 1:
                 self._images[node.get_name()] = self._apply(kind, *operands)
         return False
 
