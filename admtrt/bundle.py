@@ -73,6 +73,18 @@ class Manifest(Config):
             return self.unet.num_classes
         return None if self.classifier is None else self.classifier.num_classes
 
+    @property
+    def recommendation(self) -> str:
+        """The recommended sampler, for people."""
+        sampler = self.sampler
+        interval = sampler.guidance_interval
+        return (
+            f"{sampler.method}, steps {sampler.steps or self.diffusion.steps}, scale {sampler.scale:g}"
+            + ("" if interval is None else f" at noise levels from {interval[0]:g} to {interval[1]:g}")
+            + (f", eta {sampler.eta:g}" if sampler.eta else "")
+            + ("" if sampler.clip else ", x_0 not clipped")
+        )
+
     @model_validator(mode="after")
     def _check_agreement(self) -> Self:
         check_networks(self.unet, self.classifier, self.diffusion)

@@ -1,7 +1,7 @@
 """The command line ``admtrt``: assembles the commands and turns errors into messages and exit codes.
 
 Exit codes: 0 done, 1 a check failed, 2 the user's input or request, 3 and 4 a verification that could not
-be built or run, 130 interrupted.
+be built or run, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from admtrt.errors import AdmtrtError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_INTERRUPTED = 130
+_INTERRUPTED = (130, 143)  # by SIGINT and SIGTERM
 _PLACE_FAULTS = frozenset(
     {
         errno.ENOSPC,
@@ -82,9 +82,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="admtrt")
     except SystemExit as stop:
-        if stop.code == _INTERRUPTED:  # typer turns the interruption itself into this
+        if stop.code in _INTERRUPTED:  # typer turns the interruption itself into the first
             _show(
-                "interrupted", "What was finished is kept; the same command goes on from there where it can."
+                "interrupted",
+                "What was finished is kept: sampling goes on with the same command, training with --resume.",
             )
         return stop.code if isinstance(stop.code, int) else 1
     except AdmtrtError as error:
@@ -103,8 +104,3 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 def _show(message: str, hint: str) -> None:
     sys.stderr.write(f"error: {message}\n" + (f"       {hint}\n" if hint else ""))
-
-
-def main() -> None:
-    """Entry point of the console script."""
-    sys.exit(run())

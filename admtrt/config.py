@@ -268,7 +268,10 @@ class SamplerConfig(Config):
     @classmethod
     def _check_scale(cls, scale: float) -> float:
         if abs(scale) > 1e6:
-            raise ValueError(f"{scale} is out of range; guidance scales lie between 0 and about 100")
+            raise ValueError(
+                f"{scale} is out of range; guidance scales lie between 0 and about 100, "
+                "or below 0 to avoid a class"
+            )
         return scale
 
     @field_validator("guidance_interval")

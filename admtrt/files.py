@@ -100,6 +100,24 @@ def _faults_of(temporary: Path, path: Path) -> Iterator[None]:
         raise OutputError(f"cannot write {path}: {error.strerror or error}", hint=untouched) from error
 
 
+def check_place(path: Path, *, folder: bool = False) -> None:
+    """Refuse a file, or a folder for files, that cannot be written, before the work whose result it is for.
+
+    Raises:
+        OutputError: naming it.
+    """
+    home = path if folder else path.parent
+    try:
+        home.mkdir(parents=True, exist_ok=True)
+        fault = "" if os.access(home, os.W_OK | os.X_OK) else "Permission denied"
+    except OSError as error:
+        fault = error.strerror or str(error)
+    if not fault and not folder and path.is_dir():
+        fault = "it is a folder"
+    if fault:
+        raise OutputError(f"cannot write {path}: {fault}", hint="Name another place.")
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file."""
     with path.open("rb") as opened:

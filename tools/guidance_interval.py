@@ -6,6 +6,7 @@ python tools/guidance_interval.py OUT > table.md
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from admtrt.demo.judge import Judge
 from admtrt.demo.run import SAMPLES, demo_config
+from admtrt.errors import AdmtrtError
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.schedule import COEFFICIENTS, sampling_schedule
 
@@ -64,4 +66,10 @@ def _shown(interval: tuple[float, float] | None) -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="folder that `admtrt demo` made")
+    try:
+        main(parser.parse_args().out)
+    except AdmtrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None

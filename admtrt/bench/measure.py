@@ -102,9 +102,11 @@ class Bench:
             self._note(f"preparing {station.row}, batch {batch}")
             station.prepared = station.attempt("prepare", batch)
         for repetition in range(repeat):
-            self._note(f"batch {batch}, repetition {repetition + 1} of {repeat}")
             working = [station for station in stations if not station.reason]
-            first = repetition % max(1, len(working))
+            if not working:
+                break
+            self._note(f"batch {batch}, repetition {repetition + 1} of {repeat}")
+            first = repetition % len(working)
             for station in (*working[first:], *working[:first]):
                 time = station.attempt("step")
                 if time is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from admtrt.contract import GraphName, classifier_gradient_spec, unet_spec
 from admtrt.runtime.backends.graphs import GraphDenoiser
+from admtrt.runtime.backends.onnxruntime import import_onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -81,8 +82,7 @@ class PlainDenoiser(GraphDenoiser):
     """
 
     def __init__(self, bundle: Bundle, exported: PlainExport, threads: int) -> None:
-        import onnxruntime
-
+        onnxruntime = import_onnxruntime(extra="cpu", purpose="The row plain-onnx")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         paths: dict[GraphName, Path] = {**exported.paths, "update": bundle.graph_path("update")}

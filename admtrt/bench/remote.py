@@ -143,7 +143,7 @@ def _bound(made: Any, method: str, given: tuple[object, ...]) -> Callable[[], An
 def _one_line(error: BaseException) -> str:
     """The first line of what was wrong at bottom: libraries wrap it in pages of advice."""
     if isinstance(error, AdmtrtError):
-        return " ".join(str(error).split())
+        return " ".join(f"{error.message}. {error.hint}".split()) if error.hint else error.message
     while error.__cause__ is not None:
         error = error.__cause__
     lines = (line.strip() for line in _TERMINAL_CODE.sub("", str(error)).splitlines())

@@ -14,7 +14,7 @@ from admtrt.commands.options import PlanFolder
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
 from admtrt.errors import RequestError
-from admtrt.files import atomic_file
+from admtrt.files import atomic_file, check_place
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -96,6 +96,7 @@ def bench(
         _check_cuda()
     if out is not None:
         require("matplotlib", extra="plot", purpose="The chart of the bench")
+        check_place(out, folder=True)
     output = Output(json=json)
     with _scratch(work) as scratch:
         if preset is not None:

@@ -6,7 +6,6 @@ import tomllib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from admtrt.bundle import check_networks
 from admtrt.config import (
     ClassifierConfig,
     Config,
@@ -16,7 +15,7 @@ from admtrt.config import (
     load_config,
     method_for_steps,
 )
-from admtrt.errors import CheckpointError, ConfigError
+from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.schedule import retained_timesteps
 
 if TYPE_CHECKING:
@@ -86,7 +85,18 @@ def load_pair(
         UserError: if a checkpoint cannot be used; nothing of it has been executed.
     """
     from admtrt.models.checkpoint import load_stored, open_checkpoint
+    from admtrt.models.pair import check_pair
 
+    if classifier is None and (classifier_preset is not None or classifier_set):
+        raise RequestError(
+            "--classifier-preset and --classifier-set describe a classifier, and none was given",
+            hint="Give its file with --classifier, or leave them out.",
+        )
+    if config is not None and unet_preset and (classifier is None or classifier_preset):
+        raise RequestError(
+            f"{config} says nothing that is asked for: the presets say what the checkpoints are",
+            hint="Leave --config out, or the presets of what it describes.",
+        )
     said = Description(unet_preset, config, unet_set, options="--unet-")
     generator = open_checkpoint(unet)
     generator_config = identify_checkpoint(
@@ -97,13 +107,11 @@ def load_pair(
     said = Description(classifier_preset, config, classifier_set, options="--classifier-")
     guide = open_checkpoint(classifier)
     guide_config = identify_checkpoint(guide, kinds=("classifier",), description=said, note=note)
-    assert generator_config.unet is not None  # its kind says so
     try:
-        check_networks(generator_config.unet, guide_config.classifier, generator_config.diffusion)
-    except ValueError as error:
+        check_pair(generator_config, guide_config)
+    except CheckpointError as error:
         raise CheckpointError(
-            f"{unet} and {classifier} do not belong together: {error}",
-            hint="Give a classifier that was trained for images and classes like this UNet's.",
+            f"{unet} and {classifier} do not belong together: {error.message}", hint=error.hint
         ) from None
     return load_stored(generator, generator_config), load_stored(guide, guide_config)
 

@@ -9,6 +9,7 @@ import typer
 
 from admtrt.commands.requirements import require
 from admtrt.console import Output
+from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
     from admtrt.presets import Kind
@@ -39,6 +40,8 @@ def convert(
     from admtrt.models.checkpoint import check_target, convert_checkpoint, open_checkpoint
 
     output = Output(json=json)
+    if preset is not None and config is not None:
+        raise RequestError("--preset and --config both say what the checkpoint is", hint="Give one of them.")
     check_target(target, overwrite=overwrite)
     stored = open_checkpoint(source)
     kinds: tuple[Kind, ...] = ("unet", "upsampler", "classifier")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads
+from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.requirements import require
 from admtrt.console import Output, progress, table
 from admtrt.errors import RequestError
@@ -36,7 +36,7 @@ def drift(
         ),
     ] = None,
     images: Annotated[int, typer.Option(help="Images to draw on both sides.")] = 64,
-    steps: Annotated[str, typer.Option(help="Steps of the trajectories, e.g. ddim25 or 100.")] = "ddim25",
+    steps: Annotated[str, steps_option("Steps of the trajectories, e.g. ddim25 or 100.")] = "ddim25",
     batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
     threads: Threads = None,
@@ -62,7 +62,7 @@ def drift(
     if plot is not None:
         from admtrt.verify.plot import require_plotting
 
-        require_plotting()
+        require_plotting(plot)
     output = Output(json=json)
     opened = Bundle.open(bundle)
     length = len(retained_timesteps(opened.manifest.diffusion.steps, steps))
@@ -127,11 +127,13 @@ def _opened(
 
 def _emulated(bundle: Bundle, engine: str, threads: int | None) -> AbstractContextManager[Denoiser]:
     from admtrt.contract import Precision
+    from admtrt.runtime.backends.registry import check_request
 
     known: tuple[Precision, ...] = get_args(Precision)
     chosen = next((name for name in known if name == engine), None)
     if chosen is None:
         raise RequestError(f"--engine {engine!r} is unknown; expected {', '.join(known)}")
+    check_request("onnxruntime", "fp32", threads)
     require("onnx", "onnxscript", extra="export", purpose="Emulating engine graphs")
     from admtrt.verify.emulation import emulated
 

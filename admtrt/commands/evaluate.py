@@ -16,6 +16,7 @@ from admtrt.commands.options import (
     Threads,
     UnetPreset,
     UnetSet,
+    steps_option,
 )
 from admtrt.commands.requirements import require
 from admtrt.console import Output, progress, table
@@ -61,7 +62,7 @@ def nll(
         ),
     ] = None,
     images: Annotated[int | None, typer.Option(help="Images to take at random; all where left out.")] = None,
-    steps: Annotated[str, typer.Option(help="Fewer steps, e.g. 250; all where left out.")] = "",
+    steps: Annotated[str | None, steps_option("Fewer steps, e.g. 250; all where left out.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the choice of images.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
@@ -105,7 +106,8 @@ def nll(
     else:
         assert unet is not None
         judged = _from_checkpoint(unet, unet_preset, unet_set or (), settings, output)
-    length = len(retained_timesteps(judged.diffusion.steps, steps))  # refuses an impossible respacing now
+    respacing = steps or ""
+    length = len(retained_timesteps(judged.diffusion.steps, respacing))  # refuses an impossible respacing now
     data_config = _data_config(data, config, judged.config)
     chosen = load_images(data_config, judged.config, judged.class_names)
     with progress("evaluating", (len(chosen) if images is None else images) * length) as advance:
@@ -115,7 +117,7 @@ def nll(
             judged.diffusion,
             chosen,
             count=images,
-            steps=steps,
+            steps=respacing,
             batch_size=batch_size,
             seed=seed,
             report=lambda count: advance(count, ""),

@@ -7,7 +7,14 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
-from admtrt.commands.options import ClassifierPreset, ClassifierSet, SettingsFile, UnetPreset, UnetSet
+from admtrt.commands.options import (
+    ClassifierPreset,
+    ClassifierSet,
+    SettingsFile,
+    UnetPreset,
+    UnetSet,
+    steps_option,
+)
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
 from admtrt.errors import RequestError
@@ -32,7 +39,7 @@ def export(
     unet_set: UnetSet = None,
     classifier_set: ClassifierSet = None,
     method: Annotated[str | None, typer.Option(help="Recommended sampler: ddpm or ddim.")] = None,
-    steps: Annotated[str | None, typer.Option(help="Recommended steps, e.g. 250 or ddim25.")] = None,
+    steps: Annotated[str | None, steps_option("Recommended steps, e.g. 250 or ddim25.")] = None,
     scale: Annotated[float | None, typer.Option(help="Recommended guidance scale.")] = None,
     engine: Annotated[
         list[str] | None,
@@ -132,10 +139,8 @@ def show_bundle(bundle: Bundle, output: Output) -> None:
         for name, graph in graphs.items()
     ]
     size = sum(entry.size for entry in manifest.files.values())
-    sampler = manifest.sampler
     text = (
-        f"recommended: {sampler.method}, steps {sampler.steps or manifest.diffusion.steps}, "
-        f"scale {sampler.scale:g}; "
+        f"recommended: {manifest.recommendation}; "
         f"classes: {manifest.num_classes or 'none'}; {len(manifest.files)} files, {size / 2**20:.1f} MiB"
     )
     columns = ("graph", "inputs", "outputs", "type", "nodes")

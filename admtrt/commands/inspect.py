@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from admtrt.console import Output, table
+from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -39,10 +40,12 @@ def inspect(
     from admtrt.runtime.trt.layers import plan_layers
 
     opened = Bundle.open(bundle)
+    if cache is not None and not cache.is_dir():
+        raise RequestError(f"{cache} is no folder of plans", hint="Make plans with: admtrt build --cache")
     store = PlanStore.of(opened, cache)
     records, faults = store.records()
     listed = None if layers is None else plan_layers(opened, store, _chosen(records, layers))
-    plans = [(record, is_current(record, opened)) for record in records]
+    plans = [(record, is_current(record, opened), store.fault(record)) for record in records]
     manifest, forms = opened.manifest, _forms(opened)
     data: dict[str, Any] = {
         "bundle": str(opened.path),
@@ -53,8 +56,14 @@ def inspect(
             for name, entry in graphs.items()
         ],
         "plans": [
-            {"key": record.key.digest, "runs_on": record.runs_on, "current": current, **record.to_dict()}
-            for record, current in plans
+            {
+                "key": record.key.digest,
+                "runs_on": record.runs_on,
+                "current": current,
+                "fault": fault,
+                **record.to_dict(),
+            }
+            for record, current, fault in plans
         ],
     }
     output = Output(json=json)
@@ -74,8 +83,6 @@ def _chosen(records: Sequence[PlanRecord], beginning: str) -> PlanRecord:
     Raises:
         RequestError: if there is none, or there are several.
     """
-    from admtrt.errors import RequestError
-
     found = [record for record in records if record.key.digest.startswith(beginning)]
     if len(found) == 1:
         return found[0]
@@ -121,7 +128,7 @@ def _bytes(bundle: Bundle, entry: GraphEntry) -> int:
 def _shown(
     bundle: Bundle,
     forms: Mapping[str, Mapping[GraphName, GraphEntry]],
-    plans: Sequence[tuple[PlanRecord, bool]],
+    plans: Sequence[tuple[PlanRecord, bool, str]],
 ) -> list[RenderableType]:
     manifest = bundle.manifest
     tensors = [
@@ -137,29 +144,33 @@ def _shown(
         for form, entries in forms.items()
         for name, graph in entries.items()
     ]
-    sampler = manifest.sampler
     size = sum(entry.size for entry in manifest.files.values())
     return [
         table(str(bundle.path), ("graph", "inputs", "outputs"), tensors),
         table("forms", ("graph", "form", "opset", "nodes", "size"), graphs),
         *([_plan_table(plans)] if plans else ["no plans; build them with: admtrt build"]),
-        f"recommended: {sampler.method}, steps {sampler.steps or manifest.diffusion.steps}, "
-        f"scale {sampler.scale:g}; classes: {manifest.num_classes or 'none'}; "
+        f"recommended: {manifest.recommendation}; classes: {manifest.num_classes or 'none'}; "
         f"{len(manifest.files)} files, {_size(size)}",
     ]
 
 
-def _plan_table(plans: Sequence[tuple[PlanRecord, bool]]) -> RenderableType:
+def _plan_table(plans: Sequence[tuple[PlanRecord, bool, str]]) -> RenderableType:
     rows = [
         [
             record.key.graph,
             record.key.precision,
             ", ".join(str(profile) for profile in record.key.options.profiles),
             _size(record.plan.size),
-            record.runs_on if current else f"{record.runs_on}; of another graph, never used here",
+            "; ".join(
+                [
+                    record.runs_on,
+                    *([] if current else ["of another graph, never used here"]),
+                    *([f"not usable: {fault}"] if fault else []),
+                ]
+            ),
             record.key.digest[:12],
         ]
-        for record, current in plans
+        for record, current, fault in plans
     ]
     return table("plans", ("graph", "precision", "batches", "size", "runs on", "plan"), rows)
 

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+
+def _not_empty(text: str | None) -> str | None:
+    """An unset shell variable would mean every step of the process."""
+    if text is not None and not text.strip():
+        raise typer.BadParameter("it is empty; leave it out, or give a number of steps")
+    return text
+
+
+def steps_option(help_text: str) -> Any:
+    """An option for a number of steps or a respacing."""
+    return typer.Option(help=help_text, callback=_not_empty)
+
 
 UnetPreset = Annotated[
     str | None,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads
+from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.console import Output, progress
 from admtrt.errors import RequestError
 
@@ -36,7 +36,7 @@ def sample(
         str | None, typer.Option(help="Classes by number or name, e.g. 0,3,7; or with counts, e.g. 0:10,3:5.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; each further one has the next.")] = 0,
-    steps: Annotated[str | None, typer.Option(help="E.g. 250, ddim25 or 90,60,60,20,20.")] = None,
+    steps: Annotated[str | None, steps_option("E.g. 250, ddim25 or 90,60,60,20,20.")] = None,
     method: Annotated[str | None, typer.Option(help="ddpm or ddim; ddim where steps is ddimN.")] = None,
     scale: Annotated[float | None, typer.Option(help="Guidance scale; 0 = unguided.")] = None,
     eta: Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")] = None,
@@ -57,7 +57,7 @@ def sample(
         typer.Option(metavar="BUNDLE", help="Enlarge the samples with this upsampler: a second stage."),
     ] = None,
     upsample_steps: Annotated[
-        str | None, typer.Option(help="Steps of the second stage; its bundle's own where left out.")
+        str | None, steps_option("Steps of the second stage; its bundle's own where left out.")
     ] = None,
     upsample_scale: Annotated[
         float | None, typer.Option(help="Guidance scale of the second stage; 0 where left out.")
@@ -115,6 +115,7 @@ def sample(
         guidance_interval=interval,
     )
     small = None if low_res is None else _SmallImages.read(low_res)
+    pipeline.check_low_res(None if small is None else small.images[:1])
     if small is not None and num not in (None, len(small)):
         raise RequestError(f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out.")
     labels = _labels(classes, num, small, pipeline, sampler)
@@ -311,13 +312,19 @@ class _SmallImages:
 
         try:
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-                images = archive["arr_0"]
+                held = list(archive)
+                images = archive["arr_0"] if "arr_0" in held else None
                 labels = archive.get("arr_1")
         except Exception as error:  # arbitrary bytes make the reader fail in any way
             raise RequestError(
                 f"cannot read {path} as .npz with arr_0: {reading_fault(error)}",
                 hint="Give the samples.npz of a run, or a file that np.savez wrote.",
             ) from None
+        if images is None:
+            raise RequestError(
+                f"{path} has no arr_0; it has {', '.join(held) or 'nothing'}",
+                hint="Give the samples.npz of a run, or a file that np.savez wrote.",
+            )
         if images.dtype != np.uint8 or images.ndim != 4:
             raise RequestError(
                 f"{path}: arr_0 is {images.dtype} {list(images.shape)}; expected uint8 [N, H, W, C]"

@@ -19,6 +19,7 @@ from admtrt.commands.options import (
 )
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
+from admtrt.files import check_place
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -38,7 +39,10 @@ def verify(
     config: SettingsFile = None,
     unet_set: UnetSet = None,
     classifier_set: ClassifierSet = None,
-    steps: Annotated[int, typer.Option(help="Steps of the compared trajectories.")] = 10,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="Steps of the compared trajectories. Default: 10, or all of a shorter process."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the inputs and the noise.")] = 0,
     backend: BackendName = "onnxruntime",
     threads: Threads = None,
@@ -69,13 +73,14 @@ def verify(
     from admtrt.verify.stages import verify_bundle
 
     if plot is not None:
-        require_plotting()
+        require_plotting(plot)
     check_request(backend, "fp32", threads, cache)
     recorder = None
     if polygraphy is not None:
         require("polygraphy", extra="debug", purpose="--polygraphy")
         from admtrt.verify.record import Recorder
 
+        check_place(polygraphy, folder=True)
         recorder = Recorder(polygraphy)
     output = Output(json=json)
     opened = Bundle.open(bundle, memo=False)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from admtrt.errors import ExportError
+from admtrt.runtime.backends.onnxruntime import import_onnxruntime
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -34,8 +35,7 @@ def check_against_autograd(path: Path, scalar: nn.Module, inputs: Mapping[str, T
     Raises:
         ExportError: if ONNX Runtime refuses the graph, or the two differ.
     """
-    import onnxruntime
-
+    onnxruntime = import_onnxruntime(extra="cpu", purpose="The check beside autograd")
     given = _disturbed(inputs)
     leaf = given[wrt].requires_grad_()
     with torch.enable_grad():

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from admtrt import __version__
-from admtrt.bundle import Bundle, GraphEntry, check_networks, write_bundle
+from admtrt.bundle import Bundle, GraphEntry, write_bundle
 from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs
-from admtrt.errors import CheckpointError, ExportError
+from admtrt.errors import ExportError
 from admtrt.export.check import check_graph, rtx_parser_errors
 from admtrt.export.cpu_form import cpu_form
 from admtrt.export.engine_form import engine_form
@@ -19,6 +19,7 @@ from admtrt.export.graphs import EXAMPLE_BATCH, classifier_gradient_graph, unet_
 from admtrt.export.precision import DEFAULT_ISLANDS, Island, lower
 from admtrt.export.write import write_graph
 from admtrt.models.classifier import Classifier
+from admtrt.models.pair import check_pair
 from admtrt.models.unet import UNet
 
 if TYPE_CHECKING:
@@ -70,12 +71,7 @@ def bundle_from_checkpoints(
     generator = unet.module
     guide = None if classifier is None else classifier.module
     assert guide is None or isinstance(guide, Classifier)
-    try:
-        check_networks(generator.config, None if guide is None else guide.config, unet.config.diffusion)
-    except ValueError as error:
-        raise CheckpointError(str(error), hint="Export networks that were trained for each other.") from None
-    if classifier is not None and classifier.config.diffusion != unet.config.diffusion:
-        _check_same_process(unet, classifier)
+    check_pair(unet.config, None if classifier is None else classifier.config)
     recommended = sampler or unet.config.sampler
     specs = bundle_specs(generator.config, None if guide is None else guide.config)
 
@@ -148,17 +144,6 @@ def _written(model: ir.Model, directory: Path, name: str, spec: GraphSpec) -> Gr
     if errors:
         raise ExportError(f"{name}: the TensorRT parser rejects the graph: {'; '.join(errors)}")
     return GraphEntry(file=name, spec=spec, opset=model.opset_imports[""], nodes=len(model.graph))
-
-
-def _check_same_process(unet: LoadedNetwork, classifier: LoadedNetwork) -> None:
-    """The two may differ in what the UNet predicts, but not in the noise that they were trained on."""
-    for field in ("steps", "schedule", "rescale_timesteps"):
-        ours, theirs = getattr(unet.config.diffusion, field), getattr(classifier.config.diffusion, field)
-        if ours != theirs:
-            raise CheckpointError(
-                f"the UNet was trained with diffusion.{field} = {ours!r}, the classifier with {theirs!r}",
-                hint="Train the classifier on the UNet's noise: with the same [diffusion] section.",
-            )
 
 
 def _versions() -> dict[str, str]:

@@ -186,6 +186,7 @@ def _identity(pipeline: Pipeline, request: BulkRequest) -> dict[str, Any]:
         "first_seed": request.first_seed,
         "sampler": request.sampler.to_dict(),
         "shard_size": request.shard_size,
+        "computed": pipeline.computed,
         "low_res": None if request.low_res is None else _digest(request.low_res),
     }
 

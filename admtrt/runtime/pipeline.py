@@ -102,11 +102,13 @@ class Pipeline:
     Args:
         bundle: a verified bundle.
         denoiser: its graphs on some backend; they may come from elsewhere, for instance PyTorch.
+        computed: what computes them, for the record of long runs.
     """
 
-    def __init__(self, bundle: Bundle, denoiser: Denoiser) -> None:
+    def __init__(self, bundle: Bundle, denoiser: Denoiser, *, computed: str = "") -> None:
         self.bundle = bundle
         self.denoiser = denoiser
+        self.computed = computed
 
     @classmethod
     def from_bundle(
@@ -147,7 +149,7 @@ class Pipeline:
             note=note,
             chosen=chosen,
         )
-        return cls(bundle, denoiser)
+        return cls(bundle, denoiser, computed=f"{backend}, {precision}")
 
     def __call__(
         self,
@@ -287,8 +289,15 @@ class Pipeline:
         """
         config = self.bundle.manifest.unet
         if (low_res is None) != (config.low_res_size is None):
-            expected = "is an upsampler and needs low_res images" if low_res is None else "is no upsampler"
-            raise RequestError(f"{self.bundle.path} {expected}")
+            if low_res is not None:
+                raise RequestError(
+                    f"{self.bundle.path} is no upsampler, but low_res images were given",
+                    hint="Leave them out.",
+                )
+            raise RequestError(
+                f"{self.bundle.path} is an upsampler and needs low_res images",
+                hint="Give them (--low-res FILE.npz), or draw the small images in one go with --upsample.",
+            )
         if low_res is None or config.low_res_size is None:
             return None
         size, channels = config.low_res_size, config.in_channels
@@ -346,7 +355,8 @@ class Pipeline:
         if not np.isfinite(slots.x).all():
             raise RequestError(
                 f"sampling gave values that are not finite (scale {sampler.scale}, steps {sampler.steps!r})",
-                hint="Use a smaller scale or more steps.",
+                hint="Use a smaller scale or more steps; if that does not help, the weights are at fault: "
+                "admtrt verify.",
             )
         return slots.x
 

@@ -69,13 +69,19 @@ class TwoStage:
         backend: str = "onnxruntime",
         precision: Precision = "fp32",
         threads: int | None = None,
+        plans: Path | None = None,
         batch_size: int = 1,
     ) -> Self:
         """Open both bundles as :meth:`Pipeline.from_bundle` does."""
 
         def opened(path: str | Path) -> Pipeline:
             return Pipeline.from_bundle(
-                path, backend=backend, precision=precision, threads=threads, batch_size=batch_size
+                path,
+                backend=backend,
+                precision=precision,
+                threads=threads,
+                plans=plans,
+                batch_size=batch_size,
             )
 
         return cls(opened(low), opened(high))

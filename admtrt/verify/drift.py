@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from admtrt.errors import AdmtrtError
 from admtrt.runtime.pipeline import Pipeline, consecutive_seeds
 from admtrt.runtime.sampler import advance, hold, start_slots
 from admtrt.schedule import sampling_schedule
@@ -115,12 +116,13 @@ def measure_drift(
 
     Raises:
         RequestError: if the steps, the seed or a number is out of range.
+        AdmtrtError: if either side gives values that are not finite, naming the graph and the timestep.
     """
     sampler = Pipeline(bundle, reference).sampler(steps=steps)
     schedule = sampling_schedule(bundle.manifest.diffusion, sampler)
     seeds = list(consecutive_seeds(seed, images))
     inputs = Inputs(bundle.manifest, seed)
-    paired = _Paired(reference, measured)
+    paired = _Paired(reference, measured, schedule)
     drifts: list[Values] = []
     psnr: list[Values] = []
     levels = 0.0
@@ -167,6 +169,7 @@ def _drifts(
             advance(exact, paired)
             held.advance()
             held.read()
+            _check_finite(other.x, "x_t of the measured trajectory", exact.schedules[0], paired.step)
             yield _relative(other.x, exact.x)
             report(len(exact))
 
@@ -179,9 +182,10 @@ class _Paired:
         errors: by graph and step, the relative error and the cosine of samples, float64 [2, N] each.
     """
 
-    def __init__(self, reference: Denoiser, measured: Denoiser) -> None:
+    def __init__(self, reference: Denoiser, measured: Denoiser, schedule: SamplingSchedule) -> None:
         self._reference = reference
         self._measured = measured
+        self._schedule = schedule
         self.step = 0
         self.errors: dict[str, dict[int, list[Values]]] = {}
 
@@ -203,9 +207,21 @@ class _Paired:
         return self._reference.update(x, out, grad, noise, coefficients)
 
     def _note(self, graph: str, exact: Images, other: Images) -> Images:
+        for side, values in (("in fp32 on ONNX Runtime", exact), ("as measured", other)):
+            _check_finite(values, f"graph '{graph}' {side}", self._schedule, self.step)
         found = np.stack([_relative(other, exact), _cosine(other, exact)])
         self.errors.setdefault(graph, {}).setdefault(self.step, []).append(found)
         return exact
+
+
+def _check_finite(values: Images, what: str, schedule: SamplingSchedule, step: int) -> None:
+    wrong = len(values) - int(np.isfinite(_rows(values)).all(axis=1).sum())
+    if wrong:
+        raise AdmtrtError(
+            f"{what} gives values that are not finite for {wrong} of {len(values)} samples at timestep "
+            f"{int(schedule.timesteps[step])}",
+            hint="In fp16 numbers end at 65504: keep more in float32 (admtrt export --fp32), or use bf16.",
+        )
 
 
 def _by_timestep(

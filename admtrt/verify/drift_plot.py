@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from admtrt.files import atomic_file
-from admtrt.verify.plot import require_plotting
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -19,10 +18,8 @@ def plot_precision_drift(report: DriftReport, title: str, path: Path) -> None:
     """Write a PNG: mean and largest error of x_t after each step; of each graph by range of timesteps.
 
     Raises:
-        MissingDependencyError: if matplotlib is not installed.
         OutputError: if the file cannot be written.
     """
-    require_plotting()
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")

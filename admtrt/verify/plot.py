@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from admtrt.errors import MissingDependencyError
-from admtrt.files import atomic_file
+from admtrt.errors import MissingDependencyError, OutputError
+from admtrt.files import atomic_file, check_place
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -15,12 +15,16 @@ if TYPE_CHECKING:
 _FLOOR = 1e-9  # equal values have no place on a logarithmic axis
 
 
-def require_plotting() -> None:
-    """Make sure that :func:`plot_drift` can draw, before minutes are spent.
+def require_plotting(path: Path) -> None:
+    """Make sure that a plot can be drawn and written, before minutes are spent.
 
     Raises:
         MissingDependencyError: if matplotlib is not installed.
+        OutputError: if the place cannot be written, or its name is no picture's.
     """
+    if path.suffix.lower() != ".png":
+        raise OutputError(f"{path}: a plot is a PNG", hint="Name a file that ends in .png.")
+    check_place(path)
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
@@ -31,10 +35,8 @@ def plot_drift(report: VerificationReport, path: Path) -> None:
     """Write a PNG: the error of x_t after each step, for each sampler, with the tolerances.
 
     Raises:
-        MissingDependencyError: if matplotlib is not installed.
         OutputError: if the file cannot be written.
     """
-    require_plotting()
     from matplotlib.figure import Figure
 
     # A figure of its own, without pyplot: no display, no global state.

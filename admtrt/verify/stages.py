@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     Record = Callable[[GraphName, Mapping[str, Any], Mapping[str, Images]], None]
 
-DEFAULT_STEPS = 10
+_STEPS = 10
 _TRAJECTORIES = ("ddpm", "ddim")
 
 
@@ -45,7 +45,7 @@ def verify_bundle(
     unet: LoadedNetwork,
     classifier: LoadedNetwork | None,
     *,
-    steps: int = DEFAULT_STEPS,
+    steps: int | None = None,
     seed: int = 0,
     backend: str = "onnxruntime",
     threads: int | None = None,
@@ -60,7 +60,7 @@ def verify_bundle(
         bundle: a verified bundle.
         unet: the generator that it was exported from.
         classifier: its noisy classifier, if and only if the bundle has one.
-        steps: of the respaced process; a process that is shorter is taken whole.
+        steps: of the respaced process; None for 10, or all of a shorter process.
         seed: of all inputs and noise.
         backend, threads, plans: as for :func:`~admtrt.runtime.backends.registry.open_denoiser`, in fp32.
         report: called with the name of each stage as it starts.
@@ -77,8 +77,9 @@ def verify_bundle(
     seeds = list(consecutive_seeds(seed, max(BATCHES)))
     reference = Reference(unet, classifier)
     # Both sides are as long then, even where the manifest tells of another process.
-    steps = min(steps, bundle.manifest.diffusion.steps, reference.diffusion.steps)
-    retained_timesteps(bundle.manifest.diffusion.steps, str(steps))  # refuses an impossible number now
+    longest = min(bundle.manifest.diffusion.steps, reference.diffusion.steps)
+    steps = min(_STEPS, longest) if steps is None else steps
+    retained_timesteps(longest, str(steps))  # refuses an impossible number now
     report("sessions")
     sessions = "sessions of the graphs"
     try:

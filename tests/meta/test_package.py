@@ -64,7 +64,7 @@ def test_the_metadata(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         metadata = archive.read(f"{folder}/METADATA").decode().splitlines()
         entry_points = archive.read(f"{folder}/entry_points.txt").decode()
-    assert "admtrt = admtrt.cli:main" in entry_points
+    assert "admtrt = admtrt.__main__:main" in entry_points
     assert f"Version: {admtrt.__version__}" in metadata
     assert f"Requires-Python: {project['requires-python']}" in metadata
     extras = {line.removeprefix("Provides-Extra: ") for line in metadata if line.startswith("Provides-Extra")}

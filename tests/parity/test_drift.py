@@ -14,6 +14,7 @@ from onnx_graphs import run as run_graph
 from typed_bundles import typed_bundle
 
 from admtrt.cli import run
+from admtrt.errors import AdmtrtError
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.verify.drift import BINS, EQUAL_PSNR, measure_drift
 from admtrt.verify.emulation import emulate, emulated
@@ -87,6 +88,16 @@ def test_the_images_errors_follow_the_graphs() -> None:
     large, small = (against(Altered(factor=1 + error)) for error in (1e-3, 1e-4))
     assert small.steps[0].mean_error == pytest.approx(large.steps[0].mean_error / 10, rel=0.05)
     assert small.mean_psnr - large.mean_psnr == pytest.approx(20, abs=2)
+
+
+@pytest.mark.parametrize("factor", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_no_result(factor: float) -> None:
+    with pytest.raises(
+        AdmtrtError, match="graph 'unet' as measured gives values that are not finite"
+    ) as info:
+        against(Altered(factor=factor))
+    assert info.value.exit_code == 1
+    assert "for 2 of 2 samples at timestep 999" in info.value.message
 
 
 def test_batches_change_nothing() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -147,6 +149,19 @@ def test_a_composite_runs_each_graph_where_it_belongs() -> None:
     assert both.classifier_gradient(1, 2, 3) == ("b", "classifier_gradient", {"x": 1, "t": 2, "y": 3})
     x_prev, _ = both.update(1, 2, 3, 4, 5)
     assert x_prev == ("a", "update", {"x": 1, "out": 2, "grad": 3, "noise": 4, "coefficients": 5})
+
+
+def test_onnx_runtime_tells_nobody_that_it_runs(tmp_path: Path) -> None:
+    """It would keep a number of this machine in the cache folder, to be sent home."""
+    code = (
+        "from admtrt.runtime.backends.onnxruntime import import_onnxruntime as get; get(extra='', purpose='')"
+    )
+    for given, kept in (({}, False), ({"ORT_DISABLE_TELEMETRY": "0"}, True)):
+        cache = tmp_path / str(kept)
+        subprocess.run(
+            [sys.executable, "-c", code], check=True, env=os.environ | {"XDG_CACHE_HOME": str(cache)} | given
+        )
+        assert cache.exists() == kept
 
 
 class Library(SimpleNamespace):

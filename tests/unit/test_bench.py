@@ -113,7 +113,7 @@ def test_an_object_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 def test_an_object_that_cannot_be_made(tmp_path: Path) -> None:
-    with pytest.raises(RemoteError, match=r"^start is -1 Begin at 0\.$"):
+    with pytest.raises(RemoteError, match=r"^start is -1\. Begin at 0\.$"):
         Remote(Counter, -1, log=tmp_path / "log")
 
 

@@ -214,6 +214,18 @@ def test_another_runs_shards_are_refused(
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 
 
+def test_another_backends_shards_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
+    """A run is of one precision and backend, or the record of what computed it is wrong."""
+
+    def on(computed: str) -> Pipeline:
+        return Pipeline(pipeline.bundle, pipeline.denoiser, computed=computed)
+
+    draw(on("onnxruntime, fp32"), request(), tmp_path / "run", ["npz"])
+    draw(on("onnxruntime, fp32"), request(), tmp_path / "run", ["grid"])
+    with pytest.raises(OutputError, match="computed is 'onnxruntime, fp32' there and 'openvino, bf16' now"):
+        draw(on("openvino, bf16"), request(), tmp_path / "run", ["npz"])
+
+
 def test_another_bundles_shards_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
     draw(pipeline, request(), tmp_path / "run", ["npz"])
     other = Pipeline(sham_bundle(tmp_path / "other", made_with={"torch": "9"}), Echo())

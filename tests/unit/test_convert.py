@@ -16,7 +16,7 @@ from torch import Tensor
 
 from admtrt.cli import run
 from admtrt.commands.checkpoints import Description, identify_checkpoint, load_pair, parse_settings
-from admtrt.errors import CheckpointError, ConfigError
+from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.models.checkpoint import (
     PREFIX_KEY,
     convert_checkpoint,
@@ -317,6 +317,12 @@ def test_each_file_of_a_pair_has_its_own_settings(tmp_path: Path) -> None:
     pair: dict[str, Any] = {"unet_preset": None, "classifier_preset": None, "config": None}
     pair["unet_set"] = options_of(UNET)[1::2]
     unet, none = load_pair(tmp_path / "unet.pt", None, **pair)
+    for alone in ({"classifier_preset": "64x64_classifier"}, {"classifier_set": ["image_size=8"]}):
+        with pytest.raises(RequestError, match="describe a classifier, and none was given"):
+            load_pair(tmp_path / "unet.pt", None, **(pair | alone))
+    unused = {"config": tmp_path / "some.toml", "unet_preset": "64x64_diffusion"}
+    with pytest.raises(RequestError, match="says nothing that is asked for"):
+        load_pair(tmp_path / "unet.pt", None, **(pair | unused))
     assert (unet.config.network, none) == (UNET.network, None)
     with pytest.raises(CheckpointError, match="do not tell") as caught:
         load_pair(tmp_path / "unet.pt", tmp_path / "classifier.pt", **pair)
@@ -328,8 +334,9 @@ def test_each_file_of_a_pair_has_its_own_settings(tmp_path: Path) -> None:
     assert {value.dtype for value in classifier.module.state_dict().values()} == {torch.float32}
     with pytest.raises(CheckpointError, match="kind 'unet'; expected 'classifier'"):
         load_pair(tmp_path / "unet.pt", tmp_path / "unet.pt", **(pair | {"classifier_set": pair["unet_set"]}))
+    swapped = {"unet_set": pair["classifier_set"], "classifier_set": ()}
     with pytest.raises(CheckpointError, match="kind 'classifier'; expected 'unet' or 'upsampler'"):
-        load_pair(tmp_path / "classifier.pt", None, **(pair | {"unet_set": pair["classifier_set"]}))
+        load_pair(tmp_path / "classifier.pt", None, **(pair | swapped))
 
 
 def test_what_was_assumed_is_said(tmp_path: Path) -> None:

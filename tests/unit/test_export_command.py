@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from bundles import UNET, network, pipeline
+from bundles import CLASSIFIER, UNET, network, pipeline
 
 from admtrt.cli import run
-from admtrt.config import ClassifierConfig
-from admtrt.errors import ConfigError
+from admtrt.config import ClassifierConfig, SamplerConfig, UNetConfig
+from admtrt.errors import CheckpointError, ConfigError
+from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import save_checkpoint
 
 HEADS = {
@@ -28,6 +29,43 @@ def test_scale_without_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert code == 2
     assert "--scale 2 recommends guidance without a --classifier" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
+
+
+def test_a_classifier_of_other_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    unet = network(
+        UNetConfig.from_dict(UNET.to_dict() | {"num_classes": 3}), class_names=("ant", "bee", "cat")
+    )
+    guide = network(CLASSIFIER, class_names=("bee", "ant", "cat"))
+    for name, loaded in (("unet", unet), ("classifier", guide)):
+        save_checkpoint(tmp_path / f"{name}.safetensors", loaded.module.state_dict(), loaded.config)
+    files = [str(tmp_path / f"{name}.safetensors") for name in ("unet", "classifier")]
+    assert run(["export", files[0], "--classifier", files[1], "--out", str(tmp_path / "b")]) == 2
+    said = capsys.readouterr().err
+    assert (
+        "do not belong together: the UNet's classes are ant, bee, cat; the classifier's are bee, ant" in said
+    )
+    with pytest.raises(CheckpointError, match="the UNet's classes are"):
+        bundle_from_checkpoints(unet, guide, tmp_path / "b")
+    assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize("command", ["sample", "export", "drift", "evaluate"])
+def test_steps_that_are_empty(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """An unset variable of a shell would mean every step of the process."""
+    given = [command, *(["nll"] if command == "evaluate" else ["x"]), "--steps", ""]
+    assert run([*given, *(["--out", "y"] if command in ("sample", "export") else [])]) == 2
+    assert "it is empty" in capsys.readouterr().err
+
+
+def test_the_recommendation_is_shown_whole() -> None:
+    manifest = pipeline("guided").bundle.manifest
+    assert manifest.recommendation == "ddpm, steps 5, scale 2"
+    chosen = SamplerConfig(
+        method="ddim", steps="", scale=1.5, eta=0.5, clip=False, guidance_interval=(0.3, 3)
+    )
+    assert manifest.model_copy(update={"sampler": chosen}).recommendation == (
+        "ddim, steps 1000, scale 1.5 at noise levels from 0.3 to 3, eta 0.5, x_0 not clipped"
+    )
 
 
 @pytest.mark.parametrize(("name", "guided"), [("guided", True), ("upsampler", False)])

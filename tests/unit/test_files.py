@@ -14,7 +14,7 @@ import pytest
 import admtrt
 from admtrt import files
 from admtrt.errors import OutputError
-from admtrt.files import atomic_directory, atomic_file, sha256_of
+from admtrt.files import atomic_directory, atomic_file, check_place, sha256_of
 
 KILLED_AT_EVERY_EVENT = """
 import os, signal, sys
@@ -287,6 +287,16 @@ def test_a_link_to_a_directory_stays_a_link(old: Path) -> None:
     assert link.is_symlink()
     assert names(old) == ["new"]
     assert names(old.parent) == ["link", "target"]
+
+
+def test_places_are_looked_at_before_the_work(tmp_path: Path) -> None:
+    check_place(tmp_path / "new" / "file")
+    check_place(tmp_path / "other" / "folder", folder=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "other"]
+    (tmp_path / "file").touch()
+    for path, folder in ((tmp_path / "file" / "x", False), (tmp_path / "file", True), (tmp_path, False)):
+        with pytest.raises(OutputError, match="cannot write"):
+            check_place(path, folder=folder)
 
 
 def test_sha256(tmp_path: Path) -> None:

@@ -97,6 +97,30 @@ def test_layers_of_a_plan(
     assert "last of log_prob" in capsys.readouterr().out
 
 
+def test_plans_that_cannot_be_used_are_shown_as_such(
+    rig: Rig, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for record in rig.store.records()[0]:
+        file = rig.store.path(record.key)
+        if record.key.graph == "unet":
+            file.write_bytes(file.read_bytes()[:10])
+        elif record.key.graph == "update":
+            file.unlink()
+    (rig.folder / f"{'0' * 64}.json").write_text("{}")
+    code, found, said = command(capsys, "inspect", rig.bundle.path, "--cache", rig.folder, "--json")
+    assert code == 0
+    faults = {plan["key"]["graph"]: plan["fault"] for plan in found["plans"]}
+    assert "has 10 bytes, its record says" in faults["unet"]
+    assert "cannot read the plan" in faults["update"]
+    assert faults["classifier_gradient"] == ""
+    assert f"{'0' * 64}.json" in said
+    assert run(["inspect", str(rig.bundle.path), "--cache", str(rig.folder)]) == 0
+    assert "usable" in capsys.readouterr().out  # a narrow column may break the line before it
+    code, _, said = command(capsys, "inspect", rig.bundle.path, "--cache", tmp_path / "absent")
+    assert code == 2
+    assert "is no folder of plans" in said
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from bundles import exported_bundle, sham_bundle
 
 import admtrt
@@ -156,12 +157,13 @@ def test_a_run_killed_at_file_operations_can_always_go_on(tmp_path: Path) -> Non
 HEARS_INTERRUPTS = """
 import signal
 signal.signal(signal.SIGINT, signal.default_int_handler)
-from admtrt.cli import main
+from admtrt.__main__ import main
 main()
 """
 
 
-def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_says_how_to_go_on(number: signal.Signals, tmp_path: Path) -> None:
     bundle, out = exported_bundle("guided"), tmp_path / "run"
     arguments = command(bundle, out)[3:]  # without python -m admtrt
     with subprocess.Popen(
@@ -174,11 +176,11 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
         while not finished(out):
             assert process.poll() is None
             time.sleep(0.001)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         shown, complaint = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
     assert shown == ""
     assert complaint.startswith("error: interrupted\n")
-    assert "goes on from there" in complaint
+    assert "sampling goes on with the same command" in complaint
     assert "Traceback" not in complaint
     assert finish(bundle, out)["continued_from"] >= SHARD

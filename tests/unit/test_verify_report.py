@@ -16,7 +16,7 @@ from admtrt.errors import MissingDependencyError, OutputError
 from admtrt.schedule import process_from_config
 from admtrt.verify.checked import GraphRunError, _check_values
 from admtrt.verify.inputs import BATCHES, chosen_steps, step_batches
-from admtrt.verify.plot import plot_drift
+from admtrt.verify.plot import plot_drift, require_plotting
 from admtrt.verify.report import Place, Row, Tally, VerificationReport, sample_errors
 from admtrt.verify.tolerances import TOLERANCES, amplifies, judged_by_float64
 
@@ -172,6 +172,19 @@ def test_plot(tmp_path: Path) -> None:
 
 
 def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    require_plotting(tmp_path / "drift.PNG")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(MissingDependencyError, match=r"admtrt\[plot\]"):
-        plot_drift(report(), tmp_path / "drift.png")
+        require_plotting(tmp_path / "drift.png")
+
+
+def test_places_of_a_plot_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+    for name, message in (
+        ("drift.jpg", "a plot is a PNG"),
+        ("file/drift.png", "cannot write"),
+        ("folder.png", "it is a folder"),
+    ):
+        with pytest.raises(OutputError, match=message):
+            require_plotting(tmp_path / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import BundleError, MissingDependencyError
@@ -71,11 +72,12 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
 
 
 def import_onnxruntime(*, extra: str, purpose: str) -> Any:
-    """The library.
+    """The library, which is kept from telling its maker that it runs, unless the environment says otherwise.
 
     Raises:
         MissingDependencyError: if it is not installed.
     """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError:

@@ -44,7 +44,7 @@ class BatchProfile(Config):
             EngineError: if it is neither.
             ConfigError: if the sizes are out of range or order.
         """
-        match = re.fullmatch(r"(\d{1,9})(?::(\d{1,9}):(\d{1,9}))?", text, re.ASCII)
+        match = re.fullmatch(r"(\d{1,18})(?::(\d{1,18}):(\d{1,18}))?", text, re.ASCII)
         if match is None:
             raise EngineError(
                 f"batch {text!r} is neither a size nor smallest:best:largest", hint="Write e.g. 1:4:16."
@@ -88,9 +88,9 @@ class BuildOptions(Config):
             raise ValueError(
                 "refit and strip exclude each other: a stripped plan takes back its own weights only"
             )
-        for what, values in (("profiles", self.profiles), ("targets", self.targets)):
+        for option, values in (("--batch", self.profiles), ("--target", self.targets)):
             if len(set(values)) != len(values):
-                raise ValueError(f"{what} are given twice")
+                raise ValueError(f"one {option} is given twice")
         return self
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,7 +19,7 @@ from admtrt.bundle import FileEntry
 from admtrt.config import Config
 from admtrt.contract import GraphName, Precision
 from admtrt.errors import ConfigError, OutputError, PlanError
-from admtrt.files import atomic_file, sha256_of
+from admtrt.files import atomic_file, check_place, sha256_of
 from admtrt.runtime.engines.library import Flavor
 from admtrt.runtime.engines.options import BuildOptions
 from admtrt.runtime.engines.report import FusionReport
@@ -136,12 +135,9 @@ class PlanStore:
             OutputError: if it cannot be made or written.
         """
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            fault = "" if os.access(self.root, os.W_OK | os.X_OK) else "Permission denied"
-        except OSError as error:
-            fault = error.strerror or str(error)
-        if fault:
-            raise OutputError(f"cannot write {self.root}: {fault}", hint="Name another folder with --cache.")
+            check_place(self.root, folder=True)
+        except OutputError as error:
+            raise OutputError(error.message, hint="Name another folder with --cache.") from None
 
     def path(self, key: PlanKey) -> Path:
         """File of a plan, be it there or not."""
@@ -157,6 +153,14 @@ class PlanStore:
                 except PlanError as error:
                     faults.append(error.message)
         return sorted(records, key=lambda record: record.built, reverse=True), faults
+
+    def fault(self, record: PlanRecord) -> str:
+        """Why a plan cannot be used, as far as its size tells; empty where it can."""
+        try:
+            self._check_size(record)
+        except PlanError as error:
+            return error.message
+        return ""
 
     def find(self, key: PlanKey) -> PlanRecord | None:
         """The record of exactly this plan, the plan itself verified; None where it was never built.
