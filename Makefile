@@ -14,10 +14,10 @@ demo: $(VENV)/.ready  ## train, export, verify and sample on real images; writes
 	$(BIN)/admtrt demo --out demo
 
 test: $(VENV)/.ready-dev  ## the default tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.ready-dev  ## the tests that take minutes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m slow
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
 
 test-gpu: $(VENV)/.ready-dev  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu

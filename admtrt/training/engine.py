@@ -100,6 +100,8 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> Non
         except AdmtrtError as error:
             failure = error
     (code,) = broadcast_object_list([0 if failure is None else failure.exit_code])
+    if code:
+        leave_engine()
     if failure is not None:
         raise failure
     if code:
@@ -107,7 +109,11 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> Non
 
 
 def leave_engine() -> None:
-    """End a run of several processes together: one that leaves early takes the others' connections down."""
+    """End a run of several processes together.
+
+    One that leaves early takes the others' connections down; one whose connections stand as it exits may be
+    aborted by the threads that serve them.
+    """
     state = PartialState()
     if state.num_processes > 1:
         state.wait_for_everyone()
