@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.library import Flavor
 
 _LEAN = "Install it with: pip install tensorrt-lean-cu13"
+_CUDA = "Install it with: pip install cuda-core cuda-bindings"
 _PLAN_BACKEND = "tensorrt"  # runs the plans of either library
 
 
@@ -101,7 +102,7 @@ def examine(driver: Driver) -> list[Finding]:
             "its version's plans of build --version-compatible",
             _LEAN,
         ),
-        _package("cuda-core", "cuda.core", "memory and streams of the GPU, for plans", _install("cuda")),
+        _package("cuda-core", "cuda.core", "memory and streams of the GPU, for plans", _CUDA),
         _package("ONNX Runtime", "onnxruntime", "exact on CPUs; on GPUs by its providers", _install("cpu")),
         _package("OpenVINO", "openvino", "inference on CPUs", _install("openvino")),
         _torch(),

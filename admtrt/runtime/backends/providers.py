@@ -77,7 +77,7 @@ def require_provider(backend: str) -> None:
         raise EngineError(
             f"onnxruntime {onnxruntime.__version__} is installed without {provider.name}; "
             f"it has {', '.join(onnxruntime.get_available_providers())}",
-            hint="Replace the package onnxruntime by onnxruntime-gpu: pip install 'admtrt[cuda]'",
+            hint="Replace the package: pip uninstall onnxruntime, then pip install 'admtrt[cuda]'",
         )
 
 

@@ -26,6 +26,7 @@ _MODULES: Mapping[Flavor, tuple[str, ...]] = MappingProxyType(
 )
 LIBRARY_NAMES: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"})
 """What people call them."""
+_WHEELS: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "tensorrt", "rtx": "tensorrt-rtx-cu13"})
 _FLOORS: Mapping[Flavor, tuple[int, int]] = MappingProxyType({"tensorrt": (10, 12), "rtx": (1, 7)})
 
 USED_TO_BUILD = (
@@ -194,7 +195,7 @@ def find_libraries(flavors: Sequence[Flavor] = ("tensorrt", "rtx")) -> list[Libr
 def _unloadable(flavor: Flavor, error: Exception) -> EngineError:
     return EngineError(
         f"{LIBRARY_NAMES[flavor]} is installed but cannot be loaded: {error}",
-        hint=f"Install it again with: pip install --force-reinstall 'admtrt[{flavor}]'",
+        hint=f"Install it again with: pip install --force-reinstall {_WHEELS[flavor]}",
     )
 
 
@@ -204,5 +205,5 @@ def _check_floor(library: Library) -> None:
     if numbers is None or tuple(map(int, numbers.groups())) < floor:
         raise EngineError(
             f"{library} is too old; admtrt needs {'.'.join(map(str, floor))} or later",
-            hint=f"Upgrade it with: pip install --upgrade 'admtrt[{library.flavor}]'",
+            hint=f"Upgrade it with: pip install --upgrade {_WHEELS[library.flavor]}",
         )
