@@ -95,9 +95,12 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in _PLACE_FAULTS:
             raise
         _show(
-            f"cannot write {error.filename or 'the output'}: {error.strerror}",
+            f"cannot use {error.filename or 'the output'}: {error.strerror}",
             "Nothing that existed was changed.",
         )
+        return 2
+    except MemoryError as error:
+        _show(f"there is not enough memory: {error}".rstrip(": "), "Compute less at once: --batch-size.")
         return 2
     return 0
 

@@ -5,11 +5,12 @@ Dummy inputs, checks, engine profiles and documentation all derive from here.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field
 
 from admtrt.config import Config
+from admtrt.errors import RequestError
 from admtrt.schedule import COEFFICIENTS
 
 if TYPE_CHECKING:
@@ -24,6 +25,19 @@ GraphName = Literal["unet", "classifier_gradient", "update"]
 DType = Literal["float32", "int64"]
 Precision = Literal["fp32", "fp16", "bf16"]
 """What a graph computes in; inputs and outputs are float32 whatever it is."""
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+def precision_named(name: str, what: str) -> Precision:
+    """The precision of this name.
+
+    Raises:
+        RequestError: if there is none; ``what`` says where the name was given.
+    """
+    for precision in PRECISIONS:
+        if precision == name:
+            return precision
+    raise RequestError(f"{what} {name!r} is unknown; expected {', '.join(PRECISIONS)}")
 
 
 class TensorSpec(Config):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.plans import PlanRecord
 
 GPU = Gpu("GeForce Double", 89, 2**30)
+DRIVER = Driver(cuda="13.1", gpus=(GPU,))
 Profiles = tuple[tuple[int, int, int], ...]
 
 
@@ -64,11 +65,12 @@ class Rig:
         patch.setitem(sys.modules, "cuda.core", self.machine.namespace())
         patch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))
         patch.setitem(sys.modules, "cuda.bindings.driver", self.machine.driver())
-        self.driver(patch, Driver(cuda="13.1", gpus=(GPU,)))
+        self.driver(patch, DRIVER)
 
     def driver(self, patch: pytest.MonkeyPatch, driver: Driver) -> None:
         """What the driver says from now on."""
-        patch.setattr("admtrt.runtime.cuda.query_driver", lambda: driver)
+        for module in ("admtrt.runtime.cuda", "admtrt.runtime.backends.registry"):
+            patch.setattr(f"{module}.query_driver", lambda: driver)
 
     def build(self, graphs: Sequence[str] = (), **plan: Any) -> list[PlanRecord]:
         """Put plans of the graphs, or of all, into the store; ``plan`` are fields of the double's."""

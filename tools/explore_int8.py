@@ -10,6 +10,7 @@ Prints one line for each share of convolutions that is kept. An exploration: not
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ import onnx
 import onnxruntime as ort
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
+from admtrt.errors import AdmtrtError, RequestError
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.runtime.pipeline import Pipeline
 
@@ -111,7 +113,13 @@ def main() -> None:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--images", type=int, default=64)
     arguments = parser.parse_args()
-    pipeline = Pipeline.from_bundle(arguments.bundle)
+    try:
+        pipeline = Pipeline.from_bundle(arguments.bundle)
+        if pipeline.bundle.manifest.unet.low_res_size is not None:
+            raise RequestError("the bundle is an upsampler's", hint="Give one that draws from noise alone.")
+    except AdmtrtError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
     manifest = pipeline.bundle.manifest
     recorder = Recorder(pipeline.bundle)
     recorder.calls = []

@@ -71,15 +71,23 @@ def main() -> None:
     parser.add_argument("source", metavar="PRESET or RUN.toml")
     parser.add_argument("out", type=Path)
     parser.add_argument("--half", action="store_true", help="store fp16")
-    parser.add_argument("--kind", choices=["unet", "classifier"], default="unet", help="of a TOML's networks")
+    parser.add_argument("--kind", choices=["unet", "classifier"], help="of a TOML; unet if left out")
     arguments = parser.parse_args()
+    described = arguments.source.endswith(".toml")
+    if described and arguments.half:
+        parser.error("--half is for presets")
+    if not described and arguments.kind is not None:
+        parser.error("--kind is for a TOML: a preset is of one kind")
+    suffix = ".safetensors" if described else ".pt"
+    if arguments.out.suffix != suffix:
+        parser.error(f"OUT is {arguments.out}; expected a name that ends in {suffix}")
     try:
-        if arguments.source.endswith(".toml"):
-            write_untrained(Path(arguments.source), arguments.kind, arguments.out)
+        if described:
+            write_untrained(Path(arguments.source), arguments.kind or "unet", arguments.out)
         else:
             write_checkpoint(arguments.source, arguments.out, half=arguments.half)
     except AdmtrtError as error:
-        print(f"error: {error.message}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 

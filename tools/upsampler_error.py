@@ -59,7 +59,7 @@ class Task:
 
 
 def held_out(config: RunConfig, manifest: Manifest, count: int) -> Task:
-    """The first images that the training left out.
+    """Images that the training left out, or of all where it left out none.
 
     Raises:
         RequestError: if the bundle is no upsampler, or there are fewer images.
@@ -70,7 +70,7 @@ def held_out(config: RunConfig, manifest: Manifest, count: int) -> Task:
         raise RequestError("the bundle is no upsampler", hint="Give one exported from an upsampler.")
     images = load_images(config.data, unet, manifest.class_names)
     if not 1 <= count <= len(images):
-        raise RequestError(f"{count} images were asked for; {len(images)} are held out")
+        raise RequestError(f"{count} images were asked for; there are {len(images)}")
     images = images.subset(np.random.default_rng(0).permutation(len(images))[:count])
     rng = np.random.default_rng(0)  # unused: nothing is cropped at random or flipped
     x_0 = np.stack([images.image(row, rng) for row in range(count)])
@@ -100,9 +100,11 @@ def save_comparison(task: Task, bilinear: Images, drawn: Images, path: Path) -> 
 def measure(arguments: argparse.Namespace) -> None:
     """Print the table, and write the grid where one is asked for."""
     pipeline = Pipeline.from_bundle(arguments.bundle)
-    task = held_out(load_config(RunConfig, arguments.config), pipeline.bundle.manifest, arguments.images)
+    config = load_config(RunConfig, arguments.config)
+    task = held_out(config, pipeline.bundle.manifest, arguments.images)
     bilinear = task.bilinear()
-    print(f"| {len(task.x_0)} held-out images | mean squared error | s |\n|---|---|---|")
+    what = "held-out images" if config.data.hold_out else "images"
+    print(f"| {len(task.x_0)} {what} | mean squared error | s |\n|---|---|---|")
     print(row("bilinear", bilinear, task.x_0), flush=True)
     drawings = []
     for steps in arguments.steps:

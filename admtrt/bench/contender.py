@@ -106,7 +106,8 @@ class Contender:
         ready = time.perf_counter() - began + self._opened
         self._opened = 0.0
         self.step()
-        return Prepared(ready=ready, outputs=first.outputs, notes=tuple(self._notes))
+        notes, self._notes = tuple(self._notes), []
+        return Prepared(ready=ready, outputs=first.outputs, notes=notes)
 
     def step(self) -> StepTime:
         """Take the same guided step once more."""
@@ -162,6 +163,7 @@ class Contender:
             plans=self._subject.plans if runs_plans else None,
             batch_size=batch,
             note=self._notes.append,
+            chosen=lambda choice: self._notes.append(str(choice)),
         )
 
     def _watched_step(self) -> tuple[_Stopwatch, float]:

@@ -113,10 +113,10 @@ class Bench:
                     station.times.append(time)
             self._measure_peaks({station.row.precision for station in working})
         for station in stations:
+            station.memory = station.attempt("memory")
             if sampling_steps is not None:
                 self._note(f"sampling {station.row}, batch {batch}")
                 station.sampling = station.attempt("sample", sampling_steps)
-            station.memory = station.attempt("memory")
         return self._round(batch, {station.row: station for station in stations})
 
     def _measure_peaks(self, precisions: set[Precision]) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from admtrt.contract import GraphName, classifier_gradient_spec, unet_spec
+from admtrt.export.graphs import PositionalUNet, example_inputs
 from admtrt.runtime.backends.graphs import GraphDenoiser
 from admtrt.runtime.backends.onnxruntime import import_onnxruntime
 
@@ -26,10 +27,8 @@ if TYPE_CHECKING:
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphSpec
     from admtrt.models.classifier import Classifier
-    from admtrt.models.unet import UNet
     from admtrt.runtime.sampler import Images
 
-_DTYPES = {"float32": torch.float32, "int64": torch.int64}
 _OUTPUTS: dict[GraphName, list[str]] = {
     "unet": ["out"],
     "classifier_gradient": ["grad"],
@@ -56,12 +55,12 @@ def export_plain(subject: Subject, batch: int) -> PlainExport:
     unet, classifier = subject.networks()
     folder = subject.scratch / f"plain-{batch}"
     folder.mkdir(parents=True, exist_ok=True)
-    spec = unet_spec(unet.config)
-    names = [tensor.name for tensor in spec.inputs]
-    programs: dict[GraphName, Any] = {"unet": _program(_Positional(unet, names).eval(), spec, batch)}
+    programs: dict[GraphName, Any] = {
+        "unet": _program(PositionalUNet(unet).eval(), unet_spec(unet.config), batch)
+    }
     if classifier is not None:
         gradient = classifier_gradient_spec(classifier.config)
-        traced = _traced_gradient(classifier, _examples(gradient, batch))
+        traced = _traced_gradient(classifier, tuple(example_inputs(gradient, batch).values()))
         programs["classifier_gradient"] = _program(traced, gradient, batch)
     for name, program in programs.items():
         program.save(folder / f"{name}.onnx", external_data=True)
@@ -98,29 +97,12 @@ class PlainDenoiser(GraphDenoiser):
         return dict(zip(names, session.run(None, feeds), strict=True))
 
 
-class _Positional(nn.Module):
-    """The UNet with its inputs in order, those that the network lacks left out."""
-
-    def __init__(self, unet: UNet, names: list[str]) -> None:
-        super().__init__()
-        self.unet = unet
-        self.names = names
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        out: Tensor = self.unet(**dict(zip(self.names, tensors, strict=True)))
-        return out
-
-
-def _examples(spec: GraphSpec, batch: int) -> tuple[Tensor, ...]:
-    return tuple(torch.zeros(tensor.sized(batch), dtype=_DTYPES[tensor.dtype]) for tensor in spec.inputs)
-
-
 def _program(module: nn.Module, spec: GraphSpec, batch: int) -> Any:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         return torch.onnx.export(
             module,
-            _examples(spec, batch),
+            tuple(example_inputs(spec, batch).values()),
             dynamo=True,
             input_names=[tensor.name for tensor in spec.inputs],
             verbose=False,

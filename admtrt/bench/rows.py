@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
+from admtrt.contract import PRECISIONS
 from admtrt.errors import RequestError
-from admtrt.runtime.backends.registry import AUTO, BACKENDS, PRECISIONS
+from admtrt.runtime.backends.registry import AUTO, BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -13,6 +13,7 @@ from admtrt.bench.remote import Remote, RemoteError, run_remotely
 from admtrt.bench.report import BenchReport
 from admtrt.bench.rows import PLAIN
 from admtrt.bench.startup import measure_startup
+from admtrt.schedule import retained_timesteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -47,20 +48,27 @@ def run_bench(
         note: told what goes on.
 
     Raises:
-        UserError: if the subject cannot be used.
+        UserError: if the subject cannot be used, or the process has no such number of steps.
     """
     manifest = subject.check()
+    if sampling_steps is not None:
+        retained_timesteps(manifest.diffusion.steps, str(sampling_steps))  # refuses an impossible number now
     nodes = {"bundle": {name: graph.nodes for name, graph in manifest.graphs.items()}}
     note("measuring the start-up")
     startup = measure_startup(subject.bundle)
     with contextlib.ExitStack() as stack:
-        yardstick, operations = None, dict[str, int]()
+        yardstick, operations, gpu = None, dict[str, int](), None
         if find_spec("torch") is not None:
             from admtrt.bench.yardstick import Yardstick
 
-            yardstick = Remote(Yardstick, device, threads, log=subject.scratch / "yardstick.log")
-            stack.callback(yardstick.close)
-            operations = yardstick.call("count_operations", manifest.unet, manifest.classifier)
+            try:
+                yardstick = Remote(Yardstick, device, threads, log=subject.scratch / "yardstick.log")
+                stack.callback(yardstick.close)
+                operations = yardstick.call("count_operations", manifest.unet, manifest.classifier)
+                gpu = yardstick.call("gpu")
+            except RemoteError as error:
+                yardstick = None
+                note(f"no peak and no operations: PyTorch fails here ({error})")
         exports: dict[int, PlainExport] = {}
         faults: dict[str, str] = {}
         if any(row.name == PLAIN for row in rows):
@@ -82,7 +90,6 @@ def run_bench(
             contenders[row] = remote
         bench = Bench(contenders, yardstick, sum(operations.values()) or None, note)
         rounds = {batch: bench.run(batch, repeat, sampling_steps) for batch in batches}
-        gpu = None if yardstick is None else yardstick.call("gpu")
     return BenchReport(
         subject=subject.name,
         machine=describe_machine(threads, gpu),

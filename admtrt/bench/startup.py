@@ -43,7 +43,8 @@ def _seconds_of_help() -> float:
 
 def _python(*arguments: str, cache: str | None = None) -> str:
     """Run this interpreter with this package; its stdout."""
-    environment = os.environ | {"PYTHONPATH": str(Path(admtrt.__file__).parents[1])}
+    paths = [str(Path(admtrt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     if cache is not None:
         environment["XDG_CACHE_HOME"] = cache
     done = subprocess.run(  # noqa: S603

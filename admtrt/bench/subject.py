@@ -174,7 +174,10 @@ def _identify(path: Path, manifest: Manifest, kind: Kind) -> tuple[StoredCheckpo
         given = CheckpointConfig.model_validate(
             {"kind": kind, field: expected, "diffusion": manifest.diffusion, "sampler": manifest.sampler}
         )
-    found = identify(stored, kinds=(kind,), config=given).config
+    try:
+        found = identify(stored, kinds=(kind,), config=given).config
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint=_AGAIN) from None
     if found.network != expected:
         raise CheckpointError(f"{path} is not the bundle's {kind}: its settings differ", hint=_AGAIN)
     return stored, found

@@ -66,11 +66,12 @@ def bench(
 
     Exit codes: 0 at least one row was measured, 1 none.
     """
-    from admtrt.bench.machine import available_threads
-    from admtrt.bench.rows import default_rows, parse_rows
+    from admtrt.bench.rows import ORIGINAL, default_rows, parse_rows
     from admtrt.bench.run import run_bench
     from admtrt.bench.subject import Subject, subject_from_preset
-    from admtrt.runtime.backends.registry import PRECISIONS
+    from admtrt.contract import PRECISIONS
+    from admtrt.runtime.backends.registry import AUTO, PLANS_ONLY
+    from admtrt.runtime.machine import available_threads
 
     if (bundle is None) == (preset is None):
         raise RequestError("give either a bundle or --preset")
@@ -88,6 +89,13 @@ def bench(
         if value is not None and value < 1:
             raise RequestError(f"{name} is {value}; expected at least 1")
     rows = parse_rows(backend) if backend else default_rows(device, original=original is not None)
+    if original is not None and not any(row.name == ORIGINAL for row in rows):
+        rows = (*parse_rows([ORIGINAL]), *rows)
+    if cache is not None and not any(row.name in (PLANS_ONLY, AUTO) for row in rows):
+        raise RequestError(
+            f"no row runs plans, but {cache} was given as their folder",
+            hint=f"Leave it out, or add --backend {PLANS_ONLY}.",
+        )
     if preset is not None:
         require("torch", "onnx", "onnxscript", "safetensors", extra="export", purpose="A preset's bundle")
     if unet is not None or classifier is not None:
@@ -97,6 +105,8 @@ def bench(
     if out is not None:
         require("matplotlib", extra="plot", purpose="The chart of the bench")
         check_place(out, folder=True)
+    if work is not None:
+        check_place(work, folder=True)
     output = Output(json=json)
     with _scratch(work) as scratch:
         if preset is not None:
@@ -125,7 +135,6 @@ def bench(
 @contextlib.contextmanager
 def _scratch(work: Path | None) -> Iterator[Path]:
     if work is not None:
-        work.mkdir(parents=True, exist_ok=True)
         yield work
         return
     with tempfile.TemporaryDirectory(prefix="admtrt-bench-") as folder:

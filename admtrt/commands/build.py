@@ -139,19 +139,15 @@ def _sources(bundle: Bundle, graphs: Sequence[str], precision: str) -> list[Grap
         RequestError: for an unknown graph or precision.
         BundleError: if the bundle has no such form.
     """
-    from admtrt.contract import Precision
+    from admtrt.contract import precision_named
     from admtrt.runtime.engines.sources import graph_source
 
     held: list[GraphName] = list(bundle.manifest.graphs)
     for name in graphs:
         if name not in held:
             raise RequestError(f"graph {name!r} is unknown; the bundle has {', '.join(held)}")
-    known: tuple[Precision, ...] = get_args(Precision)
-    for one in known:
-        if precision == one:
-            chosen = [name for name in held if not graphs or name in graphs]
-            return [graph_source(bundle, name, one) for name in chosen]
-    raise RequestError(f"precision {precision!r} is unknown; expected one of {', '.join(known)}")
+    chosen = precision_named(precision, "precision")
+    return [graph_source(bundle, name, chosen) for name in held if not graphs or name in graphs]
 
 
 def _say_first(sources: Sequence[GraphSource], options: BuildOptions, output: Output) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from admtrt.config import (
@@ -16,6 +16,7 @@ from admtrt.config import (
     method_for_steps,
 )
 from admtrt.errors import CheckpointError, ConfigError, RequestError
+from admtrt.models.option_names import OptionNames
 from admtrt.schedule import retained_timesteps
 
 if TYPE_CHECKING:
@@ -44,13 +45,13 @@ class Description:
         preset: name of a published model.
         config: TOML file with :class:`CheckpointSettings`.
         settings: single settings, each as ``key=value``.
-        options: how the options that give these begin.
+        options: what the options that give these are called.
     """
 
     preset: str | None = None
     config: Path | None = None
     settings: Sequence[str] = ()
-    options: str = "--"
+    options: OptionNames = field(default_factory=OptionNames)
 
     def __bool__(self) -> bool:
         return self.preset is not None or self.config is not None or bool(self.settings)
@@ -65,6 +66,7 @@ def load_pair(
     config: Path | None,
     unet_set: Sequence[str] = (),
     classifier_set: Sequence[str] = (),
+    config_option: str = "--config",
     note: Callable[[str], None] = lambda _: None,
 ) -> tuple[LoadedNetwork, LoadedNetwork | None]:
     """Load a generator (UNet or upsampler) and, where given, its classifier.
@@ -79,6 +81,7 @@ def load_pair(
         config: TOML file with :class:`CheckpointSettings`.
         unet_set: settings of the generator that its shapes do not tell, each as ``key=value``.
         classifier_set: the same for the classifier.
+        config_option: what the command calls the option that gives ``config``.
         note: told what was assumed of a file.
 
     Raises:
@@ -95,16 +98,18 @@ def load_pair(
     if config is not None and unet_preset and (classifier is None or classifier_preset):
         raise RequestError(
             f"{config} says nothing that is asked for: the presets say what the checkpoints are",
-            hint="Leave --config out, or the presets of what it describes.",
+            hint=f"Leave {config_option} out, or the presets of what it describes.",
         )
-    said = Description(unet_preset, config, unet_set, options="--unet-")
+    said = Description(unet_preset, config, unet_set, options=OptionNames("--unet-", config_option))
     generator = open_checkpoint(unet)
     generator_config = identify_checkpoint(
         generator, kinds=("unet", "upsampler"), description=said, note=note
     )
     if classifier is None:
         return load_stored(generator, generator_config), None
-    said = Description(classifier_preset, config, classifier_set, options="--classifier-")
+    said = Description(
+        classifier_preset, config, classifier_set, options=OptionNames("--classifier-", config_option)
+    )
     guide = open_checkpoint(classifier)
     guide_config = identify_checkpoint(guide, kinds=("classifier",), description=said, note=note)
     try:
@@ -168,6 +173,11 @@ def _given_config(
         return checkpoint_config_from_preset(description.preset)
     if settings is None:
         return None
+    if settings.unet is None and settings.upsampler is None and settings.classifier is None:
+        raise ConfigError(
+            f"{description.config} has no section [unet], [upsampler] or [classifier]",
+            hint=f"Describe the network there; single settings go into {description.options.prefix}set.",
+        )
     sections = [name for name in kinds if getattr(settings, name) is not None]
     if not sections:
         return None

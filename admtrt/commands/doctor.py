@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 _LEAN = "Install it with: pip install tensorrt-lean-cu13"
 _CUDA = "Install it with: pip install cuda-core cuda-bindings"
-_PLAN_BACKEND = "tensorrt"  # runs the plans of either library
 
 
 @dataclass(frozen=True)
@@ -111,13 +110,13 @@ def examine(driver: Driver) -> list[Finding]:
 
 def backends(findings: Sequence[Finding]) -> list[Ability]:
     """Every backend; the one of the plans also needs a library that runs them on this GPU."""
-    from admtrt.runtime.backends.registry import BACKENDS
+    from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
 
     abilities = []
     for backend in BACKENDS.values():
         available = backend.available()
         reason, hint = available.reason, available.hint
-        if available and backend.name == _PLAN_BACKEND and not any(each.runs_plans for each in findings):
+        if available and backend.name == PLANS_ONLY and not any(each.runs_plans for each in findings):
             reason = "no library that is installed runs plans on this GPU"
             hint = _install("tensorrt")
         ability = Ability(

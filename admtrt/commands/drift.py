@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from admtrt.commands.choices import Choices
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.requirements import require
 from admtrt.console import Output, progress, table
@@ -51,10 +52,7 @@ def drift(
     if images < 1 or batch_size < 1:
         raise RequestError(f"--images is {images}, --batch-size {batch_size}; expected at least 1 of each")
     if engine is None and (backend, precision) == ("onnxruntime", "fp32"):
-        raise RequestError(
-            "fp32 on onnxruntime is what the others are measured against",
-            hint="Choose another --backend or --precision, or typed graphs with --engine.",
-        )
+        raise _compared_with_itself()
     from admtrt.bundle import Bundle
     from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
     from admtrt.schedule import retained_timesteps
@@ -65,10 +63,13 @@ def drift(
         require_plotting(plot)
     output = Output(json=json)
     opened = Bundle.open(bundle)
+    choices = Choices(output)
     length = len(retained_timesteps(opened.manifest.diffusion.steps, steps))
     if engine is None:
         what = f"{backend}, {precision}"
-        measured = _opened(opened, backend, precision, threads, cache, batch_size)
+        measured = _opened(
+            opened, backend, precision, threads, cache, min(batch_size, images), output, choices
+        )
     else:
         if (backend, precision, cache) != ("onnxruntime", "fp32", None):
             raise RequestError(
@@ -79,7 +80,7 @@ def drift(
     from admtrt.verify.drift import measure_drift
 
     reference = OnnxRuntimeDenoiser(opened, threads=threads)
-    with measured as denoiser, progress("measuring", images * length) as advance:
+    with measured as denoiser, progress("measuring", 2 * images * length) as advance:
         report = measure_drift(
             opened,
             reference,
@@ -97,6 +98,7 @@ def drift(
             "backend": None if engine is not None else backend,
             "precision": engine or precision,
             "emulated": engine is not None,
+            "chosen": choices.to_list(),
             "sampling": steps,
             "seed": seed,
             **report.to_dict(),
@@ -109,8 +111,22 @@ def drift(
         plot_precision_drift(report, title, plot)
 
 
+def _compared_with_itself() -> RequestError:
+    return RequestError(
+        "fp32 on onnxruntime is what the others are measured against",
+        hint="Choose another --backend or --precision, or typed graphs with --engine.",
+    )
+
+
 def _opened(
-    bundle: Bundle, backend: str, precision: str, threads: int | None, plans: Path | None, batch_size: int
+    bundle: Bundle,
+    backend: str,
+    precision: str,
+    threads: int | None,
+    plans: Path | None,
+    batch_size: int,
+    output: Output,
+    choices: Choices,
 ) -> AbstractContextManager[Denoiser]:
     from admtrt.runtime.backends.registry import open_denoiser
 
@@ -121,18 +137,19 @@ def _opened(
         threads=threads,
         plans=plans,
         batch_size=batch_size,
+        note=output.note,
+        chosen=choices,
     )
+    if precision == "fp32" and any(set(one.graphs.values()) == {"onnxruntime"} for one in choices.taken):
+        raise _compared_with_itself()
     return nullcontext(denoiser)
 
 
 def _emulated(bundle: Bundle, engine: str, threads: int | None) -> AbstractContextManager[Denoiser]:
-    from admtrt.contract import Precision
+    from admtrt.contract import precision_named
     from admtrt.runtime.backends.registry import check_request
 
-    known: tuple[Precision, ...] = get_args(Precision)
-    chosen = next((name for name in known if name == engine), None)
-    if chosen is None:
-        raise RequestError(f"--engine {engine!r} is unknown; expected {', '.join(known)}")
+    chosen = precision_named(engine, "--engine")
     check_request("onnxruntime", "fp32", threads)
     require("onnx", "onnxscript", extra="export", purpose="Emulating engine graphs")
     from admtrt.verify.emulation import emulated

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
+from admtrt.commands.choices import Choices
 from admtrt.commands.options import (
     BackendName,
     PlanFolder,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from admtrt.config import DataConfig, DiffusionConfig, UNetConfig
     from admtrt.evaluate.nll import UNetFunction
-    from admtrt.runtime.pipeline import Pipeline
 
 evaluate_app = typer.Typer(help="Judge a network on real images.", no_args_is_help=True)
 
@@ -86,23 +86,29 @@ def nll(
         )
     output = Output(json=json)
     require("torch", "safetensors", extra="train", purpose="Evaluation")
+    from admtrt.bundle import Bundle
     from admtrt.evaluate.images import load_images
     from admtrt.evaluate.nll import evaluate_nll
-    from admtrt.runtime.pipeline import Pipeline
+    from admtrt.runtime.backends.registry import check_request, open_denoiser
     from admtrt.schedule import retained_timesteps
 
+    choices = Choices(output)
     if bundle is not None:
-        pipeline = Pipeline.from_bundle(
-            bundle,
-            backend=backend,
-            precision=precision,  # type: ignore[arg-type]
+        check_request(backend, precision, threads, cache)
+        opened = Bundle.open(bundle)
+        denoiser = open_denoiser(
+            opened,
+            backend,
+            precision,  # type: ignore[arg-type]
             threads=threads,
             plans=cache,
-            batch_size=batch_size,
+            batch_size=batch_size if images is None else max(1, min(batch_size, images)),
+            graphs=["unet"],
             note=output.note,
-            chosen=lambda choice: output.note(str(choice)),
+            chosen=choices,
         )
-        judged = _of_bundle(pipeline)
+        manifest = opened.manifest
+        judged = _Judged(denoiser.unet, manifest.unet, manifest.diffusion, manifest.class_names)
     else:
         assert unet is not None
         judged = _from_checkpoint(unet, unet_preset, unet_set or (), settings, output)
@@ -131,24 +137,24 @@ def nll(
     ]
     subject = str(bundle if bundle is not None else unet)
     output.result(
-        {"network": subject, "data": data_config.to_dict(), "seed": seed, "steps": length, **found.to_dict()},
+        {
+            "network": subject,
+            "data": data_config.to_dict(),
+            "seed": seed,
+            "steps": length,
+            "chosen": choices.to_list(),
+            **found.to_dict(),
+        },
         table(f"{subject} on {data_config.source}", ["quantity", "value"], rows),
     )
-
-
-def _of_bundle(pipeline: Pipeline) -> _Judged:
-    manifest = pipeline.bundle.manifest
-    return _Judged(pipeline.denoiser.unet, manifest.unet, manifest.diffusion, manifest.class_names)
 
 
 def _from_checkpoint(
     path: Path, preset: str | None, settings: Sequence[str], settings_file: Path | None, output: Output
 ) -> _Judged:
-    import torch
-
     from admtrt.commands.checkpoints import load_pair
+    from admtrt.models.denoiser import TorchDenoiser
     from admtrt.models.unet import UNet
-    from admtrt.training.sampling import TorchDenoiser
 
     loaded, _ = load_pair(
         path,
@@ -157,10 +163,11 @@ def _from_checkpoint(
         classifier_preset=None,
         config=settings_file,
         unet_set=settings,
+        config_option="--settings",
         note=output.note,
     )
     assert isinstance(loaded.module, UNet)
-    unet = TorchDenoiser(loaded.module, torch.device("cpu")).unet
+    unet = TorchDenoiser(loaded.module).unet
     return _Judged(unet, loaded.module.config, loaded.config.diffusion, loaded.config.class_names)
 
 

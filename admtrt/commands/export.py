@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -94,13 +94,10 @@ def export(
 
 
 def _precisions(names: Sequence[str]) -> list[Precision]:
-    from admtrt.contract import Precision
+    from admtrt.contract import PRECISIONS, precision_named
 
-    known: tuple[Precision, ...] = get_args(Precision)
-    for name in names:
-        if name not in known:
-            raise RequestError(f"--engine {name!r} is unknown; expected {', '.join(known)}")
-    return [precision for precision in known if precision in names]
+    chosen = {precision_named(name, "--engine") for name in names}
+    return [precision for precision in PRECISIONS if precision in chosen]
 
 
 def _islands(text: str | None, engines: Sequence[str]) -> tuple[Island, ...]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
+from admtrt.commands.choices import Choices
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.console import Output, progress
 from admtrt.errors import RequestError
@@ -17,9 +18,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from admtrt.bundle import Manifest
+    from admtrt.bundle import Bundle, Manifest
     from admtrt.config import SamplerConfig
-    from admtrt.runtime.backends.auto import Choice
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.sampler import Labels
@@ -33,7 +33,8 @@ def sample(
     out: Annotated[Path, typer.Option(help="Directory of the run; a run that was cut off continues there.")],
     num: Annotated[int | None, typer.Option(help="Samples in all; the classes asked for take turns.")] = None,
     classes: Annotated[
-        str | None, typer.Option(help="Classes by number or name, e.g. 0,3,7; or with counts, e.g. 0:10,3:5.")
+        str | None,
+        typer.Option(help="Classes by number or name, e.g. 0,3,7; or with counts, e.g. 0:10,3:5."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; each further one has the next.")] = 0,
     steps: Annotated[str | None, steps_option("E.g. 250, ddim25 or 90,60,60,20,20.")] = None,
@@ -75,6 +76,8 @@ def sample(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Draw guided or unguided samples from a bundle, without PyTorch."""
+    from admtrt.bundle import Bundle
+    from admtrt.runtime.backends.registry import check_request
     from admtrt.runtime.bulk import BulkRequest
     from admtrt.runtime.pipeline import Pipeline
 
@@ -87,25 +90,28 @@ def sample(
     if method not in (None, "ddpm", "ddim"):
         raise RequestError(f"method {method!r} is unknown; expected ddpm or ddim")
     interval = None if guidance_interval is None else _interval(guidance_interval)
-    choices: list[Choice] = []
+    choices = Choices(output)
 
-    def took(choice: Choice) -> None:
-        choices.append(choice)
-        output.note(str(choice))
-
-    def opened(path: Path) -> Pipeline:
+    def opened(source: Path | Bundle) -> Pipeline:
         return Pipeline.from_bundle(
-            path,
+            source,
             backend=backend,
             precision=precision,  # type: ignore[arg-type]
             threads=threads,
             plans=cache,
-            batch_size=max(1, min(batch_size, shard_size, num or batch_size)),
+            batch_size=max(1, min(batch_size, shard_size, count)),
             note=output.note,
-            chosen=took,
+            chosen=choices,
         )
 
-    pipeline = opened(bundle)
+    check_request(backend, precision, threads, cache)
+    first = Bundle.open(bundle)
+    small = None if low_res is None else _SmallImages.read(low_res)
+    if small is not None and num not in (None, len(small)):
+        raise RequestError(f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out.")
+    asked = _asked_labels(classes, num, small, first.manifest)
+    count = next((len(given) for given in (asked, small) if given is not None), num or 1)
+    pipeline = opened(first)
     sampler = pipeline.sampler(
         steps=steps,
         method=method,  # type: ignore[arg-type]
@@ -114,14 +120,10 @@ def sample(
         clip=clip,
         guidance_interval=interval,
     )
-    small = None if low_res is None else _SmallImages.read(low_res)
     pipeline.check_low_res(None if small is None else small.images[:1])
-    if small is not None and num not in (None, len(small)):
-        raise RequestError(f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out.")
-    labels = _labels(classes, num, small, pipeline, sampler)
     request = BulkRequest(
-        count=next((len(given) for given in (labels, small) if given is not None), num or 1),
-        labels=labels,
+        count=count,
+        labels=_labels(asked, small, pipeline, sampler),
         first_seed=seed,
         sampler=sampler,
         batch_size=batch_size,
@@ -145,7 +147,7 @@ def sample(
             "first_seed": seed,
             "backend": backend,
             "precision": precision,
-            "chosen": [choice.to_dict() for choice in choices],
+            "chosen": choices.to_list(),
         },
         f"{request.count} samples: " + ", ".join(result["files"]),
     )
@@ -201,24 +203,30 @@ def _outcome(request: BulkRequest, done: int, written: list[Path]) -> dict[str, 
     }
 
 
-def _labels(
-    classes: str | None,
-    num: int | None,
-    small: _SmallImages | None,
-    pipeline: Pipeline,
-    sampler: SamplerConfig,
-) -> Labels | None:
-    """The checked label of each sample: those asked for, else those of the small images, else of all classes.
+def _asked_labels(
+    classes: str | None, num: int | None, small: _SmallImages | None, manifest: Manifest
+) -> list[int] | None:
+    """The label of each sample as the command line says; None where the small images say it, or nothing.
 
     Raises:
-        RequestError: as :func:`requested_labels` and :meth:`Pipeline.check_labels`.
+        RequestError: as :func:`requested_labels`.
     """
-    manifest = pipeline.bundle.manifest
     if small is None:
-        return pipeline.check_labels(requested_labels(classes, num, manifest), sampler)
-    if classes is not None:
-        return pipeline.check_labels(requested_labels(classes, len(small), manifest), sampler)
-    if manifest.num_classes is None:
+        return requested_labels(classes, num, manifest)
+    return None if classes is None else requested_labels(classes, len(small), manifest)
+
+
+def _labels(
+    asked: list[int] | None, small: _SmallImages | None, pipeline: Pipeline, sampler: SamplerConfig
+) -> Labels | None:
+    """The checked label of each sample: those asked for, else those of the small images.
+
+    Raises:
+        RequestError: as :meth:`Pipeline.check_labels`.
+    """
+    if asked is not None or small is None:
+        return pipeline.check_labels(asked, sampler)
+    if pipeline.bundle.manifest.num_classes is None:
         return small.labels  # kept beside the images
     return pipeline.check_labels(None if small.labels is None else small.labels.tolist(), sampler)
 
@@ -251,13 +259,15 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
         if manifest.num_classes is None:
             return None
         return [index % manifest.num_classes for index in range(num or manifest.num_classes)]
-    parts = [part.strip() for part in classes.split(",")]
+    names = manifest.class_names
+    whole = classes.strip() in names  # a name may have a comma
+    parts = [classes.strip()] if whole else [part.strip() for part in classes.split(",")]
     if not all(parts):
         raise RequestError(
             f"there is an empty entry in --classes {classes!r}",
             hint="Write e.g. --classes 0,3,7 or 0:10,3:5.",
         )
-    if any(":" in part for part in parts):
+    if any(":" in part and part not in names for part in parts):
         counted = [_counted(part, manifest) for part in parts]
         total = sum(count for _, count in counted)
         if total > MAX_SAMPLES:

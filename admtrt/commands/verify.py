@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from admtrt.commands.choices import Choices
 from admtrt.commands.options import (
     BackendName,
     ClassifierPreset,
@@ -94,6 +95,7 @@ def verify(
         classifier_set=classifier_set or (),
         note=output.note,
     )
+    choices = Choices(output)
     report = verify_bundle(
         opened,
         generator,
@@ -105,10 +107,17 @@ def verify(
         plans=cache,
         report=lambda name: output.note(f"verifying {name}"),
         note=output.note,
+        chosen=choices,
         record=None if recorder is None else recorder.add,
     )
     saved = [] if recorder is None else recorder.write()
-    data = {**report.to_dict(), "seed": seed, "backend": backend, "saved": list(map(str, saved))}
+    data = {
+        **report.to_dict(),
+        "seed": seed,
+        "backend": backend,
+        "chosen": choices.to_list(),
+        "saved": list(map(str, saved)),
+    }
     output.result(data, *_shown(report, backend))
     if plot is not None and report.drift:
         plot_drift(report, plot)

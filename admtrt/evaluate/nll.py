@@ -104,8 +104,8 @@ def evaluate_nll(
     """
     if batch_size < 1:
         raise RequestError(f"batch_size is {batch_size}; expected at least 1")
-    rows = _chosen_rows(data, count, seed)
     seeds = consecutive_seeds(seed, len(data))
+    rows = _chosen_rows(data, count, seed)
     model = Diffusion(diffusion, process_from_config(diffusion, steps))
     bounds = []
     for first in range(0, len(rows), batch_size):

@@ -91,12 +91,22 @@ def graph_from_module(
     model: ir.Model = program.model
     if len(model.graph.outputs) != len(outputs):
         raise ExportError(f"the module returns {len(model.graph.outputs)} tensors; expected {len(outputs)}")
+    _rename_clashes(model.graph)
     _check_batch_free(model.graph)
     _name_batch_axis(model)
     simplify(model)
     fold(model)
     simplify(model)
     return model
+
+
+def _rename_clashes(graph: ir.Graph) -> None:
+    """PyTorch calls values after operators, and never looks at the names of inputs and outputs."""
+    ends = (*graph.inputs, *graph.outputs)
+    taken = {value.name for value in ends}
+    for value in _all_values(graph):
+        if value.name in taken and not any(value is end for end in ends):
+            value.name = f"inner_{value.name}"
 
 
 def _check_batch_free(graph: ir.Graph) -> None:

@@ -65,7 +65,9 @@ def add_input_gradient(
             gradient.shape = value.shape  # reshapes hide the batch axis from shape inference
             known = gradients.get(value)
             gradients[value] = gradient if known is None else tape.op("Add", known, gradient)
-    result = gradients[source]
+    result = gradients.get(source)
+    if result is None:
+        raise ExportError(f"output '{of}' depends on input '{wrt}' by nothing that has a gradient")
     result.name, result.shape = name, source.shape
     graph.outputs.insert(0, result)
     simplify(model)

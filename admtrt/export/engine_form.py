@@ -12,7 +12,7 @@ import onnx_ir as ir
 from onnxscript.version_converter import convert_version
 
 from admtrt.errors import ExportError
-from admtrt.export.passes import constant, insert_in_place_of, simplify
+from admtrt.export.passes import constant, insert_in_place_of, only_user, simplify
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -88,8 +88,8 @@ def put_queries_first(model: ir.Model) -> bool:
     """
     changed = False
     for softmax in list(model.graph):
-        turned = _only_user(softmax.outputs[0], "Transpose") if softmax.op_type == "Softmax" else None
-        product = None if turned is None else _only_user(turned.outputs[0], "MatMul")
+        turned = only_user(softmax.outputs[0], "Transpose") if softmax.op_type == "Softmax" else None
+        product = None if turned is None else only_user(turned.outputs[0], "MatMul")
         if turned is None or product is None or product.inputs[1] is not turned.outputs[0]:
             continue
         values, weights, result = product.inputs[0], softmax.outputs[0], product.outputs[0]
@@ -111,7 +111,7 @@ def put_queries_first(model: ir.Model) -> bool:
 def _match_group_norm(norm: ir.Node) -> _GroupNorm | None:
     grouped, scale, bias = norm.inputs
     split = None if grouped is None else grouped.producer()
-    merge = _only_user(norm.outputs[0], "Reshape")
+    merge = only_user(norm.outputs[0], "Reshape")
     if split is None or split.op_type != "Reshape" or merge is None:
         return None
     if scale is None or bias is None or scale.const_value is None or bias.const_value is None:
@@ -149,7 +149,7 @@ def _channel_constant(
     value: ir.Value, op_type: str, dims: Sequence[object]
 ) -> tuple[ir.Value, Weights] | None:
     """The result of the one node that reads ``value``, and its constant operand as [C]."""
-    node = _only_user(value, op_type)
+    node = only_user(value, op_type)
     other = None if node is None else next((given for given in node.inputs if given is not value), None)
     if node is None or other is None or other.const_value is None:
         return None
@@ -157,14 +157,6 @@ def _channel_constant(
     if _dims(other) not in (shape, [1, *shape]):
         return None
     return node.outputs[0], other.const_value.numpy().reshape(-1)
-
-
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The one node that reads a value, if there is one only and it is of this kind."""
-    users = list(value.uses())
-    if value.is_graph_output() or len(users) != 1 or users[0].node.op_type != op_type:
-        return None
-    return users[0].node
 
 
 def _size(dims: Sequence[object]) -> int | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from admtrt.export.passes import constant, insert_in_place_of
+from admtrt.export.passes import constant, insert_in_place_of, only_user
 from admtrt.export.vjp.reductions import enlargement_of
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def fold(model: ir.Model) -> None:
-    """Run every pass of this module once; they do not open ways for each other but in this order."""
+    """Run once the passes for CPUs and engines alike; they open ways for each other in this order only."""
     for one in (fold_scale_shift, fold_affine_into_conv, fold_scale_into_conv, merge_projections):
         one(model)
 
@@ -41,13 +41,13 @@ def fold_scale_shift(model: ir.Model) -> bool:
         if gemm is None or len(split.outputs) != 2 or not _halves(split):
             continue
         scale, shift = split.outputs
-        one_plus = _only_user(scale, "Add")
-        product = None if one_plus is None else _only_user(one_plus.outputs[0], "Mul")
-        final = None if product is None else _only_user(product.outputs[0], "Add")
-        if one_plus is None or product is None or final is None or _only_user(shift, "Add") is not final:
+        one_plus = only_user(scale, "Add")
+        product = None if one_plus is None else only_user(one_plus.outputs[0], "Mul")
+        final = None if product is None else only_user(product.outputs[0], "Add")
+        if one_plus is None or product is None or final is None or only_user(shift, "Add") is not final:
             continue
         affine = _affine(_other(product, one_plus.outputs[0]))
-        if affine is None or _scalar(_other(one_plus, scale)) != 1.0:
+        if affine is None or _scalar(_other(one_plus, scale)) != 1.0 or not _same_rank(one_plus, scale):
             continue
         normalised, gamma, beta = affine
         weight, bias = _array(gemm.inputs[1]), _array(gemm.inputs[2])
@@ -95,7 +95,7 @@ def fold_scale_into_conv(model: ir.Model) -> bool:
         if _scalar(constant_factor) is None:
             source, constant_factor = constant_factor, source
         factor = _scalar(constant_factor)
-        if source is None or factor is None:
+        if source is None or factor is None or not _same_rank(product, source):
             continue
         part = _up(source, ("Reshape", "Slice", "Transpose"))
         split = None if part is None else part.producer()
@@ -124,7 +124,7 @@ def merge_projections(model: ir.Model) -> bool:
         axes = unsqueeze.inputs[1]
         if gemm is None or axes is None or axes.const_value is None or not _plain_gemm(gemm):
             continue
-        split = _only_user(unsqueeze.outputs[0], "Split")
+        split = only_user(unsqueeze.outputs[0], "Split")
         if split is not None and split.attributes["axis"].as_int() != 1:
             split = None
         source = gemm.inputs[0]
@@ -237,14 +237,6 @@ def _users(value: ir.Value) -> int:
     return len(list(value.uses())) + int(value.is_graph_output())
 
 
-def _only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The one node that reads a value, if there is one only and it is of this kind."""
-    if _users(value) != 1 or value.is_graph_output():
-        return None
-    node = next(iter(value.uses())).node
-    return node if node.op_type == op_type else None
-
-
 def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
     """The other operand of a commutative node."""
     return node.inputs[1] if node.inputs[0] is value else node.inputs[0]
@@ -262,6 +254,12 @@ def _scalar(value: ir.Value | None) -> float | None:
     if value is None or value.const_value is None or value.const_value.size != 1:
         return None
     return float(value.const_value.numpy().reshape(()))
+
+
+def _same_rank(node: ir.Node, value: ir.Value) -> bool:
+    """Whether a node's result has as many axes as this operand: a constant of one number may add some."""
+    shape, result = value.shape, node.outputs[0].shape
+    return shape is not None and result is not None and len(shape) == len(result)
 
 
 def _affine(value: ir.Value | None) -> tuple[ir.Value, Array, Array] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -64,7 +65,7 @@ def export_input_gradient(
     The graph has the module's inputs, and the outputs ``grad`` (shaped as ``wrt``) and ``value`` [N].
     It is the derivative of what is computed: ``detach()`` and ``no_grad()`` leave no trace in a graph, so
     nothing is held constant by them. Where ONNX Runtime is installed, the written graph is run beside
-    autograd on a batch of another size.
+    autograd on a batch of another size before it takes its place, unless a type is narrower than float32.
 
     Args:
         module: called as ``module(*inputs.values())``; all of it in evaluation mode.
@@ -100,14 +101,10 @@ def export_input_gradient(
         )
     add_input_gradient(model, wrt=wrt, of="value", name="grad", conv_backward=conv_backward)
     target = Path(path)
-    write_graph(model, target)
+    beside_autograd = None
     if check and find_spec("onnxruntime") is not None:
-        try:
-            check_against_autograd(target, wrapper, inputs, wrt)
-        except ExportError:
-            for written in (target, target.with_name(f"{target.name}.data")):
-                written.unlink(missing_ok=True)
-            raise
+        beside_autograd = partial(check_against_autograd, scalar=wrapper, inputs=inputs, wrt=wrt)
+    write_graph(model, target, beside_autograd)
     return GradientGraph(
         path=target,
         inputs=_names(model.graph.inputs),

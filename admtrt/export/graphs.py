@@ -24,15 +24,14 @@ EXAMPLE_BATCH = 7
 """Batch size of the captured example, which no network has for another size; no graph may remember it."""
 
 
-def example_inputs(spec: GraphSpec) -> dict[str, Tensor]:
+def example_inputs(spec: GraphSpec, batch: int = EXAMPLE_BATCH) -> dict[str, Tensor]:
     """Tensors of the contract's shapes and types; capturing reads nothing else of them."""
     return {
-        tensor.name: torch.zeros(tensor.sized(EXAMPLE_BATCH), dtype=_DTYPES[tensor.dtype])
-        for tensor in spec.inputs
+        tensor.name: torch.zeros(tensor.sized(batch), dtype=_DTYPES[tensor.dtype]) for tensor in spec.inputs
     }
 
 
-class _PositionalUNet(nn.Module):
+class PositionalUNet(nn.Module):
     """The UNet with the contract's inputs in order, those that the network lacks left out."""
 
     def __init__(self, unet: UNet) -> None:
@@ -41,6 +40,7 @@ class _PositionalUNet(nn.Module):
         self.names = [tensor.name for tensor in unet_spec(unet.config).inputs]
 
     def forward(self, *tensors: Tensor) -> Tensor:
+        """The UNet's output."""
         out: Tensor = self.unet(**dict(zip(self.names, tensors, strict=True)))
         return out
 
@@ -59,7 +59,7 @@ class _LogProb(nn.Module):
 def unet_graph(unet: UNet) -> ir.Model:
     """The UNet, upsamplers included."""
     spec = unet_spec(unet.config)
-    return graph_from_module(_PositionalUNet(unet).eval(), example_inputs(spec), ["out"])
+    return graph_from_module(PositionalUNet(unet).eval(), example_inputs(spec), ["out"])
 
 
 def classifier_gradient_graph(classifier: Classifier, *, conv_backward: ConvBackward = "flipped") -> ir.Model:

@@ -121,6 +121,14 @@ def constant_sizes(value: ir.Value) -> list[int] | None:
     return sizes if sizes.count(-1) <= 1 else None
 
 
+def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
+    """The one node that reads a value, if there is one only and it is of this kind."""
+    users = list(value.uses())
+    if value.is_graph_output() or len(users) != 1 or users[0].node.op_type != op_type:
+        return None
+    return users[0].node
+
+
 def insert_in_place_of(graph: ir.Graph, place: ir.Node, nodes: Sequence[ir.Node], result: ir.Value) -> None:
     """Insert nodes behind a place; the output of the last takes over from ``result``."""
     graph.insert_after(place, nodes)

@@ -23,7 +23,7 @@ from admtrt.models.matching import (
     preset_hint,
     shapes_of_network,
 )
-from admtrt.models.matching import nearest_preset as nearest_preset
+from admtrt.models.option_names import OptionNames
 from admtrt.models.settings import CheckpointConfig as CheckpointConfig
 from admtrt.models.settings import build_network as build_network
 from admtrt.models.settings import checkpoint_config_from_preset as checkpoint_config_from_preset
@@ -56,6 +56,7 @@ _FORMAT_VERSION = 1
 _WRAPPED = "module."  # before the keys of models saved while wrapped for several devices
 _LISTED = 4  # tensors named in a message, of each fault
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+_OPTIONS = OptionNames()
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def identify(
     kinds: Sequence[Kind],
     config: CheckpointConfig | None = None,
     settings: Mapping[str, Any] = _NOTHING,
-    options: str = "--",
+    options: OptionNames = _OPTIONS,
 ) -> Identified:
     """The configuration of an opened file, checked against the name and shape of every tensor.
 
@@ -173,7 +174,7 @@ def identify(
         config: for a file that carries no configuration; it may not contradict one that does.
         settings: single settings that replace those of ``config`` or, without one, answer what the shapes do
             not tell.
-        options: how the command line's options for this file begin, for advice.
+        options: what the command line's options for this file are called, for advice.
 
     Raises:
         CheckpointError: if the file is of another kind, its tensors are not those of its configuration, or
@@ -237,7 +238,7 @@ def load_network(
 ) -> LoadedNetwork:
     """Load a network of the expected kind; the arguments and errors are those of the functions above."""
     stored = open_checkpoint(path)
-    options = "--classifier-" if kind == "classifier" else "--unet-"
+    options = OptionNames("--classifier-" if kind == "classifier" else "--unet-")
     found = identify(stored, kinds=(kind,), config=config, settings=settings, options=options)
     return load_stored(stored, found.config)
 
@@ -287,7 +288,9 @@ def _other_kind(holder: str, kind: Kind, kinds: Sequence[Kind]) -> str:
     return f"{holder} a network of kind '{kind}'; expected {expected}"
 
 
-def _check_agreement(path: Path, embedded: CheckpointConfig, given: CheckpointConfig, options: str) -> None:
+def _check_agreement(
+    path: Path, embedded: CheckpointConfig, given: CheckpointConfig, options: OptionNames
+) -> None:
     if embedded.kind != given.kind:
         raise CheckpointError(
             f"{path} holds a network of kind '{embedded.kind}'; "
@@ -300,7 +303,7 @@ def _check_agreement(path: Path, embedded: CheckpointConfig, given: CheckpointCo
     if different:
         raise CheckpointError(
             f"{path} carries its own configuration, which the one given contradicts: {_listing(different)}",
-            hint=f"Leave out {options}preset, {options}set and --config for this file.",
+            hint=f"Leave out {options.prefix}preset, {options.prefix}set and {options.config} for this file.",
         )
 
 

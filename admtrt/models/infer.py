@@ -310,7 +310,7 @@ def _check_given(given: Mapping[str, Any], told: Mapping[str, Any]) -> None:
             continue
         ours, theirs = (list(one) if isinstance(one, tuple | list) else one for one in (value, given[key]))
         if key == "attention_resolutions" and isinstance(theirs, list):
-            ours, theirs = sorted(ours), sorted(theirs)
+            ours, theirs = (sorted(one, key=str) for one in (ours, theirs))
         if ours != theirs:
             raise CheckpointError(
                 f"the shapes of the tensors say that {key} is {ours}; {theirs} was given",

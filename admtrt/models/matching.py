@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from admtrt.models.infer import Shapes, Traits
+    from admtrt.models.option_names import OptionNames
 
 _ALIKE = 0.9  # of all keys equal: then a published model is worth naming
 _CHANGED_BY_FORKS = ("num_classes", "in_channels", "image_size")
@@ -42,7 +43,9 @@ class Identified:
     note: str = ""
 
 
-def identify_tensors(shapes: Shapes, *, name: str, given: Mapping[str, Any], options: str) -> Identified:
+def identify_tensors(
+    shapes: Shapes, *, name: str, given: Mapping[str, Any], options: OptionNames
+) -> Identified:
     """The configuration of tensors that come with none.
 
     What the shapes do not tell and ``given`` does not say is taken from the published model that the tensors
@@ -53,7 +56,7 @@ def identify_tensors(shapes: Shapes, *, name: str, given: Mapping[str, Any], opt
         shapes: every tensor's shape by its bare name.
         name: the file's name without its suffix, which decides between published models of equal shapes.
         given: settings that are known.
-        options: how the command line's options for this file begin, for advice.
+        options: what the command line's options for this file are called, for advice.
 
     Raises:
         CheckpointError: as :func:`~admtrt.models.infer.infer_config`.
@@ -66,7 +69,8 @@ def identify_tensors(shapes: Shapes, *, name: str, given: Mapping[str, Any], opt
     except UntoldSettingError as error:
         raise CheckpointError(
             error.message,
-            hint=f"Give each with {options}set KEY=VALUE, or describe the network with --config.",
+            hint=f"Give each with {options.prefix}set KEY=VALUE, or describe the network with "
+            f"{options.config}.",
         ) from None
     if not presets:
         return Identified(config)
@@ -83,7 +87,7 @@ def identify_tensors(shapes: Shapes, *, name: str, given: Mapping[str, Any], opt
     note += f" but for {differences}" if differences else ""
     note += f"; assumed from there: {assumed}" if assumed else ""
     note += "; these recommend different samplers" if len(samplers) > 1 else ""
-    return Identified(config, f"{note}. Say otherwise with {options}preset or {options}set.")
+    return Identified(config, f"{note}. Say otherwise with {options.prefix}preset or {options.prefix}set.")
 
 
 def nearest_preset(shapes: Shapes) -> tuple[str, float] | None:
@@ -98,7 +102,7 @@ def nearest_preset(shapes: Shapes) -> tuple[str, float] | None:
     return (name, fractions[name]) if fractions[name] else None
 
 
-def preset_hint(shapes: Shapes, kinds: Sequence[Kind], *, better_than: float, options: str) -> str:
+def preset_hint(shapes: Shapes, kinds: Sequence[Kind], *, better_than: float, options: OptionNames) -> str:
     """Advice that names a published model which the tensors fit better than a given fraction, or nothing."""
     nearest = nearest_preset(shapes)
     if nearest is None or nearest[1] < _ALIKE or nearest[1] <= better_than:
@@ -110,7 +114,11 @@ def preset_hint(shapes: Shapes, kinds: Sequence[Kind], *, better_than: float, op
     if PRESETS[name].kind not in kinds:
         expected = " or ".join(f"'{kind}'" for kind in kinds)
         return f"These are the keys of {_listed(same)}, of kind '{PRESETS[name].kind}'; expected {expected}."
-    choice = f"{options}preset {name}" if len(same) == 1 else f"{options}preset with the one that it is"
+    choice = (
+        f"{options.prefix}preset {name}"
+        if len(same) == 1
+        else f"{options.prefix}preset with the one that it is"
+    )
     return f"These are the keys of {_listed(same)}: pass {choice}."
 
 

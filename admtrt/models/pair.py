@@ -15,7 +15,7 @@ _NOISE = ("steps", "schedule", "rescale_timesteps")
 
 
 def check_pair(generator: CheckpointConfig, guide: CheckpointConfig | None) -> None:
-    """Refuse a classifier for other images, classes or noise than its UNet's.
+    """Refuse a classifier for other images, classes or noise than its UNet's, and names of other classes.
 
     Raises:
         CheckpointError: naming what differs.
@@ -27,9 +27,17 @@ def check_pair(generator: CheckpointConfig, guide: CheckpointConfig | None) -> N
         raise CheckpointError(
             str(error), hint="Give a classifier that was trained for images and classes like this UNet's."
         ) from None
+    ours, theirs = generator.class_names, () if guide is None else guide.class_names
+    classes = generator.unet.num_classes
+    if classes is None and guide is not None:
+        classes = guide.network.num_classes
+    if (ours or theirs) and len(ours or theirs) != classes:
+        raise CheckpointError(
+            f"{len(ours or theirs)} class names were given for {classes or 'no'} classes",
+            hint="Name every class once, or none.",
+        )
     if guide is None:
         return
-    ours, theirs = generator.class_names, guide.class_names
     if ours and theirs and ours != theirs:
         raise CheckpointError(
             f"the UNet's classes are {', '.join(ours)}; the classifier's are {', '.join(theirs)}",

@@ -108,7 +108,11 @@ def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
         OutputError: if the place cannot be written; what stood there is untouched.
     """
     with atomic_file(path) as temporary, temporary.open("wb") as opened:
-        torch.save(OrderedDict(tensors), opened)
+        try:
+            torch.save(OrderedDict(tensors), opened)
+        except RuntimeError as error:
+            # Its writer has no other for a full disk.
+            raise OSError(str(error).splitlines()[0]) from error
 
 
 def check_plain(path: Path, key: str, stored: Tensor) -> None:
@@ -120,6 +124,11 @@ def check_plain(path: Path, key: str, stored: Tensor) -> None:
     if stored.layout is not torch.strided or stored.is_meta or not stored.is_floating_point():
         raise CheckpointError(
             f"{path}: {key} is a {stored.dtype} tensor; expected plain floating-point weights"
+        )
+    if stored.dtype.itemsize == 1:
+        raise CheckpointError(
+            f"{path}: {key} is a {stored.dtype} tensor; types of 8 bits are not read",
+            hint="Save it in fp16, bf16 or fp32.",
         )
     if not bool(torch.isfinite(stored).all()):
         raise CheckpointError(

@@ -217,6 +217,10 @@ def _check_place(directory: Path, identity: dict[str, Any]) -> bool:
         return False
     try:
         known = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise OutputError(
+            f"cannot read {file}: {error.strerror}", hint="Choose another directory for --out."
+        ) from None
     except ValueError:
         known = None
     old, new = _settings(known), _settings(identity)

@@ -113,12 +113,12 @@ class Pipeline:
     @classmethod
     def from_bundle(
         cls,
-        path: str | Path,
+        path: str | Path | Bundle,
         *,
         backend: str = "onnxruntime",
         precision: Precision = "fp32",
         threads: int | None = None,
-        plans: Path | None = None,
+        plans: str | Path | None = None,
         batch_size: int = 1,
         note: Callable[[str], None] = lambda _: None,
         chosen: Callable[[Choice], None] = lambda _: None,
@@ -126,7 +126,7 @@ class Pipeline:
         """Open a bundle.
 
         Args:
-            path: the bundle's directory.
+            path: the bundle's directory, or the bundle where it is open already.
             backend, precision, threads, plans, batch_size, note, chosen: as for
                 :func:`admtrt.runtime.backends.registry.open_denoiser`.
 
@@ -138,7 +138,14 @@ class Pipeline:
         from admtrt.runtime.backends.registry import check_request, open_denoiser
 
         check_request(backend, precision, threads, plans)
-        bundle = Bundle.open(Path(path))
+        bundle = path if isinstance(path, Bundle) else Bundle.open(Path(path))
+        computed = backend
+
+        def took(choice: Choice) -> None:
+            nonlocal computed
+            computed = " and ".join(dict.fromkeys(choice.graphs.values()))
+            chosen(choice)
+
         denoiser = open_denoiser(
             bundle,
             backend,
@@ -147,9 +154,9 @@ class Pipeline:
             plans=plans,
             batch_size=batch_size,
             note=note,
-            chosen=chosen,
+            chosen=took,
         )
-        return cls(bundle, denoiser, computed=f"{backend}, {precision}")
+        return cls(bundle, denoiser, computed=f"{computed}, {precision}")
 
     def __call__(
         self,

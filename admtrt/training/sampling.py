@@ -9,15 +9,14 @@ import torch
 
 from admtrt.config import DiffusionConfig, SamplerConfig
 from admtrt.images import save_grid, to_uint8
+from admtrt.models.denoiser import TorchDenoiser
 from admtrt.runtime.sampler import advance, start_slots
-from admtrt.schedule import COEFFICIENTS, sampling_schedule
+from admtrt.schedule import sampling_schedule
 from admtrt.training.data import batch
 from admtrt.training.objectives import shrink
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from numpy.typing import NDArray
 
     from admtrt.models.unet import UNet
     from admtrt.runtime.sampler import Images, Labels
@@ -27,42 +26,6 @@ _STEPS = 25
 _SAMPLES = 16  # of a network without classes
 _MOST_CLASSES = 64
 _COLUMNS = 8
-
-
-class TorchDenoiser:
-    """A UNet in PyTorch as the runtime's denoiser, without a classifier."""
-
-    def __init__(self, network: UNet, device: torch.device) -> None:
-        self._network = network.eval().to(device)
-        self._device = device
-
-    @torch.no_grad()
-    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
-        """The network's output, [N, C or 2C, H, W]."""
-        arrays = (
-            None if array is None else torch.from_numpy(array).to(self._device)
-            for array in (x, t, y, low_res)
-        )
-        out: Images = self._network(*arrays).cpu().numpy()
-        return out
-
-    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:  # noqa: ARG002
-        """Zeros [N, C, H, W]: nothing guides these samples."""
-        return np.zeros_like(x)
-
-    def update(
-        self, x: Images, out: Images, grad: Images, noise: Images, coefficients: NDArray[np.float32]
-    ) -> tuple[Images, Images]:
-        """x_{t-1} and the predicted x_0, as :func:`admtrt.schedule.step_coefficients` documents."""
-        c = {name: coefficients[:, i, None, None, None] for i, name in enumerate(COEFFICIENTS)}
-        channels = x.shape[1]
-        value = out[:, :channels]
-        v = out[:, channels:] if out.shape[1] > channels else np.zeros_like(x)
-        x_0 = np.clip(c["x0_from_x"] * x + c["x0_from_out"] * value, -c["clip"], c["clip"])
-        w = np.exp(c["log_weight"] + c["log_weight_from_v"] * v)
-        x_prev = c["prev_from_x0"] * x_0 + c["prev_from_x"] * x + c["prev_from_out"] * value
-        x_prev += c["guidance"] * w * grad + c["noise"] * np.sqrt(w) * noise
-        return x_prev, x_0 + c["x0_shift"] * grad
 
 
 def draw_samples(
@@ -80,7 +43,7 @@ def draw_samples(
     size = network.config.image_size
     shape = (network.config.in_channels, size, size)
     slots = start_slots(shape, [schedule] * count, range(count), unet_y=y, low_res=low_res)
-    denoiser = TorchDenoiser(network, device)
+    denoiser = TorchDenoiser(network, device=device)
     for _ in range(len(schedule)):
         advance(slots, denoiser)
     return slots.x

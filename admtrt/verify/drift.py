@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from admtrt.errors import AdmtrtError
+from admtrt.errors import AdmtrtError, RequestError
 from admtrt.runtime.pipeline import Pipeline, consecutive_seeds
 from admtrt.runtime.sampler import advance, hold, start_slots
 from admtrt.schedule import sampling_schedule
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
 BINS = 5
 """Equal ranges of timesteps over which graphs are compared."""
 EQUAL_PSNR = 120.0
-"""Shown for images that are equal, in dB; no two different float32 images reach it."""
+"""Shown for images that are equal, or as good as: the most that is shown, in dB."""
+
+_RANGE = "In fp16 numbers end at 65504: keep more in float32 (admtrt export --fp32), or use bf16."
+_WEIGHTS = "The weights themselves give it, in any precision: check the checkpoint."
 
 
 @dataclass(frozen=True)
@@ -112,12 +115,15 @@ def measure_drift(
         steps: respacing of the trajectories, as for :class:`~admtrt.config.SamplerConfig`.
         batch_size: samples computed at once.
         seed: of the first sample; the others follow.
-        report: called with the number of steps of samples that were done.
+        report: called with the number of steps of samples that were done, of both trajectories.
 
     Raises:
         RequestError: if the steps, the seed or a number is out of range.
         AdmtrtError: if either side gives values that are not finite, naming the graph and the timestep.
     """
+    for name, value in (("images", images), ("batch_size", batch_size)):
+        if value < 1:
+            raise RequestError(f"{name} is {value}; expected at least 1")
     sampler = Pipeline(bundle, reference).sampler(steps=steps)
     schedule = sampling_schedule(bundle.manifest.diffusion, sampler)
     seeds = list(consecutive_seeds(seed, images))
@@ -163,14 +169,18 @@ def _drifts(
     exact: Slots, paired: _Paired, other: Slots, measured: Denoiser, report: Callable[[int], None]
 ) -> Iterator[Values]:
     """Both trajectories to their ends; the relative error of x_t of each sample after each step."""
+    schedule, expected = exact.schedules[0], []
+    for paired.step in range(len(schedule)):
+        advance(exact, paired)
+        expected.append(exact.x.copy())
+        report(len(exact))
+    # After that: who holds a trajectory's slots on a device runs no graph for others meanwhile.
     with hold(other, measured) as held:
-        for _ in range(len(exact.schedules[0])):
-            paired.step = int(exact.position[0])
-            advance(exact, paired)
+        for step, x in enumerate(expected):
             held.advance()
             held.read()
-            _check_finite(other.x, "x_t of the measured trajectory", exact.schedules[0], paired.step)
-            yield _relative(other.x, exact.x)
+            _check_finite(other.x, "x_t of the measured trajectory", schedule, step)
+            yield _relative(other.x, x)
             report(len(exact))
 
 
@@ -207,20 +217,22 @@ class _Paired:
         return self._reference.update(x, out, grad, noise, coefficients)
 
     def _note(self, graph: str, exact: Images, other: Images) -> Images:
-        for side, values in (("in fp32 on ONNX Runtime", exact), ("as measured", other)):
-            _check_finite(values, f"graph '{graph}' {side}", self._schedule, self.step)
+        _check_finite(exact, f"graph '{graph}' in fp32 on ONNX Runtime", self._schedule, self.step, _WEIGHTS)
+        _check_finite(other, f"graph '{graph}' as measured", self._schedule, self.step)
         found = np.stack([_relative(other, exact), _cosine(other, exact)])
         self.errors.setdefault(graph, {}).setdefault(self.step, []).append(found)
         return exact
 
 
-def _check_finite(values: Images, what: str, schedule: SamplingSchedule, step: int) -> None:
+def _check_finite(
+    values: Images, what: str, schedule: SamplingSchedule, step: int, hint: str = _RANGE
+) -> None:
     wrong = len(values) - int(np.isfinite(_rows(values)).all(axis=1).sum())
     if wrong:
         raise AdmtrtError(
             f"{what} gives values that are not finite for {wrong} of {len(values)} samples at timestep "
             f"{int(schedule.timesteps[step])}",
-            hint="In fp16 numbers end at 65504: keep more in float32 (admtrt export --fp32), or use bf16.",
+            hint=hint,
         )
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from admtrt.config import SamplerConfig
     from admtrt.contract import GraphName
     from admtrt.models.checkpoint import LoadedNetwork
+    from admtrt.runtime.backends.auto import Choice
     from admtrt.runtime.sampler import Images, Labels
 
     Record = Callable[[GraphName, Mapping[str, Any], Mapping[str, Images]], None]
@@ -52,6 +53,7 @@ def verify_bundle(
     plans: Path | None = None,
     report: Callable[[str], None] = lambda _: None,
     note: Callable[[str], None] = lambda _: None,
+    chosen: Callable[[Choice], None] = lambda _: None,
     record: Record | None = None,
 ) -> VerificationReport:
     """Compare a bundle on a backend with the networks in PyTorch: graphs, steps, trajectories, images.
@@ -64,7 +66,7 @@ def verify_bundle(
         seed: of all inputs and noise.
         backend, threads, plans: as for :func:`~admtrt.runtime.backends.registry.open_denoiser`, in fp32.
         report: called with the name of each stage as it starts.
-        note: told what ``auto`` measures and chooses.
+        note, chosen: told what ``auto`` measures, and what it chooses.
         record: called with a graph, its inputs and PyTorch's outputs for every batch that graphs are given.
 
     Raises:
@@ -90,7 +92,7 @@ def verify_bundle(
             plans=plans,
             batch_size=max(BATCHES),
             note=note,
-            chosen=lambda choice: note(str(choice)),
+            chosen=chosen,
         )
     except BundleError as error:
         return VerificationReport(str(bundle.path), (Row("build", sessions, "build", detail=error.message),))

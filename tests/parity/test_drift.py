@@ -9,12 +9,14 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from bundles import exported_bundle, pipeline
+from engine_rig import Rig
 from onnx_graphs import parse, proto
 from onnx_graphs import run as run_graph
 from typed_bundles import typed_bundle
 
 from admtrt.cli import run
 from admtrt.errors import AdmtrtError
+from admtrt.runtime.backends import auto
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.verify.drift import BINS, EQUAL_PSNR, measure_drift
 from admtrt.verify.emulation import emulate, emulated
@@ -65,6 +67,29 @@ def test_of_itself_is_nothing() -> None:
     assert [step.max_error for step in report.steps] == [0] * 5
     assert [step.timestep for step in report.steps] == [999, 749, 500, 250, 0]
     assert (report.mean_psnr, report.min_psnr, report.max_levels) == (EQUAL_PSNR, EQUAL_PSNR, 0)
+
+
+def test_of_plans_whose_slots_are_held_on_a_device(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path)
+    rig.build()
+    with rig.open() as denoiser:
+        report = against(denoiser)
+    assert max(graph.max_error for graph in report.graphs) < 1e-4
+    assert max(step.max_error for step in report.steps) < 1e-4
+    assert report.min_psnr > 80
+
+
+def test_auto_that_chooses_the_reference(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(
+        auto, "fastest", lambda seconds: dict.fromkeys(next(iter(seconds.values())), "onnxruntime")
+    )
+    assert run(["drift", str(exported_bundle("guided")), "--backend", "auto", "--images", "1"]) == 2
+    said = capsys.readouterr().err
+    assert "auto: unet on onnxruntime" in said
+    assert "is what the others are measured against" in said
 
 
 def test_a_known_error() -> None:

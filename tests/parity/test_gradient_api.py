@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -430,3 +431,82 @@ def test_the_deviation_of_equal_values_has_no_gradient(tmp_path: Path) -> None:
     export_input_gradient(module, {"x": torch.zeros(2, 4)}, tmp_path / "g.onnx")
     found = run(onnx.load(tmp_path / "g.onnx"), x=torch.ones(3, 4))["grad"]
     np.testing.assert_array_equal(found, np.zeros((3, 4), np.float32))
+
+
+class Certain(nn.Module):
+    """Sure of class 3: there log p is rounding alone, and 1 - p in float32 as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(4, 8), nn.SiLU(), nn.Linear(8, 5))
+        with torch.no_grad():
+            self.inner[2].bias[3] += 15
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x).log_softmax(-1)[:, 3]
+
+
+def test_a_classifier_that_is_certain_is_no_fault(tmp_path: Path) -> None:
+    module, x = Certain().eval(), torch.randn(3, 4)
+    export_input_gradient(module, {"x": torch.zeros(2, 4)}, tmp_path / "g.onnx")
+    leaf = x.double().requires_grad_()
+    (expected,) = torch.autograd.grad(copy.deepcopy(module).double()(leaf).sum(), leaf)
+    found = run(onnx.load(tmp_path / "g.onnx"), x=x)["grad"]
+    assert relative_error(found, expected.numpy()) <= 1e-4
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x.sum(1).detach(), "has no gradient: it is held back"),
+        (lambda x: (x * x.detach()).sum(1), "is not the module"),
+        (lambda x: (x**0).sum(1), "depends on input 'x' by nothing that has a gradient"),
+    ],
+)
+def test_what_is_refused_leaves_an_earlier_export_alone(
+    function: Callable[..., Tensor], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "g.onnx"
+    export_input_gradient(Function(lambda x: x.square().sum(1)).eval(), {"x": torch.zeros(2, 4)}, path)
+    before = path.read_bytes()
+    with pytest.raises(ExportError, match=message):
+        export_input_gradient(Function(function).eval(), {"x": torch.ones(2, 4)}, path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_input_that_is_called_as_a_value_within(tmp_path: Path) -> None:
+    module = nn.Linear(4, 3).eval()
+    export_input_gradient(
+        module, {"linear": torch.zeros(2, 4)}, tmp_path / "g.onnx", wrt="linear", scalar=lambda o, _: o.sum(1)
+    )
+    found = run(onnx.load(tmp_path / "g.onnx"), linear=torch.zeros(5, 4))
+    assert relative_error(found["grad"], module.weight.detach().sum(0).expand(5, 4).numpy()) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_narrow_types_are_exported_unchecked(dtype: torch.dtype, tmp_path: Path) -> None:
+    module = nn.Linear(4, 3).to(dtype).eval()
+    made = export_input_gradient(
+        module, {"x": torch.zeros(2, 4, dtype=dtype)}, tmp_path / "g.onnx", scalar=lambda o, _: o.sum(1)
+    )
+    assert made.path.is_file()
+
+
+class RankRaised(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(4, 12, 1)
+        self.two = nn.Parameter(torch.full((1, 1, 1, 1), 2.0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (self.conv(x).chunk(3, 1)[0] * self.two).squeeze(0).square().sum((1, 2))
+
+
+def test_a_scale_that_adds_an_axis_is_not_folded(tmp_path: Path) -> None:
+    module = RankRaised().eval()
+    export_input_gradient(module, {"x": torch.zeros(2, 4, 5)}, tmp_path / "g.onnx")
+    x = torch.randn(3, 4, 5)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(module(leaf).sum(), leaf)
+    assert relative_error(run(onnx.load(tmp_path / "g.onnx"), x=x)["grad"], expected.numpy()) <= 1e-5

@@ -20,13 +20,13 @@ from admtrt.evaluate.images import load_images
 from admtrt.evaluate.nll import Likelihood, evaluate_nll
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import save_checkpoint
+from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.diffusion import Diffusion
 from admtrt.runtime.noise import step_noise
 from admtrt.schedule import process_from_config
 from admtrt.training.data import ImageSet
 from admtrt.training.losses import variational_bound
 from admtrt.training.objectives import shrink
-from admtrt.training.sampling import TorchDenoiser
 
 COUNT = 7
 RNG = np.random.default_rng(3)
@@ -144,7 +144,7 @@ def test_a_network_that_knows_the_answer_has_no_loss_but_the_decoders() -> None:
 
 
 def torch_nll(data: ImageSet, **options: Any) -> Likelihood:
-    unet = TorchDenoiser(network(UNET).module, torch.device("cpu")).unet  # type: ignore[arg-type]
+    unet = TorchDenoiser(network(UNET).module).unet
     return evaluate_nll(unet, UNET, SHORT, data, **options)
 
 
@@ -238,6 +238,7 @@ def test_bad_requests(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "8 images were asked for" in refusal(capsys, *unet, *data, "--images", COUNT + 1)
     assert "no integer stride" in refusal(capsys, *unet, *data, "--steps", "ddim300")
     assert "seed -1 is out of range" in refusal(capsys, *given, *data, "--seed", -1)
+    assert "seed -1 is out of range" in refusal(capsys, *given, *data, "--seed", -1, "--images", 2)
     assert "leave the range" in refusal(capsys, *given, *data, "--seed", 2**64 - 3)
     assert "absent does not exist" in refusal(capsys, "--bundle", "absent", *data)
     assert "absent.pt does not exist" in refusal(capsys, "--unet", "absent.pt", *data)

@@ -22,11 +22,12 @@ from onnx_graphs import parse
 from admtrt.bundle import Bundle
 from admtrt.cli import run
 from admtrt.contract import GraphSpec, TensorSpec
-from admtrt.errors import EngineError
+from admtrt.errors import EngineError, OutputError
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.runtime.engines import builder
 from admtrt.runtime.engines.build import Workshop
 from admtrt.runtime.engines.builder import Phases, build_plan
+from admtrt.runtime.engines.device import Gpu
 from admtrt.runtime.engines.library import Library, find_library
 from admtrt.runtime.engines.options import BatchProfile, BuildOptions
 from admtrt.runtime.engines.plans import PlanStore
@@ -419,6 +420,16 @@ def test_limits_reach_the_library(library: Library) -> None:
     config, trt = configured(library, workspace=3, optimization_level=1), library.module
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 3 * 2**20
     assert config.builder_optimization_level == 1
+
+
+def test_a_timing_cache_that_cannot_be_written_is_refused_before_any_work(
+    library: Library, tmp_path: Path
+) -> None:
+    bundle = copied("guided", tmp_path)
+    full = Library("tensorrt", library.module, "11.4.0")
+    workshop = Workshop(full, Gpu("Any", 89, 2**30), PlanStore.of(bundle), timing_cache=tmp_path)
+    with pytest.raises(OutputError, match="it is a folder"):
+        workshop.check([update_of(bundle)], BuildOptions(profiles=(BatchProfile.parse("1"),)))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the other library has no such cache

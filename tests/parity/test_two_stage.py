@@ -16,7 +16,6 @@ import pytest
 from bundles import CLASS_NAMES, CLASSIFIER, UNET, network, sham_bundle
 
 import admtrt
-from admtrt.bundle import Bundle
 from admtrt.cli import run
 from admtrt.config import UNetConfig
 from admtrt.errors import OutputError, RequestError
@@ -206,7 +205,7 @@ def test_labels_go_to_every_stage_that_takes_them(stages: TwoStage, tmp_path: Pa
 
 def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command draw from sham bundles."""
-    monkeypatch.setattr(Pipeline, "from_bundle", lambda path, **_: Pipeline(Bundle.open(path), Fake()))
+    monkeypatch.setattr(Pipeline, "from_bundle", lambda bundle, **_: Pipeline(bundle, Fake()))
 
 
 def test_the_labels_of_the_small_images_are_used(

@@ -472,9 +472,9 @@ def test_impossible_steps_are_refused_before_any_work(
 def test_another_backend(good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork) -> None:
     report = run(good, unet, classifier, backend="openvino")
     assert report.passed, report.failures
-    said: list[str] = []
-    assert run(good, unet, classifier, backend="auto", note=said.append).passed
-    assert any(line.startswith("auto: unet on ") for line in said)
+    taken: list[Choice] = []
+    assert run(good, unet, classifier, backend="auto", chosen=taken.append).passed
+    assert [str(choice).startswith("auto: unet on ") for choice in taken] == [True]
 
 
 def test_what_polygraphy_is_given(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from bundles import CLASSIFIER, exported_bundle, pipeline, sham_bundle
+from engine_rig import DRIVER
 
 from admtrt.bundle import Bundle
 from admtrt.cli import run
@@ -23,6 +25,7 @@ from admtrt.runtime.backends.composite import Composite
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.runtime.backends.providers import Provider, ProviderDenoiser
 from admtrt.runtime.backends.registry import AUTO, BACKENDS, open_denoiser
+from admtrt.runtime.engines.device import Driver
 from admtrt.runtime.pipeline import Pipeline
 
 RNG = np.random.default_rng(0)
@@ -45,7 +48,7 @@ def bundle() -> Bundle:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if an NVIDIA driver were installed."""
-    monkeypatch.setattr(registry, "_has_driver", lambda: True)
+    monkeypatch.setattr(registry, "query_driver", lambda: DRIVER)
 
 
 NAMES = "onnxruntime, openvino, onnxruntime-cuda, onnxruntime-tensorrt, onnxruntime-rtx, tensorrt, auto"
@@ -63,7 +66,7 @@ def test_the_help_names_every_backend() -> None:
     ("given", "message"),
     [
         ({"backend": "tensorflow"}, f"backend 'tensorflow' is unknown; expected one of {NAMES}"),
-        ({"precision": "int8"}, "precision 'int8' is unknown; expected one of fp32, fp16, bf16"),
+        ({"precision": "int8"}, "precision 'int8' is unknown; expected fp32, fp16, bf16"),
         ({"precision": "bf16"}, "backend 'onnxruntime' computes in fp32, not in bf16"),
         ({"backend": "openvino", "precision": "fp16"}, "computes in fp32 or bf16, not in fp16"),
         ({"plans": Path("kept")}, "backend 'onnxruntime' runs no plans, but kept was given as their folder"),
@@ -94,8 +97,8 @@ def test_the_other_backends_of_a_precision_are_named(bundle: Bundle) -> None:
 @pytest.mark.parametrize("name", [name for name in BACKENDS if BACKENDS[name].device == "cuda"])
 def test_a_machine_without_a_driver(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(registry, "_is_installed", lambda _: True)
-    monkeypatch.setattr(registry, "_has_driver", lambda: False)
-    with pytest.raises(EngineError, match=f"backend '{name}' needs an NVIDIA GPU, and this machine has no"):
+    monkeypatch.setattr(registry, "query_driver", lambda: Driver(None, (), "no driver here"))
+    with pytest.raises(EngineError, match=f"backend '{name}' needs an NVIDIA GPU: no driver here"):
         open_denoiser(bundle, name)
     assert not BACKENDS[name].available()
     assert "no driver" in BACKENDS[name].available().reason
@@ -233,6 +236,65 @@ def test_the_last_batch_sizes_are_kept(bundle: Bundle, library: Library) -> None
         denoiser.unet(X[:count], T[:count], None, None)
     denoiser.classifier_gradient(X, T, Y)
     assert list(denoiser._bound) == [("unet", 1), ("unet", 3), ("classifier_gradient", 3)]
+
+
+class _Replaying(_Renamed):
+    """As CUDA graphs are: what was bound when an id first came is what runs whenever it comes."""
+
+    def __init__(self, session: Any, names: list[str]) -> None:
+        super().__init__(session, names)
+        self._captured: dict[str, Any] = {}
+
+    def run_with_iobinding(self, binding: Any, options: Any) -> None:
+        name = options.get_run_config_entry("gpu_graph_id")
+        self._session.run_with_iobinding(self._captured.setdefault(name, binding))
+
+
+def test_a_size_that_comes_again_replays_no_old_graph(
+    bundle: Bundle, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(globals(), "_Renamed", _Replaying)
+    denoiser = open_denoiser(bundle, "onnxruntime-cuda")
+    for count in (1, 2, 3, 1, 1):
+        out = denoiser.unet(X[:count], T[:count], None, None)
+        expected = pipeline("guided").denoiser.unet(X[:count], T[:count], None, None)
+        assert np.allclose(out, expected, atol=1e-6)
+
+
+def test_a_library_that_fails_while_it_runs(
+    bundle: Bundle, library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RuntimeError("cudaErrorMemoryAllocation: out of memory\nat line 3")
+
+    monkeypatch.setattr(_Renamed, "run_with_iobinding", full, raising=False)
+    with pytest.raises(EngineError) as raised:
+        open_denoiser(bundle, "onnxruntime-cuda").unet(X, T, None, None)
+    assert raised.value.message == (
+        "CUDAExecutionProvider cannot run graph 'unet' on a batch of 3: "
+        "cudaErrorMemoryAllocation: out of memory"
+    )
+    assert "--batch-size" in raised.value.hint
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+def test_a_run_that_fails_names_the_batch(bundle: Bundle, backend: str) -> None:
+    denoiser = open_denoiser(bundle, backend)
+    with pytest.raises(EngineError, match="cannot run graph 'unet' on a batch of 3"):
+        denoiser.unet(X[:, :, :5], T, None, None)
+
+
+def test_numbers_of_numpy_and_folders_as_text(bundle: Bundle, tmp_path: Path) -> None:
+    opened = Pipeline.from_bundle(bundle, backend="auto", threads=np.int64(1), batch_size=np.int64(1))  # type: ignore[arg-type]
+    assert opened.computed in {"onnxruntime, fp32", "openvino, fp32", "openvino and onnxruntime, fp32",
+                               "onnxruntime and openvino, fp32"}  # fmt: skip
+    with contextlib.suppress(EngineError):  # of a processor without bf16
+        open_denoiser(bundle, AUTO, "bf16", plans=str(tmp_path))
+
+
+def test_auto_takes_no_plans_in_fp32(bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="'auto' runs no plans in fp32"):
+        open_denoiser(bundle, AUTO, plans=tmp_path)
 
 
 def test_outputs_belong_to_the_caller(bundle: Bundle, library: Library) -> None:

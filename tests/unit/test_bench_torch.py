@@ -16,14 +16,16 @@ from onnx_graphs import small_classifier
 from admtrt.bench import plain
 from admtrt.bench.rows import Row
 from admtrt.bench.subject import Subject, subject_from_preset
-from admtrt.bench.torch_rows import DeviceDenoiser, TorchDenoiser, open_torch_row
+from admtrt.bench.torch_rows import DeviceDenoiser, open_torch_row
 from admtrt.bench.yardstick import Yardstick, count_operations
 from admtrt.bundle import Bundle
 from admtrt.config import DiffusionConfig
 from admtrt.contract import classifier_gradient_spec
 from admtrt.errors import CheckpointError, RequestError
+from admtrt.export.graphs import example_inputs
 from admtrt.models.checkpoint import save_checkpoint
 from admtrt.models.classifier import log_prob_gradient
+from admtrt.models.denoiser import TorchDenoiser
 from admtrt.presets import PRESETS, Preset
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.runtime.example import example_slots
@@ -150,7 +152,7 @@ def test_the_plain_gradient_is_exact_in_operators_that_onnx_has() -> None:
     """Of a classifier with residual downsampling, whose pooling the tiny one lacks."""
     classifier = small_classifier("attention")
     spec = classifier_gradient_spec(classifier.config)
-    traced = plain._traced_gradient(classifier, plain._examples(spec, 2))
+    traced = plain._traced_gradient(classifier, tuple(example_inputs(spec, 2).values()))
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([4, 1])
     torch.testing.assert_close(traced(x, t, y), log_prob_gradient(classifier, x, t, y), rtol=1e-4, atol=1e-6)
     assert not [node.target for node in traced.graph.nodes if "backward" in str(node.target)]

@@ -314,6 +314,13 @@ def test_weights_that_are_not_plain(
         load_network(path, kind="unet", config=UNET_CONFIG)
 
 
+def test_weights_of_eight_bits(tmp_path: Path, state: dict[str, Tensor]) -> None:
+    narrow = state["out.2.bias"].to(torch.float8_e4m3fn)
+    path = torch_file(tmp_path / "a.pt", state | {"out.2.bias": narrow})
+    with pytest.raises(CheckpointError, match=r"out\.2\.bias is a torch.float8_e4m3fn .*8 bits are not read"):
+        load_network(path, kind="unet", config=UNET_CONFIG)
+
+
 # --- tensors of another model -----------------------------------------------------------------------------
 
 

@@ -231,12 +231,15 @@ def test_bundle_faults(capsys: Capture, tmp_path: Path, fault: str, command: str
     assert not (tmp_path / "run").exists()
 
 
+CLASSIFIED = UNET.model_copy(update={"num_classes": 3})
+
+
 # --- export ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def unet(tmp_path: Path) -> Path:
-    loaded = network(UNET, class_names=("a",))
+    loaded = network(UNET)
     save_checkpoint(tmp_path / "unet.safetensors", loaded.module.state_dict(), loaded.config)
     return tmp_path / "unet.safetensors"
 
@@ -312,6 +315,23 @@ def test_export_options(
     capsys: Capture, tmp_path: Path, unet: Path, options: list[str], message: str
 ) -> None:
     assert message in export_refused(capsys, tmp_path, unet, *options)
+
+
+def test_a_file_of_settings_without_a_network(capsys: Capture, tmp_path: Path, unet: Path) -> None:
+    (tmp_path / "s.toml").write_text('[diffusion]\nschedule = "cosine"\n')
+    complaint = export_refused(capsys, tmp_path, unet, "--config", tmp_path / "s.toml")
+    assert "s.toml has no section [unet], [upsampler] or [classifier]" in complaint
+    assert "--unet-set" in complaint
+
+
+def test_names_of_another_number_of_classes(capsys: Capture, tmp_path: Path) -> None:
+    for names, config, count in ((("a",), UNET, "no"), (("a",), CLASSIFIED, "3")):
+        loaded = network(config, class_names=names)
+        path = tmp_path / f"{count}.safetensors"
+        save_checkpoint(path, loaded.module.state_dict(), loaded.config)
+        complaint = export_refused(capsys, tmp_path, path)
+        assert f"1 class names were given for {count} classes" in complaint
+        assert "exporting" not in complaint
 
 
 def test_networks_that_do_not_fit(capsys: Capture, tmp_path: Path, unet: Path) -> None:
@@ -410,7 +430,7 @@ def test_a_place_that_fails_outside_of_any_atomic_write(
         raise OSError(code, os.strerror(code), "/some/file")
 
     monkeypatch.setattr(Bundle, "open", failing)
-    assert f"error: cannot write /some/file: {os.strerror(code)}" in refused(capsys, "inspect", "bundle")
+    assert f"error: cannot use /some/file: {os.strerror(code)}" in refused(capsys, "inspect", "bundle")
 
 
 def test_success_and_help(capsys: Capture) -> None:

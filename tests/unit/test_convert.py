@@ -25,6 +25,7 @@ from admtrt.models.checkpoint import (
     save_checkpoint,
 )
 from admtrt.models.matching import shapes_of_network
+from admtrt.models.option_names import OptionNames
 from admtrt.models.settings import (
     CheckpointConfig,
     build_network,
@@ -211,6 +212,21 @@ def test_a_failing_write_leaves_the_old_file(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_full_disk_under_torch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(content: Any, opened: Any) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc] . unexpected pos 1 vs 2\nframe #0")
+
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.pt"
+    save_checkpoint(source, state_of(UNET), UNET)
+    monkeypatch.setattr(torch, "save", fail)
+    complaint = refused(capsys, "convert", source, target)
+    assert f"cannot write {target}" in complaint
+    assert "frame #0" not in complaint
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_weights_stay_mapped(tmp_path: Path) -> None:
     """The tensors of an opened file lie in mappings of the file itself."""
     save_checkpoint(tmp_path / "a.safetensors", state_of(UNET), UNET)
@@ -358,7 +374,7 @@ def test_what_was_assumed_is_said(tmp_path: Path) -> None:
     found = identify_checkpoint(
         open_checkpoint(tmp_path / "classifier.pt"),
         kinds=("classifier",),
-        description=Description(options="--classifier-"),
+        description=Description(options=OptionNames("--classifier-")),
         note=notes.append,
     )
     assert found.network == fork.network

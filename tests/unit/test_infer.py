@@ -17,6 +17,7 @@ from admtrt.errors import CheckpointError, ConfigError
 from admtrt.models.checkpoint import identify, load_network, open_checkpoint
 from admtrt.models.infer import UNTOLD, UntoldSettingError, infer_config, traits_of
 from admtrt.models.matching import identify_tensors, shapes_of_network
+from admtrt.models.option_names import OptionNames
 from admtrt.models.settings import (
     CheckpointConfig,
     checkpoint_config_from_preset,
@@ -47,6 +48,8 @@ PROCESS = {
     "variance_type": "learned_range",
 }
 TELLABLE = {"image_size": 16, "num_heads": 2, "new_attention_order": False} | PROCESS
+
+OF_UNET = OptionNames("--unet-")
 
 
 def published_shapes(name: str) -> Shapes:
@@ -83,14 +86,14 @@ def test_every_published_model_from_its_shapes_and_what_they_do_not_tell(name: s
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_published_model_from_its_file_alone(name: str) -> None:
-    found = identify_tensors(published_shapes(name), name=name, given={}, options="--unet-")
+    found = identify_tensors(published_shapes(name), name=name, given={}, options=OF_UNET)
     assert found.config == checkpoint_config_from_preset(name)
     assert f"those of preset '{name}'; assumed from there: " in found.note
     assert "Say otherwise with --unet-preset or --unet-set." in found.note
 
 
 def test_models_of_equal_shapes_under_another_name() -> None:
-    found = identify_tensors(published_shapes("lsun_cat"), name="ema", given={}, options="--unet-")
+    found = identify_tensors(published_shapes("lsun_cat"), name="ema", given={}, options=OF_UNET)
     assert "presets '256x256_diffusion_uncond', 'lsun_bedroom', 'lsun_cat', 'lsun_horse'," in found.note
     assert "different samplers" in found.note
     expected = checkpoint_config_from_preset("lsun_horse_nodropout")
@@ -99,7 +102,9 @@ def test_models_of_equal_shapes_under_another_name() -> None:
 
 
 def test_what_shapes_tell_is_not_called_assumed() -> None:
-    note = identify_tensors(published_shapes("64x64_classifier"), name="", given={}, options="--").note
+    note = identify_tensors(
+        published_shapes("64x64_classifier"), name="", given={}, options=OptionNames()
+    ).note
     assert "image_size" not in note
     assert "assumed from there: num_head_channels 64, new_attention_order False, schedule cosine" in note
 
@@ -258,6 +263,7 @@ def test_a_setting_that_contradicts_the_shapes() -> None:
         ("num_classes", 10, "num_classes is None; 10 was given"),
         ("channel_mult", [1, 3], r"channel_mult is \[1.0, 2.0\]; \[1, 3\] was given"),
         ("attention_resolutions", [16], r"attention_resolutions is \[8\]; \[16\] was given"),
+        ("attention_resolutions", [8, "4"], r"attention_resolutions is \[8\]; \['4', 8\] was given"),
         ("num_res_blocks", 2, "num_res_blocks is 1; 2 was given"),
     ):
         with pytest.raises(CheckpointError, match=said):
@@ -323,7 +329,7 @@ def test_tensors_of_something_else(change: dict[str, Any], said: str) -> None:
 )
 def test_a_fork_takes_from_its_ancestor_what_shapes_do_not_tell(name: str, changes: dict[str, Any]) -> None:
     expected = with_settings(checkpoint_config_from_preset(name), changes)
-    found = identify_tensors(shapes_of_network(expected), name="ema", given={}, options="--unet-")
+    found = identify_tensors(shapes_of_network(expected), name="ema", given={}, options=OF_UNET)
     assert (found.config.network, found.config.diffusion) == (expected.network, expected.diffusion)
     for key in set(changes) - {"attention_resolutions"}:
         assert f"{key} {changes[key]}" in found.note or changes[key] is None
@@ -331,7 +337,7 @@ def test_a_fork_takes_from_its_ancestor_what_shapes_do_not_tell(name: str, chang
 
 def test_a_fork_with_another_image_size_says_so() -> None:
     shapes = published_shapes("256x256_diffusion")
-    found = identify_tensors(shapes, name="ema", given={"image_size": 128}, options="--").config
+    found = identify_tensors(shapes, name="ema", given={"image_size": 128}, options=OptionNames()).config
     assert isinstance(found.network, UNetConfig)
     assert (found.network.image_size, found.network.attention_resolutions) == (128, (16, 8, 4))
     assert shapes_of_network(found) == shapes
@@ -340,7 +346,7 @@ def test_a_fork_with_another_image_size_says_so() -> None:
 def test_what_is_given_stands_above_what_is_assumed() -> None:
     shapes = published_shapes("64x64_diffusion")
     known = {"num_heads": 4, "schedule": "linear", "rescale_timesteps": True}
-    found = identify_tensors(shapes, name="64x64_diffusion", given=known, options="--")
+    found = identify_tensors(shapes, name="64x64_diffusion", given=known, options=OptionNames())
     assert found.config.network.num_heads == 4
     assert found.config.network.num_head_channels is None
     assert found.config.diffusion == DiffusionConfig(rescale_timesteps=True)
@@ -353,7 +359,7 @@ def test_another_architecture_takes_nothing() -> None:
     for changes in ({"num_res_blocks": 3}, {"pool": "adaptive"}, {"attention_resolutions": (16, 8)}):
         shapes = shapes_of_network(with_settings(network, changes))
         with pytest.raises(CheckpointError, match="do not tell") as caught:
-            identify_tensors(shapes, name="", given={}, options="--classifier-")
+            identify_tensors(shapes, name="", given={}, options=OptionNames("--classifier-"))
         assert "--classifier-set KEY=VALUE" in caught.value.hint
 
 
@@ -363,7 +369,7 @@ def test_fixed_variance_is_asked_for() -> None:
         {"learn_sigma": False, "variance_type": "fixed_small"},
     )
     with pytest.raises(CheckpointError, match="variance_type"):
-        identify_tensors(shapes_of_network(fork), name="", given={}, options="--")
+        identify_tensors(shapes_of_network(fork), name="", given={}, options=OptionNames())
 
 
 # --- files ------------------------------------------------------------------------------------------------

@@ -22,9 +22,9 @@ from admtrt.models.checkpoint import (
     build_network,
     checkpoint_config_from_preset,
     load_network,
-    nearest_preset,
 )
 from admtrt.models.classifier import Classifier, log_prob_gradient
+from admtrt.models.matching import nearest_preset
 from admtrt.models.unet import UNet
 from admtrt.presets import PRESETS
 from admtrt.schedule import retained_timesteps

@@ -175,6 +175,7 @@ def test_a_name_may_look_like_a_number_or_hold_a_colon(tmp_path: Path) -> None:
     manifest = sham_bundle(tmp_path / "bundle", class_names=names).manifest
     assert requested_labels("2,0,1", None, manifest) == [0, 2, 1]
     assert requested_labels("a:b:2", None, manifest) == [1, 1]
+    assert requested_labels("a:b", 2, manifest) == [1, 1]
 
 
 def test_a_bundle_without_classes(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from bundles import pipeline
 from engine_double import Context
 from engine_rig import GPU, Rig
 
-from admtrt.errors import EngineError, MissingDependencyError, PlanError, UserError
+from admtrt.errors import EngineError, MissingDependencyError, PlanError, RequestError, UserError
+from admtrt.runtime.backends.registry import open_denoiser
 from admtrt.runtime.engines.device import Driver, Gpu
 from admtrt.runtime.engines.sources import GraphSource, graph_source
 from admtrt.runtime.pipeline import Pipeline
@@ -207,6 +208,27 @@ def test_older_plans_are_used_where_the_newest_do_not_go_together(monkeypatch: P
     rig.profiles["unet"] = ((16, 16, 16),)
     rig.build(["unet"])
     assert rig.open().largest_batch == 4
+
+
+def test_an_older_plan_is_used_where_the_newest_is_damaged(monkeypatch: Patch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path, profiles=((1, 2, 4),))
+    rig.build()
+    monkeypatch.setattr("admtrt.runtime.engines.plans.datetime", _Later)
+    rig.profiles["unet"] = ((1, 2, 8),)
+    (newest,) = rig.build(["unet"])
+    file = rig.store.path(newest.key)
+    file.write_bytes(file.read_bytes()[:10])
+    assert rig.open().largest_batch == 4
+    rig.store.path(rig.build(["update"])[0].key).unlink()
+    with pytest.raises(PlanError, match="cannot read the plan") as info:
+        rig.open()
+    assert info.value.hint.endswith(f"--cache {rig.folder}")
+
+
+def test_a_batch_that_is_too_large_shows_when_the_plans_are_opened(rig: Rig, monkeypatch: Patch) -> None:
+    monkeypatch.setattr("admtrt.runtime.backends.registry._is_installed", lambda _: True)
+    with pytest.raises(RequestError, match="a batch of 9 is larger than the largest that the plans take"):
+        open_denoiser(rig.bundle, "tensorrt", plans=rig.folder, batch_size=9)
 
 
 def test_a_closed_backend_gives_everything_back(rig: Rig) -> None:

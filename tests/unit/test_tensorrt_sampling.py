@@ -271,14 +271,6 @@ def test_single_graphs_on_host_arrays(rig: Rig) -> None:
         assert denoiser.run("classifier_gradient", {"x": x, "t": t, "y": y})["log_prob"].shape == (3,)
 
 
-def test_only_some_graphs_can_be_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rig = Rig(monkeypatch, tmp_path)
-    rig.build(["unet"])
-    with rig.open(graphs=["unet"]) as denoiser:
-        out = denoiser.unet(np.zeros((1, 1, 8, 8), np.float32), np.zeros(1, np.float32), None, None)
-    assert out.shape == (1, 2, 8, 8)
-
-
 def test_another_thread_may_sample(rig: Rig) -> None:
     with rig.open() as denoiser, ThreadPoolExecutor(1) as pool:
         samples = pool.submit(Pipeline(rig.bundle, denoiser), [0, 1]).result()

@@ -42,6 +42,33 @@ def call(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object
     return 0
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["64x64_classifier", "out.safetensors"], "expected a name that ends in .pt"),
+        (["c.toml", "out.pt"], "expected a name that ends in .safetensors"),
+        (["c.toml", "out.safetensors", "--half"], "--half is for presets"),
+        (["64x64_classifier", "out.pt", "--kind", "unet"], "--kind is for a TOML"),
+        (["65x65_diffusion", "out.pt"], "The presets are 64x64_diffusion,"),
+    ],
+)
+def test_generated_checkpoints_that_cannot_be(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call(load("generated_checkpoint", monkeypatch), monkeypatch, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_int8_of_no_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = load("explore_int8", monkeypatch)
+    assert call(tool, monkeypatch, tmp_path / "nowhere") == 2
+    assert "does not exist" in capsys.readouterr().err
+    assert call(tool, monkeypatch, exported_bundle("upsampler")) == 2
+    assert "is an upsampler's" in capsys.readouterr().err
+
+
 def test_upsampler_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -83,7 +110,7 @@ def test_upsampler_error_names_a_users_fault(
     assert call(tool, monkeypatch, exported_bundle("guided"), config) == 2
     assert "is no upsampler" in capsys.readouterr().err
     assert call(tool, monkeypatch, exported_bundle("upsampler"), config, "--images", 10_000) == 2
-    assert "10000 images were asked for; 179 are held out" in capsys.readouterr().err
+    assert "10000 images were asked for; there are 179" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "dtype"), [([], torch.float32), (["--half"], torch.float16)])

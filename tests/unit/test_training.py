@@ -17,6 +17,7 @@ from training_runs import in_python, lines, run, tiny_config, weights
 from admtrt.config import DiffusionConfig, RunConfig, SamplerConfig, TrainingConfig, save_config
 from admtrt.errors import ConfigError, DataError, MissingDependencyError
 from admtrt.models.checkpoint import load_network
+from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.layers import ResBlock
 from admtrt.schedule import process_from_config, step_coefficients
@@ -26,7 +27,6 @@ from admtrt.training.engine import Division
 from admtrt.training.learner import learning_rate
 from admtrt.training.metrics import MetricsLog, Window
 from admtrt.training.objectives import ClassifierObjective, DenoisingObjective, shrink
-from admtrt.training.sampling import TorchDenoiser
 
 
 def final(config: RunConfig, out, kind="unet"):
@@ -363,7 +363,7 @@ def test_the_torch_denoiser_steps_as_the_papers_say(variance, mean, sampler):
     out = torch.cat([value, v.tanh()], dim=1) if config.learns_sigma else value
     expected = Diffusion(config, process).sample_step(out, x, step, noise, grad, settings)
     coefficients = step_coefficients(config, process, settings)[step.numpy()]
-    denoiser = TorchDenoiser(torch.nn.Identity(), torch.device("cpu"))
+    denoiser = TorchDenoiser(torch.nn.Identity())
     found = denoiser.update(*(tensor.numpy() for tensor in (x, out, grad, noise)), coefficients)
     for ours, theirs in zip(found, expected, strict=True):
         for sample, reference in zip(torch.from_numpy(ours), theirs, strict=True):

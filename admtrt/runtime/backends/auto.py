@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -29,9 +28,10 @@ from admtrt.runtime.backends.composite import Composite
 from admtrt.runtime.backends.probe import ProbeRequest, ProbeResult
 from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.engines.plans import PlanStore
+from admtrt.runtime.machine import available_threads, processor
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Sequence
 
     from admtrt.bundle import Bundle
     from admtrt.runtime.backends.graphs import GraphDenoiser
@@ -97,6 +97,7 @@ def open_fastest(
     threads: int | None,
     plans: Path | None,
     batch_size: int,
+    graphs: Collection[GraphName] | None,
     note: Callable[[str], None],
     chosen: Callable[[Choice], None],
 ) -> GraphDenoiser:
@@ -108,6 +109,7 @@ def open_fastest(
         threads: of CPU backends; None takes every core.
         plans: folder of plans; None for the bundle's own.
         batch_size: for which to choose.
+        graphs: those that are needed; None for all.
         note: told what is measured.
         chosen: told what was chosen.
 
@@ -116,22 +118,28 @@ def open_fastest(
     """
     choice = choose(bundle, precision, threads=threads, plans=plans, batch_size=batch_size, note=note)
     chosen(choice)
-    return open_choice(bundle, choice, precision, threads=threads, plans=plans)
+    return open_choice(bundle, choice, precision, threads=threads, plans=plans, graphs=graphs)
 
 
 def open_choice(
-    bundle: Bundle, choice: Choice, precision: Precision, *, threads: int | None, plans: Path | None
+    bundle: Bundle,
+    choice: Choice,
+    precision: Precision,
+    *,
+    threads: int | None,
+    plans: Path | None,
+    graphs: Collection[GraphName] | None = None,
 ) -> GraphDenoiser:
     """The backends of a choice, as one denoiser."""
     unet = choice.graphs["unet"]
     guide = choice.graphs.get("classifier_gradient", unet)
 
-    def opened(name: str, graphs: Sequence[GraphName] | None) -> GraphDenoiser:
+    def opened(name: str, graphs: Collection[GraphName] | None) -> GraphDenoiser:
         return BACKENDS[name].open(bundle, precision, threads=threads, plans=plans, graphs=graphs)
 
-    if guide == unet:
-        return opened(unet, None)
-    return Composite(opened(unet, ("unet", "update")), opened(guide, ("classifier_gradient",)))
+    if guide == unet or (graphs is not None and "classifier_gradient" not in graphs):
+        return opened(unet, graphs)
+    return Composite(opened(unet, ["unet", "update"]), opened(guide, ["classifier_gradient"]))
 
 
 def choose(
@@ -271,8 +279,8 @@ def _key(
     facts = {
         "bundle": sha256_of(bundle.path / MANIFEST),
         "plans": sorted(file.name for file in PlanStore.of(bundle, plans).root.glob("*.plan")),
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
+        "processor": processor(),
+        "cores": available_threads(),
         "gpus": _gpus(),
         "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "admtrt": __version__,
@@ -283,15 +291,6 @@ def _key(
         "batch_size": batch_size,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-
-
-def _processor() -> str:
-    """The model of the CPU."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
 def _gpus() -> list[str]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
-from admtrt.errors import BundleError
+from admtrt.errors import BundleError, EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -23,7 +24,18 @@ class GraphDenoiser(ABC):
 
     @abstractmethod
     def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
-        """Run one graph on arrays by name; every output by name, owned by the caller."""
+        """Run one graph on arrays by name; every output by name, owned by the caller.
+
+        Raises:
+            EngineError: if the library fails, most often for want of memory.
+        """
+
+    def check_batch(self, batch: int) -> None:  # noqa: B027 - most have nothing to check
+        """Refuse a batch that cannot be run; most backends take any.
+
+        Raises:
+            RequestError: naming the largest.
+        """
 
     def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
         """See :class:`~admtrt.runtime.sampler.Denoiser`."""
@@ -45,6 +57,23 @@ class GraphDenoiser(ABC):
         feeds = {"x": x, "out": out, "grad": grad, "noise": noise, "coefficients": coefficients}
         results = self.run("update", feeds)
         return results["x_prev"], results["pred_x0"]
+
+
+@contextlib.contextmanager
+def running(library: str, graph: GraphName, feeds: Mapping[str, Any]) -> Iterator[None]:
+    """Name the graph and the batch in whatever a library raises while it runs.
+
+    Raises:
+        EngineError: in place of it.
+    """
+    try:
+        yield
+    except Exception as error:  # every library has types of its own for every cause
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise EngineError(
+            f"{library} cannot run graph '{graph}' on a batch of {len(feeds['x'])}: {reason}",
+            hint="Where memory ran out, use a smaller batch (--batch-size).",
+        ) from error
 
 
 def check_contract(path: Path, inputs: Sequence[str], outputs: Sequence[str], spec: GraphSpec) -> None:

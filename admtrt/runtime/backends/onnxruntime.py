@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import BundleError, MissingDependencyError
-from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract
+from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract, running
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -65,10 +65,11 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
             self._sessions[name] = session
 
     def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
-        """Run one graph on arrays by name; every output by name."""
+        """See :meth:`GraphDenoiser.run`."""
         session = self._sessions[name]
         names = [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(names, feeds), strict=True))
+        with running("ONNX Runtime", name, feeds):
+            return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def import_onnxruntime(*, extra: str, purpose: str) -> Any:

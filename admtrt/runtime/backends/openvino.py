@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import BundleError, MissingDependencyError, RequestError
 from admtrt.onnx_wire import external_locations
-from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract
+from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract, running
 from admtrt.runtime.backends.mapped import release_pages
 from admtrt.runtime.backends.openvino_passes import (
     EMBEDDING,
@@ -89,12 +89,15 @@ class OpenVinoDenoiser(GraphDenoiser):
             check_contract(self._paths[name], _shown(model.inputs), _shown(model.outputs), self._specs[name])
 
     def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
-        """Run one graph on arrays by name; every output by name.
+        """See :meth:`GraphDenoiser.run`.
 
         Raises:
             BundleError: if OpenVINO cannot compile the graph for this batch size.
+            EngineError: if it cannot run it.
         """
-        results = self._compiled(name, len(feeds["x"]))(feeds)
+        compiled = self._compiled(name, len(feeds["x"]))
+        with running("OpenVINO", name, feeds):
+            results = compiled(feeds)
         return {tensor.name: results[tensor.name] for tensor in self._specs[name].outputs}
 
     def _compiled(self, name: GraphName, batch: int) -> _Compiled:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import os
 import sys
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from admtrt.bundle import MANIFEST
 from admtrt.errors import BundleError, EngineError
 from admtrt.files import sha256_of
 from admtrt.memo import cache_folder
-from admtrt.runtime.backends.graphs import GraphDenoiser
+from admtrt.runtime.backends.graphs import GraphDenoiser, running
 from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, check_session, import_onnxruntime
 
 if TYPE_CHECKING:
@@ -123,20 +124,22 @@ class ProviderDenoiser(GraphDenoiser):
             check_session(path, self._sessions[name], self._specs[name])
 
     def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
-        """Run one graph on arrays by name; every output by name."""
+        """See :meth:`GraphDenoiser.run`."""
         session, spec = self._sessions[name], self._specs[name]
         if not self._provider.memory:
             names = [tensor.name for tensor in spec.outputs]
-            return dict(zip(names, session.run(names, feeds), strict=True))
+            with running(self._provider.name, name, feeds):
+                return dict(zip(names, session.run(names, feeds), strict=True))
         key = (name, len(feeds["x"]))
-        bound = self._bound.pop(key, None)
-        if bound is None:
-            held = [other for other in self._bound if other[0] == name]
-            if len(held) >= _KEPT:
-                del self._bound[held[0]]
-            bound = _BoundRun(self._library, session, spec, key[1], self._provider.memory)
-        self._bound[key] = bound  # the last of the dictionary is the last that was used
-        return bound(feeds)
+        with running(self._provider.name, name, feeds):
+            bound = self._bound.pop(key, None)
+            if bound is None:
+                held = [other for other in self._bound if other[0] == name]
+                if len(held) >= _KEPT:
+                    del self._bound[held[0]]
+                bound = _BoundRun(self._library, session, spec, key[1], self._provider.memory)
+            self._bound[key] = bound  # the last of the dictionary is the last that was used
+            return bound(feeds)
 
     def _open(self, path: Path, options: Mapping[str, str]) -> Any:
         """A session with CUDA graphs, or without where the provider cannot capture this graph.
@@ -174,6 +177,9 @@ class ProviderDenoiser(GraphDenoiser):
         )
 
 
+_graph_ids = itertools.count(1)
+
+
 class _BoundRun:
     """A graph bound to arrays of the device that stay where they are, as a CUDA graph needs them."""
 
@@ -181,7 +187,8 @@ class _BoundRun:
         self._session = session
         self._binding = session.io_binding()
         self._options = library.RunOptions()
-        self._options.add_run_config_entry("gpu_graph_id", str(batch))
+        # Never one that another had: ONNX Runtime would replay that one's graph, on addresses of then.
+        self._options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)))
 
         def bound(tensors: Any, bind: Any) -> dict[str, Any]:
             values = {}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from admtrt.contract import PRECISIONS, precision_named
 from admtrt.errors import EngineError, MissingDependencyError, RequestError, UserError
 from admtrt.runtime.backends.providers import PROVIDERS, ProviderDenoiser, require_provider
+from admtrt.runtime.engines.device import query_driver
 from admtrt.runtime.request import whole_number
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
-    from pathlib import Path
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, Precision
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 AUTO = "auto"
 PLANS_ONLY = "tensorrt"
 """The backend that runs plans, and so takes a folder of them."""
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16")
 _MAX_THREADS = 1024
 
 
@@ -77,10 +77,10 @@ class Backend:
                 raise MissingDependencyError(
                     " or ".join(group), extra=self.extra, purpose=f"The backend '{self.name}'"
                 )
-        if self.device == "cuda" and not _has_driver():
+        driver = query_driver() if self.device == "cuda" else None
+        if driver is not None and driver.gpu is None:
             raise EngineError(
-                f"the backend '{self.name}' needs an NVIDIA GPU, and this machine has no driver "
-                "(libcuda.so.1 cannot be loaded)",
+                f"the backend '{self.name}' needs an NVIDIA GPU: {driver.fault}",
                 hint="Install the driver, or use a backend for CPUs: onnxruntime, openvino.",
             )
         if self.name in PROVIDERS:
@@ -119,14 +119,6 @@ def _is_installed(name: str) -> bool:
         return find_spec(name) is not None
     except ModuleNotFoundError:  # of the package that it is within
         return False
-
-
-def _has_driver() -> bool:
-    try:
-        ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return False
-    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -223,8 +215,9 @@ def open_denoiser(
     precision: Precision = "fp32",
     *,
     threads: int | None = None,
-    plans: Path | None = None,
+    plans: str | Path | None = None,
     batch_size: int = 1,
+    graphs: Collection[GraphName] | None = None,
     note: Callable[[str], None] = lambda _: None,
     chosen: Callable[[Choice], None] = lambda _: None,
 ) -> GraphDenoiser:
@@ -236,17 +229,21 @@ def open_denoiser(
         precision: what the networks compute in.
         threads: of a CPU backend; None takes every core.
         plans: folder of the plans of ``tensorrt``; None for the bundle's own.
-        batch_size: for which ``auto`` chooses.
+        batch_size: the largest that will come; ``auto`` chooses for it.
+        graphs: those that are needed; None for all.
         note: told what ``auto`` measures.
         chosen: told what ``auto`` chooses.
 
     Raises:
-        RequestError: for an unknown name, a precision that the backend has not, threads out of range, or
-            plans for a backend that runs none.
+        RequestError: for an unknown name, a precision that the backend has not, threads out of range,
+            plans for a backend that runs none, or a batch that it cannot take.
         UserError: if the backend is not installed, finds no device or refuses a graph.
     """
     check_request(backend, precision, threads, plans)
-    if whole_number(batch_size, "batch_size") < 1:
+    threads = None if threads is None else whole_number(threads, "threads")
+    plans = None if plans is None else Path(plans)
+    batch_size = whole_number(batch_size, "batch_size")
+    if batch_size < 1:
         raise RequestError(f"batch_size is {batch_size}; expected at least 1")
     if backend == AUTO:
         from admtrt.runtime.backends.auto import open_fastest
@@ -257,13 +254,16 @@ def open_denoiser(
             threads=threads,
             plans=plans,
             batch_size=batch_size,
+            graphs=graphs,
             note=note,
             chosen=chosen,
         )
-    return BACKENDS[backend].open(bundle, precision, threads=threads, plans=plans)
+    opened = BACKENDS[backend].open(bundle, precision, threads=threads, plans=plans, graphs=graphs)
+    opened.check_batch(batch_size)
+    return opened
 
 
-def check_request(backend: str, precision: str, threads: int | None, plans: Path | None = None) -> None:
+def check_request(backend: str, precision: str, threads: int | None, plans: str | Path | None = None) -> None:
     """Refuse what no machine could open.
 
     Raises:
@@ -272,11 +272,16 @@ def check_request(backend: str, precision: str, threads: int | None, plans: Path
     known = ", ".join([*BACKENDS, AUTO])
     if backend != AUTO and backend not in BACKENDS:
         raise RequestError(f"backend {backend!r} is unknown; expected one of {known}")
-    if precision not in PRECISIONS:
-        raise RequestError(f"precision {precision!r} is unknown; expected one of {', '.join(PRECISIONS)}")
+    precision_named(precision, "precision")
     if threads is not None and not 1 <= whole_number(threads, "threads") <= _MAX_THREADS:
         raise RequestError(f"threads is {threads}; expected 1 to {_MAX_THREADS}")
     if backend == AUTO:
+        if plans is not None and precision == "fp32":
+            raise RequestError(
+                f"backend {AUTO!r} runs no plans in fp32, where TensorRT may round products to TF32, "
+                f"but {plans} was given as their folder",
+                hint=f"Leave it out, or use the backend {PLANS_ONLY}.",
+            )
         return
     chosen = BACKENDS[backend]
     if precision not in chosen.precisions:

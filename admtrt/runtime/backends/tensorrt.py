@@ -20,7 +20,7 @@ from admtrt.runtime.trt.kernels import KernelCache
 from admtrt.runtime.trt.lane import Lane
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from admtrt.bundle import Bundle
@@ -47,7 +47,6 @@ class TensorRTDenoiser(GraphDenoiser):
         bundle: a verified bundle.
         precision: of the plans.
         cache: folder of the plans; None for the bundle's own.
-        graphs: those that are opened; None for all of the bundle's. Samples are held by all of them only.
 
     Attributes:
         library: that runs the plans.
@@ -66,12 +65,9 @@ class TensorRTDenoiser(GraphDenoiser):
         precision: Precision = "fp32",
         *,
         cache: Path | None = None,
-        graphs: Collection[GraphName] | None = None,
     ) -> None:
         self._sources: Sources = {
-            graph: graph_source(bundle, graph, precision)
-            for graph in bundle.manifest.graphs
-            if graphs is None or graph in graphs
+            graph: graph_source(bundle, graph, precision) for graph in bundle.manifest.graphs
         }
         libraries = find_libraries()
         self._device = CudaDevice()  # before the libraries do anything, which without a driver crash
@@ -142,6 +138,14 @@ class TensorRTDenoiser(GraphDenoiser):
         outputs = self._lane(count).run(name, feeds, count)
         self._keep_kernels()
         return outputs
+
+    def check_batch(self, batch: int) -> None:
+        """Refuse a batch that is larger than the plans take.
+
+        Raises:
+            RequestError: naming the largest.
+        """
+        self._padded(batch)
 
     def close(self) -> None:
         """Give the GPU's memory back; done at the latest when the process ends."""

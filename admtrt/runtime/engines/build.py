@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from admtrt.errors import EngineError, PlanError
-from admtrt.files import atomic_file
+from admtrt.files import atomic_file, check_place
 from admtrt.runtime.engines.builder import build_plan
 from admtrt.runtime.engines.options import check_options
 from admtrt.runtime.engines.plans import plan_key
@@ -59,7 +59,7 @@ class Workshop:
 
         Raises:
             EngineError: naming the option or what the machine lacks.
-            OutputError: if the store cannot be written.
+            OutputError: if the store or the timing cache cannot be written.
         """
         for precision in dict.fromkeys(source.precision for source in sources):
             check_options(options, self.library, precision)
@@ -74,6 +74,8 @@ class Workshop:
                 hint="Build with --library rtx, which needs no GPU; see: admtrt doctor",
             )
         self.store.prepare()
+        if self.timing_cache is not None:
+            check_place(self.timing_cache)
 
     def make(
         self, source: GraphSource, options: BuildOptions, report: Callable[[float, str], None] | None = None

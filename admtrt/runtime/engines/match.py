@@ -33,7 +33,7 @@ def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: G
         )
     known, damaged = store.records()
     records = [record for record in known if record.key.graph == source.graph]
-    reasons = [mismatch(record.key, source, library, gpu) for record in records]
+    reasons = [mismatch(record.key, source, library, gpu) or store.fault(record) for record in records]
     usable = [record for record, reason in zip(records, reasons, strict=True) if not reason]
     if usable:
         return usable
@@ -43,7 +43,8 @@ def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: G
     found = "; ".join((*differing, *damaged))
     raise PlanError(
         f"{store.root} has no plan of {wanted}" + (f": {found}" if found else ""),
-        hint=f"Make one with: admtrt build BUNDLE --library {library.flavor} --precision {source.precision}",
+        hint=f"Make one with: admtrt build BUNDLE --library {library.flavor} --precision {source.precision}"
+        + ("" if store.own else f" --cache {store.root}"),
     )
 
 

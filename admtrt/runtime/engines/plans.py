@@ -118,15 +118,17 @@ class PlanStore:
 
     Args:
         root: the folder; it need not exist yet.
+        own: whether it is the one inside a bundle.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, own: bool = False) -> None:
         self.root = root
+        self.own = own
 
     @classmethod
     def of(cls, bundle: Bundle, cache: Path | None = None) -> PlanStore:
         """The store inside a bundle, or a folder that serves several bundles."""
-        return cls(bundle.path / PLANS if cache is None else cache)
+        return cls(bundle.path / PLANS, own=True) if cache is None else cls(cache)
 
     def prepare(self) -> None:
         """Make the folder, so that a place that cannot be written shows before the work.

@@ -80,7 +80,6 @@ USED_TO_RUN_RTX = (
 """What running uses of TensorRT-RTX alone."""
 
 _DTYPES = {"float32": "FLOAT", "int64": "INT64"}
-_AGAIN = "Build it again on this machine with: admtrt build BUNDLE"
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,7 @@ class Engine:
         kernels: KernelCache | None,
     ) -> None:
         self._library, self._device, self._source, self._kernels = library, device, source, kernels
+        self._again = f"Delete {key.digest[:12]}... .plan and .json, and build it again on this machine."
         self._errors: list[str] = []
         self._logger = _logger(library.module, self._errors)
         self._runtime = self._open_runtime(key)
@@ -232,7 +232,7 @@ class Engine:
             raise PlanError(
                 f"{self._library} says that its plan of graph '{self._source.graph}' is not valid on "
                 f"{self._device.gpu} (diagnostics {diagnostics})",
-                hint=_AGAIN,
+                hint=self._again,
             )
 
     def _refit(self) -> None:
@@ -243,7 +243,7 @@ class Engine:
             raise PlanError(
                 f"{self._library} cannot put the weights of {self._source.path} into their plan: "
                 f"{self._said() or 'it gives no reason'}",
-                hint=_AGAIN,
+                hint=self._again,
             )
 
     def _check_contract(self, spec: GraphSpec) -> None:
@@ -264,7 +264,7 @@ class Engine:
         if found != declared:
             raise PlanError(
                 f"the plan of graph '{self._source.graph}' has {found}; the manifest declares {declared}",
-                hint=_AGAIN,
+                hint=self._again,
             )
 
     def _read_profiles(self, spec: GraphSpec) -> tuple[Profile, ...]:
@@ -287,7 +287,7 @@ class Engine:
         return PlanError(
             f"{self._library} refuses its plan of graph '{self._source.graph}' on {self._device.gpu}: "
             f"{said or 'it gives no reason'}",
-            hint=_AGAIN,
+            hint=self._again,
         )
 
 
