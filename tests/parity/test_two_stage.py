@@ -205,7 +205,11 @@ def test_labels_go_to_every_stage_that_takes_them(stages: TwoStage, tmp_path: Pa
 
 def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command draw from sham bundles."""
-    monkeypatch.setattr(Pipeline, "from_bundle", lambda bundle, **_: Pipeline(bundle, Fake()))
+
+    def opened(source: Bundle | Path, **_: Any) -> Pipeline:
+        return Pipeline(source if isinstance(source, Bundle) else Bundle.open(source), Fake())
+
+    monkeypatch.setattr(Pipeline, "from_bundle", opened)
 
 
 def test_the_labels_of_the_small_images_are_used(

@@ -26,6 +26,7 @@ from admtrt.errors import CheckpointError, MissingDependencyError, RequestError,
 from admtrt.export.graphs import EXAMPLE_BATCH
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import CheckpointConfig, LoadedNetwork, build_network, save_checkpoint
+from admtrt.runtime.backends.auto import Choice
 from admtrt.verify.inputs import BATCHES
 from admtrt.verify.record import Recorder
 from admtrt.verify.reference import Reference
