@@ -16,6 +16,7 @@ import pytest
 from bundles import CLASS_NAMES, CLASSIFIER, UNET, network, sham_bundle
 
 import admtrt
+from admtrt.bundle import Bundle
 from admtrt.cli import run
 from admtrt.config import UNetConfig
 from admtrt.errors import OutputError, RequestError
