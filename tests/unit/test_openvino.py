@@ -8,15 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino as library
 import pytest
 from bundles import CLASSIFIER, UNET, exported_bundle, network, pipeline, sham_bundle
 
 from admtrt.bundle import Bundle
 from admtrt.cli import run
 from admtrt.config import ClassifierConfig
-from admtrt.errors import BundleError, MissingDependencyError, RequestError
+from admtrt.errors import BundleError, EngineError, MissingDependencyError, RequestError
 from admtrt.export.pack import bundle_from_checkpoints
+from admtrt.runtime.backends import openvino as backend
 from admtrt.runtime.backends.openvino import OpenVinoDenoiser
+from admtrt.runtime.machine import available_threads
 from admtrt.runtime.pipeline import Pipeline
 
 RNG = np.random.default_rng(1)
@@ -148,9 +151,53 @@ def test_settings_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=1)
     denoiser.unet(X, T, None, None)
     (compiled,) = denoiser._kept.values()
-    model = compiled.request.get_compiled_model()
+    model = compiled.requests[0].get_compiled_model()
     assert model.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert model.get_property("INFERENCE_NUM_THREADS") == 1
+
+
+@pytest.mark.parametrize(
+    ("threads", "batch", "parts"), [(1, 4, 1), (2, 1, 1), (2, 2, 2), (2, 3, 1), (2, 6, 2)]
+)
+def test_a_batch_is_divided_among_the_threads(threads: int, batch: int, parts: int) -> None:
+    denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=threads)
+    expected = pipeline("guided").denoiser
+    x, t, y = (np.resize(values, (batch, *values.shape[1:])) for values in (X, T, Y))
+    assert error(denoiser.unet(x, t, None, None), expected.unet(x, t, None, None)) < EXACT
+    gradient = denoiser.classifier_gradient(x, t, y)
+    assert error(gradient, expected.classifier_gradient(x, t, y)) < EXACT
+    assert [len(compiled.requests) for compiled in denoiser._kept.values()] == [parts, parts]
+
+
+def test_the_embedding_of_each_part_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bf16 cuts out, here in fp32, which every processor has and which tells the parts apart."""
+    monkeypatch.setattr(library.Core, "get_property", lambda *_: ["BF16"])
+    monkeypatch.setitem(backend._HINTS, "bf16", "f32")
+    denoiser = OpenVinoDenoiser(pipeline("guided").bundle, "bf16", threads=2)
+    x, t = np.resize(X, (4, 1, 8, 8)), np.array([900, 898, 3, 500], dtype=np.float32)
+    expected = pipeline("guided").denoiser.unet(x, t, None, None)
+    assert error(denoiser.unet(x, t, None, None), expected) < EXACT
+
+
+def test_a_part_that_fails_fails_the_batch_when_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=2, graphs=("unet",))
+    denoiser.unet(X[:2], T[:2], None, None)
+    (compiled,) = denoiser._kept.values()
+    ended = []
+
+    def broken(request: Any) -> Exception | None:
+        ended.append(request)
+        request.wait()
+        return RuntimeError("no memory") if len(ended) == 1 else None
+
+    monkeypatch.setattr(backend, "_fault_of", broken)
+    with pytest.raises(EngineError, match="OpenVINO cannot run graph 'unet' on a batch of 2: no memory"):
+        denoiser.unet(X[:2], T[:2], None, None)
+    assert ended == compiled.requests
+
+
+def test_threads_that_nobody_named() -> None:
+    assert 1 <= OpenVinoDenoiser(pipeline("guided").bundle, graphs=("unet",))._threads <= available_threads()
 
 
 def test_images_are_those_of_onnxruntime() -> None:

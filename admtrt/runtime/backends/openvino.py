@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from admtrt.errors import BundleError, MissingDependencyError, RequestError
 from admtrt.onnx_wire import external_locations
@@ -15,6 +18,7 @@ from admtrt.runtime.backends.openvino_passes import (
     normalise_by_channel,
     separate_weights,
 )
+from admtrt.runtime.machine import available_threads
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -33,7 +37,8 @@ _KEPT = 2
 class OpenVinoDenoiser(GraphDenoiser):
     """A bundle's graphs on the CPU, compiled for each batch size when it first comes.
 
-    A graph of fixed sizes runs up to twice as fast as one whose batch is open: worth compiling it again.
+    A graph of fixed sizes runs up to twice as fast as one whose batch is open: worth compiling it again. A
+    batch is divided among the threads where that comes out even: one that works alone waits for no other.
 
     Args:
         bundle: a verified bundle.
@@ -69,14 +74,8 @@ class OpenVinoDenoiser(GraphDenoiser):
                 "this processor has no bf16 instructions, so OpenVINO would compute in fp32",
                 hint="Use --precision fp32.",
             )
-        self._settings: dict[str, Any] = {
-            "PERFORMANCE_HINT": "LATENCY",  # one batch at a time on every core
-            # Pinned threads fight for their cores with whatever else runs, another graph's threads included.
-            "ENABLE_CPU_PINNING": False,
-        }
         self._precision = precision
-        if threads is not None:
-            self._settings["INFERENCE_NUM_THREADS"] = threads
+        self._threads = _threads_of(self._core) if threads is None else threads
         self._paths: dict[GraphName, Path] = {}
         self._specs: dict[GraphName, GraphSpec] = {}
         self._kept: OrderedDict[tuple[GraphName, int], _Compiled] = OrderedDict()
@@ -122,10 +121,12 @@ class OpenVinoDenoiser(GraphDenoiser):
     def _compile(self, name: GraphName, batch: int) -> _Compiled:
         model = self._read(name)
         precision = "fp32" if name == "update" else self._precision  # x itself is never rounded
+        parts = math.gcd(batch, self._threads)
+        size = batch // parts
         try:
-            model.reshape({tensor.name: list(tensor.sized(batch)) for tensor in self._specs[name].inputs})
+            model.reshape({tensor.name: list(tensor.sized(size)) for tensor in self._specs[name].inputs})
             normalise_by_channel(model)
-            compiled = _Compiled(self._core, model, self._settings, precision)
+            compiled = _Compiled(self._core, model, precision, size, parts, self._threads)
         except Exception as error:  # as above
             raise BundleError(
                 f"OpenVINO cannot compile {self._paths[name]} for batches of {batch}: {error}"
@@ -137,28 +138,77 @@ class OpenVinoDenoiser(GraphDenoiser):
 
 
 class _Compiled:
-    """A graph of fixed sizes, ready to run.
+    """A graph of a fixed batch size, ready to run: in equal parts, side by side.
 
     OpenVINO rounds every operator's input to bf16, the timestep as well, of which 8 bits are left: four
     neighbours around 900 would be one and the same. What depends on ``t`` alone is therefore a model of its
     own, in fp32.
+
+    Args:
+        core: OpenVINO's.
+        model: of the size of a part.
+        precision: what it computes in.
+        size: samples of a part.
+        parts: how many, each on its share of the threads.
+        threads: for all parts.
     """
 
-    def __init__(self, core: Any, model: Any, settings: dict[str, Any], precision: Precision) -> None:
+    def __init__(
+        self, core: Any, model: Any, precision: Precision, size: int, parts: int, threads: int
+    ) -> None:
+        settings = {
+            "NUM_STREAMS": parts,
+            "INFERENCE_NUM_THREADS": threads,
+            # Pinned threads fight for their cores with whatever else runs, another graph's threads included.
+            "ENABLE_CPU_PINNING": False,
+        }
+
         def compiled(part: Any, hint: str) -> Any:
-            chosen = settings | {"INFERENCE_PRECISION_HINT": hint}
-            return core.compile_model(part, "CPU", chosen).create_infer_request()
+            return core.compile_model(part, "CPU", settings | {"INFERENCE_PRECISION_HINT": hint})
 
         embedding = cut_embedding(model) if precision == "bf16" else None
-        self._embed = None if embedding is None else compiled(embedding, "f32")
-        self.request = compiled(model, _HINTS[precision])
+        self._embed = None if embedding is None else compiled(embedding, "f32").create_infer_request()
+        made = compiled(model, _HINTS[precision])
+        self.requests = [made.create_infer_request() for _ in range(parts)]
+        self._size = size
 
-    def __call__(self, feeds: dict[str, Any]) -> Any:
-        """Outputs by name, for inputs of the compiled sizes."""
+    def __call__(self, feeds: dict[str, Any]) -> dict[str, Any]:
+        """Outputs by name, for inputs of the whole batch."""
+        given = [self._part(feeds, start) for start in range(0, len(feeds["x"]), self._size)]
+        for request, part in zip(self.requests, given, strict=True):
+            request.start_async(part, share_inputs=True)
+        faults = [fault for request in self.requests if (fault := _fault_of(request)) is not None]
+        if faults:
+            raise faults[0]
+        ports = self.requests[0].model_outputs
+        return {
+            port.any_name: np.concatenate([request.get_tensor(port).data for request in self.requests])
+            for port in ports
+        }
+
+    def _part(self, feeds: dict[str, Any], start: int) -> dict[str, Any]:
+        part = {name: value[start : start + self._size] for name, value in feeds.items()}
         if self._embed is not None:
-            found = self._embed.infer({"t": feeds["t"]}, share_inputs=True)
-            feeds = {name: value for name, value in feeds.items() if name != "t"} | {EMBEDDING: found[0]}
-        return self.request.infer(feeds, share_inputs=True)
+            part[EMBEDDING] = self._embed.infer({"t": part.pop("t")}, share_inputs=True)[0]
+        return part
+
+
+def _threads_of(core: Any) -> int:
+    """The threads that OpenVINO takes for one batch at a time by itself: none that share a core."""
+    from openvino import Model, Type, opset13
+
+    x = opset13.parameter([1], Type.f32)
+    compiled = core.compile_model(Model([opset13.relu(x)], [x], ""), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
+    return min(int(compiled.get_property("INFERENCE_NUM_THREADS")), available_threads())
+
+
+def _fault_of(request: Any) -> Exception | None:
+    """What went wrong with a request, when it has ended: none may go on reading arrays that are shared."""
+    try:
+        request.wait()
+    except Exception as error:  # the library raises RuntimeError and others for every cause
+        return error
+    return None
 
 
 def _shown(ports: Any) -> list[str]:
