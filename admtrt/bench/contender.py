@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from admtrt.bench.remote import peak_memory
-from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PLAIN
+from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PLAIN, takes_plans
 from admtrt.bundle import Bundle
-from admtrt.runtime.backends.registry import AUTO, BACKENDS, PLANS_ONLY, open_denoiser
+from admtrt.runtime.backends.registry import AUTO, BACKENDS, open_denoiser
 from admtrt.runtime.example import example_scale, example_slots, held_step
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import ResidentDenoiser, advance
@@ -154,13 +154,12 @@ class Contender:
 
             return PlainDenoiser(self._bundle, self._exports[batch], self._threads)
         on_cpu = self._row.name == AUTO or BACKENDS[self._row.name].device == "cpu"
-        runs_plans = self._row.name in (AUTO, PLANS_ONLY)
         return open_denoiser(
             self._bundle,
             self._row.name,
             self._row.precision,
             threads=self._threads if on_cpu else None,
-            plans=self._subject.plans if runs_plans else None,
+            plans=self._subject.plans if takes_plans(self._row) else None,
             batch_size=batch,
             note=self._notes.append,
             chosen=lambda choice: self._notes.append(str(choice)),

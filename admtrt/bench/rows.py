@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from admtrt.contract import PRECISIONS
 from admtrt.errors import RequestError
-from admtrt.runtime.backends.registry import AUTO, BACKENDS
+from admtrt.runtime.backends.registry import AUTO, BACKENDS, PLANS_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -62,6 +62,11 @@ def parse_rows(items: Sequence[str]) -> tuple[Row, ...]:
             raise RequestError(f"{item} comes twice")
         rows.append(Row(name, precision))
     return tuple(rows)
+
+
+def takes_plans(row: Row) -> bool:
+    """Whether a folder of plans means anything to a row: ``auto`` runs none in fp32."""
+    return row.name == PLANS_ONLY or (row.name == AUTO and row.precision != "fp32")
 
 
 def default_rows(device: Device, *, original: bool) -> tuple[Row, ...]:

@@ -66,11 +66,11 @@ def bench(
 
     Exit codes: 0 at least one row was measured, 1 none.
     """
-    from admtrt.bench.rows import ORIGINAL, default_rows, parse_rows
+    from admtrt.bench.rows import ORIGINAL, default_rows, parse_rows, takes_plans
     from admtrt.bench.run import run_bench
     from admtrt.bench.subject import Subject, subject_from_preset
     from admtrt.contract import PRECISIONS
-    from admtrt.runtime.backends.registry import AUTO, PLANS_ONLY
+    from admtrt.runtime.backends.registry import PLANS_ONLY
     from admtrt.runtime.machine import available_threads
 
     if (bundle is None) == (preset is None):
@@ -91,7 +91,7 @@ def bench(
     rows = parse_rows(backend) if backend else default_rows(device, original=original is not None)
     if original is not None and not any(row.name == ORIGINAL for row in rows):
         rows = (*parse_rows([ORIGINAL]), *rows)
-    if cache is not None and not any(row.name in (PLANS_ONLY, AUTO) for row in rows):
+    if cache is not None and not any(map(takes_plans, rows)):
         raise RequestError(
             f"no row runs plans, but {cache} was given as their folder",
             hint=f"Leave it out, or add --backend {PLANS_ONLY}.",

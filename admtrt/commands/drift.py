@@ -80,7 +80,7 @@ def drift(
     from admtrt.verify.drift import measure_drift
 
     reference = OnnxRuntimeDenoiser(opened, threads=threads)
-    with measured as denoiser, progress("measuring", 2 * images * length) as advance:
+    with measured as denoiser, progress("measuring", images * length) as advance:
         report = measure_drift(
             opened,
             reference,

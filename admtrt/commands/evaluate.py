@@ -24,7 +24,7 @@ from admtrt.console import Output, progress, table
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from admtrt.config import DataConfig, DiffusionConfig, UNetConfig
     from admtrt.evaluate.nll import UNetFunction
@@ -33,9 +33,9 @@ evaluate_app = typer.Typer(help="Judge a network on real images.", no_args_is_he
 
 
 class _Judged(NamedTuple):
-    """A network, and what it says of itself."""
+    """A network that is opened for batches of at most so many images, and what it says of itself."""
 
-    unet: UNetFunction
+    open: Callable[[int], UNetFunction]
     config: UNetConfig
     diffusion: DiffusionConfig
     class_names: tuple[str, ...]
@@ -96,19 +96,22 @@ def nll(
     if bundle is not None:
         check_request(backend, precision, threads, cache)
         opened = Bundle.open(bundle)
-        denoiser = open_denoiser(
-            opened,
-            backend,
-            precision,  # type: ignore[arg-type]
-            threads=threads,
-            plans=cache,
-            batch_size=batch_size if images is None else max(1, min(batch_size, images)),
-            graphs=["unet"],
-            note=output.note,
-            chosen=choices,
-        )
+
+        def open_graph(batch: int) -> UNetFunction:
+            return open_denoiser(
+                opened,
+                backend,
+                precision,  # type: ignore[arg-type]
+                threads=threads,
+                plans=cache,
+                batch_size=batch,
+                graphs=["unet"],
+                note=output.note,
+                chosen=choices,
+            ).unet
+
         manifest = opened.manifest
-        judged = _Judged(denoiser.unet, manifest.unet, manifest.diffusion, manifest.class_names)
+        judged = _Judged(open_graph, manifest.unet, manifest.diffusion, manifest.class_names)
     else:
         assert unet is not None
         judged = _from_checkpoint(unet, unet_preset, unet_set or (), settings, output)
@@ -116,9 +119,11 @@ def nll(
     length = len(retained_timesteps(judged.diffusion.steps, respacing))  # refuses an impossible respacing now
     data_config = _data_config(data, config, judged.config)
     chosen = load_images(data_config, judged.config, judged.class_names)
-    with progress("evaluating", (len(chosen) if images is None else images) * length) as advance:
+    count = len(chosen) if images is None else images
+    network = judged.open(max(1, min(batch_size, count)))
+    with progress("evaluating", count * length) as advance:
         found = evaluate_nll(
-            judged.unet,
+            network,
             judged.config,
             judged.diffusion,
             chosen,
@@ -168,7 +173,7 @@ def _from_checkpoint(
     )
     assert isinstance(loaded.module, UNet)
     unet = TorchDenoiser(loaded.module).unet
-    return _Judged(unet, loaded.module.config, loaded.config.diffusion, loaded.config.class_names)
+    return _Judged(lambda _: unet, loaded.module.config, loaded.config.diffusion, loaded.config.class_names)
 
 
 def _data_config(source: str | None, file: Path | None, network: UNetConfig) -> DataConfig:

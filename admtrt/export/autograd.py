@@ -55,8 +55,8 @@ def check_against_autograd(path: Path, scalar: nn.Module, inputs: Mapping[str, T
         value, grad = session.run(["value", "grad"], feeds)
     except Exception as error:  # the library raises types of its own for every cause
         raise ExportError(f"ONNX Runtime does not run the exported graph: {error}") from None
-    # A log-probability near 0 is the difference of numbers near 1 at the least.
-    _compare("value", expected[0], torch.from_numpy(value), least=1.0)
+    # A log-probability near 0 is a difference of numbers near 1: float32 rounds it to 1e-7 of these.
+    _compare("value", expected[0], torch.from_numpy(value), least=1e-2)
     _compare("grad", expected[1], torch.from_numpy(grad), least=torch.finfo(torch.float32).tiny)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from admtrt.errors import OutputError
+from admtrt.files import check_place
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,17 +33,18 @@ def write_graph(model: ir.Model, path: Path, check: Callable[[Path], None] | Non
     values = [value.const_value for value in model.graph.initializers.values()]
     large = sum(tensor.nbytes for tensor in values if tensor is not None) > EXTERNAL_THRESHOLD
     data = f"{path.name}.data" if large else None
+    check_place(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
             written = Path(folder, path.name)
             ir.save(model, written, external_data=data, size_threshold_bytes=1024)
             if check is not None:
                 check(written)
+            for file in written.parent.iterdir():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
             if data is not None:  # first: a graph that stands at its place never points to data that do not
                 written.with_name(data).replace(path.with_name(data))
             written.replace(path)
     except OSError as error:
-        raise OutputError(
-            f"cannot write {path}: {error.strerror or error}", hint="What was there before is untouched."
-        ) from error
+        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error

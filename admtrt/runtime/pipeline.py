@@ -139,13 +139,6 @@ class Pipeline:
 
         check_request(backend, precision, threads, plans)
         bundle = path if isinstance(path, Bundle) else Bundle.open(Path(path))
-        computed = backend
-
-        def took(choice: Choice) -> None:
-            nonlocal computed
-            computed = " and ".join(dict.fromkeys(choice.graphs.values()))
-            chosen(choice)
-
         denoiser = open_denoiser(
             bundle,
             backend,
@@ -154,9 +147,9 @@ class Pipeline:
             plans=plans,
             batch_size=batch_size,
             note=note,
-            chosen=took,
+            chosen=chosen,
         )
-        return cls(bundle, denoiser, computed=f"{computed}, {precision}")
+        return cls(bundle, denoiser, computed=f"{backend}, {precision}")
 
     def __call__(
         self,

@@ -115,7 +115,7 @@ def measure_drift(
         steps: respacing of the trajectories, as for :class:`~admtrt.config.SamplerConfig`.
         batch_size: samples computed at once.
         seed: of the first sample; the others follow.
-        report: called with the number of steps of samples that were done, of both trajectories.
+        report: called with the number of steps of samples that were done.
 
     Raises:
         RequestError: if the steps, the seed or a number is out of range.
@@ -169,19 +169,16 @@ def _drifts(
     exact: Slots, paired: _Paired, other: Slots, measured: Denoiser, report: Callable[[int], None]
 ) -> Iterator[Values]:
     """Both trajectories to their ends; the relative error of x_t of each sample after each step."""
-    schedule, expected = exact.schedules[0], []
+    schedule = exact.schedules[0]
     for paired.step in range(len(schedule)):
         advance(exact, paired)
-        expected.append(exact.x.copy())
-        report(len(exact))
-    # After that: who holds a trajectory's slots on a device runs no graph for others meanwhile.
-    with hold(other, measured) as held:
-        for step, x in enumerate(expected):
+        # Step by step: while slots are held on a device, it runs no graph for others.
+        with hold(other, measured) as held:
             held.advance()
             held.read()
-            _check_finite(other.x, "x_t of the measured trajectory", schedule, step)
-            yield _relative(other.x, x)
-            report(len(exact))
+        _check_finite(other.x, "x_t of the measured trajectory", schedule, paired.step)
+        yield _relative(other.x, exact.x)
+        report(len(exact))
 
 
 class _Paired:

@@ -247,7 +247,9 @@ class _Replaying(_Renamed):
 
     def run_with_iobinding(self, binding: Any, options: Any) -> None:
         name = options.get_run_config_entry("gpu_graph_id")
-        self._session.run_with_iobinding(self._captured.setdefault(name, binding))
+        captured = binding if name == "-1" else self._captured.setdefault(name, binding)
+        self._session.run_with_iobinding(captured)
+        assert len(self._captured) <= 3  # it never forgets one, so there is one a size
 
 
 def test_a_size_that_comes_again_replays_no_old_graph(
@@ -274,7 +276,7 @@ def test_a_library_that_fails_while_it_runs(
         "CUDAExecutionProvider cannot run graph 'unet' on a batch of 3: "
         "cudaErrorMemoryAllocation: out of memory"
     )
-    assert "--batch-size" in raised.value.hint
+    assert "use a smaller batch" in raised.value.hint
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
@@ -285,9 +287,8 @@ def test_a_run_that_fails_names_the_batch(bundle: Bundle, backend: str) -> None:
 
 
 def test_numbers_of_numpy_and_folders_as_text(bundle: Bundle, tmp_path: Path) -> None:
-    opened = Pipeline.from_bundle(bundle, backend="auto", threads=np.int64(1), batch_size=np.int64(1))  # type: ignore[arg-type]
-    assert opened.computed in {"onnxruntime, fp32", "openvino, fp32", "openvino and onnxruntime, fp32",
-                               "onnxruntime and openvino, fp32"}  # fmt: skip
+    given = {"threads": np.int64(1), "batch_size": np.int64(1)}
+    assert Pipeline.from_bundle(bundle, backend="auto", **given).computed == "auto, fp32"  # type: ignore[arg-type]
     with contextlib.suppress(EngineError):  # of a processor without bf16
         open_denoiser(bundle, AUTO, "bf16", plans=str(tmp_path))
 

@@ -83,7 +83,7 @@ def test_round_trip(tmp_path: Path, config: CheckpointConfig) -> None:
     full = config.model_copy(
         update={
             "sampler": SamplerConfig(method="ddim", steps="ddim25", scale=2.5, eta=0.5),
-            "class_names": ("null", "één"),
+            "class_names": ("null", "één", *"cdefghij"),
             "run": RunConfig(data=DataConfig(source="digits", image_size=8, channels=1)),
             "step": 1234,
             "ema_rate": 0.999,

@@ -166,7 +166,10 @@ def test_a_batch_is_divided_among_the_threads(threads: int, batch: int, parts: i
     assert error(denoiser.unet(x, t, None, None), expected.unet(x, t, None, None)) < EXACT
     gradient = denoiser.classifier_gradient(x, t, y)
     assert error(gradient, expected.classifier_gradient(x, t, y)) < EXACT
-    assert [len(compiled.requests) for compiled in denoiser._kept.values()] == [parts, parts]
+    for compiled in denoiser._kept.values():
+        assert len(compiled.requests) == parts
+        streams = compiled.requests[0].get_compiled_model().get_property("NUM_STREAMS")
+        assert streams == min(parts, available_threads())
 
 
 def test_the_embedding_of_each_part_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,21 +182,34 @@ def test_the_embedding_of_each_part_is_its_own(monkeypatch: pytest.MonkeyPatch) 
     assert error(denoiser.unet(x, t, None, None), expected) < EXACT
 
 
-def test_a_part_that_fails_fails_the_batch_when_all_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["start_async", "wait"])
+def test_a_part_that_fails_fails_the_batch_when_all_have_ended(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
     denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=2, graphs=("unet",))
-    denoiser.unet(X[:2], T[:2], None, None)
+    expected = denoiser.unet(X[:2], T[:2], None, None)
     (compiled,) = denoiser._kept.values()
-    ended = []
+    second = compiled.requests[1]
+    accept = getattr(library.InferRequest, method)
 
-    def broken(request: Any) -> Exception | None:
-        ended.append(request)
-        request.wait()
-        return RuntimeError("no memory") if len(ended) == 1 else None
+    def refuse(request: Any, *given: Any, **options: Any) -> Any:
+        done = accept(request, *given, **options)
+        if request is second:
+            raise RuntimeError("no memory")
+        return done
 
-    monkeypatch.setattr(backend, "_fault_of", broken)
-    with pytest.raises(EngineError, match="OpenVINO cannot run graph 'unet' on a batch of 2: no memory"):
-        denoiser.unet(X[:2], T[:2], None, None)
-    assert ended == compiled.requests
+    with monkeypatch.context() as patch:
+        patch.setattr(library.InferRequest, method, refuse)
+        with pytest.raises(EngineError, match="OpenVINO cannot run graph 'unet' on a batch of 2: no memory"):
+            denoiser.unet(X[:2], T[:2], None, None)
+    np.testing.assert_array_equal(denoiser.unet(X[:2], T[:2], None, None), expected)  # at once: none is busy
+
+
+def test_rows_that_do_not_belong_to_the_batch() -> None:
+    denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=2, graphs=("unet",))
+    for count in (3, 4):
+        with pytest.raises(EngineError, match="cannot run graph 'unet' on a batch of 2"):
+            denoiser.unet(X[:2], np.resize(T, count), None, None)
 
 
 def test_threads_that_nobody_named() -> None:

@@ -72,7 +72,7 @@ def running(library: str, graph: GraphName, feeds: Mapping[str, Any]) -> Iterato
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise EngineError(
             f"{library} cannot run graph '{graph}' on a batch of {len(feeds['x'])}: {reason}",
-            hint="Where memory ran out, use a smaller batch (--batch-size).",
+            hint="Where memory ran out, use a smaller batch.",
         ) from error
 
 

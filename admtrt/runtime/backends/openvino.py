@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
@@ -122,11 +123,12 @@ class OpenVinoDenoiser(GraphDenoiser):
         model = self._read(name)
         precision = "fp32" if name == "update" else self._precision  # x itself is never rounded
         parts = math.gcd(batch, self._threads)
-        size = batch // parts
         try:
-            model.reshape({tensor.name: list(tensor.sized(size)) for tensor in self._specs[name].inputs})
+            model.reshape(
+                {tensor.name: list(tensor.sized(batch // parts)) for tensor in self._specs[name].inputs}
+            )
             normalise_by_channel(model)
-            compiled = _Compiled(self._core, model, precision, size, parts, self._threads)
+            compiled = _Compiled(self._core, model, precision, parts, self._threads)
         except Exception as error:  # as above
             raise BundleError(
                 f"OpenVINO cannot compile {self._paths[name]} for batches of {batch}: {error}"
@@ -148,14 +150,11 @@ class _Compiled:
         core: OpenVINO's.
         model: of the size of a part.
         precision: what it computes in.
-        size: samples of a part.
         parts: how many, each on its share of the threads.
         threads: for all parts.
     """
 
-    def __init__(
-        self, core: Any, model: Any, precision: Precision, size: int, parts: int, threads: int
-    ) -> None:
+    def __init__(self, core: Any, model: Any, precision: Precision, parts: int, threads: int) -> None:
         settings = {
             "NUM_STREAMS": parts,
             "INFERENCE_NUM_THREADS": threads,
@@ -170,27 +169,29 @@ class _Compiled:
         self._embed = None if embedding is None else compiled(embedding, "f32").create_infer_request()
         made = compiled(model, _HINTS[precision])
         self.requests = [made.create_infer_request() for _ in range(parts)]
-        self._size = size
 
     def __call__(self, feeds: dict[str, Any]) -> dict[str, Any]:
         """Outputs by name, for inputs of the whole batch."""
-        given = [self._part(feeds, start) for start in range(0, len(feeds["x"]), self._size)]
-        for request, part in zip(self.requests, given, strict=True):
-            request.start_async(part, share_inputs=True)
-        faults = [fault for request in self.requests if (fault := _fault_of(request)) is not None]
-        if faults:
-            raise faults[0]
+        split = {name: np.split(value, len(self.requests)) for name, value in feeds.items()}
+        given = [dict(zip(split, part, strict=True)) for part in zip(*split.values(), strict=True)]
+        if self._embed is not None:
+            for part in given:
+                part[EMBEDDING] = self._embed.infer({"t": part.pop("t")}, share_inputs=True)[0]
+        try:
+            for request, part in zip(self.requests, given, strict=True):
+                request.start_async(part, share_inputs=True)
+            for request in self.requests:
+                request.wait()
+        except BaseException:
+            for request in self.requests:  # none may go on reading arrays that are the caller's
+                with contextlib.suppress(Exception):
+                    request.wait()
+            raise
         ports = self.requests[0].model_outputs
         return {
             port.any_name: np.concatenate([request.get_tensor(port).data for request in self.requests])
             for port in ports
         }
-
-    def _part(self, feeds: dict[str, Any], start: int) -> dict[str, Any]:
-        part = {name: value[start : start + self._size] for name, value in feeds.items()}
-        if self._embed is not None:
-            part[EMBEDDING] = self._embed.infer({"t": part.pop("t")}, share_inputs=True)[0]
-        return part
 
 
 def _threads_of(core: Any) -> int:
@@ -200,15 +201,6 @@ def _threads_of(core: Any) -> int:
     x = opset13.parameter([1], Type.f32)
     compiled = core.compile_model(Model([opset13.relu(x)], [x], ""), "CPU", {"PERFORMANCE_HINT": "LATENCY"})
     return min(int(compiled.get_property("INFERENCE_NUM_THREADS")), available_threads())
-
-
-def _fault_of(request: Any) -> Exception | None:
-    """What went wrong with a request, when it has ended: none may go on reading arrays that are shared."""
-    try:
-        request.wait()
-    except Exception as error:  # the library raises RuntimeError and others for every cause
-        return error
-    return None
 
 
 def _shown(ports: Any) -> list[str]:

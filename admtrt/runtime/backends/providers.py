@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import itertools
 import os
 import sys
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 
 _KEPT = 2
 """Batch sizes bound at once, of each graph: full batches and the rest of a run."""
+_NO_GRAPH = "-1"  # the identifier of none
 
 
 @dataclass(frozen=True)
@@ -113,6 +113,7 @@ class ProviderDenoiser(GraphDenoiser):
         self._specs: dict[GraphName, GraphSpec] = {}
         self._sessions: dict[GraphName, Any] = {}
         self._bound: dict[tuple[GraphName, int], _BoundRun] = {}
+        self._captured: set[tuple[GraphName, int]] = set()
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
                 continue
@@ -137,7 +138,11 @@ class ProviderDenoiser(GraphDenoiser):
                 held = [other for other in self._bound if other[0] == name]
                 if len(held) >= _KEPT:
                     del self._bound[held[0]]
-                bound = _BoundRun(self._library, session, spec, key[1], self._provider.memory)
+                # ONNX Runtime keeps a graph for good: of a size that comes again it would replay the old one,
+                # on addresses of then. Such a size runs without.
+                graph_id = _NO_GRAPH if key in self._captured else str(key[1])
+                self._captured.add(key)
+                bound = _BoundRun(self._library, session, spec, key[1], self._provider.memory, graph_id)
             self._bound[key] = bound  # the last of the dictionary is the last that was used
             return bound(feeds)
 
@@ -177,18 +182,16 @@ class ProviderDenoiser(GraphDenoiser):
         )
 
 
-_graph_ids = itertools.count(1)
-
-
 class _BoundRun:
     """A graph bound to arrays of the device that stay where they are, as a CUDA graph needs them."""
 
-    def __init__(self, library: Any, session: Any, spec: GraphSpec, batch: int, memory: str) -> None:
+    def __init__(
+        self, library: Any, session: Any, spec: GraphSpec, batch: int, memory: str, graph_id: str
+    ) -> None:
         self._session = session
         self._binding = session.io_binding()
         self._options = library.RunOptions()
-        # Never one that another had: ONNX Runtime would replay that one's graph, on addresses of then.
-        self._options.add_run_config_entry("gpu_graph_id", str(next(_graph_ids)))
+        self._options.add_run_config_entry("gpu_graph_id", graph_id)
 
         def bound(tensors: Any, bind: Any) -> dict[str, Any]:
             values = {}

@@ -180,7 +180,7 @@ class TensorRTDenoiser(GraphDenoiser):
         if not fitting:
             raise RequestError(
                 f"a batch of {count} is larger than the largest that the plans take, {self.largest_batch}",
-                hint=f"Use --batch-size {self.largest_batch}, or build plans with a larger --batch.",
+                hint=f"Use a batch of {self.largest_batch} at most, or build plans with a larger --batch.",
             )
         return min(fitting)
 
