@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -236,6 +238,25 @@ def test_a_processor_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openvino.Core, "get_property", lambda *_: ["FP32", "INT8"])
     with pytest.raises(RequestError, match="this processor has no bf16 instructions"):
         OpenVinoDenoiser(pipeline("guided").bundle, "bf16")
+
+
+def test_nothing_is_sent() -> None:
+    """In a process of its own, since a module is imported once."""
+    program = (
+        "import sys, urllib.request\n"
+        "urllib.request.urlopen = lambda *_, **__: sys.exit('something was sent')\n"
+        "from admtrt.runtime.pipeline import Pipeline\n"
+        "Pipeline.from_bundle(sys.argv[1], backend='openvino')\n"
+        "assert sys.modules['openvino_telemetry'] is None\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(exported_bundle("guided"))],
+        env=os.environ | {"PYTHONPATH": str(Path(backend.__file__).parents[3])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

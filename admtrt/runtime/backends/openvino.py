@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -63,13 +64,7 @@ class OpenVinoDenoiser(GraphDenoiser):
         graphs: Collection[GraphName] | None = None,
         engine: Precision | None = None,
     ) -> None:
-        try:
-            import openvino
-        except ImportError:
-            raise MissingDependencyError(
-                "openvino", extra="openvino", purpose="The backend 'openvino'"
-            ) from None
-        self._core = openvino.Core()
+        self._core = _import_openvino().Core()
         if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise RequestError(
                 "this processor has no bf16 instructions, so OpenVINO would compute in fp32",
@@ -192,6 +187,21 @@ class _Compiled:
             port.any_name: np.concatenate([request.get_tensor(port).data for request in self.requests])
             for port in ports
         }
+
+
+def _import_openvino() -> Any:
+    """The library, which is kept from telling its maker that it was imported.
+
+    Raises:
+        MissingDependencyError: if it is not installed.
+    """
+    # Without this package it has a stand-in of its own; with it, it sends at its import.
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        import openvino
+    except ImportError:
+        raise MissingDependencyError("openvino", extra="openvino", purpose="The backend 'openvino'") from None
+    return openvino
 
 
 def _threads_of(core: Any) -> int:
