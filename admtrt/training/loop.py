@@ -96,9 +96,10 @@ def train(
     objective = make_objective(kind, config, diffusion)
     accelerator, division = start_engine(kind, settings)
     data = load_data(config.data)
+    classes = getattr(config, kind).num_classes
+    if classes is not None:
+        require_classes(data, classes)
     described = _describe(kind, config, data)
-    if described.network.num_classes is not None:
-        require_classes(data, described.network.num_classes)
     folder = RunFolder(out, kind)
     on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
     torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))

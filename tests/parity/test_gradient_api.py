@@ -409,8 +409,11 @@ def test_modules_that_nearly_match_a_pass(
     wrt = next(iter(inputs))
     export_input_gradient(module.eval(), inputs, tmp_path / "g.onnx", wrt=wrt)
     rows = {name: value[[0, 1, 0]].clone() for name, value in inputs.items()}
-    given = {name: value + torch.randn(value.shape) if value.is_floating_point() else value
-             for name, value in rows.items()}  # fmt: skip
+    given = rows | {
+        name: value + torch.randn(value.shape, generator=generator)
+        for name, value in rows.items()
+        if value.is_floating_point()
+    }
     expected = run(onnx.load(tmp_path / "g.onnx"), **given)
     core = openvino.Core()
     model = core.read_model(str(tmp_path / "g.onnx"))

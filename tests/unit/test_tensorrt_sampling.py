@@ -232,7 +232,7 @@ def test_a_batch_larger_than_every_profile_is_refused(rig: Rig) -> None:
         RequestError, match="batch of 9 is larger than the largest that the plans take, 8"
     ) as info:
         drawn(rig, [0] * 9)
-    assert "--batch-size 8" in info.value.hint
+    assert "a batch of 8 at most" in info.value.hint
     assert drawn(rig, [0] * 9, steps=2, batch_size=8).x.shape == (9, 1, 8, 8)
 
 
