@@ -69,6 +69,19 @@ def test_int8_of_no_bundle(
     assert "is an upsampler's" in capsys.readouterr().err
 
 
+def test_settings_of_cpu_backends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    tool, bundle = load("cpu_settings", monkeypatch), exported_bundle("guided")
+    assert call(tool, monkeypatch, bundle, "--batch", 2, "--repeat", 1) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in shown] == ["unet, batch 2", "classifier_gradient, batch 2"]
+    assert call(tool, monkeypatch, bundle, "--setting", "no arena") == 0
+    assert capsys.readouterr().out.startswith("no arena: ")
+    for arguments in ((tmp_path,), (bundle, "--batch", 3), (exported_bundle("upsampler"),)):
+        assert call(tool, monkeypatch, *arguments) == 2
+
+
 def test_upsampler_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

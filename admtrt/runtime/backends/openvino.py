@@ -64,7 +64,7 @@ class OpenVinoDenoiser(GraphDenoiser):
         graphs: Collection[GraphName] | None = None,
         engine: Precision | None = None,
     ) -> None:
-        self._core = _import_openvino().Core()
+        self._core = import_openvino().Core()
         if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
             raise RequestError(
                 "this processor has no bf16 instructions, so OpenVINO would compute in fp32",
@@ -189,7 +189,7 @@ class _Compiled:
         }
 
 
-def _import_openvino() -> Any:
+def import_openvino() -> Any:
     """The library, which is kept from telling its maker that it was imported.
 
     Raises:
