@@ -5,7 +5,16 @@ from __future__ import annotations
 import difflib
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from admtrt.errors import ConfigError, OutputError
 
@@ -290,6 +299,18 @@ class SamplerConfig(Config):
         return self
 
 
+def _fit_steps(sampler: SamplerConfig, info: ValidationInfo) -> SamplerConfig:
+    diffusion: DiffusionConfig | None = info.data.get("diffusion")  # absent where it was refused
+    if diffusion is None or "steps" in sampler.model_fields_set or diffusion.steps >= int(sampler.steps):
+        return sampler
+    return sampler.model_copy(update={"steps": str(diffusion.steps)})
+
+
+FittedSampler = Annotated[SamplerConfig, AfterValidator(_fit_steps), Field(validate_default=True)]
+"""Sampler for the process of the field ``diffusion`` before it: where no steps are given, and the process is
+shorter than their default, every step."""
+
+
 def method_for_steps(steps: str) -> Literal["ddpm", "ddim"]:
     """The sampler that a respacing text implies: ``ddimN`` means DDIM, anything else DDPM."""
     return "ddim" if steps.strip().startswith("ddim") else "ddpm"
@@ -363,7 +384,7 @@ class RunConfig(Config):
     train_unet: TrainingConfig = TrainingConfig()
     train_classifier: ClassifierTrainingConfig = ClassifierTrainingConfig()
     train_upsampler: TrainingConfig = TrainingConfig()
-    sampler: SamplerConfig = SamplerConfig()
+    sampler: FittedSampler = SamplerConfig()
 
     @model_validator(mode="after")
     def _check_agreement(self) -> Self:

@@ -1,7 +1,7 @@
 """A checkpoint with generated weights: for trying commands without a download or training.
 
-    python tools/generated_checkpoint.py PRESET OUT.pt [--half]
-    python tools/generated_checkpoint.py RUN.toml OUT.safetensors --kind unet
+    python tools/generated_checkpoint.py PRESET OUT.pt [--half] [--overwrite]
+    python tools/generated_checkpoint.py RUN.toml OUT.safetensors --kind unet [--overwrite]
 
 For a preset, names, shapes and layout are the published file's; ``--half`` stores fp16, as some forks do. For
 a file of ``admtrt train``, the network is the one that it would train. The weights are those of
@@ -28,7 +28,7 @@ from admtrt.models.settings import CheckpointConfig
 from admtrt.models.weights import write_pickle
 
 
-def write_checkpoint(preset: str, path: Path, *, half: bool) -> None:
+def write_checkpoint(preset: str, path: Path, *, half: bool, overwrite: bool) -> None:
     """Write the file.
 
     Raises:
@@ -36,13 +36,13 @@ def write_checkpoint(preset: str, path: Path, *, half: bool) -> None:
         OutputError: if the place is taken or cannot be written.
     """
     config = checkpoint_config_from_preset(preset)
-    check_target(path, overwrite=False)
+    check_target(path, overwrite=overwrite)
     network = build_network(config)
     generate_weights(network)
     write_pickle(path, (network.half() if half else network).state_dict())
 
 
-def write_untrained(run: Path, kind: Literal["unet", "classifier"], path: Path) -> None:
+def write_untrained(run: Path, kind: Literal["unet", "classifier"], path: Path, *, overwrite: bool) -> None:
     """Write the network that a file of ``admtrt train`` describes.
 
     Raises:
@@ -52,7 +52,7 @@ def write_untrained(run: Path, kind: Literal["unet", "classifier"], path: Path) 
     config = load_config(RunConfig, run)
     if getattr(config, kind) is None:
         raise ConfigError(f"{run} has no section [{kind}]")
-    check_target(path, overwrite=False)
+    check_target(path, overwrite=overwrite)
     described = CheckpointConfig(
         kind=kind,
         unet=config.unet if kind == "unet" else None,
@@ -72,6 +72,7 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--half", action="store_true", help="store fp16")
     parser.add_argument("--kind", choices=["unet", "classifier"], help="of a TOML; unet if left out")
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT, if it exists")
     arguments = parser.parse_args()
     described = arguments.source.endswith(".toml")
     if described and arguments.half:
@@ -83,9 +84,13 @@ def main() -> None:
         parser.error(f"OUT is {arguments.out}; expected a name that ends in {suffix}")
     try:
         if described:
-            write_untrained(Path(arguments.source), arguments.kind or "unet", arguments.out)
+            write_untrained(
+                Path(arguments.source), arguments.kind or "unet", arguments.out, overwrite=arguments.overwrite
+            )
         else:
-            write_checkpoint(arguments.source, arguments.out, half=arguments.half)
+            write_checkpoint(
+                arguments.source, arguments.out, half=arguments.half, overwrite=arguments.overwrite
+            )
     except AdmtrtError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None

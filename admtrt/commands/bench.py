@@ -70,7 +70,7 @@ def bench(
     from admtrt.bench.run import run_bench
     from admtrt.bench.subject import Subject, subject_from_preset
     from admtrt.contract import PRECISIONS
-    from admtrt.runtime.backends.registry import PLANS_ONLY
+    from admtrt.runtime.backends.registry import PLANS_ONLY, check_threads
     from admtrt.runtime.machine import available_threads
 
     if (bundle is None) == (preset is None):
@@ -84,10 +84,10 @@ def bench(
         *(("--batch", size) for size in batches),
         ("--repeat", repeat),
         ("--sampling", sampling),
-        ("--threads", threads),
     ):
         if value is not None and value < 1:
             raise RequestError(f"{name} is {value}; expected at least 1")
+    check_threads(threads)
     rows = parse_rows(backend) if backend else default_rows(device, original=original is not None)
     if original is not None and not any(row.name == ORIGINAL for row in rows):
         rows = (*parse_rows([ORIGINAL]), *rows)

@@ -10,6 +10,7 @@ from admtrt.config import (
     ClassifierConfig,
     Config,
     DiffusionConfig,
+    FittedSampler,
     SamplerConfig,
     UNetConfig,
     load_config,
@@ -33,7 +34,7 @@ class CheckpointSettings(Config):
     upsampler: UNetConfig | None = None
     classifier: ClassifierConfig | None = None
     diffusion: DiffusionConfig = DiffusionConfig()
-    sampler: SamplerConfig = SamplerConfig()
+    sampler: FittedSampler = SamplerConfig()
     class_names: tuple[str, ...] = ()
 
 

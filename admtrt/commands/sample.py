@@ -15,6 +15,8 @@ from admtrt.console import Output, progress
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     import numpy as np
     from numpy.typing import NDArray
 
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from admtrt.runtime.two_stage import TwoStage
 
 _FORMATS = ("npz", "png", "grid")
+_SHARD = 256
+"""Samples that a kill costs at most."""
 
 
 def sample(
@@ -67,8 +71,13 @@ def sample(
         list[str] | None,
         typer.Option("--format", help="npz, png or grid; may be repeated. Default: npz and grid."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Samples computed at once.")] = 16,
-    shard_size: Annotated[int, typer.Option(help="Samples kept in one file on the way.")] = 256,
+    batch_size: Annotated[
+        int, typer.Option(help="Samples computed at once; those of one file on the way at most.")
+    ] = 16,
+    shard_size: Annotated[
+        int | None,
+        typer.Option(help="Samples kept in one file on the way; 256 where left out, or a batch if larger."),
+    ] = None,
     backend: BackendName = "onnxruntime",
     precision: PrecisionName = "fp32",
     threads: Threads = None,
@@ -83,6 +92,7 @@ def sample(
 
     output = Output(json=json)
     chosen = _formats(formats)
+    kept = max(_SHARD, batch_size) if shard_size is None else shard_size
     if upsample is None and (upsample_steps is not None or upsample_scale is not None):
         raise RequestError(
             "--upsample-steps and --upsample-scale belong to a second stage", hint="Name it with --upsample."
@@ -99,7 +109,7 @@ def sample(
             precision=precision,  # type: ignore[arg-type]
             threads=threads,
             plans=cache,
-            batch_size=max(1, min(batch_size, shard_size, count)),
+            batch_size=max(1, min(batch_size, kept, count)),
             note=output.note,
             chosen=choices,
         )
@@ -127,9 +137,11 @@ def sample(
         first_seed=seed,
         sampler=sampler,
         batch_size=batch_size,
-        shard_size=shard_size,
+        shard_size=kept,
         low_res=None if small is None else small.images,
     )
+    if request.labels is not None and first.manifest.unet.num_classes is None and not sampler.scale:
+        output.note("the labels have no effect: the UNet knows no classes, and at scale 0 nothing guides it")
     if upsample is None:
         result = _draw_one(pipeline, request, out, chosen)
     else:
@@ -260,8 +272,7 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
             return None
         return [index % manifest.num_classes for index in range(num or manifest.num_classes)]
     names = manifest.class_names
-    whole = classes.strip() in names  # a name may have a comma
-    parts = [classes.strip()] if whole else [part.strip() for part in classes.split(",")]
+    parts = list(_entries(classes, names))
     if not all(parts):
         raise RequestError(
             f"there is an empty entry in --classes {classes!r}",
@@ -277,6 +288,17 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
         return [label for label, count in counted for _ in range(count)]
     turns = [_class_index(part, manifest) for part in parts]
     return [turns[index % len(turns)] for index in range(num or len(turns))]
+
+
+def _entries(classes: str, names: Sequence[str]) -> Iterator[str]:
+    """The entries between the commas; of a name that has commas itself, as many parts as make the longest."""
+    parts = classes.split(",")
+    while parts:
+        tries = ((",".join(parts[:end]).strip(), end) for end in range(len(parts), 0, -1))
+        whole = ((text, end) for text, end in tries if text in names or text.rpartition(":")[0] in names)
+        entry, end = next(whole, (parts[0].strip(), 1))
+        yield entry
+        del parts[:end]
 
 
 def _counted(part: str, manifest: Manifest) -> tuple[int, int]:

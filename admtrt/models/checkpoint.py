@@ -26,8 +26,8 @@ from admtrt.models.matching import (
 from admtrt.models.option_names import OptionNames
 from admtrt.models.settings import CheckpointConfig as CheckpointConfig
 from admtrt.models.settings import build_network as build_network
+from admtrt.models.settings import check_names, with_settings
 from admtrt.models.settings import checkpoint_config_from_preset as checkpoint_config_from_preset
-from admtrt.models.settings import with_settings
 from admtrt.models.weights import (
     SUFFIXES,
     check_plain,
@@ -188,7 +188,7 @@ def identify(
             raise CheckpointError(_other_kind(holder, candidate.kind, kinds))
     given = None if config is None else with_settings(config, settings)
     if embedded is not None:
-        _check_agreement(path, embedded, given or with_settings(embedded, settings), options)
+        _check_agreement(path, embedded, given or _changed(path, embedded, settings, options), options)
     known = embedded or given
     if known is not None:
         found = Identified(known)
@@ -286,6 +286,20 @@ def check_target(path: Path, *, overwrite: bool) -> None:
 def _other_kind(holder: str, kind: Kind, kinds: Sequence[Kind]) -> str:
     expected = " or ".join(f"'{one}'" for one in kinds)
     return f"{holder} a network of kind '{kind}'; expected {expected}"
+
+
+def _changed(
+    path: Path, embedded: CheckpointConfig, settings: Mapping[str, Any], options: OptionNames
+) -> CheckpointConfig:
+    """What a file says of itself with settings replaced, which may be impossible together with the others."""
+    check_names(embedded.kind, settings)
+    try:
+        return with_settings(embedded, settings)
+    except ConfigError as error:
+        raise CheckpointError(
+            f"{path} carries its own configuration, which the settings given do not fit: {error.message}",
+            hint=f"Leave out {options.prefix}set for this file.",
+        ) from None
 
 
 def _check_agreement(

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from admtrt.config import DiffusionConfig, SamplerConfig
+from admtrt.config import DiffusionConfig
 from admtrt.errors import CheckpointError
 from admtrt.models.settings import CheckpointConfig, check_names, checkpoint_config_from_settings
 from admtrt.presets import Kind
@@ -89,11 +89,7 @@ def infer_config(
     missing = _missing(traits, known)
     if missing:
         raise UntoldSettingError(f"the shapes of the tensors do not tell {', '.join(missing)}")
-    config = checkpoint_config_from_settings(traits.kind, known)
-    if config.diffusion.steps < int(config.sampler.steps):
-        every_step = SamplerConfig(steps=str(config.diffusion.steps))
-        config = config.model_copy(update={"sampler": every_step})
-    return config
+    return checkpoint_config_from_settings(traits.kind, known)
 
 
 def traits_of(shapes: Shapes, given: Mapping[str, Any] = _NOTHING) -> Traits:

@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import model_validator
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, RunConfig, SamplerConfig, UNetConfig
+from admtrt.config import (
+    ClassifierConfig,
+    Config,
+    DiffusionConfig,
+    FittedSampler,
+    RunConfig,
+    SamplerConfig,
+    UNetConfig,
+)
 from admtrt.errors import ConfigError
 from admtrt.models.classifier import Classifier
 from admtrt.models.unet import UNet
@@ -29,7 +37,7 @@ class CheckpointConfig(Config):
     unet: UNetConfig | None = None
     classifier: ClassifierConfig | None = None
     diffusion: DiffusionConfig
-    sampler: SamplerConfig = SamplerConfig()
+    sampler: FittedSampler = SamplerConfig()
     class_names: tuple[str, ...] = ()
     run: RunConfig | None = None
     step: int = 0
@@ -125,6 +133,7 @@ def with_settings(config: CheckpointConfig, settings: Mapping[str, Any]) -> Chec
     if "num_heads" in settings:  # which the other key would override
         kept["num_head_channels"] = None
     rest = {key: data[key] for key in data if key not in ("kind", "unet", "classifier", "diffusion")}
+    rest["sampler"] = config.sampler  # which knows whether its steps were given
     return checkpoint_config_from_settings(config.kind, kept | dict(settings), **rest)
 
 

@@ -255,6 +255,13 @@ class Pipeline:
                 f"scale {sampler.scale} asks for guidance, but {self.bundle.path} holds no classifier",
                 hint="Use scale 0, or export with --classifier.",
             )
+        if not sampler.scale:
+            if guidance_interval is not None:
+                raise RequestError(
+                    "a guidance interval was given, but at scale 0 nothing is guided",
+                    hint="Leave it out, or use another scale.",
+                )
+            sampler = sampler.model_copy(update={"guidance_interval": None})
         sampling_schedule(manifest.diffusion, sampler)  # refuses an impossible respacing now
         return sampler
 

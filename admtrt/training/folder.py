@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Self
+
+from filelock import FileLock, Timeout
 
 from admtrt.config import RunConfig, load_config, save_config
 from admtrt.errors import OutputError
@@ -30,6 +33,8 @@ Only where ``lr_schedule`` is ``linear`` does every step's rate depend on ``step
 class RunFolder:
     """The files of one network's run; other networks may share ``out``.
 
+    As a context manager it gives back at its end what :meth:`prepare` took hold of.
+
     ::
 
         out/<kind>.safetensors            the exported weights: the average of the first EMA rate
@@ -40,10 +45,21 @@ class RunFolder:
         out/<kind>/state.safetensors      everything that a resumed run needs
         out/<kind>/skipped.txt            the bad files left out, where there are any
         out/<kind>/tensorboard/           where asked for
+        out/<kind>/.lock                  held by the process that trains here
     """
 
     out: Path
     kind: Kind
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    @cached_property
+    def _lock(self) -> FileLock:
+        return FileLock(self.root / ".lock", blocking=False)
 
     @property
     def root(self) -> Path:
@@ -84,7 +100,7 @@ class RunFolder:
         return self.out / f"{self.kind}{'' if rate is None else f'-ema-{rate}'}.safetensors"
 
     def prepare(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
-        """Make the folder ready for a run, without changing a run that goes on there.
+        """Take hold of the folder and make it ready for a run, without changing a run that goes on there.
 
         Args:
             config: what the run must agree with.
@@ -93,7 +109,7 @@ class RunFolder:
 
         Raises:
             OutputError: if a run stands there and neither is asked for, if it is a run of another
-                configuration, or if the place cannot be written.
+                configuration or another process trains there, or if the place cannot be written.
         """
         if resume and overwrite:
             raise OutputError(
@@ -101,9 +117,15 @@ class RunFolder:
             )
         try:
             self.root.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
             self._remove_temporaries()
             if overwrite:
                 self._remove_run()
+        except Timeout:
+            raise OutputError(
+                f"another process is training the {self.kind} in {self.out}",
+                hint="Wait until it has ended, or choose another --out.",
+            ) from None
         except OSError as error:
             raise OutputError(f"cannot write {self.root}: {error.strerror or error}") from error
         found = self._entries()

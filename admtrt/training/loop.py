@@ -100,42 +100,42 @@ def train(
     if classes is not None:
         require_classes(data, classes)
     described = _describe(kind, config, data)
-    folder = RunFolder(out, kind)
-    on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
-    torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))
-    learner = Learner(build_network(described), objective, len(diffusion), settings, accelerator, division)
-    if folder.state.exists():
-        learner.load(*load_state(folder.state))
-        if learner.step > settings.steps:
-            raise ConfigError(
-                f"train_{kind}.steps is {settings.steps}, but the run in {out} stands at step {learner.step}",
-                hint=f"Set it to {learner.step} or more.",
-            )
-    train_set, held_out = split(data, config.data.hold_out)
-    if not accelerator.is_main_process:
-        _run(kind, settings, learner, train_set, held_out, None)
-        return TrainingResult(kind, learner.step, {}, (), folder.root)
-    folder.write_config(config)
-    folder.write_skipped(data.skipped)
-    if data.skipped:
-        _name_skipped(data, folder.skipped, output)
-    metrics = MetricsLog(
-        folder.metrics, learner.step, tensorboard=folder.tensorboard if settings.tensorboard else None
-    )
-    shown = held_out if len(held_out) else train_set
-    recorder = _Recorder(folder, described, settings, learner, metrics, shown, accelerator.device, output)
-    with contextlib.closing(metrics):
-        _run(kind, settings, learner, train_set, held_out, recorder)
-    return TrainingResult(kind, learner.step, metrics.last, recorder.weights, folder.root)
+    with RunFolder(out, kind) as folder:
+        on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
+        torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))
+        learner = Learner(
+            build_network(described), objective, len(diffusion), settings, accelerator, division
+        )
+        if folder.state.exists():
+            learner.load(*load_state(folder.state))
+            if learner.step > settings.steps:
+                raise ConfigError(
+                    f"train_{kind}.steps is {settings.steps}, "
+                    f"but the run in {out} stands at step {learner.step}",
+                    hint=f"Set it to {learner.step} or more.",
+                )
+        train_set, held_out = split(data, config.data.hold_out)
+        if not accelerator.is_main_process:
+            _run(kind, settings, learner, train_set, held_out, None)
+            return TrainingResult(kind, learner.step, {}, (), folder.root)
+        folder.write_config(config)
+        folder.write_skipped(data.skipped)
+        if data.skipped:
+            _name_skipped(data, folder.skipped, output)
+        metrics = MetricsLog(
+            folder.metrics, learner.step, tensorboard=folder.tensorboard if settings.tensorboard else None
+        )
+        shown = held_out if len(held_out) else train_set
+        recorder = _Recorder(folder, described, settings, learner, metrics, shown, accelerator.device, output)
+        with contextlib.closing(metrics):
+            _run(kind, settings, learner, train_set, held_out, recorder)
+        return TrainingResult(kind, learner.step, metrics.last, recorder.weights, folder.root)
 
 
 def _check_sampler(config: RunConfig) -> None:
     """Refuse a respacing that only the export would find impossible, hours later."""
-    steps = config.sampler.steps
-    if steps == type(config.sampler).model_fields["steps"].default:
-        return  # not the user's choice: a process too short for it is no fault of the configuration
     try:
-        retained_timesteps(config.diffusion.steps, steps)
+        retained_timesteps(config.diffusion.steps, config.sampler.steps)
     except RequestError as error:
         raise ConfigError(f"sampler.steps cannot be used: {error.message}", hint=error.hint) from None
 

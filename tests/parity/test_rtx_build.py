@@ -11,7 +11,7 @@ import threading
 import types
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -33,6 +33,9 @@ from admtrt.runtime.engines.options import BatchProfile, BuildOptions
 from admtrt.runtime.engines.plans import PlanStore
 from admtrt.runtime.engines.report import fusion_report
 from admtrt.runtime.engines.sources import GraphSource, graph_source
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 pytestmark = pytest.mark.skipif(
     find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (pip install 'admtrt[rtx]')"
@@ -217,6 +220,15 @@ def test_nested_phases_share_the_step_of_their_parent() -> None:
     assert phases.step("all", 1) == 1
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts its background jobs with SIGINT ignored, and the tests may run in one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interruption_stops_the_library_and_leaves_nothing(library: Library, tmp_path: Path) -> None:
     bundle, phases = copied("guided", tmp_path), []
 

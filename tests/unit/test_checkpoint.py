@@ -365,6 +365,11 @@ def test_a_given_configuration_may_not_contradict_the_file(saved: Path) -> None:
     other = UNET_CONFIG.model_copy(update={"unet": UNET.model_copy(update={"num_heads": 2})})
     with pytest.raises(CheckpointError, match="num_heads is 4 in the file, 2 given"):
         load_network(saved, kind="unet", config=other)
+    for settings in ({"image_size": 9}, {"num_heads": 5}, {"image_size": "big"}):  # impossible with the rest
+        with pytest.raises(CheckpointError, match=r"carries its own.* do not fit: .*\nLeave out --unet-set"):
+            load_network(saved, kind="unet", settings=settings)
+    with pytest.raises(ConfigError, match="no setting 'image_sizes'; did you mean 'image_size'"):
+        load_network(saved, kind="unet", settings={"image_sizes": 4})
 
 
 @pytest.mark.parametrize(

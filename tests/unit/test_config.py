@@ -396,6 +396,18 @@ def test_a_classifiers_section_keeps_its_own_defaults() -> None:
     assert (config.train_unet.lr, config.train_unet.weight_decay) == (1e-4, 0.0)
 
 
+def test_a_short_process_is_sampled_whole_where_no_steps_are_given() -> None:
+    short = RUN | {"diffusion": {"steps": 100}}
+    assert RunConfig.from_dict(short).sampler.steps == "100"
+    assert RunConfig.from_dict(short | {"sampler": {"scale": 2.0}}).sampler == SamplerConfig(
+        steps="100", scale=2.0
+    )
+    assert RunConfig.from_dict(short | {"sampler": {"steps": "250"}}).sampler.steps == "250"
+    assert RunConfig.from_dict(RUN | {"diffusion": {"steps": 250}}).sampler == SamplerConfig()
+    with pytest.raises(ConfigError, match=r"'diffusion.steps' is -1"):
+        RunConfig.from_dict(RUN | {"diffusion": {"steps": -1}})
+
+
 def test_none_can_be_written_where_it_is_not_the_default(tmp_path: Path) -> None:
     config = ClassifierConfig(image_size=8, num_classes=2, num_head_channels=None, pool="spatial",
                               channel_mult=(1,), attention_resolutions=())  # fmt: skip

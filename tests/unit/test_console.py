@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -22,6 +24,16 @@ def test_machines_get_exactly_one_document(capsys: pytest.CaptureFixture[str]) -
     assert out.count("\n") == 1
     assert "for people" not in out + err
     assert err == "on the way\n"
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_streams_that_were_closed(closed: str) -> None:
+    """What is opened next must not take their place: a bundle's file would get the text."""
+    command = f"exec {sys.executable} -m admtrt doctor --json {closed}"
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == ""
+    assert (done.stdout == "") == (closed != "2>&-")
 
 
 def test_people_get_tables_and_texts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from bundles import pipeline
 
+from admtrt.bundle import Bundle
 from admtrt.config import DiffusionConfig, SamplerConfig
 from admtrt.errors import ConfigError, RequestError
 from admtrt.runtime.pipeline import Pipeline
@@ -100,4 +101,13 @@ def test_refused(interval: Any, message: str) -> None:
 def test_an_interval_without_a_step_is_refused_when_asked_for() -> None:
     with pytest.raises(RequestError, match=r"500 to 600 holds none of the 5 steps, whose noise levels are 0"):
         pipeline("guided").sampler(guidance_interval=(500.0, 600.0))
-    assert pipeline("guided").sampler(guidance_interval=(500.0, 600.0), scale=0.0).scale == 0
+
+
+def test_an_interval_where_nothing_is_guided() -> None:
+    with pytest.raises(RequestError, match=r"at scale 0 nothing is guided"):
+        pipeline("guided").sampler(guidance_interval=(0.3, 3.0), scale=0.0)
+    guided = pipeline("guided")
+    manifest = guided.bundle.manifest
+    recommended = manifest.sampler.model_copy(update={"guidance_interval": (500.0, 600.0)})
+    bundle = Bundle(guided.bundle.path, manifest.model_copy(update={"sampler": recommended}))
+    assert Pipeline(bundle, guided.denoiser).sampler(scale=0.0).guidance_interval is None

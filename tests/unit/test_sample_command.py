@@ -78,6 +78,22 @@ def test_batch_and_shard_sizes_divide_the_work_only(
     assert len(list((tmp_path / "whole" / "shards").iterdir())) == 1
 
 
+def test_a_shard_holds_a_batch_at_least(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("admtrt.commands.sample._SHARD", 2)
+    for name, options, shards in (("one", [3], 1), ("two", [2], 2), ("own", [3, "--shard-size", 1], 3)):
+        sample(capsys, tmp_path / name, "--num", 3, "--batch-size", *options)
+        assert len(list((tmp_path / name / "shards").iterdir())) == shards
+
+
+def test_labels_that_nothing_heeds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    for name, scale, told in (("guided", "0", True), ("guided", "1", False), ("conditional", "0", False)):
+        options = ["--out", str(tmp_path / f"{name}{scale}"), "--scale", scale, "--steps", "2", "--num", "1"]
+        assert run(["sample", str(exported_bundle(name)), *options]) == 0
+        assert ("the labels have no effect" in capsys.readouterr().err) == told
+
+
 def test_classes_by_name_and_count(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     result = sample(capsys, tmp_path / "run", "--classes", "cat:2, 0:1,bee:1")
     assert result["labels"] == [2, 2, 0, 1]
@@ -176,6 +192,14 @@ def test_a_name_may_look_like_a_number_or_hold_a_colon(tmp_path: Path) -> None:
     assert requested_labels("2,0,1", None, manifest) == [0, 2, 1]
     assert requested_labels("a:b:2", None, manifest) == [1, 1]
     assert requested_labels("a:b", 2, manifest) == [1, 1]
+
+
+def test_a_name_may_hold_commas(tmp_path: Path) -> None:
+    names = ("tench, Tinca tinca", "tench", "ant")
+    manifest = sham_bundle(tmp_path / "bundle", class_names=names).manifest
+    assert requested_labels("tench, Tinca tinca", None, manifest) == [0]
+    assert requested_labels("ant,tench, Tinca tinca,tench", None, manifest) == [2, 0, 1]
+    assert requested_labels("tench, Tinca tinca:2,tench:1", None, manifest) == [0, 0, 1]
 
 
 def test_a_bundle_without_classes(tmp_path: Path) -> None:

@@ -175,3 +175,13 @@ def test_generated_checkpoint_names_a_users_fault(
     assert call(tool, monkeypatch, "64x64_classifier", path) == 2
     assert "already exists" in capsys.readouterr().err
     assert path.read_bytes() == b"mine"
+
+
+def test_generated_checkpoint_replaces_a_file_when_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool, path = load("generated_checkpoint", monkeypatch), tmp_path / "a.pt"
+    monkeypatch.setattr(tool, "checkpoint_config_from_preset", lambda name: network(CLASSIFIER).config)
+    path.write_bytes(b"old")
+    assert call(tool, monkeypatch, "some preset", path, "--overwrite") == 0
+    assert torch.load(path, weights_only=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from training_runs import NETWORK, TRAINING, lines, run, tiny_config, weights
 
@@ -137,6 +138,16 @@ def test_the_resolved_configuration_of_a_fixed_variance_trains_again(tmp_path):
     run(resolved, tmp_path / "second")
     run(resolved, tmp_path / "second", kind="upsampler")
     assert run(fixed_variance(steps=5), tmp_path / "first", resume=True).step == 5
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path):
+    (tmp_path / "unet").mkdir()
+    with FileLock(tmp_path / "unet/.lock"):
+        for options in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(OutputError, match=r"another process is training the unet.*\n.*another --out"):
+                run(tiny_config(), tmp_path, **options)
+        assert [path.name for path in (tmp_path / "unet").iterdir()] == [".lock"]
+    assert run(tiny_config(), tmp_path).step == 4
 
 
 @pytest.mark.parametrize("steps", ["9", "ddim7", "nonsense"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from admtrt.errors import BundleError, EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -60,8 +60,8 @@ class GraphDenoiser(ABC):
 
 
 @contextlib.contextmanager
-def running(library: str, graph: GraphName, feeds: Mapping[str, Any]) -> Iterator[None]:
-    """Name the graph and the batch in whatever a library raises while it runs.
+def working(library: str, graph: GraphName, batch: int, *, what: str = "run") -> Iterator[None]:
+    """Name the graph and the batch in whatever a library raises while it does ``what``.
 
     Raises:
         EngineError: in place of it.
@@ -69,9 +69,9 @@ def running(library: str, graph: GraphName, feeds: Mapping[str, Any]) -> Iterato
     try:
         yield
     except Exception as error:  # every library has types of its own for every cause
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        reason = " ".join(str(error).split()) or type(error).__name__
         raise EngineError(
-            f"{library} cannot run graph '{graph}' on a batch of {len(feeds['x'])}: {reason}",
+            f"{library} cannot {what} graph '{graph}' for a batch of {batch}: {reason}",
             hint="Where memory ran out, use a smaller batch.",
         ) from error
 

@@ -6,7 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import BundleError, MissingDependencyError
-from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract, running
+from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract, working
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -68,7 +68,7 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
         """See :meth:`GraphDenoiser.run`."""
         session = self._sessions[name]
         names = [output.name for output in session.get_outputs()]
-        with running("ONNX Runtime", name, feeds):
+        with working("ONNX Runtime", name, len(feeds["x"])):
             return dict(zip(names, session.run(names, feeds), strict=True))
 
 

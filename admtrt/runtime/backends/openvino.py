@@ -12,7 +12,7 @@ import numpy as np
 
 from admtrt.errors import BundleError, MissingDependencyError, RequestError
 from admtrt.onnx_wire import external_locations
-from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract, running
+from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract, working
 from admtrt.runtime.backends.mapped import release_pages
 from admtrt.runtime.backends.openvino_passes import (
     EMBEDDING,
@@ -80,18 +80,20 @@ class OpenVinoDenoiser(GraphDenoiser):
                 continue
             self._paths[name] = bundle.graph_path(name, engine)
             self._specs[name] = bundle.graph_entry(name, engine).spec
-            model = self._read(name)
+            try:
+                model = self._read(name)
+            except Exception as error:  # the library raises RuntimeError and others for every cause
+                raise BundleError(f"OpenVINO refuses {self._paths[name]}: {error}") from None
             check_contract(self._paths[name], _shown(model.inputs), _shown(model.outputs), self._specs[name])
 
     def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
         """See :meth:`GraphDenoiser.run`.
 
         Raises:
-            BundleError: if OpenVINO cannot compile the graph for this batch size.
-            EngineError: if it cannot run it.
+            EngineError: if OpenVINO cannot compile the graph for this batch size, or run it.
         """
         compiled = self._compiled(name, len(feeds["x"]))
-        with running("OpenVINO", name, feeds):
+        with working("OpenVINO", name, len(feeds["x"])):
             results = compiled(feeds)
         return {tensor.name: results[tensor.name] for tensor in self._specs[name].outputs}
 
@@ -107,27 +109,20 @@ class OpenVinoDenoiser(GraphDenoiser):
         return self._kept[key]
 
     def _read(self, name: GraphName) -> Any:
-        try:
-            model = self._core.read_model(str(self._paths[name]))
-        except Exception as error:  # the library raises RuntimeError and others for every cause
-            raise BundleError(f"OpenVINO refuses {self._paths[name]}: {error}") from None
+        model = self._core.read_model(str(self._paths[name]))
         separate_weights(model)
         return model
 
     def _compile(self, name: GraphName, batch: int) -> _Compiled:
-        model = self._read(name)
         precision = "fp32" if name == "update" else self._precision  # x itself is never rounded
         parts = math.gcd(batch, self._threads)
-        try:
+        with working("OpenVINO", name, batch, what="compile"):
+            model = self._read(name)
             model.reshape(
                 {tensor.name: list(tensor.sized(batch // parts)) for tensor in self._specs[name].inputs}
             )
             normalise_by_channel(model)
             compiled = _Compiled(self._core, model, precision, parts, self._threads)
-        except Exception as error:  # as above
-            raise BundleError(
-                f"OpenVINO cannot compile {self._paths[name]} for batches of {batch}: {error}"
-            ) from None
         # It has packed copies of the weights, and keeps the file mapped for good: a third of its memory.
         for data in external_locations(self._paths[name]):
             release_pages(self._paths[name].parent / data)

@@ -19,7 +19,7 @@ from admtrt.bundle import MANIFEST
 from admtrt.errors import BundleError, EngineError
 from admtrt.files import sha256_of
 from admtrt.memo import cache_folder
-from admtrt.runtime.backends.graphs import GraphDenoiser, running
+from admtrt.runtime.backends.graphs import GraphDenoiser, working
 from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, check_session, import_onnxruntime
 
 if TYPE_CHECKING:
@@ -129,10 +129,10 @@ class ProviderDenoiser(GraphDenoiser):
         session, spec = self._sessions[name], self._specs[name]
         if not self._provider.memory:
             names = [tensor.name for tensor in spec.outputs]
-            with running(self._provider.name, name, feeds):
+            with working(self._provider.name, name, len(feeds["x"])):
                 return dict(zip(names, session.run(names, feeds), strict=True))
         key = (name, len(feeds["x"]))
-        with running(self._provider.name, name, feeds):
+        with working(self._provider.name, name, len(feeds["x"])):
             bound = self._bound.pop(key, None)
             if bound is None:
                 held = [other for other in self._bound if other[0] == name]

@@ -103,7 +103,7 @@ class Backend:
         plans: Path | None = None,
         graphs: Collection[GraphName] | None = None,
     ) -> GraphDenoiser:
-        """Open a bundle's graphs, or only those that are named where the backend can open some alone.
+        """Open a bundle's graphs, or only those that are named.
 
         ``threads`` is for CPU backends and ``plans`` for those that run plans; the others ignore them.
 
@@ -147,7 +147,7 @@ def _openvino(wanted: _Wanted) -> GraphDenoiser:
 def _tensorrt(wanted: _Wanted) -> GraphDenoiser:
     from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
 
-    return TensorRTDenoiser(wanted.bundle, wanted.precision, cache=wanted.plans)
+    return TensorRTDenoiser(wanted.bundle, wanted.precision, cache=wanted.plans, graphs=wanted.graphs)
 
 
 def _provider(name: str) -> Callable[[_Wanted], GraphDenoiser]:
@@ -263,6 +263,16 @@ def open_denoiser(
     return opened
 
 
+def check_threads(threads: int | None) -> None:
+    """Refuse a number of threads that no machine has.
+
+    Raises:
+        RequestError: if it is no whole number from 1 to 1024.
+    """
+    if threads is not None and not 1 <= whole_number(threads, "threads") <= _MAX_THREADS:
+        raise RequestError(f"threads is {threads}; expected 1 to {_MAX_THREADS}")
+
+
 def check_request(backend: str, precision: str, threads: int | None, plans: str | Path | None = None) -> None:
     """Refuse what no machine could open.
 
@@ -273,8 +283,7 @@ def check_request(backend: str, precision: str, threads: int | None, plans: str 
     if backend != AUTO and backend not in BACKENDS:
         raise RequestError(f"backend {backend!r} is unknown; expected one of {known}")
     precision_named(precision, "precision")
-    if threads is not None and not 1 <= whole_number(threads, "threads") <= _MAX_THREADS:
-        raise RequestError(f"threads is {threads}; expected 1 to {_MAX_THREADS}")
+    check_threads(threads)
     if backend == AUTO:
         if plans is not None and precision == "fp32":
             raise RequestError(
