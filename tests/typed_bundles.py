@@ -10,8 +10,8 @@ from pathlib import Path
 from bundles import CLASSIFIER, UNET, network
 
 from admtrt.bundle import Bundle
+from admtrt.contract import PRECISIONS
 from admtrt.export.pack import bundle_from_checkpoints
-from admtrt.runtime.backends.registry import PRECISIONS
 
 
 @cache

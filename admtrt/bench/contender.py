@@ -11,7 +11,8 @@ import numpy as np
 from admtrt.bench.remote import peak_memory
 from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PLAIN, takes_plans
 from admtrt.bundle import Bundle
-from admtrt.runtime.backends.registry import AUTO, BACKENDS, open_denoiser
+from admtrt.runtime.backends.opening import AUTO, open_denoiser
+from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.example import example_scale, example_slots, held_step
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import ResidentDenoiser, advance

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from admtrt.contract import PRECISIONS
 from admtrt.errors import RequestError
-from admtrt.runtime.backends.registry import AUTO, BACKENDS, PLANS_ONLY
+from admtrt.runtime.backends.opening import AUTO
+from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

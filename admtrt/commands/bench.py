@@ -70,7 +70,8 @@ def bench(
     from admtrt.bench.run import run_bench
     from admtrt.bench.subject import Subject, subject_from_preset
     from admtrt.contract import PRECISIONS
-    from admtrt.runtime.backends.registry import PLANS_ONLY, check_threads
+    from admtrt.runtime.backends.opening import check_threads
+    from admtrt.runtime.backends.registry import PLANS_ONLY
     from admtrt.runtime.machine import available_threads
 
     if (bundle is None) == (preset is None):

@@ -128,7 +128,7 @@ def _opened(
     output: Output,
     choices: Choices,
 ) -> AbstractContextManager[Denoiser]:
-    from admtrt.runtime.backends.registry import open_denoiser
+    from admtrt.runtime.backends.opening import open_denoiser
 
     denoiser = open_denoiser(
         bundle,
@@ -147,7 +147,7 @@ def _opened(
 
 def _emulated(bundle: Bundle, engine: str, threads: int | None) -> AbstractContextManager[Denoiser]:
     from admtrt.contract import precision_named
-    from admtrt.runtime.backends.registry import check_request
+    from admtrt.runtime.backends.opening import check_request
 
     chosen = precision_named(engine, "--engine")
     check_request("onnxruntime", "fp32", threads)

@@ -89,7 +89,7 @@ def nll(
     from admtrt.bundle import Bundle
     from admtrt.evaluate.images import load_images
     from admtrt.evaluate.nll import evaluate_nll
-    from admtrt.runtime.backends.registry import check_request, open_denoiser
+    from admtrt.runtime.backends.opening import check_request, open_denoiser
     from admtrt.schedule import retained_timesteps
 
     choices = Choices(output)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _FORMATS = ("npz", "png", "grid")
 _SHARD = 256
-"""Samples that a kill costs at most."""
+"""Samples kept in one file where nothing else is said: what a kill costs at most."""
 
 
 def sample(
@@ -86,7 +86,7 @@ def sample(
 ) -> None:
     """Draw guided or unguided samples from a bundle, without PyTorch."""
     from admtrt.bundle import Bundle
-    from admtrt.runtime.backends.registry import check_request
+    from admtrt.runtime.backends.opening import check_request
     from admtrt.runtime.bulk import BulkRequest
     from admtrt.runtime.pipeline import Pipeline
 
@@ -140,9 +140,9 @@ def sample(
         shard_size=kept,
         low_res=None if small is None else small.images,
     )
-    if request.labels is not None and first.manifest.unet.num_classes is None and not sampler.scale:
-        output.note("the labels have no effect: the UNet knows no classes, and at scale 0 nothing guides it")
     if upsample is None:
+        if request.labels is not None and first.manifest.unet.num_classes is None and not sampler.scale:
+            output.note("the labels have no effect: the UNet knows no classes, at scale 0 nothing guides it")
         result = _draw_one(pipeline, request, out, chosen)
     else:
         from admtrt.runtime.two_stage import UNGUIDED, TwoStage

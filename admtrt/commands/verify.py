@@ -67,7 +67,7 @@ def verify(
     """
     from admtrt.bundle import Bundle
     from admtrt.commands.checkpoints import load_pair
-    from admtrt.runtime.backends.registry import check_request
+    from admtrt.runtime.backends.opening import check_request
 
     require("torch", "safetensors", extra="export", purpose="Verification")
     from admtrt.verify.plot import plot_drift, require_plotting

@@ -128,14 +128,14 @@ class Pipeline:
         Args:
             path: the bundle's directory, or the bundle where it is open already.
             backend, precision, threads, plans, batch_size, note, chosen: as for
-                :func:`admtrt.runtime.backends.registry.open_denoiser`.
+                :func:`admtrt.runtime.backends.opening.open_denoiser`.
 
         Raises:
             BundleError: if the bundle is incomplete or altered.
             RequestError: if the backend is unknown or cannot do this, or ``threads`` is out of range.
             UserError: if the backend cannot run here.
         """
-        from admtrt.runtime.backends.registry import check_request, open_denoiser
+        from admtrt.runtime.backends.opening import check_request, open_denoiser
 
         check_request(backend, precision, threads, plans)
         bundle = path if isinstance(path, Bundle) else Bundle.open(Path(path))

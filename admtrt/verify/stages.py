@@ -11,7 +11,7 @@ import torch
 from admtrt.contract import bundle_specs
 from admtrt.errors import BundleError, CheckpointError
 from admtrt.images import to_uint8
-from admtrt.runtime.backends.registry import open_denoiser
+from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.noise import step_noise
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.sampler import Slots, advance, start_slots
@@ -64,7 +64,7 @@ def verify_bundle(
         classifier: its noisy classifier, if and only if the bundle has one.
         steps: of the respaced process; None for 10, or all of a shorter process.
         seed: of all inputs and noise.
-        backend, threads, plans: as for :func:`~admtrt.runtime.backends.registry.open_denoiser`, in fp32.
+        backend, threads, plans: as for :func:`~admtrt.runtime.backends.opening.open_denoiser`, in fp32.
         report: called with the name of each stage as it starts.
         note, chosen: told what ``auto`` measures, and what it chooses.
         record: called with a graph, its inputs and PyTorch's outputs for every batch that graphs are given.

@@ -15,12 +15,13 @@ from admtrt.bench.rows import COMPILED, EAGER, default_rows
 from admtrt.bench.run import run_bench
 from admtrt.bench.subject import subject_from_preset
 from admtrt.bundle import Bundle
+from admtrt.contract import PRECISIONS
 from admtrt.errors import EngineError, UserError
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import load_network
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.runtime.backends.providers import PROVIDERS
-from admtrt.runtime.backends.registry import BACKENDS, PRECISIONS
+from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
 from admtrt.runtime.cuda import Graph, Stream
 from admtrt.runtime.engines.build import Workshop

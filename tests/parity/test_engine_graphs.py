@@ -10,9 +10,9 @@ import onnx
 import pytest
 from typed_bundles import typed_bundle
 
+from admtrt.contract import PRECISIONS
 from admtrt.export.check import rtx_parser_errors
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
-from admtrt.runtime.backends.registry import PRECISIONS
 from admtrt.verify.emulation import emulated
 
 if TYPE_CHECKING:

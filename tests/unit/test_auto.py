@@ -19,9 +19,10 @@ from admtrt.runtime.backends import auto, registry
 from admtrt.runtime.backends.auto import Choice, Measured, choose, fastest
 from admtrt.runtime.backends.composite import Composite
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.backends.openvino import OpenVinoDenoiser
 from admtrt.runtime.backends.probe import ProbeRequest, ProbeResult, measure
-from admtrt.runtime.backends.registry import BACKENDS, open_denoiser
+from admtrt.runtime.backends.registry import BACKENDS
 
 MIXED = {
     "onnxruntime": {"unet": 0.9, "classifier_gradient": 0.3},

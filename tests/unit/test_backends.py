@@ -23,8 +23,9 @@ from admtrt.errors import BundleError, EngineError, MissingDependencyError, Requ
 from admtrt.runtime.backends import providers, registry
 from admtrt.runtime.backends.composite import Composite
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
+from admtrt.runtime.backends.opening import AUTO, open_denoiser
 from admtrt.runtime.backends.providers import Provider, ProviderDenoiser
-from admtrt.runtime.backends.registry import AUTO, BACKENDS, open_denoiser
+from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.engines.device import Driver
 from admtrt.runtime.pipeline import Pipeline
 

@@ -13,7 +13,7 @@ from engine_double import Context
 from engine_rig import GPU, Rig
 
 from admtrt.errors import EngineError, MissingDependencyError, PlanError, RequestError, UserError
-from admtrt.runtime.backends.registry import open_denoiser
+from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.engines.device import Driver, Gpu
 from admtrt.runtime.engines.sources import GraphSource, graph_source
 from admtrt.runtime.pipeline import Pipeline

@@ -38,15 +38,6 @@ def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
     return made
 
 
-def test_a_graph_alone_needs_no_other_plans(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    rig = Rig(monkeypatch, tmp_path)
-    rig.build(["unet"])
-    x, t = np.ones((2, 1, 8, 8), np.float32), np.array([3.0, 900.0], np.float32)
-    with rig.open(graphs=["unet"]) as denoiser:
-        out = denoiser.unet(x, t, None, None)
-    np.testing.assert_allclose(out, pipeline("guided").denoiser.unet(x, t, None, None), atol=_ROUNDING)
-
-
 @pytest.mark.parametrize("rtx", [False, True])
 @pytest.mark.parametrize(
     ("name", "labels", "options"),

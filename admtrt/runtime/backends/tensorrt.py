@@ -20,7 +20,7 @@ from admtrt.runtime.trt.kernels import KernelCache
 from admtrt.runtime.trt.lane import Lane
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator, Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from admtrt.bundle import Bundle
@@ -47,7 +47,6 @@ class TensorRTDenoiser(GraphDenoiser):
         bundle: a verified bundle.
         precision: of the plans.
         cache: folder of the plans; None for the bundle's own.
-        graphs: those to open; None opens all.
 
     Attributes:
         library: that runs the plans.
@@ -66,12 +65,9 @@ class TensorRTDenoiser(GraphDenoiser):
         precision: Precision = "fp32",
         *,
         cache: Path | None = None,
-        graphs: Collection[GraphName] | None = None,
     ) -> None:
         self._sources: Sources = {
-            graph: graph_source(bundle, graph, precision)
-            for graph in bundle.manifest.graphs
-            if graphs is None or graph in graphs
+            graph: graph_source(bundle, graph, precision) for graph in bundle.manifest.graphs
         }
         libraries = find_libraries()
         self._device = CudaDevice()  # before the libraries do anything, which without a driver crash
