@@ -11,6 +11,10 @@ import torch
 # Workers share few cores, and the results of one thread do not depend on the machine.
 torch.set_num_threads(1)
 
+# Messages are compared as they are without colours, which some CIs' variables turn on even into a file.
+for _name in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "COLUMNS", "TERMINAL_WIDTH"):
+    os.environ.pop(_name, None)
+
 # What the package remembers between runs (hashes, the fastest backend) stays out of the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="admtrt-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name

@@ -233,10 +233,12 @@ def test_an_interruption_stops_the_library_and_leaves_nothing(library: Library, 
     bundle, phases = copied("guided", tmp_path), []
 
     def interrupt(done: float, phase: str) -> None:
-        if not phases:
-            os.kill(os.getpid(), signal.SIGINT)
         phases.append(phase)
-        stopped.wait(0.02)  # the main thread takes the signal between two steps
+        if phase.startswith("stopping"):
+            stopped.set()
+        elif len(phases) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stopped.wait(60)  # the main thread takes the signal
 
     stopped = threading.Event()
     workshop = Workshop(library, None, PlanStore.of(bundle))
