@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+from enum import IntEnum
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +72,14 @@ class Capture:
         self.checks: list[Callable[[], None]] = []
         self.fault = ""
         self.active = True
+        self.before = origin.last
+        """What the origin goes on behind."""
+
+    def leave(self) -> None:
+        self.active = False
+        for stream in self.streams:
+            stream.capture, stream.last, stream.waiting = None, [], []
+        self.origin.last = self.before
 
 
 class Machine:
@@ -142,9 +151,9 @@ class Machine:
             LegacyPinnedMemoryResource=lambda: PinnedMemoryResource(self),
         )
 
-    def driver(self) -> SimpleNamespace:
+    def driver(self) -> Driver:
         """The double of the module ``cuda.bindings.driver``."""
-        return SimpleNamespace(cuMemGetInfo=lambda: (0, self.free, self.memory))
+        return Driver(self)
 
 
 class Buffer(Resource):
@@ -293,59 +302,83 @@ class Stream:
     def close(self) -> None:
         self.closed = True
 
-    def create_graph_builder(self) -> GraphBuilder:
-        return GraphBuilder(self)
+
+class Code(IntEnum):
+    """Of the real ``CUresult``."""
+
+    CUDA_SUCCESS = 0
+    CUDA_ERROR_STREAM_CAPTURE_INVALIDATED = 901
+    CUDA_ERROR_STREAM_CAPTURE_UNJOINED = 904
 
 
-class GraphBuilder:
-    def __init__(self, stream: Stream) -> None:
-        self.stream = stream
-        self.saved: list[Operation] = []
-        self.finished: Capture | None = None
+class Driver:
+    """Functions of the driver, which return a code, and a value where there is no fault."""
 
-    def begin_building(self, mode: str) -> GraphBuilder:
-        self.stream.machine.touch()
+    CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_THREAD_LOCAL="thread_local")
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.captures: set[Capture] = set()
+        """Those that were ended and not destroyed."""
+
+    def cuMemGetInfo(self) -> tuple[Code, int, int]:  # noqa: N802
+        return Code.CUDA_SUCCESS, self.machine.free, self.machine.memory
+
+    def cuStreamBeginCapture(self, hStream: int, mode: str) -> tuple[Code]:  # noqa: N802
+        self.machine.touch()
         assert mode == "thread_local"
-        self.saved, self.stream.last = self.stream.last, []
-        self.stream.capture = Capture(self.stream)
-        return self
+        stream = self.machine.streams[hStream]
+        stream.check()
+        assert stream.capture is None
+        stream.capture = Capture(stream)
+        stream.last = []
+        return (Code.CUDA_SUCCESS,)
 
-    def end_building(self) -> GraphBuilder:
-        capture = self.stream.capture
+    def cuStreamEndCapture(self, hStream: int) -> tuple[Code, Capture | None]:  # noqa: N802
+        stream = self.machine.streams[hStream]
+        capture = stream.capture
         assert capture is not None
-        self.stream.check()
+        assert capture.origin is stream
         end = 0
-        for operation in [*self.stream.last, *self.stream.waiting]:
+        for operation in [*stream.last, *stream.waiting]:
             end |= operation.before
+        capture.leave()
+        if capture.fault:
+            return Code.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED, None
         if any(not end >> operation.number & 1 for operation, _, _ in capture.nodes):
-            capture.fault = "a stream that joined the capture was not awaited"
-            raise CudaError("CUDA_ERROR_STREAM_CAPTURE_UNJOINED")
-        self.finished = capture
-        self._leave(capture)
-        return self
+            return Code.CUDA_ERROR_STREAM_CAPTURE_UNJOINED, None
+        self.captures.add(capture)
+        return Code.CUDA_SUCCESS, capture
 
-    def complete(self) -> Graph:
-        assert self.finished is not None
-        return Graph(self.stream.machine, self.finished)
+    def cuGraphInstantiate(self, hGraph: Capture, flags: int) -> tuple[Code, Graph]:  # noqa: N802
+        assert flags == 0
+        assert hGraph in self.captures
+        return Code.CUDA_SUCCESS, Graph(self.machine, hGraph)
 
-    def close(self) -> None:
-        if self.stream.capture is not None:
-            self._leave(self.stream.capture)
+    def cuGraphDestroy(self, hGraph: Capture) -> tuple[Code]:  # noqa: N802
+        self.captures.remove(hGraph)
+        return (Code.CUDA_SUCCESS,)
 
-    def _leave(self, capture: Capture) -> None:
-        capture.active = False
-        for stream in capture.streams:
-            stream.capture, stream.last, stream.waiting = None, [], []
-        self.stream.last = self.saved
+    def cuGraphUpload(self, hGraphExec: Graph, hStream: int) -> tuple[Code]:  # noqa: N802
+        self.machine.streams[hStream].check()
+        hGraphExec.uploaded = True
+        return (Code.CUDA_SUCCESS,)
+
+    def cuGraphLaunch(self, hGraphExec: Graph, hStream: int) -> tuple[Code]:  # noqa: N802
+        hGraphExec.launch(self.machine.streams[hStream])
+        return (Code.CUDA_SUCCESS,)
+
+    def cuGraphExecDestroy(self, hGraphExec: Graph) -> tuple[Code]:  # noqa: N802
+        assert not hGraphExec.closed
+        hGraphExec.closed = True
+        return (Code.CUDA_SUCCESS,)
 
 
 class Graph:
+    """An executable graph."""
+
     def __init__(self, machine: Machine, capture: Capture) -> None:
         self.machine, self.capture, self.closed, self.uploaded = machine, capture, False, False
-
-    def upload(self, stream: Stream) -> None:
-        stream.check()
-        self.uploaded = True
 
     def launch(self, stream: Stream) -> None:
         if self.closed or not self.uploaded:
@@ -367,6 +400,3 @@ class Graph:
             reads=dict.fromkeys(resource for _, reads, _ in nodes for resource in reads),
             writes=dict.fromkeys(resource for _, _, writes in nodes for resource in writes),
         )
-
-    def close(self) -> None:
-        self.closed = True

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from enum import IntEnum
 from functools import cache
-from types import SimpleNamespace
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -394,7 +394,7 @@ class OnnxParserRefitter:
         return self.refitter.parsed
 
 
-def engine_library(machine: Machine, *, rtx: bool = False, version: str = "11.4.0.106") -> SimpleNamespace:
+def engine_library(machine: Machine, *, rtx: bool = False, version: str = "11.4.0.106") -> ModuleType:
     """The double of the module ``tensorrt`` or ``tensorrt_rtx``, whose GPU is ``machine``."""
     runtime = type("Runtime", (RtxRuntime if rtx else Runtime,), {"machine": machine})
     shared = {
@@ -414,4 +414,6 @@ def engine_library(machine: Machine, *, rtx: bool = False, version: str = "11.4.
         "EngineValidity": EngineValidity,
     }
     RtxRuntimeConfig.made = []
-    return SimpleNamespace(**shared, **(only_rtx if rtx else {}))
+    module = ModuleType("tensorrt_rtx" if rtx else "tensorrt")
+    vars(module).update(shared | (only_rtx if rtx else {}))
+    return module

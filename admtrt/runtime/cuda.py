@@ -37,20 +37,25 @@ USED = (
     "EventOptions.blocking_sync",
     "LegacyPinnedMemoryResource.allocate",
     "Stream.close",
-    "Stream.create_graph_builder",
     "Stream.handle",
     "Stream.record",
     "Stream.sync",
     "Stream.wait",
-    "graph.Graph.close",
-    "graph.Graph.launch",
-    "graph.Graph.upload",
-    "graph.GraphBuilder.begin_building",
-    "graph.GraphBuilder.close",
-    "graph.GraphBuilder.complete",
-    "graph.GraphBuilder.end_building",
 )
 """Every member that is used of ``cuda.core``; a test walks it."""
+
+USED_OF_DRIVER = (
+    "CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL",
+    "cuGraphDestroy",
+    "cuGraphExecDestroy",
+    "cuGraphInstantiate",
+    "cuGraphLaunch",
+    "cuGraphUpload",
+    "cuMemGetInfo",
+    "cuStreamBeginCapture",
+    "cuStreamEndCapture",
+)
+"""The same of ``cuda.bindings.driver``."""
 
 _OUT_OF_MEMORY = "OUT_OF_MEMORY"  # in the driver's name of the fault
 _HINT = "Use a CPU backend, or see what this machine lacks with: admtrt doctor"
@@ -87,23 +92,29 @@ class Event(_Closing):
 class Graph(_Closing):
     """Work that was captured from a stream, launched as one piece."""
 
-    def __init__(self, graph: Any) -> None:
-        self._graph = graph
+    def __init__(self, executable: Any, driver: Any) -> None:
+        self._executable = executable
+        self._driver = driver
 
     def launch(self, stream: Stream) -> None:
-        """Enqueue it."""
-        self._graph.launch(stream.inner)
+        """Enqueue it.
+
+        Raises:
+            EngineError: if the driver refuses.
+        """
+        _value(self._driver.cuGraphLaunch(self._executable, stream.handle))
 
     def close(self) -> None:
         """Give it back."""
-        self._graph.close()
+        self._driver.cuGraphExecDestroy(self._executable)
 
 
 class Stream(_Closing):
     """An ordered queue of work."""
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, stream: Any, driver: Any) -> None:
         self.inner = stream
+        self._driver = driver
 
     @property
     def handle(self) -> int:
@@ -125,22 +136,37 @@ class Stream(_Closing):
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """What ``enqueue`` puts into this stream, and into streams that wait for it, as a graph.
 
-        Nothing of it runs. Streams that joined have to be waited for again before ``enqueue`` ends.
+        Nothing of it runs. Streams that joined have to be waited for again before ``enqueue`` ends. By the
+        driver's own functions: cuda-core's graph builder, as of 1.2, takes the process down with it when a
+        capture failed.
 
         Raises:
-            Exception: whatever the library raises where something cannot be captured; the stream is usable.
+            EngineError: if the driver refuses.
+            Exception: whatever ``enqueue`` raises; the stream is usable.
         """
-        builder = self.inner.create_graph_builder()
+        driver, stream = self._driver, self.handle
+        # Another thread may allocate meanwhile; a forbidden call of this one must fail, not be lost.
+        mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        _value(driver.cuStreamBeginCapture(stream, mode))
         try:
-            # Another thread may allocate meanwhile; a forbidden call of this one must fail, not be lost.
-            builder.begin_building("thread_local")
             enqueue()
-            graph = builder.end_building().complete()
+        except BaseException:
+            _, graph = driver.cuStreamEndCapture(stream)  # with a fault of its own, which says less
+            if graph is not None:
+                driver.cuGraphDestroy(graph)
+            raise
+        graph = _value(driver.cuStreamEndCapture(stream))
+        try:
+            executable = _value(driver.cuGraphInstantiate(graph, 0))
         finally:
-            with contextlib.suppress(Exception):  # the end of a capture that failed reports that again
-                builder.close()
-        graph.upload(self.inner)
-        return Graph(graph)
+            driver.cuGraphDestroy(graph)
+        made = Graph(executable, driver)
+        try:
+            _value(driver.cuGraphUpload(executable, stream))
+        except BaseException:
+            made.close()
+            raise
+        return made
 
     def close(self) -> None:
         """Give it back."""
@@ -212,6 +238,7 @@ class CudaDevice:
     def __init__(self) -> None:
         try:
             self._core = importlib.import_module("cuda.core")
+            self._driver = importlib.import_module("cuda.bindings.driver")
             needed = int(importlib.import_module("cuda.bindings").__version__.split(".")[0])
         except ImportError:
             raise MissingDependencyError(
@@ -231,7 +258,7 @@ class CudaDevice:
 
     def stream(self) -> Stream:
         """A new stream."""
-        return Stream(self._device.create_stream())
+        return Stream(self._device.create_stream(), self._driver)
 
     def event(self) -> Event:
         """A new mark; a thread that waits for it sleeps."""
@@ -263,8 +290,7 @@ class CudaDevice:
         """The error of a device that has not ``size`` bytes left for something."""
         left = ""
         with contextlib.suppress(Exception):  # a figure for people; the fault itself is known
-            driver = importlib.import_module("cuda.bindings.driver")
-            _, free, total = driver.cuMemGetInfo()
+            _, free, total = self._driver.cuMemGetInfo()
             left = f"; {_mebibytes(free)} of {_mebibytes(total)} are free"
         return EngineError(
             f"{self.gpu} is out of memory: {_mebibytes(size)} were needed for {purpose}{left}",
@@ -279,6 +305,18 @@ class CudaDevice:
             if _OUT_OF_MEMORY not in str(error):
                 raise
             raise self.full(size, purpose) from None
+
+
+def _value(returned: tuple[Any, ...]) -> Any:
+    """What a function of the driver's returns beside its code, if it returns anything.
+
+    Raises:
+        EngineError: naming the code, if it is one of a fault.
+    """
+    code, *values = returned
+    if code:
+        raise EngineError(f"the driver refuses: {code.name}", hint=_HINT)
+    return values[0] if values else None
 
 
 def _usable_gpu(needed: int) -> Gpu:

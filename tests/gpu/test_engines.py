@@ -35,7 +35,7 @@ from admtrt.runtime.trt.layers import plan_layers
 from admtrt.verify.report import sample_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from admtrt.contract import Precision
@@ -54,6 +54,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(query_driver().gpu is None, reason=f"no GPU: {query_driver().fault}"),
 ]
+
+
+def tolerance(table: dict[str, float], backend: str, precision: Precision) -> float:
+    """Providers whose fp32 products are rounded to TF32, as wide as fp16's, are held to the bars of fp16."""
+    rounded = backend in PROVIDERS and not BACKENDS[backend].exact
+    return table["fp16" if rounded and precision == "fp32" else precision]
 
 
 def fault_of(flavor: Flavor) -> str:
@@ -122,13 +128,19 @@ def test_parity_graphs_and_padding(
         return
     assert len(set(map(id, launches))) == 4  # two batch sizes, guided and not
 
-    def refuse(*_: Any) -> None:
-        raise RuntimeError("not here")
+    capture = Stream.capture
 
-    monkeypatch.setattr(Stream, "capture", refuse)
+    def failing(stream: Stream, enqueue: Callable[[], None]) -> Graph:
+        def forbidden() -> None:
+            enqueue()
+            stream.sync()  # which invalidates the capture, with the other stream in it
+
+        return capture(stream, forbidden)
+
+    monkeypatch.setattr(Stream, "capture", failing)
     with TensorRTDenoiser(bundle, precision, cache=tmp_path) as denoiser:
         plain = drawn(bundle, denoiser, labels, **options)
-        assert "no CUDA graphs (not here)" in str(denoiser)
+        assert "no CUDA graphs (" in str(denoiser)
     np.testing.assert_array_equal(plain.x, samples.x)
 
 
@@ -182,10 +194,15 @@ def test_providers_at_several_batch_sizes(backend: str, precision: Precision) ->
     if not chosen.available():
         pytest.skip(chosen.available().reason)
     bundle, labels = typed_bundle(), [0, 1, 2, 1, 0]
-    denoiser = chosen.open(bundle, precision)
+    try:
+        denoiser = chosen.open(bundle, precision)
+    except EngineError as error:  # ONNX Runtime lists a provider whose libraries are not there
+        if "could not load" not in error.message:
+            raise
+        pytest.skip(error.message)
     for size in (4, 1, 4, 3):  # a graph of one size must not serve another
         samples = drawn(bundle, denoiser, labels, batch_size=size)
-        assert worst_error(samples, bundle, labels) <= TOLERANCES[precision], size
+        assert worst_error(samples, bundle, labels) <= tolerance(TOLERANCES, backend, precision), size
 
 
 def test_a_gpu_that_rtx_does_not_serve_is_named(tmp_path: Path) -> None:
@@ -220,5 +237,6 @@ def test_speed(tmp_path: Path, pytestconfig: pytest.Config) -> None:
     for measurement in report.measurements:
         for output, error in measurement.errors.items():
             assert error is not None, measurement.row
-            assert error <= NETWORK_TOLERANCES[measurement.row.precision], (str(measurement.row), output)
+            bar = tolerance(NETWORK_TOLERANCES, measurement.row.name, measurement.row.precision)
+            assert error <= bar, (str(measurement.row), output)
     assert measured >= {EAGER} | ({"tensorrt"} if not all(map(fault_of, flavors)) else set())

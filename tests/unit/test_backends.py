@@ -26,7 +26,7 @@ from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.runtime.backends.opening import AUTO, open_denoiser
 from admtrt.runtime.backends.providers import Provider, ProviderDenoiser
 from admtrt.runtime.backends.registry import BACKENDS
-from admtrt.runtime.engines.device import Driver
+from admtrt.runtime.engines.device import Driver, Gpu
 from admtrt.runtime.pipeline import Pipeline
 
 RNG = np.random.default_rng(0)
@@ -421,6 +421,9 @@ class Plugin(Library):
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         return _Renamed(session, ["NvTensorRTRTXExecutionProvider", "CPUExecutionProvider"])
 
+    def refuse(self, *_: Any, **__: Any) -> Any:
+        raise RuntimeError("no")
+
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch, driver: None) -> Plugin:
@@ -440,6 +443,32 @@ def test_a_plugin_is_registered_once_and_runs(bundle: Bundle, plugin: Plugin, ca
     assert len({options["nv_runtime_cache_path"] for options in plugin.opened}) == 3
     expected = pipeline("guided").denoiser.unet(X, T, None, None)
     assert np.allclose(denoiser.unet(X, T, None, None), expected, atol=1e-6)
+
+
+def test_a_gpu_that_the_plugin_takes_and_its_library_does_not(
+    plugin: Plugin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hopper = Driver(cuda="13.1", gpus=(Gpu("H100", 90, 2**36),))
+    monkeypatch.setattr(providers, "query_driver", lambda: hopper)
+    with pytest.raises(EngineError, match=r"does not run on H100 \(SM90\): it serves"):
+        BACKENDS["onnxruntime-rtx"].require()
+    assert not plugin.registered
+
+
+def test_a_graph_that_a_plugin_refuses_is_tried_once(bundle: Bundle, plugin: Plugin) -> None:
+    plugin.InferenceSession = plugin.refuse  # type: ignore[method-assign]
+    with pytest.raises(BundleError, match="NvTensorRTRTXExecutionProvider refuses .*: no"):
+        open_denoiser(bundle, "onnxruntime-rtx")
+    assert len(plugin.opened) == 1
+
+
+def test_tensorrt_is_put_where_the_loader_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    imported: list[str] = []
+    monkeypatch.setattr(providers, "importlib", SimpleNamespace(import_module=imported.append))
+    providers._onnxruntime("onnxruntime-cuda")
+    assert imported == []
+    providers._onnxruntime("onnxruntime-tensorrt")
+    assert imported == ["tensorrt"]
 
 
 def test_a_plugin_without_a_device(plugin: Plugin) -> None:

@@ -67,7 +67,7 @@ def test_an_absent_library_is_named_with_the_command_that_installs_it(installed:
 @pytest.mark.parametrize(
     ("flavor", "module", "version", "name"),
     [
-        ("tensorrt", "tensorrt", "10.12.0.36", "TensorRT 10.12.0.36"),
+        ("tensorrt", "tensorrt", "10.13.0.35", "TensorRT 10.13.0.35"),
         ("tensorrt", "tensorrt", "11.4.0.106", "TensorRT 11.4.0.106"),
         ("tensorrt", "tensorrt_bindings", "11.0.0", "TensorRT 11.0.0"),
         ("rtx", "tensorrt_rtx", "1.7.1.116", "TensorRT-RTX 1.7.1.116"),

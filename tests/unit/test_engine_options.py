@@ -49,6 +49,7 @@ def test_impossible_sizes_are_refused(text: str, message: str) -> None:
         ({"optimization_level": -1}, "'optimization_level' is -1"),
         ({"hardware_compatible": "hopper"}, "'hardware_compatible' is 'hopper'"),
         ({"refit": True, "strip": True}, "refit and strip exclude each other"),
+        ({"strip": True, "version_compatible": True}, "strip and version_compatible exclude each other"),
     ],
 )
 def test_impossible_options_are_refused(fields: dict[str, Any], message: str) -> None:

@@ -159,10 +159,13 @@ def test_threads(bench: Bench) -> None:
 
 
 def captured(bench: Bench) -> Any:
-    builder = bench.one.create_graph_builder().begin_building("thread_local")
+    driver = bench.machine.driver()
+    driver.cuStreamBeginCapture(bench.one.handle, "thread_local")
     assert bench.run(bench.one)
-    graph = builder.end_building().complete()
-    graph.upload(bench.one)
+    _, capture = driver.cuStreamEndCapture(bench.one.handle)
+    assert capture is not None
+    _, graph = driver.cuGraphInstantiate(capture, 0)
+    driver.cuGraphUpload(graph, bench.one.handle)
     return graph
 
 
@@ -172,7 +175,7 @@ def test_graphs_need_a_first_run_and_an_unchanged_context(bench: Bench) -> None:
         captured(bench)
     with pytest.raises(CudaError, match="INVALIDATED"):
         bench.one.sync()
-    bench.one.create_graph_builder().close()
+    assert bench.machine.driver().cuStreamEndCapture(bench.one.handle) == (901, None)
     bench.run(bench.one)
     graph = captured(bench)
     bench.x.fill(0, stream=bench.one)
@@ -197,18 +200,16 @@ def test_a_capture_takes_no_waiting_and_must_be_joined(bench: Bench) -> None:
     bench.bind()
     bench.run(bench.one)
     bench.one.sync()
-    builder, event = bench.one.create_graph_builder(), bench.event()
-    builder.begin_building("thread_local")
+    driver, event, stream = bench.machine.driver(), bench.event(), bench.one.handle
+    driver.cuStreamBeginCapture(stream, "thread_local")
     bench.one.record(event)
     bench.two.wait(event)
     bench.run(bench.two)
-    with pytest.raises(CudaError, match="UNJOINED"):
-        builder.end_building()
-    builder.close()
-    builder = bench.one.create_graph_builder().begin_building("thread_local")
+    assert driver.cuStreamEndCapture(stream) == (904, None)
+    driver.cuStreamBeginCapture(stream, "thread_local")
     with pytest.raises(CudaError, match="CAPTURE_UNSUPPORTED"):
         bench.one.sync()
-    builder.close()
+    assert driver.cuStreamEndCapture(stream) == (901, None)
     bench.one.sync()
 
 

@@ -13,7 +13,7 @@ import engine_double
 import pytest
 
 from admtrt.runtime import cuda
-from admtrt.runtime.trt.engine import USED_TO_INSPECT, USED_TO_REFIT, USED_TO_RUN, USED_TO_RUN_RTX
+from admtrt.runtime.trt.engine import USED_TO_INSPECT, USED_TO_REFIT, USED_TO_RUN, USED_TO_RUN_RTX, logger_of
 
 DOUBLES = {
     "Context": "IExecutionContext",
@@ -49,6 +49,7 @@ def missing(module: Any, names: tuple[str, ...]) -> list[str]:
         ("tensorrt_rtx", (*USED_TO_RUN, *USED_TO_REFIT, *USED_TO_INSPECT, *USED_TO_RUN_RTX)),
         ("tensorrt_lean", USED_TO_RUN),
         ("cuda.core", cuda.USED),
+        ("cuda.bindings.driver", cuda.USED_OF_DRIVER),
     ],
 )
 def test_what_is_used_exists(module: str, names: tuple[str, ...]) -> None:
@@ -70,14 +71,18 @@ def test_engine_doubles_have_no_more_methods(double: str) -> None:
     assert {name for name in ours if not hasattr(theirs, name)} == set()
 
 
-@pytest.mark.parametrize(
-    "double", ["Buffer", "Device", "Event", "Stream", "graph.Graph", "graph.GraphBuilder"]
-)
+@pytest.mark.parametrize("double", ["Buffer", "Device", "Event", "Stream", "Driver"])
 def test_device_doubles_have_no_more_methods(double: str) -> None:
-    theirs = reduce(getattr, double.split("."), real("cuda.core"))
-    ours = inspect.getmembers(getattr(cuda_double, double.split(".")[-1]), inspect.isfunction)
+    module = real("cuda.core")
+    theirs = real("cuda.bindings.driver") if double == "Driver" else getattr(module, double)
+    ours = inspect.getmembers(getattr(cuda_double, double), inspect.isfunction)
     own = {"access", "check"}  # the double's own
     assert {name for name, _ in ours if name[0] != "_" and not hasattr(theirs, name)} <= own
+
+
+def test_codes_of_the_double_are_the_real_ones() -> None:
+    theirs = real("cuda.bindings.driver").CUresult
+    assert all(int(getattr(theirs, code.name)) == code for code in cuda_double.Code)
 
 
 @pytest.mark.parametrize(
@@ -94,14 +99,14 @@ def test_enums_of_the_double_are_the_real_ones(name: str) -> None:
 
 
 def test_the_logger_of_the_real_library_takes_ours() -> None:
-    from admtrt.runtime.trt.engine import _logger
-
-    module, errors = real("tensorrt_rtx"), []
-    logger = _logger(module, errors)
+    module = real("tensorrt_rtx")
+    logger = logger_of(module)
+    assert logger_of(module) is logger
+    logger.errors.clear()
     logger.log(module.ILogger.WARNING, "quiet")
     logger.log(module.ILogger.ERROR, "two\n  lines")
     logger.log(module.ILogger.INTERNAL_ERROR, "worse")
-    assert errors == ["two lines", "worse"]
+    assert logger.errors == ["two lines", "worse"]
 
 
 def test_a_machine_without_a_driver_says_so() -> None:

@@ -21,6 +21,7 @@ from admtrt.files import sha256_of
 from admtrt.memo import cache_folder
 from admtrt.runtime.backends.graphs import GraphDenoiser, working
 from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, check_session, import_onnxruntime
+from admtrt.runtime.engines.device import query_driver
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 _KEPT = 2
 """Batch sizes bound at once, of each graph: full batches and the rest of a run."""
 _NO_GRAPH = "-1"  # the identifier of none
+_RTX_GENERATIONS = (8, 12)
 
 
 @dataclass(frozen=True)
@@ -47,17 +49,19 @@ class Provider:
         graph_option: of the provider, which captures each batch size as a CUDA graph. TensorRT's has one that
             keeps a single graph whatever the batch size, and would replay it for every other.
         plugin: module that brings the provider's library; empty where ONNX Runtime's wheel has it.
+        loads: module that puts libraries which the provider needs where the loader finds them.
     """
 
     name: str
     memory: str = ""
     graph_option: str = ""
     plugin: str = ""
+    loads: str = ""
 
 
 PROVIDERS: dict[str, Provider] = {
     "onnxruntime-cuda": Provider("CUDAExecutionProvider", "cuda", "enable_cuda_graph"),
-    "onnxruntime-tensorrt": Provider("TensorrtExecutionProvider", "cuda"),
+    "onnxruntime-tensorrt": Provider("TensorrtExecutionProvider", "cuda", loads="tensorrt"),
     "onnxruntime-rtx": Provider("NvTensorRTRTXExecutionProvider", plugin="onnxruntime_ep_nv_tensorrt_rtx"),
 }
 """By the name of the backend."""
@@ -73,6 +77,13 @@ def require_provider(backend: str) -> None:
     provider = PROVIDERS[backend]
     onnxruntime = _onnxruntime(backend)
     if provider.plugin:
+        gpu = query_driver().gpu
+        # The plugin offers itself on every GPU from 8.0 on; the library within it builds for these alone.
+        if gpu is not None and gpu.compute_capability // 10 not in _RTX_GENERATIONS:
+            raise EngineError(
+                f"{provider.name} does not run on {gpu}: it serves compute capability 8.x and 12.x",
+                hint="Use the backend onnxruntime-cuda or tensorrt.",
+            )
         _plugin_devices(onnxruntime, provider)
     elif provider.name not in onnxruntime.get_available_providers():
         raise EngineError(
@@ -151,14 +162,14 @@ class ProviderDenoiser(GraphDenoiser):
 
         ONNX Runtime's own fallback is off: it would go on on the CPU, and say so on stdout.
         """
-        captured = {self._provider.graph_option: "1"} if self._provider.graph_option else {}
+        graph_option, session = self._provider.graph_option, None
+        if graph_option:
+            with contextlib.suppress(Exception):  # the library raises types of its own for every cause
+                session = self._session(path, {**options, graph_option: "1"})
         try:
-            session = self._session(path, {**options, **captured})
-        except Exception:  # the library raises types of its own for every cause
-            try:
-                session = self._session(path, options)
-            except Exception as error:  # as above
-                raise BundleError(f"{self._provider.name} refuses {path}: {error}") from None
+            session = session or self._session(path, options)
+        except Exception as error:  # as above
+            raise BundleError(f"{self._provider.name} refuses {path}: {error}") from None
         if self._provider.name not in session.get_providers():
             raise EngineError(
                 f"ONNX Runtime could not load {self._provider.name}, and would run on the CPU instead",
@@ -234,6 +245,9 @@ def _onnxruntime(backend: str) -> Any:
     # CUDA from wheels lies where the loader does not look; what is missing is told by the session itself.
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Exception):
         library.preload_dlls()
+    if PROVIDERS[backend].loads:
+        with contextlib.suppress(Exception):  # it may be installed otherwise; if not, the session says so
+            importlib.import_module(PROVIDERS[backend].loads)
     return library
 
 
@@ -257,7 +271,7 @@ def _plugin_devices(library: Any, provider: Provider) -> Any:
     found = [device for device in library.get_ep_devices() if device.ep_name == provider.name]
     if not found:
         raise EngineError(
-            f"{provider.name} finds no GPU that it supports (compute capability 7.5, 8.x or 12.x)",
+            f"{provider.name} finds no GPU that it supports",
             hint="Use the backend onnxruntime-cuda or tensorrt.",
         )
     return found

@@ -177,7 +177,7 @@ BACKENDS: dict[str, Backend] = {
             "onnxruntime-tensorrt",
             "TensorRT within ONNX Runtime",
             PRECISIONS,
-            "cuda",
+            "ort-tensorrt",
             (_ORT,),
             device="cuda",
             exact=False,

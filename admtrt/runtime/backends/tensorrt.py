@@ -96,7 +96,9 @@ class TensorRTDenoiser(GraphDenoiser):
         self._lanes: dict[int, Lane] = {}
         self._held = False
         self._unkept = False
-        self._closing = weakref.finalize(self, _close, self._lanes, self._engines, self._kernels)
+        self._closing = weakref.finalize(
+            self, _close, self._device, self._lanes, self._engines, self._kernels
+        )
 
     def __str__(self) -> str:
         faults = [lane.capture_fault for lane in self._lanes.values() if lane.capture_fault]
@@ -200,13 +202,19 @@ class TensorRTDenoiser(GraphDenoiser):
 
 
 def _close(
-    lanes: dict[int, Lane], engines: dict[GraphName, Engine], kernels: dict[GraphName, KernelCache]
+    device: CudaDevice,
+    lanes: dict[int, Lane],
+    engines: dict[GraphName, Engine],
+    kernels: dict[GraphName, KernelCache],
 ) -> None:
-    for cache in kernels.values():
-        cache.keep()
-    while lanes:
-        lanes.popitem()[1].close()
-    engines.clear()  # and with them the weights
+    device.activate()  # whoever drops the last reference may be another thread
+    try:
+        for cache in kernels.values():
+            cache.keep()
+    finally:
+        while lanes:
+            lanes.popitem()[1].close()
+        engines.clear()  # and with them the weights
 
 
 def _choose(

@@ -243,7 +243,9 @@ class Phases:
     def step(self, name: str, step: int) -> float:
         """Step ``step`` (from 0) of a phase has ended."""
         with self._lock:
-            phase = self._running[name]
+            phase = self._running.get(name)
+            if phase is None:  # a fault here would cancel the build without a word
+                return self._done
             phase.done = min(step + 1, phase.steps)
             roots = [name for name, phase in self._running.items() if phase.parent not in self._running]
             self._done = max(self._done, *(self._part(root) for root in roots))

@@ -27,7 +27,7 @@ _MODULES: Mapping[Flavor, tuple[str, ...]] = MappingProxyType(
 LIBRARY_NAMES: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"})
 """What people call them."""
 _WHEELS: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "tensorrt", "rtx": "tensorrt-rtx-cu13"})
-_FLOORS: Mapping[Flavor, tuple[int, int]] = MappingProxyType({"tensorrt": (10, 12), "rtx": (1, 7)})
+_FLOORS: Mapping[Flavor, tuple[int, int]] = MappingProxyType({"tensorrt": (10, 13), "rtx": (1, 7)})
 
 USED_TO_BUILD = (
     "Builder.build_serialized_network",

@@ -88,6 +88,11 @@ class BuildOptions(Config):
             raise ValueError(
                 "refit and strip exclude each other: a stripped plan takes back its own weights only"
             )
+        if self.strip and self.version_compatible:
+            raise ValueError(
+                "strip and version_compatible exclude each other: the runtime that such a plan brings along "
+                "cannot put weights in"
+            )
         for option, values in (("--batch", self.profiles), ("--target", self.targets)):
             if len(set(values)) != len(values):
                 raise ValueError(f"one {option} is given twice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -127,9 +128,10 @@ class Engine:
     ) -> None:
         self._library, self._device, self._source, self._kernels = library, device, source, kernels
         self._again = f"Delete {key.digest[:12]}... .plan and .json, and build it again on this machine."
-        self._errors: list[str] = []
-        self._logger = _logger(library.module, self._errors)
-        self._runtime = self._open_runtime(key)
+        self._logger = logger_of(library.module)
+        self._errors: list[str] = self._logger.errors
+        self._errors.clear()
+        self._runtime, parent = self._open_runtime(key)
         self._runtime.engine_host_code_allowed = False
         if library.flavor == "rtx":
             self._check_validity(plan)
@@ -141,6 +143,7 @@ class Engine:
             self._refit()
         self._check_contract(source.spec)
         self.profiles = self._read_profiles(source.spec)
+        self._parent = parent  # set last, so as to go last: what it loaded must not outlive it
 
     def profile(self, batch: int) -> Profile | None:
         """The tightest profile that holds a batch size."""
@@ -188,18 +191,25 @@ class Engine:
         self._errors.clear()
 
     def inspect(self) -> str:
-        """What the library's inspector says of the plan's layers, as JSON."""
-        inspector: typed.EngineInspector = self._engine.create_engine_inspector()
+        """What the library's inspector says of the plan's layers, as JSON.
+
+        Raises:
+            EngineError: if it has none.
+        """
+        inspector: typed.EngineInspector | None = self._engine.create_engine_inspector()
+        if inspector is None:
+            raise self.fault("its runtime has no inspector")
         return inspector.get_engine_information(self._library.module.LayerInformationFormat.JSON)
 
     def fault(self, what: str) -> EngineError:
         """The error of something that failed, with what the library said of it."""
         return EngineError(f"{self._library} cannot run graph '{self._source.graph}': {self._said() or what}")
 
-    def _open_runtime(self, key: PlanKey) -> typed.Runtime:
+    def _open_runtime(self, key: PlanKey) -> tuple[typed.Runtime, typed.Runtime]:
+        """The runtime of a plan, and the one that loaded it."""
         own: typed.Runtime = self._library.module.Runtime(self._logger)
         if not key.options.version_compatible:
-            return own
+            return own, own
         lean = lean_runtime(key.version)
         loaded = None if lean is None else cast("typed.Runtime | None", own.load_runtime(str(lean)))
         if loaded is None:
@@ -208,8 +218,7 @@ class Engine:
                 f"{self._said() or 'it is not installed'}",
                 hint=f"Install it with: pip install tensorrt-lean-cu13=={key.version}",
             )
-        self._own_runtime = own  # the loaded one must not outlive it
-        return loaded
+        return loaded, own
 
     def _runtime_config(self) -> Any:
         trt = self._library.module
@@ -309,13 +318,20 @@ class Binding:
             raise self._engine.fault("the run could not be enqueued")
 
 
-def _logger(trt: Any, errors: list[str]) -> Any:
+@functools.cache
+def logger_of(trt: Any) -> Any:
+    """The one logger of a library, for good: the library keeps the first that it is given in a process.
+
+    Its ``errors`` are what the library complained of.
+    """
+
     class Log(trt.ILogger):  # type: ignore[misc]  # the library is known at run time only
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
+            self.errors: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
             if int(severity) <= int(trt.ILogger.ERROR):
-                errors.append(" ".join(message.split()))
+                self.errors.append(" ".join(message.split()))
 
     return Log()

@@ -76,6 +76,7 @@ class Lane:
                         array.clear(self.main)  # what was never written must at least be finite
                         self._arrays[key] = array
             self.main.sync()  # the arrays are there for the other stream too
+            stack.callback(self._bindings.clear)
             for graph, engine in engines.items():
                 spec = sources[graph].spec
                 addresses = {
@@ -169,7 +170,6 @@ class Lane:
     def close(self) -> None:
         """Give everything back, once the device has done what was enqueued."""
         self.sync()
-        self._bindings.clear()
         self._stack.close()
 
 
