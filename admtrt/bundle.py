@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
@@ -115,10 +116,7 @@ def check_networks(unet: UNetConfig, classifier: ClassifierConfig | None, diffus
     Raises:
         ValueError: naming what differs.
     """
-    if unet.learn_sigma != diffusion.learns_sigma:
-        raise ValueError(
-            f"the UNet has learn_sigma {unet.learn_sigma}, variance_type is '{diffusion.variance_type}'"
-        )
+    diffusion.check_variance(unet)
     if classifier is None:
         return
     for field in ("image_size", "in_channels"):
@@ -187,6 +185,26 @@ class Bundle:
     def graph_path(self, name: GraphName, engine: Precision | None = None) -> Path:
         """File of one graph, see :meth:`graph_entry`."""
         return self.path / self.graph_entry(name, engine).file
+
+    def with_engine(self, engine: Precision) -> Self:
+        """The same bundle with its engine graphs of a precision in place of those for CPUs.
+
+        Raises:
+            BundleError: if it has none.
+        """
+        graphs = {name: self.graph_entry(name, engine) for name in self.manifest.graphs}
+        return type(self)(self.path, self.manifest.model_copy(update={"graphs": graphs}))
+
+    def graph_files(self, entry: GraphEntry) -> list[str]:
+        """A graph's file and those of its external weights, as the manifest lists them."""
+        folder = PurePosixPath(entry.file).parent
+        weights = sorted(external_locations(self.path / entry.file))
+        return [entry.file, *((folder / name).as_posix() for name in weights)]
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the manifest, hexadecimal: it names every file's, and so the bundle."""
+        return sha256_of(self.path / MANIFEST)
 
 
 def _read_manifest(path: Path) -> Manifest:

@@ -100,7 +100,10 @@ def run(arguments: Sequence[str] | None = None) -> int:
         )
         return 2
     except MemoryError as error:
-        _show(f"there is not enough memory: {error}".rstrip(": "), "Compute less at once: --batch-size.")
+        _show(
+            f"there is not enough memory: {error}".rstrip(": "),
+            "Compute less at once, where there is --batch-size, or end other programs.",
+        )
         return 2
     return 0
 

@@ -255,6 +255,18 @@ class DiffusionConfig(Config):
         """Whether the network outputs variance channels."""
         return self.variance_type.startswith("learned")
 
+    def check_variance(self, network: UNetConfig, name: str = "unet") -> None:
+        """Refuse a UNet that outputs variance channels where the process has none, or the other way round.
+
+        Raises:
+            ValueError: naming both keys.
+        """
+        if network.learn_sigma != self.learns_sigma:
+            raise ValueError(
+                f"{name}.learn_sigma is {network.learn_sigma} but diffusion.variance_type is "
+                f"'{self.variance_type}'"
+            )
+
 
 class SamplerConfig(Config):
     """How samples are drawn: Algorithm 1 (``ddpm``) or Algorithm 2 (``ddim``) of Dhariwal & Nichol.
@@ -272,6 +284,38 @@ class SamplerConfig(Config):
     eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
     clip: bool = True
     guidance_interval: tuple[NoiseLevel, NoiseLevel] | None = None
+
+    def with_choices(
+        self,
+        *,
+        steps: str | None = None,
+        method: str | None = None,
+        scale: float | None = None,
+        eta: float | None = None,
+        clip: bool | None = None,
+        guidance_interval: tuple[float, float] | None = None,
+    ) -> SamplerConfig:
+        """This sampler with each choice that is not None in place of its own.
+
+        ``steps`` "ddimN" imply the method ``ddim``, any others ``ddpm``; another method begins with eta 0.
+
+        Raises:
+            ConfigError: if the result is impossible.
+        """
+        if method is None and steps is not None:
+            method = "ddim" if steps.strip().startswith("ddim") else "ddpm"
+        if method not in (None, self.method) and eta is None:
+            eta = 0.0
+        given = {
+            "steps": steps,
+            "method": method,
+            "scale": scale,
+            "eta": eta,
+            "clip": clip,
+            "guidance_interval": guidance_interval,
+        }
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return SamplerConfig.from_dict(self.to_dict() | chosen, source="sampler")
 
     @field_validator("scale")
     @classmethod
@@ -309,11 +353,6 @@ def _fit_steps(sampler: SamplerConfig, info: ValidationInfo) -> SamplerConfig:
 FittedSampler = Annotated[SamplerConfig, AfterValidator(_fit_steps), Field(validate_default=True)]
 """Sampler for the process of the field ``diffusion`` before it: where no steps are given, and the process is
 shorter than their default, every step."""
-
-
-def method_for_steps(steps: str) -> Literal["ddpm", "ddim"]:
-    """The sampler that a respacing text implies: ``ddimN`` means DDIM, anything else DDPM."""
-    return "ddim" if steps.strip().startswith("ddim") else "ddpm"
 
 
 class DataConfig(Config):
@@ -399,12 +438,8 @@ class RunConfig(Config):
                 channels = f"{network.in_channels} differs from data.channels {self.data.channels}"
                 raise ValueError(f"{name}.in_channels {channels}")
         for name in ("unet", "upsampler"):
-            network = getattr(self, name)
-            if network is not None and network.learn_sigma != self.diffusion.learns_sigma:
-                raise ValueError(
-                    f"{name}.learn_sigma is {network.learn_sigma} but diffusion.variance_type is "
-                    f"'{self.diffusion.variance_type}'"
-                )
+            if getattr(self, name) is not None:
+                self.diffusion.check_variance(getattr(self, name), name)
         if self.unet is not None and self.unet.low_res_size is not None:
             raise ValueError("unet.low_res_size belongs in the section 'upsampler'")
         if self.upsampler is not None and self.upsampler.low_res_size is None:

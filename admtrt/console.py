@@ -43,8 +43,14 @@ def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
     # A pipe has no width: 100 columns keep tables readable in logs. Names may hold brackets: no markup.
-    width = None if (sys.stderr if stderr else sys.stdout).isatty() else 100
-    return Console(stderr=stderr, width=width, markup=False, emoji=False)
+    terminal = (sys.stderr if stderr else sys.stdout).isatty()
+    return Console(
+        stderr=stderr,
+        width=None if terminal else 100,
+        markup=False,
+        emoji=False,
+        force_interactive=terminal,  # colours may be asked for anywhere, a moving bar may not
+    )
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text]]) -> RenderableType:
@@ -85,7 +91,7 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bars:
+    with Progress(*columns, console=console, disable=not console.is_interactive) as bars:
         task = bars.add_task(description, total=total, completed=done, text="")
 
         def advance(count: int, text: str = "") -> None:

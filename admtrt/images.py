@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,9 +13,11 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from numpy.typing import NDArray
+    from PIL import Image
     from PIL.ImageFont import FreeTypeFont, ImageFont
 
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+"""Pillow's mode for each number of channels."""
 _SMALLEST_TILE = 64  # pixels: smaller images are enlarged, or nobody could see them
 _GAP = 2
 _FONT_SIZE = 11
@@ -25,6 +27,18 @@ _LABEL_HEIGHT = 16
 def to_uint8(x: NDArray[np.float32]) -> NDArray[np.uint8]:
     """Map float32 [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C]; values between two levels are cut."""
     return ((x + 1) * 127.5).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
+
+
+def from_uint8(pixels: NDArray[Any]) -> NDArray[np.float32]:
+    """0..255 to float32 in [-1, 1], axes as they are."""
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def to_pillow(pixels: NDArray[np.uint8]) -> Image.Image:
+    """An image of Pillow's, of uint8 [H, W, C]."""
+    from PIL import Image
+
+    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def save_grid(
@@ -49,14 +63,13 @@ def save_grid(
     cell_height, cell_width = height * factor + header + _GAP, width * factor + _GAP
     columns = min(columns, count)
     size = (columns * cell_width + _GAP, -(-count // columns) * cell_height + _GAP)
-    grid = Image.new(_MODES[channels], size, "white")
+    grid = Image.new(MODES[channels], size, "white")
     draw, font = ImageDraw.Draw(grid), ImageFont.load_default(_FONT_SIZE)
     for index, pixels in enumerate(images):
         left, top = _GAP + index % columns * cell_width, _GAP + index // columns * cell_height
         if labels is not None:
             draw.text((left, top), _fitted(labels[index], font, width * factor), fill="black", font=font)
-        tile = Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels)
-        tile = tile.resize((width * factor, height * factor), Image.Resampling.NEAREST)
+        tile = to_pillow(pixels).resize((width * factor, height * factor), Image.Resampling.NEAREST)
         grid.paste(tile, (left, top + header))
     with atomic_file(path) as temporary:
         grid.save(temporary, format="PNG")
@@ -76,7 +89,5 @@ def save_png(image: NDArray[np.uint8], path: Path) -> None:
     Raises:
         OutputError: if the file cannot be written.
     """
-    from PIL import Image
-
     with atomic_file(path) as temporary:
-        Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image).save(temporary, format="PNG")
+        to_pillow(image).save(temporary, format="PNG")

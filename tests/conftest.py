@@ -1,4 +1,4 @@
-"""Shared test setup: one torch thread a process, versions in the header, GPU tests skipped with a reason."""
+"""Shared test setup: the same surroundings everywhere, one torch thread a process, versions in the header."""
 
 from __future__ import annotations
 
@@ -8,12 +8,21 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
+from admtrt.runtime.backends.quiet import silence
+
 # Workers share few cores, and the results of one thread do not depend on the machine.
 torch.set_num_threads(1)
 
 # Messages are compared as they are without colours, which some CIs' variables turn on even into a file.
-for _name in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "COLUMNS", "TERMINAL_WIDTH"):
+for _name in (
+    "GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS",
+    "TERMINAL_WIDTH",
+):  # fmt: skip
     os.environ.pop(_name, None)
+os.environ["TERM"] = "xterm"
+
+# Tests import the libraries themselves, too.
+silence()
 
 # What the package remembers between runs (hashes, the fastest backend) stays out of the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="admtrt-tests-")

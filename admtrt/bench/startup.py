@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import subprocess
 import sys
@@ -10,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import admtrt
+from admtrt.runtime.machine import package_environment
 
 _TIMES = 3
 _IMPORT = "import time; t = time.perf_counter(); import admtrt; print(time.perf_counter() - t)"
@@ -43,8 +42,7 @@ def _seconds_of_help() -> float:
 
 def _python(*arguments: str, cache: str | None = None) -> str:
     """Run this interpreter with this package; its stdout."""
-    paths = [str(Path(admtrt.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    environment = package_environment()
     if cache is not None:
         environment["XDG_CACHE_HOME"] = cache
     done = subprocess.run(  # noqa: S603

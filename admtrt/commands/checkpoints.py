@@ -14,7 +14,6 @@ from admtrt.config import (
     SamplerConfig,
     UNetConfig,
     load_config,
-    method_for_steps,
 )
 from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.models.option_names import OptionNames
@@ -200,14 +199,6 @@ def recommended_sampler(
         ConfigError: if the result is impossible.
         RequestError: if the checkpoint's process cannot be respaced so.
     """
-    chosen = checkpoint.sampler.to_dict()
-    if method is None and steps is not None:
-        method = method_for_steps(steps)
-    if method is not None and method != chosen["method"]:
-        chosen |= {"method": method, "eta": 0.0}
-    given = {"steps": steps, "scale": scale}
-    sampler = SamplerConfig.from_dict(
-        chosen | {name: value for name, value in given.items() if value is not None}, source="sampler"
-    )
+    sampler = checkpoint.sampler.with_choices(method=method, steps=steps, scale=scale)
     retained_timesteps(checkpoint.diffusion.steps, sampler.steps)  # refuses an impossible respacing now
     return sampler

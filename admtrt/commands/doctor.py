@@ -172,6 +172,9 @@ def _engine(flavor: Flavor, driver: Driver) -> Finding:
 
 def _package(name: str, module: str, purpose: str, hint: str) -> Finding:
     """A package, by importing it."""
+    from admtrt.runtime.backends.quiet import silence
+
+    silence()
     try:
         version = str(importlib.import_module(module).__version__).partition("-")[0]  # less a commit
     except ModuleNotFoundError:

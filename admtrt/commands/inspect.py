@@ -114,15 +114,7 @@ def _forms(bundle: Bundle) -> dict[str, Mapping[GraphName, GraphEntry]]:
 
 def _bytes(bundle: Bundle, entry: GraphEntry) -> int:
     """Of a graph's file and its external weights."""
-    from pathlib import PurePosixPath
-
-    from admtrt.onnx_wire import external_locations
-
-    folder = PurePosixPath(entry.file).parent
-    names = {entry.file} | {
-        (folder / name).as_posix() for name in external_locations(bundle.path / entry.file)
-    }
-    return sum(bundle.manifest.files[name].size for name in names)
+    return sum(bundle.manifest.files[name].size for name in bundle.graph_files(entry))
 
 
 def _shown(

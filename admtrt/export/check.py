@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import onnx
 
-from admtrt.errors import ExportError
+from admtrt.errors import ExportError, UserError
+from admtrt.runtime.engines.library import find_library, logger_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -89,12 +89,12 @@ def _check_frozen_batch(name: str, model: onnx.ModelProto, example_batch: int) -
 
 
 def rtx_parser_errors(path: Path) -> list[str] | None:
-    """Errors of the real TensorRT-RTX parser, which needs no GPU; None where it is not installed."""
-    if find_spec("tensorrt_rtx") is None:
+    """Errors of the real TensorRT-RTX parser, which needs no GPU; None where it is not to be had."""
+    try:
+        trt = find_library("rtx").module
+    except UserError:
         return None
-    import tensorrt_rtx as trt
-
-    logger = trt.Logger(trt.Logger.INTERNAL_ERROR)  # its errors are returned, not printed
+    logger = logger_of(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)

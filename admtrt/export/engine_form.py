@@ -12,6 +12,7 @@ import onnx_ir as ir
 from onnxscript.version_converter import convert_version
 
 from admtrt.errors import ExportError
+from admtrt.export.nodes import float_attribute, swapped_last, swaps_last
 from admtrt.export.passes import constant, insert_in_place_of, only_user, simplify
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def fuse_group_norms(model: ir.Model) -> bool:
             continue
         groups = _dims(node.inputs[0])[1]
         assert isinstance(groups, int)
-        epsilon = node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+        epsilon = float_attribute(node, "epsilon", 1e-5)
         fused = ir.node(
             "GroupNormalization",
             [found.x, constant(model.graph, found.gamma), constant(model.graph, found.beta)],
@@ -94,9 +95,8 @@ def put_queries_first(model: ir.Model) -> bool:
             continue
         values, weights, result = product.inputs[0], softmax.outputs[0], product.outputs[0]
         rank = len(_dims(values))
-        swap = [*range(rank - 2), rank - 1, rank - 2]
-        perm = list(turned.attributes["perm"].as_ints()) if "perm" in turned.attributes else []
-        if values is None or rank < 3 or perm != swap:
+        swap = swapped_last(rank)
+        if values is None or rank < 3 or not swaps_last(turned, rank):
             continue
         columns = ir.node("Transpose", [values], attributes={"perm": swap})
         rows = ir.node("MatMul", [weights, columns.outputs[0]])

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
+from admtrt.export.nodes import ints_attribute
 from admtrt.export.passes import constant, insert_in_place_of, only_user
 from admtrt.export.vjp.reductions import enlargement_of
 
@@ -72,7 +73,7 @@ def fold_affine_into_conv(model: ir.Model) -> bool:
     changed = False
     for conv in _nodes(model, "Conv"):
         affine = _affine(conv.inputs[0])
-        if affine is None or not _plain_weights(conv) or any(_ints(conv, "pads")):
+        if affine is None or not _plain_weights(conv) or any(ints_attribute(conv, "pads", ())):
             continue
         normalised, gamma, beta = affine
         weight = _array(conv.inputs[1])
@@ -159,8 +160,9 @@ def fold_enlargement_into_conv(model: ir.Model) -> bool:
         if enlarge is None or enlarge.op_type != "Resize" or enlargement_of(enlarge) != [2, 2]:
             continue
         like = conv.inputs[1]
-        moved = [*_ints(conv, "strides"), *_ints(conv, "dilations")]
-        if not _plain_weights(conv) or _ints(conv, "pads") != [1] * 4 or any(step != 1 for step in moved):
+        moved = [*ints_attribute(conv, "strides", ()), *ints_attribute(conv, "dilations", ())]
+        pads = ints_attribute(conv, "pads", ())
+        if not _plain_weights(conv) or pads != [1] * 4 or any(step != 1 for step in moved):
             continue
         assert like is not None
         assert like.dtype is not None
@@ -316,10 +318,6 @@ def _plain_gemm(node: ir.Node) -> bool:
 
 def _attribute(node: ir.Node, name: str, default: float) -> float:
     return float(node.attributes[name].value) if name in node.attributes else default
-
-
-def _ints(node: ir.Node, name: str) -> list[int]:
-    return list(node.attributes[name].as_ints()) if name in node.attributes else []
 
 
 def _sizes(value: ir.Value | None) -> list[int] | None:

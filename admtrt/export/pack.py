@@ -142,7 +142,7 @@ def _written(model: ir.Model, directory: Path, name: str, spec: GraphSpec) -> Gr
     check_graph(file, spec, example_batch=EXAMPLE_BATCH)
     errors = rtx_parser_errors(file)
     if errors:
-        raise ExportError(f"{name}: the TensorRT parser rejects the graph: {'; '.join(errors)}")
+        raise ExportError(f"{name}: the parser of TensorRT-RTX rejects the graph: {'; '.join(errors)}")
     return GraphEntry(file=name, spec=spec, opset=model.opset_imports[""], nodes=len(model.graph))
 
 

@@ -7,8 +7,8 @@ from typing import Literal
 import numpy as np
 import onnx_ir as ir
 
-from admtrt.errors import ExportError
-from admtrt.export.passes import constant
+from admtrt.export.nodes import shape_of, swapped_last, swaps_last
+from admtrt.export.passes import constant, constant_sizes
 
 ConvBackward = Literal["flipped", "transposed"]
 """How a stride-1 convolution is differentiated: a Conv with flipped weights (fast on CPUs, a second copy of
@@ -70,16 +70,14 @@ class Tape:
 
     def reshape_like(self, value: ir.Value, like: ir.Value) -> ir.Value:
         """Reshape to the shape of a forward value, with constants wherever at most one size is dynamic."""
-        if like.shape is None:
-            raise ExportError(f"the shape of '{like.name}' is unknown; the graph cannot be differentiated")
-        sizes = [dim if isinstance(dim, int) else -1 for dim in like.shape]
-        if sizes.count(-1) > 1:
-            return self.op("Reshape", value, self.op("Shape", like))
-        return self.op("Reshape", value, self.ints(*sizes))
+        shape_of(like)  # has to be known
+        sizes = constant_sizes(like)
+        target = self.op("Shape", like) if sizes is None else self.ints(*sizes)
+        return self.op("Reshape", value, target)
 
     def sum_to(self, value: ir.Value, like: ir.Value, broadcast: ir.Value) -> ir.Value:
         """Undo broadcasting: sum ``value``, shaped as ``broadcast``, over the axes that ``like`` lacks."""
-        small, large = _shape(like), _shape(broadcast)
+        small, large = shape_of(like), shape_of(broadcast)
         missing = len(large) - len(small)
         stretched = [
             axis + missing for axis, dim in enumerate(small) if dim == 1 and large[axis + missing] != 1
@@ -92,15 +90,15 @@ class Tape:
 
     def swap_last(self, value: ir.Value) -> ir.Value:
         """Transpose the last two axes; a value that is such a transpose gives its source."""
-        rank = len(_shape(value))
-        perm = _swap(rank)
+        rank = len(shape_of(value))
+        perm = swapped_last(rank)
         producer = value.producer()
         if producer is not None and producer.op_type == "Transpose" and swaps_last(producer, rank):
             source = producer.inputs[0]
             assert source is not None
             return source
         transposed = self.op("Transpose", value, perm=perm)
-        transposed.shape = ir.Shape([_shape(value)[axis] for axis in perm])
+        transposed.shape = ir.Shape([shape_of(value)[axis] for axis in perm])
         return transposed
 
     def only_reader(self, value: ir.Value, op_type: str) -> ir.Node | None:
@@ -109,19 +107,3 @@ class Tape:
         if value.is_graph_output() or len(readers) != 1 or readers[0].op_type != op_type:
             return None
         return readers[0]
-
-
-def swaps_last(transpose: ir.Node, rank: int) -> bool:
-    """Whether a Transpose swaps the last two axes; without the attribute it reverses all."""
-    perm = transpose.attributes.get("perm")
-    return _swap(rank) == (list(reversed(range(rank))) if perm is None else list(perm.as_ints()))
-
-
-def _swap(rank: int) -> list[int]:
-    return [*range(rank - 2), rank - 1, rank - 2]
-
-
-def _shape(value: ir.Value) -> ir.Shape:
-    if value.shape is None:
-        raise ExportError(f"the shape of '{value.name}' is unknown; the graph cannot be differentiated")
-    return value.shape

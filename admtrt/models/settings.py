@@ -62,11 +62,8 @@ class CheckpointConfig(Config):
         named, classes = len(self.class_names), self.network.num_classes
         if named and classes is not None and named != classes:
             raise ValueError(f"class_names has {named} names, and the network has {classes} classes")
-        if self.unet is not None and self.unet.learn_sigma != self.diffusion.learns_sigma:
-            raise ValueError(
-                f"unet.learn_sigma is {self.unet.learn_sigma} but diffusion.variance_type is "
-                f"'{self.diffusion.variance_type}'"
-            )
+        if self.unet is not None:
+            self.diffusion.check_variance(self.unet)
         return self
 
 

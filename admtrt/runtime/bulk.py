@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from admtrt.bundle import MANIFEST
 from admtrt.errors import OutputError, RequestError
-from admtrt.files import atomic_file, sha256_of
+from admtrt.files import atomic_file
 from admtrt.images import save_grid, save_png
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.request import whole_number
@@ -166,7 +165,7 @@ class RunImages:
         )
 
 
-def check_place(pipeline: Pipeline, request: BulkRequest, directory: Path) -> None:
+def check_run(pipeline: Pipeline, request: BulkRequest, directory: Path) -> None:
     """Refuse a directory where a run cannot begin or go on, whatever its small images will be.
 
     Raises:
@@ -174,13 +173,13 @@ def check_place(pipeline: Pipeline, request: BulkRequest, directory: Path) -> No
     """
     identity = _identity(pipeline, replace(request, low_res=None))
     del identity["low_res"]
-    _check_place(directory, identity)
+    _check_run(directory, identity)
 
 
 def _identity(pipeline: Pipeline, request: BulkRequest) -> dict[str, Any]:
     """Everything that decides the images, and how they are divided into shards."""
     return {
-        "bundle": sha256_of(pipeline.bundle.path / MANIFEST),
+        "bundle": pipeline.bundle.digest,
         "count": request.count,
         "labels": None if request.labels is None else request.labels.tolist(),
         "first_seed": request.first_seed,
@@ -200,12 +199,12 @@ def _digest(images: SmallImages) -> str:
 
 def _claim(directory: Path, identity: dict[str, Any]) -> None:
     """Start a run directory, or make sure that it holds this very run."""
-    if not _check_place(directory, identity):
+    if not _check_run(directory, identity):
         with atomic_file(directory / _REQUEST) as temporary:
             temporary.write_text(json.dumps(identity), encoding="utf-8")
 
 
-def _check_place(directory: Path, identity: dict[str, Any]) -> bool:
+def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
     """Whether a directory holds this very run already; False where it can begin there."""
     file = directory / _REQUEST
     if not file.exists():

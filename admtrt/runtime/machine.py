@@ -12,6 +12,12 @@ def available_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def package_environment() -> dict[str, str]:
+    """The environment of a process of its own that has to find this package, installed or not."""
+    paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def processor() -> str:
     """The model of the CPU."""
     try:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 import numpy as np
 
 from admtrt.bundle import Bundle
-from admtrt.config import SamplerConfig, method_for_steps
 from admtrt.errors import ConfigError, RequestError
-from admtrt.images import to_uint8
+from admtrt.images import from_uint8, to_uint8
 from admtrt.runtime.noise import MAX_SEED, check_seed
 from admtrt.runtime.request import class_index, one_for_each, whole_number
 from admtrt.runtime.sampler import hold, start_slots
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from admtrt.config import SamplerConfig
     from admtrt.contract import Precision
     from admtrt.runtime.backends.auto import Choice
     from admtrt.runtime.sampler import Denoiser, HeldSlots, Images, Labels, Slots
@@ -230,24 +230,17 @@ class Pipeline:
             RequestError: if the result is impossible.
         """
         manifest = self.bundle.manifest
-        chosen: dict[str, Any] = manifest.sampler.to_dict()
-        if manifest.classifier is None:
-            chosen["scale"] = 0.0
-        respacing = None if steps is None else str(steps)
-        if method is None and respacing is not None:
-            method = method_for_steps(respacing)
-        if method is not None and method != chosen["method"]:
-            chosen |= {"method": method, "eta": 0.0}
-        given = {
-            "steps": respacing,
-            "scale": scale,
-            "eta": eta,
-            "clip": clip,
-            "guidance_interval": guidance_interval,
-        }
-        chosen |= {name: value for name, value in given.items() if value is not None}
+        if manifest.classifier is None and scale is None:
+            scale = 0.0
         try:
-            sampler = SamplerConfig.from_dict(chosen, source="sampler")
+            sampler = manifest.sampler.with_choices(
+                steps=None if steps is None else str(steps),
+                method=method,
+                scale=scale,
+                eta=eta,
+                clip=clip,
+                guidance_interval=guidance_interval,
+            )
         except ConfigError as error:
             raise RequestError(error.message) from None
         if sampler.scale and manifest.classifier is None:
@@ -310,7 +303,7 @@ class Pipeline:
         size, channels = config.low_res_size, config.in_channels
         images = np.asarray(low_res)
         if images.dtype == np.uint8 and images.shape[1:] == (size, size, channels):
-            return np.ascontiguousarray(images.transpose(0, 3, 1, 2).astype(np.float32) / 127.5 - 1)
+            return np.ascontiguousarray(from_uint8(images.transpose(0, 3, 1, 2)))
         if (
             images.dtype == np.float32
             and images.shape[1:] == (channels, size, size)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 
 from admtrt.runtime.noise import initial_noise, step_noise
+from admtrt.schedule import COEFFICIENTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -126,8 +127,6 @@ class StepInputs:
 
 def step_inputs(slots: Slots) -> StepInputs:
     """The inputs of the slots' next step. No slot may be finished."""
-    from admtrt.schedule import COEFFICIENTS
-
     rows = list(zip(slots.schedules, slots.position.tolist(), strict=True))
     coefficients = np.stack([schedule.coefficients[i] for schedule, i in rows])
     guided = coefficients[:, [COEFFICIENTS.index(name) for name in _GUIDED_COLUMNS]].any()

@@ -8,10 +8,10 @@ itself and the images pass through a file. Both stages use the same seeds; their
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from admtrt.errors import RequestError
-from admtrt.runtime.bulk import LOW_STAGE, RunImages, check_place, draw
+from admtrt.runtime.bulk import LOW_STAGE, RunImages, check_run, draw
 from admtrt.runtime.pipeline import DEFAULT_BATCH, Pipeline
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
     from admtrt.bundle import Bundle
     from admtrt.config import SamplerConfig
-    from admtrt.contract import Precision
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Samples, Step
 
@@ -61,30 +60,9 @@ class TwoStage:
         self.high = high
 
     @classmethod
-    def from_bundles(
-        cls,
-        low: str | Path,
-        high: str | Path,
-        *,
-        backend: str = "onnxruntime",
-        precision: Precision = "fp32",
-        threads: int | None = None,
-        plans: Path | None = None,
-        batch_size: int = 1,
-    ) -> Self:
-        """Open both bundles as :meth:`Pipeline.from_bundle` does."""
-
-        def opened(path: str | Path) -> Pipeline:
-            return Pipeline.from_bundle(
-                path,
-                backend=backend,
-                precision=precision,
-                threads=threads,
-                plans=plans,
-                batch_size=batch_size,
-            )
-
-        return cls(opened(low), opened(high))
+    def from_bundles(cls, low: str | Path, high: str | Path, **options: Any) -> Self:
+        """Open both bundles as :meth:`Pipeline.from_bundle` does, which describes the options."""
+        return cls(Pipeline.from_bundle(low, **options), Pipeline.from_bundle(high, **options))
 
     def __call__(
         self,
@@ -232,7 +210,7 @@ def draw_two_stage(
         OutputError, RequestError: as :func:`admtrt.runtime.bulk.draw`; where the directory holds another
             run, before the first stage is drawn.
     """
-    check_place(stages.high, high, directory)
+    check_run(stages.high, high, directory)
     first = draw(
         stages.low,
         low,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from admtrt.errors import DataError
+from admtrt.images import MODES, from_uint8, to_pillow
 from admtrt.training.data_sources import Labels, Pixels, Skipped, read_image, read_source
 
 if TYPE_CHECKING:
@@ -22,15 +23,9 @@ if TYPE_CHECKING:
 
     from admtrt.config import DataConfig
 
-_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}  # Pillow's mode for each number of channels
 _ORDER, _AUGMENTATION = 0, 1  # streams of random numbers of one training seed
 _SPLIT_SEED = 0  # fixed: every network holds out the same images
 _CROP_FRACTIONS = (0.8, 1.0)  # of the smaller side that a random crop keeps
-
-
-def from_uint8(pixels: Pixels) -> NDArray[np.float32]:
-    """0..255 to float32 in [-1, 1]."""
-    return pixels.astype(np.float32) / 127.5 - 1
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,8 @@ class ImageSet:
         if not self.config.random_crop and not isinstance(stored, Path) and stored.shape[:2] == (size, size):
             pixels = stored
         else:
-            mode = _MODES[self.config.channels]
-            opened = read_image(stored, mode) if isinstance(stored, Path) else _to_image(stored)
+            mode = MODES[self.config.channels]
+            opened = read_image(stored, mode) if isinstance(stored, Path) else to_pillow(stored)
             pixels = random_crop(opened, size, rng) if self.config.random_crop else center_crop(opened, size)
         if self.config.random_flip and rng.random() < 0.5:
             pixels = pixels[:, ::-1]
@@ -97,7 +92,7 @@ def _fitted(images: Pixels, config: DataConfig) -> Pixels:
     size = config.image_size
     if images.shape[1:] == (size, size, config.channels):
         return images
-    converted = (_to_image(pixels).convert(_MODES[config.channels]) for pixels in images)
+    converted = (to_pillow(pixels).convert(MODES[config.channels]) for pixels in images)
     return np.stack(
         [_to_pixels(image) if config.random_crop else center_crop(image, size) for image in converted]
     )
@@ -182,10 +177,6 @@ def _rng(seed: int, *stream: int) -> np.random.Generator:
 @functools.lru_cache(maxsize=4)  # consecutive steps share an epoch
 def _order(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return _rng(seed, _ORDER, epoch).permutation(count)
-
-
-def _to_image(pixels: Pixels) -> Image.Image:
-    return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def _to_pixels(image: Image.Image) -> Pixels:

@@ -135,17 +135,15 @@ def variational_bound(
     network: Network,
     x_0: Tensor,
     noise: Callable[[int], Tensor],
-    *,
-    clip: bool = True,
 ) -> Bound:
-    """Evaluate every term of the bound; ``noise(step)`` gives that step's standard normal noise."""
+    """Evaluate every term of the bound, x_0 clipped; ``noise(step)`` gives that step's normal noise."""
     terms, x_0_errors, eps_errors = [], [], []
     for index in reversed(range(len(diffusion))):
         step = torch.full((len(x_0),), index, device=x_0.device)
         drawn = noise(index)
         x_t = diffusion.q_sample(x_0, step, drawn)
         term, predicted = bound_term(
-            diffusion, network(x_t, diffusion.model_t(step)), x_0, x_t, step, clip=clip
+            diffusion, network(x_t, diffusion.model_t(step)), x_0, x_t, step, clip=True
         )
         terms.append(term)
         x_0_errors.append(flat_mean((predicted - x_0).square()))

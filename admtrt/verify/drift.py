@@ -35,6 +35,7 @@ EQUAL_PSNR = 120.0
 
 _RANGE = "In fp16 numbers end at 65504: keep more in float32 (admtrt export --fp32), or use bf16."
 _WEIGHTS = "The weights themselves give it, in any precision: check the checkpoint."
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -285,6 +286,3 @@ def _psnr(other: Images, exact: Images) -> Values:
 
 def _clipped(images: Images) -> Values:
     return _rows(images).clip(-1, 1)
-
-
-_TINY = float(np.finfo(np.float32).tiny)

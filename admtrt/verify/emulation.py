@@ -46,15 +46,13 @@ def emulated(
     Raises:
         BundleError: if the bundle has no engine graphs in this precision.
     """
-    manifest = bundle.manifest
-    entries = {name: bundle.graph_entry(name, engine) for name in manifest.graphs}
+    typed = bundle.with_engine(engine)
     with tempfile.TemporaryDirectory(prefix="admtrt-") as folder:
-        for name, entry in entries.items():
-            model = ir.load(bundle.graph_path(name, engine))
+        for name, entry in typed.manifest.graphs.items():
+            model = ir.load(typed.graph_path(name))
             emulate(model)
             write_graph(model, Path(folder) / entry.file)
-        rounded = Bundle(Path(folder), manifest.model_copy(update={"graphs": entries}))
-        yield OnnxRuntimeDenoiser(rounded, threads=threads)
+        yield OnnxRuntimeDenoiser(Bundle(Path(folder), typed.manifest), threads=threads)
 
 
 def emulate(model: ir.Model) -> None:

@@ -260,7 +260,7 @@ class _Comparison:
         process = self.reference.diffusion_for(sampler).process
         each = self._judged("trajectory", f"{name}: x_t of every step")
         final = self._judged("trajectory", f"{name}: final x_0")
-        image = Tally("image", f"{name}: uint8 levels", TOLERANCES["image"].bound)
+        image = Tally("image", f"{name}: uint8 levels", TOLERANCES["image"])
         count = len(self.seeds)
         given, labels = self.inputs.conditioning(count), self.inputs.labels(count)
         slots = start_slots(
@@ -323,7 +323,7 @@ class _Judged:
     """A row whose reference is PyTorch, or PyTorch in float64 where the process amplifies rounding."""
 
     def __init__(self, stage: Literal["step", "trajectory"], what: str) -> None:
-        self.tally = Tally(stage, what, TOLERANCES[stage].bound)
+        self.tally = Tally(stage, what, TOLERANCES[stage])
         self._stage = stage
         self._own_error = 0.0
 
@@ -349,7 +349,7 @@ def _noted(*tallies: Tally) -> Iterator[None]:
 
 
 def _graph_tallies(graph: str, *outputs: str) -> dict[str, Tally]:
-    return {name: Tally("graph", f"{graph}: {name}", TOLERANCES["graph"].bound) for name in outputs}
+    return {name: Tally("graph", f"{graph}: {name}", TOLERANCES["graph"]) for name in outputs}
 
 
 def _level_errors(actual: Images, expected: Images) -> NDArray[np.float64]:

@@ -73,7 +73,7 @@ def test_errors_are_those_of_the_type() -> None:
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_onnx_runtime_runs_them(precision: Precision, batch: int) -> None:
-    worst = errors(OnnxRuntimeDenoiser(typed_bundle(), threads=1, engine=precision), batch)
+    worst = errors(OnnxRuntimeDenoiser(typed_bundle().with_engine(precision), threads=1), batch)
     assert max(worst.values()) < TOLERANCE[precision], worst
 
 
@@ -82,7 +82,7 @@ def test_onnx_runtime_runs_them(precision: Precision, batch: int) -> None:
 def test_openvino_runs_bf16(batch: int) -> None:
     from admtrt.runtime.backends.openvino import OpenVinoDenoiser
 
-    worst = errors(OpenVinoDenoiser(typed_bundle(), threads=1, engine="bf16"), batch)
+    worst = errors(OpenVinoDenoiser(typed_bundle().with_engine("bf16"), threads=1), batch)
     assert max(worst.values()) < TOLERANCE["bf16"], worst
 
 
@@ -96,8 +96,8 @@ def test_the_update_is_exact(precision: Precision) -> None:
         for tensor in bundle.graph_entry("update").spec.inputs
     }
     exact, found = (
-        OnnxRuntimeDenoiser(bundle, threads=1, graphs=["update"], engine=engine).run("update", given)
-        for engine in (None, precision)
+        OnnxRuntimeDenoiser(form, threads=1, graphs=["update"]).run("update", given)
+        for form in (bundle, bundle.with_engine(precision))
     )
     for name, values in exact.items():
         np.testing.assert_array_equal(found[name], values)

@@ -298,8 +298,13 @@ def test_a_recommendation_that_its_process_cannot_meet(bundle: Path, steps: str)
 @pytest.mark.parametrize(
     ("unet", "classifier", "diffusion", "expected"),
     [
-        ({"learn_sigma": False}, {}, {}, "the UNet has learn_sigma False, variance_type is 'learned_range'"),
-        ({}, {}, {"variance_type": "fixed_small"}, "learn_sigma True, variance_type is 'fixed_small'"),
+        (
+            {"learn_sigma": False},
+            {},
+            {},
+            "unet.learn_sigma is False but diffusion",
+        ),
+        ({}, {}, {"variance_type": "fixed_small"}, "is True but diffusion.variance_type is 'fixed_small'"),
         ({}, {"image_size": 16}, {}, "the UNet has image_size 8 but the classifier 16"),
         ({}, {"in_channels": 3}, {}, "the UNet has in_channels 1 but the classifier 3"),
         ({"num_classes": 4}, {}, {}, "the UNet has 4 classes but the classifier 3"),

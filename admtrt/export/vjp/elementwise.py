@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
+from admtrt.export.nodes import float_attribute
 from admtrt.export.vjp.rule import (
     constant_of,
     input_of,
@@ -171,6 +172,6 @@ def _gelu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 @rule("LeakyRelu")
 def _leaky_relu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     g, x = only(incoming), input_of(node, 0)
-    alpha = node.attributes["alpha"].as_float() if "alpha" in node.attributes else 0.01
+    alpha = float_attribute(node, "alpha", 0.01)
     negative = tape.op("Mul", g, tape.scalar(alpha, x))
     return [tape.op("Where", tape.op("Greater", x, tape.scalar(0.0, x)), g, negative)]

@@ -8,12 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
+from admtrt.export.nodes import int_attribute, ints_attribute, swaps_last
 from admtrt.export.vjp.rule import (
     constant_of,
     dims_of,
     input_of,
-    int_attribute,
-    ints_attribute,
     ints_of,
     only,
     rule,
@@ -37,7 +36,7 @@ def _transpose(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     g, rank = only(incoming), len(dims_of(input_of(node, 0)))
     perm = ints_attribute(node, "perm", range(rank - 1, -1, -1))
     product = g.producer()
-    if perm == [*range(rank - 2), rank - 1, rank - 2] and product is not None and product.op_type == "MatMul":
+    if swaps_last(node, rank) and product is not None and product.op_type == "MatMul":
         # (A B)' = B' A': the factors are smaller than attention's product, and often transposed already.
         a, b = product.inputs
         if a is not None and b is not None and a.shape is not None and b.shape is not None:

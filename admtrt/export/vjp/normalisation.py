@@ -8,12 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
-from admtrt.export.tape import swaps_last
+from admtrt.export.nodes import float_attribute, int_attribute, swaps_last
 from admtrt.export.vjp.rule import (
     constant_of,
     dims_of,
     input_of,
-    int_attribute,
     only,
     refuse_active,
     rule,
@@ -49,7 +48,7 @@ def _normalisation(
 
 
 def _epsilon(node: ir.Node) -> float:
-    return node.attributes["epsilon"].as_float() if "epsilon" in node.attributes else 1e-5
+    return float_attribute(node, "epsilon", 1e-5)
 
 
 @rule("InstanceNormalization")

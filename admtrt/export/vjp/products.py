@@ -8,12 +8,11 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
+from admtrt.export.nodes import float_attribute, int_attribute, ints_attribute
 from admtrt.export.vjp.rule import (
     constant_of,
     dims_of,
     input_of,
-    int_attribute,
-    ints_attribute,
     only,
     refuse_active,
     rule,
@@ -51,7 +50,7 @@ def _gemm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """Y = alpha A' B' + beta C."""
     g, a, b = only(incoming), input_of(node, 0), input_of(node, 1)
     trans_a, trans_b = int_attribute(node, "transA", 0), int_attribute(node, "transB", 0)
-    alpha = node.attributes["alpha"].as_float() if "alpha" in node.attributes else 1.0
+    alpha = float_attribute(node, "alpha", 1.0)
     gradients: list[ir.Value | None] = [None] * len(node.inputs)
     if a in tape.active:
         left, right, flags = (b, g, (trans_b, 1)) if trans_a else (g, b, (0, 1 - trans_b))
@@ -60,7 +59,7 @@ def _gemm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
         left, right, flags = (g, a, (1, trans_a)) if trans_b else (a, g, (1 - trans_a, 0))
         gradients[1] = tape.op("Gemm", left, right, alpha=alpha, transA=flags[0], transB=flags[1])
     if len(node.inputs) > 2 and node.inputs[2] in tape.active:
-        beta = node.attributes["beta"].as_float() if "beta" in node.attributes else 1.0
+        beta = float_attribute(node, "beta", 1.0)
         scaled = g if beta == 1.0 else tape.op("Mul", g, tape.scalar(beta, g))
         gradients[2] = tape.sum_to(scaled, input_of(node, 2), node.outputs[0])
     return gradients

@@ -9,12 +9,11 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
+from admtrt.export.nodes import int_attribute, ints_attribute
 from admtrt.export.vjp.rule import (
     axes_of,
     dims_of,
     input_of,
-    int_attribute,
-    ints_attribute,
     only,
     rule,
 )

@@ -8,6 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
+from admtrt.export.nodes import ints_attribute, shape_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -48,9 +49,7 @@ def input_of(node: ir.Node, index: int) -> ir.Value:
 
 def dims_of(value: ir.Value) -> list[int | None]:
     """Sizes, None where dynamic."""
-    if value.shape is None:
-        raise ExportError(f"the shape of '{value.name}' is unknown; the graph cannot be differentiated")
-    return [dim if isinstance(dim, int) else None for dim in value.shape]
+    return [dim if isinstance(dim, int) else None for dim in shape_of(value)]
 
 
 def constant_of(node: ir.Node, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]] | None:
@@ -77,16 +76,6 @@ def refuse_active(tape: Tape, node: ir.Node, *indices: int) -> None:
                 f"no gradient rule for {node.op_type} '{node.name}' with respect to its input {index}, "
                 f"'{input_of(node, index).name}', which must not depend on the differentiated input"
             )
-
-
-def int_attribute(node: ir.Node, name: str, default: int) -> int:
-    """A whole-number attribute."""
-    return node.attributes[name].as_int() if name in node.attributes else default
-
-
-def ints_attribute(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
-    """An attribute that lists whole numbers."""
-    return list(node.attributes[name].as_ints()) if name in node.attributes else list(default)
 
 
 def axes_of(node: ir.Node) -> list[int]:

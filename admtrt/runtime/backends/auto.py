@@ -18,17 +18,15 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from admtrt import __version__
-from admtrt.bundle import MANIFEST
 from admtrt.config import Config
 from admtrt.contract import GraphName, Precision
 from admtrt.errors import ConfigError, EngineError
-from admtrt.files import sha256_of
 from admtrt.memo import Memo
 from admtrt.runtime.backends.composite import Composite
 from admtrt.runtime.backends.probe import ProbeRequest, ProbeResult
 from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.engines.plans import PlanStore
-from admtrt.runtime.machine import available_threads, processor
+from admtrt.runtime.machine import available_threads, package_environment, processor
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -224,13 +222,11 @@ def _measure(requests: Sequence[ProbeRequest], note: Callable[[str], None]) -> M
 
 def _probe(request: ProbeRequest) -> ProbeResult:
     """Measure in a process of its own."""
-    package = Path(__file__).parents[3]
-    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
     try:
         done = subprocess.run(
             [sys.executable, "-m", "admtrt.runtime.backends.probe"],
             input=request.model_dump_json(),
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=package_environment(),
             capture_output=True,
             text=True,
             check=False,
@@ -277,7 +273,7 @@ def _key(
 ) -> str:
     """Everything that decides which backend is fastest."""
     facts = {
-        "bundle": sha256_of(bundle.path / MANIFEST),
+        "bundle": bundle.digest,
         "plans": sorted(file.name for file in PlanStore.of(bundle, plans).root.glob("*.plan")),
         "processor": processor(),
         "cores": available_threads(),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from admtrt.errors import BundleError, EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
     from admtrt.contract import GraphName, GraphSpec
     from admtrt.runtime.sampler import Images, Labels
+
+
+_KEPT = 2
+Made = TypeVar("Made")
 
 
 class GraphDenoiser(ABC):
@@ -57,6 +61,31 @@ class GraphDenoiser(ABC):
         feeds = {"x": x, "out": out, "grad": grad, "noise": noise, "coefficients": coefficients}
         results = self.run("update", feeds)
         return results["x_prev"], results["pred_x0"]
+
+
+class PerBatch(Generic[Made]):
+    """What was made for a graph and a batch size: of each graph, that of the two sizes that were used last.
+
+    A run has full batches and a rest; every size holds memory of its own.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[GraphName, int], Made] = {}
+
+    def get(self, graph: GraphName, batch: int, make: Callable[[], Made]) -> Made:
+        """What is there, or what ``make`` returns; the size that was not used for longest makes room."""
+        made = self._made.pop((graph, batch), None)
+        if made is None:
+            held = [key for key in self._made if key[0] == graph]
+            if len(held) >= _KEPT:
+                del self._made[held[0]]
+            made = make()
+        self._made[graph, batch] = made  # the last of the dictionary is the last that was used
+        return made
+
+    def keys(self) -> list[tuple[GraphName, int]]:
+        """Graphs and batch sizes, those first that were not used for longest."""
+        return list(self._made)
 
 
 @contextlib.contextmanager

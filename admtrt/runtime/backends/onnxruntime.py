@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
-from admtrt.errors import BundleError, MissingDependencyError
+from admtrt.errors import BundleError, EngineError, MissingDependencyError
 from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract, working
+from admtrt.runtime.backends.quiet import silence
 
 if TYPE_CHECKING:
     from collections.abc import Collection
     from pathlib import Path
 
     from admtrt.bundle import Bundle
-    from admtrt.contract import GraphName, GraphSpec, Precision
+    from admtrt.contract import GraphName, GraphSpec
     from admtrt.runtime.sampler import Images
 
 ERRORS_ONLY = 3
@@ -28,7 +28,6 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
         bundle: a verified bundle.
         threads: of each operator; None lets ONNX Runtime take every core.
         graphs: those to open; None opens all.
-        engine: run the engine form of this precision (its types are in the graph) in place of the CPU form.
 
     Raises:
         MissingDependencyError: if onnxruntime is not installed.
@@ -41,7 +40,6 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
         *,
         threads: int | None = None,
         graphs: Collection[GraphName] | None = None,
-        engine: Precision | None = None,
     ) -> None:
         onnxruntime = import_onnxruntime(extra="cpu", purpose="Sampling on a CPU")
         options = onnxruntime.SessionOptions()
@@ -54,14 +52,14 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
                 continue
-            path = bundle.graph_path(name, engine)
+            path = bundle.graph_path(name)
             try:
                 session = onnxruntime.InferenceSession(
                     str(path), sess_options=options, providers=["CPUExecutionProvider"]
                 )
             except Exception as error:  # the library raises types of its own for every cause
                 raise BundleError(f"ONNX Runtime refuses {path}: {error}") from None
-            check_session(path, session, bundle.graph_entry(name, engine).spec)
+            check_session(path, session, bundle.graph_entry(name).spec)
             self._sessions[name] = session
 
     def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
@@ -73,16 +71,19 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
 
 
 def import_onnxruntime(*, extra: str, purpose: str) -> Any:
-    """The library, which is kept from telling its maker that it runs, unless the environment says otherwise.
+    """The library, silent.
 
     Raises:
         MissingDependencyError: if it is not installed.
+        EngineError: if it cannot be loaded.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    silence()
     try:
         import onnxruntime
-    except ImportError:
+    except ModuleNotFoundError:
         raise MissingDependencyError("onnxruntime", extra=extra, purpose=purpose) from None
+    except ImportError as error:
+        raise EngineError(f"onnxruntime is installed and cannot be loaded: {error}") from None
     return onnxruntime
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
-from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from admtrt.errors import BundleError, MissingDependencyError, RequestError
+from admtrt.errors import BundleError, EngineError, MissingDependencyError, RequestError
 from admtrt.onnx_wire import external_locations
-from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract, working
+from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, check_contract, working
 from admtrt.runtime.backends.mapped import release_pages
 from admtrt.runtime.backends.openvino_passes import (
     EMBEDDING,
@@ -20,6 +18,7 @@ from admtrt.runtime.backends.openvino_passes import (
     normalise_by_channel,
     separate_weights,
 )
+from admtrt.runtime.backends.quiet import silence
 from admtrt.runtime.machine import available_threads
 
 if TYPE_CHECKING:
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 _HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
 _DTYPES = {"f32": "float32", "i64": "int64"}
-_KEPT = 2
-"""Batch sizes compiled at once: each has a copy of the weights, and a run has full batches and a rest."""
 
 
 class OpenVinoDenoiser(GraphDenoiser):
@@ -47,7 +44,6 @@ class OpenVinoDenoiser(GraphDenoiser):
         precision: what OpenVINO computes in; ``fp32`` forbids the bf16 that it would choose by itself.
         threads: of each graph; None lets OpenVINO take every core.
         graphs: those to open; None opens all.
-        engine: run the engine form of this precision (its types are in the graph) in place of the CPU form.
 
     Raises:
         MissingDependencyError: if openvino is not installed.
@@ -62,7 +58,6 @@ class OpenVinoDenoiser(GraphDenoiser):
         *,
         threads: int | None = None,
         graphs: Collection[GraphName] | None = None,
-        engine: Precision | None = None,
     ) -> None:
         self._core = import_openvino().Core()
         if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
@@ -74,12 +69,12 @@ class OpenVinoDenoiser(GraphDenoiser):
         self._threads = _threads_of(self._core) if threads is None else threads
         self._paths: dict[GraphName, Path] = {}
         self._specs: dict[GraphName, GraphSpec] = {}
-        self._kept: OrderedDict[tuple[GraphName, int], _Compiled] = OrderedDict()
+        self._compiled = PerBatch[_Compiled]()  # each has a copy of the weights
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
                 continue
-            self._paths[name] = bundle.graph_path(name, engine)
-            self._specs[name] = bundle.graph_entry(name, engine).spec
+            self._paths[name] = bundle.graph_path(name)
+            self._specs[name] = bundle.graph_entry(name).spec
             try:
                 model = self._read(name)
             except Exception as error:  # the library raises RuntimeError and others for every cause
@@ -92,21 +87,11 @@ class OpenVinoDenoiser(GraphDenoiser):
         Raises:
             EngineError: if OpenVINO cannot compile the graph for this batch size, or run it.
         """
-        compiled = self._compiled(name, len(feeds["x"]))
-        with working("OpenVINO", name, len(feeds["x"])):
+        batch = len(feeds["x"])
+        compiled = self._compiled.get(name, batch, lambda: self._compile(name, batch))
+        with working("OpenVINO", name, batch):
             results = compiled(feeds)
         return {tensor.name: results[tensor.name] for tensor in self._specs[name].outputs}
-
-    def _compiled(self, name: GraphName, batch: int) -> _Compiled:
-        """The graph compiled for a batch size; of each graph, those used last are kept."""
-        key = (name, batch)
-        if key not in self._kept:
-            held = [other for other in self._kept if other[0] == name]
-            if len(held) >= _KEPT:
-                del self._kept[held[0]]
-            self._kept[key] = self._compile(name, batch)
-        self._kept.move_to_end(key)
-        return self._kept[key]
 
     def _read(self, name: GraphName) -> Any:
         model = self._core.read_model(str(self._paths[name]))
@@ -185,17 +170,19 @@ class _Compiled:
 
 
 def import_openvino() -> Any:
-    """The library, which is kept from telling its maker that it was imported.
+    """The library, silent.
 
     Raises:
         MissingDependencyError: if it is not installed.
+        EngineError: if it cannot be loaded.
     """
-    # Without this package it has a stand-in of its own; with it, it sends at its import.
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    silence()
     try:
         import openvino
-    except ImportError:
+    except ModuleNotFoundError:
         raise MissingDependencyError("openvino", extra="openvino", purpose="The backend 'openvino'") from None
+    except ImportError as error:
+        raise EngineError(f"openvino is installed and cannot be loaded: {error}") from None
     return openvino
 
 

@@ -15,11 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from admtrt.bundle import MANIFEST
 from admtrt.errors import BundleError, EngineError
-from admtrt.files import sha256_of
 from admtrt.memo import cache_folder
-from admtrt.runtime.backends.graphs import GraphDenoiser, working
+from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, working
 from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, check_session, import_onnxruntime
 from admtrt.runtime.engines.device import query_driver
 
@@ -33,8 +31,6 @@ if TYPE_CHECKING:
     from admtrt.runtime.sampler import Images
 
 
-_KEPT = 2
-"""Batch sizes bound at once, of each graph: full batches and the rest of a run."""
 _NO_GRAPH = "-1"  # the identifier of none
 _RTX_GENERATIONS = (8, 12)
 
@@ -123,7 +119,7 @@ class ProviderDenoiser(GraphDenoiser):
         engine = None if precision == "fp32" and "fp32" not in bundle.manifest.engine_graphs else precision
         self._specs: dict[GraphName, GraphSpec] = {}
         self._sessions: dict[GraphName, Any] = {}
-        self._bound: dict[tuple[GraphName, int], _BoundRun] = {}
+        self._bound = PerBatch[_BoundRun]()
         self._captured: set[tuple[GraphName, int]] = set()
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
@@ -131,7 +127,7 @@ class ProviderDenoiser(GraphDenoiser):
             path = bundle.graph_path(name, engine)
             self._specs[name] = bundle.graph_entry(name, engine).spec
             # An engine's own cache may know it by its nodes alone; the manifest tells weights apart as well.
-            kept_for = f"{sha256_of(bundle.path / MANIFEST)[:32]}-{engine}-{name}"
+            kept_for = f"{bundle.digest[:32]}-{engine}-{name}"
             self._sessions[name] = self._open(path, _options(self._provider, kept_for, precision))
             check_session(path, self._sessions[name], self._specs[name])
 
@@ -142,20 +138,17 @@ class ProviderDenoiser(GraphDenoiser):
             names = [tensor.name for tensor in spec.outputs]
             with working(self._provider.name, name, len(feeds["x"])):
                 return dict(zip(names, session.run(names, feeds), strict=True))
-        key = (name, len(feeds["x"]))
-        with working(self._provider.name, name, len(feeds["x"])):
-            bound = self._bound.pop(key, None)
-            if bound is None:
-                held = [other for other in self._bound if other[0] == name]
-                if len(held) >= _KEPT:
-                    del self._bound[held[0]]
-                # ONNX Runtime keeps a graph for good: of a size that comes again it would replay the old one,
-                # on addresses of then. Such a size runs without.
-                graph_id = _NO_GRAPH if key in self._captured else str(key[1])
-                self._captured.add(key)
-                bound = _BoundRun(self._library, session, spec, key[1], self._provider.memory, graph_id)
-            self._bound[key] = bound  # the last of the dictionary is the last that was used
-            return bound(feeds)
+        batch = len(feeds["x"])
+        with working(self._provider.name, name, batch):
+            return self._bound.get(name, batch, lambda: self._bind(name, batch))(feeds)
+
+    def _bind(self, name: GraphName, batch: int) -> _BoundRun:
+        # ONNX Runtime keeps a graph for good: of a size that comes again it would replay the old one, on
+        # addresses of then. Such a size runs without.
+        graph_id = _NO_GRAPH if (name, batch) in self._captured else str(batch)
+        self._captured.add((name, batch))
+        session, spec = self._sessions[name], self._specs[name]
+        return _BoundRun(self._library, session, spec, batch, self._provider.memory, graph_id)
 
     def _open(self, path: Path, options: Mapping[str, str]) -> Any:
         """A session with CUDA graphs, or without where the provider cannot capture this graph.
@@ -230,7 +223,8 @@ def _options(provider: Provider, graph: str, precision: Precision) -> dict[str, 
     options: dict[str, str] = {}
     root = cache_folder()
     if root is not None:
-        kept = str(root / "onnxruntime" / provider.name / graph)
+        version = getattr(sys.modules.get(provider.loads), "__version__", "")  # a later one may not read it
+        kept = str(root / "onnxruntime" / provider.name / version / graph)
         with contextlib.suppress(OSError):  # the providers make one folder at most
             Path(kept).mkdir(parents=True, exist_ok=True)
         engines = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": kept}

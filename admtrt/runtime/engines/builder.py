@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from admtrt.errors import EngineError
 from admtrt.runtime.engines.faults import failed_build, refused_graph
-from admtrt.runtime.engines.library import sizes_of
+from admtrt.runtime.engines.library import logger_of, sizes_of
 from admtrt.runtime.engines.options import check_options
 
 if TYPE_CHECKING:
@@ -55,8 +55,6 @@ class _Conversation:
     report: Report | None
     stopped: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
-    errors: list[str] = field(default_factory=list)
-    layers: list[str] = field(default_factory=list)
     result: BuiltPlan | None = None
     fault: BaseException | None = None
 
@@ -123,7 +121,9 @@ def _build(
     library: Library, source: GraphSource, options: BuildOptions, timing_cache: bytes, talk: _Conversation
 ) -> BuiltPlan:
     trt, started = library.module, time.monotonic()
-    logger, monitor = _logger(trt, talk), _monitor(trt, talk)
+    logger, monitor = logger_of(trt), _monitor(trt, talk)
+    logger.errors.clear()
+    logger.layers.clear()
     builder: typed.Builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser: typed.OnnxParser = trt.OnnxParser(network, logger)  # owns the weights until the build has ended
@@ -140,17 +140,17 @@ def _build(
             sizes = (profile.smallest, profile.best, profile.largest)
             shapes.set_shape(tensor.name, *(tensor.sized(size) for size in sizes))
         if config.add_optimization_profile(shapes) < 0:
-            raise failed_build(library, source, talk.errors)
+            raise failed_build(library, source, logger.errors)
     if library.flavor == "tensorrt":
         _use_timing_cache(config, library, timing_cache)
     plan = cast("typed.IHostMemory | None", builder.build_serialized_network(network, config))
     if plan is None:
-        raise failed_build(library, source, talk.errors)
+        raise failed_build(library, source, logger.errors)
     measured = bytes(config.get_timing_cache().serialize()) if library.flavor == "tensorrt" else b""
     return BuiltPlan(
         plan=memoryview(plan),
         seconds=time.monotonic() - started,
-        layers=tuple(talk.layers),
+        layers=tuple(logger.layers),
         timing_cache=measured,
     )
 
@@ -191,20 +191,6 @@ def _use_timing_cache(config: typed.IBuilderConfig, library: Library, content: b
             f"{library} refuses the timing cache: it is damaged, or of another version or GPU",
             hint="Delete the file, or name another with --timing-cache.",
         )
-
-
-def _logger(trt: Any, talk: _Conversation) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]  # the library is known at run time only
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(trt.ILogger.ERROR):
-                talk.errors.append(message)
-            elif "LayerType:" in message:
-                talk.layers.extend(line for line in message.splitlines() if "LayerType:" in line)
-
-    return Log()
 
 
 def _monitor(trt: Any, talk: _Conversation) -> Any:

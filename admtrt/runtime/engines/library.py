@@ -6,6 +6,7 @@ engines ask for by name. ``USED_TO_BUILD`` lists what the builder uses; a test w
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from dataclasses import dataclass
@@ -53,7 +54,6 @@ USED_TO_BUILD = (
     "IBuilderConfig.set_flag",
     "IBuilderConfig.set_memory_pool_limit",
     "IBuilderConfig.set_timing_cache",
-    "IHostMemory.nbytes",
     "ILogger.ERROR",
     "ILogger.log",
     "INetworkDefinition.get_input",
@@ -118,6 +118,29 @@ class Library:
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"
+
+
+@functools.cache
+def logger_of(trt: Any) -> Any:
+    """The one logger of a library, for good: the library keeps the first that it is given in a process.
+
+    ``errors`` collects what the library complains of, and ``layers`` the lines in which a build describes
+    the engine; whoever reads them clears them before.
+    """
+
+    class Log(trt.ILogger):  # type: ignore[misc]  # the library is known at run time only
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.errors: list[str] = []
+            self.layers: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if int(severity) <= int(trt.ILogger.ERROR):
+                self.errors.append(message)
+            elif "LayerType:" in message:
+                self.layers.extend(line for line in message.splitlines() if "LayerType:" in line)
+
+    return Log()
 
 
 def find_library(flavor: Flavor) -> Library:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from admtrt.errors import EngineError, PlanError
 from admtrt.runtime.engines.library import lean_runtime
+from admtrt.runtime.engines.options import FIRST_PORTABLE, targets_text
 from admtrt.runtime.engines.plans import RECIPE, bound_gpu
 
 if TYPE_CHECKING:
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.library import Library
     from admtrt.runtime.engines.plans import PlanKey, PlanRecord, PlanStore
     from admtrt.runtime.engines.sources import GraphSource
-
-_FIRST_PORTABLE = 80
 
 
 def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: Gpu) -> list[PlanRecord]:
@@ -63,7 +62,7 @@ def mismatch(key: PlanKey, source: GraphSource, library: Library, gpu: Gpu) -> s
         lean = ", whose lean runtime it needs" if key.options.version_compatible else ""
         faults.append(f"was built by version {key.version}{lean}")
     if not _gpu_fits(key, gpu):
-        faults.append(f"was built for {key.gpu or _names(key.options.targets)}")
+        faults.append(f"was built for {key.gpu or targets_text(key.options.targets)}")
     return ", ".join(faults)
 
 
@@ -76,14 +75,10 @@ def _version_fits(key: PlanKey, library: Library) -> bool:
 def _gpu_fits(key: PlanKey, gpu: Gpu) -> bool:
     if key.library == "rtx":
         targets = key.options.targets
-        return gpu.compute_capability in targets if targets else gpu.compute_capability >= _FIRST_PORTABLE
-    if key.options.hardware_compatible == "ampere_plus" and gpu.compute_capability < _FIRST_PORTABLE:
+        return gpu.compute_capability in targets if targets else gpu.compute_capability >= FIRST_PORTABLE
+    if key.options.hardware_compatible == "ampere_plus" and gpu.compute_capability < FIRST_PORTABLE:
         return False
     return key.gpu == bound_gpu(key.options, key.library, gpu)
-
-
-def _names(targets: tuple[int, ...]) -> str:
-    return ", ".join(f"SM{target}" for target in targets) or "SM80 and later"
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 HardwareLevel = Literal["ampere_plus", "same_compute_capability"]
 _LARGEST_BATCH = 65536
 _TURING = 75
+FIRST_PORTABLE = 80
+"""The compute capability from which on a portable plan runs."""
+PORTABLE = f"SM{FIRST_PORTABLE} and later"
 Batch = Annotated[int, Field(ge=1, le=_LARGEST_BATCH)]
 
 
@@ -97,6 +100,11 @@ class BuildOptions(Config):
             if len(set(values)) != len(values):
                 raise ValueError(f"one {option} is given twice")
         return self
+
+
+def targets_text(targets: tuple[int, ...]) -> str:
+    """Compute capabilities of a plan of TensorRT-RTX, for people; none means portable."""
+    return ", ".join(f"SM{target}" for target in targets) or PORTABLE
 
 
 def check_options(options: BuildOptions, library: Library, precision: Precision) -> None:

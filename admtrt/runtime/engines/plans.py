@@ -21,7 +21,7 @@ from admtrt.contract import GraphName, Precision
 from admtrt.errors import ConfigError, OutputError, PlanError
 from admtrt.files import atomic_file, check_place, sha256_of
 from admtrt.runtime.engines.library import Flavor
-from admtrt.runtime.engines.options import BuildOptions
+from admtrt.runtime.engines.options import PORTABLE, BuildOptions, targets_text
 from admtrt.runtime.engines.report import FusionReport
 
 if TYPE_CHECKING:
@@ -85,8 +85,7 @@ class PlanRecord(Config):
         version = f"{key.version} and later" if options.version_compatible else key.version
         if key.library == "tensorrt":
             return f"TensorRT {version} on {key.gpu}"
-        targets = ", ".join(f"SM{target}" for target in options.targets) or "SM80 and later"
-        return f"TensorRT-RTX {version} on {targets}"
+        return f"TensorRT-RTX {version} on {targets_text(options.targets)}"
 
 
 def plan_key(source: GraphSource, options: BuildOptions, library: Library, gpu: Gpu | None) -> PlanKey:
@@ -107,7 +106,7 @@ def bound_gpu(options: BuildOptions, flavor: Flavor, gpu: Gpu | None) -> str | N
     if flavor == "rtx" or gpu is None:
         return None
     if options.hardware_compatible == "ampere_plus":
-        return "SM80 and later"
+        return PORTABLE
     if options.hardware_compatible == "same_compute_capability":
         return f"SM{gpu.compute_capability}"
     return str(gpu)

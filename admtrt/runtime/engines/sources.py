@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
-
-from admtrt.onnx_wire import external_locations
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,9 +44,7 @@ def graph_source(bundle: Bundle, graph: GraphName, precision: Precision) -> Grap
     engine = precision if engine_form else None
     entry, path = bundle.graph_entry(graph, engine), bundle.graph_path(graph, engine)
     files = bundle.manifest.files  # a bundle's files are verified against these hashes when it is opened
-    folder = PurePosixPath(entry.file).parent
-    parts = [entry.file, *((folder / name).as_posix() for name in sorted(external_locations(path)))]
-    digest = hashlib.sha256(" ".join(files[part].sha256 for part in parts).encode())
+    digest = hashlib.sha256(" ".join(files[name].sha256 for name in bundle.graph_files(entry)).encode())
     return GraphSource(
         graph=graph,
         precision=precision,

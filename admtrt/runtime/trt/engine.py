@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from admtrt.errors import EngineError, PlanError
-from admtrt.runtime.engines.library import lean_runtime, sizes_of
+from admtrt.runtime.engines.library import lean_runtime, logger_of, sizes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -129,8 +128,7 @@ class Engine:
         self._library, self._device, self._source, self._kernels = library, device, source, kernels
         self._again = f"Delete {key.digest[:12]}... .plan and .json, and build it again on this machine."
         self._logger = logger_of(library.module)
-        self._errors: list[str] = self._logger.errors
-        self._errors.clear()
+        self._logger.errors.clear()
         self._runtime, parent = self._open_runtime(key)
         self._runtime.engine_host_code_allowed = False
         if library.flavor == "rtx":
@@ -165,7 +163,7 @@ class Engine:
         assert profile is not None, f"no profile holds a batch of {batch}"
         purpose = f"graph '{self._source.graph}' at a batch of {batch}"
         scratch = self._engine.get_device_memory_size_for_profile_v2(profile.index)
-        self._errors.clear()
+        self._logger.errors.clear()
         context: typed.IExecutionContext | None = self._engine.create_execution_context(
             self._runtime_config()
         )
@@ -188,7 +186,7 @@ class Engine:
 
     def forget_errors(self) -> None:
         """Let :meth:`fault` tell only what the library says from now on."""
-        self._errors.clear()
+        self._logger.errors.clear()
 
     def inspect(self) -> str:
         """What the library's inspector says of the plan's layers, as JSON.
@@ -286,7 +284,7 @@ class Engine:
         return tuple(profiles)
 
     def _said(self) -> str:
-        return "; ".join(dict.fromkeys(self._errors))
+        return "; ".join(dict.fromkeys(" ".join(message.split()) for message in self._logger.errors))
 
     def _refused(self, size: int, purpose: str) -> EngineError:
         """The library returned nothing: its log tells whether memory ran out."""
@@ -316,22 +314,3 @@ class Binding:
         self._engine.forget_errors()
         if not self._context.execute_async_v3(stream.handle):
             raise self._engine.fault("the run could not be enqueued")
-
-
-@functools.cache
-def logger_of(trt: Any) -> Any:
-    """The one logger of a library, for good: the library keeps the first that it is given in a process.
-
-    Its ``errors`` are what the library complained of.
-    """
-
-    class Log(trt.ILogger):  # type: ignore[misc]  # the library is known at run time only
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(trt.ILogger.ERROR):
-                self.errors.append(" ".join(message.split()))
-
-    return Log()

@@ -1,0 +1,48 @@
+"""What passes and gradient rules ask of nodes and values: attributes, shapes, transposes of two axes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from admtrt.errors import ExportError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import onnx_ir as ir
+
+
+def int_attribute(node: ir.Node, name: str, default: int) -> int:
+    """A whole-number attribute."""
+    return node.attributes[name].as_int() if name in node.attributes else default
+
+
+def ints_attribute(node: ir.Node, name: str, default: Sequence[int]) -> list[int]:
+    """An attribute that lists whole numbers."""
+    return list(node.attributes[name].as_ints()) if name in node.attributes else list(default)
+
+
+def float_attribute(node: ir.Node, name: str, default: float) -> float:
+    """A floating-point attribute."""
+    return node.attributes[name].as_float() if name in node.attributes else default
+
+
+def swapped_last(rank: int) -> list[int]:
+    """The permutation that swaps the last two axes."""
+    return [*range(rank - 2), rank - 1, rank - 2]
+
+
+def swaps_last(transpose: ir.Node, rank: int) -> bool:
+    """Whether a Transpose swaps the last two axes; without the attribute it reverses all."""
+    return ints_attribute(transpose, "perm", range(rank - 1, -1, -1)) == swapped_last(rank)
+
+
+def shape_of(value: ir.Value) -> ir.Shape:
+    """A shape that has to be known.
+
+    Raises:
+        ExportError: naming the value, if it is not.
+    """
+    if value.shape is None:
+        raise ExportError(f"the shape of '{value.name}' is unknown; the graph cannot be differentiated")
+    return value.shape
