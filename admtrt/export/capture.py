@@ -104,7 +104,7 @@ def _rename_clashes(graph: ir.Graph) -> None:
     """PyTorch calls values after operators, and never looks at the names of inputs and outputs."""
     ends = (*graph.inputs, *graph.outputs)
     taken = {value.name for value in ends}
-    for value in _all_values(graph):
+    for value in (*_all_values(graph), *list(graph.initializers.values())):
         if value.name in taken and not any(value is end for end in ends):
             value.name = f"inner_{value.name}"
 
@@ -115,7 +115,8 @@ def _check_batch_free(graph: ir.Graph) -> None:
         if value.shape is None or isinstance(value.shape[0], int):
             raise ExportError(
                 f"PyTorch fixed the input '{value.name}' to the shape {value.shape} of the example",
-                hint="Write it for any batch: x.shape[0] in place of len(x), no reshape to a fixed size.",
+                hint="Write it for any batch: x.shape[0] in place of len(x), no reshape to a fixed size, and "
+                "scores.gather(1, y[:, None]) in place of scores[range(len(y)), y].",
             )
 
 

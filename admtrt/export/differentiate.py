@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
     from admtrt.export.vjp.rule import Rule
 
+LABEL_HINT = "Write the score of a label as F.log_softmax(logits, -1).gather(1, y[:, None])."
+_HINTS = {"GatherND": LABEL_HINT, "SoftmaxCrossEntropyLoss": LABEL_HINT}
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
@@ -96,7 +98,7 @@ def _rule_for(node: ir.Node) -> Rule:
         known = ", ".join(sorted(RULES))
         raise ExportError(
             f"no gradient rule for the operator '{node.op_type}' (node '{node.name}')",
-            hint=f"Rewrite that part of the module with: {known}.",
+            hint=_HINTS.get(node.op_type, f"Rewrite that part of the module with: {known}."),
         )
     return rule
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,8 +38,14 @@ def simplify(model: ir.Model) -> None:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Fill in the type and shape of every value."""
-    ShapeInferencePass(check_type=True, data_prop=True)(model)
+    """Fill in the type and shape of every value that can be told; what cannot is found when it is needed."""
+    logger = logging.getLogger("onnx_ir")  # which would print its own traceback
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        ShapeInferencePass(check_type=True, data_prop=True)(model)
+    finally:
+        logger.setLevel(level)
 
 
 def remove_unused(model: ir.Model) -> bool:

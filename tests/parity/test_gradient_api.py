@@ -63,6 +63,22 @@ class Cosine(nn.Module):
         return (a * b).sum(dim=-1)
 
 
+class Variants(nn.Module):
+    """What forks put in place of the usual: images [N, 4, 6, 6] -> [N, 3]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.head = nn.Conv2d(4, 16, 3), nn.Conv2d(4, 8, 3, stride=2), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.pixel_shuffle(F.mish(self.up(x)), 2)  # [N, 4, 8, 8]
+        h = F.hardswish(h + F.elu(h.flip(3)[:, :, ::2].repeat(1, 1, 2, 1)))
+        h = torch.maximum(h, F.selu(-h).roll(1, 2)).clamp(-2.5, 2.5)
+        h = F.gelu(self.down(h), approximate="tanh")
+        h = F.hardsigmoid(h) * h - h.amax((2, 3), keepdim=True) + F.pixel_unshuffle(h[:, :, 1:, 1:], 2).sum()
+        return self.head(torch.tril(h).mean((2, 3)))
+
+
 def seeded(build: Callable[[], nn.Module]) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -99,6 +115,7 @@ MODULES = {
     "mlp": (mlp, {"x": (4,)}, log_prob_of_first, "x"),
     "cnn": (cnn, {"x": (3, 8, 8)}, log_prob_of_first, "x"),
     "attention": (Attention, {"x": (5, 8)}, log_prob_of_first, "x"),
+    "variants": (Variants, {"x": (4, 6, 6)}, log_prob_of_first, "x"),
     "energy": (TwoInputs, {"state": (4,), "condition": (6,)}, None, "state"),
     "energy of the other input": (TwoInputs, {"state": (4,), "condition": (6,)}, None, "condition"),
     "cosine": (Cosine, {"x": (3, 2, 2), "text": (4,)}, None, "x"),
@@ -186,6 +203,21 @@ class Branching(nn.Module):
         return x.sum(dim=1) if x.sum() > 0 else -x.sum(dim=1)
 
 
+class Labelled(nn.Module):
+    """A score as OpenAI's cond_fn picks it."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return x.log_softmax(1)[torch.arange(x.shape[0]), y]
+
+
+class Pooled(nn.Module):
+    """Channels-last, then pooled: PyTorch makes a strided view of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.layer_norm(x.permute(0, 2, 3, 1), (4,)).permute(0, 3, 1, 2)
+        return F.adaptive_avg_pool2d(h, 1).flatten(1).sin().sum(1)
+
+
 class HeldBack(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x * x.detach()).sum(dim=1)
@@ -196,6 +228,7 @@ def cross_entropy(out: Tensor) -> Tensor:
 
 
 X = {"x": torch.ones(2, 4)}
+LABELLED = X | {"y": torch.ones(2, dtype=torch.int64)}
 
 
 @pytest.mark.parametrize(
@@ -229,14 +262,21 @@ X = {"x": torch.ones(2, 4)}
         (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.cumsum(1)[:, -1]}, "'CumSum'"),
         (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.sort(dim=1)[0][:, 0]}, "operator"),
         (nn.Linear(5, 3), X, {"scalar": log_prob_of_first}, "cannot export"),
-        (Frozen(), X, {}, "fixed the input 'x'"),
+        (Frozen(), X, {}, r"fixed the input 'x'(.|\n)*scores.gather\(1, y\[:, None\]\) in place of"),
+        (Labelled(), LABELLED, {}, r"'GatherND'(.|\n)*gather\(1, y\[:, None\]\)"),
+        (Pooled(), {"x": torch.ones(2, 4, 3, 3)}, {}, r"as_strided(.|\n)*Put .contiguous\(\) before"),
         (Branching(), X, {}, "export"),
         (TwoInputs(), {"x": torch.ones(2, 4), "grad": torch.ones(2, 6)}, {}, "cannot be called 'grad'"),
         (TwoInputs(), {"value": torch.ones(2, 4), "c": torch.ones(2, 6)}, {"wrt": "value"}, "called 'value'"),
         (TwoInputs(), {"": torch.ones(2, 4), "c": torch.ones(2, 6)}, {"wrt": ""}, "called ''"),
         (nn.Linear(4, 3), X, {"scalar": log_prob_of_first, "opset": 17}, "opset 17 is too old"),
         (nn.Linear(4, 3), X, {"scalar": lambda out, x: (out.sum(1), x)}, "returns 2 tensors; expected 1"),
-        (nn.Linear(4, 3), X, {"scalar": lambda out, x: cross_entropy(out)}, "'SoftmaxCrossEntropyLoss'"),
+        (
+            nn.Linear(4, 3),
+            X,
+            {"scalar": lambda out, x: cross_entropy(out)},
+            r"'SoftmaxCrossEntropyLoss'(.|\n)*gather",
+        ),
         (HeldBack(), X, {}, "not the module: 'grad' differs from PyTorch"),
     ],
 )
@@ -436,6 +476,20 @@ def test_the_deviation_of_equal_values_has_no_gradient(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, np.zeros((3, 4), np.float32))
 
 
+@pytest.mark.parametrize(
+    ("function", "shape"),
+    [
+        (lambda x: F.instance_norm(x).sum((1, 2, 3)), (4, 6, 6)),  # 0 but for rounding
+        (lambda x: F.group_norm(x, 2).sin().sum((1, 2)), (4, 1)),  # of two values a group: all but 0
+    ],
+)
+def test_a_gradient_that_cancels_is_no_fault(function: Any, shape: tuple[int, ...], tmp_path: Path) -> None:
+    """What is left is rounding, in PyTorch's float32 as well; float64 leaves another rest."""
+    export_input_gradient(Function(function).eval(), {"x": torch.zeros(2, *shape)}, tmp_path / "g.onnx")
+    found = run(onnx.load(tmp_path / "g.onnx"), x=torch.randn(3, *shape))["grad"]
+    assert np.abs(found).max() < 1e-3
+
+
 class Certain(nn.Module):
     """Sure of class 3: there log p is rounding alone, and 1 - p in float32 as well."""
 
@@ -476,6 +530,18 @@ def test_what_is_refused_leaves_an_earlier_export_alone(
         export_input_gradient(Function(function).eval(), {"x": torch.ones(2, 4)}, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_input_that_is_called_as_a_weight(tmp_path: Path) -> None:
+    module = nn.Sequential(nn.Linear(4, 3)).eval()
+    name = "module.module.0.weight"
+    export_input_gradient(
+        module, {name: torch.zeros(2, 4)}, tmp_path / "g.onnx", wrt=name, scalar=log_prob_of_first
+    )
+    x = torch.randn(3, 4)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(module(leaf).log_softmax(1)[:, 0].sum(), leaf)
+    assert relative_error(run(onnx.load(tmp_path / "g.onnx"), **{name: x})["grad"], expected) <= TOLERANCE
 
 
 def test_an_input_that_is_called_as_a_value_within(tmp_path: Path) -> None:

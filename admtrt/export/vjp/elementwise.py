@@ -98,7 +98,10 @@ def _pow(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Clip")
 def _clip(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """The gradient passes where the value lies within the bounds, ends included, as in PyTorch."""
+    """The gradient passes where the value lies within the bounds, ends included, as in PyTorch's clamp.
+
+    ReLU6 and Hardtanh, which are this operator too, have 0 at their ends in PyTorch.
+    """
     x, g = input_of(node, 0), only(incoming)
     refuse_active(tape, node, 1, 2)
     for index, outside in ((1, "Less"), (2, "Greater")):
@@ -139,7 +142,8 @@ _unary("Sin", lambda tape, x, y: tape.op("Cos", x))
 _unary("Cos", lambda tape, x, y: tape.op("Neg", tape.op("Sin", x)))
 _unary("Sigmoid", lambda tape, x, y: tape.op("Mul", y, _one_minus(tape, y)))
 _unary("Tanh", lambda tape, x, y: _one_minus(tape, tape.op("Mul", y, y)))
-_unary("Softplus", lambda tape, x, y: tape.op("Sigmoid", x))
+# exp(x - y) is the sigmoid, with all its digits far below 0: there it is the whole gradient of log p.
+_unary("Softplus", lambda tape, x, y: tape.op("Exp", tape.op("Sub", x, y)))
 _unary("Relu", lambda tape, x, y: tape.op("Sign", y))
 _unary(
     "Erf",
@@ -147,6 +151,12 @@ _unary(
         "Mul", tape.scalar(2 / math.sqrt(math.pi), x), tape.op("Exp", tape.op("Neg", tape.op("Mul", x, x)))
     ),
 )
+
+
+@rule("Floor", "Ceil", "Round", "Sign")
+def _steps(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Constant almost everywhere."""
+    return [None]
 
 
 @rule("Sqrt")
@@ -160,8 +170,8 @@ def _sqrt(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 @rule("Gelu")
 def _gelu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     x = input_of(node, 0)
-    if "approximate" in node.attributes and node.attributes["approximate"].as_string() != "none":
-        raise ExportError("no gradient rule for Gelu's tanh approximation", hint="Use the exact form.")
+    if "approximate" in node.attributes and node.attributes["approximate"].as_string() == "tanh":
+        return [tape.op("Mul", only(incoming), _gelu_tanh_slope(tape, x))]
     scaled = tape.op("Mul", x, tape.scalar(math.sqrt(0.5), x))
     cdf = tape.op("Mul", tape.op("Add", tape.op("Erf", scaled), tape.scalar(1.0, x)), tape.scalar(0.5, x))
     density = tape.op("Exp", tape.op("Neg", tape.op("Mul", scaled, scaled)))
@@ -169,9 +179,94 @@ def _gelu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     return [tape.op("Mul", only(incoming), tape.op("Add", cdf, slope))]
 
 
-@rule("LeakyRelu")
+def _gelu_tanh_slope(tape: Tape, x: ir.Value) -> ir.Value:
+    """Of x (1 + tanh u) / 2, u = c (x + a x^3): (1 + tanh u + x (1 - tanh^2 u) c (1 + 3 a x^2)) / 2."""
+    a, c = 0.044715, math.sqrt(2 / math.pi)
+    square = tape.op("Mul", x, x)
+
+    def grown(factor: float) -> ir.Value:
+        """c (1 + factor x^2)."""
+        inner = tape.op("Add", tape.op("Mul", square, tape.scalar(factor, x)), tape.scalar(1.0, x))
+        return tape.op("Mul", inner, tape.scalar(c, x))
+
+    tanh = tape.op("Tanh", tape.op("Mul", x, grown(a)))
+    bell = tape.op("Mul", _one_minus(tape, tape.op("Mul", tanh, tanh)), tape.op("Mul", x, grown(3 * a)))
+    doubled = tape.op("Add", tape.op("Add", tanh, tape.scalar(1.0, x)), bell)
+    return tape.op("Mul", doubled, tape.scalar(0.5, x))
+
+
+def _where_positive(tape: Tape, x: ir.Value, positive: ir.Value, other: ir.Value) -> ir.Value:
+    return tape.op("Where", tape.op("Greater", x, tape.scalar(0.0, x)), positive, other)
+
+
+@rule("LeakyRelu", "PRelu")
 def _leaky_relu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     g, x = only(incoming), input_of(node, 0)
-    alpha = float_attribute(node, "alpha", 0.01)
-    negative = tape.op("Mul", g, tape.scalar(alpha, x))
-    return [tape.op("Where", tape.op("Greater", x, tape.scalar(0.0, x)), g, negative)]
+    refuse_active(tape, node, 1)
+    if node.op_type == "PRelu":
+        return [_where_positive(tape, x, g, tape.op("Mul", g, input_of(node, 1))), None]
+    return [
+        _where_positive(tape, x, g, tape.op("Mul", g, tape.scalar(float_attribute(node, "alpha", 0.01), x)))
+    ]
+
+
+@rule("Elu", "Selu", "Celu")
+def _elu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Below 0 each is y = k (exp(x / s) - 1), whose slope is (y + k) / s; above, a line of slope m."""
+    x, y = input_of(node, 0), node.outputs[0]
+    if node.op_type == "Selu":
+        m = float_attribute(node, "gamma", 1.05070102214813232421875)
+        k, s = m * float_attribute(node, "alpha", 1.67326319217681884765625), 1.0
+    else:
+        m = 1.0
+        k = float_attribute(node, "alpha", 1.0)
+        s = k if node.op_type == "Celu" else 1.0
+    below = tape.op("Mul", tape.op("Add", y, tape.scalar(k, x)), tape.scalar(1 / s, x))
+    return [tape.op("Mul", only(incoming), _where_positive(tape, x, tape.scalar(m, x), below))]
+
+
+@rule("HardSigmoid")
+def _hard_sigmoid(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """The line's slope between 0 and 1."""
+    y, zero = node.outputs[0], tape.scalar(0.0, node.outputs[0])
+    slope = tape.scalar(float_attribute(node, "alpha", 0.2), y)
+    below_one = tape.op("Where", tape.op("Less", y, tape.scalar(1.0, y)), slope, zero)
+    return [tape.op("Mul", only(incoming), _where_positive(tape, y, below_one, zero))]
+
+
+@rule("HardSwish")
+def _hard_swish(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """x (x / 6 + 1 / 2) between -3 and 3, 0 below and x above."""
+    x = input_of(node, 0)
+    line = tape.op("Add", tape.op("Mul", x, tape.scalar(1 / 3, x)), tape.scalar(0.5, x))
+    above = tape.op("Where", tape.op("Greater", x, tape.scalar(3.0, x)), tape.scalar(1.0, x), line)
+    slope = tape.op("Where", tape.op("Less", x, tape.scalar(-3.0, x)), tape.scalar(0.0, x), above)
+    return [tape.op("Mul", only(incoming), slope)]
+
+
+@rule("Mish")
+def _mish(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """d/dx [x tanh(softplus(x))] = h + x (1 - h^2) sigmoid(x) with h = tanh(softplus(x))."""
+    x = input_of(node, 0)
+    h = tape.op("Tanh", tape.op("Softplus", x))
+    rest = tape.op("Mul", _one_minus(tape, tape.op("Mul", h, h)), tape.op("Mul", x, tape.op("Sigmoid", x)))
+    return [tape.op("Mul", only(incoming), tape.op("Add", h, rest))]
+
+
+@rule("Max", "Min")
+def _extremum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """All to the one that is taken; half to each of two equal ones, as in PyTorch."""
+    if len(node.inputs) != 2:
+        raise ExportError(f"{node.op_type} '{node.name}' is of {len(node.inputs)} values; nest pairs of them")
+    g, a, b, out = only(incoming), input_of(node, 0), input_of(node, 1), node.outputs[0]
+    half, zero = tape.op("Mul", g, tape.scalar(0.5, g)), tape.scalar(0.0, g)
+    taken = "Greater" if node.op_type == "Max" else "Less"
+    equal = tape.op("Equal", a, b)
+
+    def part(own: ir.Value, other: ir.Value) -> ir.Value | None:
+        if own not in tape.active:
+            return None
+        alone = tape.op("Where", tape.op(taken, own, other), g, zero)
+        return tape.sum_to(tape.op("Where", equal, half, alone), own, out)
+
+    return [part(a, b), part(b, a)]

@@ -75,25 +75,102 @@ def _split(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Slice")
 def _slice(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Zero padding puts a contiguous slice back; no scatter."""
-    x = input_of(node, 0)
+    """Zero padding puts a slice back, of a stride with zeros in between; no scatter."""
+    x, g = input_of(node, 0), only(incoming)
     dims, rank = dims_of(x), len(dims_of(x))
+    cut = dims_of(node.outputs[0])
     starts, ends = ints_of(node, 1) or [], ints_of(node, 2) or []
     axes = ints_of(node, 3) or list(range(len(starts)))
     steps = ints_of(node, 4) or [1] * len(starts)
     before, after = [0] * rank, [0] * rank
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        size = dims[axis]
-        if step != 1 or size is None:
-            raise ExportError(f"Slice '{node.name}' has a stride or cuts an axis of unknown size")
-        first, stop, _ = slice(start, end).indices(size)
-        before[axis], after[axis] = first, size - max(stop, first)
-    return [_pad(tape, only(incoming), before, after), *([None] * (len(node.inputs) - 1))]
+        size, axis = dims[axis], axis % rank
+        if size is None:
+            raise ExportError(f"Slice '{node.name}' cuts an axis of unknown size")
+        taken = range(*slice(start, end, step).indices(size))
+        if step < 0:
+            g, taken = _reversed(tape, g, axis), taken[::-1]
+        if taken.step > 1 and len(taken):
+            if cut.count(None) > 1:
+                raise ExportError(f"Slice '{node.name}' has a stride and two axes of unknown size")
+            cut[axis] = len(taken) * taken.step
+            g = _spaced(tape, g, axis, taken.step, cut)
+            g = _cropped(tape, g, axis, taken.step - 1)
+            cut[axis] = taken[-1] + 1 - taken[0]
+        first = taken[0] if taken else 0
+        before[axis], after[axis] = first, size - first - (taken[-1] + 1 - first if taken else 0)
+    return [_pad(tape, g, before, after), *([None] * (len(node.inputs) - 1))]
+
+
+def _reversed(tape: Tape, value: ir.Value, axis: int) -> ir.Value:
+    last, beyond = tape.ints(-1), tape.ints(np.iinfo(np.int64).min)
+    return tape.op("Slice", value, last, beyond, tape.ints(axis), tape.ints(-1))
+
+
+def _cropped(tape: Tape, value: ir.Value, axis: int, count: int) -> ir.Value:
+    """Without the last places of an axis."""
+    return tape.op("Slice", value, tape.ints(0), tape.ints(-count), tape.ints(axis))
+
+
+def _spaced(tape: Tape, value: ir.Value, axis: int, step: int, sizes: Sequence[int | None]) -> ir.Value:
+    """Zeros behind every place of an axis, ``step`` - 1 of them; ``sizes`` is the shape that it gives."""
+    apart = tape.op("Unsqueeze", value, tape.ints(axis + 1))
+    rank = len(sizes) + 1
+    apart = tape.op("Pad", apart, tape.ints(*[0] * (rank + axis + 1), step - 1, *[0] * (rank - axis - 2)))
+    return tape.op("Reshape", apart, tape.ints(*[-1 if size is None else size for size in sizes]))
+
+
+@rule("Tile")
+def _tile(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Sums over the copies."""
+    dims, repeats = dims_of(input_of(node, 0)), ints_of(node, 1) or []
+    dynamic = [count for size, count in zip(dims, repeats, strict=True) if size is None]
+    if dynamic not in ([], [1]):
+        raise ExportError(f"Tile '{node.name}' repeats an axis of unknown size")
+    apart, copies = list[int](), list[int]()
+    for size, count in zip(dims, repeats, strict=True):
+        if count != 1:
+            copies.append(len(apart))
+            apart.append(count)
+        apart.append(-1 if size is None else size)
+    g = tape.op("Reshape", only(incoming), tape.ints(*apart))
+    return [tape.op("ReduceSum", g, tape.ints(*copies), keepdims=0) if copies else g, None]
+
+
+@rule("DepthToSpace")
+def _depth_to_space(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Blocks back into channels, before the image's own (DCR) or behind (CRD: PyTorch's pixel shuffle)."""
+    block = int_attribute(node, "blocksize", 1)
+    _, channels, height, width = dims_of(node.outputs[0])
+    if channels is None or height is None or width is None:
+        raise ExportError(f"DepthToSpace '{node.name}' has an axis of unknown size")
+    crd = "mode" in node.attributes and node.attributes["mode"].as_string() == "CRD"
+    sizes = tape.ints(-1, channels, height // block, block, width // block, block)
+    apart = tape.op("Reshape", only(incoming), sizes)
+    moved = tape.op("Transpose", apart, perm=[0, 1, 3, 5, 2, 4] if crd else [0, 3, 5, 1, 2, 4])
+    return [tape.reshape_like(moved, input_of(node, 0))]
+
+
+@rule("SpaceToDepth")
+def _space_to_depth(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    return [tape.op("DepthToSpace", only(incoming), blocksize=int_attribute(node, "blocksize", 1))]
+
+
+@rule("Trilu")
+def _trilu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """The same triangle."""
+    same = tape.op("Trilu", only(incoming), *node.inputs[1:], upper=int_attribute(node, "upper", 1))
+    return [same, *([None] * (len(node.inputs) - 1))]
 
 
 @rule("Gather")
 def _gather(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """Selection of one constant index: zero padding around it."""
+    if "as_strided" in (node.name or ""):
+        raise ExportError(
+            f"Gather '{node.name}' is PyTorch's form of a pooled strided view; it has no gradient rule",
+            hint="Put .contiguous() before the pooling, or use x.mean((2, 3)).",
+        )
     x, indices = input_of(node, 0), constant_of(node, 1)
     dims = dims_of(x)
     axis = int_attribute(node, "axis", 0) % len(dims)

@@ -54,6 +54,22 @@ def _reduce(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     return [_expand(tape, g, x, axes), *([None] * (len(node.inputs) - 1))]
 
 
+@rule("ReduceL1")
+def _reduce_l1(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    g = tape.op("Mul", _spread(tape, node, only(incoming)), tape.op("Sign", input_of(node, 0)))
+    return [g, *([None] * (len(node.inputs) - 1))]
+
+
+@rule("ReduceMax", "ReduceMin")
+def _reduce_extremum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Shared evenly among all that are equal to the largest, as in PyTorch's amax."""
+    x, g = input_of(node, 0), _spread(tape, node, only(incoming))
+    assert x.dtype is not None
+    taken = tape.cast(tape.op("Equal", x, _spread(tape, node, node.outputs[0])), x.dtype)
+    count = tape.op("ReduceSum", taken, tape.ints(*axes_of(node)), keepdims=1)
+    return [tape.op("Mul", taken, tape.op("Div", g, count)), *([None] * (len(node.inputs) - 1))]
+
+
 @rule("ReduceSumSquare", "ReduceL2")
 def _reduce_squares(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     x = input_of(node, 0)

@@ -58,7 +58,10 @@ def constant_of(node: ir.Node, index: int) -> np.ndarray[tuple[int, ...], np.dty
         return None
     tensor = input_of(node, index).const_value
     if tensor is None:
-        raise ExportError(f"{node.op_type} '{node.name}' computes its input {index}; a constant was expected")
+        raise ExportError(
+            f"{node.op_type} '{node.name}' computes its input {index}; a constant was expected",
+            hint="Where the module computes it from its parameters, do so once, before the export.",
+        )
     return tensor.numpy()
 
 
