@@ -1,4 +1,6 @@
-"""Every error that admtrt raises on purpose, and the exit code that the command line gives it.
+"""The errors that reach users of admtrt, and the exit code that the command line gives each.
+
+A few subclasses live beside the one place that raises and catches them.
 
 ::
 
@@ -8,7 +10,7 @@
     │   ├── DataError               training images
     │   ├── CheckpointError         a checkpoint file or what it holds
     │   ├── BundleError             a bundle on disk
-    │   ├── RequestError            what was asked of the sampler
+    │   ├── RequestError            what a command or a function was asked for
     │   ├── OutputError             a place that cannot be written
     │   ├── EngineError             an inference library, or what it cannot build or run
     │   │   └── PlanError               a built engine that is missing, altered or made for something else
@@ -59,7 +61,7 @@ class BundleError(UserError):
 
 
 class RequestError(UserError):
-    """A sampling request outside what the bundle can do."""
+    """Something asked for that cannot be done: an option, or a request outside what the bundle can do."""
 
 
 class OutputError(UserError):

@@ -71,7 +71,7 @@ def export_input_gradient(
         module: called as ``module(*inputs.values())``; all of it in evaluation mode.
         inputs: example tensors by name, all with the batch as their first axis, of size 2 or more. Their
             values do not matter.
-        path: file to write; weights beyond the limit of ONNX go to ``<path>.data``.
+        path: file to write; weights of more than 64 MiB go to ``<path>.data``.
         wrt: name of the floating-point input to differentiate.
         scalar: ``scalar(module(*inputs), *inputs)`` -> [N]; None where the module returns [N] itself. Each
             sample's scalar must depend on that sample alone.
