@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _INTERRUPTED = (130, 143)  # by SIGINT and SIGTERM
+_GOES_ON = {
+    "sample": "What was finished is kept: sampling goes on with the same command.",
+    "train": "What was finished is kept: training goes on with --resume.",
+}
 _PLACE_FAULTS = frozenset(
     {
         errno.ENOSPC,
@@ -83,10 +87,8 @@ def run(arguments: Sequence[str] | None = None) -> int:
         app(args=None if arguments is None else list(arguments), prog_name="admtrt")
     except SystemExit as stop:
         if stop.code in _INTERRUPTED:  # typer turns the interruption itself into the first
-            _show(
-                "interrupted",
-                "What was finished is kept: sampling goes on with the same command, training with --resume.",
-            )
+            given = list(sys.argv[1:] if arguments is None else arguments)
+            _show("interrupted", _GOES_ON.get(given[0] if given else "", ""))
         return stop.code if isinstance(stop.code, int) else 1
     except AdmtrtError as error:
         _show(error.message, error.hint)

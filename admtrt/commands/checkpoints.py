@@ -20,10 +20,14 @@ from admtrt.models.option_names import OptionNames
 from admtrt.schedule import retained_timesteps
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
     from admtrt.models.checkpoint import CheckpointConfig, Kind, LoadedNetwork, StoredCheckpoint
+
+
+_NO_FACTS = frozenset({"sampler", "class_names"})
+"""What a file recommends, and how it calls its classes: nothing that could be contradicted."""
 
 
 class CheckpointSettings(Config):
@@ -136,11 +140,15 @@ def identify_checkpoint(
     from admtrt.models.checkpoint import identify
 
     settings = parse_settings(description.settings)
-    given = _given_config(description, stored.kind(settings), kinds)
+    said = None if description.config is None else load_config(CheckpointSettings, description.config)
+    given = _given_config(description, said, stored, kinds, settings)
     found = identify(stored, kinds=kinds, config=given, settings=settings, options=description.options)
     if found.note:
         note(f"{stored.path}: {found.note}")
-    return found.config
+    if said is None or description.preset is not None:
+        return found.config
+    replaced = {name: getattr(said, name) for name in _NO_FACTS & said.model_fields_set}
+    return type(found.config).from_dict(found.config.to_dict() | replaced, source=str(description.config))
 
 
 def parse_settings(items: Sequence[str]) -> dict[str, Any]:
@@ -163,28 +171,34 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
 
 
 def _given_config(
-    description: Description, kind: Kind | None, kinds: tuple[Kind, ...]
+    description: Description,
+    said: CheckpointSettings | None,
+    stored: StoredCheckpoint,
+    kinds: tuple[Kind, ...],
+    settings: Mapping[str, Any],
 ) -> CheckpointConfig | None:
     """The configuration that a preset gives, or the section of ``--config`` for a network of this kind."""
     from admtrt.models.checkpoint import CheckpointConfig, checkpoint_config_from_preset
 
-    settings = None if description.config is None else load_config(CheckpointSettings, description.config)
     if description.preset is not None:
         return checkpoint_config_from_preset(description.preset)
-    if settings is None:
+    if said is None:
         return None
-    if settings.unet is None and settings.upsampler is None and settings.classifier is None:
+    if said.unet is None and said.upsampler is None and said.classifier is None:
+        if stored.embedded is not None and said.model_fields_set <= _NO_FACTS:
+            return None
         raise ConfigError(
             f"{description.config} has no section [unet], [upsampler] or [classifier]",
             hint=f"Describe the network there; single settings go into {description.options.prefix}set.",
         )
-    sections = [name for name in kinds if getattr(settings, name) is not None]
+    sections = [name for name in kinds if getattr(said, name) is not None]
     if not sections:
         return None
+    kind = stored.kind(settings)
     section = kind if kind in sections else sections[0]
-    network = getattr(settings, section)
+    network = getattr(said, section)
     field = "classifier" if section == "classifier" else "unet"
-    shared = settings.model_dump(include={"diffusion", "sampler", "class_names"})
+    shared = said.model_dump(include={"diffusion", "sampler", "class_names"})
     return CheckpointConfig.from_dict(
         {"kind": section, field: network.to_dict(), **shared}, source=str(description.config)
     )

@@ -122,7 +122,7 @@ def backends(findings: Sequence[Finding]) -> list[Ability]:
         ability = Ability(
             backend.name,
             runs=not reason,
-            precisions=backend.precisions,
+            precisions=backend.precisions if reason else backend.precisions_here(),
             detail=reason or backend.summary,
             hint=hint,
         )

@@ -34,7 +34,7 @@ def inspect(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Check a bundle (schema, hashes, paths) and show its graphs, its plans and its recommended sampler."""
+    """Check a bundle and its plans (schema, hashes, paths); show graphs, plans and recommended sampler."""
     from admtrt.bundle import Bundle
     from admtrt.runtime.engines.plans import PlanStore
     from admtrt.runtime.trt.layers import plan_layers
@@ -45,7 +45,7 @@ def inspect(
     store = PlanStore.of(opened, cache)
     records, faults = store.records()
     listed = None if layers is None else plan_layers(opened, store, _chosen(records, layers))
-    plans = [(record, is_current(record, opened), store.fault(record)) for record in records]
+    plans = [(record, is_current(record, opened), store.fault(record, whole=True)) for record in records]
     manifest, forms = opened.manifest, _forms(opened)
     data: dict[str, Any] = {
         "bundle": str(opened.path),

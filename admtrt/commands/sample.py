@@ -28,14 +28,17 @@ if TYPE_CHECKING:
     from admtrt.runtime.two_stage import TwoStage
 
 _FORMATS = ("npz", "png", "grid")
-_SHARD = 256
-"""Samples kept in one file where nothing else is said: what a kill costs at most."""
 
 
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     out: Annotated[Path, typer.Option(help="Directory of the run; a run that was cut off continues there.")],
-    num: Annotated[int | None, typer.Option(help="Samples in all; the classes asked for take turns.")] = None,
+    num: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples in all; the classes asked for take turns. One of each class where left out."
+        ),
+    ] = None,
     classes: Annotated[
         str | None,
         typer.Option(help="Classes by number or name, e.g. 0,3,7; or with counts, e.g. 0:10,3:5."),
@@ -76,7 +79,7 @@ def sample(
     ] = 16,
     shard_size: Annotated[
         int | None,
-        typer.Option(help="Samples kept in one file on the way; 256 where left out, or a batch if larger."),
+        typer.Option(help="Samples kept in one file on the way; a batch where left out."),
     ] = None,
     backend: BackendName = "onnxruntime",
     precision: PrecisionName = "fp32",
@@ -87,12 +90,12 @@ def sample(
     """Draw guided or unguided samples from a bundle, without PyTorch."""
     from admtrt.bundle import Bundle
     from admtrt.runtime.backends.opening import check_request
-    from admtrt.runtime.bulk import BulkRequest
+    from admtrt.runtime.bulk import BulkRequest, recorded_shard_size
     from admtrt.runtime.pipeline import Pipeline
 
     output = Output(json=json)
     chosen = _formats(formats)
-    kept = max(_SHARD, batch_size) if shard_size is None else shard_size
+    kept = (recorded_shard_size(out) or batch_size) if shard_size is None else shard_size
     if upsample is None and (upsample_steps is not None or upsample_scale is not None):
         raise RequestError(
             "--upsample-steps and --upsample-scale belong to a second stage", hint="Name it with --upsample."
@@ -161,7 +164,7 @@ def sample(
             "precision": precision,
             "chosen": choices.to_list(),
         },
-        f"{request.count} samples: " + ", ".join(result["files"]),
+        f"{request.count} sample{'s' * (request.count > 1)}: " + ", ".join(result["files"]),
     )
 
 

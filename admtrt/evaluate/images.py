@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from admtrt.errors import DataError
-from admtrt.training.data import load_data, require_classes, split
+from admtrt.training.data import ImageSet, load_data, require_classes, split
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from admtrt.config import DataConfig, UNetConfig
-    from admtrt.training.data import ImageSet
 
 
 def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[str]) -> ImageSet:
@@ -35,6 +37,8 @@ def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[s
     plain = config.model_copy(update={"random_crop": False, "random_flip": False})
     images = load_data(plain)
     if network.num_classes is not None:
+        images = _by_number(images, network.num_classes)
+    if network.num_classes is not None:
         require_classes(images, network.num_classes)
         numbers = tuple(str(label) for label in range(network.num_classes))
         if class_names and images.class_names not in (tuple(class_names), numbers):
@@ -44,3 +48,12 @@ def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[s
                 hint="Name the folders or files as the network's classes, or by their numbers.",
             )
     return split(images, config.hold_out)[1] if config.hold_out else images
+
+
+def _by_number(images: ImageSet, num_classes: int) -> ImageSet:
+    """Labels that are numbers of the network's classes stand for these, whether or not every one occurs."""
+    numbers = [str(number) for number in range(num_classes)]
+    if images.labels is None or not set(images.class_names) <= set(numbers):
+        return images
+    own = np.array([int(name) for name in images.class_names], np.int64)
+    return replace(images, labels=own[images.labels], class_names=tuple(numbers))

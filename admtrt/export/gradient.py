@@ -85,6 +85,11 @@ def export_input_gradient(
     """
     if wrt not in inputs:
         raise ExportError(f"there is no input '{wrt}'; the inputs are {list(inputs)}")
+    other = next((name for name, value in inputs.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        raise ExportError(
+            f"the example input '{other}' is a {type(inputs[other]).__name__}; expected a tensor of PyTorch"
+        )
     taken = next((name for name in inputs if name in ("", *_OUTPUTS)), None)
     if taken is not None:
         raise ExportError(f"an input cannot be called {taken!r}", hint="Give it another name.")

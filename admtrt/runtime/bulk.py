@@ -7,6 +7,7 @@ index, so a shard can be drawn by any process at any time and is the same.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import zipfile
@@ -38,7 +39,7 @@ GRID_LIMIT = 400
 """Samples on a grid; more are not readable."""
 LOW_STAGE = "low"
 """Folder of the first stage's run within that of a two-stage run."""
-_REQUEST = "request.json"
+_REQUEST, _SHARDS = "request.json", "shards"
 _UNSHOWN = {"bundle": "bundle differs", "labels": "labels differ", "low_res": "low_res differs"}
 """What is said of hashes and long lists, whose values tell nobody anything."""
 _BLOCK = 256  # images of which a digest reads at once
@@ -132,6 +133,16 @@ def finished_samples(directory: Path, request: BulkRequest) -> int:
     starts = range(0, request.count, request.shard_size)
     done = (start for start in starts if _shard(directory, start).exists())
     return sum(min(start + request.shard_size, request.count) - start for start in done)
+
+
+def recorded_shard_size(directory: Path) -> int | None:
+    """How a run that began here, or its first stage, is divided; None where none did."""
+    for place in (directory, directory / LOW_STAGE):
+        with contextlib.suppress(OSError, ValueError):
+            size = _settings(json.loads((place / _REQUEST).read_text(encoding="utf-8"))).get("shard_size")
+            if isinstance(size, int) and size >= 1:
+                return size
+    return None
 
 
 class RunImages:
@@ -229,6 +240,8 @@ def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
             hint="Choose another directory for --out.",
         )
     differing = [_difference(key, old[key], new[key]) for key in new if old[key] != new[key]]
+    if differing and not any((directory / _SHARDS).glob("*.npz")):
+        return False  # a run that was stopped before it had anything to keep
     if differing:
         raise OutputError(
             f"{directory} holds the shards of another run: {', '.join(differing)}",
@@ -258,7 +271,7 @@ def _is_unclaimed(directory: Path) -> bool:
 
 
 def _shard(directory: Path, start: int) -> Path:
-    return directory / "shards" / f"{start:08d}.npz"
+    return directory / _SHARDS / f"{start:08d}.npz"
 
 
 def _draw_shard(

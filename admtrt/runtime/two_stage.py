@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from admtrt.config import SamplerConfig
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Samples, Step
+    from admtrt.runtime.sampler import Labels
 
 UNGUIDED = 0.0
 """The second stage's default scale: the paper guides the small images only ("Comparison to Upsampling")."""
@@ -41,6 +42,16 @@ class TwoStageSamples:
     def images(self) -> NDArray[np.uint8]:
         """The enlarged images, uint8 [N, H, W, C]."""
         return self.high.images
+
+    @property
+    def labels(self) -> Labels | None:
+        """int64 [N] of the stage that knows classes, or None where neither does."""
+        return self.high.labels if self.low.labels is None else self.low.labels
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """One for each sample."""
+        return self.high.seeds
 
 
 class TwoStage:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import signal
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +22,8 @@ from admtrt.images import MODES, from_uint8, to_pillow
 from admtrt.training.data_sources import Labels, Pixels, Skipped, read_image, read_source
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch import Tensor
 
     from admtrt.config import DataConfig
@@ -162,12 +167,35 @@ def batch(
     rows = [int(_order(count, seed, position // count)[position % count]) for position in positions]
     rngs = [_rng(seed, _AUGMENTATION, position) for position in positions]
     if isinstance(data.images, tuple):
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
+        with _signals_wait(), ThreadPoolExecutor() as pool:  # Pillow decodes outside the interpreter's lock
             images = list(pool.map(data.image, rows, rngs))
     else:
         images = list(map(data.image, rows, rngs))
     y = None if data.labels is None else torch.from_numpy(data.labels[rows])
     return torch.from_numpy(np.stack(images)), y
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """Signals that end the process are heard at the end of the block.
+
+    What their handlers raise could otherwise leave a lock of the pool held, for which its threads, and then
+    the process, would wait for ever.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield
+        return
+    heard = list[int]()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for each in before:
+        signal.signal(each, lambda number, _: heard.append(number))
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
+        for number in heard:
+            signal.raise_signal(number)
 
 
 def _rng(seed: int, *stream: int) -> np.random.Generator:

@@ -259,6 +259,7 @@ LABELLED = X | {"y": torch.ones(2, dtype=torch.int64)}
             "input 'condition' has no batch axis",
         ),
         (nn.Embedding(9, 3), {"x": torch.ones(2, dtype=torch.int64)}, {}, "torch.int64; only floating-point"),
+        (nn.Linear(4, 3), {"x": np.ones((2, 4))}, {}, "'x' is a ndarray; expected a tensor of PyTorch"),
         (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.cumsum(1)[:, -1]}, "'CumSum'"),
         (nn.Linear(4, 3), X, {"scalar": lambda out, x: out.sort(dim=1)[0][:, 0]}, "operator"),
         (nn.Linear(5, 3), X, {"scalar": log_prob_of_first}, "cannot export"),

@@ -248,7 +248,7 @@ def test_bad_data(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     given = ["--bundle", bundle]
     for name, labels, message in (
         ("bare", None, "has no labels, and 4 classes were to be learned"),
-        ("few", LABELS % 3, "has 3 classes, and the network has num_classes 4"),
+        ("few", LABELS % 3 + 2, "has 3 classes, and the network has num_classes 4"),
     ):
         path = npz(tmp_path / f"{name}.npz", labels=labels)
         assert message in refusal(capsys, *given, "--data", path)
@@ -275,6 +275,9 @@ def test_classes_of_another_meaning(tmp_path: Path) -> None:
     assert len(load_images(data, config, ())) == 3
     numbered = DataConfig(source=str(npz(tmp_path / "n.npz", labels=LABELS % 3)), image_size=8, channels=1)
     assert load_images(numbered, config, CLASS_NAMES).class_names == ("0", "1", "2")
+    some = npz(tmp_path / "s.npz", labels=LABELS % 2 * 2)  # class 1 does not occur
+    found = load_images(DataConfig(source=str(some), image_size=8, channels=1), config, CLASS_NAMES)
+    np.testing.assert_array_equal(found.labels, LABELS % 2 * 2)
 
 
 def test_a_bound_that_is_no_number(tmp_path: Path) -> None:

@@ -115,7 +115,8 @@ def test_the_second_stage_enlarges_the_levels_of_the_first(small: Path, large: P
     np.testing.assert_array_equal(drawn.high.x, second.x)
     np.testing.assert_array_equal(drawn.images, second.images)
     assert drawn.images.shape == (3, 8, 8, 1)
-    assert drawn.high.seeds == drawn.low.seeds == (5, 6, 9)
+    assert drawn.high.seeds == drawn.low.seeds == drawn.seeds == (5, 6, 9)
+    np.testing.assert_array_equal(drawn.labels, [0, 2, 1])
     assert calls == [(3, 1, 4, 4)] * 4 + [(3, 1, 8, 8)] * 5
     assert len(both([0, 1, 2], upsample_steps="2", steps="2", batch_size=2).images) == 3
 

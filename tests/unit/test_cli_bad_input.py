@@ -17,7 +17,12 @@ from safetensors.torch import save_file
 
 from admtrt.bundle import MANIFEST, Bundle
 from admtrt.cli import run
-from admtrt.models.checkpoint import build_network, checkpoint_config_from_preset, save_checkpoint
+from admtrt.models.checkpoint import (
+    build_network,
+    checkpoint_config_from_preset,
+    read_checkpoint_config,
+    save_checkpoint,
+)
 
 Capture = pytest.CaptureFixture[str]
 
@@ -319,6 +324,33 @@ def test_a_file_of_settings_without_a_network(capsys: Capture, tmp_path: Path, u
     complaint = export_refused(capsys, tmp_path, unet, "--config", tmp_path / "s.toml")
     assert "s.toml has no section [unet], [upsampler] or [classifier]" in complaint
     assert "--unet-set" in complaint
+
+
+def test_what_a_file_recommends_may_be_replaced(capsys: Capture, tmp_path: Path) -> None:
+    """A network's names and sampler are no facts that a file could contradict."""
+    loaded = network(UNET.model_copy(update={"num_classes": 2}))
+    save_checkpoint(tmp_path / "u.safetensors", loaded.module.state_dict(), loaded.config)
+    (tmp_path / "s.toml").write_text(
+        'class_names = ["no", "yes"]\n[sampler]\nmethod = "ddim"\nsteps = "ddim10"\n'
+    )
+    target = tmp_path / "v.safetensors"
+    arguments = [
+        "convert",
+        str(tmp_path / "u.safetensors"),
+        str(target),
+        "--config",
+        str(tmp_path / "s.toml"),
+    ]
+    assert run(arguments) == 0
+    capsys.readouterr()
+    config = read_checkpoint_config(target)
+    assert config is not None
+    assert config.class_names == ("no", "yes")
+    assert (config.sampler.method, config.sampler.steps) == ("ddim", "ddim10")
+    (tmp_path / "s.toml").write_text('class_names = ["no", "yes", "both"]\n')
+    assert "class_names has 3 names, and the network has 2 classes" in refused(
+        capsys, *arguments, "--overwrite"
+    )
 
 
 def test_names_of_another_number_of_classes(capsys: Capture, tmp_path: Path) -> None:

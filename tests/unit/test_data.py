@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,33 @@ def test_every_epoch_shows_every_image_once_in_another_order(tmp_path):
     assert len(set(epochs)) == 6
     assert numbers(batch(data, 5, 0, 42)[0]) == row  # a batch may hold several epochs
     assert numbers(batch(data, 6, 0, 42)[0]) != row
+
+
+def test_a_signal_is_heard_when_the_images_are_read(tmp_path, monkeypatch):
+    """What its handler raises would otherwise fly through the locks of the pool."""
+    for index in range(8):
+        save(tmp_path / f"{index}.png")
+    data = load_data(config(tmp_path, label_from="none"))
+    read, image = [], type(data).image
+
+    def interrupted(self, index, rng):
+        if not read:
+            signal.raise_signal(signal.SIGTERM)
+        read.append(index)
+        return image(self, index, rng)
+
+    def ends(number, _):
+        raise SystemExit(len(read))
+
+    monkeypatch.setattr(type(data), "image", interrupted)
+    before = signal.signal(signal.SIGTERM, ends)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            batch(data, seed=0, step=0, size=8)
+        assert ended.value.code == len(read) == 8
+        assert signal.getsignal(signal.SIGTERM) is ends
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_a_batch_depends_on_nothing_that_came_before(tmp_path):

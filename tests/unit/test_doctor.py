@@ -114,6 +114,14 @@ def test_the_backend_of_the_plans_needs_a_library_that_runs_them(
     assert ("on this GPU" in abilities["tensorrt"].detail) != runs_plans
 
 
+@pytest.mark.parametrize("capable", [True, False])
+def test_precisions_are_those_of_this_processor(monkeypatch: pytest.MonkeyPatch, capable: bool) -> None:
+    monkeypatch.setattr(Backend, "available", lambda self: Availability())
+    monkeypatch.setattr("admtrt.runtime.backends.openvino.computes_bf16", lambda: capable)
+    (openvino,) = (ability for ability in doctor.backends([]) if ability.name == "openvino")
+    assert openvino.precisions == (("fp32", "bf16") if capable else ("fp32",))
+
+
 def test_a_backend_that_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backend, "available", lambda self: Availability("lacks a thing", "get the thing"))
     for ability in doctor.backends([]):

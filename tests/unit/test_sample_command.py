@@ -78,13 +78,27 @@ def test_batch_and_shard_sizes_divide_the_work_only(
     assert len(list((tmp_path / "whole" / "shards").iterdir())) == 1
 
 
-def test_a_shard_holds_a_batch_at_least(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_batch_is_kept_and_a_run_goes_on_as_it_was_divided(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("admtrt.commands.sample._SHARD", 2)
     for name, options, shards in (("one", [3], 1), ("two", [2], 2), ("own", [3, "--shard-size", 1], 3)):
         sample(capsys, tmp_path / name, "--num", 3, "--batch-size", *options)
         assert len(list((tmp_path / name / "shards").iterdir())) == shards
+    (tmp_path / "two" / "shards" / "00000002.npz").unlink()
+    assert sample(capsys, tmp_path / "two", "--num", 3, "--batch-size", 3)["continued_from"] == 2
+    for damaged in ("[]", "{", '{"sampler": {}, "shard_size": 0}'):
+        (tmp_path / "one" / "request.json").write_text(damaged)
+        assert (
+            run(["sample", str(exported_bundle("guided")), "--out", str(tmp_path / "one"), "--num", "3"]) == 2
+        )
+        assert "is damaged" in capsys.readouterr().err or damaged.startswith('{"')
+
+
+def test_a_run_that_kept_nothing_makes_room(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    sample(capsys, tmp_path / "run", "--num", 2)
+    for shard in (tmp_path / "run" / "shards").iterdir():
+        shard.unlink()
+    assert sample(capsys, tmp_path / "run", "--num", 3, "--seed", 5)["first_seed"] == 5
 
 
 def test_labels_that_nothing_heeds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

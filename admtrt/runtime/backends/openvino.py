@@ -60,7 +60,7 @@ class OpenVinoDenoiser(GraphDenoiser):
         graphs: Collection[GraphName] | None = None,
     ) -> None:
         self._core = import_openvino().Core()
-        if precision == "bf16" and "BF16" not in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        if precision == "bf16" and not computes_bf16():
             raise RequestError(
                 "this processor has no bf16 instructions, so OpenVINO would compute in fp32",
                 hint="Use --precision fp32.",
@@ -167,6 +167,15 @@ class _Compiled:
             port.any_name: np.concatenate([request.get_tensor(port).data for request in self.requests])
             for port in ports
         }
+
+
+def computes_bf16() -> bool:
+    """Whether this processor multiplies bf16; OpenVINO computes in fp32 where it does not.
+
+    Raises:
+        UserError: as :func:`import_openvino`.
+    """
+    return "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def import_openvino() -> Any:

@@ -90,6 +90,14 @@ class Backend:
             return Availability(error.message, error.hint)
         return Availability()
 
+    def precisions_here(self) -> tuple[Precision, ...]:
+        """Those precisions that this machine has; the packages have to be there."""
+        if self.name != "openvino":
+            return self.precisions
+        from admtrt.runtime.backends.openvino import computes_bf16
+
+        return self.precisions if computes_bf16() else ("fp32",)
+
     def open(
         self,
         bundle: Bundle,

@@ -73,7 +73,9 @@ class Workshop:
                 f"{self.library} builds on the GPU that runs the plan, and this machine has none",
                 hint="Build with --library rtx, which needs no GPU; see: admtrt doctor",
             )
-        self.store.prepare()
+        keys = (plan_key(source, options, self.library, self.gpu) for source in sources)
+        if not all(self.store.path(key).exists() for key in keys):
+            self.store.prepare()
         if self.timing_cache is not None:
             check_place(self.timing_cache)
 

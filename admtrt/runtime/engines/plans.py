@@ -155,10 +155,13 @@ class PlanStore:
                     faults.append(error.message)
         return sorted(records, key=lambda record: record.built, reverse=True), faults
 
-    def fault(self, record: PlanRecord) -> str:
-        """Why a plan cannot be used, as far as its size tells; empty where it can."""
+    def fault(self, record: PlanRecord, *, whole: bool = False) -> str:
+        """Why a plan cannot be used, by its size or its ``whole`` content; empty where it can."""
         try:
             self._check_size(record)
+            if whole:
+                path = self.path(record.key)
+                _check_digest(path, sha256_of(path), record)
         except PlanError as error:
             return error.message
         return ""
