@@ -15,7 +15,9 @@ ConvBackward = Literal["flipped", "transposed"]
 the weights) or a ConvTranspose that shares them (engines)."""
 
 
-_RESULT_TYPES = {"Shape": ir.DataType.INT64} | dict.fromkeys(("Less", "Greater", "Equal"), ir.DataType.BOOL)
+_RESULT_TYPES = dict.fromkeys(("Shape", "ArgMax"), ir.DataType.INT64) | dict.fromkeys(
+    ("Less", "Greater", "Equal"), ir.DataType.BOOL
+)
 
 
 class Tape:

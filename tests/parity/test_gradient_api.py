@@ -102,6 +102,13 @@ def cnn() -> nn.Module:
     )  # fmt: skip
 
 
+def pooled() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.ConvTranspose2d(8, 4, 4, 2, 1),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(64, 3),
+    )  # fmt: skip
+
+
 def log_prob_of_first(out: Tensor, *inputs: Tensor) -> Tensor:
     return out.log_softmax(dim=1)[:, 0]
 
@@ -114,6 +121,7 @@ def inputs_of(batch: int, shapes: dict[str, tuple[int, ...]]) -> dict[str, Tenso
 MODULES = {
     "mlp": (mlp, {"x": (4,)}, log_prob_of_first, "x"),
     "cnn": (cnn, {"x": (3, 8, 8)}, log_prob_of_first, "x"),
+    "pooled": (pooled, {"x": (3, 8, 8)}, log_prob_of_first, "x"),
     "attention": (Attention, {"x": (5, 8)}, log_prob_of_first, "x"),
     "variants": (Variants, {"x": (4, 6, 6)}, log_prob_of_first, "x"),
     "energy": (TwoInputs, {"state": (4,), "condition": (6,)}, None, "state"),

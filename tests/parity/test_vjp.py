@@ -326,6 +326,26 @@ CASES = [
         lambda x, c, d, e: F.batch_norm(x, d, e, c, d, eps=0.1),
         {"c": SCALE, "d": BIAS, "e": BIAS**2},
     ),
+    *(
+        Case(
+            "ConvTranspose",
+            (4, *size),
+            f"y = ConvTranspose <{options}> (x, k, b)",
+            lambda x, k, b, given=given: getattr(F, f"conv_transpose{x.ndim - 2}d")(x, k, b, **given),
+            {"k": normal(4, 6 // given.get("groups", 1), *kernel), "b": normal(6, seed=1)},
+        )
+        for size, kernel, options, given in (
+            ((3, 4), (3, 3), "pads = [1, 1, 1, 1]", {"padding": 1}),
+            ((3, 4), (4, 4), "strides = [2, 2], pads = [1, 1, 1, 1]", {"stride": 2, "padding": 1}),
+            (
+                (3, 4),
+                (3, 2),
+                "strides = [3, 2], output_padding = [2, 1], group = 2",
+                {"stride": (3, 2), "output_padding": (2, 1), "groups": 2},
+            ),
+            ((5,), (3,), "dilations = [2]", {"dilation": 2}),
+        )
+    ),
     Case("Softmax", (3, 4), "y = Softmax (x)", lambda x: x.softmax(-1)),
     Case("Softmax", (3, 4), "y = Softmax <axis = 1> (x)", lambda x: x.softmax(1)),
     Case("Softmax", (5, 3), f"{SCORES} p = Softmax (s) y = MatMul (p, x)", lambda x: attend(x)),
@@ -379,6 +399,15 @@ CASES = [
     ),  # zeros share
     Case("ReduceSum", (4,), "s = ReduceSum (x) y = Mul (x, s)", lambda x: x * x.sum()),
     Case("GlobalAveragePool", (2, 3, 4), "y = GlobalAveragePool (x)", lambda x: x.mean((2, 3), keepdim=True)),
+    Case(
+        "MaxPool",
+        (2, 4, 6),
+        "y = MaxPool <kernel_shape = [2, 3], strides = [2, 3]> (x)",
+        lambda x: F.max_pool2d(x, (2, 3)),
+    ),
+    Case(
+        "MaxPool", (3, 8), "y = MaxPool <kernel_shape = [4], strides = [4]> (x)", lambda x: F.max_pool1d(x, 4)
+    ),
     Case(
         "AveragePool",
         (2, 4, 6),
@@ -620,13 +649,17 @@ def test_every_rule_has_a_case() -> None:
 
 
 def test_bounds_of_clip_and_zeros_as_in_pytorch() -> None:
-    """At the ends of Clip the gradient passes; at 0 those of Relu, Abs and the norm are 0."""
+    """It passes at the ends of Clip; at 0 those of Relu, Abs, the norm are 0; of equals the first has it."""
     x = np.float32([[-1, 0, 1], [0, 0, 0]])
     for body, reference in (
         ("y = Clip (x, low, high)", lambda v: v.clamp(-1, 1)),
         ("y = Relu (x)", torch.relu),
         ("y = Abs (x)", torch.abs),
         ("y = ReduceL2 <keepdims = 1> (x, one)", lambda v: v.norm(dim=1, keepdim=True)),
+        (
+            "u = Unsqueeze (x, one) p = MaxPool <kernel_shape = [3], strides = [3]> (u) y = Squeeze (p, one)",
+            lambda v: F.max_pool1d(v[:, None], 3)[:, 0],
+        ),
     ):
         model = parse(
             f"g (float[N, 3] x) => (float[N] value) {{ {body} value = ReduceSum <keepdims = 0> (y, one) }}",
@@ -671,6 +704,9 @@ REFUSED_IMAGES = [
     ("Conv", "k = ReduceSum <keepdims = 1> (x, zeros) y = Conv (x, k)"),
     ("Conv", "b = ReduceSum <keepdims = 0> (x, rest) y = Conv (x, kernel, b)"),
     ("MaxPool", "y = MaxPool <kernel_shape = [2, 2]> (x)"),
+    ("MaxPool", "y = MaxPool <kernel_shape = [2, 2], strides = [2, 2], dilations = [2, 2]> (x)"),
+    ("ConvTranspose", 'y = ConvTranspose <auto_pad = "SAME_UPPER"> (x, kernel)'),
+    ("ConvTranspose", "k = ReduceSum <keepdims = 1> (x, zeros) y = ConvTranspose (x, k)"),
 ]
 
 

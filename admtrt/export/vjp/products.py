@@ -78,8 +78,7 @@ def _conv(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     assert weights is not None
     kernel = list(weights.shape[2:])
     rank = len(kernel)
-    if "auto_pad" in node.attributes and node.attributes["auto_pad"].as_string() not in ("NOTSET", ""):
-        raise ExportError(f"Conv '{node.name}' uses auto_pad; export explicit pads")
+    _require_pads(node)
     strides, dilations = (
         ints_attribute(node, "strides", [1] * rank),
         ints_attribute(node, "dilations", [1] * rank),
@@ -127,6 +126,31 @@ def _conv(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
         output_padding=output_padding,
     )
     return [transposed, *others]
+
+
+@rule("ConvTranspose")
+def _conv_transpose(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """A Conv of the same weights, strides and pads, which leaves out what output padding added."""
+    refuse_active(tape, node, 1, 2)
+    _require_pads(node)
+    if "output_shape" in node.attributes:
+        raise ExportError(f"ConvTranspose '{node.name}' uses output_shape; export explicit pads")
+    rank = len(dims_of(input_of(node, 0))) - 2
+    back = tape.op(
+        "Conv",
+        only(incoming),
+        node.inputs[1],
+        strides=ints_attribute(node, "strides", [1] * rank),
+        dilations=ints_attribute(node, "dilations", [1] * rank),
+        pads=ints_attribute(node, "pads", [0] * (2 * rank)),
+        group=int_attribute(node, "group", 1),
+    )
+    return [back, *([None] * (len(node.inputs) - 1))]
+
+
+def _require_pads(node: ir.Node) -> None:
+    if "auto_pad" in node.attributes and node.attributes["auto_pad"].as_string() not in ("NOTSET", ""):
+        raise ExportError(f"{node.op_type} '{node.name}' uses auto_pad; export explicit pads")
 
 
 def _flipped(

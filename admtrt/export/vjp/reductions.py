@@ -102,19 +102,50 @@ def _global_average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Grad
     return [_expand(tape, tape.op("Mul", only(incoming), tape.scalar(1 / count, x)), x, spatial)]
 
 
-@rule("AveragePool")
-def _average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Windows that tile the image exactly: every position gets its window's share, a nearest resize."""
+def _windows(node: ir.Node) -> tuple[list[int], list[int]]:
+    """How many windows of a pooling tile each axis, and their sizes.
+
+    Raises:
+        ExportError: if they do not tile the image exactly.
+    """
     kernel = ints_attribute(node, "kernel_shape", ())
     strides = ints_attribute(node, "strides", [1] * len(kernel))
-    sizes = dims_of(input_of(node, 0))[2:]
     tiled = (
         strides == kernel
         and not any(ints_attribute(node, "pads", [0]))
         and not int_attribute(node, "ceil_mode", 0)
+        and set(ints_attribute(node, "dilations", [1])) == {1}
     )
-    if not tiled or any(size is None or size % k for size, k in zip(sizes, kernel, strict=True)):
-        raise ExportError(f"AveragePool '{node.name}' has windows that overlap, pad or do not tile the image")
+    sizes = [size or 0 for size in dims_of(input_of(node, 0))[2:]]
+    if not tiled or not all(sizes) or any(size % k for size, k in zip(sizes, kernel, strict=True)):
+        raise ExportError(
+            f"{node.op_type} '{node.name}' has windows that overlap, pad or do not tile the image"
+        )
+    return [size // k for size, k in zip(sizes, kernel, strict=True)], kernel
+
+
+@rule("MaxPool")
+def _max_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """All to the first of a window's largest, as in PyTorch: a one-hot product over windows, no scatter."""
+    x, (counts, kernel) = input_of(node, 0), _windows(node)
+    g, rank = only(incoming), len(kernel)
+    assert x.dtype is not None
+    apart = [size for pair in zip(counts, kernel, strict=True) for size in pair]
+    windows_last = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2)]
+    windows = tape.op("Transpose", tape.op("Reshape", x, tape.ints(-1, *apart)), perm=windows_last)
+    windows = tape.op("Reshape", windows, tape.ints(-1, *counts, math.prod(kernel)))
+    taken = tape.op("ArgMax", windows, axis=-1, keepdims=1)
+    chosen = tape.cast(tape.op("Equal", taken, tape.array(np.arange(math.prod(kernel)))), x.dtype)
+    spread = tape.op("Mul", chosen, tape.op("Reshape", g, tape.ints(-1, *counts, 1)))
+    back = tape.op("Reshape", spread, tape.ints(-1, *counts, *kernel))
+    back = tape.op("Transpose", back, perm=[windows_last.index(axis) for axis in range(2 * rank + 1)])
+    return [tape.reshape_like(back, x)]
+
+
+@rule("AveragePool")
+def _average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Windows that tile the image exactly: every position gets its window's share, a nearest resize."""
+    _, kernel = _windows(node)
     g = only(incoming)
     share = tape.op("Mul", g, tape.scalar(1 / math.prod(kernel), input_of(node, 0)))
     return [_nearest(tape, share, kernel)]
