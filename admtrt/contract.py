@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 BATCH = "N"
 """Name of the dynamic axis."""
+NODE_SCOPES = "pkg.torch.onnx.name_scopes"
+"""Metadata of a node: the PyTorch modules that it comes from, the outermost first."""
 
 GraphName = Literal["unet", "classifier_gradient", "update"]
 DType = Literal["float32", "int64"]

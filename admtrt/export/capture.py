@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from admtrt.contract import BATCH
+from admtrt.contract import BATCH, NODE_SCOPES
 from admtrt.errors import ExportError
 from admtrt.export.fold import fold
 from admtrt.export.passes import simplify
@@ -91,6 +91,7 @@ def graph_from_module(
     model: ir.Model = program.model
     if len(model.graph.outputs) != len(outputs):
         raise ExportError(f"the module returns {len(model.graph.outputs)} tensors; expected {len(outputs)}")
+    _forget_paths(model.graph)
     _rename_clashes(model.graph)
     _check_batch_free(model.graph)
     _name_batch_axis(model)
@@ -98,6 +99,15 @@ def graph_from_module(
     fold(model)
     simplify(model)
     return model
+
+
+def _forget_paths(graph: ir.Graph) -> None:
+    """Of what PyTorch notes of a node only its module stays: the call stack has paths of this machine."""
+    for node in graph:
+        scopes = node.metadata_props.get(NODE_SCOPES)
+        node.metadata_props.clear()
+        if scopes is not None:
+            node.metadata_props[NODE_SCOPES] = scopes
 
 
 def _rename_clashes(graph: ir.Graph) -> None:

@@ -7,6 +7,7 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
+from admtrt.contract import NODE_SCOPES
 from admtrt.errors import BundleError, EngineError
 from admtrt.onnx_wire import node_metadata
 
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.library import Library
     from admtrt.runtime.engines.sources import GraphSource
 
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _LONGEST = 600
 # What every message of a machine without a driver carries along, whatever went wrong.
 _NOISE = re.compile(r"^.*\bcatchCudaError\b.*cudaError 35.*$\n?", re.MULTILINE)
@@ -66,7 +66,7 @@ def _modules(path: Path) -> dict[str, str]:
     """The PyTorch module that each node comes from, as far as the graph remembers it."""
     modules = {}
     with contextlib.suppress(BundleError):  # what is wrong with the file is said by the library's own message
-        for node, scopes in node_metadata(path, _SCOPES).items():
+        for node, scopes in node_metadata(path, NODE_SCOPES).items():
             with contextlib.suppress(IndexError, TypeError, ValueError, SyntaxError):
                 modules[node] = str(ast.literal_eval(scopes)[-2])
     return modules
