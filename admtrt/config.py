@@ -345,9 +345,13 @@ class SamplerConfig(Config):
 
 def _fit_steps(sampler: SamplerConfig, info: ValidationInfo) -> SamplerConfig:
     diffusion: DiffusionConfig | None = info.data.get("diffusion")  # absent where it was refused
-    if diffusion is None or "steps" in sampler.model_fields_set or diffusion.steps >= int(sampler.steps):
+    if diffusion is None or "steps" in sampler.model_fields_set:
         return sampler
-    return sampler.model_copy(update={"steps": str(diffusion.steps)})
+    steps = min(int(SamplerConfig.model_fields["steps"].default), diffusion.steps)
+    fitted = sampler.model_dump() | {"steps": str(steps)}
+    return SamplerConfig.model_construct(
+        _fields_set=sampler.model_fields_set, **fitted
+    )  # not chosen by anyone
 
 
 FittedSampler = Annotated[SamplerConfig, AfterValidator(_fit_steps), Field(validate_default=True)]

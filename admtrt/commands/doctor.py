@@ -119,10 +119,16 @@ def backends(findings: Sequence[Finding]) -> list[Ability]:
         if available and backend.name == PLANS_ONLY and not any(each.runs_plans for each in findings):
             reason = "no library that is installed runs plans on this GPU"
             hint = _install("tensorrt")
+        precisions = backend.precisions
+        if not reason:
+            try:
+                precisions = backend.precisions_here()
+            except Exception as error:  # a missing or unfitting shared library shows as several types
+                reason, hint = f"cannot be loaded: {error}", ""
         ability = Ability(
             backend.name,
             runs=not reason,
-            precisions=backend.precisions if reason else backend.precisions_here(),
+            precisions=precisions,
             detail=reason or backend.summary,
             hint=hint,
         )

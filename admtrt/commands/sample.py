@@ -295,10 +295,11 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
 
 def _entries(classes: str, names: Sequence[str]) -> Iterator[str]:
     """The entries between the commas; of a name that has commas itself, as many parts as make the longest."""
-    parts = classes.split(",")
+    parts, known = classes.split(","), frozenset(names)
+    longest = 1 + max((name.count(",") for name in known), default=0)
     while parts:
-        tries = ((",".join(parts[:end]).strip(), end) for end in range(len(parts), 0, -1))
-        whole = ((text, end) for text, end in tries if text in names or text.rpartition(":")[0] in names)
+        tries = ((",".join(parts[:end]).strip(), end) for end in range(min(longest, len(parts)), 0, -1))
+        whole = ((text, end) for text, end in tries if text in known or text.rpartition(":")[0] in known)
         entry, end = next(whole, (parts[0].strip(), 1))
         yield entry
         del parts[:end]

@@ -37,7 +37,7 @@ def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[s
     plain = config.model_copy(update={"random_crop": False, "random_flip": False})
     images = load_data(plain)
     if network.num_classes is not None:
-        images = _by_number(images, network.num_classes)
+        images = _as_classes(images, network.num_classes, class_names)
     if network.num_classes is not None:
         require_classes(images, network.num_classes)
         numbers = tuple(str(label) for label in range(network.num_classes))
@@ -50,10 +50,10 @@ def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[s
     return split(images, config.hold_out)[1] if config.hold_out else images
 
 
-def _by_number(images: ImageSet, num_classes: int) -> ImageSet:
-    """Labels that are numbers of the network's classes stand for these, whether or not every one occurs."""
-    numbers = [str(number) for number in range(num_classes)]
-    if images.labels is None or not set(images.class_names) <= set(numbers):
-        return images
-    own = np.array([int(name) for name in images.class_names], np.int64)
-    return replace(images, labels=own[images.labels], class_names=tuple(numbers))
+def _as_classes(images: ImageSet, num_classes: int, class_names: Sequence[str]) -> ImageSet:
+    """Labels of the network's classes, by their names or else their numbers, whether or not each occurs."""
+    for names in (tuple(class_names), tuple(str(number) for number in range(num_classes))):
+        if images.labels is not None and set(images.class_names) <= set(names):
+            own = np.array([names.index(name) for name in images.class_names], np.int64)
+            return replace(images, labels=own[images.labels], class_names=names)
+    return images

@@ -240,11 +240,9 @@ def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
             hint="Choose another directory for --out.",
         )
     differing = [_difference(key, old[key], new[key]) for key in new if old[key] != new[key]]
-    if differing and not any((directory / _SHARDS).glob("*.npz")):
-        return False  # a run that was stopped before it had anything to keep
     if differing:
         raise OutputError(
-            f"{directory} holds the shards of another run: {', '.join(differing)}",
+            f"{directory} holds another run: {', '.join(differing)}",
             hint="Choose another directory for --out, or repeat the request that started it.",
         )
     return True
@@ -255,7 +253,10 @@ def _settings(identity: Any) -> dict[str, Any]:
     if not isinstance(identity, dict) or not isinstance(identity.get("sampler"), dict):
         return {}
     others = {key: value for key, value in identity.items() if key != "sampler"}
-    return {**others, **identity["sampler"]}
+    settings = {**others, **identity["sampler"]}
+    if not settings.get("scale"):
+        settings["guidance_interval"] = None  # which then has no effect
+    return settings
 
 
 def _difference(key: str, old: Any, new: Any) -> str:

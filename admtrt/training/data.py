@@ -186,7 +186,8 @@ def _signals_wait() -> Iterator[None]:
         yield
         return
     heard = list[int]()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler is not None}  # of Python's
     for each in before:
         signal.signal(each, lambda number, _: heard.append(number))
     try:

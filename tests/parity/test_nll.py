@@ -24,7 +24,7 @@ from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.diffusion import Diffusion
 from admtrt.runtime.noise import step_noise
 from admtrt.schedule import process_from_config
-from admtrt.training.data import ImageSet
+from admtrt.training.data import ImageSet, load_data
 from admtrt.training.losses import variational_bound
 from admtrt.training.objectives import shrink
 
@@ -278,6 +278,23 @@ def test_classes_of_another_meaning(tmp_path: Path) -> None:
     some = npz(tmp_path / "s.npz", labels=LABELS % 2 * 2)  # class 1 does not occur
     found = load_images(DataConfig(source=str(some), image_size=8, channels=1), config, CLASS_NAMES)
     np.testing.assert_array_equal(found.labels, LABELS % 2 * 2)
+
+
+def test_numbers_that_a_network_learned_as_text(tmp_path: Path) -> None:
+    """Folders are sorted as text: the third class of twelve is then "10"."""
+    config = UNetConfig.from_dict(UNET.to_dict() | {"num_classes": 12})
+    for name in range(12):
+        save(tmp_path / "images" / str(name) / "a.png")
+    data = DataConfig(source=str(tmp_path / "images"), image_size=8, channels=1)
+    trained = load_data(data)
+    assert trained.class_names[2] == "10"
+    found = load_images(data, config, trained.class_names)
+    assert found.class_names == trained.class_names
+    np.testing.assert_array_equal(found.labels, trained.labels)
+    numbered = load_images(data, config, ())
+    assert [numbered.class_names[label] for label in numbered.labels] == [
+        trained.class_names[label] for label in trained.labels
+    ]
 
 
 def test_a_bound_that_is_no_number(tmp_path: Path) -> None:

@@ -209,7 +209,7 @@ def test_another_runs_shards_are_refused(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     with pytest.raises(OutputError) as caught:
         draw(pipeline, request(**changes), tmp_path / "run", ["npz"])
-    assert caught.value.message.endswith(f"holds the shards of another run: {differing}")
+    assert caught.value.message.endswith(f"holds another run: {differing}")
     assert "--out" in caught.value.hint
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
 

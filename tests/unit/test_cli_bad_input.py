@@ -116,7 +116,7 @@ def test_another_runs_folder(capsys: Capture, tmp_path: Path) -> None:
         (["--scale", 1], "scale is 2.0 there and 1.0 now"),
     ):
         complaint = refused(capsys, *base, *options)
-        assert f"holds the shards of another run: {differing}\n" in complaint
+        assert f"holds another run: {differing}\n" in complaint
     assert contents(tmp_path) == before
 
 

@@ -412,6 +412,9 @@ def test_a_short_process_is_sampled_whole_where_no_steps_are_given() -> None:
     )
     assert RunConfig.from_dict(short | {"sampler": {"steps": "250"}}).sampler.steps == "250"
     assert RunConfig.from_dict(RUN | {"diffusion": {"steps": 250}}).sampler == SamplerConfig()
+    fitted = RunConfig.from_dict(short).sampler
+    assert RunConfig.from_dict(RUN | {"diffusion": {"steps": 1000}, "sampler": fitted}).sampler.steps == "250"
+    assert RunConfig.from_dict(RUN | {"diffusion": {"steps": 50}, "sampler": fitted}).sampler.steps == "50"
     with pytest.raises(ConfigError, match=r"'diffusion.steps' is -1"):
         RunConfig.from_dict(RUN | {"diffusion": {"steps": -1}})
 

@@ -122,6 +122,17 @@ def test_precisions_are_those_of_this_processor(monkeypatch: pytest.MonkeyPatch,
     assert openvino.precisions == (("fp32", "bf16") if capable else ("fp32",))
 
 
+def test_a_backend_that_cannot_be_loaded_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> bool:
+        raise RuntimeError("libopenvino.so: cannot open shared object file")
+
+    monkeypatch.setattr(Backend, "available", lambda self: Availability())
+    monkeypatch.setattr("admtrt.runtime.backends.openvino.computes_bf16", broken)
+    (openvino,) = (ability for ability in doctor.backends([]) if ability.name == "openvino")
+    assert not openvino.runs
+    assert "cannot open shared object file" in openvino.detail
+
+
 def test_a_backend_that_does_not_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Backend, "available", lambda self: Availability("lacks a thing", "get the thing"))
     for ability in doctor.backends([]):

@@ -94,13 +94,6 @@ def test_every_batch_is_kept_and_a_run_goes_on_as_it_was_divided(
         assert "is damaged" in capsys.readouterr().err or damaged.startswith('{"')
 
 
-def test_a_run_that_kept_nothing_makes_room(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    sample(capsys, tmp_path / "run", "--num", 2)
-    for shard in (tmp_path / "run" / "shards").iterdir():
-        shard.unlink()
-    assert sample(capsys, tmp_path / "run", "--num", 3, "--seed", 5)["first_seed"] == 5
-
-
 def test_labels_that_nothing_heeds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     for name, scale, told in (("guided", "0", True), ("guided", "1", False), ("conditional", "0", False)):
         options = ["--out", str(tmp_path / f"{name}{scale}"), "--scale", scale, "--steps", "2", "--num", "1"]

@@ -207,8 +207,8 @@ def _close(
     engines: dict[GraphName, Engine],
     kernels: dict[GraphName, KernelCache],
 ) -> None:
-    device.activate()  # whoever drops the last reference may be another thread
     try:
+        device.activate()  # whoever drops the last reference may be another thread
         for cache in kernels.values():
             cache.keep()
     finally:

@@ -194,6 +194,7 @@ class Engine:
         Raises:
             EngineError: if it has none.
         """
+        self.forget_errors()
         inspector: typed.EngineInspector | None = self._engine.create_engine_inspector()
         if inspector is None:
             raise self.fault("its runtime has no inspector")
