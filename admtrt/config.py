@@ -349,9 +349,8 @@ def _fit_steps(sampler: SamplerConfig, info: ValidationInfo) -> SamplerConfig:
         return sampler
     steps = min(int(SamplerConfig.model_fields["steps"].default), diffusion.steps)
     fitted = sampler.model_dump() | {"steps": str(steps)}
-    return SamplerConfig.model_construct(
-        _fields_set=sampler.model_fields_set, **fitted
-    )  # not chosen by anyone
+    # Not among the fields that were set: with another process it is fitted again.
+    return SamplerConfig.model_construct(_fields_set=sampler.model_fields_set, **fitted)
 
 
 FittedSampler = Annotated[SamplerConfig, AfterValidator(_fit_steps), Field(validate_default=True)]

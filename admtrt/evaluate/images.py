@@ -37,10 +37,9 @@ def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[s
     plain = config.model_copy(update={"random_crop": False, "random_flip": False})
     images = load_data(plain)
     if network.num_classes is not None:
-        images = _as_classes(images, network.num_classes, class_names)
-    if network.num_classes is not None:
-        require_classes(images, network.num_classes)
         numbers = tuple(str(label) for label in range(network.num_classes))
+        images = _as_classes(images, tuple(class_names), numbers)
+        require_classes(images, network.num_classes)
         if class_names and images.class_names not in (tuple(class_names), numbers):
             raise DataError(
                 f"{config.source} has the classes {', '.join(images.class_names)}; "
@@ -50,9 +49,9 @@ def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[s
     return split(images, config.hold_out)[1] if config.hold_out else images
 
 
-def _as_classes(images: ImageSet, num_classes: int, class_names: Sequence[str]) -> ImageSet:
-    """Labels of the network's classes, by their names or else their numbers, whether or not each occurs."""
-    for names in (tuple(class_names), tuple(str(number) for number in range(num_classes))):
+def _as_classes(images: ImageSet, *known: tuple[str, ...]) -> ImageSet:
+    """Labels by the first list of classes that names all of the images', whether or not each class occurs."""
+    for names in known:
         if images.labels is not None and set(images.class_names) <= set(names):
             own = np.array([names.index(name) for name in images.class_names], np.int64)
             return replace(images, labels=own[images.labels], class_names=names)

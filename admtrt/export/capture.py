@@ -114,7 +114,7 @@ def _rename_clashes(graph: ir.Graph) -> None:
     """PyTorch calls values after operators, and never looks at the names of inputs and outputs."""
     ends = (*graph.inputs, *graph.outputs)
     taken = {value.name for value in ends}
-    for value in (*_all_values(graph), *list(graph.initializers.values())):
+    for value in (*_all_values(graph), *graph.initializers.values()):
         if value.name in taken and not any(value is end for end in ends):
             value.name = f"inner_{value.name}"
 

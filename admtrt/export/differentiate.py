@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
     from admtrt.export.vjp.rule import Rule
 
-LABEL_HINT = "Write the score of a label as F.log_softmax(logits, -1).gather(1, y[:, None])."
-_HINTS = {"GatherND": LABEL_HINT, "SoftmaxCrossEntropyLoss": LABEL_HINT}
+_LABEL_HINT = "Write the score of a label as F.log_softmax(logits, -1).gather(1, y[:, None])."
+_HINTS = dict.fromkeys(("GatherND", "SoftmaxCrossEntropyLoss"), _LABEL_HINT)
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 

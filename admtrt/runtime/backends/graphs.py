@@ -83,10 +83,6 @@ class PerBatch(Generic[Made]):
         self._made[graph, batch] = made  # the last of the dictionary is the last that was used
         return made
 
-    def keys(self) -> list[tuple[GraphName, int]]:
-        """Graphs and batch sizes, those first that were not used for longest."""
-        return list(self._made)
-
 
 @contextlib.contextmanager
 def working(library: str, graph: GraphName, batch: int, *, what: str = "run") -> Iterator[None]:

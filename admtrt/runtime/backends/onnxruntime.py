@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from admtrt.errors import BundleError, EngineError, MissingDependencyError
+from admtrt.errors import BundleError
 from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract, working
-from admtrt.runtime.backends.quiet import silence
+from admtrt.runtime.backends.quiet import import_silent
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -71,20 +71,8 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
 
 
 def import_onnxruntime(*, extra: str, purpose: str) -> Any:
-    """The library, silent.
-
-    Raises:
-        MissingDependencyError: if it is not installed.
-        EngineError: if it cannot be loaded.
-    """
-    silence()
-    try:
-        import onnxruntime
-    except ModuleNotFoundError:
-        raise MissingDependencyError("onnxruntime", extra=extra, purpose=purpose) from None
-    except ImportError as error:
-        raise EngineError(f"onnxruntime is installed and cannot be loaded: {error}") from None
-    return onnxruntime
+    """The library; see :func:`~admtrt.runtime.backends.quiet.import_silent`."""
+    return import_silent("onnxruntime", extra=extra, purpose=purpose)
 
 
 def check_session(path: Path, session: Any, spec: GraphSpec) -> None:

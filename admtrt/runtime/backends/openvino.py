@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from admtrt.errors import BundleError, EngineError, MissingDependencyError, RequestError
+from admtrt.errors import BundleError, RequestError
 from admtrt.onnx_wire import external_locations
 from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, check_contract, working
 from admtrt.runtime.backends.mapped import release_pages
@@ -18,7 +18,7 @@ from admtrt.runtime.backends.openvino_passes import (
     normalise_by_channel,
     separate_weights,
 )
-from admtrt.runtime.backends.quiet import silence
+from admtrt.runtime.backends.quiet import import_silent
 from admtrt.runtime.machine import available_threads
 
 if TYPE_CHECKING:
@@ -179,20 +179,8 @@ def computes_bf16() -> bool:
 
 
 def import_openvino() -> Any:
-    """The library, silent.
-
-    Raises:
-        MissingDependencyError: if it is not installed.
-        EngineError: if it cannot be loaded.
-    """
-    silence()
-    try:
-        import openvino
-    except ModuleNotFoundError:
-        raise MissingDependencyError("openvino", extra="openvino", purpose="The backend 'openvino'") from None
-    except ImportError as error:
-        raise EngineError(f"openvino is installed and cannot be loaded: {error}") from None
-    return openvino
+    """The library; see :func:`~admtrt.runtime.backends.quiet.import_silent`."""
+    return import_silent("openvino", extra="openvino", purpose="The backend 'openvino'")
 
 
 def _threads_of(core: Any) -> int:
