@@ -6,13 +6,16 @@ import difflib
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    Tag,
     ValidationError,
-    ValidationInfo,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -27,9 +30,18 @@ GROUPS = 32
 
 _TOML_NONE = "none"
 
+_WRITTEN = {"later": False}  # context of what is written to files
+_LATER: dict[str, Any] = {"later": True}  # marks fields
+
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NoiseLevel = Annotated[float, Field(ge=0.0)]
+
+
+def later(default: Any) -> Any:
+    """A field that files written before it lack, and that is written only where it is not the default."""
+    return Field(default=default, json_schema_extra=_LATER)
 
 
 class Config(BaseModel):
@@ -50,8 +62,20 @@ class Config(BaseModel):
             raise ConfigError(f"{source}: {_explain(error, cls)}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready data that :meth:`from_dict` turns back into an equal object."""
-        return self.model_dump(mode="json")
+        """Plain JSON-ready data that :meth:`from_dict` turns back into an equal object.
+
+        It is what files hold; comparisons take ``model_dump``, which has every field (see :func:`later`).
+        """
+        return self.model_dump(mode="json", context=_WRITTEN)
+
+    @model_serializer(mode="wrap")
+    def _serialize(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        data: dict[str, Any] = handler(self)
+        if info.context is _WRITTEN:
+            for name, field in type(self).model_fields.items():
+                if field.json_schema_extra is _LATER and getattr(self, name) == field.default:
+                    del data[name]
+        return data
 
 
 def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
@@ -236,6 +260,7 @@ class DiffusionConfig(Config):
     ``rescale_timesteps`` gives the network t * 1000 / steps, as IDDPM forks with T = 4000 were trained.
     """
 
+    kind: Literal["discrete"] = later("discrete")
     steps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000
     schedule: Literal["linear", "cosine"] = "linear"
     mean_type: Literal["eps", "x_0", "previous_x"] = "eps"
@@ -268,187 +293,47 @@ class DiffusionConfig(Config):
             )
 
 
-class SamplerConfig(Config):
-    """How samples are drawn: Algorithm 1 (``ddpm``) or Algorithm 2 (``ddim``) of Dhariwal & Nichol.
+class EdmConfig(Config):
+    """A continuous process with the preconditioning of Karras et al. 2022, as in openai/consistency_models.
 
-    ``steps`` is a respacing (see :func:`admtrt.schedule.retained_timesteps`), of which a number may be given
-    as one; ``scale`` multiplies the classifier's gradient, 0 = unguided; ``eta`` in [0, 1] sets DDIM's noise;
-    ``clip`` bounds x_0 to [-1, 1]. ``guidance_interval`` (low, high) guides only the steps that begin at a
-    noise level sigma = sqrt((1 - alpha_bar) / alpha_bar) with low < sigma <= high (Kynkaanniemi et al. 2024);
-    None guides all.
+    ``boundary`` says that the network is a consistency model, whose output is held to the identity at
+    ``sigma_min`` (Song et al. 2023, appendix C). Networks are given t = 250 log of the noise level.
     """
 
-    method: Literal["ddpm", "ddim"] = "ddpm"
-    steps: Annotated[str, Field(coerce_numbers_to_str=True)] = "250"
-    scale: float = 1.0
-    eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    clip: bool = True
-    guidance_interval: tuple[NoiseLevel, NoiseLevel] | None = None
-
-    def with_choices(
-        self,
-        *,
-        steps: str | None = None,
-        method: str | None = None,
-        scale: float | None = None,
-        eta: float | None = None,
-        clip: bool | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-    ) -> SamplerConfig:
-        """This sampler with each choice that is not None in place of its own.
-
-        ``steps`` "ddimN" imply the method ``ddim``, any others ``ddpm``; another method begins with eta 0.
-
-        Raises:
-            ConfigError: if the result is impossible.
-        """
-        if method is None and steps is not None:
-            method = "ddim" if steps.strip().startswith("ddim") else "ddpm"
-        if method not in (None, self.method) and eta is None:
-            eta = 0.0
-        given = {
-            "steps": steps,
-            "method": method,
-            "scale": scale,
-            "eta": eta,
-            "clip": clip,
-            "guidance_interval": guidance_interval,
-        }
-        chosen = {name: value for name, value in given.items() if value is not None}
-        return SamplerConfig.from_dict(self.to_dict() | chosen, source="sampler")
-
-    @field_validator("scale")
-    @classmethod
-    def _check_scale(cls, scale: float) -> float:
-        if abs(scale) > 1e6:
-            raise ValueError(
-                f"{scale} is out of range; guidance scales lie between 0 and about 100, "
-                "or below 0 to avoid a class"
-            )
-        return scale
-
-    @field_validator("guidance_interval")
-    @classmethod
-    def _check_interval(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
-        if interval is not None and not interval[0] < interval[1]:
-            raise ValueError(
-                f"{interval[0]:g} to {interval[1]:g} is empty; the first is the lower noise level"
-            )
-        return interval
+    kind: Literal["edm"] = "edm"
+    boundary: bool
+    sigma_data: PositiveFloat = 0.5
+    sigma_min: PositiveFloat = 0.002
+    sigma_max: PositiveFloat = 80.0
+    rho: Annotated[float, Field(ge=1)] = 7.0
 
     @model_validator(mode="after")
-    def _check_eta(self) -> Self:
-        if self.method == "ddpm" and self.eta:
-            raise ValueError("eta belongs to ddim; ddpm has no such choice")
+    def _check_ends(self) -> Self:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min:g} is not below sigma_max {self.sigma_max:g}")
         return self
 
+    @property
+    def learns_sigma(self) -> bool:
+        """No network of this kind outputs variance channels."""
+        return False
 
-def _fit_steps(sampler: SamplerConfig, info: ValidationInfo) -> SamplerConfig:
-    diffusion: DiffusionConfig | None = info.data.get("diffusion")  # absent where it was refused
-    if diffusion is None or "steps" in sampler.model_fields_set:
-        return sampler
-    steps = min(int(SamplerConfig.model_fields["steps"].default), diffusion.steps)
-    fitted = sampler.model_dump() | {"steps": str(steps)}
-    # Not among the fields that were set: with another process it is fitted again.
-    return SamplerConfig.model_construct(_fields_set=sampler.model_fields_set, **fitted)
-
-
-FittedSampler = Annotated[SamplerConfig, AfterValidator(_fit_steps), Field(validate_default=True)]
-"""Sampler for the process of the field ``diffusion`` before it: where no steps are given, and the process is
-shorter than their default, every step."""
+    def check_variance(self, network: UNetConfig, name: str = "unet") -> None:
+        """See :meth:`DiffusionConfig.check_variance`."""
+        if network.learn_sigma:
+            raise ValueError(f"{name}.learn_sigma is True but diffusion.kind 'edm' has no variance channels")
 
 
-class DataConfig(Config):
-    """Training images.
-
-    ``source`` is a path, or ``digits`` for the images shipped with scikit-learn; ``kind`` says what stands
-    there where that is not plain from the path. ``label_from`` chooses how files of a folder are classed;
-    ``on_bad_file`` what happens with files that are no images. ``resize`` allows images whose size is not
-    ``image_size``. ``hold_out`` is the fraction kept for evaluation, the same for every network.
-    """
-
-    source: str
-    kind: Literal["auto", "digits", "folder", "idx", "npz"] = "auto"
-    image_size: Positive
-    channels: Annotated[int, Field(ge=1, le=4)] = 3
-    label_from: Literal["auto", "folder", "prefix", "none"] = "auto"
-    random_crop: bool = False
-    random_flip: bool = False
-    resize: bool = True
-    on_bad_file: Literal["refuse", "skip"] = "refuse"
-    hold_out: Fraction = 0.0
+def _kind_of(process: Any) -> str:
+    kind: str = process.get("kind", "discrete") if isinstance(process, dict) else process.kind
+    return kind
 
 
-class TrainingConfig(Config):
-    """How one network is trained.
-
-    ``loss`` applies to UNets: ``simple`` (MSE), ``hybrid`` (IDDPM's L_hybrid), ``vlb`` (the bound itself,
-    rescaled by the number of steps) or ``kl`` (the bound in bits per dim). ``ema_rates`` are averaged
-    side by side; the first is the one that is exported. ``lr_schedule`` ``linear`` anneals to 0.
-    """
-
-    steps: Positive = 1000
-    batch_size: Positive = 128
-    accumulate: Positive = 1
-    lr: Annotated[float, Field(gt=0)] = 1e-4
-    lr_schedule: Literal["constant", "linear"] = "constant"
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    ema_rates: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.9999,)
-    grad_clip: Annotated[float, Field(gt=0)] | None = None
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    gradient_checkpointing: bool = False
-    loss: Literal["simple", "hybrid", "vlb", "kl"] = "hybrid"
-    timestep_sampler: Literal["uniform", "loss_second_moment"] = "uniform"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    log_every: Positive = 50
-    checkpoint_every: Positive = 1000
-    sample_every: Annotated[int, Field(ge=0)] = 0
-    max_nan_steps: Positive = 10
-    tensorboard: bool = False
-
-
-class ClassifierTrainingConfig(TrainingConfig):
-    """The same for a classifier, with the defaults that suit one."""
-
-    lr: Annotated[float, Field(gt=0)] = 3e-4
-    weight_decay: Annotated[float, Field(ge=0)] = 0.05
-
-
-class RunConfig(Config):
-    """One file for a UNet, its classifier and its upsampler: data, process, networks, training, sampling."""
-
-    data: DataConfig
-    diffusion: DiffusionConfig = DiffusionConfig()
-    unet: UNetConfig | None = None
-    classifier: ClassifierConfig | None = None
-    upsampler: UNetConfig | None = None
-    train_unet: TrainingConfig = TrainingConfig()
-    train_classifier: ClassifierTrainingConfig = ClassifierTrainingConfig()
-    train_upsampler: TrainingConfig = TrainingConfig()
-    sampler: FittedSampler = SamplerConfig()
-
-    @model_validator(mode="after")
-    def _check_agreement(self) -> Self:
-        for name in ("unet", "classifier", "upsampler"):
-            network = getattr(self, name)
-            if network is None:
-                continue
-            if network.image_size != self.data.image_size:
-                sizes = f"{network.image_size} differs from data.image_size {self.data.image_size}"
-                raise ValueError(f"{name}.image_size {sizes}")
-            if network.in_channels != self.data.channels:
-                channels = f"{network.in_channels} differs from data.channels {self.data.channels}"
-                raise ValueError(f"{name}.in_channels {channels}")
-        for name in ("unet", "upsampler"):
-            if getattr(self, name) is not None:
-                self.diffusion.check_variance(getattr(self, name), name)
-        if self.unet is not None and self.unet.low_res_size is not None:
-            raise ValueError("unet.low_res_size belongs in the section 'upsampler'")
-        if self.upsampler is not None and self.upsampler.low_res_size is None:
-            raise ValueError("upsampler.low_res_size is required: the size of the images that it enlarges")
-        return self
-
+_KINDS = ("discrete", "edm")
+ProcessConfig = Annotated[
+    Annotated[DiffusionConfig, Tag("discrete")] | Annotated[EdmConfig, Tag("edm")], Discriminator(_kind_of)
+]
+"""The process of a network by its ``kind``; one without, as older files have it, is discrete."""
 
 ConfigT = TypeVar("ConfigT", bound=Config)
 

@@ -21,23 +21,23 @@ if TYPE_CHECKING:
 SALT = "golden-1/"
 
 
-def standard_normal(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """A float32 tensor that depends on its name and shape alone."""
-    seed = int.from_bytes(hashlib.sha256((SALT + name).encode()).digest()[:8], "little")
+def standard_normal(name: str, shape: tuple[int, ...], salt: str = SALT) -> NDArray[np.float32]:
+    """A float32 tensor that depends on its name, shape and salt alone."""
+    seed = int.from_bytes(hashlib.sha256((salt + name).encode()).digest()[:8], "little")
     return np.random.Generator(np.random.PCG64(seed)).standard_normal(shape).astype(np.float32)
 
 
-def generated_weight(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
+def generated_weight(name: str, shape: tuple[int, ...], salt: str = SALT) -> NDArray[np.float32]:
     """Variance 1 / fan-in for matrices and kernels; scales near 1 and biases near 0."""
-    drawn = standard_normal(name, shape)
+    drawn = standard_normal(name, shape, salt)
     if len(shape) >= 2:
         return drawn / np.float32(math.sqrt(math.prod(shape[1:])))
     offset = 1 if name.endswith("weight") else 0
     return np.float32(offset) + np.float32(0.1) * drawn
 
 
-def generate_weights(module: nn.Module) -> None:
+def generate_weights(module: nn.Module, salt: str = SALT) -> None:
     """Overwrite every parameter of a module, in place."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
-            parameter.copy_(torch.from_numpy(generated_weight(name, tuple(parameter.shape))))
+            parameter.copy_(torch.from_numpy(generated_weight(name, tuple(parameter.shape), salt)))

@@ -1,4 +1,4 @@
-"""The noise schedule, respacing and the coefficients of every sampling step, in float64.
+"""The discrete process: noise schedule, respacing and the tables of a respaced process, in float64.
 
 Notation (Ho et al. 2020; Nichol & Dhariwal 2021): ``beta`` per step, ``alpha_bar`` the running product of
 ``1 - beta``, ``alpha_bar_prev`` the same one step earlier (1 before the first step). A *process* is a base
@@ -8,7 +8,6 @@ schedule or a respaced subset of its steps; ``beta`` of a respaced process is re
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -18,14 +17,11 @@ import numpy as np
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from numpy.typing import NDArray
 
-    from admtrt.config import DiffusionConfig, SamplerConfig
+    from admtrt.config import DiffusionConfig
 
     Float64 = NDArray[np.float64]
-    Float32 = NDArray[np.float32]
 
 _COSINE_OFFSET = 0.008  # IDDPM, section 3.2: keeps beta from vanishing near t = 0
 _MAX_BETA = 0.999
@@ -151,6 +147,11 @@ class Process:
     def __len__(self) -> int:
         return len(self.beta)
 
+    @property
+    def sigma(self) -> Float64:
+        """The noise level S = sqrt((1 - alpha_bar) / alpha_bar) of each step."""
+        return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
+
 
 def process_from_config(config: DiffusionConfig, respacing: str = "") -> Process:
     """Tables for a diffusion configuration, respaced as :func:`retained_timesteps` says."""
@@ -173,137 +174,3 @@ def process_from_config(config: DiffusionConfig, respacing: str = "") -> Process
         posterior_mean_x0=beta * np.sqrt(alpha_bar_prev) / (1.0 - alpha_bar),
         posterior_mean_xt=(1.0 - alpha_bar_prev) * np.sqrt(1.0 - beta) / (1.0 - alpha_bar),
     )
-
-
-COEFFICIENTS = (
-    "x0_from_x", "x0_from_out", "clip", "x0_shift",
-    "prev_from_x0", "prev_from_x", "prev_from_out",
-    "log_weight", "log_weight_from_v", "guidance", "noise",
-)  # fmt: skip
-"""Columns of the update's coefficient rows, in order; see :func:`step_coefficients`."""
-
-
-def step_coefficients(config: DiffusionConfig, process: Process, sampler: SamplerConfig) -> Float32:
-    """Coefficients of every sampling step, float32 [S, len(COEFFICIENTS)], row i for step i of ``process``.
-
-    One update serves guided DDPM (Algorithm 1 of Dhariwal & Nichol) and guided DDIM (Algorithm 2), every
-    parameterisation and every variance, because each is linear once x_0 is clipped::
-
-        x_0    = clamp(x0_from_x * x + x0_from_out * out, -clip, clip)
-        w      = exp(log_weight + log_weight_from_v * v)
-        x_prev = prev_from_x0 * x_0 + prev_from_x * x + prev_from_out * out
-                 + guidance * w * g + noise * sqrt(w) * z
-        pred   = x_0 + x0_shift * g
-
-    ``g`` is the unscaled classifier gradient, ``z`` standard normal noise, ``v`` the network's variance
-    channels. In DDPM, w is the variance of the step; in DDIM it is 1. The combinations are formed in
-    float64 and rounded once, which avoids the 1 / sqrt(alpha_bar) amplification of the textbook order of
-    operations.
-
-    Raises:
-        RequestError: if no step lies in the sampler's guidance interval.
-    """
-    table = dict.fromkeys(COEFFICIENTS, np.zeros(len(process)))
-    table["clip"] = np.full(len(process), 1.0 if sampler.clip else np.finfo(np.float32).max)
-    table["x0_from_x"], table["x0_from_out"] = _x0_weights(config.mean_type, process)
-    not_last = (np.arange(len(process)) > 0).astype(np.float64)
-    a, a_prev = process.alpha_bar, process.alpha_bar_prev
-    scale = _guidance_scales(process, sampler)
-    if sampler.method == "ddim":
-        sigma = sampler.eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
-        from_eps = np.sqrt(np.maximum(1 - a_prev - sigma**2, 0.0))
-        table["prev_from_x"] = from_eps / np.sqrt(1 - a)
-        table["prev_from_x0"] = np.sqrt(a_prev) - from_eps * np.sqrt(a / (1 - a))
-        table["x0_shift"] = scale * (1 - a) / np.sqrt(a)
-        table["guidance"] = np.sqrt(a_prev) * table["x0_shift"] - scale * from_eps * np.sqrt(1 - a)
-        table["noise"] = sigma * not_last
-    else:
-        if config.mean_type == "previous_x":
-            table["prev_from_out"] = np.ones(len(process))
-        else:
-            table["prev_from_x0"] = process.posterior_mean_x0
-            table["prev_from_x"] = process.posterior_mean_xt
-        table["log_weight"], table["log_weight_from_v"] = _log_variance_weights(config.variance_type, process)
-        # The true posterior variance of the last step is 0: its clipped log is not the log of it.
-        guided = not_last if config.variance_type == "fixed_small" else np.ones(len(process))
-        table["guidance"] = scale * guided
-        table["noise"] = not_last
-    return np.stack([table[name] for name in COEFFICIENTS], axis=1).astype(np.float32)
-
-
-def _guidance_scales(process: Process, sampler: SamplerConfig) -> Float64:
-    """The guidance scale of each step: 0 outside the sampler's interval of noise levels."""
-    if sampler.guidance_interval is None or not sampler.scale:
-        return np.full(len(process), sampler.scale)
-    low, high = sampler.guidance_interval
-    sigma = np.sqrt((1 - process.alpha_bar) / process.alpha_bar)
-    inside = (low < sigma) & (sigma <= high)
-    if not inside.any():
-        raise RequestError(
-            f"the guidance interval {low:g} to {high:g} holds none of the {len(process)} steps, "
-            f"whose noise levels are {sigma[0]:.4g} to {sigma[-1]:.4g}",
-            hint="Widen the interval, or use scale 0 for samples without guidance.",
-        )
-    return np.where(inside, sampler.scale, 0.0)
-
-
-def _x0_weights(mean_type: str, process: Process) -> tuple[Float64, Float64]:
-    """Weights of x_t and of the network's output in the predicted x_0."""
-    if mean_type == "eps":
-        return 1 / np.sqrt(process.alpha_bar), -np.sqrt(1 / process.alpha_bar - 1)
-    if mean_type == "x_0":
-        return np.zeros(len(process)), np.ones(len(process))
-    return -process.posterior_mean_xt / process.posterior_mean_x0, 1 / process.posterior_mean_x0
-
-
-def _log_variance_weights(variance_type: str, process: Process) -> tuple[Float64, Float64]:
-    """Constant and weight of v in the log variance of p(x_{t-1} | x_t) (IDDPM eq. 15 for learned_range)."""
-    lower, upper, fixed_large = log_variance_bounds(process)
-    zeros = np.zeros(len(process))
-    if variance_type == "learned_range":
-        return (upper + lower) / 2, (upper - lower) / 2
-    if variance_type == "learned":
-        return zeros, np.ones(len(process))
-    return (lower if variance_type == "fixed_small" else fixed_large), zeros
-
-
-def log_variance_bounds(process: Process) -> tuple[Float64, Float64, Float64]:
-    """Log of beta~ (clipped), of beta, and of the fixed-large variance (beta~ of step 1 at step 0)."""
-    fixed_large = np.append(process.posterior_variance[1], process.beta[1:])
-    return process.posterior_log_variance, np.log(process.beta), np.log(fixed_large)
-
-
-@dataclass(frozen=True, eq=False)
-class SamplingSchedule:
-    """What a sample needs of its schedule, in the order in which it is used: entry 0 is the noisiest step.
-
-    Attributes:
-        model_t: float32 [S], the ``t`` given to the graphs.
-        coefficients: float32 [S, K], rows of :func:`step_coefficients`.
-        step: int64 [S], index of the step in its process (S-1 down to 0); it also names the step's noise.
-        timesteps: int64 [S], timestep of the base process.
-    """
-
-    model_t: Float32
-    coefficients: Float32
-    step: NDArray[np.int64]
-    timesteps: NDArray[np.int64]
-
-    def __len__(self) -> int:
-        return len(self.step)
-
-
-@functools.lru_cache(maxsize=64)
-def sampling_schedule(diffusion: DiffusionConfig, sampler: SamplerConfig) -> SamplingSchedule:
-    """The schedule of one sample under a sampler (method, steps, scale, eta, clipping)."""
-    process = process_from_config(diffusion, sampler.steps)
-    coefficients = step_coefficients(diffusion, process, sampler)
-    arrays: Sequence[NDArray[np.generic]] = (
-        process.model_t[::-1].astype(np.float32),
-        coefficients[::-1].copy(),
-        np.arange(len(process), dtype=np.int64)[::-1].copy(),
-        process.timesteps[::-1].copy(),
-    )
-    for array in arrays:
-        array.flags.writeable = False
-    return SamplingSchedule(*arrays)  # type: ignore[arg-type]

@@ -1,0 +1,111 @@
+"""Grids: the noise levels that a sampler's choices lead through."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from admtrt.errors import RequestError
+from admtrt.schedule.process import retained_timesteps
+
+if TYPE_CHECKING:
+    from admtrt.schedule.levels import Level, NoiseLevels
+    from admtrt.schedule.options import Grid
+    from admtrt.schedule.sampler import SamplerConfig
+
+_SAME = 1e-9
+"""Relative distance of noise levels that are one and the same, computed in two ways."""
+
+
+def grid_of(levels: NoiseLevels, sampler: SamplerConfig) -> Grid:
+    """The grid that a sampler asks for, or the default of its process.
+
+    Raises:
+        RequestError: if the process has no such grid.
+    """
+    chosen: Grid | None = sampler.option("grid")
+    if chosen is None:
+        return levels.grids[0]
+    if chosen not in levels.grids:
+        raise RequestError(
+            f"grid '{chosen}' needs the timesteps of a discrete process",
+            hint=f"This one has the grids {', '.join(levels.grids)}.",
+        )
+    return chosen
+
+
+def evaluations(sampler: SamplerConfig, *, least: int = 1) -> int:
+    """The number of network evaluations that a sampler asks for.
+
+    Raises:
+        RequestError: if its steps are no whole number, or too few.
+    """
+    text = sampler.steps.strip()
+    if not (text.isascii() and text.isdigit()) or len(text) > 6 or int(text) < least:
+        raise RequestError(
+            f"steps {sampler.steps!r}: {sampler.method} takes a number of network evaluations, {least} or more",
+            hint=f"Write e.g. --method {sampler.method} --steps 10.",
+        )
+    return int(text)
+
+
+def path(levels: NoiseLevels, sampler: SamplerConfig, count: int, start: Level | None) -> list[Level | None]:
+    """The levels of ``count`` evaluations and the one where the last step leads, None for the image itself.
+
+    With ``start``, those that are no noisier than it.
+
+    Raises:
+        RequestError: if the grid has no such number of levels, or levels that repeat.
+    """
+    kind = grid_of(levels, sampler)
+    to_zero = ends_at_zero(sampler)
+    passed: list[Level | None]
+    if kind == "respaced":
+        passed = _respaced(levels, sampler)
+        if not to_zero:
+            raise RequestError(
+                "grid 'respaced' evaluates every retained timestep, so it ends at zero",
+                hint="Leave out --to, or choose another grid.",
+            )
+    elif kind == "karras" and to_zero:
+        first, last = levels.ends(kind)
+        passed = [*(levels.grid(kind, first, last, count - 1) if count > 1 else [first]), None]
+    else:
+        passed = list(levels.grid(kind, *levels.ends(kind), count))
+        if to_zero:
+            passed[-1] = None
+    if sampler.option("sigma") == "rounded":
+        passed = [None if level is None else levels.rounded(level) for level in passed]
+    return passed if start is None else from_start(passed, start)
+
+
+def from_start(passed: list[Level | None], start: Level) -> list[Level | None]:
+    """The levels that are no noisier than ``start``."""
+    return [level for level in passed if level is None or level.lam >= start.lam - _SAME]
+
+
+def ends_at_zero(sampler: SamplerConfig) -> bool:
+    """Whether the steps lead to the image itself; one that is left for the last evaluation ends before it."""
+    return sampler.option("to") == "zero" and not sampler.option("denoise_to_zero")
+
+
+def check_distinct(passed: list[Level | None]) -> None:
+    """Refuse levels that repeat: between two equal ones a multistep solver would divide by zero.
+
+    Raises:
+        RequestError: with their number.
+    """
+    again = sum(times - 1 for times in Counter(level.lam for level in passed if level is not None).values())
+    if again:
+        raise RequestError(
+            f"{again} of the {len(passed) - 1} noise levels repeat, so that this solver has no step between them",
+            hint="Use fewer steps, another grid, or levels between those of the training (--sigma interpolated).",
+        )
+
+
+def _respaced(levels: NoiseLevels, sampler: SamplerConfig) -> list[Level | None]:
+    from admtrt.schedule.levels import DiscreteLevels
+
+    assert isinstance(levels, DiscreteLevels)  # the only kind that has this grid
+    retained = retained_timesteps(levels.config.steps, sampler.steps)
+    return [*(levels.at_timestep(float(timestep)) for timestep in reversed(retained)), None]

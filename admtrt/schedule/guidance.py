@@ -1,0 +1,43 @@
+"""Guidance: the scale of each evaluation, and how far it moves the predicted x_0."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from admtrt.errors import RequestError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from admtrt.schedule.sampler import SamplerConfig
+
+    Float64 = NDArray[np.float64]
+
+
+def guidance_scales(sigma: Float64, sampler: SamplerConfig) -> Float64:
+    """The guidance scale at each noise level S, float64 [R]: 0 outside the sampler's interval.
+
+    Raises:
+        RequestError: if no level lies in the interval.
+    """
+    if sampler.guidance_interval is None or not sampler.scale:
+        return np.full(len(sigma), sampler.scale)
+    low, high = sampler.guidance_interval
+    inside = (low < sigma) & (sigma <= high)
+    if not inside.any():
+        raise RequestError(
+            f"the guidance interval {low:g} to {high:g} holds none of the {len(sigma)} steps, "
+            f"whose noise levels are {sigma.min():.4g} to {sigma.max():.4g}",
+            hint="Widen the interval, or use scale 0 for samples without guidance.",
+        )
+    return np.where(inside, sampler.scale, 0.0)
+
+
+def x0_shifts(sigma: Float64, sampler: SamplerConfig) -> Float64:
+    """Weight of the classifier's gradient in the predicted x_0: eps moves by -scale sigma g, so x_0 by
+    scale sigma^2 / alpha g (Dhariwal & Nichol 2021, Algorithm 2), which is scale S^2 alpha.
+    """
+    shifts: Float64 = guidance_scales(sigma, sampler) * sigma**2 / np.hypot(1.0, sigma)
+    return shifts

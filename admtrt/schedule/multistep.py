@@ -1,0 +1,57 @@
+"""Steps and orders that the multistep solvers share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from admtrt.errors import RequestError
+from admtrt.schedule.grid import evaluations, path
+
+if TYPE_CHECKING:
+    from admtrt.schedule.levels import Level, NoiseLevels
+    from admtrt.schedule.sampler import SamplerConfig
+
+_FEW_DPM_SOLVER, _FEW_DIFFUSERS = 10, 15
+"""Below these numbers of steps DPM-Solver's code and diffusers let the order fall at the end."""
+
+
+def steps_of(
+    levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
+) -> tuple[list[Level | None], Level | None]:
+    """The levels that the steps pass, and the level of one more evaluation at their end, or None.
+
+    Raises:
+        RequestError: as :func:`~admtrt.schedule.grid.path`; or for a ``denoise_to_zero`` that has no noise left.
+    """
+    if sampler.option("grid") == "respaced":
+        return path(levels, sampler, 0, start), None
+    if not sampler.option("denoise_to_zero"):
+        return path(levels, sampler, evaluations(sampler), start), None
+    if sampler.to == "zero":
+        raise RequestError(
+            "denoise_to_zero is one more evaluation behind an end at the smallest noise level, not at zero",
+            hint="Leave out one of the two.",
+        )
+    passed = path(levels, sampler, evaluations(sampler, least=2) - 1, start)
+    return passed, passed[-1]
+
+
+def orders_of(sampler: SamplerConfig, steps: int, *, to_zero: bool) -> list[int]:
+    """The order of each step: as high as the predictions so far allow, and as ``final_order`` says at the end.
+
+    ``falling`` ends 2, 1 (order 3) or 1; ``dpm-solver`` does so below 10 steps, ``diffusers`` below 15, and in
+    its last step to the image; ``full`` never.
+    """
+    order, rule = sampler.option("order"), sampler.option("final_order")
+    falls = {
+        "falling": True,
+        "dpm-solver": steps < _FEW_DPM_SOLVER,
+        "diffusers": steps < _FEW_DIFFUSERS,
+        "full": False,
+    }[rule]
+    rising = [min(order, step + 1) for step in range(steps)]
+    if falls:
+        rising = [min(one, steps - step) for step, one in enumerate(rising)]
+    if rule == "diffusers" and to_zero and rising:
+        rising[-1] = 1
+    return rising

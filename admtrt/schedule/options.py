@@ -1,0 +1,71 @@
+"""The options of samplers, each declared once: its values and what it does.
+
+The command line, the checks and the documentation derive from here. Imports nothing heavy, so that ``--help`` stays
+quick.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+Order = Literal[1, 2, 3]
+Form = Literal["multi", "single"]
+Variant = Literal["bh1", "bh2"]
+Grid = Literal["time_uniform", "logsnr", "quadratic", "karras", "trained", "respaced"]
+End = Literal["zero", "sigma_min"]
+Threshold = Literal["static", "dynamic"]
+ThresholdOrder = Literal["before_guide", "after_guide"]
+FinalOrder = Literal["falling", "dpm-solver", "diffusers", "full"]
+Levels = Literal["interpolated", "rounded"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a sampler.
+
+    Attributes:
+        name: of the field of :class:`~admtrt.schedule.sampler.SamplerConfig`.
+        values: the values that there are; empty for a number, a flag or a list.
+        help: one sentence for people.
+        metavar: how a value is written on the command line; empty where ``values`` say it, or for a flag.
+    """
+
+    name: str
+    help: str
+    values: tuple[Any, ...] = ()
+    metavar: str = ""
+
+    @property
+    def flag(self) -> bool:
+        """Whether it is only on or off."""
+        return not self.values and not self.metavar
+
+
+_ALL = (
+    Option("eta", "Noise of ddim, 0 to 1.", metavar="FLOAT"),
+    Option("order", "Order of the solver.", get_args(Order)),
+    Option("form", "Keep predictions of earlier steps, or evaluate inside of each step.", get_args(Form)),
+    Option("sde", "Add noise at every step."),
+    Option("variant", "The function B(h) of UniPC.", get_args(Variant)),
+    Option("grid", "How the noise levels are spaced.", get_args(Grid)),
+    Option("to", "End without noise, or at the smallest noise level of the training.", get_args(End)),
+    Option("denoise_to_zero", "Spend the last evaluation at the smallest noise level."),
+    Option(
+        "threshold",
+        "Bound x_0 by [-1, 1], or by the 99.5% quantile of its own values.",
+        get_args(Threshold),
+    ),
+    Option("threshold_order", "Bound x_0 before or after the guide moves it.", get_args(ThresholdOrder)),
+    Option("final_order", "How the order falls in the last steps.", get_args(FinalOrder)),
+    Option("sigma", "Noise levels between those of the training, or the nearest of them.", get_args(Levels)),
+    Option(
+        "churn",
+        "Noise added before each step: amount, lowest and highest noise level, factor of the noise.",
+        metavar="AMOUNT[:LOW:HIGH[:NOISE]]",
+    ),
+    Option("levels", "Indices of the levels of a consistency model; the last is where it ends.", metavar="I,J,..."),
+    Option("levels_of", "Number of levels that those indices count.", metavar="INTEGER"),
+)
+OPTIONS = {option.name: option for option in _ALL}
+"""Every option of some solvers alone, by name."""

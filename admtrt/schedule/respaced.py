@@ -1,0 +1,52 @@
+"""Rows of the solvers that walk the timesteps of a respaced process, DDPM and DDIM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from admtrt.schedule.levels import DiscreteLevels, Level, NoiseLevels
+from admtrt.schedule.parameterisation import process_x0_weights
+from admtrt.schedule.process import Process, process_from_config
+from admtrt.schedule.rows import Rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from admtrt.config import DiffusionConfig
+    from admtrt.schedule.sampler import SamplerConfig
+
+
+def respaced(levels: NoiseLevels, sampler: SamplerConfig) -> tuple[DiffusionConfig, Process]:
+    """The process that a sampler's steps retain.
+
+    Raises:
+        RequestError: as :func:`~admtrt.schedule.process.retained_timesteps`.
+    """
+    assert isinstance(levels, DiscreteLevels)  # these solvers declare no other kind
+    return levels.config, process_from_config(levels.config, sampler.steps)
+
+
+def rows_of_process(
+    config: DiffusionConfig, process: Process, columns: dict[str, NDArray[np.float64]], start: Level | None
+) -> Rows:
+    """Rows of columns that are given in the order of the process, the cleanest first.
+
+    ``start`` is the level of one of its steps: those that are noisier are left out.
+    """
+    x0_from_x, x0_from_out = process_x0_weights(config.mean_type, process)
+    columns = {"x0_from_x": x0_from_x, "x0_from_out": x0_from_out, **columns}
+    lambdas = -np.log(process.sigma)
+    count = len(process) if start is None else int(np.abs(lambdas - start.lam).argmin()) + 1
+    levels = [
+        Level(lam, t, float(timestep))
+        for lam, t, timestep in zip(
+            lambdas.tolist(), process.model_t.tolist(), process.timesteps.tolist(), strict=True
+        )
+    ]
+    return Rows(
+        levels[:count][::-1],
+        {name: column[:count][::-1] for name, column in columns.items()},
+        init_scale=1.0 if start is None else float(np.sqrt(1 - process.alpha_bar[count - 1])),
+    )

@@ -1,0 +1,179 @@
+"""How samples are drawn: the choices of a sampler, checked against what its solver takes."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Self, TypedDict
+
+from pydantic import Field, field_validator, model_validator
+
+from admtrt.config import Config, EdmConfig, NoiseLevel, Positive, PositiveFloat, later
+from admtrt.schedule.options import (
+    OPTIONS,
+    End,
+    FinalOrder,
+    Form,
+    Grid,
+    Levels,
+    Order,
+    Threshold,
+    ThresholdOrder,
+    Variant,
+)
+from admtrt.schedule.solvers import SOLVERS, solver_named
+from admtrt.schedule.solvers.registry import takers
+
+if TYPE_CHECKING:
+    from admtrt.config import DiffusionConfig
+
+AUTO = "auto"
+"""The method that a bundle recommends."""
+
+
+class SamplerConfig(Config):
+    """How samples are drawn.
+
+    ``method`` names a solver of :data:`~admtrt.schedule.solvers.SOLVERS`. ``steps`` is a respacing for ddpm and ddim
+    (see :func:`admtrt.schedule.process.retained_timesteps`), of which a number may be given as one, and a number of
+    network evaluations for every other. ``scale`` multiplies the classifier's gradient, 0 = unguided; ``clip``
+    bounds x_0 to [-1, 1]. ``guidance_interval`` (low, high) guides only the evaluations at a noise level sigma =
+    sqrt((1 - alpha_bar) / alpha_bar) with low < sigma <= high (Kynkaanniemi et al. 2024); None guides all. The other
+    fields are those of :mod:`admtrt.schedule.options`; None is the solver's own default.
+    """
+
+    method: str = "ddpm"
+    steps: Annotated[str, Field(coerce_numbers_to_str=True)] = "250"
+    scale: float = 1.0
+    eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    clip: bool = True
+    guidance_interval: tuple[NoiseLevel, NoiseLevel] | None = None
+    order: Order | None = later(None)
+    form: Form | None = later(None)
+    sde: bool | None = later(None)
+    variant: Variant | None = later(None)
+    grid: Grid | None = later(None)
+    to: End | None = later(None)
+    denoise_to_zero: bool | None = later(None)
+    threshold: Threshold | None = later(None)
+    threshold_order: ThresholdOrder | None = later(None)
+    final_order: FinalOrder | None = later(None)
+    sigma: Levels | None = later(None)
+    churn: tuple[NoiseLevel, NoiseLevel, NoiseLevel, PositiveFloat] | None = later(None)
+    levels: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2)] | None = later(None)
+    levels_of: Annotated[Positive, Field(ge=2, le=100_000)] | None = later(None)
+
+    def option(self, name: str) -> Any:
+        """An option of the solver: what was chosen, else the solver's default; None if it takes no such option."""
+        options = SOLVERS[self.method].options
+        chosen = getattr(self, name)
+        return options.get(name) if chosen is None or name not in options else chosen
+
+    @field_validator("method")
+    @classmethod
+    def _check_method(cls, method: str) -> str:
+        return solver_named(method).name
+
+    @field_validator("scale")
+    @classmethod
+    def _check_scale(cls, scale: float) -> float:
+        if abs(scale) > 1e6:
+            raise ValueError(
+                f"{scale} is out of range; guidance scales lie between 0 and about 100, "
+                "or below 0 to avoid a class"
+            )
+        return scale
+
+    @field_validator("guidance_interval")
+    @classmethod
+    def _check_interval(cls, interval: tuple[float, float] | None) -> tuple[float, float] | None:
+        if interval is not None and not interval[0] < interval[1]:
+            raise ValueError(
+                f"{interval[0]:g} to {interval[1]:g} is empty; the first is the lower noise level"
+            )
+        return interval
+
+    @field_validator("churn")
+    @classmethod
+    def _check_churn(
+        cls, churn: tuple[float, float, float, float] | None
+    ) -> tuple[float, float, float, float] | None:
+        if churn is not None and not churn[1] < churn[2]:
+            raise ValueError(f"noise levels {churn[1]:g} to {churn[2]:g} are empty; the first is the lower one")
+        return churn
+
+    @field_validator("levels")
+    @classmethod
+    def _check_levels(cls, levels: tuple[int, ...] | None) -> tuple[int, ...] | None:
+        if levels is not None and any(after <= before for before, after in zip(levels, levels[1:], strict=False)):
+            raise ValueError(f"{list(levels)} do not rise; the first is the noisiest level")
+        return levels
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        if "method" not in self.model_fields_set and self.method not in SOLVERS:
+            return self
+        chosen = SOLVERS[self.method]
+        for name in OPTIONS:
+            value = getattr(self, name)
+            if value is None or value == type(self).model_fields[name].default:
+                continue
+            if name not in chosen.options:
+                raise ValueError(f"{name} belongs to {takers(name)}; {self.method} has no such choice")
+            allowed = chosen.narrower.get(name)
+            if allowed is not None and value not in allowed:
+                raise ValueError(f"{name} {value!r} is none of {self.method}'s: {', '.join(map(str, allowed))}")
+        if self.threshold is not None and not self.clip:
+            raise ValueError(f"threshold '{self.threshold}' bounds x_0, but clip is False")
+        return self
+
+
+class SamplerChoices(TypedDict, total=False):
+    """Choices that replace those of a recommended sampler; see :class:`SamplerConfig`. None chooses nothing."""
+
+    method: str | None
+    steps: str | int | None
+    scale: float | None
+    eta: float | None
+    clip: bool | None
+    guidance_interval: tuple[float, float] | None
+    order: Order | None
+    form: Form | None
+    sde: bool | None
+    variant: Variant | None
+    grid: Grid | None
+    to: End | None
+    denoise_to_zero: bool | None
+    threshold: Threshold | None
+    threshold_order: ThresholdOrder | None
+    final_order: FinalOrder | None
+    sigma: Levels | None
+    churn: tuple[float, float, float, float] | None
+    levels: tuple[int, ...] | None
+    levels_of: int | None
+
+
+def with_choices(
+    sampler: SamplerConfig, process: DiffusionConfig | EdmConfig, choices: SamplerChoices
+) -> SamplerConfig:
+    """A recommended sampler with each choice that is not None in place of its own.
+
+    On a discrete process, plain ``steps`` imply a method: ``ddim`` for "ddimN", else ``ddpm``; the method
+    :data:`AUTO` keeps the recommended one. A method other than the recommended one begins with its own defaults,
+    and with its own number of steps where the recommended ones mean something else to it.
+
+    Raises:
+        ConfigError: if the result is impossible.
+    """
+    chosen = {name: value for name, value in choices.items() if value is not None}
+    if "steps" in chosen:
+        chosen["steps"] = str(chosen["steps"])
+    if "method" not in chosen and "steps" in chosen and not isinstance(process, EdmConfig):
+        chosen["method"] = "ddim" if chosen["steps"].strip().startswith("ddim") else "ddpm"
+    if chosen.get("method") == AUTO:
+        del chosen["method"]
+    kept = sampler.to_dict()
+    method = SOLVERS.get(chosen.get("method", sampler.method))
+    if method is not None and method.name != sampler.method:
+        kept = {name: value for name, value in kept.items() if name not in OPTIONS}
+        if method.steps != SOLVERS[sampler.method].steps:
+            kept["steps"] = method.default_steps
+    return SamplerConfig.from_dict(kept | chosen, source="sampler")

@@ -1,0 +1,79 @@
+"""Sampling of consistency models (Song et al. 2023, Algorithm 1): a prediction, then fresh noise.
+
+In x~ = x_0 + S eps, from S to S' with S_min the smallest level of the training::
+
+    x~' = m + sqrt(S'^2 - S_min^2) z,    and the last prediction is the image
+
+The levels are indices of Karras et al.'s grid; the last index is where the sample ends and is never evaluated.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from admtrt.errors import RequestError
+from admtrt.schedule.solvers.registry import solver
+
+if TYPE_CHECKING:
+    from admtrt.schedule.levels import Level, NoiseLevels
+    from admtrt.schedule.rows import Rows
+    from admtrt.schedule.sampler import SamplerConfig
+
+_PUBLISHED = {2: (0, 22, 39)}
+"""Of 40 levels: the choice for ImageNet-64 that the published models were sampled with in two evaluations."""
+_LEVELS = 40
+
+
+@solver(
+    "consistency",
+    source="Song et al. 2023, arXiv 2303.01469, Algorithm 1",
+    processes=("edm",),
+    options={"levels": None, "levels_of": _LEVELS, "threshold": "static"},
+    narrower={"threshold": ("static",)},
+    default_steps="2",
+)
+def consistency(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
+    """Rows of a consistency model's sampler."""
+    from admtrt.schedule.rows import RowBuilder
+
+    if start is not None:
+        raise RequestError(
+            "a consistency model starts at its noisiest level, not from an image",
+            hint="Use --method heun or dpmpp for a start from an image.",
+        )
+    count, indices = sampler.option("levels_of"), _indices(sampler)
+    if indices[-1] >= count:
+        raise RequestError(
+            f"level {indices[-1]} is out of range: there are {count}, 0 to {count - 1}",
+            hint="Give their number with --levels-of.",
+        )
+    grid = levels.grid("karras", levels.noisiest, levels.cleanest, count - 1)
+    builder = RowBuilder(levels)
+    for place, (index, following) in enumerate(pairwise(indices)):
+        if place == len(indices) - 2:
+            builder.add(grid[index], None, x0=1.0)
+        else:
+            noise = math.sqrt(max(grid[following].sigma ** 2 - levels.cleanest.sigma**2, 0.0))
+            builder.add(grid[index], grid[following], x0=1.0, noise=noise)
+    return builder.rows(init_scale=levels.prior_scale(grid[indices[0]]))
+
+
+def _indices(sampler: SamplerConfig) -> tuple[int, ...]:
+    from admtrt.schedule.grid import evaluations
+
+    asked, given = evaluations(sampler), sampler.option("levels")
+    if given is not None:
+        if asked != len(given) - 1:
+            raise RequestError(
+                f"{len(given)} levels are {len(given) - 1} evaluations, not {asked}: the last is where the sample ends",
+                hint=f"Ask for --steps {len(given) - 1}.",
+            )
+        return tuple(given)
+    count = sampler.option("levels_of")
+    if asked > count - 1:
+        raise RequestError(f"{asked} evaluations of {count} levels; expected at most {count - 1}")
+    if count == _LEVELS and asked in _PUBLISHED:
+        return _PUBLISHED[asked]
+    return tuple(round(place * (count - 1) / asked) for place in range(asked + 1))

@@ -1,0 +1,204 @@
+"""The table of a sample: float32 coefficients of every evaluation, lowered from a solver's rows.
+
+One update serves every solver, parameterisation, variance and guide, because each is linear once x_0 is bounded::
+
+    y      = x0_from_x x + x0_from_out value + x0_from_grad g
+    d      = clamp(y, -r, r) (clip / r)             r = clip, or that of the graph ``threshold``
+    m      = d + x0_shift g                         the data prediction, guided and bounded
+    w      = exp(log_weight + log_weight_from_v v)
+    x'     = prev_from_x0 d + prev_from_x x + prev_from_out value + guidance w g + noise sqrt(w) z
+             + prev_from_saved saved + prev_from_h1 h1 + prev_from_h2 h2 + shift g, within +-state_clip
+    saved' = saved_from_x x + saved_from_saved saved + saved_from_x0 m + saved_from_h1 h1 + saved_from_h2 h2
+    h2', h1' = h1, m
+
+``out`` is (value, v), ``g`` the unscaled gradient of the classifier's log probability, ``z`` standard normal noise. The
+combinations are formed in float64 and rounded once, which avoids the 1 / alpha amplification of the textbook order of
+operations. The graph ``update`` has the first columns (no memory, nothing of the guide before the bound),
+``update_full`` has them all.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from admtrt.errors import RequestError
+from admtrt.schedule.guidance import x0_shifts
+from admtrt.schedule.levels import Level, NoiseLevels, levels_of
+from admtrt.schedule.parameterisation import x0_weights
+from admtrt.schedule.solvers import SOLVERS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from admtrt.config import DiffusionConfig, EdmConfig
+    from admtrt.schedule.rows import Rows
+    from admtrt.schedule.sampler import SamplerConfig
+
+    Float32 = NDArray[np.float32]
+    Float64 = NDArray[np.float64]
+
+UPDATE = (
+    "x0_from_x", "x0_from_out", "clip", "x0_shift",
+    "prev_from_x0", "prev_from_x", "prev_from_out",
+    "log_weight", "log_weight_from_v", "guidance", "noise",
+)  # fmt: skip
+"""Columns of the graph ``update``, in order."""
+UPDATE_FULL = (
+    *UPDATE,
+    "x0_from_grad", "prev_from_saved", "prev_from_h1", "prev_from_h2",
+    "saved_from_x", "saved_from_saved", "saved_from_x0", "saved_from_h1", "saved_from_h2",
+    "shift", "state_clip", "bound",
+)  # fmt: skip
+"""Columns of the graphs ``update_full`` and ``threshold``, in order.
+
+``bound`` is read by ``threshold`` alone: r = min(max(clip, quantile), bound), so that a row whose bound is its clip
+keeps a static threshold beside others in a batch.
+"""
+_LARGEST = float(np.finfo(np.float32).max)
+_GUIDED = tuple(UPDATE_FULL.index(name) for name in ("guidance", "x0_shift", "x0_from_grad", "shift"))
+_MORE = {"state_clip": _LARGEST}  # what is not 0 in the columns behind those of ``update``, in rows of ``update``
+_ONLY_FULL = tuple(UPDATE_FULL.index(name) for name in UPDATE_FULL[len(UPDATE) :] if name not in ("bound", *_MORE))
+_CLIP, _BOUND, _NOISE = (UPDATE_FULL.index(name) for name in ("clip", "bound", "noise"))
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingSchedule:
+    """What a sample needs of its schedule, in the order of use: entry 0 is the noisiest of R evaluations.
+
+    Attributes:
+        model_t: float32 [R], the ``t`` given to the graphs.
+        coefficients: float32 [R, len(UPDATE_FULL)].
+        step: int64 [R], R-1 down to 0: evaluations that are still to come, which name the noise of this one.
+        timesteps: of the base process, [R]: int64 where all are whole, float64 otherwise; empty where there are none.
+        sigma: float64 [R], the noise level S of each evaluation.
+        init_signal, init_scale, init_noise: weights of a given image, of the sample's initial noise and of
+            further noise in the first state.
+    """
+
+    model_t: Float32
+    coefficients: Float32
+    step: NDArray[np.int64]
+    timesteps: NDArray[np.int64] | Float64
+    sigma: Float64
+    init_signal: float = 0.0
+    init_scale: float = 1.0
+    init_noise: float = 0.0
+
+    def __len__(self) -> int:
+        return len(self.step)
+
+    @functools.cached_property
+    def guided(self) -> NDArray[np.bool_]:
+        """Which evaluations use a guide's gradient, bool [R]."""
+        return self.coefficients[:, _GUIDED].any(axis=1)
+
+    @functools.cached_property
+    def stochastic(self) -> NDArray[np.bool_]:
+        """Which evaluations add noise, bool [R]."""
+        return self.coefficients[:, _NOISE] != 0
+
+    @functools.cached_property
+    def dynamic(self) -> NDArray[np.bool_]:
+        """Which evaluations need the graph ``threshold``, bool [R]."""
+        return self.coefficients[:, _BOUND] > self.coefficients[:, _CLIP]
+
+    @functools.cached_property
+    def full(self) -> bool:
+        """Whether the sample needs the graph ``update_full``: memory, or a guide before the bound."""
+        return bool(self.coefficients[:, _ONLY_FULL].any() or self.dynamic.any())
+
+
+@functools.lru_cache(maxsize=256)
+def sampling_schedule(
+    process: DiffusionConfig | EdmConfig, sampler: SamplerConfig, start: int | None = None
+) -> SamplingSchedule:
+    """The schedule of one sample.
+
+    Args:
+        process: of the networks.
+        sampler: method, steps, scale and everything else.
+        start: the last so many evaluations alone, of a sample that starts at an image; None for all.
+
+    Raises:
+        RequestError: if the process cannot be sampled so.
+    """
+    levels = levels_of(process)
+    chosen = SOLVERS[sampler.method]
+    if levels.kind not in chosen.processes:
+        others = ", ".join(name for name, one in SOLVERS.items() if levels.kind in one.processes)
+        raise RequestError(
+            f"method '{sampler.method}' samples no process of kind '{levels.kind}'",
+            hint=f"Methods for it: {others}.",
+        )
+    if sampler.scale and levels.kind == "edm":
+        raise RequestError(
+            f"scale {sampler.scale:g} asks for classifier guidance, for which networks of kind 'edm' have no noisy "
+            "classifier",
+            hint="Use scale 0.",
+        )
+    rows = chosen.rows(levels, sampler, None)
+    if start is not None:
+        if not 1 <= start <= len(rows):
+            raise RequestError(f"{start} of {len(rows)} evaluations are no part of them")
+        rows = chosen.rows(levels, sampler, rows.levels[len(rows) - start])
+    return lower(rows, levels, process, sampler, from_image=start is not None)
+
+
+def lower(
+    rows: Rows,
+    levels: NoiseLevels,
+    process: DiffusionConfig | EdmConfig,
+    sampler: SamplerConfig,
+    *,
+    from_image: bool = False,
+) -> SamplingSchedule:
+    """A solver's rows as a table, with what the parameterisation, the guide and the bound add."""
+    table = float64_table(rows, process, sampler)
+    steps = np.arange(len(rows), dtype=np.int64)[::-1].copy()
+    schedule = SamplingSchedule(
+        model_t=np.array([level.t for level in rows.levels], dtype=np.float32),
+        coefficients=np.stack([table[name] for name in UPDATE_FULL], axis=1).astype(np.float32),
+        step=steps,
+        timesteps=_timesteps(rows.levels),
+        sigma=np.array([level.sigma for level in rows.levels]),
+        init_signal=levels.c_in(rows.levels[0]) if from_image else 0.0,
+        init_scale=rows.init_scale,
+        init_noise=rows.init_noise,
+    )
+    for array in (
+        schedule.model_t, schedule.coefficients, schedule.step, schedule.timesteps, schedule.sigma
+    ):  # fmt: skip
+        array.flags.writeable = False
+    return schedule
+
+
+def float64_table(rows: Rows, process: DiffusionConfig | EdmConfig, sampler: SamplerConfig) -> dict[str, Float64]:
+    """Every column of :data:`UPDATE_FULL` before it is rounded, float64 [R] each."""
+    zeros = np.zeros(len(rows))
+    table = dict.fromkeys(UPDATE_FULL, zeros) | rows.columns
+    sigma = np.array([level.sigma for level in rows.levels])
+    clip = 1.0 if sampler.clip else _LARGEST
+    dynamic = sampler.option("threshold") == "dynamic"
+    table["clip"] = np.full(len(rows), clip)
+    table["bound"] = np.full(len(rows), _LARGEST if dynamic else clip)
+    table["state_clip"] = np.full(len(rows), _LARGEST)
+    if "x0_from_out" not in rows.columns:
+        table["x0_from_x"], table["x0_from_out"] = x0_weights(process, rows.levels)
+    if "guidance" not in rows.columns:
+        shifts = x0_shifts(sigma, sampler)
+        if sampler.option("threshold_order") == "after_guide":
+            table["x0_from_grad"] = shifts
+        else:
+            table["x0_shift"] = shifts
+            table["guidance"] = table["prev_from_x0"] * shifts
+    return table
+
+
+def _timesteps(levels: list[Level]) -> NDArray[np.int64] | Float64:
+    timesteps = np.array([level.timestep for level in levels if level.timestep is not None], dtype=np.float64)
+    whole = timesteps.astype(np.int64)
+    return whole if bool((whole == timesteps).all()) else timesteps
