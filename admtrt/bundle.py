@@ -15,19 +15,30 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, SamplerConfig, UNetConfig
-from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs
+from admtrt.config import (
+    ClassifierConfig,
+    Config,
+    DiffusionConfig,
+    EdmConfig,
+    Positive,
+    ProcessConfig,
+    UNetConfig,
+)
+from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs, event_shape
 from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import atomic_directory, sha256_of
 from admtrt.memo import Memo
 from admtrt.onnx_wire import external_locations
-from admtrt.schedule import retained_timesteps
+from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of new bundles; one of schema 1 has no graphs for solvers with memory, and calls its network ``unet``."""
+_READABLE = (1, 2)
 _SETTLED = 2.0  # seconds: a file that changed later than its clock's tick could change again unseen
 _AGAIN = "Copy the bundle again, or export the checkpoint again."
 
@@ -52,14 +63,17 @@ class GraphEntry(Config):
 class Manifest(Config):
     """Everything that the runtime needs besides the graphs themselves.
 
+    ``event_shape`` is that of one sample, ``threshold_quantile`` that of the graph ``threshold``.
     ``graphs`` are the fp32 graphs in the form that CPUs like; ``engine_graphs`` hold, for each precision that
     was exported, the same graphs in the form that inference engines like.
     """
 
-    schema_version: Literal[1] = 1
-    unet: UNetConfig
+    schema_version: Literal[1, 2] = SCHEMA_VERSION
+    network: UNetConfig
+    event_shape: tuple[Positive, ...] = ()
+    threshold_quantile: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
     classifier: ClassifierConfig | None = None
-    diffusion: DiffusionConfig
+    diffusion: ProcessConfig
     sampler: SamplerConfig
     class_names: tuple[str, ...] = ()
     graphs: dict[GraphName, GraphEntry]
@@ -70,8 +84,8 @@ class Manifest(Config):
     @property
     def num_classes(self) -> int | None:
         """Classes that can be asked for: the UNet's, else the classifier's, else None."""
-        if self.unet.num_classes is not None:
-            return self.unet.num_classes
+        if self.network.num_classes is not None:
+            return self.network.num_classes
         return None if self.classifier is None else self.classifier.num_classes
 
     @property
@@ -80,20 +94,32 @@ class Manifest(Config):
         sampler = self.sampler
         interval = sampler.guidance_interval
         return (
-            f"{sampler.method}, steps {sampler.steps or self.diffusion.steps}, scale {sampler.scale:g}"
+            f"{sampler.method}, steps {sampler.steps or 'all'}, scale {sampler.scale:g}"
             + ("" if interval is None else f" at noise levels from {interval[0]:g} to {interval[1]:g}")
-            + (f", eta {sampler.eta:g}" if sampler.eta else "")
+            + "".join(f", {name} {value}" for name, value in sampler.chosen_options.items())
             + ("" if sampler.clip else ", x_0 not clipped")
         )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _read_schema_1(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("schema_version") == 1 and "unet" in data:
+            return {"network" if name == "unet" else name: value for name, value in data.items()}
+        return data
+
     @model_validator(mode="after")
     def _check_agreement(self) -> Self:
-        check_networks(self.unet, self.classifier, self.diffusion)
+        check_networks(self.network, self.classifier, self.diffusion)
         try:
-            retained_timesteps(self.diffusion.steps, self.sampler.steps)
+            sampling_schedule(self.diffusion, self.sampler.unguided)
         except RequestError as error:
             raise ValueError(f"the recommended sampler's {error.message}") from None
-        specs = bundle_specs(self.unet, self.classifier)
+        shapes = {1: (), 2: event_shape(self.network)}
+        if self.event_shape != shapes[self.schema_version]:
+            raise ValueError(
+                f"event_shape is {list(self.event_shape)}, expected {list(event_shape(self.network))}"
+            )
+        specs = bundle_specs(self.network, self.classifier, schema=self.schema_version)
         for where, graphs in (("graphs", self.graphs), *self.engine_graphs.items()):
             if set(graphs) != set(specs):
                 raise ValueError(f"{where} are {sorted(graphs)}, expected {sorted(specs)}")
@@ -110,7 +136,9 @@ class Manifest(Config):
             raise ValueError(f"{what} names the file '{graph.file}', which is not listed")
 
 
-def check_networks(unet: UNetConfig, classifier: ClassifierConfig | None, diffusion: DiffusionConfig) -> None:
+def check_networks(
+    unet: UNetConfig, classifier: ClassifierConfig | None, diffusion: DiffusionConfig | EdmConfig
+) -> None:
     """Refuse networks that cannot work together.
 
     Raises:
@@ -119,6 +147,8 @@ def check_networks(unet: UNetConfig, classifier: ClassifierConfig | None, diffus
     diffusion.check_variance(unet)
     if classifier is None:
         return
+    if isinstance(diffusion, EdmConfig):
+        raise ValueError("a process of kind 'edm' takes no noisy classifier")
     for field in ("image_size", "in_channels"):
         ours, theirs = getattr(unet, field), getattr(classifier, field)
         if ours != theirs:
@@ -222,9 +252,9 @@ def _read_manifest(path: Path) -> Manifest:
     ) as error:  # of ValueErrors: bad JSON, bad UTF-8, absurdly long numbers
         raise BundleError(f"{file} is not valid JSON: {error}", hint=_AGAIN) from None
     version = data.get("schema_version") if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
+    if version not in _READABLE or isinstance(version, bool):
         raise BundleError(
-            f"{file} has schema_version {version!r}; this admtrt reads {SCHEMA_VERSION}",
+            f"{file} has schema_version {version!r}; this admtrt reads {' and '.join(map(str, _READABLE))}",
             hint="Export the checkpoint again, or install the version of admtrt that wrote the bundle.",
         )
     try:

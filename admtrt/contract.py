@@ -5,13 +5,14 @@ Dummy inputs, checks, engine profiles and documentation all derive from here.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field
 
 from admtrt.config import Config
 from admtrt.errors import RequestError
-from admtrt.schedule import COEFFICIENTS
+from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,7 +24,16 @@ BATCH = "N"
 NODE_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node: the PyTorch modules that it comes from, the outermost first."""
 
-GraphName = Literal["unet", "classifier_gradient", "update"]
+GraphName = Literal[
+    "unet", "classifier_gradient", "update", "update_full", "threshold", "edit", "edit_low_pass"
+]
+NETWORKS: tuple[GraphName, ...] = ("unet", "classifier_gradient")
+"""Graphs of networks; the others are the small ones, which compute in float32 whatever the precision."""
+EDIT = ("keep", "reference", "noise", "renoise")
+"""Columns of the graphs ``edit`` and ``edit_low_pass``, in order."""
+QUANTILE = 0.995
+"""Of a sample's |x_0|, to which dynamic thresholding bounds it (Imagen)."""
+_MOST_TOP_K = 3840  # of TensorRT
 DType = Literal["float32", "int64"]
 Precision = Literal["fp32", "fp16", "bf16"]
 """What a graph computes in; inputs and outputs are float32 whatever it is."""
@@ -88,25 +98,106 @@ def classifier_gradient_spec(config: ClassifierConfig) -> GraphSpec:
     )
 
 
+def event_shape(config: UNetConfig) -> tuple[int, ...]:
+    """Shape of one sample, (C, H, W)."""
+    return (config.in_channels, config.image_size, config.image_size)
+
+
+def threshold_quantile(config: UNetConfig) -> float:
+    """The quantile of the graph ``threshold``: 0.995, or the least that TensorRT takes of so large samples."""
+    size = math.prod(event_shape(config))
+    if size - math.floor(QUANTILE * (size - 1)) <= _MOST_TOP_K:
+        return QUANTILE
+    return math.ceil((size - _MOST_TOP_K) / (size - 1) * 1e4) / 1e4
+
+
 def update_spec(config: UNetConfig) -> GraphSpec:
     """``x``, the UNet's ``out``, ``grad``, ``noise``, a row of coefficients; ``x_prev`` and ``pred_x0``."""
-    image = (config.in_channels, config.image_size, config.image_size)
-    out = (config.out_channels, config.image_size, config.image_size)
+    event = event_shape(config)
     return GraphSpec(
         inputs=(
-            _tensor("x", *image),
-            _tensor("out", *out),
-            _tensor("grad", *image),
-            _tensor("noise", *image),
-            _tensor("coefficients", len(COEFFICIENTS)),
+            _tensor("x", *event),
+            _tensor("out", config.out_channels, *event[1:]),
+            _tensor("grad", *event),
+            _tensor("noise", *event),
+            _tensor("coefficients", len(UPDATE)),
         ),
-        outputs=(_tensor("x_prev", *image), _tensor("pred_x0", *image)),
+        outputs=(_tensor("x_prev", *event), _tensor("pred_x0", *event)),
     )
 
 
-def bundle_specs(unet: UNetConfig, classifier: ClassifierConfig | None) -> Mapping[GraphName, GraphSpec]:
-    """The graphs that a bundle of these networks holds."""
+def update_full_spec(config: UNetConfig) -> GraphSpec:
+    """As ``update``, with the memory ``saved``, ``h1``, ``h2``, the threshold ``r`` and ``saved_next``."""
+    event = event_shape(config)
+    return GraphSpec(
+        inputs=(
+            _tensor("x", *event),
+            _tensor("out", config.out_channels, *event[1:]),
+            _tensor("grad", *event),
+            _tensor("noise", *event),
+            *(_tensor(name, *event) for name in ("saved", "h1", "h2")),
+            _tensor("r"),
+            _tensor("coefficients", len(UPDATE_FULL)),
+        ),
+        outputs=(_tensor("x_prev", *event), _tensor("pred_x0", *event), _tensor("saved_next", *event)),
+    )
+
+
+def threshold_spec(config: UNetConfig) -> GraphSpec:
+    """``r``, the threshold of every sample, from what ``update_full`` bounds by it."""
+    event = event_shape(config)
+    return GraphSpec(
+        inputs=(
+            _tensor("x", *event),
+            _tensor("out", config.out_channels, *event[1:]),
+            _tensor("grad", *event),
+            _tensor("coefficients", len(UPDATE_FULL)),
+        ),
+        outputs=(_tensor("r"),),
+    )
+
+
+def edit_spec(config: UNetConfig) -> GraphSpec:
+    """``x_edited``: ``x_prev`` with the noised ``reference`` where ``mask`` is 1, or with more noise."""
+    event = event_shape(config)
+    return GraphSpec(
+        inputs=(
+            _tensor("x_prev", *event),
+            _tensor("mask", 1, *event[1:]),
+            _tensor("reference", *event),
+            _tensor("noise2", *event),
+            _tensor("coefficients", len(EDIT)),
+        ),
+        outputs=(_tensor("x_edited", *event),),
+    )
+
+
+def edit_low_pass_spec(config: UNetConfig) -> GraphSpec:
+    """The same with a low-pass filter in place of the mask: ``rows`` and ``columns`` are its matrices."""
+    event = event_shape(config)
+    return GraphSpec(
+        inputs=(
+            _tensor("x_prev", *event),
+            _tensor("rows", event[1], event[1]),
+            _tensor("columns", event[2], event[2]),
+            _tensor("reference", *event),
+            _tensor("noise2", *event),
+            _tensor("coefficients", len(EDIT)),
+        ),
+        outputs=(_tensor("x_edited", *event),),
+    )
+
+
+def bundle_specs(
+    unet: UNetConfig, classifier: ClassifierConfig | None, *, schema: int = 2
+) -> Mapping[GraphName, GraphSpec]:
+    """The graphs that a bundle of these networks holds; one of schema 1 has no more than ``update``."""
     specs: dict[GraphName, GraphSpec] = {"unet": unet_spec(unet), "update": update_spec(unet)}
+    if schema >= 2:
+        specs["update_full"] = update_full_spec(unet)
+        specs["threshold"] = threshold_spec(unet)
+        specs["edit"] = edit_spec(unet)
+        specs["edit_low_pass"] = edit_low_pass_spec(unet)
     if classifier is not None:
         specs["classifier_gradient"] = classifier_gradient_spec(classifier)
     return specs

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from admtrt.config import ClassifierConfig, DiffusionConfig, SamplerConfig, UNetConfig
+from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
+from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

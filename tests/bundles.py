@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from goldens import generated_weights
 
 from admtrt.bundle import Bundle, GraphEntry, write_bundle
-from admtrt.config import ClassifierConfig, DiffusionConfig, SamplerConfig, UNetConfig
+from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from admtrt.contract import GraphName, bundle_specs
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import CheckpointConfig, LoadedNetwork, build_network
 from admtrt.runtime.pipeline import Pipeline
+from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from admtrt.config import DataConfig
+from admtrt.run_config import DataConfig
 
 RNG = np.random.default_rng(0)
 

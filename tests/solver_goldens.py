@@ -1,6 +1,7 @@
 """The goldens of fast solvers: each case as a sampler of ours, its networks, inputs and stored numbers.
 
-Made with the public code of DPM-Solver, UniPC, EDM, consistency_models and diffusers; ``tests/data/README.md`` says how.
+Made with the public code of DPM-Solver, UniPC, EDM, consistency_models and diffusers;
+``tests/data/README.md`` says how.
 """
 
 from __future__ import annotations

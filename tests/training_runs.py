@@ -16,8 +16,9 @@ import torch
 from safetensors.torch import load_file
 
 import admtrt
-from admtrt.config import RunConfig, load_config
+from admtrt.config import load_config
 from admtrt.console import Output
+from admtrt.run_config import RunConfig
 from admtrt.training.engine import leave_engine
 from admtrt.training.loop import TrainingResult, train
 

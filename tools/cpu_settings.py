@@ -113,7 +113,7 @@ def main() -> None:
     except AdmtrtError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    if bundle.manifest.classifier is None or bundle.manifest.unet.low_res_size is not None:
+    if bundle.manifest.classifier is None or bundle.manifest.network.low_res_size is not None:
         parser.error("the bundle has no classifier, or is an upsampler's")
     if given.setting is not None:
         measure_onnxruntime(bundle, given.setting)

@@ -115,7 +115,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         pipeline = Pipeline.from_bundle(arguments.bundle)
-        if pipeline.bundle.manifest.unet.low_res_size is not None:
+        if pipeline.bundle.manifest.network.low_res_size is not None:
             raise RequestError("the bundle is an upsampler's", hint="Give one that draws from noise alone.")
     except AdmtrtError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from admtrt.config import RunConfig, load_config
+from admtrt.config import load_config
 from admtrt.errors import AdmtrtError, ConfigError
 from admtrt.models.checkpoint import (
     build_network,
@@ -26,6 +26,7 @@ from admtrt.models.checkpoint import (
 from admtrt.models.generated import generate_weights
 from admtrt.models.settings import CheckpointConfig
 from admtrt.models.weights import write_pickle
+from admtrt.run_config import RunConfig
 
 
 def write_checkpoint(preset: str, path: Path, *, half: bool, overwrite: bool) -> None:

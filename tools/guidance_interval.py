@@ -16,13 +16,13 @@ from admtrt.demo.judge import Judge
 from admtrt.demo.run import SAMPLES, demo_config
 from admtrt.errors import AdmtrtError
 from admtrt.runtime.pipeline import Pipeline
-from admtrt.schedule import COEFFICIENTS, sampling_schedule
+from admtrt.schedule.table import UPDATE, sampling_schedule
 
 SAMPLERS = ("ddim25", "50")
 SCALES = (1.0, 2.0, 4.0, 8.0)
 INTERVALS = (None, (0.0, 0.3), (0.3, 3.0), (0.3, 1e6), (3.0, 1e6))
 BATCH = 100
-GUIDED = [COEFFICIENTS.index("guidance"), COEFFICIENTS.index("x0_shift")]
+GUIDED = [UPDATE.index("guidance"), UPDATE.index("x0_shift")]
 
 
 def main(out: Path) -> None:

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from admtrt.config import RunConfig, load_config
+from admtrt.config import load_config
 from admtrt.errors import AdmtrtError, RequestError
 from admtrt.evaluate.images import load_images
 from admtrt.images import save_grid, to_uint8
+from admtrt.run_config import RunConfig
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.training.objectives import shrink
 
@@ -65,7 +66,7 @@ def held_out(config: RunConfig, manifest: Manifest, count: int) -> Task:
         RequestError: if the bundle is no upsampler, or there are fewer images.
         DataError: if the images are not those of the bundle.
     """
-    unet = manifest.unet
+    unet = manifest.network
     if unet.low_res_size is None:
         raise RequestError("the bundle is no upsampler", hint="Give one exported from an upsampler.")
     images = load_images(config.data, unet, manifest.class_names)

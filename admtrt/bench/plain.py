@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from admtrt.contract import GraphName, classifier_gradient_spec, unet_spec
+from admtrt.contract import NETWORKS, GraphName, classifier_gradient_spec, unet_spec
 from admtrt.export.graphs import PositionalUNet, example_inputs
 from admtrt.runtime.backends.graphs import GraphDenoiser
 from admtrt.runtime.backends.onnxruntime import import_onnxruntime
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 _OUTPUTS: dict[GraphName, list[str]] = {
     "unet": ["out"],
     "classifier_gradient": ["grad"],
-    "update": ["x_prev", "pred_x0"],
 }
 
 
@@ -72,10 +71,10 @@ def export_plain(subject: Subject, batch: int) -> PlainExport:
 
 
 class PlainDenoiser(GraphDenoiser):
-    """Plainly exported graphs on ONNX Runtime's defaults; the update is the bundle's.
+    """Plainly exported networks on ONNX Runtime's defaults; the small graphs are the bundle's.
 
     Args:
-        bundle: whose update graph is used.
+        bundle: whose small graphs are used.
         exported: the graphs.
         threads: of each operator.
     """
@@ -84,16 +83,18 @@ class PlainDenoiser(GraphDenoiser):
         onnxruntime = import_onnxruntime(extra="cpu", purpose="The row plain-onnx")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        paths: dict[GraphName, Path] = {**exported.paths, "update": bundle.graph_path("update")}
+        small: dict[GraphName, Path] = {
+            name: bundle.graph_path(name) for name in bundle.manifest.graphs if name not in NETWORKS
+        }
         self._sessions: dict[GraphName, Any] = {
             name: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            for name, path in paths.items()
+            for name, path in {**small, **exported.paths}.items()
         }
 
     def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
         """Run one graph on arrays by name; every output by name."""
         session = self._sessions[name]
-        names = _OUTPUTS[name]
+        names = _OUTPUTS.get(name) or [output.name for output in session.get_outputs()]
         return dict(zip(names, session.run(None, feeds), strict=True))
 
 

@@ -13,7 +13,7 @@ from admtrt.bench.remote import Remote, RemoteError, run_remotely
 from admtrt.bench.report import BenchReport
 from admtrt.bench.rows import PLAIN
 from admtrt.bench.startup import measure_startup
-from admtrt.schedule import retained_timesteps
+from admtrt.schedule.process import retained_timesteps
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ def run_bench(
             try:
                 yardstick = Remote(Yardstick, device, threads, log=subject.scratch / "yardstick.log")
                 stack.callback(yardstick.close)
-                operations = yardstick.call("count_operations", manifest.unet, manifest.classifier)
+                operations = yardstick.call("count_operations", manifest.network, manifest.classifier)
                 gpu = yardstick.call("gpu")
             except RemoteError as error:
                 yardstick = None

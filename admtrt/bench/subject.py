@@ -159,7 +159,7 @@ def _export(subject: Subject, engines: tuple[Precision, ...]) -> None:
 
 
 def _generator_kind(manifest: Manifest) -> Kind:
-    return "unet" if manifest.unet.low_res_size is None else "upsampler"
+    return "unet" if manifest.network.low_res_size is None else "upsampler"
 
 
 def _identify(path: Path, manifest: Manifest, kind: Kind) -> tuple[StoredCheckpoint, CheckpointConfig]:
@@ -167,7 +167,7 @@ def _identify(path: Path, manifest: Manifest, kind: Kind) -> tuple[StoredCheckpo
     from admtrt.models.checkpoint import CheckpointConfig, identify, open_checkpoint
 
     stored = open_checkpoint(path)
-    expected = manifest.classifier if kind == "classifier" else manifest.unet
+    expected = manifest.classifier if kind == "classifier" else manifest.network
     field = "classifier" if kind == "classifier" else "unet"
     given = None
     if stored.embedded is None:

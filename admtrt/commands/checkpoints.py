@@ -6,18 +6,12 @@ import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from admtrt.config import (
-    ClassifierConfig,
-    Config,
-    DiffusionConfig,
-    FittedSampler,
-    SamplerConfig,
-    UNetConfig,
-    load_config,
-)
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig, load_config
 from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.models.option_names import OptionNames
-from admtrt.schedule import retained_timesteps
+from admtrt.run_config import FittedSampler
+from admtrt.schedule.process import retained_timesteps
+from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

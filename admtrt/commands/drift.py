@@ -55,7 +55,7 @@ def drift(
         raise _compared_with_itself()
     from admtrt.bundle import Bundle
     from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
-    from admtrt.schedule import retained_timesteps
+    from admtrt.schedule.process import retained_timesteps
 
     if plot is not None:
         from admtrt.verify.plot import require_plotting

@@ -26,8 +26,9 @@ from admtrt.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from admtrt.config import DataConfig, DiffusionConfig, UNetConfig
+    from admtrt.config import DiffusionConfig, UNetConfig
     from admtrt.evaluate.nll import UNetFunction
+    from admtrt.run_config import DataConfig
 
 evaluate_app = typer.Typer(help="Judge a network on real images.", no_args_is_help=True)
 
@@ -90,7 +91,7 @@ def nll(
     from admtrt.evaluate.images import load_images
     from admtrt.evaluate.nll import evaluate_nll
     from admtrt.runtime.backends.opening import check_request, open_denoiser
-    from admtrt.schedule import retained_timesteps
+    from admtrt.schedule.process import retained_timesteps
 
     choices = Choices(output)
     if bundle is not None:
@@ -111,7 +112,7 @@ def nll(
             ).unet
 
         manifest = opened.manifest
-        judged = _Judged(open_graph, manifest.unet, manifest.diffusion, manifest.class_names)
+        judged = _Judged(open_graph, manifest.network, manifest.diffusion, manifest.class_names)
     else:
         assert unet is not None
         judged = _from_checkpoint(unet, unet_preset, unet_set or (), settings, output)
@@ -177,7 +178,8 @@ def _from_checkpoint(
 
 
 def _data_config(source: str | None, file: Path | None, network: UNetConfig) -> DataConfig:
-    from admtrt.config import DataConfig, RunConfig, load_config
+    from admtrt.config import load_config
+    from admtrt.run_config import DataConfig, RunConfig
 
     if file is not None:
         overrides = [] if source is None else [f"data.source={json_.dumps(source, ensure_ascii=False)}"]

@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle, Manifest
-    from admtrt.config import SamplerConfig
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.sampler import Labels
     from admtrt.runtime.two_stage import TwoStage
+    from admtrt.schedule.sampler import SamplerConfig
 
 _FORMATS = ("npz", "png", "grid")
 
@@ -144,7 +144,7 @@ def sample(
         low_res=None if small is None else small.images,
     )
     if upsample is None:
-        if request.labels is not None and first.manifest.unet.num_classes is None and not sampler.scale:
+        if request.labels is not None and first.manifest.network.num_classes is None and not sampler.scale:
             output.note("the labels have no effect: the UNet knows no classes, at scale 0 nothing guides it")
         result = _draw_one(pipeline, request, out, chosen)
     else:
@@ -205,7 +205,7 @@ def _draw_two(
 
 
 def _steps(pipeline: Pipeline, request: BulkRequest) -> int:
-    from admtrt.schedule import sampling_schedule
+    from admtrt.schedule.table import sampling_schedule
 
     return len(sampling_schedule(pipeline.bundle.manifest.diffusion, request.sampler))
 

@@ -75,7 +75,8 @@ def _command(kind: Kind) -> Callable[..., None]:
         json_: _Json = False,
     ) -> None:
         settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision, "seed": seed}
-        from admtrt.config import RunConfig, load_config
+        from admtrt.config import load_config
+        from admtrt.run_config import RunConfig
 
         run_config = load_config(RunConfig, config, _overrides(kind, set_, data, settings))
         require("torch", "accelerate", "safetensors", extra="train", purpose="Training")

@@ -13,7 +13,7 @@ from admtrt.training.data import ImageSet, load_data, split
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from admtrt.config import DataConfig
+    from admtrt.run_config import DataConfig
 
     Pixels = NDArray[np.uint8]
 

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from admtrt.bundle import Bundle
-from admtrt.config import RunConfig, load_config
+from admtrt.config import load_config
 from admtrt.demo.judge import Judge, Verdict
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.images import save_grid
 from admtrt.models.checkpoint import load_network
+from admtrt.run_config import RunConfig
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.training.loop import train
 from admtrt.verify.stages import verify_bundle

@@ -13,7 +13,8 @@ from admtrt.training.data import ImageSet, load_data, require_classes, split
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from admtrt.config import DataConfig, UNetConfig
+    from admtrt.config import UNetConfig
+    from admtrt.run_config import DataConfig
 
 
 def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[str]) -> ImageSet:

@@ -17,7 +17,7 @@ from admtrt.errors import AdmtrtError, DataError, RequestError
 from admtrt.models.diffusion import Diffusion
 from admtrt.runtime.noise import step_noise
 from admtrt.runtime.pipeline import consecutive_seeds
-from admtrt.schedule import process_from_config
+from admtrt.schedule.process import process_from_config
 from admtrt.training.losses import variational_bound
 from admtrt.training.objectives import shrink
 

@@ -10,13 +10,22 @@ import onnx_ir as ir
 
 from admtrt import __version__
 from admtrt.bundle import Bundle, GraphEntry, write_bundle
-from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs
+from admtrt.contract import (
+    NETWORKS,
+    GraphName,
+    GraphSpec,
+    Precision,
+    bundle_specs,
+    event_shape,
+    threshold_quantile,
+)
 from admtrt.errors import ExportError
 from admtrt.export.check import check_graph, rtx_parser_errors
 from admtrt.export.cpu_form import cpu_form
 from admtrt.export.engine_form import engine_form
-from admtrt.export.graphs import EXAMPLE_BATCH, classifier_gradient_graph, unet_graph, update_graph
+from admtrt.export.graphs import EXAMPLE_BATCH, classifier_gradient_graph, unet_graph
 from admtrt.export.precision import DEFAULT_ISLANDS, Island, lower
+from admtrt.export.small_graphs import SMALL_GRAPHS
 from admtrt.export.write import write_graph
 from admtrt.models.classifier import Classifier
 from admtrt.models.pair import check_pair
@@ -26,9 +35,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
     from pathlib import Path
 
-    from admtrt.config import SamplerConfig
     from admtrt.export.tape import ConvBackward
     from admtrt.models.checkpoint import LoadedNetwork
+    from admtrt.schedule.sampler import SamplerConfig
 
 _TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir")
 _FOR_CPUS: ConvBackward = "flipped"
@@ -87,12 +96,14 @@ def bundle_from_checkpoints(
                 else:
                     report(f"{name} for engines, {engine}")
                     written = _written(model, directory, f"engine-{engine}/{name}.onnx", spec)
-                    precision = "fp32" if name == "update" else engine
+                    precision = engine if name in NETWORKS else "fp32"
                     engine_graphs[engine][name] = written.model_copy(update={"precision": precision})
         return graphs
 
     fields = {
-        "unet": generator.config,
+        "network": generator.config,
+        "event_shape": event_shape(generator.config),
+        "threshold_quantile": threshold_quantile(generator.config),
         "classifier": None if guide is None else guide.config,
         "diffusion": unet.config.diffusion,
         "sampler": recommended if guide is not None else recommended.model_copy(update={"scale": 0.0}),
@@ -119,7 +130,7 @@ def _forms(
         if backward not in captured:
             captured[backward] = _graph(name, unet, classifier, backward)
         model = engine_form(captured[backward])
-        if name != "update":  # x itself is never rounded
+        if name in NETWORKS:  # x itself is never rounded
             lower(model, precision, islands)
         yield precision, model
 
@@ -129,8 +140,8 @@ def _graph(
 ) -> ir.Model:
     if name == "unet":
         return unet_graph(unet)
-    if name == "update":
-        return update_graph(unet.config)
+    if name in SMALL_GRAPHS:
+        return SMALL_GRAPHS[name](unet.config)
     assert classifier is not None
     return classifier_gradient_graph(classifier, conv_backward=conv_backward)
 

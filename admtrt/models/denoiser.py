@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from admtrt.schedule import COEFFICIENTS
+from admtrt.schedule.table import UPDATE
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -93,7 +93,7 @@ def update(
     x: Tensor, out: Tensor, grad: Tensor, noise: Tensor, coefficients: Tensor
 ) -> tuple[Tensor, Tensor]:
     """x_{t-1} and the predicted x_0, as :func:`admtrt.schedule.step_coefficients` documents."""
-    c = {name: coefficients[:, i, None, None, None] for i, name in enumerate(COEFFICIENTS)}
+    c = {name: coefficients[:, i, None, None, None] for i, name in enumerate(UPDATE)}
     value, *learned = torch.split(out, x.shape[1], dim=1)
     x_0 = torch.clamp(c["x0_from_x"] * x + c["x0_from_out"] * value, -c["clip"], c["clip"])
     log_weight = c["log_weight"] + (c["log_weight_from_v"] * learned[0] if learned else 0)

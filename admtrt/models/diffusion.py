@@ -14,10 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from admtrt.schedule import Process, log_variance_bounds
+from admtrt.schedule.parameterisation import log_variance_bounds
+from admtrt.schedule.process import Process
 
 if TYPE_CHECKING:
-    from admtrt.config import DiffusionConfig, SamplerConfig
+    from admtrt.config import DiffusionConfig
+    from admtrt.schedule.sampler import SamplerConfig
 
 
 class Network(Protocol):

@@ -7,19 +7,13 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import model_validator
 
-from admtrt.config import (
-    ClassifierConfig,
-    Config,
-    DiffusionConfig,
-    FittedSampler,
-    RunConfig,
-    SamplerConfig,
-    UNetConfig,
-)
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig
 from admtrt.errors import ConfigError
 from admtrt.models.classifier import Classifier
 from admtrt.models.unet import UNet
 from admtrt.presets import PRESETS, Kind, network_kind
+from admtrt.run_config import FittedSampler, RunConfig
+from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from admtrt.config import SamplerConfig
 from admtrt.runtime.sampler import start_slots
-from admtrt.schedule import sampling_schedule
+from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
     from admtrt.bundle import Manifest
@@ -24,7 +24,7 @@ def example_slots(manifest: Manifest, batch: int) -> Slots:
     The first stands at its start, the others in its first half. Every step is guided where there is a
     classifier.
     """
-    unet, classes = manifest.unet, manifest.num_classes
+    unet, classes = manifest.network, manifest.num_classes
     scale = example_scale(manifest)
     chosen = {**manifest.sampler.to_dict(), "scale": scale, "guidance_interval": None}
     schedule = sampling_schedule(manifest.diffusion, SamplerConfig.from_dict(chosen))

@@ -15,17 +15,17 @@ from admtrt.images import from_uint8, to_uint8
 from admtrt.runtime.noise import MAX_SEED, check_seed
 from admtrt.runtime.request import class_index, one_for_each, whole_number
 from admtrt.runtime.sampler import hold, start_slots
-from admtrt.schedule import sampling_schedule
+from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
 
-    from admtrt.config import SamplerConfig
     from admtrt.contract import Precision
     from admtrt.runtime.backends.auto import Choice
     from admtrt.runtime.sampler import Denoiser, HeldSlots, Images, Labels, Slots
+    from admtrt.schedule.sampler import SamplerConfig
 
 DEFAULT_BATCH = 16
 
@@ -267,7 +267,7 @@ class Pipeline:
         manifest = self.bundle.manifest
         classes = manifest.num_classes
         if labels is None:
-            if manifest.unet.num_classes is not None or sampler.scale:
+            if manifest.network.num_classes is not None or sampler.scale:
                 raise RequestError(
                     f"labels are needed: the bundle has {classes} classes",
                     hint="Give one class for each sample.",
@@ -287,7 +287,7 @@ class Pipeline:
         Raises:
             RequestError: if it is missing, not wanted or of another shape or type.
         """
-        config = self.bundle.manifest.unet
+        config = self.bundle.manifest.network
         if (low_res is None) != (config.low_res_size is None):
             if low_res is not None:
                 raise RequestError(
@@ -326,7 +326,7 @@ class Pipeline:
         callback: Callable[[Step], None] | None,
     ) -> Images:
         manifest = self.bundle.manifest
-        config = manifest.unet
+        config = manifest.network
         schedule = sampling_schedule(manifest.diffusion, sampler)
         slots = start_slots(
             (config.in_channels, config.image_size, config.image_size),

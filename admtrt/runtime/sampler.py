@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 
 from admtrt.runtime.noise import initial_noise, step_noise
-from admtrt.schedule import COEFFICIENTS
+from admtrt.schedule.table import UPDATE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.schedule import SamplingSchedule
+    from admtrt.schedule.table import SamplingSchedule
 
     Images = NDArray[np.float32]
     Labels = NDArray[np.int64]
@@ -129,8 +129,8 @@ def step_inputs(slots: Slots) -> StepInputs:
     """The inputs of the slots' next step. No slot may be finished."""
     rows = list(zip(slots.schedules, slots.position.tolist(), strict=True))
     coefficients = np.stack([schedule.coefficients[i] for schedule, i in rows])
-    guided = coefficients[:, [COEFFICIENTS.index(name) for name in _GUIDED_COLUMNS]].any()
-    stochastic = coefficients[:, COEFFICIENTS.index("noise")].any()
+    guided = coefficients[:, [UPDATE.index(name) for name in _GUIDED_COLUMNS]].any()
+    stochastic = coefficients[:, UPDATE.index("noise")].any()
     return StepInputs(
         t=np.array([schedule.model_t[i] for schedule, i in rows], dtype=np.float32),
         coefficients=coefficients,

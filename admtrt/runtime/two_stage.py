@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
-    from admtrt.config import SamplerConfig
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Samples, Step
     from admtrt.runtime.sampler import Labels
+    from admtrt.schedule.sampler import SamplerConfig
 
 UNGUIDED = 0.0
 """The second stage's default scale: the paper guides the small images only ("Comparison to Upsampling")."""
@@ -148,18 +148,18 @@ def check_stages(low: Bundle, high: Bundle) -> None:
         RequestError: naming what differs.
     """
     ours, theirs = low.manifest, high.manifest
-    if ours.unet.low_res_size is not None:
+    if ours.network.low_res_size is not None:
         raise RequestError(
             f"{low.path} is an upsampler itself; a first stage draws from noise alone",
             hint="Give it small images with --low-res, and enlarge the result in a further command.",
         )
-    if theirs.unet.low_res_size is None:
+    if theirs.network.low_res_size is None:
         raise RequestError(
             f"{high.path} is no upsampler", hint="Give a bundle exported from an upsampler for --upsample."
         )
     pairs = (
-        ("images of {0}x{0} pixels", ours.unet.image_size, theirs.unet.low_res_size),
-        ("{0} channels", ours.unet.in_channels, theirs.unet.in_channels),
+        ("images of {0}x{0} pixels", ours.network.image_size, theirs.network.low_res_size),
+        ("{0} channels", ours.network.in_channels, theirs.network.in_channels),
         ("{0} classes", ours.num_classes, theirs.num_classes),
         ("the classes {0}", _listed(ours.class_names), _listed(theirs.class_names)),
     )
@@ -169,7 +169,7 @@ def check_stages(low: Bundle, high: Bundle) -> None:
                 f"{low.path} draws {text.format(drawn)}; {high.path} enlarges {text.format(enlarged)}",
                 hint="Use the upsampler that belongs to the first bundle.",
             )
-    if ours.num_classes is None and theirs.unet.num_classes is not None:
+    if ours.num_classes is None and theirs.network.num_classes is not None:
         raise RequestError(
             f"{high.path} needs the class of every image, and {low.path} knows no classes",
             hint="Draw with the first alone, and give the second its images with --low-res and --classes.",

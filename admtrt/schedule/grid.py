@@ -43,7 +43,8 @@ def evaluations(sampler: SamplerConfig, *, least: int = 1) -> int:
     text = sampler.steps.strip()
     if not (text.isascii() and text.isdigit()) or len(text) > 6 or int(text) < least:
         raise RequestError(
-            f"steps {sampler.steps!r}: {sampler.method} takes a number of network evaluations, {least} or more",
+            f"steps {sampler.steps!r}: {sampler.method} takes a number of network evaluations, "
+            f"{least} or more",
             hint=f"Write e.g. --method {sampler.method} --steps 10.",
         )
     return int(text)
@@ -89,7 +90,7 @@ def ends_at_zero(sampler: SamplerConfig) -> bool:
     return sampler.option("to") == "zero" and not sampler.option("denoise_to_zero")
 
 
-def check_distinct(passed: list[Level | None]) -> None:
+def check_distinct(passed: list[Level | None], sampler: SamplerConfig) -> None:
     """Refuse levels that repeat: between two equal ones a multistep solver would divide by zero.
 
     Raises:
@@ -98,8 +99,9 @@ def check_distinct(passed: list[Level | None]) -> None:
     again = sum(times - 1 for times in Counter(level.lam for level in passed if level is not None).values())
     if again:
         raise RequestError(
-            f"{again} of the {len(passed) - 1} noise levels repeat, so that this solver has no step between them",
-            hint="Use fewer steps, another grid, or levels between those of the training (--sigma interpolated).",
+            f"{again} of the {len(passed) - 1} noise levels repeat, and {sampler.method} cannot step "
+            "between equal ones",
+            hint="Use fewer steps, another grid, or levels between those of the training.",
         )
 
 

@@ -1,9 +1,9 @@
 """Noise levels of a process as a continuum: signal-to-noise ratios, the networks' t, and grids of levels.
 
-Notation: ``alpha`` and ``sigma`` are the weights of x_0 and of the noise in x_t, lambda = log(alpha / sigma) is half
-the log signal-to-noise ratio, and ``S = sigma / alpha = exp(-lambda)`` the noise level of Karras et al. 2022, in
-which x~ = x_0 + S eps. What a network is given is ``c_in(S) x~``: with c_in = alpha, the x_t of a
-variance-preserving process.
+Notation: ``alpha`` and ``sigma`` are the weights of x_0 and of the noise in x_t, lambda = log(alpha / sigma)
+is half the log signal-to-noise ratio, and ``S = sigma / alpha = exp(-lambda)`` the noise level of Karras et
+al. 2022, in which x~ = x_0 + S eps. What a network is given is ``c_in(S) x~``: with c_in = alpha, the x_t of
+a variance-preserving process.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from admtrt.schedule.options import Grid
 
 _CLIPPED_LAMBDA = -5.1
-"""Fast solvers start no noisier than this (DPM-Solver's numerical clip): a cosine schedule ends at 1 / alpha = 2e4."""
+"""Fast solvers start no noisier (DPM-Solver's clip): a cosine schedule ends at 1 / alpha = 2e4."""
 _MAX_SIGMA, _MIN_SIGMA, _RHO = 80.0, 0.002, 7.0
 """The ends and the exponent of Karras et al.'s grid (their table 1)."""
 
@@ -83,11 +83,11 @@ class NoiseLevels(ABC):
         """Weight of standard normal noise in the state of a sample that starts at a level."""
 
     def start_scale(self, level: Level, start: Level | None) -> float:
-        """Weight of a sample's initial noise in its first state: alone, or beside the image that it starts at."""
+        """Weight of the initial noise in a sample's first state: alone, or beside an image to start at."""
         return self.prior_scale(level) if start is None else self.c_in(level) * level.sigma
 
     def rounded(self, level: Level) -> Level:
-        """The nearest level that the networks were trained on; every level where the process is continuous."""
+        """The nearest level that the networks were trained on: itself in a continuous process."""
         return level
 
     def grid(self, kind: Grid, start: Level, end: Level, steps: int) -> list[Level]:
@@ -180,7 +180,8 @@ class DiscreteLevels(NoiseLevels):
 
 
 class EdmLevels(NoiseLevels):
-    """A continuous process with the preconditioning of Karras et al. 2022, as openai/consistency_models trained it.
+    """A continuous process with the preconditioning of Karras et al. 2022, as openai/consistency_models
+    trained it.
 
     Args:
         config: of the process.

@@ -21,7 +21,8 @@ def steps_of(
     """The levels that the steps pass, and the level of one more evaluation at their end, or None.
 
     Raises:
-        RequestError: as :func:`~admtrt.schedule.grid.path`; or for a ``denoise_to_zero`` that has no noise left.
+        RequestError: as :func:`~admtrt.schedule.grid.path`; or for a ``denoise_to_zero`` that has no noise
+        left.
     """
     if sampler.option("grid") == "respaced":
         return path(levels, sampler, 0, start), None
@@ -37,10 +38,11 @@ def steps_of(
 
 
 def orders_of(sampler: SamplerConfig, steps: int, *, to_zero: bool) -> list[int]:
-    """The order of each step: as high as the predictions so far allow, and as ``final_order`` says at the end.
+    """The order of each step: as high as the predictions so far allow, and as ``final_order`` says at the
+    end.
 
-    ``falling`` ends 2, 1 (order 3) or 1; ``dpm-solver`` does so below 10 steps, ``diffusers`` below 15, and in
-    its last step to the image; ``full`` never.
+    ``falling`` ends 2, 1 (order 3) or 1; ``dpm-solver`` does so below 10 steps, ``diffusers`` below 15, and
+    in its last step to the image; ``full`` never.
     """
     order, rule = sampler.option("order"), sampler.option("final_order")
     falls = {

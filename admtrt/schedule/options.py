@@ -1,7 +1,7 @@
 """The options of samplers, each declared once: its values and what it does.
 
-The command line, the checks and the documentation derive from here. Imports nothing heavy, so that ``--help`` stays
-quick.
+The command line, the checks and the documentation derive from here. Imports nothing heavy, so that ``--help``
+stays quick.
 """
 
 from __future__ import annotations
@@ -64,7 +64,11 @@ _ALL = (
         "Noise added before each step: amount, lowest and highest noise level, factor of the noise.",
         metavar="AMOUNT[:LOW:HIGH[:NOISE]]",
     ),
-    Option("levels", "Indices of the levels of a consistency model; the last is where it ends.", metavar="I,J,..."),
+    Option(
+        "levels",
+        "Indices of the levels of a consistency model; the last is where it ends.",
+        metavar="I,J,...",
+    ),
     Option("levels_of", "Number of levels that those indices count.", metavar="INTEGER"),
 )
 OPTIONS = {option.name: option for option in _ALL}

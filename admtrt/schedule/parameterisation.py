@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def x0_weights(config: DiffusionConfig | EdmConfig, levels: Sequence[Level]) -> tuple[Float64, Float64]:
     """Weights of the state and of the network's output in the predicted x_0 at each level, float64 [R].
 
-    EDM's preconditioning is eq. 7 of Karras et al. 2022; with ``boundary``, that of Song et al. 2023, appendix C,
-    which is the identity at the smallest level.
+    EDM's preconditioning is eq. 7 of Karras et al. 2022; with ``boundary``, that of Song et al. 2023,
+    appendix C, which is the identity at the smallest level.
 
     Raises:
         RequestError: for a network that predicts x_{t-1}, which only DDPM and DDIM can use.

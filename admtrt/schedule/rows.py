@@ -1,7 +1,8 @@
 """Rows: what a solver gives of each evaluation of the networks, as weights in the next state and memory.
 
-A sample carries its state x and three more tensors: ``saved``, whatever the solver keeps, and ``h1`` and ``h2``, the
-data predictions of the two evaluations before. The prediction of this one is m, guided and bounded.
+A sample carries its state x and three more tensors: ``saved``, whatever the solver keeps, and ``h1`` and
+``h2``, the data predictions of the two evaluations before. The prediction of this one is m, guided and
+bounded.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class RowBuilder:
     _at: list[Level] = field(default_factory=list)
     _rows: list[dict[str, float]] = field(default_factory=list)
 
-    def add(self, level: Level, to: Level | None, *, keep: dict[str, float] | None = None, **weights: float) -> None:
+    def add(
+        self, level: Level, to: Level | None, *, keep: dict[str, float] | None = None, **weights: float
+    ) -> None:
         """One evaluation at ``level`` whose result is the state at ``to``, or the image itself.
 
         Args:
@@ -61,7 +64,10 @@ class RowBuilder:
             weights: the same for the next state, and ``noise``, the standard deviation of fresh noise.
         """
         c, c_next = self.levels.c_in(level), self.levels.c_in(to)
-        row = {name if name == "noise" else f"prev_from_{name}": c_next * value for name, value in weights.items()}
+        row = {
+            name if name == "noise" else f"prev_from_{name}": c_next * value
+            for name, value in weights.items()
+        }
         row |= {f"saved_from_{name}": value for name, value in (keep or {}).items()}
         for name in ("prev_from_x", "saved_from_x"):
             if name in row:

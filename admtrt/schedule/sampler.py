@@ -32,12 +32,13 @@ AUTO = "auto"
 class SamplerConfig(Config):
     """How samples are drawn.
 
-    ``method`` names a solver of :data:`~admtrt.schedule.solvers.SOLVERS`. ``steps`` is a respacing for ddpm and ddim
-    (see :func:`admtrt.schedule.process.retained_timesteps`), of which a number may be given as one, and a number of
-    network evaluations for every other. ``scale`` multiplies the classifier's gradient, 0 = unguided; ``clip``
-    bounds x_0 to [-1, 1]. ``guidance_interval`` (low, high) guides only the evaluations at a noise level sigma =
-    sqrt((1 - alpha_bar) / alpha_bar) with low < sigma <= high (Kynkaanniemi et al. 2024); None guides all. The other
-    fields are those of :mod:`admtrt.schedule.options`; None is the solver's own default.
+    ``method`` names a solver of :data:`~admtrt.schedule.solvers.SOLVERS`. ``steps`` is a respacing for ddpm
+    and ddim (see :func:`admtrt.schedule.process.retained_timesteps`), of which a number may be given as one,
+    and a number of network evaluations for every other. ``scale`` multiplies the classifier's gradient, 0 =
+    unguided; ``clip`` bounds x_0 to [-1, 1]. ``guidance_interval`` (low, high) guides only the evaluations at
+    a noise level sigma = sqrt((1 - alpha_bar) / alpha_bar) with low < sigma <= high (Kynkaanniemi et al.
+    2024); None guides all. The other fields are those of :mod:`admtrt.schedule.options`; None is the solver's
+    own default.
     """
 
     method: str = "ddpm"
@@ -62,10 +63,22 @@ class SamplerConfig(Config):
     levels_of: Annotated[Positive, Field(ge=2, le=100_000)] | None = later(None)
 
     def option(self, name: str) -> Any:
-        """An option of the solver: what was chosen, else the solver's default; None if it takes no such option."""
+        """An option of the solver: what was chosen, else its default; None if it takes no such option."""
         options = SOLVERS[self.method].options
         chosen = getattr(self, name)
         return options.get(name) if chosen is None or name not in options else chosen
+
+    @property
+    def chosen_options(self) -> dict[str, Any]:
+        """The options that were chosen, by name."""
+        fields = type(self).model_fields
+        values = {name: getattr(self, name) for name in OPTIONS}
+        return {name: value for name, value in values.items() if value not in (None, fields[name].default)}
+
+    @property
+    def unguided(self) -> SamplerConfig:
+        """The same without guidance."""
+        return self.model_copy(update={"scale": 0.0, "guidance_interval": None})
 
     @field_validator("method")
     @classmethod
@@ -97,37 +110,38 @@ class SamplerConfig(Config):
         cls, churn: tuple[float, float, float, float] | None
     ) -> tuple[float, float, float, float] | None:
         if churn is not None and not churn[1] < churn[2]:
-            raise ValueError(f"noise levels {churn[1]:g} to {churn[2]:g} are empty; the first is the lower one")
+            raise ValueError(
+                f"noise levels {churn[1]:g} to {churn[2]:g} are empty; the first is the lower one"
+            )
         return churn
 
     @field_validator("levels")
     @classmethod
     def _check_levels(cls, levels: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if levels is not None and any(after <= before for before, after in zip(levels, levels[1:], strict=False)):
+        if levels is not None and any(
+            after <= before for before, after in zip(levels, levels[1:], strict=False)
+        ):
             raise ValueError(f"{list(levels)} do not rise; the first is the noisiest level")
         return levels
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        if "method" not in self.model_fields_set and self.method not in SOLVERS:
-            return self
         chosen = SOLVERS[self.method]
-        for name in OPTIONS:
-            value = getattr(self, name)
-            if value is None or value == type(self).model_fields[name].default:
-                continue
+        for name, value in self.chosen_options.items():
             if name not in chosen.options:
                 raise ValueError(f"{name} belongs to {takers(name)}; {self.method} has no such choice")
             allowed = chosen.narrower.get(name)
             if allowed is not None and value not in allowed:
-                raise ValueError(f"{name} {value!r} is none of {self.method}'s: {', '.join(map(str, allowed))}")
+                raise ValueError(
+                    f"{name} {value!r} is none of {self.method}'s: {', '.join(map(str, allowed))}"
+                )
         if self.threshold is not None and not self.clip:
             raise ValueError(f"threshold '{self.threshold}' bounds x_0, but clip is False")
         return self
 
 
 class SamplerChoices(TypedDict, total=False):
-    """Choices that replace those of a recommended sampler; see :class:`SamplerConfig`. None chooses nothing."""
+    """Choices in place of those of a recommended sampler, see :class:`SamplerConfig`; None leaves one."""
 
     method: str | None
     steps: str | int | None
@@ -157,8 +171,8 @@ def with_choices(
     """A recommended sampler with each choice that is not None in place of its own.
 
     On a discrete process, plain ``steps`` imply a method: ``ddim`` for "ddimN", else ``ddpm``; the method
-    :data:`AUTO` keeps the recommended one. A method other than the recommended one begins with its own defaults,
-    and with its own number of steps where the recommended ones mean something else to it.
+    :data:`AUTO` keeps the recommended one. A method other than the recommended one begins with its own
+    defaults, and with its own number of steps where the recommended ones mean something else to it.
 
     Raises:
         ConfigError: if the result is impossible.

@@ -1,6 +1,7 @@
 """The table of a sample: float32 coefficients of every evaluation, lowered from a solver's rows.
 
-One update serves every solver, parameterisation, variance and guide, because each is linear once x_0 is bounded::
+One update serves every solver, parameterisation, variance and guide, because each is linear once x_0 is
+bounded::
 
     y      = x0_from_x x + x0_from_out value + x0_from_grad g
     d      = clamp(y, -r, r) (clip / r)             r = clip, or that of the graph ``threshold``
@@ -11,10 +12,10 @@ One update serves every solver, parameterisation, variance and guide, because ea
     saved' = saved_from_x x + saved_from_saved saved + saved_from_x0 m + saved_from_h1 h1 + saved_from_h2 h2
     h2', h1' = h1, m
 
-``out`` is (value, v), ``g`` the unscaled gradient of the classifier's log probability, ``z`` standard normal noise. The
-combinations are formed in float64 and rounded once, which avoids the 1 / alpha amplification of the textbook order of
-operations. The graph ``update`` has the first columns (no memory, nothing of the guide before the bound),
-``update_full`` has them all.
+``out`` is (value, v), ``g`` the unscaled gradient of the classifier's log probability, ``z`` standard normal
+noise. The combinations are formed in float64 and rounded once, which avoids the 1 / alpha amplification of
+the textbook order of operations. The graph ``update`` has the first columns (no memory, nothing of the guide
+before the bound), ``update_full`` has them all.
 """
 
 from __future__ import annotations
@@ -55,13 +56,17 @@ UPDATE_FULL = (
 )  # fmt: skip
 """Columns of the graphs ``update_full`` and ``threshold``, in order.
 
-``bound`` is read by ``threshold`` alone: r = min(max(clip, quantile), bound), so that a row whose bound is its clip
-keeps a static threshold beside others in a batch.
+``bound`` is read by ``threshold`` alone: r = min(max(clip, quantile), bound), so that a row whose bound is
+its clip keeps a static threshold beside others in a batch.
 """
 _LARGEST = float(np.finfo(np.float32).max)
 _GUIDED = tuple(UPDATE_FULL.index(name) for name in ("guidance", "x0_shift", "x0_from_grad", "shift"))
-_MORE = {"state_clip": _LARGEST}  # what is not 0 in the columns behind those of ``update``, in rows of ``update``
-_ONLY_FULL = tuple(UPDATE_FULL.index(name) for name in UPDATE_FULL[len(UPDATE) :] if name not in ("bound", *_MORE))
+_MORE = {
+    "state_clip": _LARGEST
+}  # what is not 0 in the columns behind those of ``update``, in rows of ``update``
+_ONLY_FULL = tuple(
+    UPDATE_FULL.index(name) for name in UPDATE_FULL[len(UPDATE) :] if name not in ("bound", *_MORE)
+)
 _CLIP, _BOUND, _NOISE = (UPDATE_FULL.index(name) for name in ("clip", "bound", "noise"))
 
 
@@ -73,7 +78,8 @@ class SamplingSchedule:
         model_t: float32 [R], the ``t`` given to the graphs.
         coefficients: float32 [R, len(UPDATE_FULL)].
         step: int64 [R], R-1 down to 0: evaluations that are still to come, which name the noise of this one.
-        timesteps: of the base process, [R]: int64 where all are whole, float64 otherwise; empty where there are none.
+        timesteps: of the base process, [R]: int64 where all are whole, float64 otherwise; empty where there
+            are none.
         sigma: float64 [R], the noise level S of each evaluation.
         init_signal, init_scale, init_noise: weights of a given image, of the sample's initial noise and of
             further noise in the first state.
@@ -136,8 +142,8 @@ def sampling_schedule(
         )
     if sampler.scale and levels.kind == "edm":
         raise RequestError(
-            f"scale {sampler.scale:g} asks for classifier guidance, for which networks of kind 'edm' have no noisy "
-            "classifier",
+            f"scale {sampler.scale:g} asks for classifier guidance, but no noisy classifier fits a process "
+            "of kind 'edm'",
             hint="Use scale 0.",
         )
     rows = chosen.rows(levels, sampler, None)
@@ -176,7 +182,9 @@ def lower(
     return schedule
 
 
-def float64_table(rows: Rows, process: DiffusionConfig | EdmConfig, sampler: SamplerConfig) -> dict[str, Float64]:
+def float64_table(
+    rows: Rows, process: DiffusionConfig | EdmConfig, sampler: SamplerConfig
+) -> dict[str, Float64]:
     """Every column of :data:`UPDATE_FULL` before it is rounded, float64 [R] each."""
     zeros = np.zeros(len(rows))
     table = dict.fromkeys(UPDATE_FULL, zeros) | rows.columns

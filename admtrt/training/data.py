@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from admtrt.config import DataConfig
+    from admtrt.run_config import DataConfig
 
 _ORDER, _AUGMENTATION = 0, 1  # streams of random numbers of one training seed
 _SPLIT_SEED = 0  # fixed: every network holds out the same images

@@ -22,7 +22,7 @@ from admtrt.errors import DataError, MissingDependencyError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from admtrt.config import DataConfig
+    from admtrt.run_config import DataConfig
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.config import TrainingConfig
     from admtrt.presets import Kind
+    from admtrt.run_config import TrainingConfig
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock, Timeout
 
-from admtrt.config import RunConfig, load_config, save_config
+from admtrt.config import load_config, save_config
 from admtrt.errors import OutputError
 from admtrt.files import atomic_file
+from admtrt.run_config import RunConfig
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

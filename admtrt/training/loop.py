@@ -15,7 +15,7 @@ from admtrt.errors import ConfigError, RequestError, TrainingDivergedError
 from admtrt.models.checkpoint import CheckpointConfig, build_network, save_checkpoint
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.unet import UNet
-from admtrt.schedule import process_from_config, retained_timesteps
+from admtrt.schedule.process import process_from_config, retained_timesteps
 from admtrt.training.data import ImageSet, load_data, require_classes, split
 from admtrt.training.engine import on_main_process, start_engine
 from admtrt.training.folder import RunFolder
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from admtrt.config import RunConfig, TrainingConfig
     from admtrt.console import Output
     from admtrt.presets import Kind
+    from admtrt.run_config import RunConfig, TrainingConfig
 
 
 _NAMED_SKIPPED = 5  # bad files that are shown before they are only counted

@@ -12,9 +12,9 @@ from admtrt.training.losses import training_loss
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from admtrt.config import RunConfig
     from admtrt.models.diffusion import Diffusion
     from admtrt.presets import Kind
+    from admtrt.run_config import RunConfig
 
 
 class Objective(Protocol):

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from admtrt.config import DiffusionConfig, SamplerConfig
+from admtrt.config import DiffusionConfig
 from admtrt.images import save_grid, to_uint8
 from admtrt.models.denoiser import TorchDenoiser
 from admtrt.runtime.sampler import advance, start_slots
-from admtrt.schedule import sampling_schedule
+from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.table import sampling_schedule
 from admtrt.training.data import batch
 from admtrt.training.objectives import shrink
 

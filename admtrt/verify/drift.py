@@ -14,7 +14,7 @@ import numpy as np
 from admtrt.errors import AdmtrtError, RequestError
 from admtrt.runtime.pipeline import Pipeline, consecutive_seeds
 from admtrt.runtime.sampler import advance, hold, start_slots
-from admtrt.schedule import sampling_schedule
+from admtrt.schedule.table import sampling_schedule
 from admtrt.verify.inputs import Inputs
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from admtrt.bundle import Bundle
     from admtrt.runtime.sampler import Denoiser, Images, Labels, Slots
-    from admtrt.schedule import SamplingSchedule
+    from admtrt.schedule.table import SamplingSchedule
 
     Values = NDArray[np.float64]
 
@@ -144,7 +144,7 @@ def measure_drift(
                 unet_y=given.unet_y,
                 guide_y=given.guide_y if sampler.scale else None,
                 low_res=given.low_res,
-                stage=bundle.manifest.unet.low_res_size or 0,
+                stage=bundle.manifest.network.low_res_size or 0,
             )
             for _ in range(2)
         )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from admtrt.config import SamplerConfig
+from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,7 +44,7 @@ class Inputs:
     def __init__(self, manifest: Manifest, seed: int) -> None:
         self._manifest = manifest
         self._rng = np.random.default_rng(seed)
-        unet = manifest.unet
+        unet = manifest.network
         self.image_shape = (unet.in_channels, unet.image_size, unet.image_size)
         self.out_shape = (unet.out_channels, unet.image_size, unet.image_size)
 
@@ -73,11 +73,11 @@ class Inputs:
     def conditioning(self, count: int, shift: int = 0) -> Conditioning:
         """Labels and low-resolution images for those networks that take them."""
         manifest = self._manifest
-        y, size = self.labels(count, shift), manifest.unet.low_res_size
+        y, size = self.labels(count, shift), manifest.network.low_res_size
         return Conditioning(
-            unet_y=y if manifest.unet.num_classes is not None else None,
+            unet_y=y if manifest.network.num_classes is not None else None,
             guide_y=y if manifest.classifier is not None else None,
-            low_res=None if size is None else self.uniform(count, manifest.unet.in_channels, size, size),
+            low_res=None if size is None else self.uniform(count, manifest.network.in_channels, size, size),
         )
 
 

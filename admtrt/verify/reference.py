@@ -12,7 +12,7 @@ from torch import nn
 from admtrt.models.classifier import Classifier, log_prob, log_prob_gradient
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.unet import UNet
-from admtrt.schedule import process_from_config
+from admtrt.schedule.process import process_from_config
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from admtrt.config import SamplerConfig
     from admtrt.models.checkpoint import LoadedNetwork
     from admtrt.runtime.sampler import Images, Labels
+    from admtrt.schedule.sampler import SamplerConfig
     from admtrt.verify.inputs import Conditioning
 
 _Module = TypeVar("_Module", bound=nn.Module)

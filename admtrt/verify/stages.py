@@ -15,7 +15,8 @@ from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.noise import step_noise
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.sampler import Slots, advance, start_slots
-from admtrt.schedule import process_from_config, retained_timesteps, sampling_schedule
+from admtrt.schedule.process import process_from_config, retained_timesteps
+from admtrt.schedule.table import sampling_schedule
 from admtrt.verify.checked import CheckedGraphs, GraphRunError
 from admtrt.verify.inputs import BATCHES, Inputs, chosen_steps, samplers, step_batches
 from admtrt.verify.reference import Reference
@@ -29,11 +30,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
-    from admtrt.config import SamplerConfig
     from admtrt.contract import GraphName
     from admtrt.models.checkpoint import LoadedNetwork
     from admtrt.runtime.backends.auto import Choice
     from admtrt.runtime.sampler import Images, Labels
+    from admtrt.schedule.sampler import SamplerConfig
 
     Record = Callable[[GraphName, Mapping[str, Any], Mapping[str, Images]], None]
 

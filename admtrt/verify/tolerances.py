@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
-    from admtrt.schedule import Process
+    from admtrt.schedule.process import Process
 
 
 TOLERANCES = {

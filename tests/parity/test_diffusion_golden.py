@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from admtrt.schedule.UNKNOWN_step_coefficients import step_coefficients
 from goldens import arrays, golden_classifier, golden_input, golden_unet, metadata, relative_error
 
-from admtrt.config import DiffusionConfig, SamplerConfig
+from admtrt.config import DiffusionConfig
 from admtrt.models.classifier import log_prob_gradient
 from admtrt.models.diffusion import Diffusion
-from admtrt.schedule import betas, process_from_config, retained_timesteps, step_coefficients
+from admtrt.schedule.process import betas, process_from_config, retained_timesteps
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.training.losses import training_loss, variational_bound
 
 META = metadata("diffusion")

@@ -37,7 +37,7 @@ from admtrt.export.graphs import EXAMPLE_BATCH
 from admtrt.models.classifier import Classifier, log_prob, log_prob_gradient
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.layers import AttentionPool
-from admtrt.schedule import process_from_config
+from admtrt.schedule.process import process_from_config
 
 if TYPE_CHECKING:
     from collections.abc import Callable

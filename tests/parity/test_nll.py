@@ -14,7 +14,7 @@ from bundles import CLASS_NAMES, UNET, network
 from images import save
 
 from admtrt.cli import run
-from admtrt.config import DataConfig, DiffusionConfig, RunConfig, UNetConfig, save_config
+from admtrt.config import DiffusionConfig, UNetConfig, save_config
 from admtrt.errors import AdmtrtError, DataError, RequestError
 from admtrt.evaluate.images import load_images
 from admtrt.evaluate.nll import Likelihood, evaluate_nll
@@ -22,8 +22,9 @@ from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import save_checkpoint
 from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.diffusion import Diffusion
+from admtrt.run_config import DataConfig, RunConfig
 from admtrt.runtime.noise import step_noise
-from admtrt.schedule import process_from_config
+from admtrt.schedule.process import process_from_config
 from admtrt.training.data import ImageSet, load_data
 from admtrt.training.losses import variational_bound
 from admtrt.training.objectives import shrink

@@ -176,7 +176,7 @@ def test_the_upsampler_draws_the_noise_of_its_stage(stages: TwoStage) -> None:
     seeds = [3, 8]
     stages([0, 1], seeds, steps=STEPS, upsample_steps=STEPS)
     for of, stage in ((stages.low, 0), (stages.high, 4)):
-        size = of.bundle.manifest.unet.image_size
+        size = of.bundle.manifest.network.image_size
         start, *drawn = denoiser(of).noise
         np.testing.assert_array_equal(start, initial_noise(seeds, (1, size, size), stage=stage))
         for step, z in zip((2, 1), drawn[:2], strict=True):

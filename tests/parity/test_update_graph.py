@@ -9,16 +9,18 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
+from admtrt.schedule.UNKNOWN_step_coefficients import step_coefficients
 from goldens import relative_error
 from onnx_graphs import op_types, proto, run, session
 
-from admtrt.config import DiffusionConfig, SamplerConfig, UNetConfig
+from admtrt.config import DiffusionConfig, UNetConfig
 from admtrt.contract import update_spec
 from admtrt.export.check import check_graph
 from admtrt.export.graphs import EXAMPLE_BATCH, update_graph
 from admtrt.export.write import write_graph
 from admtrt.models.diffusion import Diffusion
-from admtrt.schedule import process_from_config, step_coefficients
+from admtrt.schedule.process import process_from_config
+from admtrt.schedule.sampler import SamplerConfig
 
 # Both sides round the same float64 tables to float32 once; x_{t-1} is a sum of five terms.
 TOLERANCE = 1e-5

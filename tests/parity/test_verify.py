@@ -21,12 +21,13 @@ from typer.testing import CliRunner
 
 from admtrt.bundle import Bundle
 from admtrt.commands.verify import verify
-from admtrt.config import DiffusionConfig, SamplerConfig
+from admtrt.config import DiffusionConfig
 from admtrt.errors import CheckpointError, MissingDependencyError, RequestError, UserError
 from admtrt.export.graphs import EXAMPLE_BATCH
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import CheckpointConfig, LoadedNetwork, build_network, save_checkpoint
 from admtrt.runtime.backends.auto import Choice
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.verify.inputs import BATCHES
 from admtrt.verify.record import Recorder
 from admtrt.verify.reference import Reference

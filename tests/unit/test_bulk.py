@@ -15,10 +15,10 @@ import pytest
 from bundles import UNET, sham_bundle
 from PIL import Image
 
-from admtrt.config import SamplerConfig
 from admtrt.errors import OutputError, RequestError
 from admtrt.runtime.bulk import GRID_LIMIT, MAX_SAMPLES, BulkRequest, Format, draw, finished_samples
 from admtrt.runtime.pipeline import Pipeline
+from admtrt.schedule.sampler import SamplerConfig
 
 SAMPLER = SamplerConfig(steps="3", scale=1.0)
 

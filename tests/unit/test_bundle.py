@@ -50,7 +50,7 @@ def test_round_trip(tmp_path: Path) -> None:
     read = Bundle.open(str(tmp_path / "bundle"))
     assert read.manifest == written.manifest
     assert read.path == written.path
-    assert read.manifest.unet == UNET
+    assert read.manifest.network == UNET
     assert read.manifest.classifier == CLASSIFIER
     assert read.manifest.sampler == SAMPLER
     assert read.manifest.class_names == ("é", "b c", "日")

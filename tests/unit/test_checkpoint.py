@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from admtrt.config import ClassifierConfig, DataConfig, DiffusionConfig, RunConfig, SamplerConfig, UNetConfig
+from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from admtrt.errors import CheckpointError, ConfigError, OutputError
 from admtrt.models import weights
 from admtrt.models.checkpoint import (
@@ -26,6 +26,8 @@ from admtrt.models.checkpoint import (
     read_checkpoint_config,
     save_checkpoint,
 )
+from admtrt.run_config import DataConfig, RunConfig
+from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from admtrt.schedule.UNKNOWN_step_coefficients import step_coefficients
 
-from admtrt.config import DiffusionConfig, SamplerConfig
-from admtrt.schedule import COEFFICIENTS, process_from_config, step_coefficients
+from admtrt.config import DiffusionConfig
+from admtrt.schedule.process import process_from_config
+from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.table import UPDATE
 
 ROUNDING = 1.5e-6  # of the output's largest value: what the exported ImageNet-64 UNet differs by
 SHAPE = (3, 3, 64, 64)
@@ -16,7 +19,7 @@ def moved(schedule: str, seed: int) -> float:
     """Largest change of x_prev in a sample, over that sample's largest value."""
     config = DiffusionConfig(schedule=schedule)
     table = step_coefficients(config, process_from_config(config, "5"), SamplerConfig(steps="5", scale=0.0))
-    row = dict(zip(COEFFICIENTS, table[-1].astype(np.float64), strict=True))
+    row = dict(zip(UPDATE, table[-1].astype(np.float64), strict=True))
     rng = np.random.default_rng(seed)
     x, out, noise = (rng.standard_normal(SHAPE) for _ in range(3))
     error = ROUNDING * np.abs(out).max() * rng.uniform(-1, 1, SHAPE)

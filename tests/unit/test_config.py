@@ -7,19 +7,10 @@ from typing import Any
 
 import pytest
 
-from admtrt.config import (
-    ClassifierConfig,
-    Config,
-    DataConfig,
-    DiffusionConfig,
-    RunConfig,
-    SamplerConfig,
-    TrainingConfig,
-    UNetConfig,
-    load_config,
-    save_config,
-)
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig, load_config, save_config
 from admtrt.errors import ConfigError, OutputError
+from admtrt.run_config import DataConfig, RunConfig, TrainingConfig
+from admtrt.schedule.sampler import SamplerConfig
 
 SMALL = {
     "image_size": 8,

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from admtrt.config import RunConfig, load_config, save_config
+from admtrt.config import load_config, save_config
 from admtrt.errors import ConfigError
+from admtrt.run_config import RunConfig
 
 UNET = {
     "image_size": 8,

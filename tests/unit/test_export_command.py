@@ -8,10 +8,11 @@ import pytest
 from bundles import CLASSIFIER, UNET, network, pipeline
 
 from admtrt.cli import run
-from admtrt.config import ClassifierConfig, SamplerConfig, UNetConfig
+from admtrt.config import ClassifierConfig, UNetConfig
 from admtrt.errors import CheckpointError, ConfigError
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import save_checkpoint
+from admtrt.schedule.sampler import SamplerConfig
 
 HEADS = {
     "image_size": 8,

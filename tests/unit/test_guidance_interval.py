@@ -9,14 +9,16 @@ import pytest
 from bundles import pipeline
 
 from admtrt.bundle import Bundle
-from admtrt.config import DiffusionConfig, SamplerConfig
+from admtrt.config import DiffusionConfig
 from admtrt.errors import ConfigError, RequestError
 from admtrt.runtime.pipeline import Pipeline
-from admtrt.schedule import COEFFICIENTS, process_from_config, sampling_schedule
+from admtrt.schedule.process import process_from_config
+from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.table import UPDATE, sampling_schedule
 
 DIFFUSION = DiffusionConfig()
-GUIDED = [COEFFICIENTS.index("guidance"), COEFFICIENTS.index("x0_shift")]
-OTHERS = [index for index in range(len(COEFFICIENTS)) if index not in GUIDED]
+GUIDED = [UPDATE.index("guidance"), UPDATE.index("x0_shift")]
+OTHERS = [index for index in range(len(UPDATE)) if index not in GUIDED]
 
 
 def rows(**fields: Any) -> np.ndarray:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from admtrt.config import DiffusionConfig, SamplerConfig, UNetConfig
+from admtrt.config import DiffusionConfig, UNetConfig
 from admtrt.errors import CheckpointError, ConfigError
 from admtrt.models.checkpoint import identify, load_network, open_checkpoint
 from admtrt.models.infer import UNTOLD, UntoldSettingError, infer_config, traits_of
@@ -25,6 +25,7 @@ from admtrt.models.settings import (
     with_settings,
 )
 from admtrt.presets import PRESETS
+from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from admtrt.models.infer import Shapes

@@ -27,7 +27,7 @@ from admtrt.models.classifier import Classifier, log_prob_gradient
 from admtrt.models.matching import nearest_preset
 from admtrt.models.unet import UNet
 from admtrt.presets import PRESETS
-from admtrt.schedule import retained_timesteps
+from admtrt.schedule.process import retained_timesteps
 
 PUBLISHED: dict[str, dict[str, Any]] = json.loads(
     gzip.decompress((Path(__file__).parents[1] / "data" / "published.json.gz").read_bytes())

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 from bundles import SAMPLER, sham_bundle
 
-from admtrt.config import DiffusionConfig, SamplerConfig
+from admtrt.config import DiffusionConfig
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import Slots, advance, draw_noise, hold, start_slots, step_inputs
-from admtrt.schedule import COEFFICIENTS, sampling_schedule
+from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.table import UPDATE, sampling_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,7 +34,7 @@ class Arithmetic:
         return x * 0.1 + y[:, None, None, None]
 
     def update(self, x: Any, out: Any, grad: Any, noise: Any, coefficients: Any) -> Any:
-        guidance, z = (coefficients[:, COEFFICIENTS.index(name)] for name in ("guidance", "noise"))
+        guidance, z = (coefficients[:, UPDATE.index(name)] for name in ("guidance", "noise"))
         x_0 = out + 0.01 * guidance[:, None, None, None] * grad
         return x_0 + 0.1 * z[:, None, None, None] * noise, x_0
 

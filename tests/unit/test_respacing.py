@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from admtrt.errors import RequestError
-from admtrt.schedule import retained_timesteps
+from admtrt.schedule.process import retained_timesteps
 
 
 def test_respacing_keeps_what_is_asked_for() -> None:

@@ -54,7 +54,8 @@ WRITER_THAT_DIES = """
 import os, sys
 from pathlib import Path
 sys.path.append(sys.argv[4])
-from admtrt.config import RunConfig, load_config
+from admtrt.config import load_config
+from admtrt.run_config import RunConfig
 from admtrt.models import weights
 from training_runs import run
 

@@ -87,7 +87,7 @@ import os, signal, sys
 from pathlib import Path
 import numpy as np
 from admtrt.bundle import Bundle
-from admtrt.config import SamplerConfig
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.images import save_grid  # and, with it, what the children would each import
 from admtrt.runtime.bulk import BulkRequest, draw
 from admtrt.runtime.pipeline import Pipeline

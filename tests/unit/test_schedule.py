@@ -7,17 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from admtrt.schedule.UNKNOWN_step_coefficients import step_coefficients
 
-from admtrt.config import DiffusionConfig, SamplerConfig
-from admtrt.schedule import (
-    COEFFICIENTS,
-    betas,
-    log_variance_bounds,
-    process_from_config,
-    retained_timesteps,
-    sampling_schedule,
-    step_coefficients,
-)
+from admtrt.config import DiffusionConfig
+from admtrt.schedule.parameterisation import log_variance_bounds
+from admtrt.schedule.process import betas, process_from_config, retained_timesteps
+from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.table import UPDATE, sampling_schedule
 
 EXACT = 1e-12  # relative; float64 holds 1e-16 and alpha_bar is a product of at most 4000 factors
 STORED = 2e-7  # relative; coefficients are rounded to float32 once, which moves them by at most 6e-8
@@ -30,7 +26,7 @@ METHODS = [
 
 def column(config: DiffusionConfig, respacing: str, name: str, **sampler: Any) -> np.ndarray:
     rows = step_coefficients(config, process_from_config(config, respacing), SamplerConfig(**sampler))
-    return rows[:, COEFFICIENTS.index(name)].astype(np.float64)
+    return rows[:, UPDATE.index(name)].astype(np.float64)
 
 
 # --- betas and tables -----------------------------------------------------------------------------------
@@ -247,7 +243,7 @@ def test_guidance_is_linear_in_the_scale_and_nothing_else_is_touched(sampler: Sa
         step_coefficients(config, process, sampler.model_copy(update={"scale": scale}))
         for scale in (3.0, 6.0, 0.0)
     )
-    guided = [COEFFICIENTS.index(name) for name in ("guidance", "x0_shift")]
+    guided = [UPDATE.index(name) for name in ("guidance", "x0_shift")]
     np.testing.assert_allclose(doubled[:, guided], 2 * rows[:, guided], rtol=STORED)
     assert not none[:, guided].any()
     rest = np.delete(rows, guided, axis=1)

@@ -12,11 +12,12 @@ from bundles import SAMPLER, pipeline
 from engine_double import RtxRuntimeConfig
 from engine_rig import Rig
 
-from admtrt.config import DiffusionConfig, SamplerConfig
+from admtrt.config import DiffusionConfig
 from admtrt.errors import RequestError
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import advance, hold, start_slots
-from admtrt.schedule import sampling_schedule
+from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
     from pathlib import Path

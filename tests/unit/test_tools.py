@@ -15,9 +15,10 @@ from bundles import CLASSIFIER, exported_bundle, network
 from PIL import Image
 
 from admtrt import demo
-from admtrt.config import RunConfig, load_config
+from admtrt.config import load_config
 from admtrt.models.checkpoint import load_network
 from admtrt.models.generated import generated_weight
+from admtrt.run_config import RunConfig
 
 TOOLS = Path(__file__).parents[2] / "tools"
 DIGITS = "[data]\nsource = 'digits'\nimage_size = 8\nchannels = 1\nhold_out = 0.1\n"

@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import torch
 import training_runs
+from admtrt.schedule.UNKNOWN_step_coefficients import step_coefficients
 from PIL import Image
 from torch.nn import functional as F
 from training_runs import in_python, lines, run, tiny_config, weights
 
-from admtrt.config import DiffusionConfig, RunConfig, SamplerConfig, TrainingConfig, save_config
+from admtrt.config import DiffusionConfig, save_config
 from admtrt.errors import ConfigError, DataError, MissingDependencyError
 from admtrt.models.checkpoint import load_network
 from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.layers import ResBlock
-from admtrt.schedule import process_from_config, step_coefficients
+from admtrt.run_config import RunConfig, TrainingConfig
+from admtrt.schedule.process import process_from_config
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.training import learner as learner_module
 from admtrt.training import loop as loop_module
 from admtrt.training.engine import Division

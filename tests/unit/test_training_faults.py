@@ -16,8 +16,9 @@ from PIL import Image
 from training_runs import NETWORK, TRAINING, lines, run, tiny_config, weights
 
 import admtrt
-from admtrt.config import RunConfig, load_config, save_config
+from admtrt.config import load_config, save_config
 from admtrt.errors import ConfigError, OutputError, TrainingDivergedError
+from admtrt.run_config import RunConfig
 from admtrt.training import metrics as metrics_module
 from admtrt.training.learner import Learner
 from admtrt.training.metrics import MetricsLog

@@ -13,7 +13,7 @@ import pytest
 from admtrt.config import DiffusionConfig
 from admtrt.contract import GraphSpec, TensorSpec
 from admtrt.errors import MissingDependencyError, OutputError
-from admtrt.schedule import process_from_config
+from admtrt.schedule.process import process_from_config
 from admtrt.verify.checked import GraphRunError, _check_values
 from admtrt.verify.inputs import BATCHES, chosen_steps, step_batches
 from admtrt.verify.plot import plot_drift, require_plotting

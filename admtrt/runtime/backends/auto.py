@@ -19,7 +19,7 @@ from pydantic import Field
 
 from admtrt import __version__
 from admtrt.config import Config
-from admtrt.contract import GraphName, Precision
+from admtrt.contract import NETWORKS, GraphName, Precision
 from admtrt.errors import ConfigError, EngineError
 from admtrt.memo import Memo
 from admtrt.runtime.backends.composite import Composite
@@ -137,7 +137,8 @@ def open_choice(
 
     if guide == unet or (graphs is not None and "classifier_gradient" not in graphs):
         return opened(unet, graphs)
-    return Composite(opened(unet, ["unet", "update"]), opened(guide, ["classifier_gradient"]))
+    others: list[GraphName] = [name for name in bundle.manifest.graphs if name != "classifier_gradient"]
+    return Composite(opened(unet, others), opened(guide, ["classifier_gradient"]))
 
 
 def choose(
@@ -244,7 +245,7 @@ def _probe(request: ProbeRequest) -> ProbeResult:
 
 def _measured_graphs(bundle: Bundle) -> tuple[GraphName, ...]:
     """All but the update, which takes no time and runs beside the UNet."""
-    return tuple(name for name in bundle.manifest.graphs if name != "update")
+    return tuple(name for name in bundle.manifest.graphs if name in NETWORKS)
 
 
 def _remembered(

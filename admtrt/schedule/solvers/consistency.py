@@ -4,7 +4,8 @@ In x~ = x_0 + S eps, from S to S' with S_min the smallest level of the training:
 
     x~' = m + sqrt(S'^2 - S_min^2) z,    and the last prediction is the image
 
-The levels are indices of Karras et al.'s grid; the last index is where the sample ends and is never evaluated.
+The levels are indices of Karras et al.'s grid; the last index is where the sample ends and is never
+evaluated.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def _indices(sampler: SamplerConfig) -> tuple[int, ...]:
     if given is not None:
         if asked != len(given) - 1:
             raise RequestError(
-                f"{len(given)} levels are {len(given) - 1} evaluations, not {asked}: the last is where the sample ends",
+                f"{len(given)} levels are {len(given) - 1} evaluations, not {asked}: "
+                "the last is where the sample ends",
                 hint=f"Ask for --steps {len(given) - 1}.",
             )
         return tuple(given)

@@ -1,6 +1,7 @@
 """DPM-Solver++ (Lu et al. 2022, Algorithms 1 and 2): exponential integrators of the data prediction.
 
-In x~ = x_0 + S eps, for a step from S_s to S_t with h = log(S_s / S_t), e = expm1(-h), m the prediction at s and m_1,
+In x~ = x_0 + S eps, for a step from S_s to S_t with h = log(S_s / S_t), e = expm1(-h), m the prediction at s
+and m_1,
 m_2 those before it, at lambdas that lie r0 h and (r0 + r1) h back::
 
     order 1:  x~' = S_t/S_s x~ - e m
@@ -9,7 +10,8 @@ m_2 those before it, at lambdas that lie r0 h and (r0 + r1) h back::
                                                   D2 = (D - D') / (r0 + r1), p2 = e/h + 1, p3 = p2/h - 1/2
 
 which are the multistep forms as published (D2 lacks a factor 2, so that order 3 converges at order 2). The
-singlestep forms evaluate inside of the step instead, at points r1 h and r2 h (:func:`_single`). With ``sde``, orders 1
+singlestep forms evaluate inside of the step instead, at points r1 h and r2 h (:func:`_single`). With ``sde``,
+orders 1
 and 2, E = 1 - exp(-2h)::
 
     x~' = S_t/S_s exp(-h) x~ + E m + E/2 D + S_t sqrt(E) z
@@ -40,7 +42,8 @@ _INNER_GRIDS = ("time_uniform", "logsnr", "quadratic", "karras")
     processes=("discrete", "edm"),
     options={
         "order": 2, "form": "multi", "sde": False, "grid": None, "to": "zero", "denoise_to_zero": False,
-        "threshold": "static", "threshold_order": "after_guide", "final_order": "falling", "sigma": "interpolated",
+        "threshold": "static", "threshold_order": "after_guide", "final_order": "falling",
+        "sigma": "interpolated",
     },
 )  # fmt: skip
 def dpmpp(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
@@ -73,7 +76,7 @@ def _multi(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, bui
     from admtrt.schedule.multistep import orders_of, steps_of
 
     passed, last = steps_of(levels, sampler, start)
-    check_distinct(passed)
+    check_distinct(passed, sampler)
     weights = _sde_weights if sampler.option("sde") else _weights
     orders = orders_of(sampler, len(passed) - 1, to_zero=passed[-1] is None)
     visited: list[Level] = []
@@ -124,7 +127,8 @@ def _add_difference(made: dict[str, float], newest: float, older: float) -> None
 def _single(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, builder: RowBuilder) -> Level:
     """The singlestep forms, with c the weight of the last difference.
 
-    Order 2, inner point u: x~_u by order 1; x~' = S_t/S_s x~ - e m_s - e/(2 r1) (m_u - m_s). Order 3, inner points u
+    Order 2, inner point u: x~_u by order 1; x~' = S_t/S_s x~ - e m_s - e/(2 r1) (m_u - m_s). Order 3, inner
+    points u
     and v: x~_v = S_v/S_s x~ - expm1(-r2 h) m_s + r2/r1 (expm1(-r2 h)/(r2 h) + 1) (m_u - m_s), then
     x~' = S_t/S_s x~ - e m_s + p2/r2 (m_v - m_s).
     """
@@ -181,7 +185,7 @@ def _outer(
         passed = path(levels, sampler, len(orders), None)
     else:
         passed = [passed[index] for index in accumulate(orders, initial=0)]
-    check_distinct(passed)
+    check_distinct(passed, sampler)
     if start is not None:
         left = from_start(passed, start)
         orders, passed = orders[len(passed) - len(left) :], left
@@ -189,7 +193,7 @@ def _outer(
 
 
 def _single_orders(count: int, order: int, *, to_zero: bool) -> list[int]:
-    """Orders of the steps that spend ``count`` evaluations; the last step to the image itself is of order 1."""
+    """Orders of the steps that spend ``count`` evaluations; a last step to the image is of order 1."""
     if order == 2:
         orders = [2] * (count // 2) + [1] * (count % 2)
     elif count % 3:

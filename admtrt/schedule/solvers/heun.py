@@ -5,8 +5,8 @@ In x~ = x_0 + S eps, for a step from S (raised by churn from the level before) t
     Euler:  x~' = (1 + h/S) x~ - h/S m
     Heun:   Euler to S', then x~'' = x~ + h/2 ((x~ - m)/S + (x~' - m')/S')
 
-A step that leads to the image itself is one of Euler. The noise of a step's churn is added at the end of the row
-before it, and that of the first step to the first state.
+A step that leads to the image itself is one of Euler. The noise of a step's churn is added at the end of the
+row before it, and that of the first step to the first state.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ def heun(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Ro
         odd = "an odd" if to_zero else "an even"
         neighbours = [str(count) for count in (asked - 1, asked + 1) if count > 0]
         raise RequestError(
-            f"heun spends {odd} number of evaluations {'to zero' if to_zero else 'to the smallest noise level'}, "
-            f"not {asked}",
+            f"heun spends {odd} number of evaluations to "
+            f"{'zero' if to_zero else 'the smallest noise level'}, not {asked}",
             hint=f"Ask for {' or '.join(neighbours)}.",
         )
     return _rows(levels, sampler, start, (asked + 1) // 2, corrects=True)
@@ -56,7 +56,9 @@ def euler(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> R
     return _rows(levels, sampler, start, evaluations(sampler), corrects=False)
 
 
-def _rows(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, steps: int, *, corrects: bool) -> Rows:
+def _rows(
+    levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, steps: int, *, corrects: bool
+) -> Rows:
     from admtrt.schedule.grid import path
     from admtrt.schedule.rows import RowBuilder
 

@@ -46,7 +46,8 @@ class Solver:
         options: every option that it takes, with its default.
         narrower: the values of an option that it takes, where those are not all.
         processes: kinds of process that it samples.
-        steps: what a number of steps means: a respacing, in which the networks run once a step, or a number of
+        steps: what a number of steps means: a respacing, in which the networks run once a step, or a number
+            of
             evaluations of the networks.
         default_steps: where a sampler comes from another method without a number of steps that fits.
         source: of its equations.

@@ -1,4 +1,5 @@
-"""UniPC (Zhao et al. 2023, Algorithms 1 and 2) with data prediction: every evaluation also corrects the state before.
+"""UniPC (Zhao et al. 2023, Algorithms 1 and 2) with data prediction: every evaluation also corrects the state
+before.
 
 In x~ = x_0 + S eps, for a step from S_s to S_t with h = log(S_s / S_t), e = expm1(-h), B = -h (``bh1``) or e
 (``bh2``), and r_j the distances of the earlier predictions in units of h (negative; 1 for the new one)::
@@ -7,7 +8,8 @@ In x~ = x_0 + S eps, for a step from S_s to S_t with h = log(S_s / S_t), e = exp
     predicted  = base - B sum_j rho_p[j] (m_j - m) / r_j
     corrected  = base - B (sum_j rho_c[j] (m_j - m) / r_j + rho_c[p] (m_t - m))
 
-The networks are evaluated at predicted states only, so that a step costs one evaluation. Everything of the corrected
+The networks are evaluated at predicted states only, so that a step costs one evaluation. Everything of the
+corrected
 state but m_t is known a row earlier: that part is ``saved``.
 """
 
@@ -32,7 +34,8 @@ if TYPE_CHECKING:
     source="Zhao et al. 2023, arXiv 2302.04867",
     processes=("discrete", "edm"),
     options={
-        "order": 2, "variant": "bh2", "grid": None, "to": "zero", "denoise_to_zero": False, "threshold": "static",
+        "order": 2, "variant": "bh2", "grid": None, "to": "zero", "denoise_to_zero": False,
+        "threshold": "static",
         "threshold_order": "after_guide", "final_order": "falling", "sigma": "interpolated",
     },
 )  # fmt: skip
@@ -43,7 +46,7 @@ def unipc(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> R
     from admtrt.schedule.rows import RowBuilder
 
     passed, last = steps_of(levels, sampler, start)
-    check_distinct(passed)
+    check_distinct(passed, sampler)
     orders = orders_of(sampler, len(passed) - 1, to_zero=passed[-1] is None)
     builder = RowBuilder(levels)
     visited: list[Level] = []
@@ -76,8 +79,8 @@ def _named(weights: Sequence[float], more: float) -> dict[str, float]:
 def _weights(
     visited: Sequence[Level], to: Level, order: int, variant: str
 ) -> tuple[float, list[float], list[float], float]:
-    """Weights of the state, of the predictions (newest first) in the predicted and in the corrected state, and of the
-    prediction at ``to`` in the corrected one.
+    """Weights of the state, of the predictions (newest first) in the predicted and in the corrected state,
+    and of the prediction at ``to`` in the corrected one.
     """
     import numpy as np
 

@@ -1,0 +1,252 @@
+"""The small graphs of a bundle: what a step does besides the networks, elementwise but for the threshold.
+
+Each is written node by node from its columns; :mod:`admtrt.schedule.table` has the equations. They compute in
+float32
+whatever the precision of the networks: x itself is never rounded.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+
+from admtrt.contract import (
+    BATCH,
+    EDIT,
+    edit_low_pass_spec,
+    edit_spec,
+    event_shape,
+    threshold_quantile,
+    threshold_spec,
+    update_full_spec,
+    update_spec,
+)
+from admtrt.export.capture import OPSET
+from admtrt.schedule.table import UPDATE, UPDATE_FULL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    from admtrt.config import UNetConfig
+    from admtrt.contract import GraphName, GraphSpec, TensorSpec
+
+
+class _Writer:
+    """Nodes over the inputs of a graph's spec.
+
+    Args:
+        spec: of the graph.
+        name: of the graph.
+        columns: of its input ``coefficients``, in order.
+    """
+
+    def __init__(self, spec: GraphSpec, name: str, columns: Sequence[str]) -> None:
+        self._spec = spec
+        self._name = name
+        self._tape = ir.tape.Tape()
+        self.inputs = {tensor.name: _value(tensor) for tensor in spec.inputs}
+        row = [0, len(columns), *[1] * (len(spec.inputs[0].shape) - 2)]
+        sizes, shape = self.ints("sizes", [1] * len(columns)), self.ints("row", row)
+        given = self.op("Reshape", self.inputs["coefficients"], shape)
+        split = self._tape.op_multi_out(
+            "Split", [given, sizes], attributes={"axis": 1}, num_outputs=len(columns)
+        )
+        self.columns = dict(zip(columns, split, strict=True))
+
+    def ints(self, name: str, values: Sequence[int]) -> ir.Value:
+        """A constant of whole numbers."""
+        return self._tape.initializer(ir.tensor(list(values), dtype=ir.DataType.INT64, name=name))
+
+    def number(self, name: str, value: float) -> ir.Value:
+        """A constant in float32."""
+        return self._tape.initializer(ir.tensor(value, dtype=ir.DataType.FLOAT, name=name))
+
+    def op(self, kind: str, *operands: ir.Value, **attributes: int | list[int]) -> ir.Value:
+        """A node of one output."""
+        return self._tape.op(kind, list(operands), attributes=attributes or None)
+
+    def split(
+        self, kind: str, operands: Sequence[ir.Value], outputs: int, **attributes: int
+    ) -> Sequence[ir.Value]:
+        """A node of several outputs."""
+        return self._tape.op_multi_out(kind, list(operands), attributes=attributes, num_outputs=outputs)
+
+    def mul(self, a: ir.Value, b: ir.Value) -> ir.Value:
+        """a b."""
+        return self.op("Mul", a, b)
+
+    def add(self, *terms: ir.Value) -> ir.Value:
+        """The sum from left to right."""
+        total = terms[0]
+        for term in terms[1:]:
+            total = self.op("Add", total, term)
+        return total
+
+    def within(self, value: ir.Value, bound: ir.Value) -> ir.Value:
+        """clamp(value, -bound, bound)."""
+        return self.op("Max", self.op("Min", value, bound), self.op("Neg", bound))
+
+    def model(self, *outputs: ir.Value) -> ir.Model:
+        """The finished graph."""
+        for made, tensor in zip(outputs, self._spec.outputs, strict=True):
+            declared = _value(tensor)
+            made.name, made.type, made.shape = declared.name, declared.type, declared.shape
+        graph = ir.Graph(
+            list(self.inputs.values()),
+            list(outputs),
+            nodes=self._tape.nodes,
+            initializers=self._tape.initializers,
+            opset_imports={"": OPSET},
+            name=self._name,
+        )
+        return ir.Model(graph, ir_version=9)
+
+
+def _value(tensor: TensorSpec) -> ir.Value:
+    return ir.Value(
+        name=tensor.name,
+        shape=ir.Shape([ir.SymbolicDim(BATCH) if size == BATCH else size for size in tensor.shape]),
+        type=ir.TensorType(ir.DataType.FLOAT),
+    )
+
+
+def _value_and_log_weight(config: UNetConfig, write: _Writer) -> tuple[ir.Value, ir.Value]:
+    """The network's value channels, and log w."""
+    c, out = write.columns, write.inputs["out"]
+    if not config.learn_sigma:
+        return out, c["log_weight"]
+    sizes = write.ints("channels", [config.in_channels] * 2)
+    value, v = write.split("Split", [out, sizes], 2, axis=1)
+    return value, write.add(c["log_weight"], write.mul(c["log_weight_from_v"], v))
+
+
+def update_graph(config: UNetConfig) -> ir.Model:
+    """One evaluation's update without memory: DDPM and DDIM."""
+    write = _Writer(update_spec(config), "update", UPDATE)
+    c, given, mul, add = write.columns, write.inputs, write.mul, write.add
+    half = write.number("half", 0.5)
+    value, log_weight = _value_and_log_weight(config, write)
+    x_0 = write.within(add(mul(c["x0_from_x"], given["x"]), mul(c["x0_from_out"], value)), c["clip"])
+    weight, std = write.op("Exp", log_weight), write.op("Exp", mul(half, log_weight))
+    x_prev = add(
+        mul(c["prev_from_x0"], x_0),
+        mul(c["prev_from_x"], given["x"]),
+        mul(c["prev_from_out"], value),
+        mul(mul(c["guidance"], weight), given["grad"]),
+        mul(mul(c["noise"], std), given["noise"]),
+    )
+    return write.model(x_prev, add(x_0, mul(c["x0_shift"], given["grad"])))
+
+
+def update_full_graph(config: UNetConfig) -> ir.Model:
+    """One evaluation's update with memory, for every solver.
+
+    The terms of ``update`` come first and in its order, so that a row of it gives the same bits here.
+    """
+    write = _Writer(update_full_spec(config), "update_full", UPDATE_FULL)
+    c, given, mul, add = write.columns, write.inputs, write.mul, write.add
+    half = write.number("half", 0.5)
+    value, log_weight = _value_and_log_weight(config, write)
+    r = write.op("Reshape", given["r"], _column_shape(config, write))
+    d = write.within(_unbounded(write, value), r)
+    d = mul(d, write.op("Div", c["clip"], r))
+    m = add(d, mul(c["x0_shift"], given["grad"]))
+    weight, std = write.op("Exp", log_weight), write.op("Exp", mul(half, log_weight))
+    x_prev = add(
+        mul(c["prev_from_x0"], d),
+        mul(c["prev_from_x"], given["x"]),
+        mul(c["prev_from_out"], value),
+        mul(mul(c["guidance"], weight), given["grad"]),
+        mul(mul(c["noise"], std), given["noise"]),
+        *(mul(c[f"prev_from_{name}"], given[name]) for name in ("saved", "h1", "h2")),
+        mul(c["shift"], given["grad"]),
+    )
+    memory = {"x": given["x"], "saved": given["saved"], "x0": m, "h1": given["h1"], "h2": given["h2"]}
+    saved = add(*(mul(c[f"saved_from_{name}"], tensor) for name, tensor in memory.items()))
+    return write.model(write.within(x_prev, c["state_clip"]), m, saved)
+
+
+def threshold_graph(config: UNetConfig) -> ir.Model:
+    """The threshold of dynamic thresholding: the quantile of |y| over a sample, interpolated as NumPy does.
+
+    Only the values from the quantile on are needed: TopK of a fixed number of them.
+    """
+    write = _Writer(threshold_spec(config), "threshold", UPDATE_FULL)
+    size = math.prod(event_shape(config))
+    position = threshold_quantile(config) * (size - 1)
+    largest = size - math.floor(position)
+    value, _ = _value_and_log_weight(config, write)
+    flat = write.op("Reshape", write.op("Abs", _unbounded(write, value)), write.ints("flat", [0, size]))
+    top, _ = write.split("TopK", [flat, write.ints("largest", [largest])], 2, axis=1, largest=1, sorted=1)
+    quantile = _entry(write, top, "below", largest - 1)
+    if largest > 1:
+        above = _entry(write, top, "above", largest - 2)
+        fraction = write.number("fraction", position - math.floor(position))
+        quantile = write.add(quantile, write.mul(fraction, write.op("Sub", above, quantile)))
+    column = write.ints("column", [-1])
+    clip, bound = (write.op("Reshape", write.columns[name], column) for name in ("clip", "bound"))
+    return write.model(write.op("Min", write.op("Max", clip, write.op("Reshape", quantile, column)), bound))
+
+
+def _unbounded(write: _Writer, value: ir.Value) -> ir.Value:
+    """The prediction of x_0 before any bound."""
+    c, given = write.columns, write.inputs
+    return write.add(
+        write.mul(c["x0_from_x"], given["x"]),
+        write.mul(c["x0_from_out"], value),
+        write.mul(c["x0_from_grad"], given["grad"]),
+    )
+
+
+def _entry(write: _Writer, sorted_values: ir.Value, name: str, index: int) -> ir.Value:
+    start, end, axis = (
+        write.ints(f"{name}_{part}", [number])
+        for part, number in (("start", index), ("end", index + 1), ("axis", 1))
+    )
+    return write.op("Slice", sorted_values, start, end, axis)
+
+
+def _column_shape(config: UNetConfig, write: _Writer) -> ir.Value:
+    return write.ints("column", [-1, *[1] * len(event_shape(config))])
+
+
+def edit_graph(config: UNetConfig) -> ir.Model:
+    """Known pixels, and noise for a jump back: with z2 the second noise and q the noised reference::
+
+    x'' = x + renoise z2,    x''' = x'' + keep mask (q - x''),    q = reference r + noise z2
+    """
+    write = _Writer(edit_spec(config), "edit", EDIT)
+    state, missing = _renoised(write)
+    kept = write.mul(write.mul(write.columns["keep"], write.inputs["mask"]), missing)
+    return write.model(write.add(state, kept))
+
+
+def edit_low_pass_graph(config: UNetConfig) -> ir.Model:
+    """As ``edit``, with a separable filter in place of the mask: x''' = x'' + keep rows (q - x'') columns^T."""
+    write = _Writer(edit_low_pass_spec(config), "edit_low_pass", EDIT)
+    state, missing = _renoised(write)
+    one = write.ints("channel", [1])
+    rows, columns = (write.op("Unsqueeze", write.inputs[name], one) for name in ("rows", "columns"))
+    transposed = write.op("Transpose", columns, perm=[0, 1, 3, 2])
+    passed = write.op("MatMul", write.op("MatMul", rows, missing), transposed)
+    return write.model(write.add(state, write.mul(write.columns["keep"], passed)))
+
+
+def _renoised(write: _Writer) -> tuple[ir.Value, ir.Value]:
+    """x'' and q - x''."""
+    c, given, mul = write.columns, write.inputs, write.mul
+    state = write.add(given["x_prev"], mul(c["renoise"], given["noise2"]))
+    noised = write.add(mul(c["reference"], given["reference"]), mul(c["noise"], given["noise2"]))
+    return state, write.op("Sub", noised, state)
+
+
+SMALL_GRAPHS: Mapping[GraphName, Callable[[UNetConfig], ir.Model]] = {
+    "update": update_graph,
+    "update_full": update_full_graph,
+    "threshold": threshold_graph,
+    "edit": edit_graph,
+    "edit_low_pass": edit_low_pass_graph,
+}
+"""The makers of the small graphs, by name."""
