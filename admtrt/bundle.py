@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 MANIFEST = "manifest.json"
-SCHEMA_VERSION = 2
+SCHEMA_VERSION: Literal[2] = 2
 """Of new bundles; one of schema 1 has no graphs for solvers with memory, and calls its network ``unet``."""
 _READABLE = (1, 2)
 _SETTLED = 2.0  # seconds: a file that changed later than its clock's tick could change again unseen
@@ -114,11 +114,9 @@ class Manifest(Config):
             sampling_schedule(self.diffusion, self.sampler.unguided)
         except RequestError as error:
             raise ValueError(f"the recommended sampler's {error.message}") from None
-        shapes = {1: (), 2: event_shape(self.network)}
-        if self.event_shape != shapes[self.schema_version]:
-            raise ValueError(
-                f"event_shape is {list(self.event_shape)}, expected {list(event_shape(self.network))}"
-            )
+        event = event_shape(self.network)
+        if self.schema_version > 1 and self.event_shape != event:
+            raise ValueError(f"event_shape is {list(self.event_shape)}, expected {list(event)}")
         specs = bundle_specs(self.network, self.classifier, schema=self.schema_version)
         for where, graphs in (("graphs", self.graphs), *self.engine_graphs.items()):
             if set(graphs) != set(specs):

@@ -104,7 +104,7 @@ def event_shape(config: UNetConfig) -> tuple[int, ...]:
 
 
 def threshold_quantile(config: UNetConfig) -> float:
-    """The quantile of the graph ``threshold``: 0.995, or the least that TensorRT takes of so large samples."""
+    """The quantile of the graph ``threshold``: 0.995, or the least that TensorRT takes of large samples."""
     size = math.prod(event_shape(config))
     if size - math.floor(QUANTILE * (size - 1)) <= _MOST_TOP_K:
         return QUANTILE

@@ -127,7 +127,7 @@ def network(which: str, dtype: torch.dtype) -> UNet | Classifier:
     return module.eval().requires_grad_(False)
 
 
-def x_T(name: str) -> np.ndarray:
+def start(name: str) -> np.ndarray:
     """The start, float32 [2, 3, S, S]."""
     return standard_normal(f"input:xT.{name}", (COUNT, *SHAPE), META["salt"])
 

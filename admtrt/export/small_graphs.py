@@ -224,7 +224,7 @@ def edit_graph(config: UNetConfig) -> ir.Model:
 
 
 def edit_low_pass_graph(config: UNetConfig) -> ir.Model:
-    """As ``edit``, with a separable filter in place of the mask: x''' = x'' + keep rows (q - x'') columns^T."""
+    """As ``edit``, with a filter in place of the mask: x''' = x'' + keep rows (q - x'') columns^T."""
     write = _Writer(edit_low_pass_spec(config), "edit_low_pass", EDIT)
     state, missing = _renoised(write)
     one = write.ints("channel", [1])

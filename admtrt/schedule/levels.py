@@ -139,19 +139,24 @@ class DiscreteLevels(NoiseLevels):
         return Level(float(_lambda_of(log_alpha)), timestep * self._t_factor, timestep)
 
     def at_sigma(self, sigma: float) -> Level:
+        """See :class:`NoiseLevels`."""
         return self._at_lambda(-math.log(sigma))
 
     def c_in(self, level: Level | None) -> float:
+        """See :class:`NoiseLevels`."""
         return 1.0 if level is None else 1.0 / math.sqrt(1.0 + math.exp(-2.0 * level.lam))
 
     def prior_scale(self, level: Level) -> float:  # noqa: ARG002 - x_T is standard normal by definition
+        """See :class:`NoiseLevels`."""
         return 1.0
 
     def rounded(self, level: Level) -> Level:
+        """See :class:`NoiseLevels`."""
         nearest = np.abs(np.exp(-self._lambdas) - level.sigma).argmin()
         return self.at_timestep(float(nearest))
 
     def ends(self, kind: Grid) -> tuple[Level, Level]:
+        """See :class:`NoiseLevels`."""
         if kind != "karras":
             return self.noisiest, self.cleanest
         return (
@@ -180,8 +185,7 @@ class DiscreteLevels(NoiseLevels):
 
 
 class EdmLevels(NoiseLevels):
-    """A continuous process with the preconditioning of Karras et al. 2022, as openai/consistency_models
-    trained it.
+    """A continuous process with EDM's preconditioning, as openai/consistency_models trained it.
 
     Args:
         config: of the process.
@@ -196,12 +200,15 @@ class EdmLevels(NoiseLevels):
         self.cleanest = self.at_sigma(config.sigma_min)
 
     def at_sigma(self, sigma: float) -> Level:
+        """See :class:`NoiseLevels`."""
         return Level(-math.log(sigma), 250.0 * math.log(sigma))
 
     def c_in(self, level: Level | None) -> float:
+        """See :class:`NoiseLevels`."""
         return 1.0 if level is None else 1.0 / math.hypot(level.sigma, self.config.sigma_data)
 
     def prior_scale(self, level: Level) -> float:
+        """See :class:`NoiseLevels`."""
         return self.c_in(level) * level.sigma
 
     def _at_lambda(self, lam: float) -> Level:

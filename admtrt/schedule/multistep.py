@@ -38,8 +38,7 @@ def steps_of(
 
 
 def orders_of(sampler: SamplerConfig, steps: int, *, to_zero: bool) -> list[int]:
-    """The order of each step: as high as the predictions so far allow, and as ``final_order`` says at the
-    end.
+    """The order of each step: as high as the predictions so far allow, then as ``final_order`` says.
 
     ``falling`` ends 2, 1 (order 3) or 1; ``dpm-solver`` does so below 10 steps, ``diffusers`` below 15, and
     in its last step to the image; ``full`` never.

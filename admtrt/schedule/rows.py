@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from admtrt.schedule.levels import Level, NoiseLevels
@@ -53,21 +55,24 @@ class RowBuilder:
     _rows: list[dict[str, float]] = field(default_factory=list)
 
     def add(
-        self, level: Level, to: Level | None, *, keep: dict[str, float] | None = None, **weights: float
+        self,
+        level: Level,
+        to: Level | None,
+        weights: Mapping[str, float],
+        *,
+        keep: Mapping[str, float] | None = None,
     ) -> None:
         """One evaluation at ``level`` whose result is the state at ``to``, or the image itself.
 
         Args:
             level: where the networks are asked.
             to: where the state goes.
-            keep: weights of ``x``, ``x0``, ``saved``, ``h1`` and ``h2`` in the next ``saved``.
-            weights: the same for the next state, and ``noise``, the standard deviation of fresh noise.
+            weights: of ``x``, ``x0``, ``saved``, ``h1`` and ``h2`` in the next state, and ``noise``, the standard
+                deviation of fresh noise.
+            keep: the same for the next ``saved``.
         """
         c, c_next = self.levels.c_in(level), self.levels.c_in(to)
-        row = {
-            name if name == "noise" else f"prev_from_{name}": c_next * value
-            for name, value in weights.items()
-        }
+        row = {_column(name): c_next * value for name, value in weights.items()}
         row |= {f"saved_from_{name}": value for name, value in (keep or {}).items()}
         for name in ("prev_from_x", "saved_from_x"):
             if name in row:
@@ -80,3 +85,7 @@ class RowBuilder:
         names = sorted({name for row in self._rows for name in row})
         columns = {name: np.array([row.get(name, 0.0) for row in self._rows]) for name in names}
         return Rows(self._at, columns, init_scale, init_noise)
+
+
+def _column(name: str) -> str:
+    return name if name == "noise" else f"prev_from_{name}"

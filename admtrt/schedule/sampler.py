@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypedDict
 
 from pydantic import Field, field_validator, model_validator
@@ -118,9 +119,7 @@ class SamplerConfig(Config):
     @field_validator("levels")
     @classmethod
     def _check_levels(cls, levels: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if levels is not None and any(
-            after <= before for before, after in zip(levels, levels[1:], strict=False)
-        ):
+        if levels is not None and any(after <= before for before, after in pairwise(levels)):
             raise ValueError(f"{list(levels)} do not rise; the first is the noisiest level")
         return levels
 
@@ -177,7 +176,7 @@ def with_choices(
     Raises:
         ConfigError: if the result is impossible.
     """
-    chosen = {name: value for name, value in choices.items() if value is not None}
+    chosen: dict[str, Any] = {name: value for name, value in choices.items() if value is not None}
     if "steps" in chosen:
         chosen["steps"] = str(chosen["steps"])
     if "method" not in chosen and "steps" in chosen and not isinstance(process, EdmConfig):

@@ -100,17 +100,17 @@ class SamplingSchedule:
     @functools.cached_property
     def guided(self) -> NDArray[np.bool_]:
         """Which evaluations use a guide's gradient, bool [R]."""
-        return self.coefficients[:, _GUIDED].any(axis=1)
+        return np.asarray(self.coefficients[:, _GUIDED].any(axis=1))
 
     @functools.cached_property
     def stochastic(self) -> NDArray[np.bool_]:
         """Which evaluations add noise, bool [R]."""
-        return self.coefficients[:, _NOISE] != 0
+        return np.asarray(self.coefficients[:, _NOISE] != 0)
 
     @functools.cached_property
     def dynamic(self) -> NDArray[np.bool_]:
         """Which evaluations need the graph ``threshold``, bool [R]."""
-        return self.coefficients[:, _BOUND] > self.coefficients[:, _CLIP]
+        return np.asarray(self.coefficients[:, _BOUND] > self.coefficients[:, _CLIP])
 
     @functools.cached_property
     def full(self) -> bool:

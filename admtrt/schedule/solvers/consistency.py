@@ -54,10 +54,10 @@ def consistency(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
     builder = RowBuilder(levels)
     for place, (index, following) in enumerate(pairwise(indices)):
         if place == len(indices) - 2:
-            builder.add(grid[index], None, x0=1.0)
+            builder.add(grid[index], None, {"x0": 1.0})
         else:
             noise = math.sqrt(max(grid[following].sigma ** 2 - levels.cleanest.sigma**2, 0.0))
-            builder.add(grid[index], grid[following], x0=1.0, noise=noise)
+            builder.add(grid[index], grid[following], {"x0": 1.0, "noise": noise})
     return builder.rows(init_scale=levels.prior_scale(grid[indices[0]]))
 
 

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from admtrt.schedule.levels import Level, NoiseLevels
+    from admtrt.schedule.options import Grid
     from admtrt.schedule.rows import RowBuilder, Rows
     from admtrt.schedule.sampler import SamplerConfig
 
@@ -83,9 +84,9 @@ def _multi(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, bui
     for (level, to), order in zip(pairwise(passed), orders, strict=True):
         assert level is not None  # only the last may be the image
         visited.insert(0, level)
-        builder.add(level, to, **({"x0": 1.0} if to is None else weights(visited, to, order)))
+        builder.add(level, to, {"x0": 1.0} if to is None else weights(visited, to, order))
     if last is not None:
-        builder.add(last, None, x0=1.0)
+        builder.add(last, None, {"x0": 1.0})
     return visited[-1]
 
 
@@ -136,30 +137,31 @@ def _single(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, bu
     for (level, to), order in zip(pairwise(outer), orders, strict=True):
         assert level is not None
         if to is None:  # of order 1: where a step of order 1 to the image ends
-            builder.add(level, None, x0=1.0)
+            builder.add(level, None, {"x0": 1.0})
             continue
         h = to.lam - level.lam
         e, ratio = math.expm1(-h), math.exp(-h)
         if order == 1:
-            builder.add(level, to, x=ratio, x0=-e)
+            builder.add(level, to, {"x": ratio, "x0": -e})
             continue
         inner = levels.grid(kind, level, to, order)[1:-1]
         r = [(point.lam - level.lam) / h for point in inner]
         first = {"x": math.exp(-r[0] * h), "x0": -math.expm1(-r[0] * h)}
-        builder.add(level, inner[0], keep={"x": 1.0}, **first)
+        builder.add(level, inner[0], first, keep={"x": 1.0})
         if order == 2:
             c = -0.5 * e / r[0]
-            builder.add(inner[0], to, saved=ratio, x0=c, h1=-e - c)
+            builder.add(inner[0], to, {"saved": ratio, "x0": c, "h1": -e - c})
             continue
         e2 = math.expm1(-r[1] * h)
         c = r[1] / r[0] * (e2 / (r[1] * h) + 1)
-        builder.add(inner[0], inner[1], keep={"saved": 1.0}, saved=math.exp(-r[1] * h), x0=c, h1=-e2 - c)
+        second = {"saved": math.exp(-r[1] * h), "x0": c, "h1": -e2 - c}
+        builder.add(inner[0], inner[1], second, keep={"saved": 1.0})
         c = (e / h + 1) / r[1]
-        builder.add(inner[1], to, saved=ratio, x0=c, h2=-e - c)
+        builder.add(inner[1], to, {"saved": ratio, "x0": c, "h2": -e - c})
     if sampler.option("denoise_to_zero"):
         last = outer[-1]
         assert last is not None
-        builder.add(last, None, x0=1.0)
+        builder.add(last, None, {"x0": 1.0})
     first_level = outer[0]
     assert first_level is not None
     return first_level
@@ -167,7 +169,7 @@ def _single(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, bu
 
 def _outer(
     levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
-) -> tuple[str, list[int], list[Level | None]]:
+) -> tuple[Grid, list[int], list[Level | None]]:
     """The grid of the inner points, the order of each step, and the levels between the steps."""
     from admtrt.schedule.grid import check_distinct, from_start, grid_of, path
     from admtrt.schedule.multistep import steps_of

@@ -79,15 +79,15 @@ def _rows(
         then = to if last else raised[index + 1]
         noise = 0.0 if last else extra[index + 1]
         if to is None:
-            builder.add(hat, None, x0=1.0)
+            builder.add(hat, None, {"x0": 1.0})
         elif not corrects:
             q = (to.sigma - hat.sigma) / hat.sigma
-            builder.add(hat, then, x=1 + q, x0=-q, noise=noise)
+            builder.add(hat, then, {"x": 1 + q, "x0": -q, "noise": noise})
         else:
             q = (to.sigma - hat.sigma) / hat.sigma
-            builder.add(hat, to, x=1 + q, x0=-q, keep={"x": 1 + q / 2, "x0": -q / 2})
+            builder.add(hat, to, {"x": 1 + q, "x0": -q}, keep={"x": 1 + q / 2, "x0": -q / 2})
             q = (to.sigma - hat.sigma) / (2 * to.sigma)
-            builder.add(to, then, saved=1.0, x=q, x0=-q, noise=noise)
+            builder.add(to, then, {"saved": 1.0, "x": q, "x0": -q, "noise": noise})
     first, scale = passed[0], levels.c_in(raised[0])
     assert first is not None
     return builder.rows(init_scale=scale * first.sigma, init_noise=scale * extra[0])

@@ -1,5 +1,4 @@
-"""UniPC (Zhao et al. 2023, Algorithms 1 and 2) with data prediction: every evaluation also corrects the state
-before.
+"""UniPC (Zhao et al. 2023, Algorithms 1 and 2): every evaluation also corrects the state before.
 
 In x~ = x_0 + S eps, for a step from S_s to S_t with h = log(S_s / S_t), e = expm1(-h), B = -h (``bh1``) or e
 (``bh2``), and r_j the distances of the earlier predictions in units of h (negative; 1 for the new one)::
@@ -9,8 +8,7 @@ In x~ = x_0 + S eps, for a step from S_s to S_t with h = log(S_s / S_t), e = exp
     corrected  = base - B (sum_j rho_c[j] (m_j - m) / r_j + rho_c[p] (m_t - m))
 
 The networks are evaluated at predicted states only, so that a step costs one evaluation. Everything of the
-corrected
-state but m_t is known a row earlier: that part is ``saved``.
+corrected state but m_t is known a row earlier: that part is ``saved``.
 """
 
 from __future__ import annotations
@@ -55,7 +53,7 @@ def unipc(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> R
         assert level is not None  # only the last may be the image
         visited.insert(0, level)
         if to is None:
-            builder.add(level, None, x0=1.0)
+            builder.add(level, None, {"x0": 1.0})
             break
         ratio, predicted, corrected, new = _weights(visited, to, order, sampler.option("variant"))
         state = "saved" if len(visited) > 1 else "x"
@@ -63,12 +61,12 @@ def unipc(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> R
         builder.add(
             level,
             to,
+            shared | _named(predicted, ratio * correction),
             keep=shared | _named(corrected, ratio * correction) if len(visited) < len(orders) else None,
-            **shared | _named(predicted, ratio * correction),
         )
         correction = new
     if last is not None:
-        builder.add(last, None, x0=1.0)
+        builder.add(last, None, {"x0": 1.0})
     return builder.rows(init_scale=levels.start_scale(visited[-1], start))
 
 
@@ -79,8 +77,11 @@ def _named(weights: Sequence[float], more: float) -> dict[str, float]:
 def _weights(
     visited: Sequence[Level], to: Level, order: int, variant: str
 ) -> tuple[float, list[float], list[float], float]:
-    """Weights of the state, of the predictions (newest first) in the predicted and in the corrected state,
-    and of the prediction at ``to`` in the corrected one.
+    """Weights of one step: of the state, and of the predictions, the newest first.
+
+    Returns:
+        The state's weight; those of the predictions in the predicted and in the corrected state; and that of the
+        prediction at ``to`` in the corrected one.
     """
     import numpy as np
 
