@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from admtrt.config import SamplerConfig
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Pipeline
-    from admtrt.runtime.sampler import Labels
+    from admtrt.runtime.slots import Labels
     from admtrt.runtime.two_stage import TwoStage
 
 _FORMATS = ("npz", "png", "grid")

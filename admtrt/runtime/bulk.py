@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from admtrt.config import SamplerConfig
     from admtrt.runtime.pipeline import Pipeline, Step
-    from admtrt.runtime.sampler import Labels
+    from admtrt.runtime.slots import Labels
 
 Format = Literal["npz", "png", "grid"]
 MAX_SAMPLES = 10_000_000
