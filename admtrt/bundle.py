@@ -15,15 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from admtrt.config import (
-    ClassifierConfig,
-    Config,
-    DiffusionConfig,
-    EdmConfig,
-    Positive,
-    ProcessConfig,
-    UNetConfig,
-)
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, EdmConfig, Positive, ProcessConfig, UNetConfig
 from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs, event_shape
 from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import atomic_directory, sha256_of

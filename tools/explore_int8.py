@@ -36,17 +36,14 @@ class Recorder(OnnxRuntimeDenoiser):
     calls: list[dict[str, Any]]
     other: ort.InferenceSession | None = None
 
-    def unet(self, x, t, y, low_res):  # type: ignore[no-untyped-def]
+    def run(self, graph, feeds):  # type: ignore[no-untyped-def]
         """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        feeds = {
-            name: value
-            for name, value in (("x", x), ("t", t), ("y", y), ("low_res", low_res))
-            if value is not None
-        }
+        if graph != "unet":
+            return super().run(graph, feeds)
         self.calls.append(feeds)
         if self.other is not None:
-            return self.other.run(["out"], feeds)[0]
-        return super().unet(x, t, y, low_res)
+            return {"out": self.other.run(["out"], feeds)[0]}
+        return super().run(graph, feeds)
 
 
 class Calls(CalibrationDataReader):

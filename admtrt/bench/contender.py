@@ -6,8 +6,6 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from admtrt.bench.remote import peak_memory
 from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PLAIN, takes_plans
 from admtrt.bundle import Bundle
@@ -20,12 +18,15 @@ from admtrt.runtime.sampler import ResidentDenoiser, advance
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from numpy.typing import NDArray
-
     from admtrt.bench.plain import PlainExport
     from admtrt.bench.rows import Device, Row
     from admtrt.bench.subject import Subject
-    from admtrt.runtime.sampler import Denoiser, Images, Labels, Slots
+    from admtrt.contract import GraphName
+    from admtrt.runtime.sampler import Denoiser
+    from admtrt.runtime.slots import Array, Slots
+
+_COMPARED = ("out", "grad")
+"""Outputs of the networks that rows are judged by."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Prepared:
     """
 
     ready: float
-    outputs: Mapping[str, Images]
+    outputs: Mapping[str, Array]
     notes: tuple[str, ...]
 
 
@@ -119,7 +120,7 @@ class Contender:
         return StepTime(
             step=seconds if held is None else held,
             unet=watch.seconds["unet"],
-            gradient=watch.seconds.get("gradient"),
+            gradient=watch.seconds.get("classifier_gradient"),
             outside=seconds - sum(watch.seconds.values()) if held is None else None,
         )
 
@@ -128,7 +129,7 @@ class Contender:
         assert self._slots is not None
         assert self._denoiser is not None
         slots = self._slots
-        labels = slots.unet_y if slots.guide_y is None else slots.guide_y
+        labels = next((given["y"] for given in slots.conditions.values() if "y" in given), None)
         pipeline = Pipeline(self._bundle, self._denoiser)
         began = time.perf_counter()
         pipeline(
@@ -136,7 +137,7 @@ class Contender:
             slots.seeds,
             steps=steps,
             scale=example_scale(self._bundle.manifest),
-            low_res=slots.low_res,
+            low_res=slots.conditions["unet"].get("low_res"),
             batch_size=len(slots),
         )
         return time.perf_counter() - began
@@ -185,24 +186,11 @@ class _Stopwatch:
     def __init__(self, denoiser: Denoiser) -> None:
         self._denoiser = denoiser
         self.seconds: dict[str, float] = {}
-        self.outputs: dict[str, Images] = {}
+        self.outputs: dict[str, Array] = {}
 
-    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
+    def run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         began = time.perf_counter()
-        out = self.outputs["out"] = self._denoiser.unet(x, t, y, low_res)
-        self.seconds["unet"] = time.perf_counter() - began
-        return out
-
-    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
-        began = time.perf_counter()
-        grad = self.outputs["grad"] = self._denoiser.classifier_gradient(x, t, y)
-        self.seconds["gradient"] = time.perf_counter() - began
-        return grad
-
-    def update(
-        self, x: Images, out: Images, grad: Images, noise: Images, coefficients: NDArray[np.float32]
-    ) -> tuple[Images, Images]:
-        began = time.perf_counter()
-        made = self._denoiser.update(x, out, grad, noise, coefficients)
-        self.seconds["update"] = time.perf_counter() - began
-        return made
+        results = self._denoiser.run(graph, feeds)
+        self.seconds[graph] = time.perf_counter() - began
+        self.outputs |= {name: results[name] for name in _COMPARED if name in results}
+        return results

@@ -27,12 +27,7 @@ if TYPE_CHECKING:
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphSpec
     from admtrt.models.classifier import Classifier
-    from admtrt.runtime.sampler import Images
-
-_OUTPUTS: dict[GraphName, list[str]] = {
-    "unet": ["out"],
-    "classifier_gradient": ["grad"],
-}
+    from admtrt.runtime.slots import Array
 
 
 @dataclass(frozen=True)
@@ -86,16 +81,19 @@ class PlainDenoiser(GraphDenoiser):
         small: dict[GraphName, Path] = {
             name: bundle.graph_path(name) for name in bundle.manifest.graphs if name not in NETWORKS
         }
+        paths = {**small, **exported.paths}
+        self.specs = {name: bundle.graph_entry(name).spec for name in paths}
+        if "classifier_gradient" in paths:  # its export has no log_prob
+            spec = self.specs["classifier_gradient"]
+            self.specs["classifier_gradient"] = spec.model_copy(update={"outputs": spec.outputs[:1]})
         self._sessions: dict[GraphName, Any] = {
             name: onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            for name, path in {**small, **exported.paths}.items()
+            for name, path in paths.items()
         }
 
-    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
-        """Run one graph on arrays by name; every output by name."""
-        session = self._sessions[name]
-        names = _OUTPUTS.get(name) or [output.name for output in session.get_outputs()]
-        return dict(zip(names, session.run(None, feeds), strict=True))
+    def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        names = [tensor.name for tensor in self.specs[graph].outputs]
+        return dict(zip(names, self._sessions[graph].run(None, feeds), strict=True))
 
 
 def _program(module: nn.Module, spec: GraphSpec, batch: int) -> Any:

@@ -13,10 +13,11 @@ from torch import nn
 from admtrt.bench.rows import COMPILED, ORIGINAL
 from admtrt.errors import RequestError
 from admtrt.models.denoiser import TorchDenoiser, to_array, update
-from admtrt.runtime.sampler import Slots, step_inputs
+from admtrt.runtime.sampler import step_inputs
+from admtrt.runtime.slots import GUIDE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
     from pathlib import Path
 
     from admtrt.bench.rows import Device, Row
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from admtrt.models.classifier import Classifier
     from admtrt.models.unet import UNet
     from admtrt.runtime.sampler import HeldSlots
+    from admtrt.runtime.slots import Slots
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -48,22 +50,37 @@ class _DeviceSlots:
     def __init__(self, slots: Slots, denoiser: DeviceDenoiser) -> None:
         self._slots = slots
         self._denoiser = denoiser
-        arrays = (slots.x, slots.x_0, slots.unet_y, slots.guide_y, slots.low_res)
-        self._x, self._x_0, self._unet_y, self._guide_y, self._low_res = map(denoiser.tensor, arrays)
+        self._upload()
+
+    def _upload(self) -> None:
+        tensor = self._denoiser.tensor
+        self._x, self._x_0 = tensor(self._slots.x), tensor(self._slots.x_0)
+        self._conditions = {
+            graph: {name: tensor(values) for name, values in given.items()}
+            for graph, given in self._slots.conditions.items()
+        }
 
     def advance(self) -> None:
         """The noise is PyTorch's own, drawn on the device: the fastest there is, and unlike ours no array."""
-        inputs, x = step_inputs(self._slots), self._x
+        inputs, x, compute = step_inputs(self._slots), self._x, self._denoiser.compute
         t, coefficients = map(self._denoiser.tensor, (inputs.t, inputs.coefficients))
-        noise = None if inputs.noise_steps is None else torch.randn_like(x)
-        out = self._denoiser.evaluate(x, t, self._unet_y, self._low_res)
         zeros = torch.zeros_like(x)
-        grad = self._denoiser.gradient(x, t, self._guide_y) if inputs.guided else zeros
-        self._x, self._x_0 = update(x, out, grad, zeros if noise is None else noise, coefficients)
+        noise = zeros if inputs.noise_steps is None else torch.randn_like(x)
+        out = compute("unet", {"x": x, "t": t, **self._conditions["unet"]})["out"]
+        grad = zeros
+        if inputs.guided.any():
+            grad = compute(GUIDE, {"x": x, "t": t, **self._conditions[GUIDE]})["grad"]
+        results = update(x, out, grad, noise, coefficients)
+        self._x, self._x_0 = results["x_prev"], results["pred_x0"]
         self._slots.position += 1
 
     def read(self) -> None:
         self._slots.x, self._slots.x_0 = to_array(self._x), to_array(self._x_0)
+
+    def replace(self, rows: Sequence[int], slots: Slots) -> None:
+        self.read()
+        self._slots.replace(rows, slots)
+        self._upload()
 
 
 def open_torch_row(row: Row, subject: Subject, device: Device, threads: int) -> TorchDenoiser:

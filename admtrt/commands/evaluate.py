@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from admtrt.config import DiffusionConfig, UNetConfig
-    from admtrt.evaluate.nll import UNetFunction
     from admtrt.run_config import DataConfig
+    from admtrt.runtime.sampler import Denoiser
 
 evaluate_app = typer.Typer(help="Judge a network on real images.", no_args_is_help=True)
 
@@ -36,7 +36,7 @@ evaluate_app = typer.Typer(help="Judge a network on real images.", no_args_is_he
 class _Judged(NamedTuple):
     """A network that is opened for batches of at most so many images, and what it says of itself."""
 
-    open: Callable[[int], UNetFunction]
+    open: Callable[[int], Denoiser]
     config: UNetConfig
     diffusion: DiffusionConfig
     class_names: tuple[str, ...]
@@ -98,7 +98,7 @@ def nll(
         check_request(backend, precision, threads, cache)
         opened = Bundle.open(bundle)
 
-        def open_graph(batch: int) -> UNetFunction:
+        def open_graph(batch: int) -> Denoiser:
             return open_denoiser(
                 opened,
                 backend,
@@ -109,7 +109,7 @@ def nll(
                 graphs=["unet"],
                 note=output.note,
                 chosen=choices,
-            ).unet
+            )
 
         manifest = opened.manifest
         judged = _Judged(open_graph, manifest.network, manifest.diffusion, manifest.class_names)
@@ -121,10 +121,10 @@ def nll(
     data_config = _data_config(data, config, judged.config)
     chosen = load_images(data_config, judged.config, judged.class_names)
     count = len(chosen) if images is None else images
-    network = judged.open(max(1, min(batch_size, count)))
+    denoiser = judged.open(max(1, min(batch_size, count)))
     with progress("evaluating", count * length) as advance:
         found = evaluate_nll(
-            network,
+            denoiser,
             judged.config,
             judged.diffusion,
             chosen,
@@ -173,8 +173,10 @@ def _from_checkpoint(
         note=output.note,
     )
     assert isinstance(loaded.module, UNet)
-    unet = TorchDenoiser(loaded.module).unet
-    return _Judged(lambda _: unet, loaded.module.config, loaded.config.diffusion, loaded.config.class_names)
+    denoiser = TorchDenoiser(loaded.module)
+    return _Judged(
+        lambda _: denoiser, loaded.module.config, loaded.config.diffusion, loaded.config.class_names
+    )
 
 
 def _data_config(source: str | None, file: Path | None, network: UNetConfig) -> DataConfig:

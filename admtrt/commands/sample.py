@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from admtrt.bundle import Bundle, Manifest
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Pipeline
-    from admtrt.runtime.sampler import Labels
+    from admtrt.runtime.slots import Labels
     from admtrt.runtime.two_stage import TwoStage
     from admtrt.schedule.sampler import SamplerConfig
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from admtrt.errors import AdmtrtError, DataError, RequestError
 from admtrt.models.diffusion import Diffusion
 from admtrt.runtime.noise import step_noise
 from admtrt.runtime.pipeline import consecutive_seeds
+from admtrt.runtime.slots import conditions_for
 from admtrt.schedule.process import process_from_config
 from admtrt.training.losses import variational_bound
 from admtrt.training.objectives import shrink
@@ -28,19 +29,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from admtrt.config import DiffusionConfig, UNetConfig
-    from admtrt.runtime.sampler import Images, Labels
+    from admtrt.runtime.sampler import Denoiser
     from admtrt.training.data import ImageSet
     from admtrt.training.losses import Bound
-
-
-class UNetFunction(Protocol):
-    """The network of a :class:`~admtrt.runtime.sampler.Denoiser`."""
-
-    def __call__(
-        self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None, /
-    ) -> Images:
-        """The output [N, C or 2C, H, W] for x [N, C, H, W]."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -72,7 +63,7 @@ class Likelihood:
 
 
 def evaluate_nll(
-    unet: UNetFunction,
+    denoiser: Denoiser,
     config: UNetConfig,
     diffusion: DiffusionConfig,
     data: ImageSet,
@@ -86,7 +77,7 @@ def evaluate_nll(
     """Evaluate the bound (Ho et al. eq. 5, with x_0 bounded to [-1, 1] as for published figures).
 
     Args:
-        unet: the network.
+        denoiser: runs the network.
         config: its configuration; an upsampler is given the images averaged down.
         diffusion: its process.
         data: of :func:`admtrt.evaluate.images.load_images`.
@@ -110,7 +101,7 @@ def evaluate_nll(
     bounds = []
     for first in range(0, len(rows), batch_size):
         part = rows[first : first + batch_size]
-        bounds.append(_bound(unet, config, model, data, part, [seeds[row] for row in part], report))
+        bounds.append(_bound(denoiser, config, model, data, part, [seeds[row] for row in part], report))
     total = _joined([bound.total for bound in bounds])
     if not np.isfinite(total).all():
         raise AdmtrtError(
@@ -145,7 +136,7 @@ def _chosen_rows(data: ImageSet, count: int | None, seed: int) -> list[int]:
 
 
 def _bound(
-    unet: UNetFunction,
+    denoiser: Denoiser,
     config: UNetConfig,
     diffusion: Diffusion,
     data: ImageSet,
@@ -159,11 +150,12 @@ def _bound(
     assert config.num_classes is None or data.labels is not None  # refused when they were loaded
     y = data.labels[rows] if config.num_classes is not None and data.labels is not None else None
     low_res = None if config.low_res_size is None else shrink(x_0, config.low_res_size).numpy()
+    given = conditions_for(config, None, labels=y, low_res=low_res, guided=False)["unet"]
 
     def network(x: Tensor, t: Tensor) -> Tensor:
-        out = torch.from_numpy(unet(x.numpy(), t.numpy(), y, low_res))
+        out = denoiser.run("unet", {"x": x.numpy(), "t": t.numpy(), **given})["out"]
         report(len(rows))
-        return out
+        return torch.from_numpy(out)
 
     def noise(step: int) -> Tensor:
         return torch.from_numpy(step_noise(seeds, [step] * len(seeds), tuple(x_0.shape[1:])))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from admtrt.schedule.table import UPDATE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from contextlib import AbstractContextManager
 
-    from numpy.typing import NDArray
-
-    from admtrt.runtime.sampler import Images, Labels
+    from admtrt.contract import GraphName
+    from admtrt.runtime.slots import Array
 
 _CPU = torch.device("cpu")
 
@@ -42,44 +41,39 @@ class TorchDenoiser:
         self._device = device
         self._dtype = dtype
 
-    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
+    def run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        return to_array(self.evaluate(*map(self.tensor, (x, t, y, low_res))))
+        results = self.compute(graph, {name: self.tensor(values) for name, values in feeds.items()})
+        return {name: to_array(values) for name, values in results.items()}
 
-    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
-        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        return to_array(self.gradient(*map(self.tensor, (x, t, y))))
-
-    def update(
-        self, x: Images, out: Images, grad: Images, noise: Images, coefficients: NDArray[np.float32]
-    ) -> tuple[Images, Images]:
-        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        x_prev, x_0 = update(*map(self.tensor, (x, out, grad, noise, coefficients)))
-        return to_array(x_prev), to_array(x_0)
+    def compute(self, graph: GraphName, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """:meth:`run`, from tensors on the device to float32 tensors on it."""
+        if graph == "unet":
+            return {"out": self._evaluate(**given)}
+        if graph == "classifier_gradient":
+            return self._gradient(**given)
+        return update(**given)
 
     @torch.no_grad()
-    def evaluate(self, x: Tensor, t: Tensor, y: Tensor | None, low_res: Tensor | None) -> Tensor:
-        """The UNet's output as float32 on the device."""
-        given = {name: value for name, value in (("y", y), ("low_res", low_res)) if value is not None}
+    def _evaluate(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         with self._cast():
-            out: Tensor = self._unet(x, t, **given)
+            out: Tensor = self._unet(x, t, **conditions)
         # A compiled network's output lies where the next compiled network's graph may write.
         return out.float().clone()
 
     @torch.enable_grad()
-    def gradient(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """d log p(y | x_t) / dx_t by autograd, on the device."""
+    def _gradient(self, x: Tensor, t: Tensor, y: Tensor) -> dict[str, Tensor]:
+        """d log p(y | x_t) / dx_t by autograd, and log p(y | x_t)."""
         assert self._classifier is not None
         x = x.detach().requires_grad_()
         with self._cast():
             logits = self._classifier(x, t)
         log_prob = torch.log_softmax(logits.float(), dim=-1).gather(1, y[:, None])
-        return torch.autograd.grad(log_prob.sum(), x)[0].clone()
+        grad = torch.autograd.grad(log_prob.sum(), x)[0].clone()
+        return {"grad": grad, "log_prob": log_prob.detach()[:, 0]}
 
-    def tensor(self, array: Any) -> Any:
-        """An array on the device; None stays None. A CUDA device copies while the host goes on."""
-        if array is None:
-            return None
+    def tensor(self, array: Array) -> Tensor:
+        """An array on the device. A CUDA device copies while the host goes on."""
         tensor = torch.from_numpy(array)
         if self._device.type != "cuda":
             return tensor.to(self._device)
@@ -89,9 +83,7 @@ class TorchDenoiser:
         return torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32)
 
 
-def update(
-    x: Tensor, out: Tensor, grad: Tensor, noise: Tensor, coefficients: Tensor
-) -> tuple[Tensor, Tensor]:
+def update(x: Tensor, out: Tensor, grad: Tensor, noise: Tensor, coefficients: Tensor) -> dict[str, Tensor]:
     """x_{t-1} and the predicted x_0, as :func:`admtrt.schedule.step_coefficients` documents."""
     c = {name: coefficients[:, i, None, None, None] for i, name in enumerate(UPDATE)}
     value, *learned = torch.split(out, x.shape[1], dim=1)
@@ -99,10 +91,10 @@ def update(
     log_weight = c["log_weight"] + (c["log_weight_from_v"] * learned[0] if learned else 0)
     x_prev = c["prev_from_x0"] * x_0 + c["prev_from_x"] * x + c["prev_from_out"] * value
     x_prev = x_prev + c["guidance"] * log_weight.exp() * grad + c["noise"] * (log_weight / 2).exp() * noise
-    return x_prev, x_0 + c["x0_shift"] * grad
+    return {"x_prev": x_prev, "pred_x0": x_0 + c["x0_shift"] * grad}
 
 
-def to_array(tensor: Tensor) -> Images:
+def to_array(tensor: Tensor) -> Array:
     """A tensor of any device as an array."""
-    made: Images = tensor.cpu().numpy()
+    made: Array = tensor.cpu().numpy()
     return made

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.runtime.pipeline import Pipeline, Step
-    from admtrt.runtime.sampler import Labels
     from admtrt.schedule.sampler import SamplerConfig
+    from admtrt.runtime.pipeline import Pipeline, Step
+    from admtrt.runtime.slots import Labels
 
 Format = Literal["npz", "png", "grid"]
 MAX_SAMPLES = 10_000_000

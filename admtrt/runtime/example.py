@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from admtrt.runtime.sampler import start_slots
 from admtrt.schedule.sampler import SamplerConfig
+from admtrt.runtime.slots import slots_for
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
     from admtrt.bundle import Manifest
-    from admtrt.runtime.sampler import ResidentDenoiser, Slots
+    from admtrt.runtime.sampler import ResidentDenoiser
+    from admtrt.runtime.slots import Slots
 
 _STEPS = 10  # at once on a device: waiting for one alone would be counted as its cost
 
@@ -35,14 +36,14 @@ def example_slots(manifest: Manifest, batch: int) -> Slots:
     if unet.low_res_size is not None:
         shape = (batch, unet.in_channels, unet.low_res_size, unet.low_res_size)
         low_res = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-    slots = start_slots(
-        (unet.in_channels, unet.image_size, unet.image_size),
+    slots = slots_for(
+        unet,
+        manifest.classifier,
         [schedule] * batch,
         range(batch),
-        unet_y=labels if unet.num_classes is not None else None,
-        guide_y=labels if scale else None,
+        labels=labels,
         low_res=low_res,
-        stage=unet.low_res_size or 0,
+        guided=bool(scale),
     )
     slots.position[:] = np.arange(batch) * (len(schedule) // 2) // batch
     return slots

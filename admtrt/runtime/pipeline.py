@@ -14,7 +14,8 @@ from admtrt.errors import ConfigError, RequestError
 from admtrt.images import from_uint8, to_uint8
 from admtrt.runtime.noise import MAX_SEED, check_seed
 from admtrt.runtime.request import class_index, one_for_each, whole_number
-from admtrt.runtime.sampler import hold, start_slots
+from admtrt.runtime.sampler import hold
+from admtrt.runtime.slots import slots_for
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
@@ -22,10 +23,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from admtrt.schedule.sampler import SamplerConfig
     from admtrt.contract import Precision
     from admtrt.runtime.backends.auto import Choice
-    from admtrt.runtime.sampler import Denoiser, HeldSlots, Images, Labels, Slots
-    from admtrt.schedule.sampler import SamplerConfig
+    from admtrt.runtime.sampler import Denoiser, HeldSlots
+    from admtrt.runtime.slots import Images, Labels, Slots
 
 DEFAULT_BATCH = 16
 
@@ -326,16 +328,15 @@ class Pipeline:
         callback: Callable[[Step], None] | None,
     ) -> Images:
         manifest = self.bundle.manifest
-        config = manifest.network
         schedule = sampling_schedule(manifest.diffusion, sampler)
-        slots = start_slots(
-            (config.in_channels, config.image_size, config.image_size),
+        slots = slots_for(
+            manifest.network,
+            manifest.classifier,
             [schedule] * len(seeds),
             seeds,
-            unet_y=labels if config.num_classes is not None else None,
-            guide_y=labels if sampler.scale else None,
+            labels=labels,
             low_res=low_res,
-            stage=config.low_res_size or 0,
+            guided=bool(sampler.scale),
         )
         with hold(slots, self.denoiser) as held:
             for index in range(len(schedule)):

@@ -3,109 +3,34 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
-from admtrt.runtime.noise import initial_noise, step_noise
+from admtrt.runtime.noise import step_noise
+from admtrt.runtime.slots import GUIDE, guided_rows
 from admtrt.schedule.table import UPDATE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
 
-    from admtrt.schedule.table import SamplingSchedule
-
-    Images = NDArray[np.float32]
-    Labels = NDArray[np.int64]
+    from admtrt.contract import GraphName
+    from admtrt.runtime.slots import Array, Images, Slots
 
 
 class Denoiser(Protocol):
-    """The graphs as functions on arrays; a backend over a bundle is one, PyTorch modules are another.
+    """The graphs as functions on arrays; a backend over a bundle is one, PyTorch modules are another."""
 
-    ``x`` is float32 [N, C, H, W], ``t`` float32 [N], ``y`` int64 [N] or None.
-    """
+    def run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Every output of one graph by name, owned by the caller.
 
-    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
-        """The network's output, [N, C or 2C, H, W]."""
+        Inputs and outputs are those of :mod:`admtrt.contract`.
+        """
         ...
-
-    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
-        """d log p(y | x_t) / dx_t, unscaled, [N, C, H, W]."""
-        ...
-
-    def update(
-        self, x: Images, out: Images, grad: Images, noise: Images, coefficients: NDArray[np.float32]
-    ) -> tuple[Images, Images]:
-        """x_{t-1} and the predicted x_0; ``coefficients`` is [N, K], see :mod:`admtrt.schedule`."""
-        ...
-
-
-@dataclass
-class Slots:
-    """Samples in flight, rows of one batch; row i is at ``position[i]`` of ``schedules[i]``.
-
-    Attributes:
-        x: float32 [N, C, H, W], the current x_t.
-        schedules: what each sample follows.
-        position: int64 [N], steps already done.
-        seeds: one for each sample; the noise depends on it, the step and ``stage`` alone.
-        unet_y: int64 [N], labels of a class-conditional UNet, or None.
-        guide_y: int64 [N], labels of the classifier's guidance, or None where nothing is guided.
-        low_res: float32 [N, C, h, w], the conditioning of an upsampler, or None.
-        stage: of a cascade, see :mod:`admtrt.runtime.noise`.
-        x_0: the prediction of the last step, zeros before the first.
-    """
-
-    x: Images
-    schedules: list[SamplingSchedule]
-    position: NDArray[np.int64]
-    seeds: list[int]
-    unet_y: Labels | None = None
-    guide_y: Labels | None = None
-    low_res: Images | None = None
-    stage: int = 0
-    x_0: Images = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.x_0 = np.zeros_like(self.x)
-
-    def __len__(self) -> int:
-        return len(self.x)
-
-    @property
-    def finished(self) -> NDArray[np.bool_]:
-        """Which samples have taken their last step, bool [N]."""
-        return self.position >= np.array([len(schedule) for schedule in self.schedules])
-
-
-def start_slots(
-    shape: tuple[int, int, int],
-    schedules: Sequence[SamplingSchedule],
-    seeds: Sequence[int],
-    *,
-    unet_y: Labels | None = None,
-    guide_y: Labels | None = None,
-    low_res: Images | None = None,
-    stage: int = 0,
-) -> Slots:
-    """Samples at the start of their schedules, x_T drawn from their seeds; ``shape`` is (C, H, W)."""
-    return Slots(
-        x=initial_noise(seeds, shape, stage=stage),
-        schedules=list(schedules),
-        position=np.zeros(len(seeds), dtype=np.int64),
-        seeds=list(seeds),
-        unet_y=unet_y,
-        guide_y=guide_y,
-        low_res=low_res,
-        stage=stage,
-    )
-
-
-_GUIDED_COLUMNS = ("guidance", "x0_shift")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +40,13 @@ class StepInputs:
     Attributes:
         t: float32 [N], in the model's units.
         coefficients: float32 [N, K], see :mod:`admtrt.schedule`.
-        guided: whether any slot's step uses the classifier's gradient.
+        guided: bool [N], whose step uses the classifier's gradient.
         noise_steps: the steps that name each slot's noise, or None where no slot's step is stochastic.
     """
 
     t: NDArray[np.float32]
     coefficients: NDArray[np.float32]
-    guided: bool
+    guided: NDArray[np.bool_]
     noise_steps: list[int] | None
 
 
@@ -129,12 +54,11 @@ def step_inputs(slots: Slots) -> StepInputs:
     """The inputs of the slots' next step. No slot may be finished."""
     rows = list(zip(slots.schedules, slots.position.tolist(), strict=True))
     coefficients = np.stack([schedule.coefficients[i] for schedule, i in rows])
-    guided = coefficients[:, [UPDATE.index(name) for name in _GUIDED_COLUMNS]].any()
     stochastic = coefficients[:, UPDATE.index("noise")].any()
     return StepInputs(
         t=np.array([schedule.model_t[i] for schedule, i in rows], dtype=np.float32),
         coefficients=coefficients,
-        guided=bool(guided) and slots.guide_y is not None,
+        guided=guided_rows(coefficients) & (GUIDE in slots.conditions),
         noise_steps=[int(schedule.step[i]) for schedule, i in rows] if stochastic else None,
     )
 
@@ -149,22 +73,52 @@ def draw_noise(slots: Slots, inputs: StepInputs) -> Images | None:
 def advance(slots: Slots, denoiser: Denoiser) -> None:
     """Take one step of every slot, in place. No slot may be finished.
 
-    The gradient is skipped where no slot's step is guided, the noise where no slot's step is stochastic.
+    The gradient is computed for the slots whose step is guided, noise where any slot's step is stochastic.
     """
     inputs = step_inputs(slots)
-    out = denoiser.unet(slots.x, inputs.t, slots.unet_y, slots.low_res)
-    zeros = np.zeros_like(slots.x)
-    guide = slots.guide_y if inputs.guided else None
-    grad = zeros if guide is None else denoiser.classifier_gradient(slots.x, inputs.t, guide)
+    out = denoiser.run("unet", _feeds(slots, inputs, "unet"))["out"]
+    grad = _gradient(slots, inputs, denoiser)
     z = draw_noise(slots, inputs)
-    slots.x, slots.x_0 = denoiser.update(slots.x, out, grad, zeros if z is None else z, inputs.coefficients)
+    feeds = {
+        "x": slots.x,
+        "out": out,
+        "grad": grad,
+        "noise": np.zeros_like(slots.x) if z is None else z,
+        "coefficients": inputs.coefficients,
+    }
+    results = denoiser.run("update", feeds)
+    slots.x, slots.x_0 = results["x_prev"], results["pred_x0"]
     slots.position += 1
+
+
+def _feeds(slots: Slots, inputs: StepInputs, graph: GraphName) -> dict[str, Array]:
+    return {"x": slots.x, "t": inputs.t, **slots.conditions.get(graph, {})}
+
+
+def _gradient(slots: Slots, inputs: StepInputs, denoiser: Denoiser) -> Images:
+    """The gradient of the slots whose step is guided, zeros for the others.
+
+    Where some are not, the guided ones are gathered, and filled up to a power of two by copies of the last
+    one: backends compile each size, and so meet few.
+    """
+    rows = np.flatnonzero(inputs.guided)
+    grad = np.zeros_like(slots.x)
+    if len(rows) == 0:
+        return grad
+    feeds = _feeds(slots, inputs, GUIDE)
+    if len(rows) == len(slots):
+        return denoiser.run(GUIDE, feeds)["grad"]
+    size = min(1 << (len(rows) - 1).bit_length(), len(slots))
+    gathered = np.pad(rows, (0, size - len(rows)), mode="edge")
+    results = denoiser.run(GUIDE, {name: values[gathered] for name, values in feeds.items()})
+    grad[rows] = results["grad"][: len(rows)]
+    return grad
 
 
 class HeldSlots(Protocol):
     """Slots whose x stays where the denoiser computes, until it is read.
 
-    Between the steps nothing of the slots may be changed.
+    Between the steps nothing of the slots may be changed but by :meth:`replace`.
     """
 
     def advance(self) -> None:
@@ -173,6 +127,14 @@ class HeldSlots(Protocol):
 
     def read(self) -> None:
         """Wait for the last step and bring ``x`` and ``x_0`` of the slots up to date, as new arrays."""
+        ...
+
+    def replace(self, rows: Sequence[int], slots: Slots) -> None:
+        """Put other samples in place of these rows, here and on the device; see :meth:`Slots.replace`.
+
+        Raises:
+            ValueError: as there.
+        """
         ...
 
 
@@ -197,6 +159,9 @@ class _HostSlots:
 
     def read(self) -> None:
         """Nothing is left to do: every step ends in host memory."""
+
+    def replace(self, rows: Sequence[int], slots: Slots) -> None:
+        self._slots.replace(rows, slots)
 
 
 def hold(slots: Slots, denoiser: Denoiser) -> AbstractContextManager[HeldSlots]:

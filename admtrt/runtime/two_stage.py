@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
+    from admtrt.schedule.sampler import SamplerConfig
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Samples, Step
-    from admtrt.runtime.sampler import Labels
-    from admtrt.schedule.sampler import SamplerConfig
+    from admtrt.runtime.slots import Labels
 
 UNGUIDED = 0.0
 """The second stage's default scale: the paper guides the small images only ("Comparison to Upsampling")."""

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from admtrt.config import DiffusionConfig
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.images import save_grid, to_uint8
 from admtrt.models.denoiser import TorchDenoiser
-from admtrt.runtime.sampler import advance, start_slots
-from admtrt.schedule.sampler import SamplerConfig
+from admtrt.runtime.sampler import advance
+from admtrt.runtime.slots import slots_for
 from admtrt.schedule.table import sampling_schedule
 from admtrt.training.data import batch
 from admtrt.training.objectives import shrink
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from admtrt.models.unet import UNet
-    from admtrt.runtime.sampler import Images, Labels
+    from admtrt.runtime.slots import Images, Labels
     from admtrt.training.data import ImageSet
 
 _STEPS = 25
@@ -41,9 +42,15 @@ def draw_samples(
     """Draw unguided samples by DDIM, float32 [count, C, H, W]; the same network gives the same samples."""
     sampler = SamplerConfig(method="ddim", steps=str(min(_STEPS, diffusion.steps)), scale=0.0)
     schedule = sampling_schedule(diffusion, sampler)
-    size = network.config.image_size
-    shape = (network.config.in_channels, size, size)
-    slots = start_slots(shape, [schedule] * count, range(count), unet_y=y, low_res=low_res)
+    slots = slots_for(
+        network.config,
+        None,
+        [schedule] * count,
+        range(count),
+        labels=y,
+        low_res=low_res,
+        guided=False,
+    )
     denoiser = TorchDenoiser(network, device=device)
     for _ in range(len(schedule)):
         advance(slots, denoiser)

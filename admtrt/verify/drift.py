@@ -13,17 +13,20 @@ import numpy as np
 
 from admtrt.errors import AdmtrtError, RequestError
 from admtrt.runtime.pipeline import Pipeline, consecutive_seeds
-from admtrt.runtime.sampler import advance, hold, start_slots
+from admtrt.runtime.sampler import advance, hold
+from admtrt.runtime.slots import slots_for
 from admtrt.schedule.table import sampling_schedule
 from admtrt.verify.inputs import Inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
 
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
-    from admtrt.runtime.sampler import Denoiser, Images, Labels, Slots
+    from admtrt.contract import GraphName
+    from admtrt.runtime.sampler import Denoiser
+    from admtrt.runtime.slots import Array, Images, Slots
     from admtrt.schedule.table import SamplingSchedule
 
     Values = NDArray[np.float64]
@@ -33,6 +36,7 @@ BINS = 5
 EQUAL_PSNR = 120.0
 """Shown for images that are equal, or as good as: the most that is shown, in dB."""
 
+_COMPARED: dict[GraphName, str] = {"unet": "out", "classifier_gradient": "grad"}
 _RANGE = "In fp16 numbers end at 65504: keep more in float32 (admtrt export --fp32), or use bf16."
 _WEIGHTS = "The weights themselves give it, in any precision: check the checkpoint."
 _TINY = float(np.finfo(np.float32).tiny)
@@ -135,19 +139,16 @@ def measure_drift(
     levels = 0.0
     for first in range(0, images, batch_size):
         chosen = seeds[first : first + batch_size]
-        given = inputs.conditioning(len(chosen), shift=first)
-        exact, other = (
-            start_slots(
-                inputs.image_shape,
-                [schedule] * len(chosen),
-                chosen,
-                unet_y=given.unet_y,
-                guide_y=given.guide_y if sampler.scale else None,
-                low_res=given.low_res,
-                stage=bundle.manifest.network.low_res_size or 0,
-            )
-            for _ in range(2)
+        exact = slots_for(
+            bundle.manifest.network,
+            bundle.manifest.classifier,
+            [schedule] * len(chosen),
+            chosen,
+            labels=inputs.labels(len(chosen), shift=first),
+            low_res=inputs.low_res(len(chosen)),
+            guided=bool(sampler.scale),
         )
+        other = exact.take(range(len(exact)))
         drifts.append(np.stack(list(_drifts(exact, paired, other, measured, report))))
         psnr.append(_psnr(other.x, exact.x))
         levels = max(levels, float(np.abs(_clipped(other.x) - _clipped(exact.x)).max()) * 127.5)
@@ -197,29 +198,18 @@ class _Paired:
         self.step = 0
         self.errors: dict[str, dict[int, list[Values]]] = {}
 
-    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
-        return self._note(
-            "unet", self._reference.unet(x, t, y, low_res), self._measured.unet(x, t, y, low_res)
-        )
+    def run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        exact = self._reference.run(graph, feeds)
+        if graph in _COMPARED:
+            name = _COMPARED[graph]
+            self._note(graph, exact[name], self._measured.run(graph, feeds)[name])
+        return exact
 
-    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
-        return self._note(
-            "classifier_gradient",
-            self._reference.classifier_gradient(x, t, y),
-            self._measured.classifier_gradient(x, t, y),
-        )
-
-    def update(
-        self, x: Images, out: Images, grad: Images, noise: Images, coefficients: NDArray[np.float32]
-    ) -> tuple[Images, Images]:
-        return self._reference.update(x, out, grad, noise, coefficients)
-
-    def _note(self, graph: str, exact: Images, other: Images) -> Images:
+    def _note(self, graph: str, exact: Images, other: Images) -> None:
         _check_finite(exact, f"graph '{graph}' in fp32 on ONNX Runtime", self._schedule, self.step, _WEIGHTS)
         _check_finite(other, f"graph '{graph}' as measured", self._schedule, self.step)
         found = np.stack([_relative(other, exact), _cosine(other, exact)])
         self.errors.setdefault(graph, {}).setdefault(self.step, []).append(found)
-        return exact
 
 
 def _check_finite(

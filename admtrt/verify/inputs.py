@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,24 +12,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Manifest
-    from admtrt.runtime.sampler import Images, Labels
+    from admtrt.runtime.slots import Images, Labels
 
 BATCHES = (1, 3)
 """Batch sizes compared; the traced one is not among them, since a graph that remembers it would pass."""
-
-
-@dataclass(frozen=True, eq=False)
-class Conditioning:
-    """What a batch is drawn under; each is None where the networks do not take it.
-
-    Attributes:
-        unet_y, guide_y: int64 [N], labels of the UNet and of the guidance.
-        low_res: float32 [N, C, h, w] in [-1, 1].
-    """
-
-    unet_y: Labels | None
-    guide_y: Labels | None
-    low_res: Images | None
 
 
 class Inputs:
@@ -70,15 +55,12 @@ class Inputs:
         labels: Labels = (np.arange(count, dtype=np.int64) * max(1, classes // count) + shift) % classes
         return labels
 
-    def conditioning(self, count: int, shift: int = 0) -> Conditioning:
-        """Labels and low-resolution images for those networks that take them."""
-        manifest = self._manifest
-        y, size = self.labels(count, shift), manifest.network.low_res_size
-        return Conditioning(
-            unet_y=y if manifest.network.num_classes is not None else None,
-            guide_y=y if manifest.classifier is not None else None,
-            low_res=None if size is None else self.uniform(count, manifest.network.in_channels, size, size),
-        )
+    def low_res(self, count: int) -> Images | None:
+        """Random images for an upsampler, float32 [N, C, h, w]; None for other networks."""
+        unet = self._manifest.unet
+        if unet.low_res_size is None:
+            return None
+        return self.uniform(count, unet.in_channels, unet.low_res_size, unet.low_res_size)
 
 
 def samplers(manifest: Manifest, steps: int, *, guided: bool) -> dict[str, SamplerConfig]:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from admtrt.contract import GraphName
-    from admtrt.runtime.sampler import Images
+    from admtrt.runtime.slots import Images
 
 _RUNNER = "pytorch"
 """As whose the outputs are shown."""

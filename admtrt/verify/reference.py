@@ -15,15 +15,14 @@ from admtrt.models.unet import UNet
 from admtrt.schedule.process import process_from_config
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from admtrt.models.checkpoint import LoadedNetwork
-    from admtrt.runtime.sampler import Images, Labels
     from admtrt.schedule.sampler import SamplerConfig
-    from admtrt.verify.inputs import Conditioning
+    from admtrt.models.checkpoint import LoadedNetwork
+    from admtrt.runtime.slots import Array, Conditions, Images, Labels
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
@@ -50,9 +49,10 @@ class Reference:
         self.diffusion = unet.config.diffusion
 
     @torch.no_grad()
-    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
+    def unet(self, x: Images, t: NDArray[np.float32], conditions: Mapping[str, Array]) -> Images:
         """The UNet's output, [N, C or 2C, H, W]."""
-        out: Images = self._unet(*map(self._tensor, (x, t, y, low_res))).numpy()
+        given = {name: self._given(values) for name, values in conditions.items()}
+        out: Images = self._unet(self._given(x), self._given(t), **given).numpy()
         return out
 
     def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
@@ -100,28 +100,26 @@ class Reference:
             self._given(x),
             torch.tensor(steps),
             self._given(noise),
-            self._tensor(grad),
+            None if grad is None else self._given(grad),
             sampler,
         )
         return x_prev.numpy(), x_0.numpy()
 
     def step(
-        self, sampler: SamplerConfig, x: Images, noise: Images, step: int, given: Conditioning
+        self, sampler: SamplerConfig, x: Images, noise: Images, step: int, conditions: Conditions
     ) -> Images:
         """x_{t-1} after one whole step of a batch, networks included."""
         steps = [step] * len(x)
         t: NDArray[np.float32] = self.diffusion_for(sampler).model_t(torch.tensor(steps)).numpy()
-        out = self.unet(x, t, given.unet_y, given.low_res)
-        grad = None if given.guide_y is None else self.classifier_gradient(x, t, given.guide_y)
+        out = self.unet(x, t, conditions["unet"])
+        guide = conditions.get("classifier_gradient")
+        grad = None if guide is None else self.classifier_gradient(x, t, **guide)
         return self.update(sampler, x, out, grad, noise, steps)[0]
 
-    def _given(self, array: Images | NDArray[np.float32] | Labels) -> Tensor:
+    def _given(self, array: Array) -> Tensor:
         """Floating-point values in the type of the computation; labels stay whole numbers."""
         tensor = torch.from_numpy(array)
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-
-    def _tensor(self, array: NDArray[np.float32] | Labels | None) -> Tensor | None:
-        return None if array is None else self._given(array)
 
 
 def _in_type(module: _Module, dtype: torch.dtype) -> _Module:

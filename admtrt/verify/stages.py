@@ -14,7 +14,8 @@ from admtrt.images import to_uint8
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.noise import step_noise
 from admtrt.runtime.pipeline import consecutive_seeds
-from admtrt.runtime.sampler import Slots, advance, start_slots
+from admtrt.runtime.sampler import advance
+from admtrt.runtime.slots import conditions_for, slots_for
 from admtrt.schedule.process import process_from_config, retained_timesteps
 from admtrt.schedule.table import sampling_schedule
 from admtrt.verify.checked import CheckedGraphs, GraphRunError
@@ -30,11 +31,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
+    from admtrt.schedule.sampler import SamplerConfig
     from admtrt.contract import GraphName
     from admtrt.models.checkpoint import LoadedNetwork
     from admtrt.runtime.backends.auto import Choice
-    from admtrt.runtime.sampler import Images, Labels
-    from admtrt.schedule.sampler import SamplerConfig
+    from admtrt.runtime.slots import Images, Labels, Slots
 
     Record = Callable[[GraphName, Mapping[str, Any], Mapping[str, Images]], None]
 
@@ -170,12 +171,15 @@ class _Comparison:
         tallies = _graph_tallies("unet", "out")
         for shift, steps in enumerate(step_batches(len(self.base))):
             x, t = self.inputs.noisy_images(self.base.alpha_bar[steps]), self._model_t(steps)
-            given = self.inputs.conditioning(len(x), shift)
-            y, low_res = given.unet_y, given.low_res
-            feeds: dict[str, Any] = {"x": x, "t": t, "y": y, "low_res": low_res}
-            feeds = {name: value for name, value in feeds.items() if value is not None}
-            expected = {"out": self.reference.unet(x, t, y, low_res)}
-            self._compare("unet", tallies, feeds, expected, _places(t, y))
+            given = conditions_for(
+                self.manifest.network,
+                None,
+                labels=self.inputs.labels(len(x), shift),
+                low_res=self.inputs.low_res(len(x)),
+                guided=False,
+            )["unet"]
+            expected = {"out": self.reference.unet(x, t, given)}
+            self._compare("unet", tallies, {"x": x, "t": t, **given}, expected, _places(t, given.get("y")))
         return [tally.row() for tally in tallies.values()]
 
     def classifier_rows(self) -> list[Row]:
@@ -227,19 +231,9 @@ class _Comparison:
             process = self.reference.diffusion_for(sampler).process
             judged = self._judged("step", f"{name}: x_prev")
             for shift, step in enumerate(chosen_steps(len(process))):
-                given = self.inputs.conditioning(count, shift)
-                slots = Slots(
-                    x=self.inputs.noisy_images(np.repeat(process.alpha_bar[step], count)),
-                    schedules=[schedule] * count,
-                    position=np.full(count, len(schedule) - 1 - step),
-                    seeds=self.seeds,
-                    unet_y=given.unet_y,
-                    guide_y=given.guide_y,
-                    low_res=given.low_res,
-                )
-                expected = [
-                    side.step(sampler, slots.x, self._noise(step), step, given) for side in self._sides
-                ]
+                slots = self._slots(sampler, shift, np.repeat(process.alpha_bar[step], count))
+                slots.position[:] = len(schedule) - 1 - step
+                expected = [self._step(side, sampler, slots, slots.x, step) for side in self._sides]
                 places = _places(np.repeat(process.model_t[step], count), self.inputs.labels(count, shift))
                 with _noted(judged.tally):
                     advance(slots, self.graphs)
@@ -257,27 +251,19 @@ class _Comparison:
 
     def _trajectory(self, name: str, sampler: SamplerConfig, drift: list[float]) -> list[Row]:
         """Rows of one trajectory; the largest error after each step is appended to ``drift``."""
-        schedule = sampling_schedule(self.manifest.diffusion, sampler)
         process = self.reference.diffusion_for(sampler).process
         each = self._judged("trajectory", f"{name}: x_t of every step")
         final = self._judged("trajectory", f"{name}: final x_0")
         image = Tally("image", f"{name}: uint8 levels", TOLERANCES["image"])
         count = len(self.seeds)
-        given, labels = self.inputs.conditioning(count), self.inputs.labels(count)
-        slots = start_slots(
-            self.inputs.image_shape,
-            [schedule] * count,
-            self.seeds,
-            unet_y=given.unet_y,
-            guide_y=given.guide_y,
-            low_res=given.low_res,
-        )
+        labels = self.inputs.labels(count)
+        slots = self._slots(sampler)
         x = [slots.x for _ in self._sides]
         with _noted(each.tally, final.tally, image):
             for step in reversed(range(len(process))):
                 advance(slots, self.graphs)
                 x = [
-                    side.step(sampler, state, self._noise(step), step, given)
+                    self._step(side, sampler, slots, state, step)
                     for side, state in zip(self._sides, x, strict=True)
                 ]
                 drift.append(each.add(slots.x, x, _places(np.repeat(process.model_t[step], count), labels)))
@@ -316,8 +302,26 @@ class _Comparison:
     def _model_t(self, steps: NDArray[np.int64]) -> NDArray[np.float32]:
         return self.base.model_t[steps].astype(np.float32)
 
-    def _noise(self, step: int) -> Images:
-        return step_noise(self.seeds, [step] * len(self.seeds), self.inputs.image_shape)
+    def _slots(
+        self, sampler: SamplerConfig, shift: int = 0, alpha_bar: NDArray[np.float64] | None = None
+    ) -> Slots:
+        """A sample for each seed at its start, or in place of x_T images at these noise levels."""
+        count = len(self.seeds)
+        return slots_for(
+            self.manifest.network,
+            self.manifest.classifier,
+            [sampling_schedule(self.manifest.diffusion, sampler)] * count,
+            self.seeds,
+            labels=self.inputs.labels(count, shift),
+            low_res=self.inputs.low_res(count),
+            guided=bool(sampler.scale),
+            latents=None if alpha_bar is None else self.inputs.noisy_images(alpha_bar),
+        )
+
+    def _step(self, side: Reference, sampler: SamplerConfig, slots: Slots, x: Images, step: int) -> Images:
+        """A side's step of the slots from ``x``, with their noise."""
+        noise = step_noise(slots.seeds, [step] * len(slots), x.shape[1:], stage=slots.stage)
+        return side.step(sampler, x, noise, step, slots.conditions)
 
 
 class _Judged:

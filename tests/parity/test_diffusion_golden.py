@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from admtrt.schedule.UNKNOWN_step_coefficients import step_coefficients
+from schedules import step_coefficients
 from goldens import arrays, golden_classifier, golden_input, golden_unet, metadata, relative_error
 
 from admtrt.config import DiffusionConfig

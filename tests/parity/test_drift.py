@@ -24,7 +24,8 @@ from admtrt.verify.emulation import emulate, emulated
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from admtrt.runtime.sampler import Images
+    from admtrt.contract import GraphName
+    from admtrt.runtime.slots import Images
     from admtrt.verify.drift import DriftReport
 
 Capture = pytest.CaptureFixture[str]
@@ -39,20 +40,21 @@ class Altered:
         self._factor = np.float32(factor)
         self._turned = turned
 
-    def unet(self, *given: Any) -> Images:
-        return self._exact.unet(*given) * self._factor
+    def run(self, graph: GraphName, feeds: Any) -> dict[str, Any]:
+        results = self._exact.run(graph, feeds)
+        if graph == "unet":
+            return {"out": results["out"] * self._factor}
+        if graph == "classifier_gradient":
+            return {"grad": self._turn(results["grad"])}
+        return results
 
-    def classifier_gradient(self, *given: Any) -> Images:
-        gradient = self._exact.classifier_gradient(*given)
+    def _turn(self, gradient: Images) -> Images:
         rows = gradient.reshape(len(gradient), -1)
         across = np.roll(rows, 1, axis=1)
         across -= rows * (across * rows).sum(axis=1, keepdims=True) / (rows**2).sum(axis=1, keepdims=True)
         across *= np.linalg.norm(rows, axis=1, keepdims=True) / np.linalg.norm(across, axis=1, keepdims=True)
         turned = np.cos(self._turned) * rows + np.sin(self._turned) * across
         return turned.reshape(gradient.shape).astype(np.float32)
-
-    def update(self, *given: Any) -> tuple[Images, Images]:
-        return self._exact.update(*given)
 
 
 def against(measured: Any, **options: Any) -> DriftReport:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import pytest
+from graph_calls import gradient, unet_out
 from typed_bundles import typed_bundle
 
 from admtrt.contract import PRECISIONS
@@ -35,8 +36,8 @@ def feeds(batch: int) -> dict[str, Any]:
 def outputs(denoiser: Denoiser, batch: int) -> dict[str, np.ndarray]:
     given = feeds(batch)
     return {
-        "unet": denoiser.unet(given["x"], given["t"], None, None),
-        "classifier_gradient": denoiser.classifier_gradient(given["x"], given["t"], given["y"]),
+        "unet": unet_out(denoiser, given["x"], given["t"]),
+        "classifier_gradient": gradient(denoiser, given["x"], given["t"], given["y"]),
     }
 
 

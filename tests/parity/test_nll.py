@@ -118,6 +118,17 @@ def test_pytorch_and_the_exported_graph_agree(
     assert ours["bits_per_dim"] == pytest.approx(ours["prior"] + sum(ours["terms"]))
 
 
+class Formula:
+    """A function of x and t in a UNet's place."""
+
+    def __init__(self, unet: Any) -> None:
+        self.unet = unet
+
+    def run(self, graph: str, feeds: Any) -> Any:
+        assert graph == "unet"
+        return {"out": self.unet(**feeds)}
+
+
 def test_a_network_that_knows_the_answer_has_no_loss_but_the_decoders() -> None:
     """Black images and their exact eps: every KL vanishes, so a wrong t, x_t or term would show."""
     config = UNET.model_copy(update={"learn_sigma": False})
@@ -126,12 +137,11 @@ def test_a_network_that_knows_the_answer_has_no_loss_but_the_decoders() -> None:
     process = process_from_config(diffusion)
     a = dict(zip(process.model_t.tolist(), process.alpha_bar.tolist(), strict=True))
 
-    def unet(x: Any, t: Any, y: Any, low_res: Any) -> Any:
-        assert y is low_res is None
+    def unet(x: Any, t: Any) -> Any:
         level = np.array([a[time] for time in t.tolist()])[:, None, None, None]
         return ((x + np.sqrt(level)) / np.sqrt(1 - level)).astype(np.float32)
 
-    found = evaluate_nll(unet, config, diffusion, data)
+    found = evaluate_nll(Formula(unet), config, diffusion, data)
     assert len(found.terms) == 1000
     assert found.timesteps == tuple(range(999, -1, -1))
     assert max(map(abs, found.terms[:-1])) < 1e-6
@@ -145,8 +155,7 @@ def test_a_network_that_knows_the_answer_has_no_loss_but_the_decoders() -> None:
 
 
 def torch_nll(data: ImageSet, **options: Any) -> Likelihood:
-    unet = TorchDenoiser(network(UNET).module).unet
-    return evaluate_nll(unet, UNET, SHORT, data, **options)
+    return evaluate_nll(TorchDenoiser(network(UNET).module), UNET, SHORT, data, **options)
 
 
 def test_the_full_bound_has_every_step(tmp_path: Path) -> None:
@@ -301,7 +310,7 @@ def test_numbers_that_a_network_learned_as_text(tmp_path: Path) -> None:
 def test_a_bound_that_is_no_number(tmp_path: Path) -> None:
     data = images_of(npz(tmp_path / "data.npz"))
     with pytest.raises(AdmtrtError, match="not finite for 7 of 7 images") as caught:
-        evaluate_nll(lambda x, *_: np.concatenate([x * np.nan] * 2, axis=1), UNET, SHORT, data)
+        evaluate_nll(Formula(lambda x, t: np.concatenate([x * np.nan] * 2, axis=1)), UNET, SHORT, data)
     assert caught.value.exit_code == 1
     with pytest.raises(RequestError, match="batch_size is -1"):
         torch_nll(data, batch_size=-1)

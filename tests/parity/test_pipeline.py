@@ -10,11 +10,13 @@ from bundles import CLASSIFIER, SAMPLER, UNET, exported_bundle, network, pipelin
 
 from admtrt import Pipeline as PublicPipeline
 from admtrt.config import DiffusionConfig
+from admtrt.schedule.sampler import SamplerConfig
+from admtrt.contract import GraphName
 from admtrt.models.diffusion import Diffusion
 from admtrt.runtime.pipeline import Pipeline, Samples, Step
-from admtrt.runtime.sampler import Denoiser, Slots, advance, start_slots
+from admtrt.runtime.sampler import Denoiser, advance
+from admtrt.runtime.slots import Slots, slots_for
 from admtrt.schedule.process import process_from_config
-from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import sampling_schedule
 
 SEEDS = [11, 5, 2**64 - 1, 0, 7, 3, 2, 99, 1, 4, 6, 8, 2**32, 13, 14, 15, 16]
@@ -44,20 +46,13 @@ class Recorder:
         self.noise: list[np.ndarray] = []
         self.calls: list[str] = []
 
-    def unet(self, x: Any, t: Any, y: Any, low_res: Any) -> Any:
+    def run(self, graph: GraphName, feeds: Any) -> dict[str, Any]:
         if not self.noise:
-            self.noise.append(x)
-        self.calls.append("unet")
-        return self.inner.unet(x, t, y, low_res)
-
-    def classifier_gradient(self, x: Any, t: Any, y: Any) -> Any:
-        self.calls.append("classifier_gradient")
-        return self.inner.classifier_gradient(x, t, y)
-
-    def update(self, x: Any, out: Any, grad: Any, noise: Any, coefficients: Any) -> Any:
-        self.noise.append(noise)
-        self.calls.append("update")
-        return self.inner.update(x, out, grad, noise, coefficients)
+            self.noise.append(feeds["x"])
+        if graph == "update":
+            self.noise.append(feeds["noise"])
+        self.calls.append(graph)
+        return self.inner.run(graph, feeds)
 
 
 def draw(case: str, rows: list[int], batch_size: int) -> tuple[Samples, np.ndarray]:
@@ -301,17 +296,8 @@ MIXTURE = [
 def alone(row: int) -> Slots:
     sampler, label, _ = MIXTURE[row]
     schedule = sampling_schedule(DiffusionConfig(), sampler)
-    return start_slots((1, 8, 8), [schedule], [100 + row], guide_y=np.array([label]))
-
-
-def joined(slots: list[Slots]) -> Slots:
-    return Slots(
-        x=np.concatenate([one.x for one in slots]),
-        schedules=[schedule for one in slots for schedule in one.schedules],
-        position=np.concatenate([one.position for one in slots]),
-        seeds=[seed for one in slots for seed in one.seeds],
-        guide_y=np.concatenate([one.guide_y for one in slots if one.guide_y is not None]),
-    )
+    guided = bool(sampler.scale)
+    return slots_for(UNET, CLASSIFIER, [schedule], [100 + row], labels=np.array([label]), guided=guided)
 
 
 def test_slots_at_different_places_equal_each_alone() -> None:
@@ -331,20 +317,13 @@ def test_slots_at_different_places_equal_each_alone() -> None:
     for (_, _, ahead), slots in zip(MIXTURE, started, strict=True):
         for _ in range(ahead):
             advance(slots, denoiser)
-    batch = joined(started)
+    batch = Slots.join(started)
     done: dict[int, tuple[np.ndarray, np.ndarray]] = {}
     while len(batch):
         advance(batch, denoiser)
         for index in np.flatnonzero(batch.finished):
             done[batch.seeds[index] - 100] = (batch.x[index], batch.x_0[index])
-        left = np.flatnonzero(~batch.finished)
-        batch = Slots(
-            x=batch.x[left],
-            schedules=[batch.schedules[index] for index in left],
-            position=batch.position[left],
-            seeds=[batch.seeds[index] for index in left],
-            guide_y=batch.guide_y[left] if batch.guide_y is not None else None,
-        )
+        batch = batch.take(~batch.finished)
     assert sorted(done) == list(range(len(MIXTURE)))
     for row, (x, x_0) in enumerate(expected):
         bound = ROUNDING * max(1.0, float(np.abs(x).max()))
@@ -353,14 +332,13 @@ def test_slots_at_different_places_equal_each_alone() -> None:
 
 
 def test_an_unguided_slot_is_not_moved_by_a_guided_neighbour() -> None:
-    """Its gradient is computed with the others', and counts for nothing, whatever its label is."""
+    """Its gradient is not computed, whatever its label is."""
     denoiser = pipeline("guided").denoiser
     ends = []
     for label in (0, 2):
-        guided = alone(0)
-        plain = alone(2)
-        plain.guide_y = np.array([label])
-        batch = joined([guided, plain])
+        batch = Slots.join([alone(0), alone(2)])
+        assert batch.conditions["classifier_gradient"]["y"].tolist() == [0, 0]
+        batch.conditions["classifier_gradient"]["y"][1] = label
         for _ in range(6):
             advance(batch, denoiser)
         ends.append(batch.x[1])

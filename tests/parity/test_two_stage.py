@@ -42,23 +42,22 @@ class Fake:
         self.seen = 0
         self.fails_at: int | None = None
 
-    def unet(self, x: Any, t: Any, y: Any, low_res: Any) -> Any:
+    def run(self, graph: str, feeds: Any) -> dict[str, Any]:
+        x = feeds["x"]
+        if graph == "classifier_gradient":
+            self.guided += 1
+            return {"grad": np.ones_like(x)}
+        if graph == "update":
+            self.noise.append(feeds["noise"])
+            return {"x_prev": x, "pred_x0": 0.1 * feeds["out"][:, :1] + feeds["grad"]}
         self.seen += len(x)
         if self.fails_at is not None and self.seen >= self.fails_at:
             raise KeyboardInterrupt
         if not self.noise:
             self.noise.append(x)
-        self.labels.append(None if y is None else y.tolist())
-        given = 0 if low_res is None else low_res.repeat(2, axis=2).repeat(2, axis=3)
-        return np.concatenate([x + given, x], axis=1)
-
-    def classifier_gradient(self, x: Any, t: Any, y: Any) -> Any:
-        self.guided += 1
-        return np.ones_like(x)
-
-    def update(self, x: Any, out: Any, grad: Any, noise: Any, coefficients: Any) -> Any:
-        self.noise.append(noise)
-        return x, 0.1 * out[:, :1] + grad
+        self.labels.append(feeds["y"].tolist() if "y" in feeds else None)
+        given = feeds["low_res"].repeat(2, axis=2).repeat(2, axis=3) if "low_res" in feeds else 0
+        return {"out": np.concatenate([x + given, x], axis=1)}
 
 
 def fake(path: Path, **fields: Any) -> Pipeline:

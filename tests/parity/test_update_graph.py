@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from admtrt.schedule.UNKNOWN_step_coefficients import step_coefficients
+from schedules import step_coefficients
 from goldens import relative_error
 from onnx_graphs import op_types, proto, run, session
 

@@ -14,14 +14,17 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-from bundles import CLASSIFIER, exported_bundle, pipeline, sham_bundle
+from bundles import CLASSIFIER, UNET, exported_bundle, pipeline, sham_bundle
 from engine_rig import DRIVER
+from graph_calls import gradient, unet_out
 
 from admtrt.bundle import Bundle
 from admtrt.cli import run
+from admtrt.contract import GraphName, bundle_specs
 from admtrt.errors import BundleError, EngineError, MissingDependencyError, RequestError
 from admtrt.runtime.backends import providers, registry
 from admtrt.runtime.backends.composite import Composite
+from admtrt.runtime.backends.graphs import GraphDenoiser
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.runtime.backends.opening import AUTO, open_denoiser
 from admtrt.runtime.backends.providers import Provider, ProviderDenoiser
@@ -129,10 +132,10 @@ def test_installed_backends_for_cpus_are_available(name: str) -> None:
 
 def test_some_graphs_alone(bundle: Bundle) -> None:
     denoiser = OnnxRuntimeDenoiser(bundle, threads=1, graphs=("classifier_gradient",))
-    expected = pipeline("guided").denoiser.classifier_gradient(X, T, Y)
-    assert np.array_equal(denoiser.classifier_gradient(X, T, Y), expected)
+    expected = gradient(pipeline("guided").denoiser, X, T, Y)
+    assert np.array_equal(gradient(denoiser, X, T, Y), expected)
     with pytest.raises(KeyError):
-        denoiser.unet(X, T, None, None)
+        unet_out(denoiser, X, T)
 
 
 def test_engine_graphs_that_the_bundle_has_not(bundle: Bundle) -> None:
@@ -141,18 +144,35 @@ def test_engine_graphs_that_the_bundle_has_not(bundle: Bundle) -> None:
 
 
 def test_a_composite_runs_each_graph_where_it_belongs() -> None:
-    class Named:
-        def __init__(self, name: str) -> None:
+    class Named(GraphDenoiser):
+        def __init__(self, name: str, *graphs: GraphName) -> None:
             self.name = name
+            self.specs = {graph: specs[graph] for graph in graphs}
+            self.prepared: Any = None
+            self.closed = False
 
-        def run(self, name: str, feeds: dict[str, Any]) -> dict[str, Any]:
-            return dict.fromkeys(("out", "grad", "x_prev", "pred_x0"), (self.name, name, feeds))
+        def _run(self, graph: GraphName, feeds: Any) -> Any:
+            return {"by": (self.name, graph, feeds)}
 
-    both: Any = Composite(Named("a"), Named("b"))  # type: ignore[arg-type]
-    assert both.unet(1, 2, 3, None) == ("a", "unet", {"x": 1, "t": 2, "y": 3})
-    assert both.classifier_gradient(1, 2, 3) == ("b", "classifier_gradient", {"x": 1, "t": 2, "y": 3})
-    x_prev, _ = both.update(1, 2, 3, 4, 5)
-    assert x_prev == ("a", "update", {"x": 1, "out": 2, "grad": 3, "noise": 4, "coefficients": 5})
+        def prepare(self, sizes: Any) -> None:
+            self.prepared = sizes
+
+        def close(self) -> None:
+            self.closed = True
+
+    specs = bundle_specs(UNET, CLASSIFIER)
+    first, second = Named("a", "unet", "update"), Named("b", "classifier_gradient")
+    with Composite(first, second) as both:
+        for graph, owner in (("unet", "a"), ("classifier_gradient", "b"), ("update", "a")):
+            feeds = {
+                tensor.name: np.zeros(tensor.sized(2), tensor.dtype)
+                for tensor in specs[graph].inputs  # type: ignore[index]
+            }
+            assert both.run(graph, feeds) == {"by": (owner, graph, feeds)}  # type: ignore[arg-type]
+        both.prepare({"unet": [1, 4], "classifier_gradient": [2]})
+    assert (first.prepared, second.prepared) == ({"unet": [1, 4]}, {"classifier_gradient": [2]})
+    assert first.closed
+    assert second.closed
 
 
 def test_onnx_runtime_tells_nobody_that_it_runs(tmp_path: Path) -> None:
@@ -231,17 +251,52 @@ def test_bound_arrays_give_what_the_cpu_gives(bundle: Bundle, library: Library) 
         slice(0, 3),
     ):  # other sizes, and arrays that are reused
         x, t, y = X[rows], T[rows], Y[rows]
-        assert np.allclose(denoiser.unet(x, t, None, None), expected.unet(x, t, None, None), atol=1e-6)
-        gradient = denoiser.classifier_gradient(x, t, y)
-        assert np.allclose(gradient, expected.classifier_gradient(x, t, y), atol=1e-6)
+        assert np.allclose(unet_out(denoiser, x, t), unet_out(expected, x, t), atol=1e-6)
+        found = gradient(denoiser, x, t, y)
+        assert np.allclose(found, gradient(expected, x, t, y), atol=1e-6)
 
 
 def test_the_last_batch_sizes_are_kept(bundle: Bundle, library: Library) -> None:
     denoiser: Any = open_denoiser(bundle, "onnxruntime-cuda")
     for count in (1, 2, 1, 3):
-        denoiser.unet(X[:count], T[:count], None, None)
-    denoiser.classifier_gradient(X, T, Y)
+        unet_out(denoiser, X[:count], T[:count])
+    gradient(denoiser, X, T, Y)
     assert list(denoiser._bound._made) == [("unet", 1), ("unet", 3), ("classifier_gradient", 3)]
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime-cuda", "openvino"])
+def test_prepared_batch_sizes_are_kept_and_others_share_two_places(
+    bundle: Bundle, library: Library, backend: str
+) -> None:
+    denoiser: Any = open_denoiser(bundle, backend)
+    per_batch = denoiser._bound if backend == "onnxruntime-cuda" else denoiser._compiled
+
+    def sizes(graph: str) -> list[int]:
+        return sorted(size for name, size in per_batch._made if name == graph)
+
+    unet_out(denoiser, X[:2], T[:2])
+    denoiser.prepare({"unet": [1, 3], "classifier_gradient": [2]})
+    assert (sizes("unet"), sizes("classifier_gradient"), sizes("update")) == ([1, 3], [2], [])
+    kept = per_batch._made["unet", 1]
+    for count in (2, 4, 5, 6):
+        rows = np.arange(count) % 3
+        assert np.allclose(
+            unet_out(denoiser, X[rows], T[rows]),
+            unet_out(pipeline("guided").denoiser, X[rows], T[rows]),
+            atol=1e-5,
+        )
+    assert sizes("unet") == [1, 3, 5, 6]
+    assert per_batch._made["unet", 1] is kept
+    denoiser.prepare({"unet": [1, 5]})
+    assert (sizes("unet"), sizes("classifier_gradient")) == ([1, 5], [])
+    assert per_batch._made["unet", 1] is kept
+
+
+def test_onnx_runtime_takes_any_size_prepared_or_not(bundle: Bundle) -> None:
+    denoiser = OnnxRuntimeDenoiser(bundle, threads=1)
+    expected = unet_out(denoiser, X, T)
+    denoiser.prepare({"unet": [1]})
+    assert np.array_equal(unet_out(denoiser, X, T), expected)
 
 
 class _Replaying(_Renamed):
@@ -264,8 +319,8 @@ def test_a_size_that_comes_again_replays_no_old_graph(
     monkeypatch.setitem(globals(), "_Renamed", _Replaying)
     denoiser = open_denoiser(bundle, "onnxruntime-cuda")
     for count in (1, 2, 3, 1, 1):
-        out = denoiser.unet(X[:count], T[:count], None, None)
-        expected = pipeline("guided").denoiser.unet(X[:count], T[:count], None, None)
+        out = unet_out(denoiser, X[:count], T[:count])
+        expected = unet_out(pipeline("guided").denoiser, X[:count], T[:count])
         assert np.allclose(out, expected, atol=1e-6)
 
 
@@ -277,7 +332,7 @@ def test_a_library_that_fails_while_it_runs(
 
     monkeypatch.setattr(_Renamed, "run_with_iobinding", full, raising=False)
     with pytest.raises(EngineError) as raised:
-        open_denoiser(bundle, "onnxruntime-cuda").unet(X, T, None, None)
+        unet_out(open_denoiser(bundle, "onnxruntime-cuda"), X, T)
     assert raised.value.message == (
         "CUDAExecutionProvider cannot run graph 'unet' for a batch of 3: "
         "cudaErrorMemoryAllocation: out of memory at line 3"
@@ -285,11 +340,37 @@ def test_a_library_that_fails_while_it_runs(
     assert "use a smaller batch" in raised.value.hint
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-def test_a_run_that_fails_names_the_batch(bundle: Bundle, backend: str) -> None:
-    denoiser = open_denoiser(bundle, backend)
-    with pytest.raises(EngineError, match="cannot run graph 'unet' for a batch of 3"):
-        denoiser.unet(X[:, :, :5], T, None, None)
+def test_a_run_that_fails_names_the_batch(bundle: Bundle) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    denoiser = OnnxRuntimeDenoiser(bundle, threads=1)
+    denoiser._sessions["unet"] = SimpleNamespace(run=fail)
+    with pytest.raises(EngineError, match="cannot run graph 'unet' for a batch of 3: no memory"):
+        unet_out(denoiser, X, T)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "onnxruntime-cuda"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"x": X[:, :, :5]},
+            r"takes x float32\[N, 1, 8, 8\]; in a batch of 3 it was given float32\[3, 1, 5, 8\]",
+        ),
+        ({"x": X.astype(np.float64)}, r"it was given float64\[3, 1, 8, 8\]"),
+        ({"t": T.astype(np.int64)}, r"takes t float32\[N\]; in a batch of 3 it was given int64\[3\]"),
+        ({"t": T[:2]}, r"in a batch of 3 it was given float32\[2\]"),
+        ({"y": Y}, r"takes x, t; it was given x, t, y"),
+        ({"t": None}, r"takes x, t; it was given x$"),
+    ],
+)
+def test_inputs_that_are_not_the_graph_s(
+    bundle: Bundle, library: Library, backend: str, changes: dict[str, Any], message: str
+) -> None:
+    feeds = {name: given for name, given in ({"x": X, "t": T} | changes).items() if given is not None}
+    with pytest.raises(ValueError, match=f"graph 'unet' .*{message}"):
+        open_denoiser(bundle, backend).run("unet", feeds)
 
 
 def test_numbers_of_numpy_and_folders_as_text(bundle: Bundle, tmp_path: Path) -> None:
@@ -306,17 +387,15 @@ def test_auto_takes_no_plans_in_fp32(bundle: Bundle, tmp_path: Path) -> None:
 
 def test_outputs_belong_to_the_caller(bundle: Bundle, library: Library) -> None:
     denoiser = open_denoiser(bundle, "onnxruntime-cuda")
-    first = denoiser.unet(X, T, None, None)
+    first = unet_out(denoiser, X, T)
     kept = first.copy()
-    denoiser.unet(-X, T, None, None)
+    unet_out(denoiser, -X, T)
     assert np.array_equal(first, kept)
 
 
 def test_arrays_that_are_not_contiguous(bundle: Bundle, library: Library) -> None:
     denoiser = open_denoiser(bundle, "onnxruntime-cuda")
-    assert np.array_equal(
-        denoiser.unet(X[:, :, ::-1], T, None, None), denoiser.unet(X[:, :, ::-1].copy(), T, None, None)
-    )
+    assert np.array_equal(unet_out(denoiser, X[:, :, ::-1], T), unet_out(denoiser, X[:, :, ::-1].copy(), T))
 
 
 def test_images_through_a_provider(library: Library) -> None:
@@ -335,7 +414,7 @@ def test_cuda_is_asked_for_exact_products_and_graphs(bundle: Bundle, library: Li
 
 def test_a_graph_that_cannot_be_captured_runs_without(bundle: Bundle, library: Library) -> None:
     library.refused = "enable_cuda_graph"
-    open_denoiser(bundle, "onnxruntime-cuda").unet(X, T, None, None)
+    unet_out(open_denoiser(bundle, "onnxruntime-cuda"), X, T)
     assert ["enable_cuda_graph" in options for options in library.opened] == [True, False] * 3
 
 
@@ -441,8 +520,8 @@ def test_a_plugin_is_registered_once_and_runs(bundle: Bundle, plugin: Plugin, ca
     denoiser = open_denoiser(bundle, "onnxruntime-rtx")
     assert plugin.registered == ["NvTensorRTRTXExecutionProvider plugin.so"]
     assert len({options["nv_runtime_cache_path"] for options in plugin.opened}) == 3
-    expected = pipeline("guided").denoiser.unet(X, T, None, None)
-    assert np.allclose(denoiser.unet(X, T, None, None), expected, atol=1e-6)
+    expected = unet_out(pipeline("guided").denoiser, X, T)
+    assert np.allclose(unet_out(denoiser, X, T), expected, atol=1e-6)
 
 
 def test_a_gpu_that_the_plugin_takes_and_its_library_does_not(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from admtrt.schedule.UNKNOWN_step_coefficients import step_coefficients
+from schedules import step_coefficients
 
 from admtrt.config import DiffusionConfig
 from admtrt.schedule.process import process_from_config

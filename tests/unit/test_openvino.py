@@ -13,6 +13,7 @@ import numpy as np
 import openvino as library
 import pytest
 from bundles import CLASSIFIER, UNET, exported_bundle, network, pipeline, sham_bundle
+from graph_calls import gradient, unet_out
 
 from admtrt.bundle import Bundle
 from admtrt.cli import run
@@ -57,9 +58,9 @@ def low() -> OpenVinoDenoiser:
 def test_fp32_is_exact(denoiser: OpenVinoDenoiser, batch: int) -> None:
     expected = pipeline("guided").denoiser
     x, t, y = X[:batch], T[:batch], Y[:batch]
-    assert error(denoiser.unet(x, t, None, None), expected.unet(x, t, None, None)) < EXACT
-    gradient = denoiser.classifier_gradient(x, t, y)
-    assert error(gradient, expected.classifier_gradient(x, t, y)) < EXACT
+    assert error(unet_out(denoiser, x, t), unet_out(expected, x, t)) < EXACT
+    found = gradient(denoiser, x, t, y)
+    assert error(found, gradient(expected, x, t, y)) < EXACT
 
 
 def test_strided_convolutions_and_their_gradients_share_weights(tmp_path: Path) -> None:
@@ -68,16 +69,16 @@ def test_strided_convolutions_and_their_gradients_share_weights(tmp_path: Path) 
     guide = network(ClassifierConfig.from_dict(CLASSIFIER.to_dict() | strided))
     path = tmp_path / "strided"
     bundle_from_checkpoints(network(UNET), guide, path)
-    expected = Pipeline.from_bundle(path).denoiser.classifier_gradient(X, T, Y)
-    found = OpenVinoDenoiser(Bundle.open(path), threads=1).classifier_gradient(X, T, Y)
+    expected = gradient(Pipeline.from_bundle(path).denoiser, X, T, Y)
+    found = gradient(OpenVinoDenoiser(Bundle.open(path), threads=1), X, T, Y)
     assert error(found, expected) < EXACT
 
 
 def test_bf16_is_near_and_another_computation(low: OpenVinoDenoiser) -> None:
     expected = pipeline("guided").denoiser
     for found, reference in (
-        (low.unet(X, T, None, None), expected.unet(X, T, None, None)),
-        (low.classifier_gradient(X, T, Y), expected.classifier_gradient(X, T, Y)),
+        (unet_out(low, X, T), unet_out(expected, X, T)),
+        (gradient(low, X, T, Y), gradient(expected, X, T, Y)),
     ):
         assert 1e-4 < error(found, reference) < LOW
 
@@ -105,33 +106,34 @@ def update_inputs() -> dict[str, np.ndarray]:
 
 def test_the_update_is_float32_whatever_the_precision(low: OpenVinoDenoiser) -> None:
     feeds = update_inputs()
-    expected = pipeline("guided").denoiser.update(**feeds)
-    for found, reference in zip(low.update(**feeds), expected, strict=True):
-        assert error(found, reference) < EXACT
+    found, expected = (each.run("update", feeds) for each in (low, pipeline("guided").denoiser))
+    for name in ("x_prev", "pred_x0"):
+        assert error(found[name], expected[name]) < EXACT
 
 
 @pytest.mark.parametrize("name", ["conditional", "upsampler"])
 def test_every_kind_of_input(name: str) -> None:
     bundle = pipeline(name).bundle
-    y = np.array([3, 1, 0]) if name == "conditional" else None
-    low_res = RNG.standard_normal((3, 1, 4, 4), dtype=np.float32) if name == "upsampler" else None
-    expected = pipeline(name).denoiser.unet(X, T, y, low_res)
-    assert error(OpenVinoDenoiser(bundle, threads=1).unet(X, T, y, low_res), expected) < EXACT
+    given: dict[str, Any] = {"y": np.array([3, 1, 0])}
+    if name == "upsampler":
+        given = {"low_res": RNG.standard_normal((3, 1, 4, 4), dtype=np.float32)}
+    expected = unet_out(pipeline(name).denoiser, X, T, **given)
+    assert error(unet_out(OpenVinoDenoiser(bundle, threads=1), X, T, **given), expected) < EXACT
 
 
 def test_outputs_belong_to_the_caller_and_inputs_stay(denoiser: OpenVinoDenoiser) -> None:
     x = X.copy()
     x.flags.writeable = False
-    first = denoiser.unet(x, T, None, None)
+    first = unet_out(denoiser, x, T)
     kept = first.copy()
-    denoiser.unet(-X, T, None, None)
+    unet_out(denoiser, -X, T)
     assert np.array_equal(first, kept)
     assert np.array_equal(x, X)
 
 
 def test_arrays_that_are_not_contiguous(denoiser: OpenVinoDenoiser) -> None:
     turned = X[:, :, ::-1]
-    assert np.array_equal(denoiser.unet(turned, T, None, None), denoiser.unet(turned.copy(), T, None, None))
+    assert np.array_equal(unet_out(denoiser, turned, T), unet_out(denoiser, turned.copy(), T))
 
 
 def test_batch_sizes_are_compiled_once_and_the_last_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,13 +147,13 @@ def test_batch_sizes_are_compiled_once_and_the_last_are_kept(monkeypatch: pytest
 
     monkeypatch.setattr(denoiser, "_compile", recording)
     for batch in (3, 1, 3, 3, 1, 2, 1, 3):
-        denoiser.unet(X[:batch], T[:batch], None, None)
+        unet_out(denoiser, X[:batch], T[:batch])
     assert compiled == [("unet", batch) for batch in (3, 1, 2, 3)]
 
 
 def test_settings_reach_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=1)
-    denoiser.unet(X, T, None, None)
+    unet_out(denoiser, X, T)
     (compiled,) = denoiser._compiled._made.values()
     model = compiled.requests[0].get_compiled_model()
     assert model.get_property("INFERENCE_PRECISION_HINT").get_type_name() == "f32"
@@ -165,9 +167,9 @@ def test_a_batch_is_divided_among_the_threads(threads: int, batch: int, parts: i
     denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=threads)
     expected = pipeline("guided").denoiser
     x, t, y = (np.resize(values, (batch, *values.shape[1:])) for values in (X, T, Y))
-    assert error(denoiser.unet(x, t, None, None), expected.unet(x, t, None, None)) < EXACT
-    gradient = denoiser.classifier_gradient(x, t, y)
-    assert error(gradient, expected.classifier_gradient(x, t, y)) < EXACT
+    assert error(unet_out(denoiser, x, t), unet_out(expected, x, t)) < EXACT
+    found = gradient(denoiser, x, t, y)
+    assert error(found, gradient(expected, x, t, y)) < EXACT
     for compiled in denoiser._compiled._made.values():
         assert len(compiled.requests) == parts
         streams = compiled.requests[0].get_compiled_model().get_property("NUM_STREAMS")
@@ -180,8 +182,8 @@ def test_the_embedding_of_each_part_is_its_own(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(backend._HINTS, "bf16", "f32")
     denoiser = OpenVinoDenoiser(pipeline("guided").bundle, "bf16", threads=2)
     x, t = np.resize(X, (4, 1, 8, 8)), np.array([900, 898, 3, 500], dtype=np.float32)
-    expected = pipeline("guided").denoiser.unet(x, t, None, None)
-    assert error(denoiser.unet(x, t, None, None), expected) < EXACT
+    expected = unet_out(pipeline("guided").denoiser, x, t)
+    assert error(unet_out(denoiser, x, t), expected) < EXACT
 
 
 @pytest.mark.parametrize("method", ["start_async", "wait"])
@@ -189,7 +191,7 @@ def test_a_part_that_fails_fails_the_batch_when_all_have_ended(
     monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=2, graphs=("unet",))
-    expected = denoiser.unet(X[:2], T[:2], None, None)
+    expected = unet_out(denoiser, X[:2], T[:2])
     (compiled,) = denoiser._compiled._made.values()
     second = compiled.requests[1]
     accept = getattr(library.InferRequest, method)
@@ -203,15 +205,8 @@ def test_a_part_that_fails_fails_the_batch_when_all_have_ended(
     with monkeypatch.context() as patch:
         patch.setattr(library.InferRequest, method, refuse)
         with pytest.raises(EngineError, match="OpenVINO cannot run graph 'unet' for a batch of 2: no memory"):
-            denoiser.unet(X[:2], T[:2], None, None)
-    np.testing.assert_array_equal(denoiser.unet(X[:2], T[:2], None, None), expected)  # at once: none is busy
-
-
-def test_rows_that_do_not_belong_to_the_batch() -> None:
-    denoiser = OpenVinoDenoiser(pipeline("guided").bundle, threads=2, graphs=("unet",))
-    for count in (3, 4):
-        with pytest.raises(EngineError, match="cannot run graph 'unet' for a batch of 2"):
-            denoiser.unet(X[:2], np.resize(T, count), None, None)
+            unet_out(denoiser, X[:2], T[:2])
+    np.testing.assert_array_equal(unet_out(denoiser, X[:2], T[:2]), expected)  # at once: none is busy
 
 
 def test_threads_that_nobody_named() -> None:
@@ -297,4 +292,4 @@ def test_a_graph_that_does_not_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         EngineError, match=r"cannot compile graph 'unet' for a batch of 3: no memory.*\n.*smaller batch"
     ):
-        denoiser.unet(X, T, None, None)
+        unet_out(denoiser, X, T)

@@ -11,6 +11,7 @@ from onnx_graphs import parse, run
 openvino = pytest.importorskip("openvino")
 
 from bundles import pipeline  # noqa: E402
+from graph_calls import gradient, unet_out  # noqa: E402
 
 from admtrt.runtime.backends import openvino as openvino_backend  # noqa: E402
 from admtrt.runtime.backends import openvino_passes  # noqa: E402
@@ -125,8 +126,8 @@ def test_whole_networks_stay_what_they_were(monkeypatch: pytest.MonkeyPatch) -> 
     x = np.random.default_rng(1).standard_normal((2, 1, 8, 8), dtype=np.float32)
     t, y = np.float32([900, 30]), np.int64([2, 0])
     for one, other in [
-        (found.unet(x, t, None, None), exact.denoiser.unet(x, t, None, None)),
-        (found.classifier_gradient(x, t, y), exact.denoiser.classifier_gradient(x, t, y)),
+        (unet_out(found, x, t), unet_out(exact.denoiser, x, t)),
+        (gradient(found, x, t, y), gradient(exact.denoiser, x, t, y)),
     ]:
         assert np.abs(one - other).max() < 1e-5 * np.abs(other).max()
     assert len(counts) == 2

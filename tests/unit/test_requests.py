@@ -21,15 +21,12 @@ class Fixed:
     def __init__(self, value: float = 0.0) -> None:
         self.value = value
 
-    def unet(self, x: Any, t: Any, y: Any, low_res: Any) -> Any:
-        return np.concatenate([x, x], axis=1)
-
-    def classifier_gradient(self, x: Any, t: Any, y: Any) -> Any:
-        return np.zeros_like(x)
-
-    def update(self, x: Any, out: Any, grad: Any, noise: Any, coefficients: Any) -> Any:
-        filled = np.full_like(x, self.value)
-        return filled, filled
+    def run(self, graph: str, feeds: Any) -> dict[str, Any]:
+        filled = np.full_like(feeds["x"], self.value)
+        return {
+            "out": np.concatenate([filled, filled], axis=1),
+            "grad": np.zeros_like(filled),
+        } | dict.fromkeys(("x_prev", "pred_x0"), filled)
 
 
 def sham(folder: Path, value: float = 0.0, **fields: Any) -> Pipeline:

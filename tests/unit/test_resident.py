@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from bundles import SAMPLER, sham_bundle
+from bundles import CLASSIFIER, SAMPLER, UNET, sham_bundle
 
 from admtrt.config import DiffusionConfig
-from admtrt.runtime.pipeline import Pipeline
-from admtrt.runtime.sampler import Slots, advance, draw_noise, hold, start_slots, step_inputs
 from admtrt.schedule.sampler import SamplerConfig
+from admtrt.runtime.pipeline import Pipeline
+from admtrt.runtime.sampler import advance, draw_noise, hold, step_inputs
+from admtrt.runtime.slots import Slots, slots_for
 from admtrt.schedule.table import UPDATE, sampling_schedule
 
 if TYPE_CHECKING:
@@ -27,16 +28,18 @@ SHAPE = (1, 8, 8)
 class Arithmetic:
     """Graphs that are quick to compute: each output tells its inputs."""
 
-    def unet(self, x: Any, t: Any, y: Any, low_res: Any) -> Any:
-        return x * 0.5 + t[:, None, None, None] / 1000
+    def run(self, graph: str, feeds: Any) -> dict[str, Any]:
+        if graph == "unet":
+            return {"out": feeds["x"] * np.float32(0.5) + _wide(feeds["t"]) / 1000}
+        if graph == "classifier_gradient":
+            return {"grad": feeds["x"] * np.float32(0.1) + _wide(feeds["y"].astype(np.float32))}
+        guidance, z = (feeds["coefficients"][:, UPDATE.index(name)] for name in ("guidance", "noise"))
+        x_0 = feeds["out"] + np.float32(0.01) * _wide(guidance) * feeds["grad"]
+        return {"x_prev": x_0 + np.float32(0.1) * _wide(z) * feeds["noise"], "pred_x0": x_0}
 
-    def classifier_gradient(self, x: Any, t: Any, y: Any) -> Any:
-        return x * 0.1 + y[:, None, None, None]
 
-    def update(self, x: Any, out: Any, grad: Any, noise: Any, coefficients: Any) -> Any:
-        guidance, z = (coefficients[:, UPDATE.index(name)] for name in ("guidance", "noise"))
-        x_0 = out + 0.01 * guidance[:, None, None, None] * grad
-        return x_0 + 0.1 * z[:, None, None, None] * noise, x_0
+def _wide(values: Any) -> Any:
+    return values[:, None, None, None]
 
 
 class Resident(Arithmetic):
@@ -68,11 +71,16 @@ class _Kept:
         self.log.append("read")
         self.slots.x, self.slots.x_0 = self.kept
 
+    def replace(self, rows: Any, slots: Slots) -> None:
+        self.read()
+        self.slots.replace(rows, slots)
+        self.kept = self.slots.x, self.slots.x_0
+
 
 def mixed() -> Slots:
     configs = [SAMPLER, SamplerConfig(method="ddim", steps="ddim8"), SamplerConfig(steps="6", scale=0.0)]
     schedules = [sampling_schedule(DiffusionConfig(), config) for config in configs]
-    slots = start_slots(SHAPE, schedules, [5, 6, 7], guide_y=np.array([0, 1, 2]))
+    slots = slots_for(UNET, CLASSIFIER, schedules, [5, 6, 7], labels=np.array([0, 1, 2]), guided=True)
     slots.position[:] = [1, 3, 0]
     return slots
 
@@ -84,7 +92,7 @@ def test_step_inputs_are_each_sample_s_own() -> None:
         at = slots.position[row]
         assert inputs.t[row] == schedule.model_t[at]
         np.testing.assert_array_equal(inputs.coefficients[row], schedule.coefficients[at])
-    assert inputs.guided
+    assert inputs.guided.tolist() == [True, True, False]
     assert inputs.noise_steps == [3, 4, 5]
     noise = draw_noise(slots, inputs)
     assert noise is not None
@@ -98,10 +106,10 @@ def test_what_no_step_needs_is_left_out() -> None:
     assert step_inputs(slots).noise_steps is None
     assert draw_noise(slots, step_inputs(slots)) is None
     slots.schedules = [sampling_schedule(DiffusionConfig(), SamplerConfig(steps="6", scale=0.0))] * 3
-    assert not step_inputs(slots).guided
+    assert not step_inputs(slots).guided.any()
     slots = mixed()
-    slots.guide_y = None
-    assert not step_inputs(slots).guided
+    del slots.conditions["classifier_gradient"]
+    assert not step_inputs(slots).guided.any()
 
 
 @pytest.mark.parametrize("denoiser", [Arithmetic(), Resident()])
@@ -115,6 +123,30 @@ def test_held_slots_advance_as_others_do(denoiser: Any) -> None:
     assert slots.position.tolist() == expected.position.tolist() == [4, 6, 3]
     np.testing.assert_array_equal(slots.x, expected.x)
     np.testing.assert_array_equal(slots.x_0, expected.x_0)
+
+
+@pytest.mark.parametrize("denoiser", [Arithmetic(), Resident()])
+def test_a_sample_that_takes_another_s_place_is_as_alone(denoiser: Any) -> None:
+    """Bit for bit, and its neighbours go on as if nothing had happened."""
+    schedule = sampling_schedule(DiffusionConfig(), SAMPLER)
+    expected, slots = mixed(), mixed()
+    alone = slots_for(UNET, CLASSIFIER, [schedule], [99], labels=np.array([2]), guided=True)
+    newcomer = alone.take([0])
+    with hold(slots, denoiser) as held:
+        held.advance()
+        held.replace([1], newcomer)
+        assert slots.position.tolist() == [2, 0, 1]
+        for _ in range(3):
+            held.advance()
+        held.read()
+    for _ in range(3):
+        advance(alone, Arithmetic())  # type: ignore[arg-type]
+    for _ in range(4):
+        advance(expected, Arithmetic())  # type: ignore[arg-type]
+    for row, (other, its) in enumerate([(expected, 0), (alone, 0), (expected, 2)]):
+        np.testing.assert_array_equal(slots.x[row], other.x[its])
+        np.testing.assert_array_equal(slots.x_0[row], other.x_0[its])
+    assert slots.seeds == [5, 99, 7]
 
 
 def test_the_pipeline_holds_each_batch_and_reads_at_the_end(tmp_path: Path) -> None:

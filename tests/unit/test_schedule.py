@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from admtrt.schedule.UNKNOWN_step_coefficients import step_coefficients
+from schedules import step_coefficients
 
 from admtrt.config import DiffusionConfig
 from admtrt.schedule.parameterisation import log_variance_bounds

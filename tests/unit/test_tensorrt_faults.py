@@ -11,6 +11,7 @@ import pytest
 from bundles import pipeline
 from engine_double import Context
 from engine_rig import GPU, Rig
+from graph_calls import unet_out
 
 from admtrt.errors import EngineError, MissingDependencyError, PlanError, RequestError, UserError
 from admtrt.runtime.backends.opening import open_denoiser
@@ -234,12 +235,12 @@ def test_a_batch_that_is_too_large_shows_when_the_plans_are_opened(rig: Rig, mon
 def test_a_closed_backend_gives_everything_back(rig: Rig) -> None:
     denoiser = rig.open()
     x, t = np.zeros((2, 1, 8, 8), np.float32), np.zeros(2, np.float32)
-    denoiser.unet(x, t, None, None)
+    unet_out(denoiser, x, t)
     denoiser.close()
     assert rig.machine.free == rig.machine.memory
     assert not denoiser._engines  # and with them the weights
     with pytest.raises(RuntimeError, match="closed"):
-        denoiser.unet(x, t, None, None)
+        unet_out(denoiser, x, t)
 
 
 @pytest.mark.parametrize(
@@ -270,10 +271,10 @@ def test_a_run_that_fails_tells_only_what_was_said_of_it(rig: Rig, monkeypatch: 
             return accept(self, stream_handle)
 
         monkeypatch.setattr(Context, "execute_async_v3", grumble)
-        denoiser.unet(x, t, None, None)
+        unet_out(denoiser, x, t)
         monkeypatch.setattr(Context, "execute_async_v3", lambda self, _: self._refuse("the device is lost"))
         with pytest.raises(EngineError) as info:
-            denoiser.unet(x, t, None, None)
+            unet_out(denoiser, x, t)
     assert "the device is lost" in info.value.message
     assert "old story" not in info.value.message
 
@@ -308,7 +309,7 @@ def test_memory_for_the_samples(monkeypatch: Patch, tmp_path: Path) -> None:
     with pytest.raises(
         EngineError, match=r"GeForce Double \(SM89\) is out of memory: 1 MiB were needed for the samples"
     ) as info:
-        rig.open().unet(np.zeros((8, 1, 8, 8), np.float32), np.zeros(8, np.float32), None, None)
+        unet_out(rig.open(), np.zeros((8, 1, 8, 8), np.float32), np.zeros(8, np.float32))
     assert "1 MiB of 1 MiB are free" in info.value.message
     assert "smaller --batch-size" in info.value.hint
     assert rig.machine.free == 2**12  # what was there before the fault was given back

@@ -8,15 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from bundles import SAMPLER, pipeline
+from bundles import CLASSIFIER, SAMPLER, UNET, pipeline
 from engine_double import RtxRuntimeConfig
 from engine_rig import Rig
+from graph_calls import gradient, unet_out
 
 from admtrt.config import DiffusionConfig
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.errors import RequestError
 from admtrt.runtime.pipeline import Pipeline
-from admtrt.runtime.sampler import advance, hold, start_slots
-from admtrt.schedule.sampler import SamplerConfig
+from admtrt.runtime.sampler import advance, hold
+from admtrt.runtime.slots import Slots, slots_for
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
@@ -77,7 +79,7 @@ def test_the_host_waits_only_before_and_after_the_loop(rig: Rig) -> None:
 
 def test_a_step_is_enqueued_while_the_next_one_s_noise_is_drawn(rig: Rig) -> None:
     schedule = sampling_schedule(DiffusionConfig(), SAMPLER.model_copy(update={"steps": "8"}))
-    slots = start_slots((1, 8, 8), [schedule] * 2, [5, 6], guide_y=np.array([0, 1]))
+    slots = slots_for(UNET, CLASSIFIER, [schedule] * 2, [5, 6], labels=np.array([0, 1]), guided=True)
     with rig.open() as denoiser, hold(slots, denoiser) as held:
         for enqueued in range(1, 9):
             held.advance()
@@ -241,7 +243,7 @@ def test_samples_of_different_samplers_and_lengths_share_a_batch(rig: Rig) -> No
     def slots() -> Any:
         configs = [SAMPLER, SamplerConfig(method="ddim", steps="ddim8", scale=1.0), SamplerConfig(steps="6")]
         schedules = [sampling_schedule(DiffusionConfig(), config) for config in configs]
-        made = start_slots((1, 8, 8), schedules, [5, 6, 7], guide_y=np.array([0, 1, 2]))
+        made = slots_for(UNET, CLASSIFIER, schedules, [5, 6, 7], labels=np.array([0, 1, 2]), guided=True)
         made.position[:] = [1, 3, 0]
         return made
 
@@ -264,9 +266,11 @@ def test_single_graphs_on_host_arrays(rig: Rig) -> None:
     with rig.open() as denoiser:
         results = []
         for each in (denoiser, pipeline("guided").denoiser):
-            out = each.unet(x, t, None, None)
-            updated = each.update(x, out, grad, noise, schedule.coefficients[:3])
-            results.append([out, each.classifier_gradient(x, t, y), *updated])
+            out = unet_out(each, x, t)
+            coefficients = schedule.coefficients[:3]
+            feeds = {"x": x, "out": out, "grad": grad, "noise": noise, "coefficients": coefficients}
+            updated = each.run("update", feeds)
+            results.append([out, gradient(each, x, t, y), updated["x_prev"], updated["pred_x0"]])
         for ours, expected in zip(*results, strict=True):
             np.testing.assert_allclose(ours, expected, rtol=0, atol=_ROUNDING)
         assert denoiser.run("classifier_gradient", {"x": x, "t": t, "y": y})["log_prob"].shape == (3,)
@@ -284,7 +288,7 @@ def test_held_memory_is_not_lent_twice(rig: Rig) -> None:
         sample = Pipeline(rig.bundle, denoiser)
         zeros = np.zeros((1, 1, 8, 8), np.float32)
         with pytest.raises(RuntimeError, match="held"):
-            sample([0], callback=lambda _: denoiser.unet(zeros, np.zeros(1, np.float32), None, None))
+            sample([0], callback=lambda _: unet_out(denoiser, zeros, np.zeros(1, np.float32)))
         sample([0])  # the error gave the memory back
 
 
@@ -304,3 +308,78 @@ def test_kernels_of_rtx_are_kept_between_runs(monkeypatch: pytest.MonkeyPatch, t
     assert not any(cache.read for cache in made[6:])
     drawn(rig, [0], steps=2)
     assert all(cache.read for cache in made[9:])
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_sample_that_takes_another_s_place_while_held(rig: Rig, read: bool) -> None:
+    """Its x, conditions and noise are its own, though noise of the one before it was drawn ahead."""
+    schedule = sampling_schedule(DiffusionConfig(), SAMPLER)
+
+    def slots(*seeds: int) -> Slots:
+        labels = np.array([seed % 3 for seed in seeds])
+        return slots_for(UNET, CLASSIFIER, [schedule] * len(seeds), seeds, labels=labels, guided=True)
+
+    def drawn(held_slots: Slots, steps: int) -> Slots:
+        with rig.open() as denoiser, hold(held_slots, denoiser) as held:
+            for _ in range(steps):
+                held.advance()
+            held.read()
+        return held_slots
+
+    ours = slots(5, 6, 7)
+    with rig.open() as denoiser, hold(ours, denoiser) as held:
+        held.advance()
+        held.advance()
+        if read:
+            held.read()
+        held.replace([2], slots(22))
+        np.testing.assert_array_equal(ours.x[2], slots(22).x[0])
+        for _ in range(3):
+            held.advance()
+        held.read()
+    others, newcomer = drawn(slots(5, 6, 7), 5), drawn(slots(22, 22, 22), 3)
+    np.testing.assert_array_equal(ours.x[:2], others.x[:2])
+    np.testing.assert_array_equal(ours.x[2], newcomer.x[2])
+    np.testing.assert_array_equal(ours.x_0[2], newcomer.x_0[2])
+
+
+def test_finished_samples_make_room_for_others(rig: Rig) -> None:
+    schedule = sampling_schedule(DiffusionConfig(), SAMPLER)
+    plain = sampling_schedule(DiffusionConfig(), SamplerConfig(steps="9", scale=0.0))
+    ours = slots_for(UNET, CLASSIFIER, [plain] * 2, [1, 2], guided=False)
+    ours.position[0] = 8
+    expected = ours.take([0, 1])
+    newcomer = slots_for(UNET, CLASSIFIER, [schedule], [3], labels=np.array([2]), guided=True)
+    with rig.open() as denoiser, hold(ours, denoiser) as held:
+        held.advance()
+        assert ours.finished.tolist() == [True, False]
+        held.replace([0], newcomer)
+        for _ in range(4):
+            held.advance()
+        held.read()
+    advance(expected, pipeline("guided").denoiser)
+    expected.replace([0], newcomer)
+    for _ in range(4):
+        advance(expected, pipeline("guided").denoiser)
+    np.testing.assert_allclose(ours.x, expected.x, rtol=0, atol=_ROUNDING)
+
+
+def test_prepared_lanes_are_kept_and_others_share_two_places(rig: Rig) -> None:
+    with rig.open() as denoiser:
+        sample = Pipeline(rig.bundle, denoiser)
+        sample([0] * 2, steps=2)
+        denoiser.prepare({"unet": [1, 3], "classifier_gradient": [5]})
+        assert sorted(denoiser._lanes) == [1, 3]
+        kept = denoiser._lanes[3]
+        for count in (2, 4, 6, 3):
+            sample([0] * count, steps=2)
+        assert sorted(denoiser._lanes) == [1, 3, 4, 6]
+        assert denoiser._lanes[3] is kept
+        with pytest.raises(RuntimeError, match="held"):
+            sample([0], steps=2, callback=lambda _: denoiser.prepare({"unet": [2]}))
+        with pytest.raises(RequestError, match="batch of 9 is larger"):
+            denoiser.prepare({"unet": [9]})
+        assert sorted(denoiser._lanes) == [1, 3, 4, 6]
+        denoiser.prepare({})
+        assert not denoiser._lanes
+    assert rig.machine.free == rig.machine.memory

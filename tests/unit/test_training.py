@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import training_runs
-from admtrt.schedule.UNKNOWN_step_coefficients import step_coefficients
+from schedules import step_coefficients
 from PIL import Image
 from torch.nn import functional as F
 from training_runs import in_python, lines, run, tiny_config, weights
@@ -367,8 +367,10 @@ def test_the_torch_denoiser_steps_as_the_papers_say(variance, mean, sampler):
     expected = Diffusion(config, process).sample_step(out, x, step, noise, grad, settings)
     coefficients = step_coefficients(config, process, settings)[step.numpy()]
     denoiser = TorchDenoiser(torch.nn.Identity())
-    found = denoiser.update(*(tensor.numpy() for tensor in (x, out, grad, noise)), coefficients)
-    for ours, theirs in zip(found, expected, strict=True):
+    given = {"x": x, "out": out, "grad": grad, "noise": noise}
+    feeds = {name: tensor.numpy() for name, tensor in given.items()}
+    found = denoiser.run("update", feeds | {"coefficients": coefficients})
+    for ours, theirs in zip((found["x_prev"], found["pred_x0"]), expected, strict=True):
         for sample, reference in zip(torch.from_numpy(ours), theirs, strict=True):
             # fp32, and the reference divides by sqrt(alpha_bar) where ours has one rounded coefficient.
             assert (sample - reference).abs().max() <= 1e-4 * reference.abs().max()

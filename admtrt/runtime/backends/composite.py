@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from admtrt.runtime.backends.graphs import GraphDenoiser
+from admtrt.runtime.slots import GUIDE
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from admtrt.contract import GraphName
-    from admtrt.runtime.sampler import Images
+    from admtrt.runtime.slots import Array
 
 
 class Composite(GraphDenoiser):
@@ -22,7 +25,17 @@ class Composite(GraphDenoiser):
     def __init__(self, generator: GraphDenoiser, guide: GraphDenoiser) -> None:
         self._generator = generator
         self._guide = guide
+        self.specs = {**generator.specs, **guide.specs}
 
-    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
-        """Run one graph on arrays by name; every output by name."""
-        return (self._guide if name == "classifier_gradient" else self._generator).run(name, feeds)
+    def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        return (self._guide if graph == GUIDE else self._generator).run(graph, feeds)
+
+    def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
+        """See :meth:`GraphDenoiser.prepare`."""
+        self._generator.prepare({graph: batches for graph, batches in sizes.items() if graph != GUIDE})
+        self._guide.prepare({graph: batches for graph, batches in sizes.items() if graph == GUIDE})
+
+    def close(self) -> None:
+        """See :meth:`GraphDenoiser.close`."""
+        self._generator.close()
+        self._guide.close()

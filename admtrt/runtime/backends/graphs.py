@@ -4,34 +4,54 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from admtrt.errors import BundleError, EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
     from pathlib import Path
 
-    import numpy as np
-    from numpy.typing import NDArray
-
     from admtrt.contract import GraphName, GraphSpec
-    from admtrt.runtime.sampler import Images, Labels
+    from admtrt.runtime.slots import Array
 
-
-_KEPT = 2
+_SHARED = 2
 Made = TypeVar("Made")
 
 
 class GraphDenoiser(ABC):
-    """A :class:`~admtrt.runtime.sampler.Denoiser` over arrays in host memory."""
+    """A :class:`~admtrt.runtime.sampler.Denoiser` over arrays in host memory.
 
-    @abstractmethod
-    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
+    Attributes:
+        specs: of the graphs that are open.
+    """
+
+    specs: Mapping[GraphName, GraphSpec]
+
+    def run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run one graph on arrays by name; every output by name, owned by the caller.
 
         Raises:
+            KeyError: if the graph is not open.
+            ValueError: if the inputs are not those of the graph's contract, or of different batch sizes.
+            RequestError: if the batch is larger than the backend takes.
             EngineError: if the library fails, most often for want of memory.
+        """
+        _check_feeds(graph, self.specs[graph], feeds)
+        return self._run(graph, feeds)
+
+    @abstractmethod
+    def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """:meth:`run`, with inputs that fit."""
+
+    def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:  # noqa: B027 - most take any
+        """Compile these batch sizes of these graphs, and keep exactly these until the next call.
+
+        Other sizes that come share two places of each graph. Backends that take any size alike do nothing.
+
+        Raises:
+            RequestError: if a size is larger than the backend takes.
+            EngineError: if the library fails.
         """
 
     def check_batch(self, batch: int) -> None:  # noqa: B027 - most have nothing to check
@@ -41,47 +61,60 @@ class GraphDenoiser(ABC):
             RequestError: naming the largest.
         """
 
-    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
-        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        feeds: dict[str, Any] = {"x": x, "t": t}
-        if y is not None:
-            feeds["y"] = y
-        if low_res is not None:
-            feeds["low_res"] = low_res
-        return self.run("unet", feeds)["out"]
+    def close(self) -> None:  # noqa: B027 - most hold nothing but memory of the host
+        """Give back what is held beside the host's memory; the graphs cannot be run afterwards."""
 
-    def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
-        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        return self.run("classifier_gradient", {"x": x, "t": t, "y": y})["grad"]
+    def __enter__(self) -> Self:
+        return self
 
-    def update(
-        self, x: Images, out: Images, grad: Images, noise: Images, coefficients: NDArray[np.float32]
-    ) -> tuple[Images, Images]:
-        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
-        feeds = {"x": x, "out": out, "grad": grad, "noise": noise, "coefficients": coefficients}
-        results = self.run("update", feeds)
-        return results["x_prev"], results["pred_x0"]
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class PerBatch(Generic[Made]):
-    """What was made for a graph and a batch size: of each graph, that of the two sizes that were used last.
+    """What was made for a graph and a batch size: of each graph, the prepared sizes and the last two others.
 
     A run has full batches and a rest; every size holds memory of its own.
     """
 
     def __init__(self) -> None:
         self._made: dict[tuple[GraphName, int], Made] = {}
+        self._prepared: set[tuple[GraphName, int]] = set()
 
-    def get(self, graph: GraphName, batch: int, make: Callable[[], Made]) -> Made:
+    def get(self, graph: GraphName, batch: int, make: Callable[[GraphName, int], Made]) -> Made:
         """What is there, or what ``make`` returns; the size that was not used for longest makes room."""
         made = self._made.pop((graph, batch), None)
         if made is None:
-            held = [key for key in self._made if key[0] == graph]
-            if len(held) >= _KEPT:
-                del self._made[held[0]]
-            made = make()
+            sharing = [key for key in self._made if key[0] == graph and key not in self._prepared]
+            if len(sharing) >= _SHARED and (graph, batch) not in self._prepared:
+                del self._made[sharing[0]]
+            made = make(graph, batch)
         self._made[graph, batch] = made  # the last of the dictionary is the last that was used
         return made
+
+    def prepare(
+        self, sizes: Mapping[GraphName, Sequence[int]], make: Callable[[GraphName, int], Made]
+    ) -> None:
+        """Drop all but these sizes, make those that are missing, and keep them from now on."""
+        self._prepared = {(graph, batch) for graph, batches in sizes.items() for batch in batches}
+        for key in self._made.keys() - self._prepared:
+            del self._made[key]
+        for graph, batch in sorted(self._prepared):
+            self.get(graph, batch, make)
+
+
+def _check_feeds(graph: GraphName, spec: GraphSpec, feeds: Mapping[str, Array]) -> None:
+    names = [tensor.name for tensor in spec.inputs]
+    if feeds.keys() != set(names):
+        raise ValueError(f"graph '{graph}' takes {', '.join(names)}; it was given {', '.join(feeds)}")
+    batch = len(feeds[names[0]])
+    for tensor in spec.inputs:
+        given = feeds[tensor.name]
+        if given.dtype != tensor.dtype or given.shape != tensor.sized(batch):
+            raise ValueError(
+                f"graph '{graph}' takes {tensor}; in a batch of {batch} it was given "
+                f"{given.dtype}{list(given.shape)}"
+            )
 
 
 @contextlib.contextmanager

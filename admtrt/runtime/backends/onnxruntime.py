@@ -9,12 +9,12 @@ from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract, workin
 from admtrt.runtime.backends.quiet import import_silent
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, GraphSpec
-    from admtrt.runtime.sampler import Images
+    from admtrt.runtime.slots import Array
 
 ERRORS_ONLY = 3
 """Severity from which ONNX Runtime logs to stderr."""
@@ -48,6 +48,7 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
+        self.specs: dict[GraphName, GraphSpec] = {}
         self._sessions: dict[GraphName, Any] = {}
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
@@ -59,15 +60,14 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
                 )
             except Exception as error:  # the library raises types of its own for every cause
                 raise BundleError(f"ONNX Runtime refuses {path}: {error}") from None
-            check_session(path, session, bundle.graph_entry(name).spec)
+            self.specs[name] = bundle.graph_entry(name).spec
+            check_session(path, session, self.specs[name])
             self._sessions[name] = session
 
-    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
-        """See :meth:`GraphDenoiser.run`."""
-        session = self._sessions[name]
-        names = [output.name for output in session.get_outputs()]
-        with working("ONNX Runtime", name, len(feeds["x"])):
-            return dict(zip(names, session.run(names, feeds), strict=True))
+    def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        names = [output.name for output in self.specs[graph].outputs]
+        with working("ONNX Runtime", graph, len(feeds["x"])):
+            return dict(zip(names, self._sessions[graph].run(names, feeds), strict=True))
 
 
 def import_onnxruntime(*, extra: str, purpose: str) -> Any:

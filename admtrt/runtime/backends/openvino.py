@@ -23,12 +23,12 @@ from admtrt.runtime.backends.quiet import import_silent
 from admtrt.runtime.machine import available_threads
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping, Sequence
     from pathlib import Path
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, GraphSpec, Precision
-    from admtrt.runtime.sampler import Images
+    from admtrt.runtime.slots import Array
 
 _HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
 _DTYPES = {"f32": "float32", "i64": "int64"}
@@ -69,30 +69,29 @@ class OpenVinoDenoiser(GraphDenoiser):
         self._precision = precision
         self._threads = _threads_of(self._core) if threads is None else threads
         self._paths: dict[GraphName, Path] = {}
-        self._specs: dict[GraphName, GraphSpec] = {}
+        self.specs: dict[GraphName, GraphSpec] = {}
         self._compiled = PerBatch[_Compiled]()  # each has a copy of the weights
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
                 continue
             self._paths[name] = bundle.graph_path(name)
-            self._specs[name] = bundle.graph_entry(name).spec
+            self.specs[name] = bundle.graph_entry(name).spec
             try:
                 model = self._read(name)
             except Exception as error:  # the library raises RuntimeError and others for every cause
                 raise BundleError(f"OpenVINO refuses {self._paths[name]}: {error}") from None
-            check_contract(self._paths[name], _shown(model.inputs), _shown(model.outputs), self._specs[name])
+            check_contract(self._paths[name], _shown(model.inputs), _shown(model.outputs), self.specs[name])
 
-    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
-        """See :meth:`GraphDenoiser.run`.
-
-        Raises:
-            EngineError: if OpenVINO cannot compile the graph for this batch size, or run it.
-        """
+    def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         batch = len(feeds["x"])
-        compiled = self._compiled.get(name, batch, lambda: self._compile(name, batch))
-        with working("OpenVINO", name, batch):
+        compiled = self._compiled.get(graph, batch, self._compile)
+        with working("OpenVINO", graph, batch):
             results = compiled(feeds)
-        return {tensor.name: results[tensor.name] for tensor in self._specs[name].outputs}
+        return {tensor.name: results[tensor.name] for tensor in self.specs[graph].outputs}
+
+    def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
+        """See :meth:`GraphDenoiser.prepare`."""
+        self._compiled.prepare(sizes, self._compile)
 
     def _read(self, name: GraphName) -> Any:
         model = self._core.read_model(str(self._paths[name]))
@@ -105,7 +104,7 @@ class OpenVinoDenoiser(GraphDenoiser):
         with working("OpenVINO", name, batch, what="compile"):
             model = self._read(name)
             model.reshape(
-                {tensor.name: list(tensor.sized(batch // parts)) for tensor in self._specs[name].inputs}
+                {tensor.name: list(tensor.sized(batch // parts)) for tensor in self.specs[name].inputs}
             )
             normalise_by_channel(model)
             compiled = _Compiled(self._core, model, precision, parts, self._threads)
@@ -146,7 +145,7 @@ class _Compiled:
         made = compiled(model, _HINTS[precision])
         self.requests = [made.create_infer_request() for _ in range(parts)]
 
-    def __call__(self, feeds: dict[str, Any]) -> dict[str, Any]:
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name, for inputs of the whole batch."""
         split = {name: np.split(value, len(self.requests)) for name, value in feeds.items()}
         given = [dict(zip(split, part, strict=True)) for part in zip(*split.values(), strict=True)]

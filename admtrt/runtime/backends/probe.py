@@ -25,7 +25,8 @@ from admtrt.runtime.sampler import ResidentDenoiser, step_inputs
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from admtrt.runtime.sampler import Denoiser, Slots
+    from admtrt.runtime.sampler import Denoiser
+    from admtrt.runtime.slots import Slots
 
 _RUNS = 3  # at least, and after one that compiles and warms up
 _SECONDS = 0.5  # at least; small graphs run more often
@@ -75,14 +76,11 @@ def measure(request: ProbeRequest) -> ProbeResult:
 
 
 def _fastest_run(denoiser: Denoiser, name: GraphName, slots: Slots) -> float:
-    t, runs = step_inputs(slots).t, list[float]()
+    feeds = {"x": slots.x, "t": step_inputs(slots).t, **slots.conditions[name]}
+    runs = list[float]()
     while len(runs) <= _RUNS or sum(runs[1:]) < _SECONDS:
         start = time.perf_counter()
-        if name == "unet":
-            denoiser.unet(slots.x, t, slots.unet_y, slots.low_res)
-        else:
-            assert slots.guide_y is not None  # the bundle has a classifier
-            denoiser.classifier_gradient(slots.x, t, slots.guide_y)
+        denoiser.run(name, feeds)
         runs.append(time.perf_counter() - start)
     return min(runs[1:])
 
@@ -91,9 +89,9 @@ def _seconds_on_device(
     denoiser: ResidentDenoiser, slots: Slots, graphs: Sequence[GraphName]
 ) -> dict[GraphName, float]:
     """The UNet's part is a step without guidance, the gradient's is what guidance adds to one."""
-    guide, parts = slots.guide_y, dict[GraphName, float]()
+    conditions, parts = slots.conditions, dict[GraphName, float]()
     for name in graphs:
-        slots.guide_y = None if name == "unet" else guide
+        slots.conditions = {"unet": conditions["unet"]} if name == "unet" else conditions
         held_step(denoiser, slots)  # compiles and captures
         step = min(held_step(denoiser, slots) for _ in range(_RUNS))
         parts[name] = max(step - sum(parts.values()), _LEAST)

@@ -22,13 +22,11 @@ from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, check_session, impo
 from admtrt.runtime.engines.device import query_driver
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
-
-    from numpy.typing import NDArray
+    from collections.abc import Collection, Mapping, Sequence
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, GraphSpec, Precision
-    from admtrt.runtime.sampler import Images
+    from admtrt.runtime.slots import Array
 
 
 _NO_GRAPH = "-1"  # the identifier of none
@@ -117,7 +115,7 @@ class ProviderDenoiser(GraphDenoiser):
         self._library = _onnxruntime(backend)
         self._provider = PROVIDERS[backend]
         engine = None if precision == "fp32" and "fp32" not in bundle.manifest.engine_graphs else precision
-        self._specs: dict[GraphName, GraphSpec] = {}
+        self.specs: dict[GraphName, GraphSpec] = {}
         self._sessions: dict[GraphName, Any] = {}
         self._bound = PerBatch[_BoundRun]()
         self._captured: set[tuple[GraphName, int]] = set()
@@ -125,30 +123,34 @@ class ProviderDenoiser(GraphDenoiser):
             if graphs is not None and name not in graphs:
                 continue
             path = bundle.graph_path(name, engine)
-            self._specs[name] = bundle.graph_entry(name, engine).spec
+            self.specs[name] = bundle.graph_entry(name, engine).spec
             # An engine's own cache may know it by its nodes alone; the manifest tells weights apart as well.
             kept_for = f"{bundle.digest[:32]}-{engine}-{name}"
             self._sessions[name] = self._open(path, _options(self._provider, kept_for, precision))
-            check_session(path, self._sessions[name], self._specs[name])
+            check_session(path, self._sessions[name], self.specs[name])
 
-    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
-        """See :meth:`GraphDenoiser.run`."""
-        session, spec = self._sessions[name], self._specs[name]
-        if not self._provider.memory:
-            names = [tensor.name for tensor in spec.outputs]
-            with working(self._provider.name, name, len(feeds["x"])):
-                return dict(zip(names, session.run(names, feeds), strict=True))
+    def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         batch = len(feeds["x"])
-        with working(self._provider.name, name, batch):
-            return self._bound.get(name, batch, lambda: self._bind(name, batch))(feeds)
+        bound = self._bound.get(graph, batch, self._bind) if self._provider.memory else None
+        with working(self._provider.name, graph, batch):
+            if bound is not None:
+                return bound(feeds)
+            names = [tensor.name for tensor in self.specs[graph].outputs]
+            return dict(zip(names, self._sessions[graph].run(names, feeds), strict=True))
+
+    def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
+        """See :meth:`GraphDenoiser.prepare`; a provider without bound arrays takes any size alike."""
+        if self._provider.memory:
+            self._bound.prepare(sizes, self._bind)
 
     def _bind(self, name: GraphName, batch: int) -> _BoundRun:
         # ONNX Runtime keeps a graph for good: of a size that comes again it would replay the old one, on
         # addresses of then. Such a size runs without.
         graph_id = _NO_GRAPH if (name, batch) in self._captured else str(batch)
         self._captured.add((name, batch))
-        session, spec = self._sessions[name], self._specs[name]
-        return _BoundRun(self._library, session, spec, batch, self._provider.memory, graph_id)
+        session, spec = self._sessions[name], self.specs[name]
+        with working(self._provider.name, name, batch, what="bind"):
+            return _BoundRun(self._library, session, spec, batch, self._provider.memory, graph_id)
 
     def _open(self, path: Path, options: Mapping[str, str]) -> Any:
         """A session with CUDA graphs, or without where the provider cannot capture this graph.
@@ -209,7 +211,7 @@ class _BoundRun:
         self._inputs = bound(spec.inputs, self._binding.bind_ortvalue_input)
         self._outputs = bound(spec.outputs, self._binding.bind_ortvalue_output)
 
-    def __call__(self, feeds: Mapping[str, NDArray[Any]]) -> dict[str, Images]:
+    def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         for name, value in self._inputs.items():
             value.update_inplace(np.ascontiguousarray(feeds[name]))
         self._session.run_with_iobinding(self._binding, self._options)

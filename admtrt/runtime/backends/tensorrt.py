@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import weakref
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 from admtrt.errors import EngineError, PlanError, RequestError
 from admtrt.runtime.backends.graphs import GraphDenoiser
@@ -29,12 +29,12 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.library import Library
     from admtrt.runtime.engines.plans import PlanRecord
     from admtrt.runtime.engines.sources import GraphSource
-    from admtrt.runtime.sampler import Images, Slots
+    from admtrt.runtime.slots import Array, Slots
 
     Sources = Mapping[GraphName, GraphSource]
 
 _MOST_SETS = 1000  # of plans that are tried for a common batch size
-_MOST_LANES = 2  # full batches and the last one of a run; each has memory of its own
+_SHARED = 2  # lanes of sizes that nobody prepared: a run has full batches and a rest
 
 
 class TensorRTDenoiser(GraphDenoiser):
@@ -93,7 +93,9 @@ class TensorRTDenoiser(GraphDenoiser):
                 "the plans of the graphs have no batch size in common",
                 hint="Build them together: admtrt build BUNDLE --batch 1:4:16",
             )
+        self.specs = {graph: source.spec for graph, source in self._sources.items()}
         self._lanes: dict[int, Lane] = {}
+        self._prepared: set[int] = set()
         self._held = False
         self._unkept = False
         self._closing = weakref.finalize(
@@ -129,17 +131,25 @@ class TensorRTDenoiser(GraphDenoiser):
             self._held = False
         self._keep_kernels()
 
-    def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:
-        """Run one graph on host arrays by name; every output by name.
-
-        Raises:
-            RequestError: if there are more rows than the plans take.
-            EngineError: if the GPU has no room for them, or the library refuses.
-        """
+    def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         count = len(feeds["x"])
-        outputs = self._lane(count).run(name, feeds, count)
+        outputs = self._lane(count).run(graph, feeds, count)
         self._keep_kernels()
         return outputs
+
+    def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
+        """See :meth:`GraphDenoiser.prepare`.
+
+        A step of held slots runs every graph at the size of the UNet: its sizes alone are prepared for, each
+        padded to one that the plans take.
+        """
+        self._activate()
+        self._prepared = {self._padded(size) for size in sizes.get("unet", ())}
+        for batch in self._lanes.keys() - self._prepared:
+            self._lanes.pop(batch).close()
+        for batch in sorted(self._prepared):
+            self._lane(batch)
+        self._keep_kernels()
 
     def check_batch(self, batch: int) -> None:
         """Refuse a batch that is larger than the plans take.
@@ -153,23 +163,21 @@ class TensorRTDenoiser(GraphDenoiser):
         """Give the GPU's memory back; done at the latest when the process ends."""
         self._closing()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _lane(self, count: int) -> Lane:
+    def _activate(self) -> None:
         if self._held:
             raise RuntimeError("the GPU's memory is taken by slots that are held")
         if not self._engines:
             raise RuntimeError("this backend was closed")
         self._device.activate()
+
+    def _lane(self, count: int) -> Lane:
+        self._activate()
         batch = self._padded(count)
         lane = self._lanes.pop(batch, None)
         if lane is None:
-            while len(self._lanes) >= _MOST_LANES:
-                self._lanes.pop(next(iter(self._lanes))).close()
+            sharing = [size for size in self._lanes if size not in self._prepared]
+            if len(sharing) >= _SHARED and batch not in self._prepared:
+                self._lanes.pop(sharing[0]).close()
             capture = self.library.flavor != "rtx"
             lane = Lane(self._device, self._engines, self._sources, batch, capture=capture)
             self._unkept = True

@@ -7,14 +7,16 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Self
 
 from admtrt.runtime.sampler import draw_noise, step_inputs
-from admtrt.runtime.trt.lane import GUIDE_Y, fill_rows
+from admtrt.runtime.trt.lane import fill_rows
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from concurrent.futures import Future
 
     from admtrt.runtime.cuda import CudaDevice
-    from admtrt.runtime.sampler import Slots, StepInputs
-    from admtrt.runtime.trt.lane import Lane
+    from admtrt.runtime.sampler import StepInputs
+    from admtrt.runtime.slots import Array, Slots
+    from admtrt.runtime.trt.lane import Key, Lane
 
 _STAGES = 2
 
@@ -55,9 +57,7 @@ class HeldOnDevice:
         self._fresh = True  # what the slots hold is what the GPU holds
 
     def __enter__(self) -> Self:
-        slots = self._slots
-        given = {"x": slots.x, "y": slots.unet_y, GUIDE_Y: slots.guide_y, "low_res": slots.low_res}
-        self._lane.upload({key: rows for key, rows in given.items() if rows is not None})
+        self._upload()
         with ExitStack() as stack:
             self._stages = [_Stage(self._device, self._lane, stack) for _ in range(_STAGES)]
             stack.callback(self._lane.sync)  # before memory goes that the GPU may still read
@@ -78,7 +78,7 @@ class HeldOnDevice:
         if inputs.noise_steps is not None:
             lane.send("noise", stage.noise)
         lane.main.record(stage.read)
-        lane.step(guided=inputs.guided)
+        lane.step(guided=bool(inputs.guided.any()))
         slots.position += 1
         self._taken += 1
         self._fresh = False
@@ -94,3 +94,19 @@ class HeldOnDevice:
             slots = self._slots
             slots.x, slots.x_0 = self._lane.download(["x", "pred_x0"], len(slots))
             self._fresh = True
+
+    def replace(self, rows: Sequence[int], slots: Slots) -> None:
+        """See :class:`~admtrt.runtime.sampler.HeldSlots`. Waits for the last step."""
+        if self._pending is not None:
+            self._pending.result()  # the thread reads the slots
+            self._pending = None  # and what it drew is for those that were there
+        self.read()
+        self._slots.replace(rows, slots)
+        self._upload()
+
+    def _upload(self) -> None:
+        slots = self._slots
+        arrays: dict[Key, Array] = {"x": slots.x}
+        for graph, given in slots.conditions.items():
+            arrays |= {(graph, name): values for name, values in given.items()}
+        self._lane.upload(arrays)

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.sources import GraphSource
     from admtrt.runtime.trt.engine import Binding, Engine
 
-GUIDE_Y = "guide_y"
-"""The classifier's ``y``, which is not the UNet's; every other tensor has one array, whoever uses it."""
+    Key = str | tuple[GraphName, str]
+    """Of an array: a name that all graphs share, or a graph and its own tensor."""
+
+_ONE_FOR_ALL = ("x", "t", "out", "grad", "noise", "coefficients", "x_prev", "pred_x0")
 
 
 class Lane:
@@ -58,8 +60,8 @@ class Lane:
         self._sources = sources
         self._graphs: dict[bool, Graph] = {}
         self._warm: set[bool] = set()
-        self._staging: dict[str, PinnedArray] = {}
-        self._arrays: dict[str, DeviceArray] = {}
+        self._staging: dict[Key, PinnedArray] = {}
+        self._arrays: dict[Key, DeviceArray] = {}
         self._bindings: dict[GraphName, Binding] = {}
         with ExitStack() as stack:
             self.main = stack.enter_context(device.stream())
@@ -86,16 +88,16 @@ class Lane:
                 self._bindings[graph] = engine.bind(batch, addresses, self.main)
             self._stack = stack.pop_all()
 
-    def pinned(self, key: str) -> PinnedArray:
+    def pinned(self, key: Key) -> PinnedArray:
         """New host memory for an array of the lane, for the caller to give back."""
         array = self._arrays[key]
         return self._device.pinned(array.shape, array.dtype)
 
-    def send(self, key: str, source: PinnedArray) -> None:
+    def send(self, key: Key, source: PinnedArray) -> None:
         """Enqueue filling an array from host memory."""
         self._arrays[key].copy_from(source, self.main)
 
-    def upload(self, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def upload(self, arrays: Mapping[Key, NDArray[Any]]) -> None:
         """Fill arrays by the rows of others, which may be fewer: the last row fills up. Waits."""
         for key, rows in arrays.items():
             staged = self._staged(key)
@@ -103,7 +105,7 @@ class Lane:
             self.send(key, staged)
         self.main.sync()
 
-    def download(self, keys: Sequence[str], count: int) -> list[NDArray[Any]]:
+    def download(self, keys: Sequence[Key], count: int) -> list[NDArray[Any]]:
         """The first ``count`` rows of arrays, as new ones. Waits."""
         staged = [self._staged(key) for key in keys]
         for key, pinned in zip(keys, staged, strict=True):
@@ -157,7 +159,7 @@ class Lane:
             return
         self._graphs[guided] = self._stack.enter_context(graph)
 
-    def _staged(self, key: str) -> PinnedArray:
+    def _staged(self, key: Key) -> PinnedArray:
         if key not in self._staging:
             self._staging[key] = self._stack.enter_context(self.pinned(key))
         return self._staging[key]
@@ -179,5 +181,5 @@ def fill_rows(target: NDArray[Any], rows: NDArray[Any]) -> None:
     target[len(rows) :] = rows[-1:]
 
 
-def _key(graph: GraphName, tensor: TensorSpec) -> str:
-    return GUIDE_Y if (graph, tensor.name) == ("classifier_gradient", "y") else tensor.name
+def _key(graph: GraphName, tensor: TensorSpec) -> Key:
+    return tensor.name if tensor.name in _ONE_FOR_ALL else (graph, tensor.name)

@@ -1,0 +1,234 @@
+"""Samples in flight: what each carries from step to step, and how batches of them are put together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from admtrt.contract import GraphName, classifier_gradient_spec, unet_spec
+from admtrt.runtime.noise import initial_noise
+from admtrt.schedule.table import UPDATE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from admtrt.config import ClassifierConfig, UNetConfig
+    from admtrt.contract import GraphSpec
+    from admtrt.schedule.table import SamplingSchedule
+
+Array = NDArray[Any]
+Images = NDArray[np.float32]
+Labels = NDArray[np.int64]
+Conditions = dict[GraphName, dict[str, Array]]
+"""What graphs take besides what every step gives them, by graph and tensor, a row for each sample."""
+
+GUIDE: GraphName = "classifier_gradient"
+"""The graph whose conditions only those samples have that may be guided."""
+
+_GUIDED_COLUMNS = [UPDATE.index(name) for name in ("guidance", "x0_shift")]
+_OF_A_STEP = ("x", "t")
+
+
+@dataclass
+class Slots:
+    """Samples in flight, rows of one batch; row i is at ``position[i]`` of ``schedules[i]``.
+
+    Attributes:
+        x: float32 [N, *event], the current x_t.
+        schedules: what each sample follows.
+        position: int64 [N], steps already done.
+        seeds: one for each sample; the noise depends on it, the step and ``stage`` alone.
+        conditions: further inputs of each graph; :data:`GUIDE` is among them if and only if samples may be
+            guided.
+        stage: of a cascade, see :mod:`admtrt.runtime.noise`.
+        x_0: the prediction of the last step, zeros before the first.
+    """
+
+    x: Images
+    schedules: list[SamplingSchedule]
+    position: NDArray[np.int64]
+    seeds: list[int]
+    conditions: Conditions
+    stage: int = 0
+    x_0: Images = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.x_0 = np.zeros_like(self.x)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def finished(self) -> NDArray[np.bool_]:
+        """Which samples have taken their last step, bool [N]."""
+        return self.position >= np.array([len(schedule) for schedule in self.schedules])
+
+    def take(self, rows: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> Slots:
+        """A copy of these rows, by index or mask, with everything that a sample carries."""
+        chosen = np.arange(len(self))[rows]
+        taken = Slots(
+            x=self.x[chosen],
+            schedules=[self.schedules[row] for row in chosen],
+            position=self.position[chosen],
+            seeds=[self.seeds[row] for row in chosen],
+            conditions={
+                graph: {name: values[chosen] for name, values in given.items()}
+                for graph, given in self.conditions.items()
+            },
+            stage=self.stage,
+        )
+        taken.x_0 = self.x_0[chosen]
+        return taken
+
+    @staticmethod
+    def join(parts: Sequence[Slots]) -> Slots:
+        """A copy of all rows of all parts, in order.
+
+        Rows of a part without some graph's conditions are those of samples that do not use the graph, and get
+        zeros: label 0 is valid.
+
+        Raises:
+            ValueError: if there is no part, stages or shapes differ, or a part whose schedules are guided has
+                no conditions for it while another has.
+        """
+        if not parts:
+            raise ValueError("there are no slots to join")
+        if len({part.stage for part in parts}) > 1:
+            raise ValueError(f"slots of the stages {[part.stage for part in parts]} are not of one network")
+        joined = Slots(
+            x=_joined("x", [part.x for part in parts]),
+            schedules=[schedule for part in parts for schedule in part.schedules],
+            position=np.concatenate([part.position for part in parts]),
+            seeds=[seed for part in parts for seed in part.seeds],
+            conditions=_joined_conditions(parts),
+            stage=parts[0].stage,
+        )
+        joined.x_0 = np.concatenate([part.x_0 for part in parts])
+        return joined
+
+    def replace(self, rows: Sequence[int], slots: Slots) -> None:
+        """Put other samples in place of these rows, everything that a sample carries included.
+
+        Raises:
+            ValueError: if there are not as many rows as samples, or as :meth:`join`.
+        """
+        order = np.arange(len(self))
+        replaced = order[list(rows)]
+        if not len(rows) == len(set(replaced.tolist())) == len(slots):
+            raise ValueError(f"{len(slots)} samples cannot take the place of rows {list(rows)}")
+        order[replaced] = len(self) + np.arange(len(slots))
+        vars(self).update(vars(Slots.join([self, slots]).take(order)))
+
+
+def slots_for(
+    unet: UNetConfig,
+    classifier: ClassifierConfig | None,
+    schedules: Sequence[SamplingSchedule],
+    seeds: Sequence[int],
+    *,
+    labels: Labels | None = None,
+    low_res: Images | None = None,
+    guided: bool,
+    latents: Images | None = None,
+) -> Slots:
+    """Samples at the start of their schedules.
+
+    Args:
+        unet, classifier: the networks.
+        schedules, seeds: one for each sample.
+        labels: int64 [N], for those networks that take them.
+        low_res: float32 [N, C, h, w] in [-1, 1], for an upsampler.
+        guided: whether the classifier may guide the samples.
+        latents: float32 [N, *event], x_T in place of noise drawn from the seeds.
+
+    Raises:
+        ValueError: if something is missing that the networks take, or has another shape.
+    """
+    event = unet_spec(unet).inputs[0].sized(len(seeds))[1:]
+    stage = unet.low_res_size or 0
+    x = initial_noise(seeds, event, stage=stage) if latents is None else latents
+    if x.dtype != np.float32 or x.shape != (len(schedules), *event):
+        raise ValueError(f"x_T is {x.dtype} {x.shape}; expected float32 {(len(schedules), *event)}")
+    return Slots(
+        x=x,
+        schedules=list(schedules),
+        position=np.zeros(len(seeds), dtype=np.int64),
+        seeds=list(seeds),
+        conditions=conditions_for(unet, classifier, labels=labels, low_res=low_res, guided=guided),
+        stage=stage,
+    )
+
+
+def conditions_for(
+    unet: UNetConfig,
+    classifier: ClassifierConfig | None,
+    *,
+    labels: Labels | None,
+    low_res: Images | None,
+    guided: bool,
+) -> Conditions:
+    """The conditions of samples, arguments as of :func:`slots_for`: the one place that knows who takes them.
+
+    Raises:
+        ValueError: if something is missing that the networks take.
+    """
+    specs: dict[GraphName, GraphSpec] = {"unet": unet_spec(unet)}
+    if guided:
+        if classifier is None:
+            raise ValueError("samples cannot be guided without a classifier")
+        specs[GUIDE] = classifier_gradient_spec(classifier)
+    given = {"y": labels, "low_res": low_res}
+    conditions: Conditions = {}
+    for graph, spec in specs.items():
+        conditions[graph] = {}
+        for tensor in spec.inputs:
+            if tensor.name in _OF_A_STEP:
+                continue
+            values = given[tensor.name]
+            if values is None:
+                raise ValueError(f"graph '{graph}' takes '{tensor.name}', and there is none")
+            conditions[graph][tensor.name] = values
+    return conditions
+
+
+def guided_rows(coefficients: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Which rows of coefficients use the gradient, bool [N]."""
+    guided: NDArray[np.bool_] = (coefficients[:, _GUIDED_COLUMNS] != 0).any(axis=1)
+    return guided
+
+
+def _joined_conditions(parts: Sequence[Slots]) -> Conditions:
+    joined: Conditions = {}
+    for graph in dict.fromkeys(graph for part in parts for graph in part.conditions):
+        known = next(part.conditions[graph] for part in parts if graph in part.conditions)
+        for part in parts:
+            if graph == GUIDE and graph not in part.conditions and _is_guided(part):
+                raise ValueError(
+                    f"slots whose schedules are guided have no conditions of '{graph}', others have"
+                )
+            if part.conditions.get(graph, known).keys() != known.keys():
+                raise ValueError(f"slots give '{graph}' different inputs")
+        joined[graph] = {
+            name: _joined(name, [_rows(part, graph, name, like) for part in parts])
+            for name, like in known.items()
+        }
+    return joined
+
+
+def _rows(part: Slots, graph: GraphName, name: str, like: Array) -> Array:
+    given: Mapping[str, Array] | None = part.conditions.get(graph)
+    return np.zeros((len(part), *like.shape[1:]), like.dtype) if given is None else given[name]
+
+
+def _is_guided(slots: Slots) -> bool:
+    return any(guided_rows(schedule.coefficients).any() for schedule in slots.schedules)
+
+
+def _joined(name: str, parts: list[Array]) -> Array:
+    kinds = {(part.dtype, part.shape[1:]) for part in parts}
+    if len(kinds) > 1:
+        raise ValueError(f"'{name}' of slots differs: {sorted(f'{dtype} {shape}' for dtype, shape in kinds)}")
+    return np.concatenate(parts)
