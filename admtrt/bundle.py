@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, EdmConfig, Positive, ProcessConfig, UNetConfig
+from admtrt.config import (
+    ClassifierConfig,
+    Config,
+    DiffusionConfig,
+    EdmConfig,
+    Positive,
+    ProcessConfig,
+    UNetConfig,
+)
 from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs, event_shape
 from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import atomic_directory, sha256_of
@@ -79,6 +87,16 @@ class Manifest(Config):
         if self.network.num_classes is not None:
             return self.network.num_classes
         return None if self.classifier is None else self.classifier.num_classes
+
+    def discrete(self, what: str) -> DiffusionConfig:
+        """The process, for what needs the timesteps of a discrete one.
+
+        Raises:
+            RequestError: if it has none.
+        """
+        if isinstance(self.diffusion, EdmConfig):
+            raise RequestError(f"{what} needs a discrete process, and this bundle's is of kind 'edm'")
+        return self.diffusion
 
     @property
     def recommendation(self) -> str:

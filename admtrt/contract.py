@@ -104,8 +104,12 @@ def event_shape(config: UNetConfig) -> tuple[int, ...]:
 
 
 def threshold_quantile(config: UNetConfig) -> float:
-    """The quantile of the graph ``threshold``: 0.995, or the least that TensorRT takes of large samples."""
-    size = math.prod(event_shape(config))
+    """The quantile of the graph ``threshold`` for samples of a network."""
+    return quantile_of(math.prod(event_shape(config)))
+
+
+def quantile_of(size: int) -> float:
+    """The quantile of samples of ``size`` values: 0.995, or the least that TensorRT takes of large ones."""
     if size - math.floor(QUANTILE * (size - 1)) <= _MOST_TOP_K:
         return QUANTILE
     return math.ceil((size - _MOST_TOP_K) / (size - 1) * 1e4) / 1e4

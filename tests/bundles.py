@@ -13,7 +13,7 @@ from goldens import generated_weights
 
 from admtrt.bundle import Bundle, GraphEntry, write_bundle
 from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
-from admtrt.contract import GraphName, bundle_specs
+from admtrt.contract import GraphName, bundle_specs, event_shape
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import CheckpointConfig, LoadedNetwork, build_network
 from admtrt.runtime.pipeline import Pipeline
@@ -51,19 +51,20 @@ def sham_bundle(
     Every graph's file holds ``graph``, ``extra`` are further files, ``fields`` replace those of the manifest.
     """
     given = {
-        "unet": UNET,
+        "network": UNET,
         "classifier": CLASSIFIER,
         "diffusion": DiffusionConfig(),
         "sampler": SAMPLER,
         "class_names": CLASS_NAMES,
     } | fields
+    given["event_shape"] = event_shape(given["network"])
 
     def write_graphs(directory: Path) -> dict[GraphName, GraphEntry]:
         for file, content in extra.items():
             (directory / file).parent.mkdir(exist_ok=True)
             (directory / file).write_bytes(content)
         entries: dict[GraphName, GraphEntry] = {}
-        for name, spec in bundle_specs(given["unet"], given["classifier"]).items():
+        for name, spec in bundle_specs(given["network"], given["classifier"]).items():
             (directory / f"{name}.onnx").write_bytes(graph)
             entries[name] = GraphEntry(file=f"{name}.onnx", spec=spec, opset=18, nodes=0)
         return entries

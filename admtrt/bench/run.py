@@ -52,7 +52,9 @@ def run_bench(
     """
     manifest = subject.check()
     if sampling_steps is not None:
-        retained_timesteps(manifest.diffusion.steps, str(sampling_steps))  # refuses an impossible number now
+        retained_timesteps(
+            manifest.discrete("sampling of a bench").steps, str(sampling_steps)
+        )  # refuses an impossible number now
     nodes = {"bundle": {name: graph.nodes for name, graph in manifest.graphs.items()}}
     note("measuring the start-up")
     startup = measure_startup(subject.bundle)

@@ -10,8 +10,8 @@ from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig,
 from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.models.option_names import OptionNames
 from admtrt.run_config import FittedSampler
-from admtrt.schedule.process import retained_timesteps
-from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.sampler import SamplerConfig, with_choices
+from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -207,6 +207,8 @@ def recommended_sampler(
         ConfigError: if the result is impossible.
         RequestError: if the checkpoint's process cannot be respaced so.
     """
-    sampler = checkpoint.sampler.with_choices(method=method, steps=steps, scale=scale)
-    retained_timesteps(checkpoint.diffusion.steps, sampler.steps)  # refuses an impossible respacing now
+    sampler = with_choices(
+        checkpoint.sampler, checkpoint.diffusion, {"method": method, "steps": steps, "scale": scale}
+    )
+    sampling_schedule(checkpoint.diffusion, sampler)  # refuses an impossible one now
     return sampler

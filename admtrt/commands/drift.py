@@ -64,7 +64,7 @@ def drift(
     output = Output(json=json)
     opened = Bundle.open(bundle)
     choices = Choices(output)
-    length = len(retained_timesteps(opened.manifest.diffusion.steps, steps))
+    length = len(retained_timesteps(opened.manifest.discrete("drift by timesteps").steps, steps))
     if engine is None:
         what = f"{backend}, {precision}"
         measured = _opened(

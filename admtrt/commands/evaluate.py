@@ -112,7 +112,8 @@ def nll(
             )
 
         manifest = opened.manifest
-        judged = _Judged(open_graph, manifest.network, manifest.diffusion, manifest.class_names)
+        diffusion = manifest.discrete("the bound in bits per dim")
+        judged = _Judged(open_graph, manifest.network, diffusion, manifest.class_names)
     else:
         assert unet is not None
         judged = _from_checkpoint(unet, unet_preset, unet_set or (), settings, output)

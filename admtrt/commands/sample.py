@@ -127,7 +127,7 @@ def sample(
     pipeline = opened(first)
     sampler = pipeline.sampler(
         steps=steps,
-        method=method,  # type: ignore[arg-type]
+        method=method,
         scale=scale,
         eta=eta,
         clip=clip,

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from admtrt.schedule.table import UPDATE
+from admtrt.contract import quantile_of
+from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
     from contextlib import AbstractContextManager
 
     from admtrt.contract import GraphName
@@ -52,7 +53,7 @@ class TorchDenoiser:
             return {"out": self._evaluate(**given)}
         if graph == "classifier_gradient":
             return self._gradient(**given)
-        return update(**given)
+        return SMALL_GRAPHS[graph](**given)
 
     @torch.no_grad()
     def _evaluate(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
@@ -84,14 +85,67 @@ class TorchDenoiser:
 
 
 def update(x: Tensor, out: Tensor, grad: Tensor, noise: Tensor, coefficients: Tensor) -> dict[str, Tensor]:
-    """x_{t-1} and the predicted x_0, as :func:`admtrt.schedule.step_coefficients` documents."""
-    c = {name: coefficients[:, i, None, None, None] for i, name in enumerate(UPDATE)}
-    value, *learned = torch.split(out, x.shape[1], dim=1)
+    """The graph ``update``, as :mod:`admtrt.schedule.table` documents it."""
+    c, value, log_weight = _given(UPDATE, x, out, coefficients)
     x_0 = torch.clamp(c["x0_from_x"] * x + c["x0_from_out"] * value, -c["clip"], c["clip"])
-    log_weight = c["log_weight"] + (c["log_weight_from_v"] * learned[0] if learned else 0)
     x_prev = c["prev_from_x0"] * x_0 + c["prev_from_x"] * x + c["prev_from_out"] * value
     x_prev = x_prev + c["guidance"] * log_weight.exp() * grad + c["noise"] * (log_weight / 2).exp() * noise
     return {"x_prev": x_prev, "pred_x0": x_0 + c["x0_shift"] * grad}
+
+
+def update_full(
+    x: Tensor,
+    out: Tensor,
+    grad: Tensor,
+    noise: Tensor,
+    saved: Tensor,
+    h1: Tensor,
+    h2: Tensor,
+    r: Tensor,
+    coefficients: Tensor,
+) -> dict[str, Tensor]:
+    """The graph ``update_full``, as :mod:`admtrt.schedule.table` documents it."""
+    c, value, log_weight = _given(UPDATE_FULL, x, out, coefficients)
+    bound = r[:, None, None, None]
+    d = torch.clamp(_unbounded(c, x, value, grad), -bound, bound) * (c["clip"] / bound)
+    m = d + c["x0_shift"] * grad
+    x_prev = c["prev_from_x0"] * d + c["prev_from_x"] * x + c["prev_from_out"] * value
+    x_prev = x_prev + c["guidance"] * log_weight.exp() * grad + c["noise"] * (log_weight / 2).exp() * noise
+    x_prev = x_prev + c["prev_from_saved"] * saved + c["prev_from_h1"] * h1 + c["prev_from_h2"] * h2
+    x_prev = torch.clamp(x_prev + c["shift"] * grad, -c["state_clip"], c["state_clip"])
+    kept = c["saved_from_x"] * x + c["saved_from_saved"] * saved + c["saved_from_x0"] * m
+    kept = kept + c["saved_from_h1"] * h1 + c["saved_from_h2"] * h2
+    return {"x_prev": x_prev, "pred_x0": m, "saved_next": kept}
+
+
+def threshold(x: Tensor, out: Tensor, grad: Tensor, coefficients: Tensor) -> dict[str, Tensor]:
+    """The graph ``threshold``."""
+    c, value, _ = _given(UPDATE_FULL, x, out, coefficients)
+    size = out[0].numel() * x.shape[1] // out.shape[1]
+    quantile = torch.quantile(_unbounded(c, x, value, grad).abs().flatten(1), quantile_of(size), dim=1)
+    clip, bound = c["clip"].flatten(), c["bound"].flatten()
+    return {"r": torch.minimum(torch.maximum(clip, quantile), bound)}
+
+
+SMALL_GRAPHS: Mapping[GraphName, Callable[..., dict[str, Tensor]]] = {
+    "update": update,
+    "update_full": update_full,
+    "threshold": threshold,
+}
+"""The small graphs in PyTorch, by name."""
+
+
+def _given(
+    names: tuple[str, ...], x: Tensor, out: Tensor, coefficients: Tensor
+) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+    """The columns, the network's value channels, and log w."""
+    c = {name: coefficients[:, i, None, None, None] for i, name in enumerate(names)}
+    value, *learned = torch.split(out, x.shape[1], dim=1)
+    return c, value, c["log_weight"] + (c["log_weight_from_v"] * learned[0] if learned else 0)
+
+
+def _unbounded(c: dict[str, Tensor], x: Tensor, value: Tensor, grad: Tensor) -> Tensor:
+    return c["x0_from_x"] * x + c["x0_from_out"] * value + c["x0_from_grad"] * grad
 
 
 def to_array(tensor: Tensor) -> Array:

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.schedule.sampler import SamplerConfig
     from admtrt.runtime.pipeline import Pipeline, Step
     from admtrt.runtime.slots import Labels
+    from admtrt.schedule.sampler import SamplerConfig
 
 Format = Literal["npz", "png", "grid"]
 MAX_SAMPLES = 10_000_000
@@ -287,17 +287,11 @@ def _draw_shard(
     def after_step(step: Step) -> None:
         advance(step.count, f"step {step.index}/{step.total}")
 
-    sampler = request.sampler
     labels = None if request.labels is None else request.labels[start:stop]
-    samples = pipeline(
+    samples = pipeline.draw(
+        request.sampler,
         None if labels is None or pipeline.bundle.manifest.num_classes is None else labels.tolist(),
         list(seeds[start:stop]),
-        steps=sampler.steps,
-        method=sampler.method,
-        scale=sampler.scale,
-        eta=sampler.eta,
-        clip=sampler.clip,
-        guidance_interval=sampler.guidance_interval,
         low_res=None if request.low_res is None else request.low_res[start:stop],
         batch_size=request.batch_size,
         callback=after_step,

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from admtrt.schedule.sampler import SamplerConfig
 from admtrt.runtime.slots import slots_for
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:

@@ -5,17 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Self, Unpack
 
 import numpy as np
 
 from admtrt.bundle import Bundle
+from admtrt.contract import event_shape
 from admtrt.errors import ConfigError, RequestError
 from admtrt.images import from_uint8, to_uint8
 from admtrt.runtime.noise import MAX_SEED, check_seed
 from admtrt.runtime.request import class_index, one_for_each, whole_number
 from admtrt.runtime.sampler import hold
 from admtrt.runtime.slots import slots_for
+from admtrt.schedule.sampler import SamplerChoices, with_choices
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
@@ -23,11 +25,11 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.schedule.sampler import SamplerConfig
     from admtrt.contract import Precision
     from admtrt.runtime.backends.auto import Choice
     from admtrt.runtime.sampler import Denoiser, HeldSlots
     from admtrt.runtime.slots import Images, Labels, Slots
+    from admtrt.schedule.sampler import SamplerConfig
 
 DEFAULT_BATCH = 16
 
@@ -54,14 +56,15 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What a callback sees after each step of a batch.
+    """What a callback sees after each evaluation of a batch.
 
     Attributes:
-        index: steps done, from 1 to ``total``.
+        index: evaluations done, from 1 to ``total``.
         total: steps in all.
         first: position of the batch's first sample among all samples.
         count: samples of the batch.
-        timestep: of the base process, at which the step began.
+        timestep: of the base process, at which the evaluation was, fractional between two; None where the
+            process has none.
         state: gives ``x`` and ``x_0``; see there.
     """
 
@@ -69,7 +72,7 @@ class Step:
     total: int
     first: int
     count: int
-    timestep: int
+    timestep: float | None
     state: Callable[[], tuple[Images, Images]] = field(repr=False)
 
     @property
@@ -89,6 +92,25 @@ class Step:
     @cached_property
     def _images(self) -> tuple[Images, Images]:
         return self.state()
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """What was checked of a request, rows for its samples."""
+
+    labels: Labels | None
+    seeds: list[int]
+    low_res: Images | None
+    latents: Images | None
+
+    def part(self, rows: slice) -> _Given:
+        """Some of the samples."""
+        return _Given(
+            labels=None if self.labels is None else self.labels[rows],
+            seeds=self.seeds[rows],
+            low_res=None if self.low_res is None else self.low_res[rows],
+            latents=None if self.latents is None else self.latents[rows],
+        )
 
 
 def _state_after(index: int, slots: Slots, held: HeldSlots) -> tuple[Images, Images]:
@@ -158,15 +180,11 @@ class Pipeline:
         labels: Sequence[int | str] | None = None,
         seeds: Sequence[int] | None = None,
         *,
-        steps: str | int | None = None,
-        method: Literal["ddpm", "ddim"] | None = None,
-        scale: float | None = None,
-        eta: float | None = None,
-        clip: bool | None = None,
-        guidance_interval: tuple[float, float] | None = None,
         low_res: NDArray[np.uint8] | Images | None = None,
+        latents: Images | None = None,
         batch_size: int = DEFAULT_BATCH,
         callback: Callable[[Step], None] | None = None,
+        **choices: Unpack[SamplerChoices],
     ) -> Samples:
         """Draw one sample for each label and seed.
 
@@ -174,75 +192,73 @@ class Pipeline:
             labels: class of each sample, by number or name; needed where the UNet is class-conditional or the
                 scale is not 0.
             seeds: of each sample, 0 to 2**64 - 1; 0, 1, 2, ... where left out.
-            steps, method, scale, eta, clip, guidance_interval: as :class:`~admtrt.config.SamplerConfig`; what
-                is left out is the bundle's recommendation. ``steps`` "ddimN" implies the method ``ddim``, any
-                other ``ddpm``.
             low_res: conditioning of an upsampler: uint8 [N, h, w, C], or float32 [N, C, h, w] in [-1, 1].
+            latents: float32 [N, C, H, W], x_T in place of noise drawn from the seeds.
             batch_size: samples computed at once; it does not change them beyond rounding.
-            callback: called after every step of every batch.
+            callback: called after every evaluation of every batch.
+            choices: as :meth:`sampler`.
 
         Raises:
             RequestError: for anything that the bundle cannot do.
         """
-        sampler = self.sampler(
-            steps=steps, method=method, scale=scale, eta=eta, clip=clip, guidance_interval=guidance_interval
+        return self.draw(
+            self.sampler(**choices),
+            labels,
+            seeds,
+            low_res=low_res,
+            latents=latents,
+            batch_size=batch_size,
+            callback=callback,
         )
+
+    def draw(
+        self,
+        sampler: SamplerConfig,
+        labels: Sequence[int | str] | None = None,
+        seeds: Sequence[int] | None = None,
+        *,
+        low_res: NDArray[np.uint8] | Images | None = None,
+        latents: Images | None = None,
+        batch_size: int = DEFAULT_BATCH,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Samples:
+        """Draw samples as a sampler of :meth:`sampler` says; otherwise as calling the pipeline."""
         if whole_number(batch_size, "batch_size") < 1:
             raise RequestError(f"batch_size is {batch_size}; expected at least 1")
-        conditioning = self.check_low_res(low_res)
+        conditioning, start = self.check_low_res(low_res), self.check_latents(latents)
         checked_labels = self.check_labels(labels, sampler)
         given_seeds = None if seeds is None else one_for_each(seeds, "seeds")
-        count = next(
-            (len(given) for given in (checked_labels, given_seeds, conditioning) if given is not None), 1
-        )
+        rows = {"labels": checked_labels, "seeds": given_seeds, "low_res": conditioning, "latents": start}
+        count = next((len(given) for given in rows.values() if given is not None), 1)
         checked_seeds = [check_seed(seed) for seed in (range(count) if given_seeds is None else given_seeds)]
-        for name, given in (("labels", checked_labels), ("seeds", checked_seeds), ("low_res", conditioning)):
+        for name, given in (rows | {"seeds": checked_seeds}).items():
             if given is not None and len(given) != count:
                 raise RequestError(f"{len(given)} {name} for {count} samples; give one for each")
         if count < 1:
             raise RequestError("no sample was asked for")
-        parts = []
-        for first in range(0, count, batch_size):
-            rows = slice(first, first + batch_size)
-            parts.append(
-                self._batch(
-                    sampler,
-                    first,
-                    None if checked_labels is None else checked_labels[rows],
-                    checked_seeds[rows],
-                    None if conditioning is None else conditioning[rows],
-                    callback,
-                )
-            )
+        all_given = _Given(checked_labels, checked_seeds, conditioning, start)
+        parts = [
+            self._batch(sampler, first, all_given.part(slice(first, first + batch_size)), callback)
+            for first in range(0, count, batch_size)
+        ]
         return Samples(x=np.concatenate(parts), labels=checked_labels, seeds=tuple(checked_seeds))
 
-    def sampler(
-        self,
-        *,
-        steps: str | int | None = None,
-        method: Literal["ddpm", "ddim"] | None = None,
-        scale: float | None = None,
-        eta: float | None = None,
-        clip: bool | None = None,
-        guidance_interval: tuple[float, float] | None = None,
-    ) -> SamplerConfig:
+    def sampler(self, **choices: Unpack[SamplerChoices]) -> SamplerConfig:
         """The bundle's recommended sampler with some choices replaced, checked against the bundle.
+
+        Args:
+            choices: as :class:`~admtrt.schedule.sampler.SamplerConfig`; what is left out is the bundle's
+                recommendation. Plain ``steps`` "ddimN" imply the method ``ddim``, any other ``ddpm``; the
+                method ``auto`` keeps the recommended one.
 
         Raises:
             RequestError: if the result is impossible.
         """
         manifest = self.bundle.manifest
-        if manifest.classifier is None and scale is None:
-            scale = 0.0
+        if manifest.classifier is None and choices.get("scale") is None:
+            choices["scale"] = 0.0
         try:
-            sampler = manifest.sampler.with_choices(
-                steps=None if steps is None else str(steps),
-                method=method,
-                scale=scale,
-                eta=eta,
-                clip=clip,
-                guidance_interval=guidance_interval,
-            )
+            sampler = with_choices(manifest.sampler, manifest.diffusion, choices)
         except ConfigError as error:
             raise RequestError(error.message) from None
         if sampler.scale and manifest.classifier is None:
@@ -251,13 +267,18 @@ class Pipeline:
                 hint="Use scale 0, or export with --classifier.",
             )
         if not sampler.scale:
-            if guidance_interval is not None:
+            if choices.get("guidance_interval") is not None:
                 raise RequestError(
                     "a guidance interval was given, but at scale 0 nothing is guided",
                     hint="Leave it out, or use another scale.",
                 )
-            sampler = sampler.model_copy(update={"guidance_interval": None})
-        sampling_schedule(manifest.diffusion, sampler)  # refuses an impossible respacing now
+            sampler = sampler.unguided
+        schedule = sampling_schedule(manifest.diffusion, sampler)  # refuses an impossible one now
+        if schedule.full and "update_full" not in manifest.graphs:
+            raise RequestError(
+                f"method '{sampler.method}' needs the graph 'update_full', which {self.bundle.path} has not",
+                hint="Export the checkpoint again, with --overwrite, or use ddpm or ddim.",
+            )
         return sampler
 
     def check_labels(self, labels: Sequence[int | str] | None, sampler: SamplerConfig) -> Labels | None:
@@ -318,13 +339,27 @@ class Pipeline:
             f"or finite float32 [N, {channels}, {size}, {size}]"
         )
 
+    def check_latents(self, latents: Images | None) -> Images | None:
+        """The given x_T, if they are such.
+
+        Raises:
+            RequestError: for another shape or dtype, or values that are not finite.
+        """
+        if latents is None:
+            return None
+        given, event = np.asarray(latents), event_shape(self.bundle.manifest.network)
+        if given.dtype != np.float32 or given.shape[1:] != event or not np.isfinite(given).all():
+            expected = ", ".join(map(str, event))
+            raise RequestError(
+                f"latents are {given.dtype} {list(given.shape)}; expected finite float32 [N, {expected}]"
+            )
+        return given
+
     def _batch(
         self,
         sampler: SamplerConfig,
         first: int,
-        labels: Labels | None,
-        seeds: list[int],
-        low_res: Images | None,
+        given: _Given,
         callback: Callable[[Step], None] | None,
     ) -> Images:
         manifest = self.bundle.manifest
@@ -332,11 +367,12 @@ class Pipeline:
         slots = slots_for(
             manifest.network,
             manifest.classifier,
-            [schedule] * len(seeds),
-            seeds,
-            labels=labels,
-            low_res=low_res,
+            [schedule] * len(given.seeds),
+            given.seeds,
+            labels=given.labels,
+            low_res=given.low_res,
             guided=bool(sampler.scale),
+            latents=given.latents,
         )
         with hold(slots, self.denoiser) as held:
             for index in range(len(schedule)):
@@ -348,7 +384,7 @@ class Pipeline:
                             total=len(schedule),
                             first=first,
                             count=len(slots),
-                            timestep=int(schedule.timesteps[index]),
+                            timestep=schedule.timestep(index),
                             state=partial(_state_after, index + 1, slots, held),
                         )
                     )

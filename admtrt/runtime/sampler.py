@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 
 from admtrt.runtime.noise import step_noise
-from admtrt.runtime.slots import GUIDE, guided_rows
-from admtrt.schedule.table import UPDATE
+from admtrt.runtime.slots import GUIDE
+from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -35,31 +35,49 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StepInputs:
-    """What one step of every slot takes besides x and the conditioning.
+    """What one evaluation of every slot takes besides its state and the conditioning.
 
     Attributes:
         t: float32 [N], in the model's units.
-        coefficients: float32 [N, K], see :mod:`admtrt.schedule`.
-        guided: bool [N], whose step uses the classifier's gradient.
-        noise_steps: the steps that name each slot's noise, or None where no slot's step is stochastic.
+        coefficients: float32 [N, len(UPDATE_FULL)], see :mod:`admtrt.schedule.table`.
+        guided: bool [N], whose evaluation uses the classifier's gradient.
+        noise_steps: the steps that name each slot's noise, or None where no slot's evaluation adds any.
+        full: whether any slot's schedule needs the graph ``update_full``.
+        dynamic: whether any slot's evaluation needs the graph ``threshold``.
     """
 
     t: NDArray[np.float32]
     coefficients: NDArray[np.float32]
     guided: NDArray[np.bool_]
     noise_steps: list[int] | None
+    full: bool
+    dynamic: bool
+
+    @property
+    def of_update(self) -> NDArray[np.float32]:
+        """The coefficients of the graph ``update``, float32 [N, len(UPDATE)]."""
+        return np.ascontiguousarray(self.coefficients[:, : len(UPDATE)])
+
+    @property
+    def clip(self) -> NDArray[np.float32]:
+        """The bound of x_0 of each slot, float32 [N]."""
+        return np.ascontiguousarray(self.coefficients[:, UPDATE_FULL.index("clip")])
 
 
 def step_inputs(slots: Slots) -> StepInputs:
-    """The inputs of the slots' next step. No slot may be finished."""
+    """The inputs of the slots' next evaluation. No slot may be finished."""
     rows = list(zip(slots.schedules, slots.position.tolist(), strict=True))
-    coefficients = np.stack([schedule.coefficients[i] for schedule, i in rows])
-    stochastic = coefficients[:, UPDATE.index("noise")].any()
     return StepInputs(
         t=np.array([schedule.model_t[i] for schedule, i in rows], dtype=np.float32),
-        coefficients=coefficients,
-        guided=guided_rows(coefficients) & (GUIDE in slots.conditions),
-        noise_steps=[int(schedule.step[i]) for schedule, i in rows] if stochastic else None,
+        coefficients=np.stack([schedule.coefficients[i] for schedule, i in rows]),
+        guided=np.array([schedule.guided[i] for schedule, i in rows]) & (GUIDE in slots.conditions),
+        noise_steps=(
+            [int(schedule.step[i]) for schedule, i in rows]
+            if any(schedule.stochastic[i] for schedule, i in rows)
+            else None
+        ),
+        full=any(schedule.full for schedule, _ in rows),
+        dynamic=any(schedule.dynamic[i] for schedule, i in rows),
     )
 
 
@@ -71,23 +89,25 @@ def draw_noise(slots: Slots, inputs: StepInputs) -> Images | None:
 
 
 def advance(slots: Slots, denoiser: Denoiser) -> None:
-    """Take one step of every slot, in place. No slot may be finished.
+    """Take one evaluation of every slot, in place. No slot may be finished.
 
-    The gradient is computed for the slots whose step is guided, noise where any slot's step is stochastic.
+    The gradient is computed for the slots whose evaluation is guided, noise where any slot's adds some. Slots
+    of solvers with memory and of others may share a batch, which then runs ``update_full``.
     """
     inputs = step_inputs(slots)
     out = denoiser.run("unet", _feeds(slots, inputs, "unet"))["out"]
-    grad = _gradient(slots, inputs, denoiser)
     z = draw_noise(slots, inputs)
-    feeds = {
-        "x": slots.x,
-        "out": out,
-        "grad": grad,
-        "noise": np.zeros_like(slots.x) if z is None else z,
-        "coefficients": inputs.coefficients,
-    }
-    results = denoiser.run("update", feeds)
-    slots.x, slots.x_0 = results["x_prev"], results["pred_x0"]
+    given = {"x": slots.x, "out": out, "grad": _gradient(slots, inputs, denoiser)}
+    noise = {"noise": np.zeros_like(slots.x) if z is None else z}
+    if not inputs.full:
+        results = denoiser.run("update", {**given, **noise, "coefficients": inputs.of_update})
+    else:
+        row = {"coefficients": inputs.coefficients}
+        r = denoiser.run("threshold", {**given, **row})["r"] if inputs.dynamic else inputs.clip
+        memory = {"saved": slots.saved, "h1": slots.x_0, "h2": slots.h2}
+        results = denoiser.run("update_full", {**given, **noise, **memory, "r": r, **row})
+        slots.saved = results["saved_next"]
+    slots.x, slots.x_0, slots.h2 = results["x_prev"], results["pred_x0"], slots.x_0
     slots.position += 1
 
 

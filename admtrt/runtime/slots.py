@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from admtrt.contract import GraphName, classifier_gradient_spec, unet_spec
-from admtrt.runtime.noise import initial_noise
-from admtrt.schedule.table import UPDATE
+from admtrt.contract import GraphName, classifier_gradient_spec, event_shape, unet_spec
+from admtrt.runtime.noise import initial_noise, step_noise
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,8 +27,8 @@ Conditions = dict[GraphName, dict[str, Array]]
 GUIDE: GraphName = "classifier_gradient"
 """The graph whose conditions only those samples have that may be guided."""
 
-_GUIDED_COLUMNS = [UPDATE.index(name) for name in ("guidance", "x0_shift")]
 _OF_A_STEP = ("x", "t")
+_MEMORY = ("x_0", "saved", "h2")
 
 
 @dataclass
@@ -44,7 +43,8 @@ class Slots:
         conditions: further inputs of each graph; :data:`GUIDE` is among them if and only if samples may be
             guided.
         stage: of a cascade, see :mod:`admtrt.runtime.noise`.
-        x_0: the prediction of the last step, zeros before the first.
+        x_0: the data prediction of the last evaluation, zeros before the first.
+        saved, h2: further memory of the solvers, see :mod:`admtrt.schedule.table`; their ``h1`` is ``x_0``.
     """
 
     x: Images
@@ -54,9 +54,12 @@ class Slots:
     conditions: Conditions
     stage: int = 0
     x_0: Images = field(init=False)
+    saved: Images = field(init=False)
+    h2: Images = field(init=False)
 
     def __post_init__(self) -> None:
-        self.x_0 = np.zeros_like(self.x)
+        # Zeros, not what another sample left: 0 * NaN is NaN.
+        self.x_0, self.saved, self.h2 = (np.zeros_like(self.x) for _ in _MEMORY)
 
     def __len__(self) -> int:
         return len(self.x)
@@ -80,7 +83,8 @@ class Slots:
             },
             stage=self.stage,
         )
-        taken.x_0 = self.x_0[chosen]
+        for name in _MEMORY:
+            setattr(taken, name, getattr(self, name)[chosen])
         return taken
 
     @staticmethod
@@ -106,7 +110,8 @@ class Slots:
             conditions=_joined_conditions(parts),
             stage=parts[0].stage,
         )
-        joined.x_0 = np.concatenate([part.x_0 for part in parts])
+        for name in _MEMORY:
+            setattr(joined, name, np.concatenate([getattr(part, name) for part in parts]))
         return joined
 
     def replace(self, rows: Sequence[int], slots: Slots) -> None:
@@ -133,6 +138,7 @@ def slots_for(
     low_res: Images | None = None,
     guided: bool,
     latents: Images | None = None,
+    images: Images | None = None,
 ) -> Slots:
     """Samples at the start of their schedules.
 
@@ -143,23 +149,50 @@ def slots_for(
         low_res: float32 [N, C, h, w] in [-1, 1], for an upsampler.
         guided: whether the classifier may guide the samples.
         latents: float32 [N, *event], x_T in place of noise drawn from the seeds.
+        images: float32 [N, *event] in [-1, 1], at which samples begin whose schedules do.
 
     Raises:
         ValueError: if something is missing that the networks take, or has another shape.
     """
-    event = unet_spec(unet).inputs[0].sized(len(seeds))[1:]
-    stage = unet.low_res_size or 0
-    x = initial_noise(seeds, event, stage=stage) if latents is None else latents
-    if x.dtype != np.float32 or x.shape != (len(schedules), *event):
-        raise ValueError(f"x_T is {x.dtype} {x.shape}; expected float32 {(len(schedules), *event)}")
+    event, stage = event_shape(unet), unet.low_res_size or 0
+    x_T = initial_noise(seeds, event, stage=stage) if latents is None else latents
+    for name, given in (("x_T", x_T), ("images", images)):
+        if given is not None and (given.dtype != np.float32 or given.shape != (len(schedules), *event)):
+            expected = f"expected float32 {(len(schedules), *event)}"
+            raise ValueError(f"{name} is {given.dtype} {given.shape}; {expected}")
     return Slots(
-        x=x,
+        x=_first_states(schedules, seeds, x_T, images, stage),
         schedules=list(schedules),
         position=np.zeros(len(seeds), dtype=np.int64),
         seeds=list(seeds),
         conditions=conditions_for(unet, classifier, labels=labels, low_res=low_res, guided=guided),
         stage=stage,
     )
+
+
+def _first_states(
+    schedules: Sequence[SamplingSchedule],
+    seeds: Sequence[int],
+    x_T: Images,
+    images: Images | None,
+    stage: int,
+) -> Images:
+    """What the networks are given first: x_T, and an image and the noise of churn where schedules have them."""
+    column = (-1, *[1] * (x_T.ndim - 1))
+    scale, signal, noise = (
+        np.array([getattr(schedule, f"init_{name}") for schedule in schedules], np.float32)
+        for name in ("scale", "signal", "noise")
+    )
+    x = x_T * scale.reshape(column)
+    if signal.any():
+        if images is None:
+            raise ValueError("samples begin at images, and there are none")
+        x += images * signal.reshape(column)
+    if noise.any():
+        # Named as that of an evaluation before the first.
+        z = step_noise(seeds, [len(schedule) for schedule in schedules], x.shape[1:], stage=stage)
+        x += z * noise.reshape(column)
+    return x
 
 
 def conditions_for(
@@ -194,12 +227,6 @@ def conditions_for(
     return conditions
 
 
-def guided_rows(coefficients: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Which rows of coefficients use the gradient, bool [N]."""
-    guided: NDArray[np.bool_] = (coefficients[:, _GUIDED_COLUMNS] != 0).any(axis=1)
-    return guided
-
-
 def _joined_conditions(parts: Sequence[Slots]) -> Conditions:
     joined: Conditions = {}
     for graph in dict.fromkeys(graph for part in parts for graph in part.conditions):
@@ -224,7 +251,7 @@ def _rows(part: Slots, graph: GraphName, name: str, like: Array) -> Array:
 
 
 def _is_guided(slots: Slots) -> bool:
-    return any(guided_rows(schedule.coefficients).any() for schedule in slots.schedules)
+    return any(schedule.guided.any() for schedule in slots.schedules)
 
 
 def _joined(name: str, parts: list[Array]) -> Array:

@@ -8,7 +8,7 @@ itself and the images pass through a file. Both stages use the same seeds; their
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from admtrt.errors import RequestError
 from admtrt.runtime.bulk import LOW_STAGE, RunImages, check_run, draw
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
-    from admtrt.schedule.sampler import SamplerConfig
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Samples, Step
     from admtrt.runtime.slots import Labels
+    from admtrt.schedule.sampler import SamplerChoices, SamplerConfig
 
 UNGUIDED = 0.0
 """The second stage's default scale: the paper guides the small images only ("Comparison to Upsampling")."""
@@ -80,59 +80,34 @@ class TwoStage:
         labels: Sequence[int | str] | None = None,
         seeds: Sequence[int] | None = None,
         *,
-        steps: str | int | None = None,
-        method: Literal["ddpm", "ddim"] | None = None,
-        scale: float | None = None,
-        eta: float | None = None,
-        clip: bool | None = None,
-        guidance_interval: tuple[float, float] | None = None,
         upsample_steps: str | int | None = None,
         upsample_scale: float = UNGUIDED,
         batch_size: int = DEFAULT_BATCH,
         callback: Callable[[Step], None] | None = None,
+        **choices: Unpack[SamplerChoices],
     ) -> TwoStageSamples:
         """Draw one sample for each label and seed.
 
         Args:
             labels, seeds: as for :class:`Pipeline`; each goes to every stage that takes it.
-            steps, method, scale, eta, clip, guidance_interval: of the first stage; what is left out is its
-                bundle's recommendation.
             upsample_steps, upsample_scale: of the second stage, whose other choices are its bundle's
                 recommendation.
             batch_size: samples computed at once.
-            callback: called after every step, of the first stage for all samples, then of the second.
+            callback: called after every evaluation, of the first stage for all samples, then of the second.
+            choices: of the first stage, as :meth:`Pipeline.sampler`.
 
         Raises:
             RequestError: for anything that the bundles cannot do, before the first step is taken.
         """
-        sampler = self.low.sampler(
-            steps=steps, method=method, scale=scale, eta=eta, clip=clip, guidance_interval=guidance_interval
-        )
+        sampler = self.low.sampler(**choices)
         upsampler = self.high.sampler(steps=upsample_steps, scale=upsample_scale)
         checked = self.low.check_labels(labels, sampler)
         numbers = None if checked is None else checked.tolist()  # the second may not know the names
         for_high = self.labels_of_high(numbers)
         self.high.check_labels(for_high, upsampler)
-        low = self.low(
-            numbers,
-            seeds,
-            steps=steps,
-            method=method,
-            scale=scale,
-            eta=eta,
-            clip=clip,
-            guidance_interval=guidance_interval,
-            batch_size=batch_size,
-            callback=callback,
-        )
-        high = self.high(
-            for_high,
-            low.seeds,
-            steps=upsample_steps,
-            scale=upsample_scale,
-            low_res=low.images,
-            batch_size=batch_size,
-            callback=callback,
+        low = self.low.draw(sampler, numbers, seeds, batch_size=batch_size, callback=callback)
+        high = self.high.draw(
+            upsampler, for_high, low.seeds, low_res=low.images, batch_size=batch_size, callback=callback
         )
         return TwoStageSamples(low=low, high=high)
 

@@ -38,8 +38,8 @@ def guidance_scales(sigma: Float64, sampler: SamplerConfig) -> Float64:
 def x0_shifts(sigma: Float64, sampler: SamplerConfig) -> Float64:
     """Weight of the classifier's gradient in the predicted x_0 at each noise level S, float64 [R].
 
-    eps moves by -scale sigma g (Dhariwal & Nichol 2021, Algorithm 2), so x_0 by scale sigma^2 / alpha g, which
-    is scale S^2 alpha g.
+    eps moves by -scale sigma g (Dhariwal & Nichol 2021, Algorithm 2), so x_0 by scale sigma^2 / alpha g,
+    which is scale S^2 alpha g.
     """
     shifts: Float64 = guidance_scales(sigma, sampler) * sigma**2 / np.hypot(1.0, sigma)
     return shifts

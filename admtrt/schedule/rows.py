@@ -67,8 +67,8 @@ class RowBuilder:
         Args:
             level: where the networks are asked.
             to: where the state goes.
-            weights: of ``x``, ``x0``, ``saved``, ``h1`` and ``h2`` in the next state, and ``noise``, the standard
-                deviation of fresh noise.
+            weights: of ``x``, ``x0``, ``saved``, ``h1`` and ``h2`` in the next state, and ``noise``, the
+                standard deviation of fresh noise.
             keep: the same for the next ``saved``.
         """
         c, c_next = self.levels.c_in(level), self.levels.c_in(to)

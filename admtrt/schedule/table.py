@@ -97,6 +97,10 @@ class SamplingSchedule:
     def __len__(self) -> int:
         return len(self.step)
 
+    def timestep(self, index: int) -> float | None:
+        """Timestep of an evaluation, an int where all are whole; None where the process has none."""
+        return self.timesteps[index].item() if len(self.timesteps) else None
+
     @functools.cached_property
     def guided(self) -> NDArray[np.bool_]:
         """Which evaluations use a guide's gradient, bool [R]."""

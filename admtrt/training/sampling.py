@@ -8,11 +8,11 @@ import numpy as np
 import torch
 
 from admtrt.config import DiffusionConfig
-from admtrt.schedule.sampler import SamplerConfig
 from admtrt.images import save_grid, to_uint8
 from admtrt.models.denoiser import TorchDenoiser
 from admtrt.runtime.sampler import advance
 from admtrt.runtime.slots import slots_for
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import sampling_schedule
 from admtrt.training.data import batch
 from admtrt.training.objectives import shrink

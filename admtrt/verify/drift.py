@@ -156,7 +156,9 @@ def measure_drift(
     quality = np.concatenate(psnr)
     return DriftReport(
         images=images,
-        graphs=tuple(_by_timestep(paired.errors, schedule, bundle.manifest.diffusion.steps)),
+        graphs=tuple(
+            _by_timestep(paired.errors, schedule, bundle.manifest.discrete("drift by timesteps").steps)
+        ),
         steps=tuple(
             StepDrift(timestep=int(t), mean_error=float(errors.mean()), max_error=float(errors.max()))
             for t, errors in zip(schedule.timesteps, each, strict=True)

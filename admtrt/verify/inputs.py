@@ -57,7 +57,7 @@ class Inputs:
 
     def low_res(self, count: int) -> Images | None:
         """Random images for an upsampler, float32 [N, C, h, w]; None for other networks."""
-        unet = self._manifest.unet
+        unet = self._manifest.network
         if unet.low_res_size is None:
             return None
         return self.uniform(count, unet.in_channels, unet.low_res_size, unet.low_res_size)

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from admtrt.schedule.sampler import SamplerConfig
     from admtrt.models.checkpoint import LoadedNetwork
     from admtrt.runtime.slots import Array, Conditions, Images, Labels
+    from admtrt.schedule.sampler import SamplerConfig
 
 _Module = TypeVar("_Module", bound=nn.Module)
 

@@ -17,7 +17,7 @@ from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.sampler import advance
 from admtrt.runtime.slots import conditions_for, slots_for
 from admtrt.schedule.process import process_from_config, retained_timesteps
-from admtrt.schedule.table import sampling_schedule
+from admtrt.schedule.table import UPDATE, sampling_schedule
 from admtrt.verify.checked import CheckedGraphs, GraphRunError
 from admtrt.verify.inputs import BATCHES, Inputs, chosen_steps, samplers, step_batches
 from admtrt.verify.reference import Reference
@@ -31,11 +31,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
-    from admtrt.schedule.sampler import SamplerConfig
     from admtrt.contract import GraphName
     from admtrt.models.checkpoint import LoadedNetwork
     from admtrt.runtime.backends.auto import Choice
     from admtrt.runtime.slots import Images, Labels, Slots
+    from admtrt.schedule.sampler import SamplerConfig
 
     Record = Callable[[GraphName, Mapping[str, Any], Mapping[str, Images]], None]
 
@@ -81,7 +81,7 @@ def verify_bundle(
     seeds = list(consecutive_seeds(seed, max(BATCHES)))
     reference = Reference(unet, classifier)
     # Both sides are as long then, even where the manifest tells of another process.
-    longest = min(bundle.manifest.diffusion.steps, reference.diffusion.steps)
+    longest = min(bundle.manifest.discrete("verification").steps, reference.diffusion.steps)
     steps = min(_STEPS, longest) if steps is None else steps
     retained_timesteps(longest, str(steps))  # refuses an impossible number now
     report("sessions")
@@ -214,7 +214,7 @@ class _Comparison:
                 x = self.inputs.noisy_images(process.alpha_bar[steps])
                 out = self.inputs.uniform(len(x), *self.inputs.out_shape)
                 grad, noise = self.inputs.normal(*x.shape), self.inputs.normal(*x.shape)
-                coefficients = schedule.coefficients[len(schedule) - 1 - steps]
+                coefficients = schedule.coefficients[len(schedule) - 1 - steps, : len(UPDATE)]
                 x_prev, x_0 = self.reference.update(sampler, x, out, grad, noise, steps.tolist())
                 feeds = {"x": x, "out": out, "grad": grad, "noise": noise, "coefficients": coefficients}
                 expected = {"x_prev": x_prev, "pred_x0": x_0}

@@ -10,13 +10,13 @@ from bundles import CLASSIFIER, SAMPLER, UNET, exported_bundle, network, pipelin
 
 from admtrt import Pipeline as PublicPipeline
 from admtrt.config import DiffusionConfig
-from admtrt.schedule.sampler import SamplerConfig
 from admtrt.contract import GraphName
 from admtrt.models.diffusion import Diffusion
 from admtrt.runtime.pipeline import Pipeline, Samples, Step
 from admtrt.runtime.sampler import Denoiser, advance
 from admtrt.runtime.slots import Slots, slots_for
 from admtrt.schedule.process import process_from_config
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import sampling_schedule
 
 SEEDS = [11, 5, 2**64 - 1, 0, 7, 3, 2, 99, 1, 4, 6, 8, 2**32, 13, 14, 15, 16]

@@ -15,7 +15,8 @@ from torch import nn
 from admtrt.config import UNetConfig
 from admtrt.export.check import rtx_parser_errors
 from admtrt.export.gradient import export_input_gradient
-from admtrt.export.graphs import unet_graph, update_graph
+from admtrt.export.graphs import unet_graph
+from admtrt.export.small_graphs import update_graph
 from admtrt.export.write import write_graph
 from admtrt.models.unet import UNet
 

@@ -66,7 +66,7 @@ def fake(path: Path, **fields: Any) -> Pipeline:
     classifier = fields.pop("classifier", CLASSIFIER)
     if classifier is not None:
         classifier = classifier.model_copy(update={"image_size": changed.image_size})
-    return Pipeline(sham_bundle(path, unet=changed, classifier=classifier, **fields), Fake())
+    return Pipeline(sham_bundle(path, network=changed, classifier=classifier, **fields), Fake())
 
 
 def denoiser(of: Pipeline) -> Fake:

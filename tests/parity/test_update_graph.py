@@ -9,14 +9,15 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 import torch
-from schedules import step_coefficients
 from goldens import relative_error
 from onnx_graphs import op_types, proto, run, session
+from schedules import step_coefficients
 
 from admtrt.config import DiffusionConfig, UNetConfig
 from admtrt.contract import update_spec
 from admtrt.export.check import check_graph
-from admtrt.export.graphs import EXAMPLE_BATCH, update_graph
+from admtrt.export.graphs import EXAMPLE_BATCH
+from admtrt.export.small_graphs import update_graph
 from admtrt.export.write import write_graph
 from admtrt.models.diffusion import Diffusion
 from admtrt.schedule.process import process_from_config
@@ -76,7 +77,7 @@ def reference(
 def test_equals_the_papers(mean_type: Any, variance_type: Any, kind: str, clip: bool) -> None:
     config = DiffusionConfig(mean_type=mean_type, variance_type=variance_type)
     sampler = SamplerConfig(steps=STEPS, scale=2.5, clip=clip, **SAMPLERS[kind])
-    coefficients = step_coefficients(config, process_from_config(config, STEPS), sampler)
+    coefficients = step_coefficients(config, sampler)
     steps = [0, 1, 10, 19]
     feeds = tensors(len(steps), learn_sigma=config.learns_sigma)
     out = run(graph(config.learns_sigma), **feeds, coefficients=coefficients[steps])
@@ -98,9 +99,7 @@ def test_samples_of_different_samplers_share_a_batch() -> None:
         (SamplerConfig(steps="20", scale=-2.0), 0),
     ]
     feeds = tensors(len(rows), learn_sigma=True)
-    coefficients = np.stack(
-        [step_coefficients(config, process_from_config(config, s.steps), s)[step] for s, step in rows]
-    )
+    coefficients = np.stack([step_coefficients(config, s)[step] for s, step in rows])
     out = run(graph(True), **feeds, coefficients=coefficients)
     for index, (sampler, step) in enumerate(rows):
         row = {name: tensor[index : index + 1] for name, tensor in feeds.items()}

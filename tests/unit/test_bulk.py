@@ -234,7 +234,7 @@ def test_another_bundles_shards_are_refused(pipeline: Pipeline, tmp_path: Path) 
 
 def test_other_small_images_are_refused(tmp_path: Path) -> None:
     unet = UNET.model_copy(update={"low_res_size": 4})
-    bundle = sham_bundle(tmp_path / "bundle", unet=unet, classifier=None, class_names=())
+    bundle = sham_bundle(tmp_path / "bundle", network=unet, classifier=None, class_names=())
     pipeline = Pipeline(bundle, Echo())
     plain = {"labels": None, "sampler": SamplerConfig(steps="3", scale=0.0)}
     images = np.zeros((10, 4, 4, 1), np.uint8)

@@ -47,13 +47,13 @@ def plain(tmp_path: Path) -> Pipeline:
 @pytest.fixture
 def conditional(tmp_path: Path) -> Pipeline:
     unet = UNET.model_copy(update={"num_classes": 3})
-    return sham(tmp_path, unet=unet, classifier=None, class_names=())
+    return sham(tmp_path, network=unet, classifier=None, class_names=())
 
 
 @pytest.fixture
 def upsampler(tmp_path: Path) -> Pipeline:
     unet = UNET.model_copy(update={"low_res_size": 4})
-    return sham(tmp_path, unet=unet, classifier=None, class_names=())
+    return sham(tmp_path, network=unet, classifier=None, class_names=())
 
 
 def refusal(pipeline: Pipeline, **request: Any) -> RequestError:
@@ -225,7 +225,7 @@ def test_a_name_that_looks_like_a_number_is_a_name(tmp_path: Path) -> None:
 def test_two_stages_take_names_and_numbers_too(guided: Pipeline, tmp_path: Path) -> None:
     """The second stage's bundle may know the classes by number alone."""
     unet = UNET.model_copy(update={"image_size": 16, "low_res_size": 8, "num_classes": 3})
-    high = sham(tmp_path / "high", unet=unet, classifier=None, class_names=())
+    high = sham(tmp_path / "high", network=unet, classifier=None, class_names=())
     totals: list[int] = []
     drawn = TwoStage(guided, high)(
         ["cat", 1], steps=2, upsample_steps=3, callback=lambda step: totals.append(step.total)

@@ -10,10 +10,10 @@ import pytest
 from bundles import CLASSIFIER, SAMPLER, UNET, sham_bundle
 
 from admtrt.config import DiffusionConfig
-from admtrt.schedule.sampler import SamplerConfig
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import advance, draw_noise, hold, step_inputs
 from admtrt.runtime.slots import Slots, slots_for
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import UPDATE, sampling_schedule
 
 if TYPE_CHECKING:

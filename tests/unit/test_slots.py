@@ -9,10 +9,10 @@ import pytest
 from bundles import CLASSIFIER, SAMPLER, UNET, pipeline
 
 from admtrt.config import DiffusionConfig
-from admtrt.schedule.sampler import SamplerConfig
 from admtrt.runtime.noise import initial_noise
 from admtrt.runtime.sampler import advance, hold
 from admtrt.runtime.slots import Slots, slots_for
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import sampling_schedule
 
 GUIDED = sampling_schedule(DiffusionConfig(), SAMPLER)

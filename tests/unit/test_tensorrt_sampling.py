@@ -14,11 +14,11 @@ from engine_rig import Rig
 from graph_calls import gradient, unet_out
 
 from admtrt.config import DiffusionConfig
-from admtrt.schedule.sampler import SamplerConfig
 from admtrt.errors import RequestError
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import advance, hold
 from admtrt.runtime.slots import Slots, slots_for
+from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 import training_runs
-from schedules import step_coefficients
 from PIL import Image
+from schedules import step_coefficients
 from torch.nn import functional as F
 from training_runs import in_python, lines, run, tiny_config, weights
 
@@ -365,7 +365,7 @@ def test_the_torch_denoiser_steps_as_the_papers_say(variance, mean, sampler):
     x, value, v, noise, grad = (torch.randn(4, 1, 4, 4, generator=rng) for _ in range(5))
     out = torch.cat([value, v.tanh()], dim=1) if config.learns_sigma else value
     expected = Diffusion(config, process).sample_step(out, x, step, noise, grad, settings)
-    coefficients = step_coefficients(config, process, settings)[step.numpy()]
+    coefficients = step_coefficients(config, settings)[step.numpy()]
     denoiser = TorchDenoiser(torch.nn.Identity())
     given = {"x": x, "out": out, "grad": grad, "noise": noise}
     feeds = {name: tensor.numpy() for name, tensor in given.items()}

@@ -80,8 +80,8 @@ def _weights(
     """Weights of one step: of the state, and of the predictions, the newest first.
 
     Returns:
-        The state's weight; those of the predictions in the predicted and in the corrected state; and that of the
-        prediction at ``to`` in the corrected one.
+        The state's weight; those of the predictions in the predicted and in the corrected state; and that of
+        the prediction at ``to`` in the corrected one.
     """
     import numpy as np
 
