@@ -391,7 +391,7 @@ def _set_values(config: Config) -> dict[str, Any]:
         if isinstance(value, Config):
             data[name] = _set_values(value)
         elif value is None and field.default is None:
-            del data[name]
+            data.pop(name, None)
     return data
 
 

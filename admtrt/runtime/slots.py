@@ -177,7 +177,7 @@ def _first_states(
     images: Images | None,
     stage: int,
 ) -> Images:
-    """What the networks are given first: x_T, and an image and the noise of churn where schedules have them."""
+    """What the networks are given first: x_T, with an image or the noise of churn where schedules ask."""
     column = (-1, *[1] * (x_T.ndim - 1))
     scale, signal, noise = (
         np.array([getattr(schedule, f"init_{name}") for schedule in schedules], np.float32)

@@ -10,7 +10,7 @@ import pytest
 from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig, load_config, save_config
 from admtrt.errors import ConfigError, OutputError
 from admtrt.run_config import DataConfig, RunConfig, TrainingConfig
-from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.sampler import SamplerConfig, with_choices
 
 SMALL = {
     "image_size": 8,
@@ -55,7 +55,7 @@ def changed(cls: type[Config], **changes: Any) -> Config:
             {**RUN, "train_classifier": {"batchsize": 1}},
             "unknown key 'train_classifier.batchsize'; did you mean 'batch_size'?",
         ),
-        (DiffusionConfig, {"xyz": 1}, "unknown key 'xyz' (known: mean_type, rescale_timesteps, schedule, "),
+        (DiffusionConfig, {"xyz": 1}, "unknown key 'xyz' (known: kind, mean_type, rescale_timesteps, schedule, "),
     ],
 )
 def test_unknown_keys_name_the_nearest(cls: type[Config], data: Any, expected: str) -> None:
@@ -280,14 +280,24 @@ def test_derived_values() -> None:
 
 def test_choices_of_a_sampler() -> None:
     ddim = SamplerConfig(method="ddim", steps="ddim25", eta=0.5, scale=3.0)
-    methods = [ddim.with_choices(steps=text).method for text in ("ddim50", " ddim50", "250", "")]
+    process = DiffusionConfig()
+
+    def chosen(sampler: SamplerConfig, **choices: Any) -> SamplerConfig:
+        return with_choices(sampler, process, choices)
+
+    methods = [chosen(ddim, steps=text).method for text in ("ddim50", " ddim50", "250", "")]
     assert methods == ["ddim", "ddim", "ddpm", "ddpm"]
-    assert ddim.with_choices() == ddim
-    assert ddim.with_choices(steps="250") == SamplerConfig(steps="250", scale=3.0)
-    assert ddim.with_choices(steps="50", method="ddim").eta == 0.5
-    assert SamplerConfig().with_choices(method="ddim", eta=0.7).eta == 0.7
+    assert chosen(ddim) == ddim
+    assert chosen(ddim, method="auto", steps="50") == ddim.model_copy(update={"steps": "50"})
+    assert chosen(ddim, steps="250") == SamplerConfig(steps="250", scale=3.0)
+    assert chosen(ddim, steps="50", method="ddim").eta == 0.5
+    assert chosen(SamplerConfig(), method="ddim", eta=0.7).eta == 0.7
+    assert chosen(ddim, method="unipc") == SamplerConfig(method="unipc", steps="10", scale=3.0)
+    fast = SamplerConfig(method="dpmpp", steps="12", order=3)
+    assert chosen(fast, method="unipc") == SamplerConfig(method="unipc", steps="12")
+    assert chosen(fast, steps="10") == SamplerConfig(steps="10")
     with pytest.raises(ConfigError, match="eta belongs to ddim"):
-        ddim.with_choices(method="ddpm", eta=0.7)
+        chosen(ddim, method="ddpm", eta=0.7)
 
 
 def test_configurations_are_immutable_and_hashable() -> None:

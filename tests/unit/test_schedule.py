@@ -238,7 +238,6 @@ def test_unclipped_means_no_bound_below_the_largest_float(sampler: SamplerConfig
 @pytest.mark.parametrize("sampler", METHODS)
 def test_guidance_is_linear_in_the_scale_and_nothing_else_is_touched(sampler: SamplerConfig) -> None:
     config = DiffusionConfig()
-    process = process_from_config(config, "10")
     rows, doubled, none = (
         step_coefficients(config, sampler.model_copy(update={"scale": scale, "steps": "10"}))
         for scale in (3.0, 6.0, 0.0)
