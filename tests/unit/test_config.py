@@ -55,7 +55,7 @@ def changed(cls: type[Config], **changes: Any) -> Config:
             {**RUN, "train_classifier": {"batchsize": 1}},
             "unknown key 'train_classifier.batchsize'; did you mean 'batch_size'?",
         ),
-        (DiffusionConfig, {"xyz": 1}, "unknown key 'xyz' (known: kind, mean_type, rescale_timesteps, schedule, "),
+        (DiffusionConfig, {"xyz": 1}, "unknown key 'xyz' (known: kind, mean_type, rescale_timesteps, "),
     ],
 )
 def test_unknown_keys_name_the_nearest(cls: type[Config], data: Any, expected: str) -> None:
