@@ -198,17 +198,13 @@ def _given_config(
     )
 
 
-def recommended_sampler(
-    checkpoint: CheckpointConfig, *, method: str | None, steps: str | None, scale: float | None
-) -> SamplerConfig:
+def recommended_sampler(checkpoint: CheckpointConfig, choices: Mapping[str, Any]) -> SamplerConfig:
     """The sampler that a generator's checkpoint recommends, with some choices replaced.
 
     Raises:
         ConfigError: if the result is impossible.
         RequestError: if the checkpoint's process cannot be respaced so.
     """
-    sampler = with_choices(
-        checkpoint.sampler, checkpoint.diffusion, {"method": method, "steps": steps, "scale": scale}
-    )
+    sampler = with_choices(checkpoint.sampler, checkpoint.diffusion, choices)
     sampling_schedule(checkpoint.diffusion, sampler)  # refuses an impossible one now
     return sampler

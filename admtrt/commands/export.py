@@ -16,6 +16,7 @@ from admtrt.commands.options import (
     steps_option,
 )
 from admtrt.commands.requirements import require
+from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
 from admtrt.console import Output, table
 from admtrt.errors import RequestError
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from admtrt.export.precision import Island
 
 
+@takes_solver_options
 def export(
     unet: Annotated[Path, typer.Argument(help="Checkpoint of the UNet or upsampler (.safetensors or .pt).")],
     out: Annotated[Path, typer.Option(help="Directory of the bundle to write.")],
@@ -38,7 +40,7 @@ def export(
     config: SettingsFile = None,
     unet_set: UnetSet = None,
     classifier_set: ClassifierSet = None,
-    method: Annotated[str | None, typer.Option(help="Recommended sampler: ddpm or ddim.")] = None,
+    method: Annotated[str | None, method_option("Recommended solver")] = None,
     steps: Annotated[str | None, steps_option("Recommended steps, e.g. 250 or ddim25.")] = None,
     scale: Annotated[float | None, typer.Option(help="Recommended guidance scale.")] = None,
     engine: Annotated[
@@ -59,6 +61,8 @@ def export(
         bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    *,
+    solver_options: SolverOptions,
 ) -> None:
     """Export a UNet and the input gradient of its classifier as ONNX graphs, packed as a bundle."""
     require("torch", "onnx", "onnxscript", "safetensors", extra="export", purpose="Exporting")
@@ -77,7 +81,8 @@ def export(
         classifier_set=classifier_set or (),
         note=output.note,
     )
-    sampler = recommended_sampler(generator.config, method=method, steps=steps, scale=scale)
+    choices = {"method": method, "steps": steps, "scale": scale, **solver_options}
+    sampler = recommended_sampler(generator.config, choices)
     if scale and guide is None:
         raise RequestError(f"--scale {scale:g} recommends guidance without a --classifier")
     bundle = bundle_from_checkpoints(

@@ -11,6 +11,7 @@ import typer
 
 from admtrt.commands.choices import Choices
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
+from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
 from admtrt.console import Output, progress
 from admtrt.errors import RequestError
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 _FORMATS = ("npz", "png", "grid")
 
 
+@takes_solver_options
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     out: Annotated[Path, typer.Option(help="Directory of the run; a run that was cut off continues there.")],
@@ -44,10 +46,12 @@ def sample(
         typer.Option(help="Classes by number or name, e.g. 0,3,7; or with counts, e.g. 0:10,3:5."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the first sample; each further one has the next.")] = 0,
-    steps: Annotated[str | None, steps_option("E.g. 250, ddim25 or 90,60,60,20,20.")] = None,
-    method: Annotated[str | None, typer.Option(help="ddpm or ddim; ddim where steps is ddimN.")] = None,
+    steps: Annotated[
+        str | None,
+        steps_option("Of ddpm and ddim, e.g. 250, ddim25 or 90,60,60,20,20; of others, evaluations."),
+    ] = None,
+    method: Annotated[str | None, method_option("Solver")] = None,
     scale: Annotated[float | None, typer.Option(help="Guidance scale; 0 = unguided.")] = None,
-    eta: Annotated[float | None, typer.Option(help="Noise of ddim, 0 to 1.")] = None,
     clip: Annotated[bool | None, typer.Option("--clip/--no-clip", help="Bound x_0 to [-1, 1].")] = None,
     guidance_interval: Annotated[
         str | None,
@@ -86,6 +90,8 @@ def sample(
     threads: Threads = None,
     cache: PlanFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+    *,
+    solver_options: SolverOptions,
 ) -> None:
     """Draw guided or unguided samples from a bundle, without PyTorch."""
     from admtrt.bundle import Bundle
@@ -100,8 +106,6 @@ def sample(
         raise RequestError(
             "--upsample-steps and --upsample-scale belong to a second stage", hint="Name it with --upsample."
         )
-    if method not in (None, "ddpm", "ddim"):
-        raise RequestError(f"method {method!r} is unknown; expected ddpm or ddim")
     interval = None if guidance_interval is None else _interval(guidance_interval)
     choices = Choices(output)
 
@@ -129,7 +133,7 @@ def sample(
         steps=steps,
         method=method,
         scale=scale,
-        eta=eta,
+        **solver_options,
         clip=clip,
         guidance_interval=interval,
     )

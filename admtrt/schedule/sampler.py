@@ -21,13 +21,12 @@ from admtrt.schedule.options import (
     Variant,
 )
 from admtrt.schedule.solvers import SOLVERS, solver_named
-from admtrt.schedule.solvers.registry import takers
+from admtrt.schedule.solvers.registry import AUTO, takers
 
 if TYPE_CHECKING:
-    from admtrt.config import DiffusionConfig
+    from collections.abc import Mapping
 
-AUTO = "auto"
-"""The method that a bundle recommends."""
+    from admtrt.config import DiffusionConfig
 
 
 class SamplerConfig(Config):
@@ -165,7 +164,7 @@ class SamplerChoices(TypedDict, total=False):
 
 
 def with_choices(
-    sampler: SamplerConfig, process: DiffusionConfig | EdmConfig, choices: SamplerChoices
+    sampler: SamplerConfig, process: DiffusionConfig | EdmConfig, choices: SamplerChoices | Mapping[str, Any]
 ) -> SamplerConfig:
     """A recommended sampler with each choice that is not None in place of its own.
 

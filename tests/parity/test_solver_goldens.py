@@ -33,7 +33,7 @@ from admtrt.schedule.solvers import SOLVERS
 from admtrt.schedule.table import UPDATE_FULL, float64_table
 
 PATH = 4e-4
-"""Of a sample's largest probe: errors grow on the way where a threshold cuts, and shrink again towards the end."""
+"""Of a sample's largest probe: errors grow where a threshold cuts, and shrink towards the end."""
 LABELS = np.array(META["labels"], dtype=np.int64)
 DISCRETE = [name for name in OFFERED if CASES[name]["family"] != "consistency"]
 CONTINUOUS = [name for name in OFFERED if CASES[name]["family"] == "consistency"]

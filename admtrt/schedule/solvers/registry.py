@@ -63,6 +63,8 @@ class Solver:
     default_steps: str = "10"
 
 
+AUTO = "auto"
+"""The method that a bundle recommends."""
 SOLVERS: dict[str, Solver] = {}
 """Every solver by name."""
 
