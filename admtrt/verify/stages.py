@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, Literal
+import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from admtrt.contract import bundle_specs
 from admtrt.errors import BundleError, CheckpointError
@@ -18,9 +18,10 @@ from admtrt.runtime.sampler import Slots, advance, start_slots
 from admtrt.schedule import process_from_config, retained_timesteps, sampling_schedule
 from admtrt.verify.checked import CheckedGraphs, GraphRunError
 from admtrt.verify.inputs import BATCHES, Inputs, chosen_steps, samplers, step_batches
+from admtrt.verify.judged import Judged, float64_sides
 from admtrt.verify.reference import Reference
 from admtrt.verify.report import Place, Row, Tally, VerificationReport, sample_errors
-from admtrt.verify.tolerances import TOLERANCES, amplifies, judged_by_float64
+from admtrt.verify.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from admtrt.models.checkpoint import LoadedNetwork
     from admtrt.runtime.backends.auto import Choice
     from admtrt.runtime.sampler import Images, Labels
+    from admtrt.verify.inputs import Conditioning
 
     Record = Callable[[GraphName, Mapping[str, Any], Mapping[str, Images]], None]
 
@@ -96,11 +98,15 @@ def verify_bundle(
         )
     except BundleError as error:
         return VerificationReport(str(bundle.path), (Row("build", sessions, "build", detail=error.message),))
-    truth = None
-    if amplifies(process_from_config(reference.diffusion, str(steps))):
+
+    @functools.cache
+    def float64() -> list[Reference]:
         report("networks in float64")
-        truth = Reference(unet, classifier, torch.float64)
-    comparison = _Comparison(bundle, CheckedGraphs(denoiser, bundle), reference, truth, steps, seeds, record)
+        return float64_sides(unet, classifier, reference)
+
+    comparison = _Comparison(
+        bundle, CheckedGraphs(denoiser, bundle), reference, float64, steps, seeds, record
+    )
     rows = [Row("build", sessions, "pass"), comparison.manifest_row()]
     report("graphs")
     rows += [*comparison.unet_rows(), *comparison.classifier_rows(), *comparison.update_rows()]
@@ -139,7 +145,7 @@ class _Comparison:
         bundle: Bundle,
         graphs: CheckedGraphs,
         reference: Reference,
-        truth: Reference | None,
+        float64: Callable[[], list[Reference]],
         steps: int,
         seeds: list[int],
         record: Record | None,
@@ -147,7 +153,7 @@ class _Comparison:
         self.manifest = bundle.manifest
         self.graphs = graphs
         self.reference = reference
-        self.truth = truth
+        self.float64 = float64
         self.steps = steps
         self.seeds = seeds
         self.record = record
@@ -224,7 +230,7 @@ class _Comparison:
         for name, sampler in self._network_samplers().items():
             schedule = sampling_schedule(self.manifest.diffusion, sampler)
             process = self.reference.diffusion_for(sampler).process
-            judged = self._judged("step", f"{name}: x_prev")
+            judged = Judged("step", f"{name}: x_prev")
             for shift, step in enumerate(chosen_steps(len(process))):
                 given = self.inputs.conditioning(count, shift)
                 slots = Slots(
@@ -236,14 +242,13 @@ class _Comparison:
                     guide_y=given.guide_y,
                     low_res=given.low_res,
                 )
-                expected = [
-                    side.step(sampler, slots.x, self._noise(step), step, given) for side in self._sides
-                ]
+                (expected,) = self._states(self.reference, sampler, slots.x, [step], given)
+                float64 = self._float64_states(sampler, slots.x, [step], given)
                 places = _places(np.repeat(process.model_t[step], count), self.inputs.labels(count, shift))
                 with _noted(judged.tally):
                     advance(slots, self.graphs)
-                    judged.add(slots.x, expected, places)
-            rows.append(judged.tally.row())
+                    judged.add(slots.x, expected, functools.partial(float64, step), places)
+            rows.append(judged.row())
         return rows
 
     def trajectories(self) -> tuple[dict[str, tuple[float, ...]], list[Row]]:
@@ -258,8 +263,8 @@ class _Comparison:
         """Rows of one trajectory; the largest error after each step is appended to ``drift``."""
         schedule = sampling_schedule(self.manifest.diffusion, sampler)
         process = self.reference.diffusion_for(sampler).process
-        each = self._judged("trajectory", f"{name}: x_t of every step")
-        final = self._judged("trajectory", f"{name}: final x_0")
+        each = Judged("trajectory", f"{name}: x_t of every step")
+        final = Judged("trajectory", f"{name}: final x_0")
         image = Tally("image", f"{name}: uint8 levels", TOLERANCES["image"])
         count = len(self.seeds)
         given, labels = self.inputs.conditioning(count), self.inputs.labels(count)
@@ -271,19 +276,42 @@ class _Comparison:
             guide_y=given.guide_y,
             low_res=given.low_res,
         )
-        x = [slots.x for _ in self._sides]
+        steps = range(len(process))[::-1]
+        expected = self._states(self.reference, sampler, slots.x, steps, given)
+        float64 = self._float64_states(sampler, slots.x, steps, given)
         with _noted(each.tally, final.tally, image):
-            for step in reversed(range(len(process))):
+            for step, x in zip(steps, expected, strict=True):
                 advance(slots, self.graphs)
-                x = [
-                    side.step(sampler, state, self._noise(step), step, given)
-                    for side, state in zip(self._sides, x, strict=True)
-                ]
-                drift.append(each.add(slots.x, x, _places(np.repeat(process.model_t[step], count), labels)))
-            places = _places(np.repeat(process.model_t[0], count), labels)
-            final.add(slots.x, x, places)
-            image.add(_level_errors(slots.x, x[0]), places)
-        return [each.tally.row(), final.tally.row(), image.row()]
+                places = _places(np.repeat(process.model_t[step], count), labels)
+                drift.append(each.add(slots.x, x, functools.partial(float64, step), places))
+            final.add(slots.x, x, functools.partial(float64, step), places)
+            image.add(_level_errors(slots.x, x), places)
+        return [each.row(), final.row(), image.row()]
+
+    def _states(
+        self, side: Reference, sampler: SamplerConfig, x: Images, steps: Sequence[int], given: Conditioning
+    ) -> Iterator[Images]:
+        """What one side makes of x after each of these steps."""
+        for step in steps:
+            x = side.step(sampler, x, self._noise(step), step, given)
+            yield x
+
+    def _float64_states(
+        self, sampler: SamplerConfig, x: Images, steps: Sequence[int], given: Conditioning
+    ) -> Callable[[int], Sequence[Images]]:
+        """What the float64 sides make of x, after any of the steps; to be asked in their order."""
+
+        def states() -> Iterator[tuple[int, Sequence[Images]]]:
+            sides = [self._states(side, sampler, x, steps, given) for side in self.float64()]
+            yield from zip(steps, zip(*sides, strict=True), strict=True)
+
+        running = states()  # nothing is computed before it is asked for
+
+        @functools.lru_cache(maxsize=1)
+        def after(step: int) -> Sequence[Images]:
+            return next(found for reached, found in running if reached == step)
+
+        return after
 
     def _compare(
         self,
@@ -301,14 +329,6 @@ class _Comparison:
             for name, tally in tallies.items():
                 tally.add(sample_errors(outputs[name], expected[name]), places)
 
-    @property
-    def _sides(self) -> list[Reference]:
-        """PyTorch in float32, then in float64 where that is the judge."""
-        return [self.reference] if self.truth is None else [self.reference, self.truth]
-
-    def _judged(self, stage: Literal["step", "trajectory"], what: str) -> _Judged:
-        return _Judged(stage, what if self.truth is None else f"{what}, against float64")
-
     def _network_samplers(self) -> dict[str, SamplerConfig]:
         return samplers(self.manifest, self.steps, guided=self.manifest.classifier is not None)
 
@@ -317,25 +337,6 @@ class _Comparison:
 
     def _noise(self, step: int) -> Images:
         return step_noise(self.seeds, [step] * len(self.seeds), self.inputs.image_shape)
-
-
-class _Judged:
-    """A row whose reference is PyTorch, or PyTorch in float64 where the process amplifies rounding."""
-
-    def __init__(self, stage: Literal["step", "trajectory"], what: str) -> None:
-        self.tally = Tally(stage, what, TOLERANCES[stage])
-        self._stage = stage
-        self._own_error = 0.0
-
-    def add(self, actual: Images, expected: list[Images], places: Sequence[Place]) -> float:
-        """Take one batch and what each side says of it, the judge last; the largest error."""
-        *others, judge = expected
-        for other in others:
-            self._own_error = max(self._own_error, float(sample_errors(other, judge).max()))
-            self.tally.judge_by(judged_by_float64(self._stage, self._own_error))
-        errors = sample_errors(actual, judge)
-        self.tally.add(errors, places)
-        return float(errors.max())
 
 
 @contextlib.contextmanager
