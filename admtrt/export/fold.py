@@ -82,7 +82,8 @@ def fold_affine_into_conv(model: ir.Model) -> bool:
         gamma = gamma.reshape(-1, *[1] * (weight.ndim - 2))
         taps = weight.sum(axis=tuple(range(2, weight.ndim)))
         _replace_constant(model, conv, 1, weight * gamma)
-        _set_bias(model, conv, _bias(conv, len(weight)) + taps @ beta.reshape(-1))
+        # A sum, not a matrix product: libraries add those in an order of the processor's.
+        _set_bias(model, conv, _bias(conv, len(weight)) + (taps * beta.reshape(-1)).sum(axis=1))
         conv.replace_input_with(0, normalised)
         changed = True
     return changed

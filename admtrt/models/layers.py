@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from decimal import Context, Decimal
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -18,6 +20,20 @@ if TYPE_CHECKING:
 MAX_PERIOD = 10_000.0
 
 
+def embedding_frequencies(count: int) -> Tensor:
+    """``MAX_PERIOD ** (-i / count)``, float32 [count] on the CPU: the same bits on every machine.
+
+    The exponents are float32, as in the original that networks were trained with: products and quotients are
+    rounded correctly everywhere. The last bit of an exponential of PyTorch, NumPy or C depends on the
+    processor; Decimal's is rounded correctly by its specification.
+    """
+    exponents = np.float32(-math.log(MAX_PERIOD)) * np.arange(count, dtype=np.float32) / np.float32(count)
+    wide = Context(prec=30)
+    return torch.tensor(
+        [float(wide.exp(Decimal(e))) for e in exponents.tolist()], dtype=torch.float32, device="cpu"
+    )
+
+
 class TimestepEmbedding(nn.Module):
     """Sinusoidal embedding of (fractional) timesteps: [N] -> [N, dim], cosines first.
 
@@ -28,10 +44,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        half = dim // 2
         # Real even where a module is built on the meta device: no checkpoint would fill them in.
-        exponents = -math.log(MAX_PERIOD) * torch.arange(half, dtype=torch.float32, device="cpu") / half
-        self.register_buffer("frequencies", torch.exp(exponents), persistent=False)
+        self.register_buffer("frequencies", embedding_frequencies(dim // 2), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed ``t`` float32 [N]."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any, Literal
+import functools
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from admtrt.contract import bundle_specs
 from admtrt.errors import BundleError, CheckpointError
@@ -20,9 +20,10 @@ from admtrt.schedule.process import process_from_config, retained_timesteps
 from admtrt.schedule.table import UPDATE, sampling_schedule
 from admtrt.verify.checked import CheckedGraphs, GraphRunError
 from admtrt.verify.inputs import BATCHES, Inputs, chosen_steps, samplers, step_batches
+from admtrt.verify.judged import Judged, float64_sides
 from admtrt.verify.reference import Reference
 from admtrt.verify.report import Place, Row, Tally, VerificationReport, sample_errors
-from admtrt.verify.tolerances import TOLERANCES, amplifies, judged_by_float64
+from admtrt.verify.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -98,11 +99,15 @@ def verify_bundle(
         )
     except BundleError as error:
         return VerificationReport(str(bundle.path), (Row("build", sessions, "build", detail=error.message),))
-    truth = None
-    if amplifies(process_from_config(reference.diffusion, str(steps))):
+
+    @functools.cache
+    def float64() -> list[Reference]:
         report("networks in float64")
-        truth = Reference(unet, classifier, torch.float64)
-    comparison = _Comparison(bundle, CheckedGraphs(denoiser, bundle), reference, truth, steps, seeds, record)
+        return float64_sides(unet, classifier, reference)
+
+    comparison = _Comparison(
+        bundle, CheckedGraphs(denoiser, bundle), reference, float64, steps, seeds, record
+    )
     rows = [Row("build", sessions, "pass"), comparison.manifest_row()]
     report("graphs")
     rows += [*comparison.unet_rows(), *comparison.classifier_rows(), *comparison.update_rows()]
@@ -141,7 +146,7 @@ class _Comparison:
         bundle: Bundle,
         graphs: CheckedGraphs,
         reference: Reference,
-        truth: Reference | None,
+        float64: Callable[[], list[Reference]],
         steps: int,
         seeds: list[int],
         record: Record | None,
@@ -149,7 +154,7 @@ class _Comparison:
         self.manifest = bundle.manifest
         self.graphs = graphs
         self.reference = reference
-        self.truth = truth
+        self.float64 = float64
         self.steps = steps
         self.seeds = seeds
         self.record = record
@@ -229,16 +234,17 @@ class _Comparison:
         for name, sampler in self._network_samplers().items():
             schedule = sampling_schedule(self.manifest.diffusion, sampler)
             process = self.reference.diffusion_for(sampler).process
-            judged = self._judged("step", f"{name}: x_prev")
+            judged = Judged("step", f"{name}: x_prev")
             for shift, step in enumerate(chosen_steps(len(process))):
                 slots = self._slots(sampler, shift, np.repeat(process.alpha_bar[step], count))
                 slots.position[:] = len(schedule) - 1 - step
-                expected = [self._step(side, sampler, slots, slots.x, step) for side in self._sides]
+                (expected,) = self._states(self.reference, sampler, slots, [step])
+                float64 = self._float64_states(sampler, slots, [step])
                 places = _places(np.repeat(process.model_t[step], count), self.inputs.labels(count, shift))
                 with _noted(judged.tally):
                     advance(slots, self.graphs)
-                    judged.add(slots.x, expected, places)
-            rows.append(judged.tally.row())
+                    judged.add(slots.x, expected, functools.partial(float64, step), places)
+            rows.append(judged.row())
         return rows
 
     def trajectories(self) -> tuple[dict[str, tuple[float, ...]], list[Row]]:
@@ -252,25 +258,56 @@ class _Comparison:
     def _trajectory(self, name: str, sampler: SamplerConfig, drift: list[float]) -> list[Row]:
         """Rows of one trajectory; the largest error after each step is appended to ``drift``."""
         process = self.reference.diffusion_for(sampler).process
-        each = self._judged("trajectory", f"{name}: x_t of every step")
-        final = self._judged("trajectory", f"{name}: final x_0")
+        each = Judged("trajectory", f"{name}: x_t of every step")
+        final = Judged("trajectory", f"{name}: final x_0")
         image = Tally("image", f"{name}: uint8 levels", TOLERANCES["image"])
         count = len(self.seeds)
         labels = self.inputs.labels(count)
         slots = self._slots(sampler)
-        x = [slots.x for _ in self._sides]
+        steps = range(len(process))[::-1]
+        expected = self._states(self.reference, sampler, slots, steps)
+        float64 = self._float64_states(sampler, slots, steps)
         with _noted(each.tally, final.tally, image):
-            for step in reversed(range(len(process))):
+            for step, x in zip(steps, expected, strict=True):
                 advance(slots, self.graphs)
-                x = [
-                    self._step(side, sampler, slots, state, step)
-                    for side, state in zip(self._sides, x, strict=True)
-                ]
-                drift.append(each.add(slots.x, x, _places(np.repeat(process.model_t[step], count), labels)))
-            places = _places(np.repeat(process.model_t[0], count), labels)
-            final.add(slots.x, x, places)
-            image.add(_level_errors(slots.x, x[0]), places)
-        return [each.tally.row(), final.tally.row(), image.row()]
+                places = _places(np.repeat(process.model_t[step], count), labels)
+                drift.append(each.add(slots.x, x, functools.partial(float64, step), places))
+            final.add(slots.x, x, functools.partial(float64, step), places)
+            image.add(_level_errors(slots.x, x), places)
+        return [each.row(), final.row(), image.row()]
+
+    def _states(
+        self, side: Reference, sampler: SamplerConfig, slots: Slots, steps: Sequence[int]
+    ) -> Iterator[Images]:
+        """What one side makes of the slots as they are now, after each of these steps, with their noise."""
+        x, seeds, stage, conditions = slots.x, slots.seeds, slots.stage, slots.conditions
+
+        def states() -> Iterator[Images]:
+            state = x
+            for step in steps:
+                noise = step_noise(seeds, [step] * len(seeds), x.shape[1:], stage=stage)
+                state = side.step(sampler, state, noise, step, conditions)
+                yield state
+
+        return states()
+
+    def _float64_states(
+        self, sampler: SamplerConfig, slots: Slots, steps: Sequence[int]
+    ) -> Callable[[int], Sequence[Images]]:
+        """What the float64 sides make of the slots, after any of the steps; to be asked in their order."""
+        start = slots.take(range(len(slots)))
+
+        def states() -> Iterator[tuple[int, Sequence[Images]]]:
+            sides = [self._states(side, sampler, start, steps) for side in self.float64()]
+            yield from zip(steps, zip(*sides, strict=True), strict=True)
+
+        running = states()  # nothing is computed before it is asked for
+
+        @functools.lru_cache(maxsize=1)
+        def after(step: int) -> Sequence[Images]:
+            return next(found for reached, found in running if reached == step)
+
+        return after
 
     def _compare(
         self,
@@ -287,14 +324,6 @@ class _Comparison:
             outputs = self.graphs.run(graph, feeds)
             for name, tally in tallies.items():
                 tally.add(sample_errors(outputs[name], expected[name]), places)
-
-    @property
-    def _sides(self) -> list[Reference]:
-        """PyTorch in float32, then in float64 where that is the judge."""
-        return [self.reference] if self.truth is None else [self.reference, self.truth]
-
-    def _judged(self, stage: Literal["step", "trajectory"], what: str) -> _Judged:
-        return _Judged(stage, what if self.truth is None else f"{what}, against float64")
 
     def _network_samplers(self) -> dict[str, SamplerConfig]:
         return samplers(self.manifest, self.steps, guided=self.manifest.classifier is not None)
@@ -317,30 +346,6 @@ class _Comparison:
             guided=bool(sampler.scale),
             latents=None if alpha_bar is None else self.inputs.noisy_images(alpha_bar),
         )
-
-    def _step(self, side: Reference, sampler: SamplerConfig, slots: Slots, x: Images, step: int) -> Images:
-        """A side's step of the slots from ``x``, with their noise."""
-        noise = step_noise(slots.seeds, [step] * len(slots), x.shape[1:], stage=slots.stage)
-        return side.step(sampler, x, noise, step, slots.conditions)
-
-
-class _Judged:
-    """A row whose reference is PyTorch, or PyTorch in float64 where the process amplifies rounding."""
-
-    def __init__(self, stage: Literal["step", "trajectory"], what: str) -> None:
-        self.tally = Tally(stage, what, TOLERANCES[stage])
-        self._stage = stage
-        self._own_error = 0.0
-
-    def add(self, actual: Images, expected: list[Images], places: Sequence[Place]) -> float:
-        """Take one batch and what each side says of it, the judge last; the largest error."""
-        *others, judge = expected
-        for other in others:
-            self._own_error = max(self._own_error, float(sample_errors(other, judge).max()))
-            self.tally.judge_by(judged_by_float64(self._stage, self._own_error))
-        errors = sample_errors(actual, judge)
-        self.tally.add(errors, places)
-        return float(errors.max())
 
 
 @contextlib.contextmanager

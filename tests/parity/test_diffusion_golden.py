@@ -13,7 +13,7 @@ from schedules import step_coefficients
 from admtrt.config import DiffusionConfig
 from admtrt.models.classifier import log_prob_gradient
 from admtrt.models.diffusion import Diffusion
-from admtrt.schedule.process import betas, process_from_config, retained_timesteps
+from admtrt.schedule.process import Process, betas, process_from_config, retained_timesteps
 from admtrt.schedule.sampler import SamplerConfig
 from admtrt.training.losses import training_loss, variational_bound
 
@@ -35,9 +35,10 @@ def _name(entry: dict[str, Any]) -> str:
     return f"{entry['schedule']}.{entry['respacing']}.{entry['mode']}"
 
 
-def _tolerance(entry: dict[str, Any]) -> float:
-    # 1 / sqrt(alpha_bar) is 2e4 at t = 999 of the cosine schedule: thread count alone moves it 4e-3.
-    ill_conditioned = entry["schedule"] == "cosine" and entry["mode"].startswith("ddim")
+def _tolerance(entry: dict[str, Any], process: Process) -> float:
+    # 1 / sqrt(alpha_bar) is 2e4 at t = 999 of the cosine schedule: the thread count alone moves DDIM 4e-3
+    # there. Strided timesteps (ddim10) begin lower, where it is 6, and need no more than the others.
+    ill_conditioned = process.alpha_bar[-1] < 1e-6 and entry["mode"].startswith("ddim")
     return 2e-2 if ill_conditioned else 1e-4
 
 
@@ -72,9 +73,9 @@ def test_trajectory(entry: dict[str, Any], update: str) -> None:
         else:
             x = _fused(coefficients[index], x, out, gradient, noise)
         if f"{name}.step{index}" in GOLD:
-            assert relative_error(x, GOLD[f"{name}.step{index}"]) <= _tolerance(entry)
+            assert relative_error(x, GOLD[f"{name}.step{index}"]) <= _tolerance(entry, process)
             seen += 1
-    assert relative_error(x, GOLD[f"{name}.final"]) <= _tolerance(entry)
+    assert relative_error(x, GOLD[f"{name}.final"]) <= _tolerance(entry, process)
     assert seen == sum(key.startswith(f"{name}.step") for key in GOLD)
 
 

@@ -203,26 +203,53 @@ def test_class_conditional_with_classifier(classifier: LoadedNetwork, tmp_path: 
     assert report.passed, report.failures
 
 
-@pytest.fixture(scope="module")
-def unguided(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, LoadedNetwork]:
-    generator = network("unet", TINY, diffusion={"schedule": "cosine"}, scale=0.0)
+@pytest.fixture(scope="module", params=["linear", "cosine"])
+def unguided(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, LoadedNetwork]:
+    """Rounding of its outputs grows by 157 and 2e4 where a first step reaches far."""
+    section = TINY | {"image_size": 16, "in_channels": 3, "attention_resolutions": []}
+    generator = network("unet", section, diffusion={"schedule": request.param}, scale=0.0)
     path = tmp_path_factory.mktemp("unguided") / "bundle"
     return bundle_from_checkpoints(generator, None, path), generator
 
 
-def test_amplifying_process_is_judged_by_float64(unguided: tuple[Bundle, LoadedNetwork]) -> None:
-    report = run(*unguided, None, steps=10)
-    assert report.passed, report.failures
-    judged = [row for row in report.rows if row.stage in ("step", "trajectory")]
-    assert all(row.what.endswith("against float64") for row in judged)
+def test_amplified_rounding_is_judged_by_float64(unguided: tuple[Bundle, LoadedNetwork]) -> None:
+    """Bundles of both schedules are faithful, whatever the seed; one draw of rounding may exceed the bar."""
+    reports = [run(*unguided, None, steps=2, seed=seed) for seed in (0, 100, 200)]
+    assert not [row for report in reports for row in report.failures if row.stage != "image"]
+    if (
+        unguided[1].config.diffusion.schedule == "linear"
+    ):  # from 2e4 times rounding a pixel may move by levels
+        assert all(report.passed for report in reports)
+    rows = [row for report in reports for row in report.rows if row.stage in ("step", "trajectory")]
+    judged = [row for row in rows if row.what.endswith(", against float64")]
+    assert judged
     assert all(row.tolerance is not None and 1e-4 <= row.tolerance <= 2e-2 for row in judged)
+    assert all(row.tolerance == 1e-4 for row in rows if row not in judged)
 
 
-def test_altered_weight_fails_where_float64_judges(unguided: tuple[Bundle, LoadedNetwork]) -> None:
+def test_small_defect_fails_where_float64_judges(unguided: tuple[Bundle, LoadedNetwork]) -> None:
+    """An output moved by so little that the graph passes, which is still more than its rounding."""
+    bundle, generator = unguided
+    if generator.config.diffusion.schedule != "linear":
+        pytest.skip("clipping of x_0 leaves too few pixels to carry it")
+    module = copy.deepcopy(generator.module)
+    module.state_dict()["out.2.bias"][0] += 1e-4
+    report = run(bundle, LoadedNetwork(module, generator.config), None, steps=2)
+    assert not failed(report, "graph")
+    assert [what for what in failed(report, "step") if what.endswith(", against float64")]
+
+
+def test_float64_is_asked_only_where_the_bar_is_exceeded(
+    unguided: tuple[Bundle, LoadedNetwork],
+) -> None:
     bundle, generator = unguided
     module = copy.deepcopy(generator.module)
     module.state_dict()["input_blocks.0.0.weight"].flatten()[0] += 1e-2
-    report = run(bundle, LoadedNetwork(module, generator.config), None, steps=10)
+    stages: list[str] = []
+    report = run(bundle, LoadedNetwork(module, generator.config), None, steps=10, report=stages.append)
+    assert stages.count("networks in float64") == 1
     assert failed(report, "step")
     assert failed(report, "trajectory")
 
