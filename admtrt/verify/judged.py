@@ -13,12 +13,12 @@ from admtrt.verify.report import Place, Row, Tally, sample_errors
 from admtrt.verify.tolerances import AS_FAR_AS_PYTORCH, TOLERANCES, judged_by_float64
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
     from admtrt.models.checkpoint import LoadedNetwork
-    from admtrt.runtime.slots import Images, Labels
+    from admtrt.runtime.slots import Array, Images, Labels
 
 
 def float64_sides(
@@ -47,9 +47,9 @@ class _Moved(Reference):
         self._narrow = narrow
         self._factor = factor
 
-    def unet(self, x: Images, t: NDArray[np.float32], y: Labels | None, low_res: Images | None) -> Images:
+    def unet(self, x: Images, t: NDArray[np.float32], conditions: Mapping[str, Array]) -> Images:
         """See :class:`Reference`."""
-        return self._moved(*(side.unet(x, t, y, low_res) for side in (self._exact, self._narrow)))
+        return self._moved(*(side.unet(x, t, conditions) for side in (self._exact, self._narrow)))
 
     def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
         """See :class:`Reference`."""
