@@ -76,7 +76,7 @@ def step_inputs(slots: Slots) -> StepInputs:
             if any(schedule.stochastic[i] for schedule, i in rows)
             else None
         ),
-        full=any(schedule.full for schedule, _ in rows),
+        full=slots.full,
         dynamic=any(schedule.dynamic[i] for schedule, i in rows),
     )
 

@@ -69,6 +69,11 @@ class Slots:
         """Which samples have taken their last step, bool [N]."""
         return self.position >= np.array([len(schedule) for schedule in self.schedules])
 
+    @property
+    def full(self) -> bool:
+        """Whether any sample needs the graph ``update_full``."""
+        return any(schedule.full for schedule in self.schedules)
+
     def take(self, rows: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> Slots:
         """A copy of these rows, by index or mask, with everything that a sample carries."""
         chosen = np.arange(len(self))[rows]

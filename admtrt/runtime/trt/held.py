@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 from admtrt.runtime.sampler import draw_noise, step_inputs
-from admtrt.runtime.trt.lane import fill_rows
+from admtrt.runtime.trt.lane import StepKind, coefficients_of, fill_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,19 +25,32 @@ class _Stage:
     """Host memory for one step's inputs."""
 
     def __init__(self, device: CudaDevice, lane: Lane, stack: ExitStack) -> None:
-        self.t = stack.enter_context(lane.pinned("t"))
-        self.coefficients = stack.enter_context(lane.pinned("coefficients"))
-        self.noise = stack.enter_context(lane.pinned("noise"))
+        self.arrays = {key: stack.enter_context(lane.pinned(key)) for key in lane.step_inputs}
         self.read = stack.enter_context(device.event())  # the GPU has read it: it may be filled again
 
-    def fill(self, slots: Slots, inputs: StepInputs) -> StepInputs:
+    def fill(self, slots: Slots, inputs: StepInputs) -> _Filled:
         """Write a step's inputs, its noise drawn now; calls nothing of CUDA."""
-        fill_rows(self.t.array, inputs.t)
-        fill_rows(self.coefficients.array, inputs.coefficients)
+        kind = StepKind(guided=bool(inputs.guided.any()), full=inputs.full, dynamic=inputs.dynamic)
+        given: dict[Key, Array] = {"t": inputs.t}
+        if not kind.full:
+            given[coefficients_of("update")] = inputs.of_update
+        else:
+            given[coefficients_of("update_full")] = inputs.coefficients
+            if not kind.dynamic:
+                given["r"] = inputs.clip
         noise = draw_noise(slots, inputs)
         if noise is not None:
-            fill_rows(self.noise.array, noise)
-        return inputs
+            given["noise"] = noise
+        for key, rows in given.items():
+            fill_rows(self.arrays[key].array, rows)
+        return _Filled(kind, tuple(given))
+
+
+class _Filled(NamedTuple):
+    """What a stage holds: the kind of its step, and the arrays that were filled for it."""
+
+    kind: StepKind
+    keys: tuple[Key, ...]
 
 
 class HeldOnDevice:
@@ -53,7 +66,7 @@ class HeldOnDevice:
         self._device = device
         self._lane = lane
         self._taken = 0
-        self._pending: Future[StepInputs] | None = None
+        self._pending: Future[_Filled] | None = None
         self._fresh = True  # what the slots hold is what the GPU holds
 
     def __enter__(self) -> Self:
@@ -72,13 +85,11 @@ class HeldOnDevice:
         """See :class:`~admtrt.runtime.sampler.HeldSlots`."""
         slots, lane = self._slots, self._lane
         stage = self._stages[self._taken % _STAGES]
-        inputs = stage.fill(slots, step_inputs(slots)) if self._pending is None else self._pending.result()
-        lane.send("t", stage.t)
-        lane.send("coefficients", stage.coefficients)
-        if inputs.noise_steps is not None:
-            lane.send("noise", stage.noise)
+        filled = stage.fill(slots, step_inputs(slots)) if self._pending is None else self._pending.result()
+        for key in filled.keys:
+            lane.send(key, stage.arrays[key])
         lane.main.record(stage.read)
-        lane.step(guided=bool(inputs.guided.any()))
+        lane.step(filled.kind)
         slots.position += 1
         self._taken += 1
         self._fresh = False
@@ -93,6 +104,8 @@ class HeldOnDevice:
         if not self._fresh:
             slots = self._slots
             slots.x, slots.x_0 = self._lane.download(["x", "pred_x0"], len(slots))
+            if slots.full:
+                slots.saved, slots.h2 = self._lane.download(["saved", "h2"], len(slots))
             self._fresh = True
 
     def replace(self, rows: Sequence[int], slots: Slots) -> None:
@@ -107,6 +120,8 @@ class HeldOnDevice:
     def _upload(self) -> None:
         slots = self._slots
         arrays: dict[Key, Array] = {"x": slots.x}
+        if slots.full:
+            arrays |= {"saved": slots.saved, "h1": slots.x_0, "h2": slots.h2}
         for graph, given in slots.conditions.items():
             arrays |= {(graph, name): values for name, values in given.items()}
         self._lane.upload(arrays)

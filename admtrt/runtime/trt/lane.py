@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,15 +18,33 @@ if TYPE_CHECKING:
     Key = str | tuple[GraphName, str]
     """Of an array: a name that all graphs share, or a graph and its own tensor."""
 
-_ONE_FOR_ALL = ("x", "t", "out", "grad", "noise", "coefficients", "x_prev", "pred_x0")
+_ONE_FOR_ALL = (
+    "x", "t", "out", "grad", "noise", "saved", "h1", "h2", "r", "x_prev", "pred_x0", "saved_next"
+)  # fmt: skip
+_SAME_ROW: dict[GraphName, GraphName] = {"threshold": "update_full"}
+"""Graphs that take the coefficients of another."""
+
+
+class StepKind(NamedTuple):
+    """What a step runs besides the UNet.
+
+    Attributes:
+        guided: the classifier's gradient.
+        full: ``update_full`` with the solvers' memory in place of ``update``.
+        dynamic: ``threshold`` before it; else the thresholds are those that were sent.
+    """
+
+    guided: bool
+    full: bool
+    dynamic: bool
 
 
 class Lane:
     """One batch size.
 
     A step runs the classifier's gradient on a stream of its own beside the UNet, then the update, and puts
-    x_prev where x was. From the second step of a kind on it is one CUDA graph; where the library cannot be
-    captured, its work is enqueued every time.
+    x_prev where x was and the memory where it is read. From the second step of a kind on it is one CUDA graph;
+    where the library cannot be captured, its work is enqueued every time.
 
     Args:
         device: the GPU, which has to be the current one.
@@ -58,8 +76,8 @@ class Lane:
         self._may_capture = capture
         self._device = device
         self._sources = sources
-        self._graphs: dict[bool, Graph] = {}
-        self._warm: set[bool] = set()
+        self._graphs: dict[StepKind, Graph] = {}
+        self._warm: set[StepKind] = set()
         self._staging: dict[Key, PinnedArray] = {}
         self._arrays: dict[Key, DeviceArray] = {}
         self._bindings: dict[GraphName, Binding] = {}
@@ -87,6 +105,12 @@ class Lane:
                 }
                 self._bindings[graph] = engine.bind(batch, addresses, self.main)
             self._stack = stack.pop_all()
+
+    @property
+    def step_inputs(self) -> list[Key]:
+        """The arrays that a step is fed from the host, whatever its kind."""
+        fed: list[Key] = ["t", "noise", "r", *(coefficients_of(graph) for graph in ("update", "update_full"))]
+        return [key for key in fed if key in self._arrays]
 
     def pinned(self, key: Key) -> PinnedArray:
         """New host memory for an array of the lane, for the caller to give back."""
@@ -121,43 +145,48 @@ class Lane:
         outputs = self.download([_key(graph, tensor) for tensor in spec.outputs], count)
         return dict(zip([tensor.name for tensor in spec.outputs], outputs, strict=True))
 
-    def step(self, *, guided: bool) -> None:
+    def step(self, kind: StepKind) -> None:
         """Enqueue one step of all samples, x to x.
 
         Raises:
             EngineError: if the library refuses.
         """
-        if self._may_capture and guided in self._warm and guided not in self._graphs:
-            self._capture(guided=guided)
-        if guided in self._graphs:
-            self._graphs[guided].launch(self.main)
+        if self._may_capture and kind in self._warm and kind not in self._graphs:
+            self._capture(kind)
+        if kind in self._graphs:
+            self._graphs[kind].launch(self.main)
         else:
-            self._enqueue(guided=guided)
-            self._warm.add(guided)  # what the library prepares at a first run cannot be captured
+            self._enqueue(kind)
+            self._warm.add(kind)  # what the library prepares at a first run cannot be captured
 
-    def _enqueue(self, *, guided: bool) -> None:
+    def _enqueue(self, kind: StepKind) -> None:
         arrays, main = self._arrays, self.main
-        if guided:
+        if kind.guided:
             main.record(self._forked)
             self._side.wait(self._forked)
             self._bindings["classifier_gradient"].enqueue(self._side)
             self._side.record(self._joined)
         else:
-            arrays["grad"].clear(main)  # an old gradient times a weight of 0 is no 0 where it overflowed
+            arrays["grad"].clear(main)  # 0 * inf is NaN: clear a stale gradient
         self._bindings["unet"].enqueue(main)
-        if guided:
+        if kind.guided:
             main.wait(self._joined)
-        self._bindings["update"].enqueue(main)
+        if kind.dynamic:
+            self._bindings["threshold"].enqueue(main)
+        self._bindings["update_full" if kind.full else "update"].enqueue(main)
         arrays["x"].copy_from(arrays["x_prev"], main)
+        if kind.full:
+            for target, source in (("h2", "h1"), ("h1", "pred_x0"), ("saved", "saved_next")):
+                arrays[target].copy_from(arrays[source], main)
 
-    def _capture(self, *, guided: bool) -> None:
+    def _capture(self, kind: StepKind) -> None:
         self.main.sync()
         try:
-            graph = self.main.capture(lambda: self._enqueue(guided=guided))
+            graph = self.main.capture(lambda: self._enqueue(kind))
         except Exception as error:  # whatever cannot be captured still runs
             self._may_capture, self.capture_fault = False, str(error) or type(error).__name__
             return
-        self._graphs[guided] = self._stack.enter_context(graph)
+        self._graphs[kind] = self._stack.enter_context(graph)
 
     def _staged(self, key: Key) -> PinnedArray:
         if key not in self._staging:
@@ -181,5 +210,12 @@ def fill_rows(target: NDArray[Any], rows: NDArray[Any]) -> None:
     target[len(rows) :] = rows[-1:]
 
 
+def coefficients_of(graph: GraphName) -> Key:
+    """Key of the coefficients that a graph takes."""
+    return (_SAME_ROW.get(graph, graph), "coefficients")
+
+
 def _key(graph: GraphName, tensor: TensorSpec) -> Key:
+    if tensor.name == "coefficients":
+        return coefficients_of(graph)
     return tensor.name if tensor.name in _ONE_FOR_ALL else (graph, tensor.name)
