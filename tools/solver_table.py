@@ -4,11 +4,11 @@ admtrt demo --out OUT
 python tools/solver_table.py OUT/bundle > table.md
 python tools/solver_table.py fashion.bundle --config configs/fashion-mnist.toml --samples 200
 
-Every cell is accuracy in percent / diversity / distance in grey levels. Accuracy and diversity are those of the
-demo's judge, a support vector machine fitted on held-out images; read them together: too few evaluations
-over-guide, which raises the first and lowers the second. Distance is the root mean square from the guided ODE's
-converged solution of the same starts (2M, 100 evaluations); DDPM and SDE solvers follow no such path, so they have
-none.
+Every cell is accuracy in percent / diversity / distance in grey levels. Accuracy and diversity are those of
+the demo's judge, a support vector machine fitted on held-out images; read them together: too few evaluations
+over-guide, which raises the first and lowers the second. Distance is the root mean square from the converged
+solution of the guided ODE from the same starts (2M, 100 evaluations); DDPM and SDE solvers follow no such
+path, so they have none.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ class Lane:
     """One batch size.
 
     A step runs the classifier's gradient on a stream of its own beside the UNet, then the update, and puts
-    x_prev where x was and the memory where it is read. From the second step of a kind on it is one CUDA graph;
+    x_prev where x was and the memory where it is read. From the second step of a kind on it is a CUDA graph;
     where the library cannot be captured, its work is enqueued every time.
 
     Args:
@@ -109,7 +109,8 @@ class Lane:
     @property
     def step_inputs(self) -> list[Key]:
         """The arrays that a step is fed from the host, whatever its kind."""
-        fed: list[Key] = ["t", "noise", "r", *(coefficients_of(graph) for graph in ("update", "update_full"))]
+        rows = [coefficients_of(graph) for graph in ("update", "update_full")]
+        fed: list[Key] = ["t", "noise", "r", *rows]
         return [key for key in fed if key in self._arrays]
 
     def pinned(self, key: Key) -> PinnedArray:
