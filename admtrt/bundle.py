@@ -103,8 +103,9 @@ class Manifest(Config):
         """The recommended sampler, for people."""
         sampler = self.sampler
         interval = sampler.guidance_interval
+        steps = sampler.steps or len(sampling_schedule(self.diffusion, sampler.unguided))
         return (
-            f"{sampler.method}, steps {sampler.steps or 'all'}, scale {sampler.scale:g}"
+            f"{sampler.method}, steps {steps}, scale {sampler.scale:g}"
             + ("" if interval is None else f" at noise levels from {interval[0]:g} to {interval[1]:g}")
             + "".join(f", {name} {value}" for name, value in sampler.chosen_options.items())
             + ("" if sampler.clip else ", x_0 not clipped")

@@ -84,7 +84,7 @@ def refusal(pipeline: Pipeline, **request: Any) -> RequestError:
         ({"labels": [0], "steps": "1001"}, "cannot give 1001"),
         ({"labels": [0], "steps": "some"}, "'some' is not a positive whole number"),
         ({"labels": [0], "steps": "1"}, "keeps 1 of 1000 timesteps"),
-        ({"labels": [0], "method": "plms"}, "'method' is 'plms'; input should be 'ddpm' or 'ddim'"),
+        ({"labels": [0], "method": "plms"}, "'method': 'plms' is unknown; expected one of"),
         ({"labels": [0], "batch_size": 0}, "batch_size is 0; expected at least 1"),
         ({"labels": [0], "batch_size": -3}, "batch_size is -3"),
         ({"labels": [0], "low_res": np.zeros((1, 4, 4, 1), np.uint8)}, "is no upsampler"),

@@ -162,11 +162,11 @@ def test_inspect(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
         "18",
     ):
         assert part in shown
-    assert "recommended: ddpm, steps 5, scale 2; classes: 3; 3 files" in shown
+    assert "recommended: ddpm, steps 5, scale 2; classes: 3; 7 files" in shown
     assert run(["inspect", str(path), "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["bundle"] == str(path)
-    assert result["manifest"]["unet"] == UNET.to_dict()
+    assert result["manifest"]["network"] == UNET.to_dict()
 
 
 # --- classes and counts ---------------------------------------------------------------------------------

@@ -92,7 +92,7 @@ def solver_named(name: str) -> Solver:
     near = difflib.get_close_matches(name[:100], SOLVERS, n=1, cutoff=0.5)
     nearest = f"; did you mean '{near[0]}'?" if near else ""
     shown = name if len(name) <= 60 else f"{name[:57]}..."
-    raise ValueError(f"method '{shown}' is unknown; expected one of {', '.join(SOLVERS)}{nearest}")
+    raise ValueError(f"'{shown}' is unknown; expected one of {', '.join(SOLVERS)}{nearest}")
 
 
 def takers(option: str) -> str:
