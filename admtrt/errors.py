@@ -27,15 +27,17 @@ class AdmtrtError(Exception):
 
     Args:
         message: what came and what was expected.
-        hint: what to do next; shown on a line of its own.
+        hint: what to do next; a note of the exception, so that ``str`` is the message alone.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message if not hint else f"{message}\n{hint}")
+        super().__init__(message)
         self.message = message
         self.hint = hint
+        if hint:
+            self.add_note(hint)
 
 
 class UserError(AdmtrtError):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from admtrt.errors import EngineError, PlanError, RequestError
 from admtrt.runtime.backends.graphs import GraphDenoiser
-from admtrt.runtime.cuda import CudaDevice
+from admtrt.runtime.cuda import CudaDevice, at_exit
 from admtrt.runtime.engines.library import find_libraries
 from admtrt.runtime.engines.match import usable_plans
 from admtrt.runtime.engines.plans import PlanStore
@@ -97,7 +97,7 @@ class TensorRTDenoiser(GraphDenoiser):
         self._held = False
         self._unkept = False
         self._closing = weakref.finalize(
-            self, _close, self._device, self._lanes, self._engines, self._kernels
+            self, _close_at_last, self._device, self._lanes, self._engines, self._kernels
         )
 
     def __str__(self) -> str:
@@ -150,14 +150,19 @@ class TensorRTDenoiser(GraphDenoiser):
         self._padded(batch)
 
     def close(self) -> None:
-        """Give the GPU's memory back; done at the latest when the process ends."""
-        self._closing()
+        """Give the GPU's memory back; done at the latest when the process ends.
+
+        Raises:
+            EngineError: if the GPU has failed; what can be given back is given back.
+        """
+        if self._closing.detach() is not None:
+            _close(self._device, self._lanes, self._engines, self._kernels)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *fault: object) -> None:
+        at_exit(self.close)(*fault)
 
     def _lane(self, count: int) -> Lane:
         if self._held:
@@ -207,14 +212,25 @@ def _close(
     engines: dict[GraphName, Engine],
     kernels: dict[GraphName, KernelCache],
 ) -> None:
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(engines.clear)  # last, and with them the weights
+        for lane in lanes.values():
+            stack.push(at_exit(lane.close))
+        stack.callback(lanes.clear)
         device.activate()  # whoever drops the last reference may be another thread
         for cache in kernels.values():
             cache.keep()
-    finally:
-        while lanes:
-            lanes.popitem()[1].close()
-        engines.clear()  # and with them the weights
+
+
+def _close_at_last(
+    device: CudaDevice,
+    lanes: dict[int, Lane],
+    engines: dict[GraphName, Engine],
+    kernels: dict[GraphName, KernelCache],
+) -> None:
+    """Nobody is left who could hear of a fault; what used the GPU last has."""
+    with contextlib.suppress(Exception):
+        _close(device, lanes, engines, kernels)
 
 
 def _choose(
