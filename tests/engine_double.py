@@ -35,6 +35,7 @@ class Severity(IntEnum):
     INTERNAL_ERROR = 0
     ERROR = 1
     WARNING = 2
+    INFO = 3
 
 
 class DataType(IntEnum):
@@ -74,8 +75,19 @@ class DynamicShapesKernelSpecializationStrategy(IntEnum):
     EAGER = 1
 
 
+class EngineInvalidityDiagnostics(IntEnum):
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    OLD_CUDA_RUNTIME = 8
+    INSUFFICIENT_GPU_MEMORY = 16
+    MALFORMED_ENGINE = 32
+    CUDA_ERROR = 64
+
+
 class ILogger:
     ERROR = Severity.ERROR
+    INFO = Severity.INFO
 
     def log(self, severity: Severity, msg: str) -> None:
         raise NotImplementedError
@@ -143,10 +155,13 @@ class LeanRuntime(Runtime):
 
 class RtxRuntime(Runtime):
     rtx = True
+    diagnostics = 2
 
     def get_engine_validity(self, buffer: bytes) -> tuple[EngineValidity, int]:
-        valid = self.gpu.encode() in buffer
-        return (EngineValidity.VALID, 0) if valid else (EngineValidity.INVALID, 4)
+        if self.gpu.encode() in buffer:
+            return EngineValidity.VALID, 0
+        self.logger.log(Severity.INFO, "The engine was not built for this device.")
+        return EngineValidity.INVALID, self.diagnostics
 
 
 class Engine:
@@ -406,6 +421,7 @@ def engine_library(*, rtx: bool = False, version: str = "11.4.0.106") -> ModuleT
     only_rtx = {
         "CudaGraphStrategy": CudaGraphStrategy,
         "DynamicShapesKernelSpecializationStrategy": DynamicShapesKernelSpecializationStrategy,
+        "EngineInvalidityDiagnostics": EngineInvalidityDiagnostics,
         "EngineValidity": EngineValidity,
     }
     RtxRuntimeConfig.made = []

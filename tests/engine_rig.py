@@ -66,6 +66,9 @@ class Rig:
             patch.setitem(sys.modules, module, None)
         self.module.__spec__ = ModuleSpec(self.module.__name__, None)  # the registry asks for it
         patch.setitem(sys.modules, self.module.__name__, self.module)
+        patch.setattr(
+            "admtrt.runtime.trt.engine.require_start", lambda _: None
+        )  # no other process has the double
 
     def driver(self, patch: pytest.MonkeyPatch, driver: Driver) -> None:
         """What another driver would say of itself."""

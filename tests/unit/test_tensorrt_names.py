@@ -74,7 +74,8 @@ def test_engine_doubles_have_no_more_methods(double: str) -> None:
 @pytest.mark.parametrize(
     "name",
     [
-        "CudaGraphStrategy", "DataType", "DynamicShapesKernelSpecializationStrategy", "EngineValidity",
+        "CudaGraphStrategy", "DataType", "DynamicShapesKernelSpecializationStrategy",
+        "EngineInvalidityDiagnostics", "EngineValidity",
         "ExecutionContextAllocationStrategy", "LayerInformationFormat", "TensorIOMode",
     ],
 )  # fmt: skip

@@ -272,9 +272,10 @@ def _key(
     batch_size: int,
 ) -> str:
     """Everything that decides which backend is fastest."""
+    store = PlanStore.of(bundle, plans)
     facts = {
         "bundle": bundle.digest,
-        "plans": sorted(file.name for file in PlanStore.of(bundle, plans).root.glob("*.plan")),
+        "plans": sorted(record.plan.sha256 for record in store.records()[0] if not store.fault(record)),
         "processor": processor(),
         "cores": available_threads(),
         "gpus": _gpus(),

@@ -56,7 +56,7 @@ class TensorRTDenoiser(GraphDenoiser):
         MissingDependencyError: if neither library, or cuda-core, is installed.
         BundleError: if the bundle has no graphs in that precision.
         EngineError: without a usable GPU or driver, or if the GPU has no room for the weights.
-        PlanError: if a plan is missing, damaged or made for something else, naming what differs.
+        PlanError: if a plan is missing, damaged, came with the bundle or was made for something else.
     """
 
     def __init__(
@@ -79,13 +79,14 @@ class TensorRTDenoiser(GraphDenoiser):
         for graph, record in records.items():
             if self.library.flavor == "rtx":
                 name = f"{record.key.digest}-sm{self.gpu.compute_capability}.kernels"
-                self._kernels[graph] = KernelCache(store.root / name)
+                self._kernels[graph] = KernelCache(store, name)
             self._engines[graph] = Engine(
                 self.library,
                 self._device,
                 store.load(record),
                 self._sources[graph],
                 record.key,
+                build=store.rebuild_command(record.key),
                 kernels=self._kernels.get(graph),
             )
         if not any(self._fits(size) for size in self._sizes()):

@@ -94,6 +94,11 @@ class Workshop:
             return Outcome(found, built=False)
         built = build_plan(self.library, source, options, timing_cache=self._measured(), report=report)
         record = self.store.put(key, built.plan, seconds=built.seconds, report=fusion_report(built.layers))
+        if not self.store.trusts(record.plan.sha256):
+            self.note(
+                "the user's cache folder cannot be written: nothing will know that this plan was built here; "
+                f"run it with {self.store.trusting}"
+            )
         if self.timing_cache is not None:
             with atomic_file(self.timing_cache) as temporary:
                 temporary.write_bytes(built.timing_cache)
@@ -101,10 +106,14 @@ class Workshop:
 
     def _found(self, key: PlanKey) -> PlanRecord | None:
         try:
-            return self.store.find(key)
+            found = self.store.find(key)
         except PlanError as error:
             self.note(f"{error.message}; building it again")
             return None
+        if found is None or self.store.trusts(found.plan.sha256):
+            return found
+        self.note(f"{self.store.path(key)} was not built on this machine by this user; building it again")
+        return None
 
     def _measured(self) -> bytes:
         if self.timing_cache is None or not self.timing_cache.exists():

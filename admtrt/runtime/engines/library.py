@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from collections import deque
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -28,6 +29,7 @@ _MODULES: Mapping[Flavor, tuple[str, ...]] = MappingProxyType(
 LIBRARY_NAMES: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"})
 """What people call them."""
 _WHEELS: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "tensorrt", "rtx": "tensorrt-rtx-cu13"})
+_LATEST = 8  # messages of the library that can be told
 _FLOORS: Mapping[Flavor, tuple[int, int]] = MappingProxyType({"tensorrt": (10, 13), "rtx": (1, 7)})
 
 USED_TO_BUILD = (
@@ -124,14 +126,15 @@ class Library:
 def logger_of(trt: Any) -> Any:
     """The one logger of a library, for good: the library keeps the first that it is given in a process.
 
-    ``errors`` collects what the library complains of, and ``layers`` the lines in which a build describes
-    the engine; whoever reads them clears them before.
+    ``errors`` collects what the library complains of, ``latest`` the last that it said of importance, and
+    ``layers`` the lines in which a build describes the engine; whoever reads them clears them before.
     """
 
     class Log(trt.ILogger):  # type: ignore[misc]  # the library is known at run time only
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.latest: deque[str] = deque(maxlen=_LATEST)
             self.layers: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
@@ -139,6 +142,17 @@ def logger_of(trt: Any) -> Any:
                 self.errors.append(message)
             elif "LayerType:" in message:
                 self.layers.extend(line for line in message.splitlines() if "LayerType:" in line)
+            if int(severity) <= int(trt.ILogger.INFO):
+                self.latest.append(message)
+
+        def clear(self) -> None:
+            self.errors.clear()
+            self.latest.clear()
+
+        def said(self, *, everything: bool = False) -> str:
+            """The errors on one line, or everything of importance; each message once."""
+            told = self.latest if everything else self.errors
+            return "; ".join(dict.fromkeys(" ".join(message.split()) for message in told))
 
     return Log()
 

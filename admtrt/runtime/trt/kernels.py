@@ -10,7 +10,7 @@ from admtrt.errors import OutputError
 from admtrt.files import atomic_file
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from admtrt.runtime.engines.plans import PlanStore
 
 _DIGEST = 32  # bytes of SHA-256 before the library's own
 
@@ -18,14 +18,17 @@ _DIGEST = 32  # bytes of SHA-256 before the library's own
 class KernelCache:
     """The runtime cache of one plan.
 
-    A file that is damaged, or that the library does not want, is as good as none: kernels are compiled again.
+    A file that is damaged, that came with a bundle, or that the library does not want is as good as none:
+    kernels are compiled again.
 
     Args:
-        path: its file, which need not exist.
+        store: of the plan.
+        name: of the file, which need not exist.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, store: PlanStore, name: str) -> None:
+        self._store = store
+        self._path = store.root / name
         self._cache: Any = None
         self._kept = b""
 
@@ -45,8 +48,10 @@ class KernelCache:
         compiled = bytes(self._cache.serialize())
         if compiled == self._kept:
             return
+        digest = hashlib.sha256(compiled)
         with contextlib.suppress(OutputError), atomic_file(self._path) as temporary:
-            temporary.write_bytes(hashlib.sha256(compiled).digest() + compiled)
+            temporary.write_bytes(digest.digest() + compiled)
+        self._store.remember(digest.hexdigest(), self._path.name)
         self._kept = compiled
 
     def _read(self) -> bytes:
@@ -55,4 +60,6 @@ class KernelCache:
         except OSError:
             return b""
         compiled = data[_DIGEST:]
-        return compiled if hashlib.sha256(compiled).digest() == data[:_DIGEST] else b""
+        digest = hashlib.sha256(compiled)
+        whole = digest.digest() == data[:_DIGEST]
+        return compiled if whole and self._store.trusts(digest.hexdigest()) else b""

@@ -50,7 +50,15 @@ def plan_layers(bundle: Bundle, store: PlanStore, record: PlanRecord) -> list[La
             f"plan {key.digest[:12]} cannot be opened on {device.gpu}: it {fault}",
             hint="Layers can be shown where a plan runs; what the builder fused: admtrt build --report",
         )
-    engine = Engine(library, device, store.load(record), source, key, kernels=None)
+    if not store.trusts(record.plan.sha256):
+        raise PlanError(
+            f"plan {key.digest[:12]} cannot be opened: it {store.fault(record)}",
+            hint=f"Build your own with: {store.rebuild_command(key)}. Or, if you trust whoever built it as "
+            f"you trust a program, add: {store.trusting}",
+        )
+    engine = Engine(
+        library, device, store.load(record), source, key, build=store.rebuild_command(key), kernels=None
+    )
     return read_layers(engine.inspect(), str(library))
 
 
