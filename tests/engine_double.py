@@ -312,6 +312,7 @@ class Context:
                 Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was ...)"
             )
             raise RuntimeError("Error in set optimization profile async.")
+        cuda_stub.run(stream_handle, "profile", lambda: None, reads=[], writes=[self.scratch])
         self.profile, self.shapes = profile_index, {}
         self.version += 1
         return True

@@ -52,7 +52,10 @@ PrecisionName = Annotated[
 PlanFolder = Annotated[
     Path | None,
     typer.Option(
-        "--cache", metavar="DIR", help="tensorrt: folder of plans; the bundle's own where left out."
+        "--cache",
+        metavar="DIR",
+        help="tensorrt: folder of plans, all of which are trusted. Left out: the bundle's own, of which only "
+        "those are run that were built here.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; every core where left out.")]

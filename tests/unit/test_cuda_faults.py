@@ -229,6 +229,7 @@ def test_a_lane_closes_behind_what_was_enqueued_before_a_fault(
 def test_what_waits_has_waited(rig: Rig) -> None:
     denoiser, opened = lane(rig)
     with denoiser:
+        assert cuda_stub.counts()["pending"] == 0  # its contexts are prepared
         for value in (1, 2):
             opened.upload({"x": np.full((2, 1, 8, 8), value, np.float32)})
             assert cuda_stub.counts()["pending"] == 0
