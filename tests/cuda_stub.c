@@ -93,7 +93,7 @@ static void join(Clock *clock, const Clock *other) { for (int i = 0; i < STREAMS
 
 /* Device memory is one sparse file mapped twice: without access at the addresses that are handed out, and readable for
  * this driver. */
-#define SPACE ((size_t)64 << 30)
+#define SPACE ((size_t)8 << 30)
 #define PAGE ((size_t)65536)
 
 typedef struct Block {

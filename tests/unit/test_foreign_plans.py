@@ -55,7 +55,7 @@ def test_they_are_refused_by_name_with_two_ways_out(rig: Rig) -> None:
     library = "rtx" if rig.flavor == "rtx" else "tensorrt"
     assert info.value.hint == (
         f"Make one with: admtrt build {rig.bundle.path} --library {library} --precision fp32. "
-        f"Or, if you trust whoever built those as you trust a program, add: --cache {rig.folder}"
+        f"Or, if you trust whoever built it as you trust a program, add: --cache {rig.folder}"
     )
 
 

@@ -38,18 +38,14 @@ def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: G
         return usable
     fitting = [record for record in records if not mismatch(record.key, source, library, gpu)]
     foreign = any(not store.trusts(record.plan.sha256) for record in fitting)
-    trust = (
-        ""
-        if not foreign
-        else f". Or, if you trust whoever built those as you trust a program, add: {store.trusting}"
-    )
     wanted = f"graph '{source.graph}' in {source.precision} for {library} on {gpu}"
     names = [record.key.digest[:12] for record in records]
     differing = [f"{name} {reason}" for name, reason in zip(names, reasons, strict=True)]
     found = "; ".join((*differing, *damaged))
     raise PlanError(
         f"{store.root} has no plan of {wanted}" + (f": {found}" if found else ""),
-        hint=f"Make one with: {store.build_command(library.flavor, source.precision)}" + trust,
+        hint=f"Make one with: {store.build_command(library.flavor, source.precision)}"
+        + (f". {store.trust_hint}" if foreign else ""),
     )
 
 

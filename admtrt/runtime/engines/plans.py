@@ -152,6 +152,11 @@ class PlanStore:
         """The option that runs whatever is in the folder."""
         return f"--cache {shlex.quote(str(self.root))}"
 
+    @property
+    def trust_hint(self) -> str:
+        """The way to run a plan of somebody else."""
+        return f"Or, if you trust whoever built it as you trust a program, add: {self.trusting}"
+
     def trusts(self, sha256: str) -> bool:
         """Whether machine code with this content may be run from this folder."""
         return not self.own or Memo(_MEMO).get(sha256) is not None

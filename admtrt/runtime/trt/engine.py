@@ -134,9 +134,9 @@ class Engine:
         self._library, self._device, self._source, self._kernels = library, device, source, kernels
         self._again = f"Build it again with: {build}"
         self._logger = logger_of(library.module)
+        self._logger.clear()
         self._runtime, parent = self._open_runtime(key)
         self._runtime.engine_host_code_allowed = False
-        self._logger.clear()
         if library.flavor == "rtx":
             subject = f"its plan of graph '{source.graph}'"
             check_validity(self._runtime, plan, subject=subject, library=library, gpu=device.gpu, build=build)

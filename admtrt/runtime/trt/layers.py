@@ -53,8 +53,7 @@ def plan_layers(bundle: Bundle, store: PlanStore, record: PlanRecord) -> list[La
     if not store.trusts(record.plan.sha256):
         raise PlanError(
             f"plan {key.digest[:12]} cannot be opened: it {store.fault(record)}",
-            hint=f"Build your own with: {store.rebuild_command(key)}. Or, if you trust whoever built it as "
-            f"you trust a program, add: {store.trusting}",
+            hint=f"Make one with: {store.build_command(key.library, key.precision)}. {store.trust_hint}",
         )
     engine = Engine(
         library, device, store.load(record), source, key, build=store.rebuild_command(key), kernels=None
