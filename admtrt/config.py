@@ -28,6 +28,8 @@ GROUPS = 32
 _TOML_NONE = "none"
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
+BatchSize = Annotated[int, Field(ge=1, le=2**20)]
+ImageSize = Annotated[int, Field(ge=1, le=8192)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NoiseLevel = Annotated[float, Field(ge=0.0)]
 
@@ -101,10 +103,11 @@ class BackboneConfig(Config):
     stands for None.
     """
 
-    image_size: Positive
+    image_size: ImageSize
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
-    model_channels: Positive = 128
-    num_res_blocks: Positive = 2
+    # The bounds are far above any network in use, and low enough to build it without its weights in seconds.
+    model_channels: Annotated[int, Field(ge=1, le=8192)] = 128
+    num_res_blocks: Annotated[int, Field(ge=1, le=32)] = 2
     channel_mult: tuple[Annotated[float, Field(gt=0, le=1024)], ...] = (1, 2, 3, 4)
     attention_resolutions: tuple[Positive, ...] = (32, 16, 8)
     num_heads: Positive = 4
@@ -120,6 +123,11 @@ class BackboneConfig(Config):
     def level_channels(self) -> tuple[int, ...]:
         """Channels of each level, finest first."""
         return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
+
+    @property
+    def num_blocks(self) -> int:
+        """Residual blocks of the encoder, those apart that only halve."""
+        return len(self.channel_mult) * self.num_res_blocks
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
@@ -197,7 +205,7 @@ class UNetConfig(BackboneConfig):
     num_classes: Positive | None = None
     learn_sigma: bool = True
     num_heads_upsample: Positive | None = None
-    low_res_size: Positive | None = None
+    low_res_size: ImageSize | None = None
 
     @property
     def out_channels(self) -> int:
@@ -369,7 +377,7 @@ class DataConfig(Config):
 
     source: str
     kind: Literal["auto", "digits", "folder", "idx", "npz"] = "auto"
-    image_size: Positive
+    image_size: ImageSize
     channels: Annotated[int, Field(ge=1, le=4)] = 3
     label_from: Literal["auto", "folder", "prefix", "none"] = "auto"
     random_crop: bool = False
@@ -388,8 +396,8 @@ class TrainingConfig(Config):
     """
 
     steps: Positive = 1000
-    batch_size: Positive = 128
-    accumulate: Positive = 1
+    batch_size: BatchSize = 128
+    accumulate: BatchSize = 1
     lr: Annotated[float, Field(gt=0)] = 1e-4
     lr_schedule: Literal["constant", "linear"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0

@@ -30,7 +30,7 @@ from admtrt.models.settings import check_names, with_settings
 from admtrt.models.settings import checkpoint_config_from_preset as checkpoint_config_from_preset
 from admtrt.models.weights import (
     SUFFIXES,
-    check_plain,
+    check_weights,
     read_metadata,
     read_tensors,
     write_pickle,
@@ -199,6 +199,7 @@ def identify(
             raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from None
         if found.config.kind not in kinds:
             raise CheckpointError(_other_kind(f"{path} holds", found.config.kind, kinds))
+    _check_depth(path, found.config, stored.shapes)
     expected = shapes_of_network(found.config)
     if expected != stored.shapes:
         better = fraction_equal(stored.shapes, expected)
@@ -221,11 +222,8 @@ def load_stored(stored: StoredCheckpoint, config: CheckpointConfig) -> LoadedNet
     """
     with torch.device("meta"):
         module = build_network(config)
-    weights = {}
-    for key, value in stored.tensors.items():
-        check_plain(stored.path, key, value)
-        weights[key] = value.float()
-    module.load_state_dict(weights, assign=True)
+    check_weights(stored.path, stored.tensors)
+    module.load_state_dict({key: value.float() for key, value in stored.tensors.items()}, assign=True)
     return LoadedNetwork(module=module.eval().requires_grad_(False), config=config)
 
 
@@ -259,8 +257,7 @@ def convert_checkpoint(
         OutputError: if the target exists, has another suffix or cannot be written.
     """
     check_target(target, overwrite=overwrite)
-    for key, value in stored.tensors.items():
-        check_plain(stored.path, key, value)
+    check_weights(stored.path, stored.tensors)
     if target.suffix.lower() == ".safetensors":
         assert config is not None
         save_checkpoint(target, stored.tensors, config, prefix=stored.prefix)
@@ -300,6 +297,17 @@ def _changed(
             f"{path} carries its own configuration, which the settings given do not fit: {error.message}",
             hint=f"Leave out {options.prefix}set for this file.",
         ) from None
+
+
+def _check_depth(path: Path, config: CheckpointConfig, shapes: Shapes) -> None:
+    """Compare what costs nothing before a network of any depth is built to compare the rest."""
+    network = config.network
+    if network.num_blocks > len(shapes):
+        raise CheckpointError(
+            f"the tensors of {path} are not those of its configuration: it has {len(shapes)} tensors, "
+            f"too few for {len(network.channel_mult)} levels of {network.num_res_blocks} residual blocks",
+            hint="Give the configuration that this network was trained with.",
+        )
 
 
 def _check_agreement(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from admtrt.console import progress
 from admtrt.errors import ConfigError, RequestError, TrainingDivergedError
 from admtrt.models.checkpoint import CheckpointConfig, build_network, save_checkpoint
 from admtrt.models.diffusion import Diffusion
+from admtrt.models.matching import shapes_of_network
 from admtrt.models.unet import UNet
+from admtrt.runtime.machine import physical_memory
 from admtrt.schedule import process_from_config, retained_timesteps
 from admtrt.training.data import ImageSet, load_data, require_classes, split
 from admtrt.training.engine import on_main_process, start_engine
@@ -27,12 +30,15 @@ from admtrt.training.state import load_state, save_state
 from admtrt.training.timesteps import Stream, torch_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from accelerate import Accelerator
 
     from admtrt.config import RunConfig, TrainingConfig
     from admtrt.console import Output
     from admtrt.presets import Kind
+    from admtrt.training.engine import Division
 
 
 _NAMED_SKIPPED = 5  # bad files that are shown before they are only counted
@@ -95,11 +101,12 @@ def train(
     diffusion = Diffusion(config.diffusion, process_from_config(config.diffusion))
     objective = make_objective(kind, config, diffusion)
     accelerator, division = start_engine(kind, settings)
+    _check_memory(kind, config, accelerator, division)
     data = load_data(config.data)
     classes = getattr(config, kind).num_classes
     if classes is not None:
         require_classes(data, classes)
-    described = _describe(kind, config, data)
+    described = _describe(kind, config, data.class_names)
     with RunFolder(out, kind) as folder:
         on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
         torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))
@@ -140,6 +147,29 @@ def _check_sampler(config: RunConfig) -> None:
         raise ConfigError(f"sampler.steps cannot be used: {error.message}", hint=error.hint) from None
 
 
+def _check_memory(kind: Kind, config: RunConfig, accelerator: Accelerator, division: Division) -> None:
+    """Refuse what this machine could not hold, before it tries.
+
+    Raises:
+        ConfigError: if the weights, or the images of one micro-batch, are larger than its memory.
+    """
+    weights = 4 * sum(map(math.prod, shapes_of_network(_describe(kind, config)).values()))
+    if accelerator.device.type == "cpu":  # where gradients, two moments and the averages lie as well
+        weights *= 4 + len(getattr(config, f"train_{kind}").ema_rates)
+    pixels = config.data.channels * config.data.image_size**2
+    images = 4 * pixels * division.batch_size // division.shards
+    memory = physical_memory()
+    for needed, what, keys in (
+        (weights, "the weights and what training keeps of each", f"{kind}.model_channels or channel_mult"),
+        (images, "the images of one micro-batch", f"train_{kind}.batch_size"),
+    ):
+        if needed > memory:
+            raise ConfigError(
+                f"{what} would take {needed / 2**30:.0f} GiB; this machine has {memory / 2**30:.0f}",
+                hint=f"Lower {keys}.",
+            )
+
+
 def _name_skipped(data: ImageSet, listing: Path, output: Output) -> None:
     named = data.skipped[:_NAMED_SKIPPED]
     output.note(f"left out {len(data.skipped)} of {len(data) + len(data.skipped)} files:")
@@ -149,7 +179,7 @@ def _name_skipped(data: ImageSet, listing: Path, output: Output) -> None:
         output.note(f"  and {len(data.skipped) - len(named)} more, all named in {listing}")
 
 
-def _describe(kind: Kind, config: RunConfig, data: ImageSet) -> CheckpointConfig:
+def _describe(kind: Kind, config: RunConfig, class_names: Sequence[str] = ()) -> CheckpointConfig:
     network = getattr(config, kind)
     return CheckpointConfig(
         kind=kind,
@@ -157,7 +187,7 @@ def _describe(kind: Kind, config: RunConfig, data: ImageSet) -> CheckpointConfig
         classifier=network if kind == "classifier" else None,
         diffusion=config.diffusion,
         sampler=config.sampler,
-        class_names=() if network.num_classes is None else data.class_names,
+        class_names=() if network.num_classes is None else tuple(class_names),
         run=config,
     )
 
