@@ -21,6 +21,8 @@ A few subclasses live beside the one place that raises and catches them.
 
 from __future__ import annotations
 
+from admtrt.installing import install_extra
+
 
 class AdmtrtError(Exception):
     """Base of all errors of admtrt.
@@ -81,14 +83,14 @@ class MissingDependencyError(UserError):
 
     Args:
         package: the missing module.
-        extra: the extra of admtrt that installs it.
+        extra: the extra of admtrt that installs it, or several of which one will do, with "or" between.
         purpose: what needs it.
     """
 
     def __init__(self, package: str, *, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the package '{package}', which is not installed",
-            hint=f"Install it with: pip install 'admtrt[{extra}]'",
+            hint="Install it with: " + " or ".join(map(install_extra, extra.split(" or "))),
         )
 
 

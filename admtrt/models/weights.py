@@ -9,7 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -164,7 +164,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def _opened_safetensors(path: Path) -> Iterator[safe_open]:
+def _opened_safetensors(path: Path) -> Iterator[Any]:  # whose methods have no types
     try:
         with path.open("rb") as header:
             length = int.from_bytes(header.read(8), "little")

@@ -144,7 +144,7 @@ def test_a_missing_package_is_named_with_its_extra(
     )
     assert done.returncode == 2, done.stderr
     assert f"needs the package '{missing[0]}', which is not installed" in done.stderr
-    assert f"pip install 'admtrt[{extra}]'" in done.stderr
+    assert f"pip install -e '{ROOT}[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
 
 

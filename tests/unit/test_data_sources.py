@@ -37,7 +37,7 @@ def test_grey_images_are_repeated_for_more_channels():
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingDependencyError, match=r"admtrt\[train\]"):
+    with pytest.raises(MissingDependencyError, match=r"\[train\]"):
         load_data(config("digits"))
 
 

@@ -34,7 +34,7 @@ PLANS = "plans"
 """Folder of a bundle's plans; they are not part of its manifest."""
 RECIPE = 1
 """Raised whenever the builder itself does something else with the same options."""
-_AGAIN = "Build it again with: admtrt build"
+_AGAIN = "Build it again with: admtrt build BUNDLE"
 
 
 class PlanKey(Config):
