@@ -32,10 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _INTERRUPTED = (130, 143)  # by SIGINT and SIGTERM
-_GOES_ON = {
-    "sample": "What was finished is kept: sampling goes on with the same command.",
-    "train": "What was finished is kept: training goes on with --resume.",
-}
+_GOES_ON = {"sample": "What was finished is kept: sampling goes on with the same command."}
 _PLACE_FAULTS = frozenset(
     {
         errno.ENOSPC,

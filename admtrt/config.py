@@ -373,6 +373,10 @@ class DataConfig(Config):
     there where that is not plain from the path. ``label_from`` chooses how files of a folder are classed;
     ``on_bad_file`` what happens with files that are no images. ``resize`` allows images whose size is not
     ``image_size``. ``hold_out`` is the fraction kept for evaluation, the same for every network.
+
+    ``exif_rotation`` turns images as their EXIF data say. ``background`` is the grey level, 0 to 255, behind
+    transparent pixels where ``channels`` has no place for them. The original code does neither: for what it
+    trained on, set ``exif_rotation = false`` and ``background = "none"``.
     """
 
     source: str
@@ -383,8 +387,15 @@ class DataConfig(Config):
     random_crop: bool = False
     random_flip: bool = False
     resize: bool = True
+    exif_rotation: bool = True
+    background: Annotated[int, Field(ge=0, le=255)] | None = 255
     on_bad_file: Literal["refuse", "skip"] = "refuse"
     hold_out: Fraction = 0.0
+
+    @field_validator("background", mode="before")
+    @classmethod
+    def _none_from_text(cls, value: Any) -> Any:
+        return None if value == _TOML_NONE else value
 
 
 class TrainingConfig(Config):
@@ -475,9 +486,18 @@ def load_config(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    apply_overrides(data, overrides)
+    return cls.from_dict(data, source=str(path) if not overrides else f"{path} with overrides")
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put ``section.key=value`` overrides into plain data.
+
+    Raises:
+        ConfigError: for one that is not of this form, or goes through a value.
+    """
     for override in overrides:
         _apply_override(data, override)
-    return cls.from_dict(data, source=str(path) if not overrides else f"{path} with overrides")
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

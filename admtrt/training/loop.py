@@ -27,6 +27,7 @@ from admtrt.training.metrics import MetricsLog, Window, summary_writer
 from admtrt.training.objectives import make_objective, settle_losses
 from admtrt.training.sampling import draw_grid
 from admtrt.training.state import load_state, save_state
+from admtrt.training.stopping import stop_requests
 from admtrt.training.timesteps import Stream, torch_seed
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def train(
         resume: go on with the run in ``out``, if there is one. On one CPU process the weights are then bit
             for bit those of a run that was never interrupted.
         overwrite: replace the run in ``out``, if there is one.
+
+    SIGINT and SIGTERM are heard at the end of a step, whose state is saved before they take effect.
 
     Raises:
         ConfigError: if the configuration lacks the network or holds a setting that cannot be used here.
@@ -266,6 +269,11 @@ class _Recorder:
             self.folder.samples(self._learner.step),
         )
 
+    def say_stopped(self, saved: int) -> None:
+        """Say what is kept of a run that a signal ends."""
+        kept = f"the state of step {saved} is kept; go on with --resume" if saved else "no state is kept"
+        self._output.note(f"{self._described.kind}: stopped after step {self._learner.step}: {kept}")
+
     def save(self) -> None:
         """Write the state of training, then the exported weights."""
         save_state(self.folder.state, *self._learner.state())
@@ -285,25 +293,35 @@ def _run(
     """Train to the last step; only the main process has a recorder."""
     if learner.step == settings.steps and recorder is not None:
         recorder.save()  # a kill may have come between the state and the weights
-    saved, gist = learner.step, ""
-    with _bar(kind, settings.steps, learner.step, shown=recorder is not None) as advance:
-        while learner.step < settings.steps:
-            learner.update(train_set)
-            step, last = learner.step, learner.step == settings.steps
-            if learner.nan_steps >= settings.max_nan_steps or (last and learner.nan_steps):
-                raise _diverged(kind, learner, saved, recorder)
-            if step % settings.log_every == 0 or last:
-                held_out_values = learner.evaluate(held_out) if len(held_out) else {}
-                gist = recorder.log(held_out_values) if recorder is not None else ""
-                learner.window = Window()
-            if recorder is not None:
-                if settings.sample_every and step % settings.sample_every == 0:
-                    recorder.draw()
-                # In a row of skipped steps the weights are suspect: the state of before stays.
-                if last or (step % settings.checkpoint_every == 0 and not learner.nan_steps):
-                    recorder.save()
-                    saved = step
-            advance(1, gist)
+    saved, gist, main = learner.step, "", recorder is not None
+    try:
+        with (
+            stop_requests(shown=main) as stop,
+            _bar(kind, settings.steps, learner.step, shown=main) as advance,
+        ):
+            while learner.step < settings.steps and not stop.agreed:
+                learner.update(train_set)
+                step, last = learner.step, learner.step == settings.steps
+                if learner.nan_steps >= settings.max_nan_steps or (last and learner.nan_steps):
+                    raise _diverged(kind, learner, saved, recorder)
+                if step % settings.log_every == 0 or last:
+                    held_out_values = learner.evaluate(held_out) if len(held_out) else {}
+                    gist = recorder.log(held_out_values) if recorder is not None else ""
+                    learner.window = Window()
+                stop.agreed = not last and learner.any_process(stop.heard)
+                if recorder is not None:
+                    if settings.sample_every and step % settings.sample_every == 0:
+                        recorder.draw()
+                    due = last or stop.agreed or step % settings.checkpoint_every == 0
+                    # In a row of skipped steps the weights are suspect: the state of before stays.
+                    if due and not learner.nan_steps:
+                        recorder.save()
+                        saved = step
+                advance(1, gist)
+    except (KeyboardInterrupt, SystemExit):
+        if recorder is not None:
+            recorder.say_stopped(saved)
+        raise
 
 
 def _bar(
