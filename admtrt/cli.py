@@ -26,6 +26,7 @@ from admtrt.commands.presets import presets
 from admtrt.commands.sample import sample
 from admtrt.commands.train import train_app
 from admtrt.commands.verify import verify
+from admtrt.console import printable
 from admtrt.errors import AdmtrtError
 
 if TYPE_CHECKING:
@@ -108,4 +109,4 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(message: str, hint: str) -> None:
-    sys.stderr.write(f"error: {message}\n" + (f"       {hint}\n" if hint else ""))
+    sys.stderr.write(printable(f"error: {message}\n" + (f"       {hint}\n" if hint else "")))

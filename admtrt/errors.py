@@ -21,7 +21,11 @@ A few subclasses live beside the one place that raises and catches them.
 
 from __future__ import annotations
 
+import re
+
 from admtrt.installing import install_extra
+
+_LONGEST_WORD, _LONGEST_TEXT = 1000, 4000  # characters: paths end well below
 
 
 class AdmtrtError(Exception):
@@ -35,9 +39,20 @@ class AdmtrtError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message if not hint else f"{message}\n{hint}")
-        self.message = message
-        self.hint = hint
+        self.message = shortened(message)
+        self.hint = shortened(hint)
+        super().__init__(f"{self.message}\n{self.hint}" if hint else self.message)
+
+
+def shortened(text: str) -> str:
+    """A text for people, in which what came from elsewhere cannot bury the rest: the middle is left out."""
+
+    def cut(text: str, longest: int) -> str:
+        if len(text) <= longest:
+            return text
+        return f"{text[: longest // 2]}...[{len(text)} characters]...{text[-longest // 4 :]}"
+
+    return cut(re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: cut(word[0], 200), text), _LONGEST_TEXT)
 
 
 class UserError(AdmtrtError):

@@ -7,6 +7,7 @@ or crashes, the worker is ended and the next command gets a new one.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
@@ -20,6 +21,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+
+import typer.main
 
 ROOT = Path(__file__).parents[1]
 
@@ -136,6 +139,7 @@ def _serve(memory: int, preload: Sequence[str]) -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     for module in ("admtrt.cli", *preload):
         __import__(module)
+    typer.main.get_command = functools.cache(typer.main.get_command)  # made anew for every command line
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

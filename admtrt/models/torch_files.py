@@ -67,7 +67,7 @@ class _Object(NamedTuple):
     name: str = ""
 
 
-_ATOM, _MARK = _Object(), _Object(name="a mark")
+_ATOM, _MARK = _Object(), _Object()  # told apart by identity
 
 
 def check_torch_file(path: Path) -> bool:
@@ -169,7 +169,7 @@ def _check_pickle(stream: io.BytesIO) -> None:
         else:
             taken = _taken(stack, opcode)
             if name == "REDUCE" and taken[0].name not in _CALLED:
-                raise UnneededGlobalError(taken[0].name or "the result of a call")
+                raise UnneededGlobalError(taken[0].name or "something that it made itself")
             whole, parts = (taken[:1], taken[1:]) if name in _GROWTH else ([], taken)
             work += sum(part.size for part in parts)
             depth = max([each.depth for each in whole] + [1 + part.depth for part in parts], default=0)

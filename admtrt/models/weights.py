@@ -190,6 +190,8 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             "nothing was executed",
             hint=_RESAVE,
         ) from None
+    except MemoryError:
+        raise
     except Exception as error:  # arbitrary bytes make the readers fail in any way
         reason = f": {error}" if type(error) is ValueError else ""
         raise CheckpointError(
