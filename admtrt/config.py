@@ -26,6 +26,7 @@ GROUPS = 32
 """Groups of every group normalisation in ADM; channel counts are multiples of it."""
 
 _TOML_NONE = "none"
+_LONGEST_FILE = 2**20
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 BatchSize = Annotated[int, Field(ge=1, le=2**20)]
@@ -481,7 +482,11 @@ def load_config(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -
     import tomllib
 
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as opened:
+            text = opened.read(_LONGEST_FILE + 1)
+        if len(text) > _LONGEST_FILE:
+            raise ConfigError(f"{path} is no file of settings: it has more than {_LONGEST_FILE} characters")
+        data = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 import json
@@ -73,7 +74,7 @@ def _document_changed(document: Any, rng: random.Random) -> Any:
         elif rng.random() < 0.1:
             parent[last] = {"deep": parent[last]}
         else:
-            parent[last] = rng.choice(VALUES)
+            parent[last] = copy.deepcopy(rng.choice(VALUES))
     return changed
 
 

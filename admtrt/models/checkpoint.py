@@ -54,6 +54,7 @@ PREFIX_KEY = "admtrt.key_prefix"
 
 _FORMAT_VERSION = 1
 _WRAPPED = "module."  # before the keys of models saved while wrapped for several devices
+_LONGEST_PREFIX = 100  # characters
 _LISTED = 4  # tensors named in a message, of each fault
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _OPTIONS = OptionNames()
@@ -152,6 +153,8 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
     embedded = read_checkpoint_config(path)
     tensors = read_tensors(path)
     prefix = read_metadata(path).get(PREFIX_KEY, "")
+    if len(prefix) > _LONGEST_PREFIX:  # it comes before every key where the file is converted back
+        raise CheckpointError(f"{path} has a header that puts {len(prefix)} characters before every key")
     if tensors and all(key.startswith(_WRAPPED) for key in tensors):
         tensors = {key.removeprefix(_WRAPPED): value for key, value in tensors.items()}
         prefix = _WRAPPED

@@ -128,6 +128,26 @@ def test_a_header_of_safetensors_without_end(worker: Worker, tmp_path: Path) -> 
     assert worker.run(["convert", path, tmp_path / "b.pt"]).code == 2
 
 
+def test_a_prefix_that_would_come_before_every_key(worker: Worker, tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(
+        {str(i): torch.zeros(1) for i in range(1000)}, path, metadata={"admtrt.key_prefix": "x" * 10**6}
+    )
+    outcome = worker.run(["convert", path, tmp_path / "b.pt"])
+    assert outcome.code == 2
+    assert "puts 1000000 characters before every key" in outcome.err
+
+
+@pytest.mark.parametrize("option", ["--config", "--preset"])
+def test_settings_without_end(worker: Worker, tmp_path: Path, option: str) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    outcome = worker.run(["convert", path, tmp_path / "b.pt", option, "/dev/zero"])
+    assert outcome.code == 2
+    assert outcome.sound
+    assert outcome.grown < 200 * MEBIBYTE
+
+
 # --- networks that are declared, and could never be built -------------------------------------------------
 
 SHAPE = {
