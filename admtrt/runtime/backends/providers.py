@@ -90,7 +90,7 @@ def require_provider(backend: str) -> None:
         raise EngineError(
             f"onnxruntime {onnxruntime.__version__} is installed without {provider.name}; "
             f"it has {', '.join(onnxruntime.get_available_providers())}",
-            hint="The build for GPUs has it. It owns the same files: make an environment for it, with: "
+            hint="Its build for GPUs goes into another environment, as it owns the same files: "
             f"{install_extra(provider.extra)}",
         )
 
