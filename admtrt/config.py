@@ -26,8 +26,11 @@ GROUPS = 32
 """Groups of every group normalisation in ADM; channel counts are multiples of it."""
 
 _TOML_NONE = "none"
+_LONGEST_FILE = 2**20
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
+BatchSize = Annotated[int, Field(ge=1, le=2**20)]
+ImageSize = Annotated[int, Field(ge=1, le=8192)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NoiseLevel = Annotated[float, Field(ge=0.0)]
 
@@ -101,10 +104,11 @@ class BackboneConfig(Config):
     stands for None.
     """
 
-    image_size: Positive
+    image_size: ImageSize
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
-    model_channels: Positive = 128
-    num_res_blocks: Positive = 2
+    # The bounds are far above any network in use, and low enough to build it without its weights in seconds.
+    model_channels: Annotated[int, Field(ge=1, le=8192)] = 128
+    num_res_blocks: Annotated[int, Field(ge=1, le=32)] = 2
     channel_mult: tuple[Annotated[float, Field(gt=0, le=1024)], ...] = (1, 2, 3, 4)
     attention_resolutions: tuple[Positive, ...] = (32, 16, 8)
     num_heads: Positive = 4
@@ -120,6 +124,11 @@ class BackboneConfig(Config):
     def level_channels(self) -> tuple[int, ...]:
         """Channels of each level, finest first."""
         return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
+
+    @property
+    def num_blocks(self) -> int:
+        """Residual blocks of the encoder, those apart that only halve."""
+        return len(self.channel_mult) * self.num_res_blocks
 
     @property
     def level_sizes(self) -> tuple[int, ...]:
@@ -197,7 +206,7 @@ class UNetConfig(BackboneConfig):
     num_classes: Positive | None = None
     learn_sigma: bool = True
     num_heads_upsample: Positive | None = None
-    low_res_size: Positive | None = None
+    low_res_size: ImageSize | None = None
 
     @property
     def out_channels(self) -> int:
@@ -365,18 +374,29 @@ class DataConfig(Config):
     there where that is not plain from the path. ``label_from`` chooses how files of a folder are classed;
     ``on_bad_file`` what happens with files that are no images. ``resize`` allows images whose size is not
     ``image_size``. ``hold_out`` is the fraction kept for evaluation, the same for every network.
+
+    ``exif_rotation`` turns images as their EXIF data say. ``background`` is the grey level, 0 to 255, behind
+    transparent pixels where ``channels`` has no place for them. The original code does neither: for what it
+    trained on, set ``exif_rotation = false`` and ``background = "none"``.
     """
 
     source: str
     kind: Literal["auto", "digits", "folder", "idx", "npz"] = "auto"
-    image_size: Positive
+    image_size: ImageSize
     channels: Annotated[int, Field(ge=1, le=4)] = 3
     label_from: Literal["auto", "folder", "prefix", "none"] = "auto"
     random_crop: bool = False
     random_flip: bool = False
     resize: bool = True
+    exif_rotation: bool = True
+    background: Annotated[int, Field(ge=0, le=255)] | None = 255
     on_bad_file: Literal["refuse", "skip"] = "refuse"
     hold_out: Fraction = 0.0
+
+    @field_validator("background", mode="before")
+    @classmethod
+    def _none_from_text(cls, value: Any) -> Any:
+        return None if value == _TOML_NONE else value
 
 
 class TrainingConfig(Config):
@@ -388,8 +408,8 @@ class TrainingConfig(Config):
     """
 
     steps: Positive = 1000
-    batch_size: Positive = 128
-    accumulate: Positive = 1
+    batch_size: BatchSize = 128
+    accumulate: BatchSize = 1
     lr: Annotated[float, Field(gt=0)] = 1e-4
     lr_schedule: Literal["constant", "linear"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -462,14 +482,27 @@ def load_config(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -
     import tomllib
 
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as opened:
+            text = opened.read(_LONGEST_FILE + 1)
+        if len(text) > _LONGEST_FILE:
+            raise ConfigError(f"{path} is no file of settings: it has more than {_LONGEST_FILE} characters")
+        data = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+    apply_overrides(data, overrides)
+    return cls.from_dict(data, source=str(path) if not overrides else f"{path} with overrides")
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put ``section.key=value`` overrides into plain data.
+
+    Raises:
+        ConfigError: for one that is not of this form, or goes through a value.
+    """
     for override in overrides:
         _apply_override(data, override)
-    return cls.from_dict(data, source=str(path) if not overrides else f"{path} with overrides")
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

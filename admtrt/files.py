@@ -88,7 +88,7 @@ def _exchange(left: Path, right: Path) -> bool:
 @contextlib.contextmanager
 def _faults_of(temporary: Path, path: Path) -> Iterator[None]:
     """Turn faults on the way into output errors that name ``path``: nobody has heard of the temporary."""
-    untouched = "What was there before is untouched."
+    untouched = "What was there before is untouched." if os.path.lexists(path) else ""
     try:
         yield
     except OutputError as error:

@@ -61,6 +61,12 @@ def nll(
             metavar="CONFIG.toml", help="Training file, whose section data says how to read the images."
         ),
     ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="data.KEY=VALUE", help="Set any key of the section data; may be repeated."
+        ),
+    ] = None,
     images: Annotated[int | None, typer.Option(help="Images to take at random; all where left out.")] = None,
     steps: Annotated[str | None, steps_option("Fewer steps, e.g. 250; all where left out.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 16,
@@ -70,7 +76,8 @@ def nll(
     """Negative log likelihood in bits per dim: the whole variational bound.
 
     Images that the data holds out are taken, or all where it holds out none. A checkpoint and its bundle are
-    given the same images and noise by the same data and seed.
+    given the same images and noise by the same data and seed. Either needs the extra train, PyTorch with it:
+    the bound itself is computed there.
     """
     if (unet is None) == (bundle is None):
         raise RequestError("give either --unet, for a checkpoint, or --bundle, for its exported graph")
@@ -85,7 +92,7 @@ def nll(
             "--backend, --precision, --threads and --cache are for a bundle; a checkpoint runs in PyTorch"
         )
     output = Output(json=json)
-    require("torch", "safetensors", extra="train", purpose="Evaluation")
+    require("torch", "safetensors", extra="train", purpose="Evaluation, of a bundle as well,")
     from admtrt.bundle import Bundle
     from admtrt.evaluate.images import load_images
     from admtrt.evaluate.nll import evaluate_nll
@@ -117,7 +124,7 @@ def nll(
         judged = _from_checkpoint(unet, unet_preset, unet_set or (), settings, output)
     respacing = steps or ""
     length = len(retained_timesteps(judged.diffusion.steps, respacing))  # refuses an impossible respacing now
-    data_config = _data_config(data, config, judged.config)
+    data_config = _data_config(data, config, set_ or (), judged.config)
     chosen = load_images(data_config, judged.config, judged.class_names)
     count = len(chosen) if images is None else images
     network = judged.open(max(1, min(batch_size, count)))
@@ -176,12 +183,19 @@ def _from_checkpoint(
     return _Judged(lambda _: unet, loaded.module.config, loaded.config.diffusion, loaded.config.class_names)
 
 
-def _data_config(source: str | None, file: Path | None, network: UNetConfig) -> DataConfig:
-    from admtrt.config import DataConfig, RunConfig, load_config
+def _data_config(
+    source: str | None, file: Path | None, settings: Sequence[str], network: UNetConfig
+) -> DataConfig:
+    from admtrt.config import DataConfig, RunConfig, apply_overrides, load_config
 
+    other = next((item for item in settings if not item.startswith("data.")), None)
+    if other is not None:
+        raise RequestError(
+            f"--set {other} concerns no images", hint="Keys of the section data are used: data.KEY."
+        )
     if file is not None:
-        overrides = [] if source is None else [f"data.source={json_.dumps(source, ensure_ascii=False)}"]
-        return load_config(RunConfig, file, overrides).data
-    return DataConfig.from_dict(
-        {"source": source, "image_size": network.image_size, "channels": network.in_channels}, source="--data"
-    )
+        given = [] if source is None else [f"data.source={json_.dumps(source, ensure_ascii=False)}"]
+        return load_config(RunConfig, file, [*settings, *given]).data
+    data = {"source": source, "image_size": network.image_size, "channels": network.in_channels}
+    apply_overrides({"data": data}, settings)
+    return DataConfig.from_dict(data, source="--data")

@@ -30,7 +30,7 @@ from admtrt.models.settings import check_names, with_settings
 from admtrt.models.settings import checkpoint_config_from_preset as checkpoint_config_from_preset
 from admtrt.models.weights import (
     SUFFIXES,
-    check_plain,
+    check_weights,
     read_metadata,
     read_tensors,
     write_pickle,
@@ -54,6 +54,7 @@ PREFIX_KEY = "admtrt.key_prefix"
 
 _FORMAT_VERSION = 1
 _WRAPPED = "module."  # before the keys of models saved while wrapped for several devices
+_LONGEST_PREFIX = 100  # characters
 _LISTED = 4  # tensors named in a message, of each fault
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _OPTIONS = OptionNames()
@@ -152,6 +153,8 @@ def open_checkpoint(path: Path) -> StoredCheckpoint:
     embedded = read_checkpoint_config(path)
     tensors = read_tensors(path)
     prefix = read_metadata(path).get(PREFIX_KEY, "")
+    if len(prefix) > _LONGEST_PREFIX:  # it comes before every key where the file is converted back
+        raise CheckpointError(f"{path} has a header that puts {len(prefix)} characters before every key")
     if tensors and all(key.startswith(_WRAPPED) for key in tensors):
         tensors = {key.removeprefix(_WRAPPED): value for key, value in tensors.items()}
         prefix = _WRAPPED
@@ -199,6 +202,7 @@ def identify(
             raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from None
         if found.config.kind not in kinds:
             raise CheckpointError(_other_kind(f"{path} holds", found.config.kind, kinds))
+    _check_depth(path, found.config, stored.shapes)
     expected = shapes_of_network(found.config)
     if expected != stored.shapes:
         better = fraction_equal(stored.shapes, expected)
@@ -221,11 +225,8 @@ def load_stored(stored: StoredCheckpoint, config: CheckpointConfig) -> LoadedNet
     """
     with torch.device("meta"):
         module = build_network(config)
-    weights = {}
-    for key, value in stored.tensors.items():
-        check_plain(stored.path, key, value)
-        weights[key] = value.float()
-    module.load_state_dict(weights, assign=True)
+    check_weights(stored.path, stored.tensors)
+    module.load_state_dict({key: value.float() for key, value in stored.tensors.items()}, assign=True)
     return LoadedNetwork(module=module.eval().requires_grad_(False), config=config)
 
 
@@ -259,8 +260,7 @@ def convert_checkpoint(
         OutputError: if the target exists, has another suffix or cannot be written.
     """
     check_target(target, overwrite=overwrite)
-    for key, value in stored.tensors.items():
-        check_plain(stored.path, key, value)
+    check_weights(stored.path, stored.tensors)
     if target.suffix.lower() == ".safetensors":
         assert config is not None
         save_checkpoint(target, stored.tensors, config, prefix=stored.prefix)
@@ -300,6 +300,17 @@ def _changed(
             f"{path} carries its own configuration, which the settings given do not fit: {error.message}",
             hint=f"Leave out {options.prefix}set for this file.",
         ) from None
+
+
+def _check_depth(path: Path, config: CheckpointConfig, shapes: Shapes) -> None:
+    """Compare what costs nothing before a network of any depth is built to compare the rest."""
+    network = config.network
+    if network.num_blocks > len(shapes):
+        raise CheckpointError(
+            f"the tensors of {path} are not those of its configuration: it has {len(shapes)} tensors, "
+            f"too few for {len(network.channel_mult)} levels of {network.num_res_blocks} residual blocks",
+            hint="Give the configuration that this network was trained with.",
+        )
 
 
 def _check_agreement(

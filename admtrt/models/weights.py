@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import pickle
-import re
 import tempfile
 import warnings
-import zipfile
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,10 +18,16 @@ from torch import Tensor
 
 from admtrt.errors import CheckpointError
 from admtrt.files import atomic_file
+from admtrt.models.torch_files import UnneededGlobalError, check_torch_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 """Of the files that are read and written."""
 
+_LONGEST_HEADER = 2**23  # bytes: 50,000 tensors and more
+_MOST_SHARING = 4  # times the file that its tensors may have together: some networks tie weights
 _RESAVE = "If you trust its source, save its state dict alone as .safetensors where it was made."
 
 
@@ -62,11 +67,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     if suffix_of(path) != ".safetensors":
         return {}
-    try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            return opened.metadata() or {}
-    except SafetensorError as error:
-        raise _damaged_safetensors(path, error) from None
+    with _opened_safetensors(path) as opened:
+        return opened.metadata() or {}
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
@@ -115,13 +117,32 @@ def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise OSError(str(error).splitlines()[0]) from error
 
 
-def check_plain(path: Path, key: str, stored: Tensor) -> None:
-    """Refuse a weight unless it is dense, real and finite.
+def check_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights unless they are dense, real and finite, and lie in the file as they are.
 
     Raises:
-        CheckpointError: naming it.
+        CheckpointError: naming one that is not.
     """
-    if stored.layout is not torch.strided or stored.is_meta or not stored.is_floating_point():
+    _check_extent(path, tensors)
+    for key, stored in tensors.items():
+        _check_plain(path, key, stored)
+
+
+def _check_extent(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that repeat the numbers of the file: whoever reads them needs memory without bound."""
+    stored = path.stat().st_size
+    sizes = {key: value.numel() * value.element_size() for key, value in tensors.items()}
+    largest = max(sizes, key=sizes.__getitem__, default="")
+    if max(sizes.values(), default=0) > stored or sum(sizes.values()) > _MOST_SHARING * stored:
+        raise CheckpointError(
+            f"the tensors of {path} have {sum(sizes.values())} bytes, the file {stored}: they repeat what it "
+            f"holds; the largest is {largest} {list(tensors[largest].shape)}",
+            hint=_RESAVE,
+        )
+
+
+def _check_plain(path: Path, key: str, stored: Tensor) -> None:
+    if stored.layout is not torch.strided or not stored.is_floating_point():
         raise CheckpointError(
             f"{path}: {key} is a {stored.dtype} tensor; expected plain floating-point weights"
         )
@@ -138,35 +159,44 @@ def check_plain(path: Path, key: str, stored: Tensor) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with _opened_safetensors(path) as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
+
+
+@contextlib.contextmanager
+def _opened_safetensors(path: Path) -> Iterator[Any]:  # whose methods have no types
     try:
+        with path.open("rb") as header:
+            length = int.from_bytes(header.read(8), "little")
+        if length > _LONGEST_HEADER:
+            raise SafetensorError(f"its header would have {length} bytes")
         with safe_open(path, framework="pt", device="cpu") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
+            yield opened
     except SafetensorError as error:
-        raise _damaged_safetensors(path, error) from None
-
-
-def _damaged_safetensors(path: Path, error: SafetensorError) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is truncated, damaged or no safetensors file: {error}", hint="Copy or download it again."
-    )
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no safetensors file: {error}", hint="Copy or download it again."
+        ) from None
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats, to developers
-            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # arbitrary bytes make the reader fail in any way
-        wanted = re.search(r"GLOBAL ((?:\w+\.)*\w+) (?:was|whose)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and wanted:
-            raise CheckpointError(
-                f"{path} was refused: its pickle wants to use '{wanted[1]}', which weights do not need "
-                "and which could run code; nothing was executed",
-                hint=_RESAVE,
-            ) from None
+            mapped = check_torch_file(path)
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UnneededGlobalError as error:
         raise CheckpointError(
-            f"{path} is truncated, damaged or no PyTorch file of weights alone; nothing in it was executed",
+            f"{path} was refused: its pickle wants to use '{error}', which plain weights do not need; "
+            "nothing was executed",
+            hint=_RESAVE,
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # arbitrary bytes make the readers fail in any way
+        reason = f": {error}" if type(error) is ValueError else ""
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no PyTorch file of weights alone{reason}; "
+            "nothing in it was executed",
             hint=f"Copy or download it again. {_RESAVE}",
         ) from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):

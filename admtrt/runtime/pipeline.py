@@ -355,8 +355,8 @@ class Pipeline:
         if not np.isfinite(slots.x).all():
             raise RequestError(
                 f"sampling gave values that are not finite (scale {sampler.scale}, steps {sampler.steps!r})",
-                hint="Use a smaller scale or more steps; if that does not help, the weights are at fault: "
-                "admtrt verify.",
+                hint="Use a smaller scale or more steps; if that does not help, the weights may be at fault; "
+                "see: admtrt verify BUNDLE --unet CHECKPOINT",
             )
         return slots.x
 

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from admtrt.errors import DataError
-from admtrt.images import MODES, from_uint8, to_pillow
-from admtrt.training.data_sources import Labels, Pixels, Skipped, read_image, read_source
+from admtrt.images import from_uint8, to_pillow
+from admtrt.training.data_sources import Labels, Pixels, Skipped, read_image, read_source, with_channels
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -64,8 +64,7 @@ class ImageSet:
         if not self.config.random_crop and not isinstance(stored, Path) and stored.shape[:2] == (size, size):
             pixels = stored
         else:
-            mode = MODES[self.config.channels]
-            opened = read_image(stored, mode) if isinstance(stored, Path) else to_pillow(stored)
+            opened = read_image(stored, self.config) if isinstance(stored, Path) else to_pillow(stored)
             pixels = random_crop(opened, size, rng) if self.config.random_crop else center_crop(opened, size)
         if self.config.random_flip and rng.random() < 0.5:
             pixels = pixels[:, ::-1]
@@ -97,7 +96,7 @@ def _fitted(images: Pixels, config: DataConfig) -> Pixels:
     size = config.image_size
     if images.shape[1:] == (size, size, config.channels):
         return images
-    converted = (to_pillow(pixels).convert(MODES[config.channels]) for pixels in images)
+    converted = (with_channels(to_pillow(pixels), config) for pixels in images)
     return np.stack(
         [_to_pixels(image) if config.random_crop else center_crop(image, size) for image in converted]
     )

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from admtrt.errors import DataError, MissingDependencyError
+from admtrt.images import MODES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,7 @@ IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif
 _IDX_IMAGES = re.compile(r"(?P<stem>.*)images(?P<mark>[-.])idx3-ubyte(\.gz)?")
 _IDX_UNSIGNED_BYTE = 0x08
 _GZIP_MAGIC = b"\x1f\x8b"
+_TOO_DEEP = "not 8 bits a channel"
 _NAMED_FAULTS = 5  # bad files that a message names before it only counts
 
 
@@ -153,31 +155,46 @@ def _read_digits() -> tuple[Pixels, Labels]:
 # --- folders of images -------------------------------------------------------------------------------------
 
 
-def read_image(path: Path, mode: str) -> Image.Image:
-    """Decode a file and convert it to a Pillow mode.
+def with_channels(image: Image.Image, config: DataConfig) -> Image.Image:
+    """An image in the configured channels, transparent pixels before the configured background."""
+    mode = MODES[config.channels]
+    if not image.has_transparency_data:
+        return image.convert(mode)
+    image = image.convert("RGBA")  # Pillow warns about direct ways from a palette
+    if config.background is not None and "A" not in mode:
+        behind = Image.new("RGBA", image.size, (*[config.background] * 3, 255))
+        image = Image.alpha_composite(behind, image)
+    return image.convert(mode)
+
+
+def read_image(path: Path, config: DataConfig) -> Image.Image:
+    """Decode a file, turn it as it says and convert its channels; of an animation the first picture.
 
     Raises:
         DataError: naming the file, if that fails.
     """
     try:
         with Image.open(path) as image:
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert(mode)  # Pillow warns about the direct way
-            return image.convert(mode)
+            return with_channels(_upright(image, config), config)
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         raise DataError(f"{path} can no longer be read: {_reason(error)}") from None
 
 
-def _fault_of(path: Path, size: int | None) -> str | None:
+def _upright(image: Image.Image, config: DataConfig) -> Image.Image:
+    return ImageOps.exif_transpose(image) if config.exif_rotation else image
+
+
+def _fault_of(path: Path, config: DataConfig) -> str | None:
     """Why a file is unusable, or None. Decodes all of it, as nothing less shows a truncated JPEG."""
     try:
         with Image.open(path) as image:
-            if size is not None and image.size != (size, size):
+            size = config.image_size
+            if not config.resize and image.size != (size, size):
                 return f"{image.width}x{image.height} pixels, not {size}x{size}"
             if image.mode.startswith(("I", "F")):
-                return f"pixels of mode {image.mode}, not 8 bits a channel"
+                return f"pixels of mode {image.mode}, {_TOO_DEEP}"
             image.draft(None, (1, 1))  # a JPEG is read to its end but skips most of the arithmetic
-            image.load()
+            _upright(image, config).load()
     except Exception as error:  # as in read_image
         return _reason(error)
     return None
@@ -194,9 +211,7 @@ def _reason(error: Exception) -> str:
 def _read_folder(root: Path, config: DataConfig) -> Source:
     files = _image_files(root)
     with ThreadPool() as pool:  # Pillow decodes outside the interpreter's lock
-        faults = pool.starmap(
-            _fault_of, [(file, None if config.resize else config.image_size) for file in files]
-        )
+        faults = pool.starmap(_fault_of, [(file, config) for file in files])
     skipped = tuple(
         Skipped(file, fault) for file, fault in zip(files, faults, strict=True) if fault is not None
     )
@@ -205,7 +220,12 @@ def _read_folder(root: Path, config: DataConfig) -> Source:
         raise DataError(
             f"{len(skipped)} of {len(files)} images in {root} cannot be used: "
             + _listed([f"{file.relative_to(root)} ({reason})" for file, reason in skipped]),
-            hint="Repair or remove them" + (', or set data.on_bad_file = "skip".' if usable else "."),
+            hint=(
+                "Convert them to 8 bits a channel, or remove them"
+                if all(reason.endswith(_TOO_DEEP) for _, reason in skipped)
+                else "Repair or remove them"
+            )
+            + (', or set data.on_bad_file = "skip".' if usable else "."),
         )
     names = _class_of_each(root, usable, config.label_from)
     if names is None:

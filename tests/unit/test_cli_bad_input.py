@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch
 from bundles import CLASSIFIER, UNET, exported_bundle, network, sham_bundle
 from safetensors.torch import save_file
 
+import admtrt
 from admtrt.bundle import MANIFEST, Bundle
 from admtrt.cli import run
 from admtrt.models.checkpoint import (
@@ -103,6 +106,27 @@ def test_guidance_without_a_classifier(capsys: Capture, tmp_path: Path) -> None:
     complaint = refused(capsys, "sample", bundle, "--out", tmp_path / "run", "--scale", 1)
     assert "holds no classifier" in complaint
     assert "--classifier" in complaint
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "auto"])
+def test_a_bundle_whose_path_is_not_in_utf8(capsys: Capture, tmp_path: Path, backend: str) -> None:
+    bundle = tmp_path / os.fsdecode(b"bundle-\xff")
+    shutil.copytree(exported_bundle("guided"), bundle)
+    options = ["--backend", backend, "--steps", "2"]
+    complaint = refused(capsys, "sample", bundle, "--out", tmp_path / "run", *options)
+    assert "is not in UTF-8, and no inference library opens such files" in complaint
+    assert "Rename the folder." in complaint
+
+
+def test_a_graph_that_the_library_refuses_is_told_once(tmp_path: Path) -> None:
+    """The library's own line on stderr would come before ours; it writes past Python's streams."""
+    sham_bundle(tmp_path / "bundle")
+    command = [sys.executable, "-m", "admtrt", "sample", tmp_path / "bundle", "--out", tmp_path / "run"]
+    environment = os.environ | {"PYTHONPATH": str(Path(admtrt.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ONNX Runtime refuses ")
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_another_runs_folder(capsys: Capture, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def test_grey_images_are_repeated_for_more_channels():
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingDependencyError, match=r"admtrt\[train\]"):
+    with pytest.raises(MissingDependencyError, match=r"\[train\]"):
         load_data(config("digits"))
 
 
@@ -113,10 +113,110 @@ def test_modes_become_the_asked_channels(tmp_path, mode, channels):
     np.testing.assert_array_equal(got, np.asarray(source.convert(target)).reshape(8, 8, channels))
 
 
+ORIENTATION = 0x0112
+TURNS = {  # what the pixels of a file become when they are seen upright (EXIF 2.3, tag Orientation)
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".webp"])
+def test_images_are_turned_as_their_exif_data_say(tmp_path, orientation, suffix):
+    pixels = noise(8, 8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"lossless": True} if suffix == ".webp" else {}
+    Image.fromarray(pixels).save(tmp_path / f"a{suffix}", exif=exif, **options)
+    upright = image(load_data(config(tmp_path, channels=3)))
+    np.testing.assert_array_equal(as_uint8(upright), TURNS[orientation](pixels))
+    as_stored = image(load_data(config(tmp_path, channels=3, exif_rotation=False)))
+    stored = TURNS[orientation](pixels) if suffix == ".tiff" else pixels  # which Pillow itself turns
+    np.testing.assert_array_equal(as_uint8(as_stored), stored)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_orientations_that_do_not_exist_turn_nothing(tmp_path, orientation):
+    pixels = noise(8, 8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(as_uint8(image(load_data(config(tmp_path)))), pixels)
+
+
+def transparent(mode: str) -> Image.Image:
+    """Left half opaque, right half transparent, with a colour behind that nobody sees."""
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[..., :3] = 60
+    pixels[:, :4, 3] = 255
+    if mode == "P":
+        made = Image.fromarray(np.repeat([[0] * 4 + [1] * 4], 8, axis=0).astype(np.uint8), "P")
+        made.putpalette([60, 60, 60, 61, 61, 61])
+        made.info["transparency"] = 1
+        return made
+    if mode == "RGB":  # of which one colour counts as transparent
+        pixels[:, 4:, :3] = 61
+        made = Image.fromarray(pixels[..., :3])
+        made.info["transparency"] = (61, 61, 61)
+        return made
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("background", "seen"), [(255, 255), (0, 0), (128, 128), ("none", None), (None, None)]
+)
+def test_transparent_pixels_show_the_background(tmp_path, mode, channels, background, seen):
+    transparent(mode).save(tmp_path / "a.png", **({"transparency": (61, 61, 61)} if mode == "RGB" else {}))
+    shown = as_uint8(image(load_data(config(tmp_path, channels=channels, background=background))))
+    assert (shown[:, :4] == 60).all()
+    assert (shown[:, 4:] == (seen if seen is not None else 60 if mode in ("RGBA", "LA") else 61)).all()
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_transparency_stays_where_it_has_a_channel(tmp_path, channels):
+    transparent("RGBA").save(tmp_path / "a.png")
+    shown = as_uint8(image(load_data(config(tmp_path, channels=channels))))
+    assert (shown[..., -1] == [255] * 4 + [0] * 4).all()
+    assert (shown[..., 0] == 60).all()
+
+
+def test_transparent_pixels_of_arrays_show_the_background_as_well(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.asarray(transparent("RGBA"))[None])
+    assert (as_uint8(image(load_data(config(tmp_path / "a.npz"))))[:, 4:] == 255).all()
+    hidden = load_data(config(tmp_path / "a.npz", background="none"))
+    assert (as_uint8(image(hidden)) == 60).all()
+
+
+def test_of_an_animation_the_first_picture_is_taken(tmp_path):
+    first, second = (Image.new("RGB", (8, 8), (level,) * 3) for level in (10, 200))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
+    assert (as_uint8(image(load_data(config(tmp_path)))) == 10).all()
+
+
+def test_images_of_sixteen_bits_are_to_be_converted(tmp_path):
+    Image.new("I;16", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(DataError) as caught:
+        load_data(config(tmp_path))
+    assert caught.value.hint == "Convert them to 8 bits a channel, or remove them."
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(DataError) as caught:
+        load_data(config(tmp_path))
+    assert caught.value.hint == "Repair or remove them."
+
+
 def test_palettes_with_transparency_do_not_warn(tmp_path):
     source = Image.fromarray(noise(8, 8)).quantize(4)
     source.save(tmp_path / "a.png", transparency=bytes([0, 128, 255, 255]))
-    got = as_uint8(image(load_data(config(tmp_path))))
+    got = as_uint8(image(load_data(config(tmp_path, background="none"))))
     np.testing.assert_array_equal(got, np.asarray(source.convert("RGB")))
 
 

@@ -145,11 +145,15 @@ def test_faults_inside_a_temporary_are_told_of_the_target(tmp_path: Path) -> Non
     with pytest.raises(OutputError) as caught, atomic_file(tmp_path / "file") as file:
         raise OutputError(f"cannot write {file}: full")
     assert caught.value.message == f"cannot write {tmp_path / 'file'}: full"
-    assert "untouched" in caught.value.hint
+    assert caught.value.hint == ""  # there was nothing
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError) as caught, atomic_file(tmp_path / "file") as file:
+        raise OutputError(f"cannot write {file}: full")
+    assert caught.value.hint == "What was there before is untouched."
     with pytest.raises(OutputError) as caught, atomic_directory(tmp_path / "bundle"):
         raise OutputError("cannot write elsewhere", hint="Go there.")
     assert (caught.value.message, caught.value.hint) == ("cannot write elsewhere", "Go there.")
-    assert names(tmp_path) == []
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from admtrt.runtime.sampler import Images
 
 ERRORS_ONLY = 3
-"""Severity from which ONNX Runtime logs to stderr."""
+"""Severity from which ONNX Runtime logs to stderr; why a provider cannot be loaded it says nowhere else."""
+_NOTHING = 4  # but what ends the process: every other fault is raised as well
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
@@ -43,7 +44,7 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
     ) -> None:
         onnxruntime = import_onnxruntime(extra="cpu", purpose="Sampling on a CPU")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
+        options.log_severity_level = _NOTHING
         # Each graph has threads of its own: those of one must not spin on the cores while the next one runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:

@@ -17,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from admtrt.errors import EngineError, MissingDependencyError, UserError
+from admtrt.installing import pip_install
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -232,7 +233,7 @@ def find_libraries(flavors: Sequence[Flavor] = ("tensorrt", "rtx")) -> list[Libr
 def _unloadable(flavor: Flavor, error: Exception) -> EngineError:
     return EngineError(
         f"{LIBRARY_NAMES[flavor]} is installed but cannot be loaded: {error}",
-        hint=f"Install it again with: pip install --force-reinstall {_WHEELS[flavor]}",
+        hint=f"Install it again with: {pip_install('--force-reinstall', _WHEELS[flavor])}",
     )
 
 
@@ -242,5 +243,5 @@ def _check_floor(library: Library) -> None:
     if numbers is None or tuple(map(int, numbers.groups())) < floor:
         raise EngineError(
             f"{library} is too old; admtrt needs {'.'.join(map(str, floor))} or later",
-            hint=f"Upgrade it with: pip install --upgrade {_WHEELS[library.flavor]}",
+            hint=f"Upgrade it with: {pip_install('--upgrade', _WHEELS[library.flavor])}",
         )

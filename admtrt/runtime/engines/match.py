@@ -28,7 +28,7 @@ def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: G
         raise EngineError(
             f"{library} does not run on {gpu}; it runs on "
             + ", ".join(f"SM{target}" for target in library.targets),
-            hint="Use plans of TensorRT (admtrt build --library tensorrt), or another backend.",
+            hint="Use plans of TensorRT (admtrt build BUNDLE --library tensorrt), or another backend.",
         )
     known, damaged = store.records()
     records = [record for record in known if record.key.graph == source.graph]

@@ -38,6 +38,7 @@ PLANS = "plans"
 RECIPE = 1
 """Raised whenever the builder itself does something else with the same options."""
 _MEMO = "built"
+_AGAIN = "Build it again with: admtrt build BUNDLE"
 
 
 class PlanKey(Config):

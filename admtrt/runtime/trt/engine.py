@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from admtrt.errors import EngineError, PlanError
+from admtrt.installing import pip_install
 from admtrt.runtime.engines.library import lean_runtime, logger_of, sizes_of
 from admtrt.runtime.engines.startup import require_start
 from admtrt.runtime.trt.validity import check_validity
@@ -225,7 +226,7 @@ class Engine:
             raise PlanError(
                 f"the plan of graph '{self._source.graph}' needs the lean runtime of TensorRT {key.version}: "
                 f"{self._logger.said() or 'it is not installed'}",
-                hint=f"Install it with: pip install tensorrt-lean-cu13=={key.version}",
+                hint=f"Install it with: {pip_install(f'tensorrt-lean-cu13=={key.version}')}",
             )
         return loaded, own
 

@@ -48,7 +48,8 @@ def plan_layers(bundle: Bundle, store: PlanStore, record: PlanRecord) -> list[La
     if fault:
         raise PlanError(
             f"plan {key.digest[:12]} cannot be opened on {device.gpu}: it {fault}",
-            hint="Layers can be shown where a plan runs; what the builder fused: admtrt build --report",
+            hint="Layers can be shown where a plan runs; for what the builder fused, see: "
+            "admtrt build BUNDLE --report",
         )
     if not store.trusts(record.plan.sha256):
         raise PlanError(
