@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import MissingDependencyError, OutputError
 from admtrt.files import atomic_file
+from admtrt.reading import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -124,8 +125,8 @@ def _readable_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
+            lines.append(parse_json(text))
+        except ValueError:
             break  # a kill cut this line; nothing can follow it
     return lines
 

@@ -160,7 +160,7 @@ def test_names_longer_than_any_file(capsys: Capture, tmp_path: Path) -> None:
             {"arr_0": np.zeros((2, 5, 5, 1), np.uint8)},
             ", 5, 5, 1]; expected uint8 [N, 4, 4, 1]",
         ),
-        ({"arr_0": np.zeros((0, 4, 4, 1), np.uint8)}, "0 samples were asked for"),
+        ({"arr_0": np.zeros((0, 4, 4, 1), np.uint8)}, "holds 0 images; expected 1 to"),
         ({"images": np.zeros((2, 4, 4, 1), np.uint8)}, "has no arr_0; it has images"),
         ({"arr_0": np.array([{}], object)}, "as .npz with arr_0"),
         (b"", "as .npz with arr_0"),

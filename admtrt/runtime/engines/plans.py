@@ -19,7 +19,8 @@ from admtrt.bundle import FileEntry
 from admtrt.config import Config
 from admtrt.contract import GraphName, Precision
 from admtrt.errors import ConfigError, OutputError, PlanError
-from admtrt.files import atomic_file, check_place, sha256_of
+from admtrt.files import atomic_file, check_place, locked, sha256_of
+from admtrt.reading import read_json, read_small
 from admtrt.runtime.engines.library import Flavor
 from admtrt.runtime.engines.options import PORTABLE, BuildOptions, targets_text
 from admtrt.runtime.engines.report import FusionReport
@@ -35,6 +36,7 @@ PLANS = "plans"
 RECIPE = 1
 """Raised whenever the builder itself does something else with the same options."""
 _AGAIN = "Build it again with: admtrt build"
+_LARGEST_RECORD = 2**24  # bytes
 
 
 class PlanKey(Config):
@@ -189,7 +191,7 @@ class PlanStore:
         self._check_size(record)
         path = self.path(record.key)
         try:
-            plan = path.read_bytes()
+            plan = read_small(path, record.plan.size)
         except OSError as error:
             raise PlanError(f"cannot read {path}: {error.strerror}", hint=_AGAIN) from None
         _check_digest(path, hashlib.sha256(plan).hexdigest(), record)
@@ -212,22 +214,25 @@ class PlanStore:
             report=report,
         )
         path = self.path(key)
-        path.with_suffix(".json").unlink(missing_ok=True)  # a kill leaves a plan without a record: no plan
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(data)
-        with atomic_file(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+        with locked(self.root):  # or the record of one process could stand by the plan of another
+            path.with_suffix(".json").unlink(
+                missing_ok=True
+            )  # a kill leaves a plan without a record: no plan
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(data)
+            with atomic_file(path.with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
         return record
 
     def _read(self, path: Path) -> PlanRecord:
         try:
-            data: Any = json.loads(path.read_text(encoding="utf-8"))
+            data: Any = read_json(path, _LARGEST_RECORD)
             if not isinstance(data, dict):
                 raise PlanError(f"{path} is no record of a plan", hint=_AGAIN)
             record = PlanRecord.from_dict(data, source=str(path))
         except OSError as error:
             raise PlanError(f"cannot read {path}: {error.strerror}", hint=_AGAIN) from None
-        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8
+        except ValueError as error:
             raise PlanError(f"{path} is not valid JSON: {error}", hint=_AGAIN) from None
         except ConfigError as error:
             raise PlanError(error.message, hint=_AGAIN) from None
