@@ -53,6 +53,8 @@ class Archive:
         with self._archive.open(name + _SUFFIX) as member:
             shape, _, dtype = _HEADERS[np.lib.format.read_magic(member)](member)
             start = member.tell()
+        if dtype.hasobject:
+            raise ValueError("Object arrays cannot be loaded")
         size = start + math.prod(shape) * dtype.itemsize
         if min(shape, default=0) < 0 or size != self._archive.getinfo(name + _SUFFIX).file_size:
             raise ValueError(f"{name} is shorter or longer than its header says")
