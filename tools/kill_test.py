@@ -5,7 +5,7 @@
 Tiny networks on the digits. Each command (train, sample, export, convert, build, evaluate) runs to its end
 once, undisturbed. Then it is started and killed (SIGKILL) again and again, a few times in one folder; after
 each kill what had been finished must still be there, and in the end the command runs to its end once more.
-Its files must then be byte for byte those of the undisturbed run, without any temporary file beside them. Exit
+Its files must then be byte for byte those of the undisturbed run, with no temporary file beside them. Exit
 code 1 if they are not. Every process is forked from this one, which has imported everything and run nothing.
 """
 
@@ -204,7 +204,7 @@ def scenes(root: Path) -> list[Scene]:
         return ["build", str(made), "--library", "rtx", "--batch", "1:2:4", "--cache", str(out / "plans")]
 
     def evaluate(_: Path, __: int) -> list[str]:
-        return ["evaluate", "nll", str(made), *threads, *data]
+        return ["evaluate", "nll", "--bundle", str(made), *threads, *data]
 
     return [
         Scene("train", train, trained, files),
