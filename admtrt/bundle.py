@@ -348,7 +348,8 @@ def _check_external_data(path: Path, name: str, graph: GraphEntry, manifest: Man
     file = _inside(path, graph.file)
     for location in external_locations(file):
         target = (PurePosixPath(graph.file).parent / location).as_posix()
-        if target not in manifest.files or _inside(path, target).parent != file.parent:
+        beside = "/" not in location  # not even by links: some paths are read as addresses in memory
+        if not beside or target not in manifest.files or _inside(path, target).parent != file.parent:
             raise BundleError(
                 f"{path}: graph '{name}' keeps weights in {location!r}, which is not a file of the bundle",
                 hint="Do not run it: its weights would come from elsewhere.",

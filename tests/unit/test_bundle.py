@@ -377,6 +377,19 @@ def test_a_graph_that_is_none(tmp_path: Path, graph: bytes) -> None:
     assert "an ONNX graph" in refusal(path).message
 
 
+def test_weights_at_an_address_in_memory(tmp_path: Path) -> None:
+    """OpenVINO takes such a name for a pointer, and its offset for the address."""
+    marker = "*/_ORT_MEM_ADDR_/*"
+    path = sham_bundle(
+        tmp_path / "bundle", graph=graph_with_weights_in(marker), extra={"w.data": bytes(4)}
+    ).path
+    (path / "*" / "_ORT_MEM_ADDR_").mkdir(parents=True)
+    (path / "*" / "_ORT_MEM_ADDR_" / "*").symlink_to("../../w.data")
+    data = manifest_of(path)
+    data["files"][marker] = data["files"]["w.data"]
+    assert f"keeps weights in {marker!r}, which is not a file of the bundle" in refusal(path, data).message
+
+
 # --- files that others put there ------------------------------------------------------------------------
 
 
