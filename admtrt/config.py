@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from admtrt.errors import ConfigError, OutputError
+from admtrt.reading import read_small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ GROUPS = 32
 """Groups of every group normalisation in ADM; channel counts are multiples of it."""
 
 _TOML_NONE = "none"
+_LARGEST_FILE = 2**24  # bytes
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -462,7 +464,7 @@ def load_config(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -
     import tomllib
 
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_small(path, _LARGEST_FILE).decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

@@ -92,25 +92,24 @@ def _foreign_parts(data: mmap.mmap) -> Iterator[str]:
     for number, begin, end in _fields(data, 0, len(data)):
         if number in (_TRAINING, _FUNCTION):
             yield "functions" if number == _FUNCTION else "graphs for training"
-        if number != _GRAPH:
-            continue
-        for node in _children(data, (begin, end), _NODE):
-            operator = _text(data, node, _OPERATOR)[:_SHOWN].decode("utf-8", "replace")
-            domain = _text(data, node, _DOMAIN)
-            if domain not in _OWN_DOMAINS:
-                shown = domain[:_SHOWN].decode("utf-8", "replace")
-                yield f"the operator {operator!r} of the domain {shown!r}"
-            for attribute in _children(data, node, _ATTRIBUTE):
-                if any(field in _NESTED for field, _, _ in _fields(data, *attribute)):
-                    yield f"a graph within the operator {operator!r}"
+        elif number == _GRAPH:
+            for node in _children(data, (begin, end), _NODE):
+                yield from _foreign_in_node(data, *node)
 
 
-def _text(data: mmap.mmap, message: tuple[int, int], number: int) -> bytes:
-    """A field that occurs once; of several the last counts."""
-    text = b""
-    for begin, end in _children(data, message, number):
-        text = data[begin:end]
-    return text
+def _foreign_in_node(data: mmap.mmap, start: int, stop: int) -> Iterator[str]:
+    operator, domain, nested = "", b"", False
+    for number, begin, end in _fields(data, start, stop):
+        if number == _OPERATOR:
+            operator = data[begin:end][:_SHOWN].decode("utf-8", "replace")
+        elif number == _DOMAIN:
+            domain = data[begin:end]
+        elif number == _ATTRIBUTE:
+            nested = nested or any(field in _NESTED for field, _, _ in _fields(data, begin, end))
+    if domain not in _OWN_DOMAINS:
+        yield f"the operator {operator!r} of the domain {domain[:_SHOWN].decode('utf-8', 'replace')!r}"
+    if nested:
+        yield f"a graph within the operator {operator!r}"
 
 
 def _node_metadata(data: mmap.mmap, key: bytes) -> Iterator[tuple[str, str]]:

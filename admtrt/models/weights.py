@@ -89,9 +89,7 @@ def write_safetensors(
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            save_file(
-                plain, temporary, metadata=texts
-            )  # by way of a temporary of its own, in the same folder
+            save_file(plain, temporary, metadata=texts)  # by way of another temporary in the same folder
         except SafetensorError as error:
             # It has an error of its own for a full disk.
             raise OSError(str(error)) from error

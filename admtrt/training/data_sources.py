@@ -331,9 +331,8 @@ def _idx_array(path: Path, *, dimensions: int) -> Pixels:
             header = source.read(body)
             shape = struct.unpack(f">{dimensions}I", header[4:].ljust(4 * dimensions, b"\0"))
             expected = math.prod(shape)
-            data = (
-                bytearray()
-            )  # in blocks, as far as there are any: a header may promise what no memory holds
+            data = bytearray()
+            # In blocks, as far as there are any: a header may promise what no memory holds.
             while len(data) <= expected and (block := source.read(_BLOCK)):
                 data += block
     except (OSError, EOFError, zlib.error) as error:

@@ -402,7 +402,7 @@ def big_manifest(file: Path) -> None:
     ("put", "fault"),
     [
         (os.mkfifo, "it is no regular file"),
-        (lambda file: file.mkdir(), "it is no regular file"),
+        (lambda file: file.mkdir(), "Is a directory"),
         (lambda file: file.symlink_to("/dev/zero"), "is a link out of the bundle"),
         (lambda file: file.symlink_to("../manifest.json"), "is a link out of the bundle"),
         (lambda file: (file.touch(), big_manifest(file)), "it is larger than"),
