@@ -194,19 +194,29 @@ def _rename_to_new(source: Path, target: Path) -> None:
 
     Raises:
         OutputError: if it is taken.
-        OSError: if that cannot be done, most often since the file system cannot tell.
     """
     try:
         if source.is_dir():
             source.rename(target)  # never takes the place of anything but an empty directory
         elif not _renameat2(source, target, _NO_REPLACE):
-            os.link(source, target)  # as exclusive, where the file system has no such renaming
+            _link_to_new(source, target)
     except FileExistsError:
         raise _taken(target) from None
     except OSError as error:
         if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
             raise _taken(target) from None
         raise
+
+
+def _link_to_new(source: Path, target: Path) -> None:
+    """As exclusive, where the file system has no such renaming: by a link, or after an empty file."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # it has no links either; who is killed between the two leaves the empty file
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+        source.replace(target)
 
 
 def _taken(path: Path) -> TakenError:

@@ -181,9 +181,11 @@ def test_two_writers_do_not_share_a_temporary(tmp_path: Path) -> None:
 
 def test_a_new_file_never_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Be it written between the look and the renaming, and whether or not the system renames so."""
-    for name in ("renameat2", "link"):
-        if name == "link":
+    for name in ("renameat2", "link", "open"):
+        if name != "renameat2":
             monkeypatch.setattr(files, "_renameat2", lambda *_: False)
+        if name == "open":
+            monkeypatch.setattr(os, "link", no_links)
         with atomic_file(tmp_path / name, replace=False) as temporary:
             temporary.write_text("first")
         with (
@@ -192,7 +194,11 @@ def test_a_new_file_never_takes_the_place_of_another(tmp_path: Path, monkeypatch
         ):
             temporary.write_text("second")
         assert (tmp_path / name).read_text() == "first"
-    assert names(tmp_path) == ["link", "renameat2"]
+    assert names(tmp_path) == ["link", "open", "renameat2"]
+
+
+def no_links(*_: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
 
 
 # --- what a kill leaves ---------------------------------------------------------------------------------
