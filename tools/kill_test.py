@@ -75,7 +75,7 @@ SHAPE = {
     "image_size": 8, "in_channels": 1, "model_channels": 32, "num_res_blocks": 1, "channel_mult": [1],
     "attention_resolutions": [], "num_heads": 2,
 }  # fmt: skip
-MOST_IN_A_ROW = 6
+MOST_IN_A_ROW = 12
 """Kills in one folder before the command is left alone."""
 TIMEOUT = 300.0
 """Seconds after which a process that was left alone is taken to hang."""
