@@ -135,7 +135,8 @@ class Shards:
         labels = self._request.labels
         expected = {"images"} if labels is None else {"images", "labels"}
         if set(archive.names) != expected:
-            return f"it holds {', '.join(sorted(archive.names)) or 'nothing'}"
+            held = ", ".join(sorted(archive.names)) or "nothing"
+            return f"it holds {held}, expected {', '.join(sorted(expected))}"
         stop = min(start + self._request.shard_size, len(self))
         images = Header(np.dtype(np.uint8), (stop - start, *self.image_shape))
         if archive.header("images") != images:
