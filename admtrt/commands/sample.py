@@ -363,17 +363,16 @@ class _SmallImages:
                 found = archive.header("arr_0")
                 if found.dtype != np.uint8 or len(found.shape) != 4:
                     raise RequestError(f"{path}: arr_0 is {found}; expected uint8 [N, H, W, C]")
-                check_conditioning(bundle, found)  # before a byte is inflated
-                if not 1 <= found.shape[0] <= MAX_SAMPLES:
-                    raise RequestError(f"{path} holds {found.shape[0]} images; expected 1 to {MAX_SAMPLES}")
-                if "arr_1" not in archive.names:
-                    return cls(archive.read("arr_0"), None)
-                labels = archive.header("arr_1")
-                if labels.dtype.kind not in "iu" or labels.shape != found.shape[:1]:
+                labels = archive.header("arr_1") if "arr_1" in archive.names else None
+                if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != found.shape[:1]):
                     raise RequestError(
                         f"{path}: arr_1 is {labels}; expected {found.shape[0]} labels, whole numbers"
                     )
-                return cls(archive.read("arr_0"), archive.read("arr_1").astype(np.int64))
+                check_conditioning(bundle, found)  # before a byte is inflated
+                if not 1 <= found.shape[0] <= MAX_SAMPLES:
+                    raise RequestError(f"{path} holds {found.shape[0]} images; expected 1 to {MAX_SAMPLES}")
+                images = archive.read("arr_0")
+                return cls(images, None if labels is None else archive.read("arr_1").astype(np.int64))
         except RequestError:
             raise
         except Exception as error:  # arbitrary bytes make the reader fail in any way
