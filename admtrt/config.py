@@ -17,6 +17,7 @@ from pydantic import (
 )
 
 from admtrt.errors import ConfigError, OutputError
+from admtrt.reading import read_small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +27,7 @@ GROUPS = 32
 """Groups of every group normalisation in ADM; channel counts are multiples of it."""
 
 _TOML_NONE = "none"
-_LONGEST_FILE = 2**20
+_LARGEST_FILE = 2**20  # bytes
 
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 BatchSize = Annotated[int, Field(ge=1, le=2**20)]
@@ -482,11 +483,7 @@ def load_config(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -
     import tomllib
 
     try:
-        with path.open(encoding="utf-8") as opened:
-            text = opened.read(_LONGEST_FILE + 1)
-        if len(text) > _LONGEST_FILE:
-            raise ConfigError(f"{path} is no file of settings: it has more than {_LONGEST_FILE} characters")
-        data = tomllib.loads(text)
+        data = tomllib.loads(read_small(path, _LARGEST_FILE).decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:

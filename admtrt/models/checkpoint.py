@@ -37,6 +37,7 @@ from admtrt.models.weights import (
     write_safetensors,
 )
 from admtrt.presets import Kind as Kind
+from admtrt.reading import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -100,7 +101,12 @@ class StoredCheckpoint:
 
 
 def save_checkpoint(
-    path: Path, state: Mapping[str, Tensor], config: CheckpointConfig, *, prefix: str = ""
+    path: Path,
+    state: Mapping[str, Tensor],
+    config: CheckpointConfig,
+    *,
+    prefix: str = "",
+    replace: bool = True,
 ) -> None:
     """Write a state dict and its configuration as safetensors; the old file stays until the new one is whole.
 
@@ -109,12 +115,13 @@ def save_checkpoint(
         state: tensors by bare name.
         config: what the file says of itself.
         prefix: what stands before the names where the file is converted back.
+        replace: a file that stands there.
 
     Raises:
-        OutputError: if the place cannot be written.
+        OutputError: if the place cannot be written, or is taken and not to be replaced.
     """
     metadata = {METADATA_KEY: json.dumps(config.to_dict())} | ({PREFIX_KEY: prefix} if prefix else {})
-    write_safetensors(path, state, metadata)
+    write_safetensors(path, state, metadata, replace=replace)
 
 
 def read_checkpoint_config(path: Path) -> CheckpointConfig | None:
@@ -127,8 +134,8 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig | None:
     if text is None:
         return None
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
+        data = parse_json(text)
+    except ValueError:
         data = None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: the configuration in its header is no JSON object")
@@ -263,11 +270,11 @@ def convert_checkpoint(
     check_weights(stored.path, stored.tensors)
     if target.suffix.lower() == ".safetensors":
         assert config is not None
-        save_checkpoint(target, stored.tensors, config, prefix=stored.prefix)
+        save_checkpoint(target, stored.tensors, config, prefix=stored.prefix, replace=overwrite)
         return
     # Safetensors files are sorted; the original's order is that of the network.
     keys = stored.shapes if config is None else shapes_of_network(config)
-    write_pickle(target, {stored.prefix + key: stored.tensors[key] for key in keys})
+    write_pickle(target, {stored.prefix + key: stored.tensors[key] for key in keys}, replace=overwrite)
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:

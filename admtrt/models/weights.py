@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -71,11 +70,13 @@ def read_metadata(path: Path) -> dict[str, str]:
         return opened.metadata() or {}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object], *, replace: bool = True
+) -> None:
     """Write tensors, and texts or JSON values beside them; the old file stays until the new one is whole.
 
     Raises:
-        OutputError: if the place cannot be written.
+        OutputError: if the place cannot be written, or is taken and not to be replaced.
     """
     storages: set[int] = set()
     plain = {}
@@ -86,30 +87,26 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         plain[key] = tensor.clone() if address in storages else tensor
         storages.add(address)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    with atomic_file(path) as temporary:
+    with atomic_file(path, replace=replace) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        # The format's writer makes a temporary of its own, whose name nobody knows after a kill; in this
-        # folder it is found with the folder.
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
-            written = Path(folder, path.name)
-            try:
-                save_file(plain, written, metadata=texts)
-            except SafetensorError as error:
-                # It has an error of its own for a full disk.
-                raise OSError(str(error)) from error
-            written.replace(temporary)
+        try:
+            save_file(plain, temporary, metadata=texts)  # by way of another temporary in the same folder
+        except SafetensorError as error:
+            # It has an error of its own for a full disk.
+            raise OSError(str(error)) from error
         # It also makes its files unreadable for others, whatever the umask says.
         temporary.chmod(mode)
 
 
-def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_pickle(path: Path, tensors: Mapping[str, Tensor], *, replace: bool = True) -> None:
     """Write a state dict as the original code does: ``torch.save`` of an ordered dictionary.
 
     Raises:
-        OutputError: if the place cannot be written; what stood there is untouched.
+        OutputError: if the place cannot be written, or is taken and not to be replaced; what stood there is
+            untouched.
     """
-    with atomic_file(path) as temporary, temporary.open("wb") as opened:
+    with atomic_file(path, replace=replace) as temporary, temporary.open("wb") as opened:
         try:
             torch.save(OrderedDict(tensors), opened)
         except RuntimeError as error:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
 import os
 import re
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -19,11 +21,14 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from admtrt.errors import DataError, MissingDependencyError
 from admtrt.images import MODES
+from admtrt.npz import open_npz
+from admtrt.reading import open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from admtrt.config import DataConfig
+    from admtrt.npz import Archive
 
 Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
@@ -31,10 +36,16 @@ Labels = NDArray[np.int64]
 DIGITS = "digits"
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of what it may take a file for: it would run Ghostscript on another kind."""
+MOST_PIXELS = 2**26
+"""Pixels of a training image, below the number at which Pillow begins to warn of a decompression bomb."""
+
 _IDX_IMAGES = re.compile(r"(?P<stem>.*)images(?P<mark>[-.])idx3-ubyte(\.gz)?")
 _IDX_UNSIGNED_BYTE = 0x08
 _GZIP_MAGIC = b"\x1f\x8b"
 _TOO_DEEP = "not 8 bits a channel"
+_BLOCK = 2**20  # bytes
 _NAMED_FAULTS = 5  # bad files that a message names before it only counts
 
 
@@ -174,7 +185,7 @@ def read_image(path: Path, config: DataConfig) -> Image.Image:
         DataError: naming the file, if that fails.
     """
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             return with_channels(_upright(image, config), config)
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         raise DataError(f"{path} can no longer be read: {_reason(error)}") from None
@@ -184,10 +195,19 @@ def _upright(image: Image.Image, config: DataConfig) -> Image.Image:
     return ImageOps.exif_transpose(image) if config.exif_rotation else image
 
 
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image that is not decoded yet: of a regular file, in one of our formats, and of a bearable size."""
+    with open_regular(path) as opened, Image.open(opened, formats=_FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS} in all")
+        yield image
+
+
 def _fault_of(path: Path, config: DataConfig) -> str | None:
     """Why a file is unusable, or None. Decodes all of it, as nothing less shows a truncated JPEG."""
     try:
-        with Image.open(path) as image:
+        with _opened(path) as image:
             size = config.image_size
             if not config.resize and image.size != (size, size):
                 return f"{image.width}x{image.height} pixels, not {size}x{size}"
@@ -239,8 +259,11 @@ def _image_files(root: Path) -> list[Path]:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
 
     found, others = [], 0
+    seen = {_inode(root)}
     for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        below = {name: _inode(Path(folder, name)) for name in subfolders if not name.startswith(".")}
+        subfolders[:] = [name for name, inode in below.items() if inode not in seen]  # links may lead back
+        seen.update(below.values())
         images = [
             name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         ]
@@ -253,6 +276,11 @@ def _image_files(root: Path) -> list[Path]:
             hint=f"Images end in {', '.join(IMAGE_SUFFIXES)}. For an .npz file give its own path.",
         )
     return sorted(found)
+
+
+def _inode(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
 
 
 def _class_of_each(root: Path, files: Sequence[Path], label_from: str) -> list[str] | None:
@@ -315,29 +343,35 @@ def _chosen_idx(folder: Path) -> Path:
 
 def _idx_array(path: Path, *, dimensions: int) -> Pixels:
     """Decode an IDX file of unsigned bytes: magic 00 00 08 <dimensions>, big-endian uint32 sizes, data."""
+    body = 4 + 4 * dimensions
     try:
-        data = path.read_bytes()
-        if data.startswith(_GZIP_MAGIC):
-            data = gzip.decompress(data)
+        with open_regular(path) as opened:
+            packed = opened.peek(2)[:2] == _GZIP_MAGIC
+            source = gzip.GzipFile(fileobj=opened) if packed else opened
+            header = source.read(body)
+            shape = struct.unpack(f">{dimensions}I", header[4:].ljust(4 * dimensions, b"\0"))
+            expected = math.prod(shape)
+            data = bytearray()
+            # In blocks, as far as there are any: a header may promise what no memory holds.
+            while len(data) <= expected and (block := source.read(_BLOCK)):
+                data += block
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {_reason(error)}") from None
     magic = bytes([0, 0, _IDX_UNSIGNED_BYTE, dimensions])
-    if data[:4] != magic:
+    if header[:4] != magic:
         raise DataError(
-            f"{path} starts with the bytes '{data[:4].hex(' ')}'; an IDX file of {dimensions} dimensions of "
-            f"unsigned bytes starts with '{magic.hex(' ')}'"
+            f"{path} starts with the bytes '{header[:4].hex(' ')}'; an IDX file of {dimensions} dimensions "
+            f"of unsigned bytes starts with '{magic.hex(' ')}'"
         )
-    body = 4 + 4 * dimensions
-    if len(data) < body:
-        raise DataError(f"{path} ends within its header: {len(data)} of {body} bytes")
-    shape = tuple(int(size) for size in np.frombuffer(data[4:body], dtype=">u4"))
-    expected = body + math.prod(shape)
+    if len(header) < body:
+        raise DataError(f"{path} ends within its header: {len(header)} of {body} bytes")
     if len(data) != expected:
+        held = "more" if len(data) > expected else len(data)
         raise DataError(
             f"{path} is {'truncated' if len(data) < expected else 'too long'}: its header promises "
-            f"{' x '.join(map(str, shape))} bytes of data, it holds {len(data) - body}"
+            f"{' x '.join(map(str, shape))} bytes of data, it holds {held}"
         )
-    return np.frombuffer(data, np.uint8, offset=body).reshape(shape)
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 # --- .npz archives -----------------------------------------------------------------------------------------
@@ -347,21 +381,27 @@ def _read_npz(path: Path) -> tuple[Pixels, Labels | None]:
     hint = (
         "Expected: arr_0 uint8 [N, H, W, C] with 1 to 4 channels and, optionally, arr_1 with N whole numbers."
     )
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path} is no .npz archive, or only the start of one", hint=hint)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("arr_0", "arr_1") if name in archive}
-            names = list(archive)
-    except Exception as error:  # damaged archives make zipfile and numpy raise almost anything
+        with open_npz(path) as archive:
+            fault = _npz_fault(path, archive)
+            images = None if fault else archive.read("arr_0")
+            labels = archive.read("arr_1") if not fault and "arr_1" in archive.names else None
+    except zipfile.BadZipFile:
+        raise DataError(f"{path} is no .npz archive, or only the start of one", hint=hint) from None
+    except Exception as error:  # damaged archives make the reader raise almost anything
         raise DataError(f"cannot read {path}: {_reason(error)}", hint=hint) from None
-    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None:
-        raise DataError(f"{path} holds no arr_0 (it holds: {', '.join(names) or 'nothing'})", hint=hint)
-    if images.dtype != np.uint8 or images.ndim != 4 or not 1 <= images.shape[3] <= 4:
-        raise DataError(f"arr_0 of {path} is {images.dtype} {list(images.shape)}", hint=hint)
-    if labels is None:
-        return images, None
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"arr_1 of {path} is {labels.dtype} {list(labels.shape)}", hint=hint)
-    return images, cast("Labels", labels.astype(np.int64))
+        raise DataError(fault, hint=hint)
+    return images, None if labels is None else cast("Labels", labels.astype(np.int64))
+
+
+def _npz_fault(path: Path, archive: Archive) -> str:
+    """What is wrong with the images and labels of an archive, by their headers alone."""
+    if "arr_0" not in archive.names:
+        return f"{path} holds no arr_0 (it holds: {', '.join(archive.names) or 'nothing'})"
+    images = archive.header("arr_0")
+    if images.dtype != np.uint8 or len(images.shape) != 4 or not 1 <= images.shape[3] <= 4:
+        return f"arr_0 of {path} is {images}"
+    if "arr_1" in archive.names and archive.header("arr_1").dtype.kind not in "iu":
+        return f"arr_1 of {path} is {archive.header('arr_1')}"
+    return ""

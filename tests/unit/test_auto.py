@@ -156,7 +156,7 @@ def test_another_bundle_and_new_plans_are_measured_again(
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "manifest.json").write_bytes((bundle.path / "manifest.json").read_bytes())
-    moved = Bundle(copy, bundle.manifest)
+    moved = Bundle(copy, bundle.manifest, bundle.digest)
     assert chosen(moved).remembered  # the same graphs elsewhere
     put_plan(PlanStore.of(moved), b"one")
     assert not chosen(moved).remembered

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def test_names_longer_than_any_file(capsys: Capture, tmp_path: Path) -> None:
             {"arr_0": np.zeros((2, 5, 5, 1), np.uint8)},
             ", 5, 5, 1]; expected uint8 [N, 4, 4, 1]",
         ),
-        ({"arr_0": np.zeros((0, 4, 4, 1), np.uint8)}, "0 samples were asked for"),
+        ({"arr_0": np.zeros((0, 4, 4, 1), np.uint8)}, "holds 0 images; expected 1 to"),
         ({"images": np.zeros((2, 4, 4, 1), np.uint8)}, "has no arr_0; it has images"),
         ({"arr_0": np.array([{}], object)}, "as .npz with arr_0"),
         (b"", "as .npz with arr_0"),
@@ -205,6 +206,49 @@ def test_bad_small_images(capsys: Capture, tmp_path: Path, arrays: Any, message:
     assert message in complaint
     assert "pickle" not in complaint
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "fault"),
+    [
+        ((2**40, 4, 4, 1), "truncated, damaged or something else"),  # more than there is
+        ((2**26 // 16, 4, 4, 1), "holds 4194304 images; expected 1 to"),
+        ((2**26 // 64, 8, 8, 1), "low_res is uint8 [N, 8, 8, 1]; expected uint8 [N, 4, 4, 1]"),
+        ((-1, 4, 4, 1), "truncated, damaged or something else"),
+    ],
+)
+def test_small_images_are_judged_before_they_are_inflated(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], fault: str
+) -> None:
+    monkeypatch.setattr("admtrt.runtime.bulk.MAX_SAMPLES", 2**22 - 1)
+    monkeypatch.setattr("admtrt.npz.Archive.read", lambda *_: pytest.fail("it was inflated"))
+    with (
+        zipfile.ZipFile(tmp_path / "small.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(64):
+            member.write(bytes(2**20))
+    arguments = ["sample", exported_bundle("upsampler"), "--out", tmp_path / "run", "--low-res"]
+    assert fault in refused(capsys, *arguments, tmp_path / "small.npz")
+
+
+def test_a_second_array_of_the_same_name(capsys: Capture, tmp_path: Path) -> None:
+    np.savez(tmp_path / "small.npz", np.zeros((2, 4, 4, 1), np.uint8))
+    with (
+        zipfile.ZipFile(tmp_path / "small.npz", "a") as archive,
+        pytest.warns(UserWarning, match="Duplicate"),
+    ):
+        archive.writestr("arr_0.npy", b"none")
+    arguments = ["sample", exported_bundle("upsampler"), "--out", tmp_path / "run", "--low-res"]
+    assert "as .npz with arr_0" in refused(capsys, *arguments, tmp_path / "small.npz")
+
+
+def test_a_pipe_of_small_images(capsys: Capture, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "small.npz")
+    arguments = ["sample", exported_bundle("upsampler"), "--out", tmp_path / "run", "--low-res"]
+    assert "it is no regular file" in refused(capsys, *arguments, tmp_path / "small.npz")
 
 
 def test_more_samples_than_small_images(capsys: Capture, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -425,3 +426,17 @@ def test_none_can_be_written_where_it_is_not_the_default(tmp_path: Path) -> None
     save_config(config, tmp_path / "c.toml")
     assert 'num_head_channels = "none"' in (tmp_path / "c.toml").read_text()
     assert load_config(ClassifierConfig, tmp_path / "c.toml") == config
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda file: file.symlink_to("/dev/zero")])
+def test_a_file_that_has_no_end_is_refused_at_once(tmp_path: Path, put: Any) -> None:
+    put(tmp_path / "run.toml")
+    with pytest.raises(ConfigError, match="it is no regular file"):
+        load_config(RunConfig, tmp_path / "run.toml")
+
+
+def test_a_file_of_any_size_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "run.toml").open("wb") as opened:
+        opened.truncate(2**30)
+    with pytest.raises(ConfigError, match="it is larger than"):
+        load_config(RunConfig, tmp_path / "run.toml")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
+import struct
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from admtrt.errors import DataError, MissingDependencyError
 from admtrt.training.data import batch, load_data
+from admtrt.training.data_sources import MOST_PIXELS
 
 # --- digits ------------------------------------------------------------------------------------------------
 
@@ -318,6 +321,60 @@ def test_places_without_images(tmp_path, make, kind, message):
 def test_an_impossible_path_is_a_data_error():
     with pytest.raises(DataError, match="File name too long"):
         load_data(config("x" * 300))
+
+
+def test_pipes_devices_and_bombs_are_bad_files(tmp_path):
+    for index in range(3):
+        save(tmp_path / f"a_{index}.png")
+    os.mkfifo(tmp_path / "b_pipe.png")
+    (tmp_path / "b_zero.png").symlink_to("/dev/zero")
+    side = math.isqrt(MOST_PIXELS) + 1
+    Image.new("1", (side, side)).save(tmp_path / "b_bomb.png")
+    (tmp_path / "b_eps.png").write_bytes(EPS)  # Pillow would run Ghostscript
+    (tmp_path / "b_loop.png").symlink_to("b_loop.png")
+    found = load_data(config(tmp_path, on_bad_file="skip"))
+    assert len(found.images) == 3
+    reasons = {skipped.path.stem: skipped.reason for skipped in found.skipped}
+    assert reasons == {
+        "b_bomb": f"{side}x{side} pixels, more than {MOST_PIXELS} in all",
+        "b_eps": "not an image",
+        "b_loop": "Too many levels of symbolic links",
+        "b_pipe": "it is no regular file",
+        "b_zero": "it is no regular file",
+    }
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_a_link_back_is_not_followed_again_and_one_elsewhere_is(tmp_path):
+    for folder in ("data/a", "data/b", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        save(tmp_path / folder / "x.png")
+    for folder in ("a", "b"):
+        for name in ("1", "2", "3"):
+            (tmp_path / "data" / folder / name).symlink_to("..")
+    (tmp_path / "data" / "c").symlink_to("../elsewhere")
+    found = load_data(config(tmp_path / "data"))
+    assert [path.relative_to(tmp_path / "data").as_posix() for path in found.images] == [
+        "a/x.png", "b/x.png", "c/x.png",
+    ]  # fmt: skip
+
+
+def test_pipes_in_place_of_archives(tmp_path):
+    for name in ("a.npz", "train-images-idx3-ubyte"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match="it is no regular file"):
+            load_data(config(tmp_path / name))
+
+
+def test_an_idx_file_that_inflates_further_than_it_says(tmp_path):
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb", compresslevel=1) as opened:
+        opened.write(bytes([0, 0, 8, 3]) + struct.pack(">3I", 1, 8, 8) + bytes(2**26))
+    with pytest.raises(
+        DataError, match="too long: its header promises 1 x 8 x 8 bytes of data, it holds mor"
+    ):
+        load_data(config(tmp_path / "train-images-idx3-ubyte.gz"))
 
 
 # --- IDX ---------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from collections.abc import Container
 from pathlib import Path
@@ -316,3 +317,22 @@ def test_a_signal_among_skipped_steps_keeps_the_state_of_before(tmp_path, monkey
         run(config, tmp_path)
     kept = int(capsys.readouterr().err.split("the state of step ")[1].split()[0])
     assert 0 < kept < 6
+
+
+@pytest.mark.parametrize("damage", ["[" * 100_000, "3", "[]", '{"step": "2"}', '{"loss": 1}', "\xff"])
+def test_damaged_metrics_are_cut_where_the_damage_begins(tmp_path, damage):
+    run(tiny_config(steps=2), tmp_path)
+    kept = lines(tmp_path)
+    with (tmp_path / "unet" / "metrics.jsonl").open("a", encoding="latin-1") as opened:
+        opened.write(f"{damage}\n")
+    run(tiny_config(steps=4), tmp_path, resume=True)
+    assert lines(tmp_path)[:1] == kept
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+
+
+def test_a_pipe_in_place_of_the_state(tmp_path):
+    run(tiny_config(), tmp_path)
+    (tmp_path / STATE).unlink()
+    os.mkfifo(tmp_path / STATE)
+    with pytest.raises(CheckpointError, match="it is no regular file"):
+        run(tiny_config(), tmp_path, resume=True)

@@ -53,13 +53,13 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
                 continue
-            path = bundle.graph_path(name)
-            try:
-                session = onnxruntime.InferenceSession(
-                    str(path), sess_options=options, providers=["CPUExecutionProvider"]
-                )
-            except Exception as error:  # the library raises types of its own for every cause
-                raise BundleError(f"ONNX Runtime refuses {path}: {error}") from None
+            with bundle.reading(name) as path:
+                try:
+                    session = onnxruntime.InferenceSession(
+                        str(path), sess_options=options, providers=["CPUExecutionProvider"]
+                    )
+                except Exception as error:  # the library raises types of its own for every cause
+                    raise BundleError(f"ONNX Runtime refuses {path}: {error}") from None
             check_session(path, session, bundle.graph_entry(name).spec)
             self._sessions[name] = session
 

@@ -130,11 +130,11 @@ class ProviderDenoiser(GraphDenoiser):
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
                 continue
-            path = bundle.graph_path(name, engine)
             self._specs[name] = bundle.graph_entry(name, engine).spec
             # An engine's own cache may know it by its nodes alone; the manifest tells weights apart as well.
             kept_for = f"{bundle.digest[:32]}-{engine}-{name}"
-            self._sessions[name] = self._open(path, _options(self._provider, kept_for, precision))
+            with bundle.reading(name, engine) as path:
+                self._sessions[name] = self._open(path, _options(self._provider, kept_for, precision))
             check_session(path, self._sessions[name], self._specs[name])
 
     def run(self, name: GraphName, feeds: dict[str, Any]) -> dict[str, Images]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from admtrt.errors import EngineError, PlanError
 from admtrt.files import atomic_file, check_place
+from admtrt.reading import read_small
 from admtrt.runtime.engines.builder import build_plan
 from admtrt.runtime.engines.options import check_options
 from admtrt.runtime.engines.plans import plan_key
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.options import BuildOptions
     from admtrt.runtime.engines.plans import PlanKey, PlanRecord, PlanStore
     from admtrt.runtime.engines.sources import GraphSource
+
+_LARGEST_TIMING_CACHE = 2**30  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +122,6 @@ class Workshop:
         if self.timing_cache is None or not self.timing_cache.exists():
             return b""
         try:
-            return self.timing_cache.read_bytes()
+            return read_small(self.timing_cache, _LARGEST_TIMING_CACHE)
         except OSError as error:
             raise EngineError(f"cannot read {self.timing_cache}: {error.strerror}") from None

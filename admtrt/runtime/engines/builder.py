@@ -129,7 +129,9 @@ def _build(
     builder: typed.Builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser: typed.OnnxParser = trt.OnnxParser(network, logger)  # owns the weights until the build has ended
-    if not parser.parse_from_file(str(source.path)):
+    with source.reading():
+        parsed = parser.parse_from_file(str(source.path))
+    if not parsed:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         raise refused_graph(library, source, errors)
     _check_contract(network, library, source)

@@ -21,8 +21,9 @@ from admtrt.bundle import FileEntry
 from admtrt.config import Config
 from admtrt.contract import GraphName, Precision
 from admtrt.errors import ConfigError, OutputError, PlanError
-from admtrt.files import atomic_file, check_place, sha256_of
+from admtrt.files import atomic_file, check_place, locked, sha256_of
 from admtrt.memo import Memo
+from admtrt.reading import read_json, read_small
 from admtrt.runtime.engines.library import Flavor
 from admtrt.runtime.engines.options import PORTABLE, BuildOptions, targets_text
 from admtrt.runtime.engines.report import FusionReport
@@ -39,6 +40,7 @@ RECIPE = 1
 """Raised whenever the builder itself does something else with the same options."""
 _MEMO = "built"
 _AGAIN = "Build it again with: admtrt build BUNDLE"
+_LARGEST_RECORD = 2**24  # bytes
 
 
 class PlanKey(Config):
@@ -227,7 +229,7 @@ class PlanStore:
         self._check_size(record)
         path = self.path(record.key)
         try:
-            plan = path.read_bytes()
+            plan = read_small(path, record.plan.size)
         except OSError as error:
             raise PlanError(f"cannot read {path}: {error.strerror}", hint=self._again(record)) from None
         self._check_digest(hashlib.sha256(plan).hexdigest(), record)
@@ -250,24 +252,26 @@ class PlanStore:
             report=report,
         )
         path = self.path(key)
-        path.with_suffix(".json").unlink(missing_ok=True)  # a kill leaves a plan without a record: no plan
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(data)
-        with atomic_file(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+        with locked(self.root):  # or the record of one process could stand by the plan of another
+            # A kill leaves a plan without a record: no plan.
+            path.with_suffix(".json").unlink(missing_ok=True)
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(data)
+            with atomic_file(path.with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
         self.remember(record.plan.sha256, path.name)
         return record
 
     def _read(self, path: Path) -> PlanRecord:
         remove = f"Remove it with: rm {shlex.quote(str(path))}"
         try:
-            data: Any = json.loads(path.read_text(encoding="utf-8"))
+            data: Any = read_json(path, _LARGEST_RECORD)
             if not isinstance(data, dict):
                 raise PlanError(f"{path} is no record of a plan", hint=remove)
             record = PlanRecord.from_dict(data, source=str(path))
         except OSError as error:
             raise PlanError(f"cannot read {path}: {error.strerror}", hint=remove) from None
-        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8
+        except ValueError as error:  # bad JSON, bad UTF-8
             raise PlanError(f"{path} is not valid JSON: {error}", hint=remove) from None
         except ConfigError as error:
             raise PlanError(error.message, hint=remove) from None

@@ -248,7 +248,9 @@ class Engine:
         trt = self._library.module
         refitter: typed.Refitter = trt.Refitter(self._engine, self._logger)
         parser: typed.OnnxParserRefitter = trt.OnnxParserRefitter(refitter, self._logger)
-        if not parser.refit_from_file(str(self._source.path)) or not refitter.refit_cuda_engine():
+        with self._source.reading():
+            refitted = parser.refit_from_file(str(self._source.path))
+        if not refitted or not refitter.refit_cuda_engine():
             raise PlanError(
                 f"{self._library} cannot put the weights of {self._source.path} into their plan: "
                 f"{self._logger.said() or 'it gives no reason'}",

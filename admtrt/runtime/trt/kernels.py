@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import OutputError
 from admtrt.files import atomic_file
+from admtrt.reading import read_small
 
 if TYPE_CHECKING:
     from admtrt.runtime.engines.plans import PlanStore
 
 _DIGEST = 32  # bytes of SHA-256 before the library's own
+_LARGEST = 2**30  # bytes
 
 
 class KernelCache:
@@ -56,7 +58,7 @@ class KernelCache:
 
     def _read(self) -> bytes:
         try:
-            data = self._path.read_bytes()
+            data = read_small(self._path, _LARGEST)
         except OSError:
             return b""
         compiled = data[_DIGEST:]

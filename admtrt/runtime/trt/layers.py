@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import EngineError, PlanError
+from admtrt.reading import parse_json
 from admtrt.runtime.cuda import CudaDevice
 from admtrt.runtime.engines.library import find_library
 from admtrt.runtime.engines.match import mismatch
@@ -69,7 +69,7 @@ def read_layers(text: str, library: str) -> list[Layer]:
         EngineError: if it is something else.
     """
     try:
-        listed = json.loads(text)["Layers"]
+        listed = parse_json(text)["Layers"]
     except (ValueError, KeyError, TypeError):
         raise EngineError(f"the inspector of {library} gives no list of layers") from None
     return [_layer(entry) for entry in listed]
