@@ -181,6 +181,17 @@ CASES = [
         Case("Pow", (3,), "y = Pow (x, p)", lambda x, p: x**p, {"p": np.float32(p)}, positive=p != 3)
         for p in (2.0, 3.0, 0.5, -1.5)
     ),
+    Case("Pow", (3,), "y = Pow (x, p)", lambda x, p: x**p, {"p": np.array([0, 1, 2.5], np.float32)}, True),
+    Case("Pow", (3,), "y = Pow (x, p)", lambda x, p: x**p, {"p": ints(0, 2, 3)}),
+    Case(
+        "Pow",
+        (3,),
+        "z = Pow (x, p) y = Reshape (z, c)",
+        lambda x, p, c: x**3,
+        {"p": np.full((1, 1, 1), 3, np.float32), "c": ints(-1, 3)},
+    ),  # of a higher rank
+    Case("Pow", (3,), "y = Pow (c, x)", lambda x, c: c**x, {"c": np.float32(2)}),
+    Case("Pow", (3,), "y = Pow (x, x)", lambda x: x**x, positive=True),
     Case(
         "Clip",
         (9,),

@@ -15,8 +15,8 @@ ConvBackward = Literal["flipped", "transposed"]
 the weights) or a ConvTranspose that shares them (engines)."""
 
 
-_RESULT_TYPES = dict.fromkeys(("Shape", "ArgMax"), ir.DataType.INT64) | dict.fromkeys(
-    ("Less", "Greater", "Equal"), ir.DataType.BOOL
+_RESULT_TYPES = dict.fromkeys(("Shape", "ArgMax", "ArgMin"), ir.DataType.INT64) | dict.fromkeys(
+    ("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"), ir.DataType.BOOL
 )
 
 
@@ -69,6 +69,15 @@ class Tape:
     def array(self, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
         """A constant tensor."""
         return constant(self.graph, values)
+
+    def one_hot(self, indices: ir.Value, like: ir.Value, axis: int) -> ir.Value:
+        """1 at the place along an axis of known size that ``indices`` (of size 1 there) says, 0 elsewhere."""
+        shape = shape_of(like)
+        size = shape[axis]
+        assert isinstance(size, int)
+        assert like.dtype is not None
+        places = np.arange(size).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        return self.cast(self.op("Equal", indices, self.array(places)), like.dtype)
 
     def reshape_like(self, value: ir.Value, like: ir.Value) -> ir.Value:
         """Reshape to the shape of a forward value, with constants wherever at most one size is dynamic."""

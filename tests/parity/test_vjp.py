@@ -172,8 +172,6 @@ def test_bounds_of_clip_and_zeros_as_in_pytorch() -> None:
 REFUSED = [
     ("CumSum", "y = CumSum (x, zero)"),
     ("Clip", "m = ReduceMin <keepdims = 0> (x) y = Clip (x, m)"),
-    ("Pow", "y = Pow (x, vector)"),
-    ("Pow", "y = Pow (x, x)"),
     ("MatMul", "m = MatMul (x, vector) y = Add (x, m)"),
     ("Gather", "y = Gather <axis = 1> (x, two)"),
     ("Tile", "t = Tile (x, pair) s = ReduceSum <keepdims = 1> (t, zeros) y = Add (x, s)"),

@@ -196,9 +196,7 @@ def _gather_elements(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradient
     others = [a == b for a, b in zip(dims, dims_of(indices), strict=True)]
     if size is None or dims_of(indices)[axis] != 1 or not all(others[:axis] + others[axis + 1 :]):
         raise ExportError(f"GatherElements '{node.name}' selects more than one element along its axis")
-    places = tape.array(np.arange(size).reshape([-1 if a == axis else 1 for a in range(rank)]))
-    chosen = tape.cast(tape.op("Equal", indices, places), x.dtype or ir.DataType.FLOAT)
-    return [tape.op("Mul", chosen, only(incoming)), None]
+    return [tape.op("Mul", tape.one_hot(indices, x, axis), only(incoming)), None]
 
 
 def _pad(tape: Tape, value: ir.Value, before: Sequence[int], after: Sequence[int]) -> ir.Value:

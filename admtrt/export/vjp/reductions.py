@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
+from admtrt.export.kinks import first_of_equals
 from admtrt.export.nodes import int_attribute, ints_attribute
 from admtrt.export.vjp.rule import (
     axes_of,
@@ -62,9 +63,13 @@ def _reduce_l1(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("ReduceMax", "ReduceMin")
 def _reduce_extremum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Shared evenly among all that are equal to the largest, as in PyTorch's amax."""
+    """To all that equal the largest evenly, as in PyTorch's amax; to the first, as in its max(dim)."""
     x, g = input_of(node, 0), _spread(tape, node, only(incoming))
     assert x.dtype is not None
+    if first_of_equals(node) and dims_of(x)[axes_of(node)[0]] is not None:
+        (axis,) = axes_of(node)
+        first = tape.op("ArgMax" if node.op_type == "ReduceMax" else "ArgMin", x, axis=axis, keepdims=1)
+        return [tape.op("Mul", tape.one_hot(first, x, axis), g), *([None] * (len(node.inputs) - 1))]
     taken = tape.cast(tape.op("Equal", x, _spread(tape, node, node.outputs[0])), x.dtype)
     count = tape.op("ReduceSum", taken, tape.ints(*axes_of(node)), keepdims=1)
     return [tape.op("Mul", taken, tape.op("Div", g, count)), *([None] * (len(node.inputs) - 1))]
