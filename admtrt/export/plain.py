@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def plain(model: ir.Model) -> None:
     """Run every pass of this module once."""
-    for one in (clamps_as_clips, einsums_as_products, drop_restriding):
+    for one in (clamps_as_clips, einsums_as_products, drop_restriding, drop_whole_assignments):
         one(model)
 
 
@@ -54,6 +54,18 @@ def drop_restriding(model: ir.Model) -> bool:
             continue
         if len(source.shape) == 4 and list(source.shape[2:]) == [1, 1]:
             changed |= pass_by(node.outputs[0], source)
+    return changed
+
+
+def drop_whole_assignments(model: ir.Model) -> bool:
+    """ScatterND of an assignment to a slice that is all of its value -> what is assigned."""
+    changed = False
+    for node in list(model.graph):
+        if node.op_type != "ScatterND" or not node.meta.get(ATEN, "").startswith("slice_scatter"):
+            continue
+        data, assigned = input_of(node, 0), input_of(node, 2)
+        if data.shape is not None and data.shape == assigned.shape:
+            changed |= pass_by(node.outputs[0], assigned)
     return changed
 
 

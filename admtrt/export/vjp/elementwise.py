@@ -155,6 +155,18 @@ def _unary(op_type: str, derivative: Callable[[Tape, ir.Value, ir.Value], ir.Val
     rule(op_type)(product)
 
 
+def _square(tape: Tape, x: ir.Value) -> ir.Value:
+    return tape.op("Mul", x, x)
+
+
+def _square_plus(tape: Tape, x: ir.Value, term: float) -> ir.Value:
+    return tape.op("Add", _square(tape, x), tape.scalar(term, x))
+
+
+def _reciprocal_root(tape: Tape, x: ir.Value) -> ir.Value:
+    return tape.op("Reciprocal", tape.op("Sqrt", x))
+
+
 def _one_minus(tape: Tape, y: ir.Value) -> ir.Value:
     return tape.op("Sub", tape.scalar(1.0, y), y)
 
@@ -165,6 +177,15 @@ _unary("Reciprocal", lambda tape, x, y: tape.op("Neg", tape.op("Mul", y, y)))
 _unary("Abs", lambda tape, x, y: tape.op("Sign", x))
 _unary("Sin", lambda tape, x, y: tape.op("Cos", x))
 _unary("Cos", lambda tape, x, y: tape.op("Neg", tape.op("Sin", x)))
+_unary("Tan", lambda tape, x, y: _square_plus(tape, y, 1.0))
+_unary("Asin", lambda tape, x, y: _reciprocal_root(tape, _one_minus(tape, _square(tape, x))))
+_unary("Acos", lambda tape, x, y: tape.op("Neg", _reciprocal_root(tape, _one_minus(tape, _square(tape, x)))))
+_unary("Atan", lambda tape, x, y: tape.op("Reciprocal", _square_plus(tape, x, 1.0)))
+_unary("Sinh", lambda tape, x, y: tape.op("Cosh", x))
+_unary("Cosh", lambda tape, x, y: tape.op("Sinh", x))
+_unary("Asinh", lambda tape, x, y: _reciprocal_root(tape, _square_plus(tape, x, 1.0)))
+_unary("Acosh", lambda tape, x, y: _reciprocal_root(tape, _square_plus(tape, x, -1.0)))
+_unary("Atanh", lambda tape, x, y: tape.op("Reciprocal", _one_minus(tape, _square(tape, x))))
 _unary("Sigmoid", lambda tape, x, y: tape.op("Mul", y, _one_minus(tape, y)))
 _unary("Tanh", lambda tape, x, y: _one_minus(tape, tape.op("Mul", y, y)))
 # exp(x - y) is the sigmoid, with all its digits far below 0: there it is the whole gradient of log p.
@@ -176,6 +197,13 @@ _unary(
         "Mul", tape.scalar(2 / math.sqrt(math.pi), x), tape.op("Exp", tape.op("Neg", tape.op("Mul", x, x)))
     ),
 )
+
+
+@rule("Mod")
+def _mod(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """x less a multiple of the divisor, which must not depend on x."""
+    refuse_active(tape, node, 1)
+    return [only(incoming), None]
 
 
 @rule("Floor", "Ceil", "Round", "Sign")
