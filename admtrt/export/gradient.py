@@ -82,8 +82,9 @@ def export_input_gradient(
         check: compare with autograd; False for a module in which gradients are held back on purpose.
 
     Raises:
-        ExportError: if the module cannot be captured or draws random numbers, the scalar is not [N], operators
-            have no gradient rule (the message names them and their modules), or the graph and autograd differ.
+        ExportError: if the module cannot be captured or draws random numbers, the scalar is not [N],
+            operators have no gradient rule (the message names them and their modules), or the graph and
+            autograd differ.
     """
     if wrt not in inputs:
         raise ExportError(f"there is no input '{wrt}'; the inputs are {list(inputs)}")

@@ -338,6 +338,25 @@ class RelativePositions(nn.Module):
         return (((q * 0.5) @ k + q @ self.table.T).softmax(-1) @ v.transpose(1, 2)).sum((1, 2))
 
 
+class OriginalAttention(nn.Module):
+    """As the original writes it, in both orders of heads and parts: products by einsum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Conv1d(8, 24, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, length = x.shape
+        scale = 4**-0.25
+        heads_first = self.qkv(x).reshape(n * 2, c // 2 * 3, length).split(c // 2, dim=1)
+        parts_first = [part.reshape(n * 2, c // 2, length) for part in self.qkv(x).chunk(3, dim=1)]
+        total = x
+        for q, k, v in (heads_first, parts_first):
+            weights = torch.einsum("bct,bcs->bts", q * scale, k * scale).softmax(-1)
+            total = total + torch.einsum("bts,bcs->bct", weights, v).reshape(n, -1, length)
+        return total.square().mean((1, 2))
+
+
 class PartAndWhole(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -460,6 +479,7 @@ E = torch.zeros(2, 6)
     ("module", "inputs"),
     [
         (RelativePositions(), {"x": torch.zeros(2, 4, 7)}),
+        (OriginalAttention(), {"x": torch.zeros(2, 8, 9)}),
         (PartAndWhole(), {"x": torch.zeros(2, 4, 7)}),
         (Modulated(), {"x": torch.zeros(2, 8, 4), "e": E}),
         (Modulated(), {"e": E, "x": torch.zeros(2, 8, 4)}),
