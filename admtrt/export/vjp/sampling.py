@@ -137,6 +137,7 @@ def _pad(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     assert pads is not None
     axes = [axis % rank for axis in (ints_of(node, 3) or range(rank))]
     mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
+    cut: list[tuple[int, int, int]] = []
     for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
         if not before and not after:
             continue
@@ -149,9 +150,12 @@ def _pad(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
         places = np.pad(places, around, mode=mode, **constant)  # type: ignore[call-overload]
         places = places[max(-before, 0) : len(places) - max(-after, 0)]
         if mode == "constant" and min(before, after) >= 0:
-            g = tape.op("Slice", g, tape.ints(before), tape.ints(before + size), tape.ints(axis))
+            cut.append((before, before + size, axis))
         else:
             g = along(tape, g, axis, rank, _selection(places, size))
+    if cut:
+        starts, ends, at = zip(*cut, strict=True)
+        g = tape.op("Slice", g, tape.ints(*starts), tape.ints(*ends), tape.ints(*at))
     return [g, *([None] * (len(node.inputs) - 1))]
 
 
