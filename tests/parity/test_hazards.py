@@ -34,6 +34,7 @@ from admtrt.export.capture import graph_from_module
 from admtrt.export.check import check_graph
 from admtrt.export.gradient import export_input_gradient
 from admtrt.export.graphs import EXAMPLE_BATCH
+from admtrt.export.tape import Tape
 from admtrt.models.classifier import Classifier, log_prob, log_prob_gradient
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.layers import AttentionPool
@@ -410,13 +411,11 @@ def scattered(tape: Any, value: ir.Value, before: Any, after: Any) -> ir.Value:
 def test_hazard_06_planted(
     pool_graph: tuple[torch.nn.Module, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pad = vjp.layout._pad
-    monkeypatch.setattr(vjp.layout, "_pad", scattered)
+    pad = Tape.padded
+    monkeypatch.setattr(Tape, "padded", scattered)
     with pytest.raises(AssertionError, match="Scatter"):
         check_attention_pool(*pool_graph)
-    monkeypatch.setattr(
-        vjp.layout, "_pad", lambda tape, value, before, after: pad(tape, value, after, before)
-    )
+    monkeypatch.setattr(Tape, "padded", lambda tape, value, before, after: pad(tape, value, after, before))
     with pytest.raises(AssertionError):
         check_attention_pool(*pool_graph)
 
