@@ -99,7 +99,7 @@ def _slice(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
             cut[axis] = taken[-1] + 1 - taken[0]
         first = taken[0] if taken else 0
         before[axis], after[axis] = first, size - first - (taken[-1] + 1 - first if taken else 0)
-    return [_pad(tape, g, before, after), *([None] * (len(node.inputs) - 1))]
+    return [pad(tape, g, before, after), *([None] * (len(node.inputs) - 1))]
 
 
 def _reversed(tape: Tape, value: ir.Value, axis: int) -> ir.Value:
@@ -183,7 +183,7 @@ def _gather(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
         g = tape.op("Unsqueeze", g, tape.ints(axis))
     before, after = [0] * len(dims), [0] * len(dims)
     before[axis], after[axis] = index, size - 1 - index
-    return [_pad(tape, g, before, after), None]
+    return [pad(tape, g, before, after), None]
 
 
 @rule("GatherElements")
@@ -201,7 +201,8 @@ def _gather_elements(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradient
     return [tape.op("Mul", chosen, only(incoming)), None]
 
 
-def _pad(tape: Tape, value: ir.Value, before: Sequence[int], after: Sequence[int]) -> ir.Value:
+def pad(tape: Tape, value: ir.Value, before: Sequence[int], after: Sequence[int]) -> ir.Value:
+    """Zeros before and after, for each axis."""
     if not any(before) and not any(after):
         return value
     return tape.op("Pad", value, tape.ints(*before, *after))

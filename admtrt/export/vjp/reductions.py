@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from admtrt.errors import ExportError
 from admtrt.export.nodes import int_attribute, ints_attribute
+from admtrt.export.vjp.layout import pad
 from admtrt.export.vjp.rule import (
     axes_of,
     dims_of,
@@ -102,11 +103,11 @@ def _global_average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Grad
     return [_expand(tape, tape.op("Mul", only(incoming), tape.scalar(1 / count, x)), x, spatial)]
 
 
-def _windows(node: ir.Node) -> tuple[list[int], list[int]]:
-    """How many windows of a pooling tile each axis, and their sizes.
+def _windows(node: ir.Node, *, exact: bool) -> tuple[list[int], list[int], list[int]]:
+    """How many windows of a pooling tile each axis, their sizes, and what is left over at the ends.
 
     Raises:
-        ExportError: if they do not tile the image exactly.
+        ExportError: if they do not tile the image, or ``exact`` is asked for and something is left over.
     """
     kernel = ints_attribute(node, "kernel_shape", ())
     strides = ints_attribute(node, "strides", [1] * len(kernel))
@@ -117,17 +118,18 @@ def _windows(node: ir.Node) -> tuple[list[int], list[int]]:
         and set(ints_attribute(node, "dilations", [1])) == {1}
     )
     sizes = [size or 0 for size in dims_of(input_of(node, 0))[2:]]
-    if not tiled or not all(sizes) or any(size % k for size, k in zip(sizes, kernel, strict=True)):
+    rest = [size % k for size, k in zip(sizes, kernel, strict=True)]
+    if not tiled or not all(sizes) or (exact and any(rest)):
         raise ExportError(
             f"{node.op_type} '{node.name}' has windows that overlap, pad or do not tile the image"
         )
-    return [size // k for size, k in zip(sizes, kernel, strict=True)], kernel
+    return [size // k for size, k in zip(sizes, kernel, strict=True)], kernel, rest
 
 
 @rule("MaxPool")
 def _max_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """All to the first of a window's largest, as in PyTorch: a one-hot product over windows, no scatter."""
-    x, (counts, kernel) = input_of(node, 0), _windows(node)
+    x, (counts, kernel, _) = input_of(node, 0), _windows(node, exact=True)
     g, rank = only(incoming), len(kernel)
     assert x.dtype is not None
     apart = [size for pair in zip(counts, kernel, strict=True) for size in pair]
@@ -144,11 +146,15 @@ def _max_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("AveragePool")
 def _average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Windows that tile the image exactly: every position gets its window's share, a nearest resize."""
-    _, kernel = _windows(node)
+    """Windows that tile the image: every position gets its window's share, a nearest resize.
+
+    What is left over at the ends, where an odd size is halved, gets nothing.
+    """
+    _, kernel, rest = _windows(node, exact=False)
     g = only(incoming)
     share = tape.op("Mul", g, tape.scalar(1 / math.prod(kernel), input_of(node, 0)))
-    return [_nearest(tape, share, kernel)]
+    spread = _nearest(tape, share, kernel)
+    return [pad(tape, spread, [0] * (2 + len(rest)), [0, 0, *rest])]
 
 
 _TILING: dict[str, Any] = {
