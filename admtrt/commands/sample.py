@@ -370,4 +370,9 @@ class _SmallImages:
                 f"{path}: arr_1 is {labels.dtype} {list(labels.shape)}; "
                 f"expected {len(images)} labels, whole numbers"
             )
+        if labels is not None and labels.size and labels.min() < 0:
+            raise RequestError(
+                f"{path}: arr_1 has the label {labels.min()}; labels are the numbers of classes, from 0 on",
+                hint="Leave arr_1 out where nothing is labelled.",
+            )
         return cls(images, None if labels is None else labels.astype(np.int64))
