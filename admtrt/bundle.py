@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, SamplerConfig, UNetConfig
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, SamplerConfig, UNetConfig, later
 from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs
 from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import atomic_directory, sha256_of
@@ -58,7 +58,8 @@ class Manifest(Config):
     """Everything that the runtime needs besides the graphs themselves.
 
     ``graphs`` are the fp32 graphs in the form that CPUs like; ``engine_graphs`` hold, for each precision that
-    was exported, the same graphs in the form that inference engines like.
+    was exported, the same graphs in the form that inference engines like. ``classifier_rescale_timesteps`` is
+    the classifier's own unit of t where it is not the UNet's; its graphs take the UNet's.
     """
 
     schema_version: Literal[1] = 1
@@ -71,12 +72,13 @@ class Manifest(Config):
     engine_graphs: dict[Precision, dict[GraphName, GraphEntry]] = Field(default_factory=dict)
     files: dict[str, FileEntry]
     made_with: dict[str, str] = Field(default_factory=dict)
+    classifier_rescale_timesteps: bool | None = later(None)
 
     @property
     def num_classes(self) -> int | None:
         """Classes that can be asked for: the UNet's, else the classifier's, else None."""
-        if self.unet.num_classes is not None:
-            return self.unet.num_classes
+        if self.unet.classes is not None:
+            return self.unet.classes
         return None if self.classifier is None else self.classifier.num_classes
 
     @property
@@ -128,9 +130,11 @@ def check_networks(unet: UNetConfig, classifier: ClassifierConfig | None, diffus
         ours, theirs = getattr(unet, field), getattr(classifier, field)
         if ours != theirs:
             raise ValueError(f"the UNet has {field} {ours} but the classifier {theirs}")
-    if unet.num_classes is not None and unet.num_classes != classifier.num_classes:
+    if unet.classes is not None and unet.classes != classifier.num_classes:
+        more = unet.null_class is None and unet.classes == classifier.num_classes + 1
         raise ValueError(
-            f"the UNet has {unet.num_classes} classes but the classifier {classifier.num_classes}"
+            f"the UNet has {unet.classes} classes but the classifier {classifier.num_classes}"
+            + ("; if one of the UNet's means no class, say which (--null-class)" if more else "")
         )
 
 

@@ -13,7 +13,7 @@ from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PLAIN, takes_plans
 from admtrt.bundle import Bundle
 from admtrt.runtime.backends.opening import AUTO, open_denoiser
 from admtrt.runtime.backends.registry import BACKENDS
-from admtrt.runtime.example import example_scale, example_slots, held_step
+from admtrt.runtime.example import example_labels, example_scale, example_slots, held_step
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import ResidentDenoiser, advance
 
@@ -128,7 +128,7 @@ class Contender:
         assert self._slots is not None
         assert self._denoiser is not None
         slots = self._slots
-        labels = slots.unet_y if slots.guide_y is None else slots.guide_y
+        labels = example_labels(self._bundle.manifest, len(slots))
         pipeline = Pipeline(self._bundle, self._denoiser)
         began = time.perf_counter()
         pipeline(

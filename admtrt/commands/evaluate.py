@@ -13,10 +13,10 @@ from admtrt.commands.options import (
     BackendName,
     PlanFolder,
     PrecisionName,
-    SettingsFile,
     Threads,
     UnetPreset,
     UnetSet,
+    UnetWeights,
     steps_option,
 )
 from admtrt.commands.requirements import require
@@ -49,7 +49,7 @@ def nll(
     bundle: Annotated[Path | None, typer.Option(help="Bundle, whose exported UNet graph is run.")] = None,
     unet_preset: UnetPreset = None,
     unet_set: UnetSet = None,
-    settings: SettingsFile = None,
+    unet_weights: UnetWeights = None,
     backend: BackendName = "onnxruntime",
     precision: PrecisionName = "fp32",
     threads: Threads = None,
@@ -58,7 +58,9 @@ def nll(
     config: Annotated[
         Path | None,
         typer.Option(
-            metavar="CONFIG.toml", help="Training file, whose section data says how to read the images."
+            metavar="CONFIG.toml",
+            help="Training file: its section data says how to read the images; its network is a checkpoint's "
+            "that carries no settings and matches no preset.",
         ),
     ] = None,
     set_: Annotated[
@@ -83,9 +85,9 @@ def nll(
         raise RequestError("give either --unet, for a checkpoint, or --bundle, for its exported graph")
     if data is None and config is None:
         raise RequestError("there are no images", hint="Name them with --data, or give a file with --config.")
-    if bundle is not None and (unet_preset is not None or unet_set or settings is not None):
+    if bundle is not None and (unet_preset is not None or unet_set or unet_weights is not None):
         raise RequestError(
-            "--unet-preset, --unet-set and --settings are for a checkpoint; a bundle carries its settings"
+            "--unet-preset, --unet-set and --unet-weights are for a checkpoint; a bundle carries its settings"
         )
     if bundle is None and (backend, precision, threads, cache) != ("onnxruntime", "fp32", None, None):
         raise RequestError(
@@ -121,7 +123,7 @@ def nll(
         judged = _Judged(open_graph, manifest.unet, manifest.diffusion, manifest.class_names)
     else:
         assert unet is not None
-        judged = _from_checkpoint(unet, unet_preset, unet_set or (), settings, output)
+        judged = _from_checkpoint(unet, unet_preset, unet_set or (), unet_weights, config, output)
     respacing = steps or ""
     length = len(retained_timesteps(judged.diffusion.steps, respacing))  # refuses an impossible respacing now
     data_config = _data_config(data, config, set_ or (), judged.config)
@@ -162,20 +164,28 @@ def nll(
 
 
 def _from_checkpoint(
-    path: Path, preset: str | None, settings: Sequence[str], settings_file: Path | None, output: Output
+    path: Path,
+    preset: str | None,
+    settings: Sequence[str],
+    weights: str | None,
+    config: Path | None,
+    output: Output,
 ) -> _Judged:
-    from admtrt.commands.checkpoints import load_pair
+    from admtrt.commands.checkpoints import describes_networks, load_pair
+    from admtrt.models.checkpoint import read_checkpoint_config
     from admtrt.models.denoiser import TorchDenoiser
     from admtrt.models.unet import UNet
 
+    # It may be another network's file, given for its data: what the checkpoint says of itself stands.
+    said = preset is not None or read_checkpoint_config(path) is not None
     loaded, _ = load_pair(
         path,
         None,
         unet_preset=preset,
         classifier_preset=None,
-        config=settings_file,
+        config=None if said or config is None or not describes_networks(config) else config,
         unet_set=settings,
-        config_option="--settings",
+        unet_weights=weights,
         note=output.note,
     )
     assert isinstance(loaded.module, UNet)
@@ -186,14 +196,14 @@ def _from_checkpoint(
 def _data_config(
     source: str | None, file: Path | None, settings: Sequence[str], network: UNetConfig
 ) -> DataConfig:
-    from admtrt.config import DataConfig, RunConfig, apply_overrides, load_config
+    from admtrt.config import DataConfig, RunConfig, apply_overrides, load_config, read_toml
 
     other = next((item for item in settings if not item.startswith("data.")), None)
     if other is not None:
         raise RequestError(
             f"--set {other} concerns no images", hint="Keys of the section data are used: data.KEY."
         )
-    if file is not None:
+    if file is not None and (source is None or "data" in read_toml(file)):
         given = [] if source is None else [f"data.source={json_.dumps(source, ensure_ascii=False)}"]
         return load_config(RunConfig, file, [*settings, *given]).data
     data = {"source": source, "image_size": network.image_size, "channels": network.in_channels}

@@ -371,8 +371,13 @@ class _SmallImages:
                 check_conditioning(bundle, found)  # before a byte is inflated
                 if not 1 <= found.shape[0] <= MAX_SAMPLES:
                     raise RequestError(f"{path} holds {found.shape[0]} images; expected 1 to {MAX_SAMPLES}")
-                images = archive.read("arr_0")
-                return cls(images, None if labels is None else archive.read("arr_1").astype(np.int64))
+                numbers = None if labels is None else archive.read("arr_1").astype(np.int64)
+                if numbers is not None and numbers.size and numbers.min() < 0:
+                    raise RequestError(
+                        f"{path}: arr_1 has the label {numbers.min()}; labels are numbers of classes, 0 and more",
+                        hint="Leave arr_1 out where nothing is labelled.",
+                    )
+                return cls(archive.read("arr_0"), numbers)
         except RequestError:
             raise
         except Exception as error:  # arbitrary bytes make the reader fail in any way

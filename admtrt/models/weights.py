@@ -6,9 +6,9 @@ import contextlib
 import json
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +27,7 @@ SUFFIXES = (".safetensors", ".pt", ".pth")
 
 _LONGEST_HEADER = 2**23  # bytes: 50,000 tensors and more
 _MOST_SHARING = 4  # times the file that its tensors may have together: some networks tie weights
+_DEEPEST = 3  # dictionaries in dictionaries around a state dict
 _RESAVE = "If you trust its source, save its state dict alone as .safetensors where it was made."
 
 
@@ -49,13 +50,17 @@ def suffix_of(path: Path) -> str:
     return suffix
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file as they are stored, mapped: their bytes are read when they are used.
+def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a file by their names in it, or one called "" where the file is one itself.
+
+    Tensors are as they are stored, and mapped: their bytes are read when they are used.
 
     Raises:
-        CheckpointError: if the file is missing or damaged, wants to run code or is no state dict.
+        CheckpointError: if the file is missing or damaged, wants to run code or holds no state dict.
     """
-    return _read_safetensors(path) if suffix_of(path) == ".safetensors" else _read_pickle(path)
+    if suffix_of(path) == ".safetensors":
+        return {"": _read_safetensors(path)}
+    return _state_dicts(path, _read_pickle(path))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -175,12 +180,12 @@ def _opened_safetensors(path: Path) -> Iterator[Any]:  # whose methods have no t
         ) from None
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats, to developers
             mapped = check_torch_file(path)
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnneededGlobalError as error:
         raise CheckpointError(
             f"{path} was refused: its pickle wants to use '{error}', which plain weights do not need; "
@@ -196,8 +201,19 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
             "nothing in it was executed",
             hint=f"Copy or download it again. {_RESAVE}",
         ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+
+
+def _state_dicts(path: Path, content: object) -> dict[str, dict[str, Tensor]]:
+    if isinstance(content, Mapping):
+        if not _is_state_dict(content) and (found := dict(_named(content))):
+            return found
+        if content.keys() >= {"state", "param_groups"}:
+            raise CheckpointError(
+                f"{path} holds the state of an optimiser, no weights",
+                hint="Take the model's file beside it (model*.pt), or the averaged one (ema_*.pt).",
+            )
+        if isinstance(content.get("state_dict"), Mapping):
+            content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict", hint=_RESAVE)
     for key, value in content.items():
@@ -206,4 +222,28 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
                 f"{path} is no state dict: its entry {key!r} is a {type(value).__name__}, not a named tensor",
                 hint=_RESAVE,
             )
-    return dict(content)
+    return {"": dict(content)}
+
+
+def _named(
+    content: Mapping[object, object], place: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """State dicts anywhere in what was saved; empty ones for averages that were saved without names."""
+    for key, value in content.items():
+        if not isinstance(key, str) or key.startswith("opt") or len(place) == _DEEPEST:
+            continue
+        name = ".".join([*place, key])
+        if _is_state_dict(value):
+            yield name, dict(value)
+        elif isinstance(value, Mapping):
+            yield from _named(value, (*place, key))
+        elif key == "shadow_params":  # as torch_ema calls them
+            yield name, {}
+
+
+def _is_state_dict(value: object) -> TypeGuard[Mapping[str, Tensor]]:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(key, str) and isinstance(one, Tensor) for key, one in value.items())
+    )

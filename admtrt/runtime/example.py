@@ -13,7 +13,7 @@ from admtrt.schedule import sampling_schedule
 
 if TYPE_CHECKING:
     from admtrt.bundle import Manifest
-    from admtrt.runtime.sampler import ResidentDenoiser, Slots
+    from admtrt.runtime.sampler import Labels, ResidentDenoiser, Slots
 
 _STEPS = 10  # at once on a device: waiting for one alone would be counted as its cost
 
@@ -24,13 +24,11 @@ def example_slots(manifest: Manifest, batch: int) -> Slots:
     The first stands at its start, the others in its first half. Every step is guided where there is a
     classifier.
     """
-    unet, classes = manifest.unet, manifest.num_classes
+    unet = manifest.unet
     scale = example_scale(manifest)
     chosen = {**manifest.sampler.to_dict(), "scale": scale, "guidance_interval": None}
     schedule = sampling_schedule(manifest.diffusion, SamplerConfig.from_dict(chosen))
-    labels = (
-        None if classes is None else np.arange(batch, dtype=np.int64) * max(1, classes // batch) % classes
-    )
+    labels = example_labels(manifest, batch)
     low_res = None
     if unet.low_res_size is not None:
         shape = (batch, unet.in_channels, unet.low_res_size, unet.low_res_size)
@@ -39,13 +37,22 @@ def example_slots(manifest: Manifest, batch: int) -> Slots:
         (unet.in_channels, unet.image_size, unet.image_size),
         [schedule] * batch,
         range(batch),
-        unet_y=labels if unet.num_classes is not None else None,
+        unet_y=unet.own_labels(labels),
         guide_y=labels if scale else None,
         low_res=low_res,
         stage=unet.low_res_size or 0,
     )
     slots.position[:] = np.arange(batch) * (len(schedule) // 2) // batch
     return slots
+
+
+def example_labels(manifest: Manifest, batch: int) -> Labels | None:
+    """Classes spread over all that the bundle has, int64 [N]; None where it has none."""
+    classes = manifest.num_classes
+    if classes is None:
+        return None
+    labels: Labels = np.arange(batch, dtype=np.int64) * max(1, classes // batch) % classes
+    return labels
 
 
 def example_scale(manifest: Manifest) -> float:

@@ -352,7 +352,7 @@ class Pipeline:
             (config.in_channels, config.image_size, config.image_size),
             [schedule] * len(seeds),
             seeds,
-            unet_y=labels if config.num_classes is not None else None,
+            unet_y=config.own_labels(labels),
             guide_y=labels if sampler.scale else None,
             low_res=low_res,
             stage=config.low_res_size or 0,

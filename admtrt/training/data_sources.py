@@ -46,6 +46,7 @@ _IDX_UNSIGNED_BYTE = 0x08
 _GZIP_MAGIC = b"\x1f\x8b"
 _TOO_DEEP = "not 8 bits a channel"
 _BLOCK = 2**20  # bytes
+_MOST_CLASSES = 1_000_000  # more are no numbers of classes
 _NAMED_FAULTS = 5  # bad files that a message names before it only counts
 
 
@@ -63,13 +64,15 @@ class Source:
     Attributes:
         images: uint8 [N, H, W, C] in memory, or N files that were all decoded once without an error.
         labels: int64 [N], indices of ``class_names``; None where nothing is labelled.
-        class_names: sorted as text for folders, by number elsewhere; empty without labels.
+        class_names: sorted as text for folders, all numbers from 0 on elsewhere; empty without labels.
+        numbered: whether labels are the network's classes by number, and not by name.
         skipped: the bad files left out.
     """
 
     images: Pixels | tuple[Path, ...]
     labels: Labels | None = None
     class_names: tuple[str, ...] = ()
+    numbered: bool = False
     skipped: tuple[Skipped, ...] = ()
 
 
@@ -112,7 +115,13 @@ def read_source(config: DataConfig) -> Source:
         return Source(pixels)
     if numbers.shape != (count,):
         raise DataError(f"{config.source} holds {count} images but labels of shape {list(numbers.shape)}")
-    return Source(pixels, *_indexed(numbers))
+    if numbers.min() < 0 or numbers.max() >= _MOST_CLASSES:
+        raise DataError(
+            f"{config.source} has the label {numbers.min() if numbers.min() < 0 else numbers.max()}; "
+            f"labels are the numbers of classes, 0 to {_MOST_CLASSES - 1} at most",
+            hint="Leave unlabelled images out, or set data.label_from = 'none' to drop the labels.",
+        )
+    return Source(pixels, numbers, tuple(map(str, range(numbers.max() + 1))), numbered=True)
 
 
 def _kind_of(config: DataConfig, path: Path) -> str:
@@ -146,12 +155,6 @@ def _kind_of(config: DataConfig, path: Path) -> str:
     if kind == "npz" and path.is_dir():
         raise DataError(f"{path} is a folder; kind 'npz' expects a file")
     return kind
-
-
-def _indexed(numbers: Labels) -> tuple[Labels, tuple[str, ...]]:
-    """Labels 0..K-1 in the order of the numbers that occur, and those numbers as names."""
-    present, labels = np.unique(numbers, return_inverse=True)
-    return labels.astype(np.int64), tuple(str(number) for number in present)
 
 
 def _read_digits() -> tuple[Pixels, Labels]:
@@ -239,7 +242,7 @@ def _read_folder(root: Path, config: DataConfig) -> Source:
     if skipped and (config.on_bad_file == "refuse" or not usable):
         raise DataError(
             f"{len(skipped)} of {len(files)} images in {root} cannot be used: "
-            + _listed([f"{file.relative_to(root)} ({reason})" for file, reason in skipped]),
+            + listed([f"{file.relative_to(root)} ({reason})" for file, reason in skipped]),
             hint=(
                 "Convert them to 8 bits a channel, or remove them"
                 if all(reason.endswith(_TOO_DEEP) for _, reason in skipped)
@@ -251,7 +254,7 @@ def _read_folder(root: Path, config: DataConfig) -> Source:
     if names is None:
         return Source(usable, skipped=skipped)
     class_names, labels = np.unique(names, return_inverse=True)
-    return Source(usable, labels.astype(np.int64), tuple(map(str, class_names)), skipped)
+    return Source(usable, labels.astype(np.int64), tuple(map(str, class_names)), skipped=skipped)
 
 
 def _image_files(root: Path) -> list[Path]:
@@ -289,12 +292,12 @@ def _class_of_each(root: Path, files: Sequence[Path], label_from: str) -> list[s
     unmarked = [file.name for file in files if "_" not in file.name]
     if label_from == "folder" and loose:
         raise DataError(
-            f"label_from is 'folder', but {len(loose)} images lie directly in {root}: {_listed(loose)}",
+            f"label_from is 'folder', but {len(loose)} images lie directly in {root}: {listed(loose)}",
             hint="Move each into the subfolder of its class.",
         )
     if label_from == "prefix" and unmarked:
         raise DataError(
-            f"label_from is 'prefix', but {len(unmarked)} names in {root} hold no '_': {_listed(unmarked)}",
+            f"label_from is 'prefix', but {len(unmarked)} names in {root} hold no '_': {listed(unmarked)}",
             hint="Name the files <class>_<anything>.",
         )
     if label_from == "none":
@@ -304,7 +307,8 @@ def _class_of_each(root: Path, files: Sequence[Path], label_from: str) -> list[s
     return None if unmarked else [file.name.split("_")[0] for file in files]
 
 
-def _listed(items: Sequence[str]) -> str:
+def listed(items: Sequence[str]) -> str:
+    """The first few of many."""
     more = len(items) - _NAMED_FAULTS
     return ", ".join(items[:_NAMED_FAULTS]) + (f" and {more} more" if more > 0 else "")
 
@@ -333,7 +337,7 @@ def _chosen_idx(folder: Path) -> Path:
     files = _idx_images_in(folder)
     training = [file for file in files if "train" in file.name] if len(files) > 1 else files
     if len(training) != 1:
-        held = f"holds {_listed([file.name for file in files])}" if files else "holds no file of images"
+        held = f"holds {listed([file.name for file in files])}" if files else "holds no file of images"
         raise DataError(
             f"{folder} {held}; expected one like train-images-idx3-ubyte or train-images-idx3-ubyte.gz",
             hint="Set data.source to the file of images; its labels are found beside it.",

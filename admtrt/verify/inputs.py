@@ -75,7 +75,7 @@ class Inputs:
         manifest = self._manifest
         y, size = self.labels(count, shift), manifest.unet.low_res_size
         return Conditioning(
-            unet_y=y if manifest.unet.num_classes is not None else None,
+            unet_y=manifest.unet.own_labels(y),
             guide_y=y if manifest.classifier is not None else None,
             low_res=None if size is None else self.uniform(count, manifest.unet.in_channels, size, size),
         )

@@ -399,8 +399,8 @@ def test_idx_from_its_folder_or_its_file(tmp_path, pack, suffix):
     images = write_idx(tmp_path, pack=pack, suffix=suffix)
     for source in (tmp_path, images):
         data = load_data(config(source, channels=1))
-        assert data.class_names == ("0", "3", "7")
-        assert data.labels.tolist() == [1, 0, 2, 1, 0, 2]
+        assert data.class_names == tuple("01234567")
+        assert data.labels.tolist() == [3, 0, 7, 3, 0, 7]
         np.testing.assert_array_equal(as_uint8(image(data, 2))[..., 0], GREY[2])
 
 
@@ -467,8 +467,8 @@ def test_npz_with_and_without_labels(tmp_path):
     np.testing.assert_array_equal(as_uint8(image(data, 3)), COLOUR[3])
     np.savez(path, COLOUR, np.array([5, 5, 10, 2, 10]))
     data = load_data(config(path, channels=1))
-    assert data.class_names == ("2", "5", "10")
-    assert data.labels.tolist() == [1, 1, 2, 0, 2]
+    assert data.class_names == tuple(map(str, range(11)))
+    assert data.labels.tolist() == [5, 5, 10, 2, 10]
     np.testing.assert_array_equal(
         as_uint8(image(data))[..., 0], np.asarray(Image.fromarray(COLOUR[0]).convert("L"))
     )
@@ -482,6 +482,8 @@ def test_npz_with_and_without_labels(tmp_path):
         ({"arr_0": COLOUR[..., 0]}, r"is uint8 \[5, 8, 8\]"),
         ({"arr_0": np.zeros((5, 3, 8, 8), np.uint8)}, r"is uint8 \[5, 3, 8, 8\]"),
         ({"arr_0": COLOUR[:0]}, "holds no image"),
+        ({"arr_0": COLOUR, "arr_1": np.array([0, 1, -1, 0, 1])}, "has the label -1; labels are the numbers"),
+        ({"arr_0": COLOUR, "arr_1": np.array([0, 1, 10**12, 0, 1])}, "has the label 1000000000000; labels"),
         ({"arr_0": COLOUR, "arr_1": np.arange(4)}, "holds 5 images but labels of shape .4."),
         ({"arr_0": COLOUR, "arr_1": np.arange(5.0)}, "arr_1 .* is float64"),
         ({"arr_0": np.array([print, len])}, "Object arrays cannot be loaded"),

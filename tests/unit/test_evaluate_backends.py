@@ -56,7 +56,7 @@ def test_settings_of_a_checkpoint(capsys: pytest.CaptureFixture[str], images: Pa
         file.write_text(
             f'[unet]\n{section}\nnum_head_channels = "none"\n[diffusion]\nschedule = "{schedule}"\n'
         )
-        found[schedule] = nll(capsys, images, "--unet", tmp_path / "original.pt", "--settings", file)
+        found[schedule] = nll(capsys, images, "--unet", tmp_path / "original.pt", "--config", file)
     assert found["linear"] == nll(capsys, images, "--unet", tmp_path / "own.safetensors")
     assert abs(found["cosine"] - found["linear"]) > 1e-3
 
@@ -67,7 +67,7 @@ def test_settings_of_a_checkpoint(capsys: pytest.CaptureFixture[str], images: Pa
         (["--unet", "x.pt", "--backend", "openvino"], "are for a bundle; a checkpoint runs in PyTorch"),
         (["--unet", "x.pt", "--precision", "bf16"], "are for a bundle; a checkpoint runs in PyTorch"),
         (["--unet", "x.pt", "--threads", "2"], "are for a bundle; a checkpoint runs in PyTorch"),
-        (["--bundle", "x", "--settings", "x.toml"], "are for a checkpoint; a bundle carries its settings"),
+        (["--bundle", "x", "--unet-weights", "ema"], "are for a checkpoint; a bundle carries its settings"),
         (["--bundle", "x", "--backend", "cuda"], "backend 'cuda' is unknown"),
         (["--bundle", "x", "--precision", "bf16"], "computes in fp32, not in bf16"),
     ],
