@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 # How to install: constraints pin every other version.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
+# More for the tests of a GPU: PYTEST='-k "not speed"'.
+PYTEST ?=
 
 .PHONY: demo test test-slow test-gpu check format lint types imports docs clean
 
@@ -20,7 +22,7 @@ test-slow: $(VENV)/.ready-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
 
 test-gpu: $(VENV)/.ready-dev  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu -rs $(PYTEST)
 
 check: lint types imports  ## everything but the tests
 

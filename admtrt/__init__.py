@@ -30,4 +30,11 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'admtrt' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    try:
+        return getattr(import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        if name != "export_input_gradient" or error.name is None:
+            raise
+        from admtrt.errors import MissingDependencyError
+
+        raise MissingDependencyError(error.name, extra="export", purpose=name) from None

@@ -1,16 +1,19 @@
 """The bundle: a directory with graphs and a manifest, written whole and verified when read.
 
-Nothing in a bundle is executed or opened before the manifest's schema, every file's size and SHA-256, and
-every path (external data of the graphs included) have been checked.
+Nothing in a bundle is executed or opened before the manifest's schema, every file's size and SHA-256, every
+path (external data of the graphs included) and the graphs' operators have been checked; what a library opened
+is used only if its files are still those that were checked.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import time
-from functools import cached_property
 from pathlib import Path, PurePosixPath
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -23,22 +26,25 @@ from admtrt.config import (
     Positive,
     ProcessConfig,
     UNetConfig,
+    later,
 )
 from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs, event_shape
 from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import atomic_directory, sha256_of
 from admtrt.memo import Memo
-from admtrt.onnx_wire import external_locations
+from admtrt.onnx_wire import check_operators, external_locations
+from admtrt.reading import open_regular, parse_json, read_small
 from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION: Literal[2] = 2
 """Of new bundles; one of schema 1 has no graphs for solvers with memory, and calls its network ``unet``."""
 _READABLE = (1, 2)
+_LARGEST_MANIFEST = 2**24  # bytes
 _SETTLED = 2.0  # seconds: a file that changed later than its clock's tick could change again unseen
 _AGAIN = "Copy the bundle again, or export the checkpoint again."
 
@@ -65,7 +71,8 @@ class Manifest(Config):
 
     ``event_shape`` is that of one sample, ``threshold_quantile`` that of the graph ``threshold``.
     ``graphs`` are the fp32 graphs in the form that CPUs like; ``engine_graphs`` hold, for each precision that
-    was exported, the same graphs in the form that inference engines like.
+    was exported, the same graphs in the form that inference engines like. ``classifier_rescale_timesteps`` is
+    the classifier's own unit of t where it is not the UNet's; its graphs take the UNet's.
     """
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
@@ -80,12 +87,13 @@ class Manifest(Config):
     engine_graphs: dict[Precision, dict[GraphName, GraphEntry]] = Field(default_factory=dict)
     files: dict[str, FileEntry]
     made_with: dict[str, str] = Field(default_factory=dict)
+    classifier_rescale_timesteps: bool | None = later(None)
 
     @property
     def num_classes(self) -> int | None:
         """Classes that can be asked for: the UNet's, else the classifier's, else None."""
-        if self.network.num_classes is not None:
-            return self.network.num_classes
+        if self.network.classes is not None:
+            return self.network.classes
         return None if self.classifier is None else self.classifier.num_classes
 
     def discrete(self, what: str) -> DiffusionConfig:
@@ -162,9 +170,11 @@ def check_networks(
         ours, theirs = getattr(unet, field), getattr(classifier, field)
         if ours != theirs:
             raise ValueError(f"the UNet has {field} {ours} but the classifier {theirs}")
-    if unet.num_classes is not None and unet.num_classes != classifier.num_classes:
+    if unet.classes is not None and unet.classes != classifier.num_classes:
+        more = unet.null_class is None and unet.classes == classifier.num_classes + 1
         raise ValueError(
-            f"the UNet has {unet.num_classes} classes but the classifier {classifier.num_classes}"
+            f"the UNet has {unet.classes} classes but the classifier {classifier.num_classes}"
+            + ("; if one of the UNet's means no class, say which (--null-class)" if more else "")
         )
 
 
@@ -174,11 +184,16 @@ class Bundle:
     Attributes:
         path: its directory.
         manifest: what it holds.
+        digest: SHA-256 of the manifest, hexadecimal: it names every file's, and so the bundle.
     """
 
-    def __init__(self, path: Path, manifest: Manifest) -> None:
+    def __init__(
+        self, path: Path, manifest: Manifest, digest: str, verified: Mapping[str, str] = MappingProxyType({})
+    ) -> None:
         self.path = path
         self.manifest = manifest
+        self.digest = digest
+        self._verified = verified  # the identity of each file when it was hashed
 
     @classmethod
     def open(cls, path: str | Path, *, memo: bool = True) -> Self:
@@ -193,15 +208,17 @@ class Bundle:
             BundleError: naming the file and what differs.
         """
         path = Path(path)
-        manifest = _read_manifest(path)
+        manifest, digest = _read_manifest(path)
         hashes = _Hashes(Memo("hashes") if memo else None)
-        for name, entry in manifest.files.items():
-            _check_file(path, name, entry, hashes)
+        verified = {name: _check_file(path, name, entry, hashes) for name, entry in manifest.files.items()}
         hashes.remember()
-        for graphs in (manifest.graphs, *manifest.engine_graphs.values()):
+        opened = cls(path, manifest, digest, verified)
+        for engine, graphs in ((None, manifest.graphs), *manifest.engine_graphs.items()):
             for name, graph in graphs.items():
-                _check_external_data(path, name, graph, manifest)
-        return cls(path, manifest)
+                with opened.reading(name, engine) as file:
+                    _check_external_data(path, name, graph, manifest)
+                    check_operators(file)
+        return opened
 
     def graph_entry(self, name: GraphName, engine: Precision | None = None) -> GraphEntry:
         """One graph: the CPU form, or the engine form of a precision.
@@ -232,7 +249,28 @@ class Bundle:
             BundleError: if it has none.
         """
         graphs = {name: self.graph_entry(name, engine) for name in self.manifest.graphs}
-        return type(self)(self.path, self.manifest.model_copy(update={"graphs": graphs}))
+        manifest = self.manifest.model_copy(update={"graphs": graphs})
+        return type(self)(self.path, manifest, self.digest, self._verified)
+
+    @contextlib.contextmanager
+    def reading(self, name: GraphName, engine: Precision | None = None) -> Iterator[Path]:
+        """Yield the file of one graph, see :meth:`graph_entry`, to whoever opens it and its weights.
+
+        Raises:
+            BundleError: at the end, if a file of the bundle is no longer the one that was verified: what was
+                opened may be another.
+        """
+        yield self.graph_path(name, engine)
+        for file, identity in self._verified.items():
+            try:
+                same = _file_identity(_inside(self.path, file)) == identity
+            except OSError:
+                same = False
+            if not same:
+                raise BundleError(
+                    f"{self.path}: '{file}' was replaced or changed while the bundle was being opened",
+                    hint="Repeat the command when nothing writes there any more.",
+                )
 
     def graph_files(self, entry: GraphEntry) -> list[str]:
         """A graph's file and those of its external weights, as the manifest lists them."""
@@ -240,25 +278,22 @@ class Bundle:
         weights = sorted(external_locations(self.path / entry.file))
         return [entry.file, *((folder / name).as_posix() for name in weights)]
 
-    @cached_property
-    def digest(self) -> str:
-        """SHA-256 of the manifest, hexadecimal: it names every file's, and so the bundle."""
-        return sha256_of(self.path / MANIFEST)
 
-
-def _read_manifest(path: Path) -> Manifest:
+def _read_manifest(path: Path) -> tuple[Manifest, str]:
+    """The manifest and its SHA-256, of the same bytes."""
     file = path / MANIFEST
+    resolved = _followed(path, file)
+    if resolved is None:
+        raise BundleError(f"{file} is a link out of the bundle", hint=_AGAIN)
     try:
-        data: Any = json.loads(file.read_text(encoding="utf-8"))
+        content = read_small(resolved, _LARGEST_MANIFEST)
+        data: Any = parse_json(content)
     except (FileNotFoundError, NotADirectoryError):
         what = "does not exist" if not path.exists() else f"is not a bundle: it has no {MANIFEST}"
         raise BundleError(f"{path} {what}", hint="Make one with: admtrt export UNET --out BUNDLE") from None
     except OSError as error:
         raise BundleError(f"cannot read {file}: {error.strerror}", hint=_AGAIN) from None
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # of ValueErrors: bad JSON, bad UTF-8, absurdly long numbers
+    except ValueError as error:  # bad JSON, bad UTF-8, absurdly long numbers
         raise BundleError(f"{file} is not valid JSON: {error}", hint=_AGAIN) from None
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version not in _READABLE or isinstance(version, bool):
@@ -267,7 +302,7 @@ def _read_manifest(path: Path) -> Manifest:
             hint="Export the checkpoint again, or install the version of admtrt that wrote the bundle.",
         )
     try:
-        return Manifest.from_dict(data, source=str(file))
+        return Manifest.from_dict(data, source=str(file)), hashlib.sha256(content).hexdigest()
     except ConfigError as error:
         raise BundleError(error.message, hint=_AGAIN) from None
 
@@ -278,33 +313,46 @@ def _inside(path: Path, name: str) -> Path:
     Raises:
         BundleError: if it leaves the bundle, be it by "..", an absolute path or a link.
     """
-    root, relative = Path(os.path.realpath(path)), PurePosixPath(name)
+    relative = PurePosixPath(name)
     plain = bool(name) and not relative.is_absolute() and ".." not in relative.parts and "\\" not in name
     if plain and name.isprintable():
-        resolved = Path(os.path.realpath(path / relative))
-        if resolved.is_relative_to(root) and resolved != root:
+        resolved = _followed(path, path / relative)
+        if resolved is not None:
             return resolved
     raise BundleError(f"{path}: the manifest names {name!r}, which lies outside the bundle")
 
 
+def _followed(path: Path, file: Path) -> Path | None:
+    """Where links lead; None if out of the bundle."""
+    root, resolved = Path(os.path.realpath(path)), Path(os.path.realpath(file))
+    return resolved if resolved.is_relative_to(root) and resolved != root else None
+
+
 class _Hashes:
-    """SHA-256 of files, each remembered under everything that changes when the file does."""
+    """SHA-256 of files, each remembered under everything that changes when the file does.
+
+    The system notes the time of every write to a file; where the file is mapped, of the first change of a
+    page since it was written out. Written out before its times are read, a file shows every later change. In
+    file systems in memory (tmpfs), which write nothing out, a change through a mapping stays unseen; and no
+    memo helps against one who writes to the disk itself or sets the machine's clock.
+    """
 
     def __init__(self, memo: Memo | None) -> None:
         self._memo = memo
         self._read: dict[str, str] = {}
 
-    def __call__(self, file: Path) -> str:
-        if self._memo is None:
-            return sha256_of(file)
-        key = _file_identity(file)
-        known = self._memo.get(key)
+    def __call__(self, file: Path) -> tuple[str, str]:
+        """The digest of a file, and the identity that it had before it was read."""
+        with open_regular(file) as opened, contextlib.suppress(OSError):
+            os.fsync(opened.fileno())
+        identity = _file_identity(file)
+        known = None if self._memo is None else self._memo.get(identity)
         if isinstance(known, str):
-            return known
+            return known, identity
         digest = sha256_of(file)
-        if key == _file_identity(file) and time.time() - file.stat().st_ctime > _SETTLED:
-            self._read[key] = digest
-        return digest
+        if identity == _file_identity(file) and time.time() - file.stat().st_ctime > _SETTLED:
+            self._read[identity] = digest
+        return digest, identity
 
     def remember(self) -> None:
         """Keep what was read for the next process."""
@@ -318,7 +366,8 @@ def _file_identity(file: Path) -> str:
     return ":".join([*map(str, changing), str(file)])
 
 
-def _check_file(path: Path, name: str, entry: FileEntry, hashes: _Hashes) -> None:
+def _check_file(path: Path, name: str, entry: FileEntry, hashes: _Hashes) -> str:
+    """Check one file; returns the identity that it had before it was read."""
     file = _inside(path, name)
     try:
         if not file.is_file():
@@ -328,7 +377,7 @@ def _check_file(path: Path, name: str, entry: FileEntry, hashes: _Hashes) -> Non
             raise BundleError(
                 f"{path}: '{name}' has {size} bytes, the manifest says {entry.size}", hint=_AGAIN
             )
-        digest = hashes(file)
+        digest, identity = hashes(file)
     except OSError as error:
         raise BundleError(f"{path}: cannot read '{name}': {error.strerror}", hint=_AGAIN) from None
     if digest != entry.sha256:
@@ -336,13 +385,15 @@ def _check_file(path: Path, name: str, entry: FileEntry, hashes: _Hashes) -> Non
             f"{path}: '{name}' has SHA-256 {digest[:12]}..., the manifest says {entry.sha256[:12]}...",
             hint=_AGAIN,
         )
+    return identity
 
 
 def _check_external_data(path: Path, name: str, graph: GraphEntry, manifest: Manifest) -> None:
     file = _inside(path, graph.file)
     for location in external_locations(file):
         target = (PurePosixPath(graph.file).parent / location).as_posix()
-        if target not in manifest.files or _inside(path, target).parent != file.parent:
+        beside = "/" not in location  # not even by links: some paths are read as addresses in memory
+        if not beside or target not in manifest.files or _inside(path, target).parent != file.parent:
             raise BundleError(
                 f"{path}: graph '{name}' keeps weights in {location!r}, which is not a file of the bundle",
                 hint="Do not run it: its weights would come from elsewhere.",
@@ -383,6 +434,15 @@ def write_bundle(
             if file.is_file()
         }
         manifest = Manifest.from_dict({"graphs": dict(graphs), "files": files, **fields}, source="the bundle")
-        text = json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False)
-        (temporary / MANIFEST).write_text(text + "\n", encoding="utf-8")
-    return Bundle(path, manifest)
+        content = (json.dumps(manifest.to_dict(), indent=1, ensure_ascii=False) + "\n").encode()
+        (temporary / MANIFEST).write_bytes(content)
+        _write_out(temporary)
+    return Bundle(path, manifest, hashlib.sha256(content).hexdigest())
+
+
+def _write_out(folder: Path) -> None:
+    """Have the system put files on the disk before their folder takes its place."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())

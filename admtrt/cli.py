@@ -26,16 +26,14 @@ from admtrt.commands.presets import presets
 from admtrt.commands.sample import sample
 from admtrt.commands.train import train_app
 from admtrt.commands.verify import verify
+from admtrt.console import printable
 from admtrt.errors import AdmtrtError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _INTERRUPTED = (130, 143)  # by SIGINT and SIGTERM
-_GOES_ON = {
-    "sample": "What was finished is kept: sampling goes on with the same command.",
-    "train": "What was finished is kept: training goes on with --resume.",
-}
+_GOES_ON = {"sample": "What was finished is kept: sampling goes on with the same command."}
 _PLACE_FAULTS = frozenset(
     {
         errno.ENOSPC,
@@ -111,4 +109,4 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(message: str, hint: str) -> None:
-    sys.stderr.write(f"error: {message}\n" + (f"       {hint}\n" if hint else ""))
+    sys.stderr.write(printable(f"error: {message}\n" + (f"       {hint}\n" if hint else "")))

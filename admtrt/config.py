@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -14,29 +15,76 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     Tag,
     ValidationError,
-    field_validator,
     model_serializer,
     model_validator,
 )
 
 from admtrt.errors import ConfigError, OutputError
+from admtrt.reading import read_small
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
+    import numpy as np
+    from numpy.typing import NDArray
+
 GROUPS = 32
 """Groups of every group normalisation in ADM; channel counts are multiples of it."""
 
 _TOML_NONE = "none"
-
+_ORIGINAL_FLAGS = {
+    "channels": "in_channels",
+    "class_cond": "num_classes",
+    "classifier_attention_resolutions": "attention_resolutions",
+    "classifier_depth": "num_res_blocks",
+    "classifier_pool": "pool",
+    "classifier_resblock_updown": "resblock_updown",
+    "classifier_use_scale_shift_norm": "scale_shift_norm",
+    "classifier_width": "model_channels",
+    "diffusion_steps": "steps",
+    "large_size": "image_size",
+    "noise_schedule": "schedule",
+    "num_channels": "model_channels",
+    "predict_xstart": "mean_type",
+    "sigma_small": "variance_type",
+    "small_size": "low_res_size",
+    "use_new_attention_order": "new_attention_order",
+    "use_scale_shift_norm": "scale_shift_norm",
+}
+_LARGEST_FILE = 2**20  # bytes
 _WRITTEN = {"later": False}  # context of what is written to files
 _LATER: dict[str, Any] = {"later": True}  # marks fields
 
+
+def none_from_text(value: Any) -> Any:
+    """None for the words that stand for it where there is no null; anything else as it is."""
+    return None if value in (_TOML_NONE, "None") else value
+
+
+def _none_from_flag(value: Any) -> Any:
+    """As the original's flags for numbers of heads have it."""
+    return None if value in (-1, "-1") else none_from_text(value)
+
+
+def _list_from_text(value: Any) -> Any:
+    """Lists as the original's flags have them: ``1,2,4``, or a single number."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.strip("()[] ").split(",")]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
 Positive = Annotated[int, Field(ge=1, lt=2**31)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+BatchSize = Annotated[int, Field(ge=1, le=2**20)]
+ImageSize = Annotated[int, Field(ge=1, le=8192)]
+_OptionalPositive = Annotated[Positive | None, BeforeValidator(none_from_text)]
+_OptionalSize = Annotated[ImageSize | None, BeforeValidator(none_from_text)]
+_OptionalHeads = Annotated[Positive | None, BeforeValidator(_none_from_flag)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NoiseLevel = Annotated[float, Field(ge=0.0)]
+_Multipliers = Annotated[tuple[Annotated[float, Field(gt=0, le=1024)], ...], BeforeValidator(_list_from_text)]
+_Sizes = Annotated[tuple[Positive, ...], BeforeValidator(_list_from_text)]
 
 
 def later(default: Any) -> Any:
@@ -106,8 +154,15 @@ def _suggestion(loc: tuple[int | str, ...], cls: type[BaseModel]) -> str:
             return ""
         fields = model.model_fields
     names = sorted(fields)
-    near = difflib.get_close_matches(str(loc[-1]), names, n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else f" (known: {', '.join(names)})"
+    near = nearest_name(str(loc[-1]), names)
+    return f"; did you mean '{near}'?" if near else f" (known: {', '.join(names)})"
+
+
+def nearest_name(name: str, known: Sequence[str]) -> str | None:
+    """What was meant by an unknown key: what the original calls so, else the known one most like it."""
+    if _ORIGINAL_FLAGS.get(name) in known:
+        return _ORIGINAL_FLAGS[name]
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -117,22 +172,34 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
+def level_sizes(image_size: int, levels: int, *, rounds_up: bool) -> tuple[int, ...]:
+    """Height and width of each level's feature maps, finest first.
+
+    An odd size is halved as its layer does it: pooling rounds down, a strided convolution up.
+    """
+    sizes = [image_size]
+    for _ in range(levels - 1):
+        sizes.append((sizes[-1] + rounds_up) // 2)
+    return tuple(sizes)
+
+
 class BackboneConfig(Config):
     """What the UNet and the classifier share: the encoder's shape.
 
     ``attention_resolutions`` are sizes in pixels (32 = attention where feature maps are 32x32), as in the
     paper. ``num_head_channels`` takes precedence over ``num_heads``; in TOML, which has no null, ``"none"``
-    stands for None.
+    stands for None. Lists may be written as the original's flags are, ``"1,2,4"``.
     """
 
-    image_size: Positive
+    image_size: ImageSize
     in_channels: Annotated[int, Field(ge=1, le=4)] = 3
-    model_channels: Positive = 128
-    num_res_blocks: Positive = 2
-    channel_mult: tuple[Annotated[float, Field(gt=0, le=1024)], ...] = (1, 2, 3, 4)
-    attention_resolutions: tuple[Positive, ...] = (32, 16, 8)
+    # The bounds are far above any network in use, and low enough to build it without its weights in seconds.
+    model_channels: Annotated[int, Field(ge=1, le=8192)] = 128
+    num_res_blocks: Annotated[int, Field(ge=1, le=32)] = 2
+    channel_mult: _Multipliers = (1, 2, 3, 4)
+    attention_resolutions: _Sizes = (32, 16, 8)
     num_heads: Positive = 4
-    num_head_channels: Positive | None = None
+    num_head_channels: _OptionalHeads = None
     new_attention_order: bool = False
     conv_resample: bool = True
     resblock_updown: bool = False
@@ -146,17 +213,21 @@ class BackboneConfig(Config):
         return tuple(int(mult * self.model_channels) for mult in self.channel_mult)
 
     @property
+    def num_blocks(self) -> int:
+        """Residual blocks of the encoder, those apart that only halve."""
+        return len(self.channel_mult) * self.num_res_blocks
+
+    @property
     def level_sizes(self) -> tuple[int, ...]:
         """Height and width of the feature maps of each level, finest first."""
-        return tuple(self.image_size >> level for level in range(len(self.channel_mult)))
+        rounds_up = self.conv_resample and not self.resblock_updown
+        return level_sizes(self.image_size, len(self.channel_mult), rounds_up=rounds_up)
 
     def _head_counts(self) -> tuple[int, ...]:
         return (self.num_heads,)
 
-    @field_validator("num_head_channels", mode="before")
-    @classmethod
-    def _none_from_text(cls, value: Any) -> Any:
-        return None if value == _TOML_NONE else value
+    def _can_be_halved(self) -> bool:
+        return self.level_sizes[-1] > 0
 
     @model_validator(mode="after")
     def _check_heads(self) -> Self:
@@ -173,7 +244,7 @@ class BackboneConfig(Config):
         if not self.channel_mult:
             raise ValueError("channel_mult is empty; give one multiplier for each level")
         halvings = len(self.channel_mult) - 1
-        if self.image_size % (1 << halvings):
+        if not self._can_be_halved():
             raise ValueError(
                 f"image_size {self.image_size} cannot be halved {halvings} times for the "
                 f"{halvings + 1} levels of channel_mult; use a multiple of {1 << halvings} or fewer levels"
@@ -215,21 +286,48 @@ class UNetConfig(BackboneConfig):
     """The ADM UNet; with ``low_res_size`` it is an upsampler conditioned on an image of that size.
 
     ``num_classes`` makes it class-conditional, ``learn_sigma`` doubles the output channels,
-    ``num_heads_upsample`` overrides ``num_heads`` in the decoder.
+    ``num_heads_upsample`` overrides ``num_heads`` in the decoder. ``null_class`` is the index among its
+    classes that stands for no class (classifier-free guidance) and cannot be asked for.
     """
 
-    num_classes: Positive | None = None
+    num_classes: _OptionalPositive = None
     learn_sigma: bool = True
-    num_heads_upsample: Positive | None = None
-    low_res_size: Positive | None = None
+    num_heads_upsample: _OptionalHeads = None
+    low_res_size: _OptionalSize = None
+    null_class: Annotated[int, Field(ge=0)] | None = later(None)
 
     @property
     def out_channels(self) -> int:
         """Channels of the network's output: C, or 2C where sigma is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
+    @property
+    def classes(self) -> int | None:
+        """Classes that can be asked for: all but the null class; None without classes."""
+        return (
+            self.num_classes if self.num_classes is None or self.null_class is None else self.num_classes - 1
+        )
+
+    def own_labels(self, labels: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
+        """The network's indices of classes that were asked for, int64 [N]; None where it has no classes."""
+        if labels is None or self.num_classes is None or self.null_class is None:
+            return None if self.num_classes is None else labels
+        return labels + (labels >= self.null_class)
+
     def _head_counts(self) -> tuple[int, ...]:
         return (self.num_heads, self.num_heads_upsample or self.num_heads)
+
+    def _can_be_halved(self) -> bool:
+        # The decoder doubles what the encoder halved, and joins them.
+        return self.image_size % (1 << (len(self.channel_mult) - 1)) == 0
+
+    @model_validator(mode="after")
+    def _check_null_class(self) -> Self:
+        if self.null_class is not None and not self.null_class < (self.num_classes or 0) > 1:
+            raise ValueError(
+                f"null_class {self.null_class} is none of several classes: num_classes is {self.num_classes}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_low_res(self) -> Self:
@@ -243,7 +341,7 @@ class ClassifierConfig(BackboneConfig):
 
     num_classes: Annotated[int, Field(ge=2)]
     resblock_updown: bool = True
-    num_head_channels: Positive | None = 64
+    num_head_channels: _OptionalHeads = 64
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
 
     @model_validator(mode="after")
@@ -274,6 +372,11 @@ class DiffusionConfig(Config):
                 f"a linear schedule of {self.steps} steps has beta >= 1; use 21 steps or more, or 'cosine'"
             )
         return self
+
+    @property
+    def time_factor(self) -> float:
+        """The networks' ``t`` over the timestep."""
+        return 1000.0 / self.steps if self.rescale_timesteps else 1.0
 
     @property
     def learns_sigma(self) -> bool:
@@ -344,17 +447,35 @@ def load_config(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: if the file is missing or no TOML, or as :meth:`Config.from_dict`.
     """
+    data = read_toml(path)
+    apply_overrides(data, overrides)
+    return cls.from_dict(data, source=str(path) if not overrides else f"{path} with overrides")
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The content of a TOML file.
+
+    Raises:
+        ConfigError: if it is missing or no TOML.
+    """
     import tomllib
 
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_small(path, _LARGEST_FILE).decode("utf-8"))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put ``section.key=value`` overrides into plain data.
+
+    Raises:
+        ConfigError: for one that is not of this form, or goes through a value.
+    """
     for override in overrides:
         _apply_override(data, override)
-    return cls.from_dict(data, source=str(path) if not overrides else f"{path} with overrides")
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:

@@ -36,7 +36,15 @@ class Output:
 
     def note(self, text: str) -> None:
         """One line for people on stderr, whatever the mode."""
-        _console(stderr=True).print(text, highlight=False, soft_wrap=True)
+        _console(stderr=True).print(printable(text), highlight=False, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """A text in which names out of files cannot steer the terminal: control characters are escaped."""
+    return "".join(
+        each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode()
+        for each in text
+    )
 
 
 def _console(*, stderr: bool) -> Console:

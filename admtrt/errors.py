@@ -21,21 +21,40 @@ A few subclasses live beside the one place that raises and catches them.
 
 from __future__ import annotations
 
+import re
+
+from admtrt.installing import install_extra
+
+_LONGEST_WORD, _LONGEST_TEXT = 1000, 4000  # characters: paths end well below
+
 
 class AdmtrtError(Exception):
     """Base of all errors of admtrt.
 
     Args:
         message: what came and what was expected.
-        hint: what to do next; shown on a line of its own.
+        hint: what to do next; a note of the exception, so that ``str`` is the message alone.
     """
 
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str = "") -> None:
-        super().__init__(message if not hint else f"{message}\n{hint}")
-        self.message = message
-        self.hint = hint
+        self.message = shortened(message)
+        self.hint = shortened(hint)
+        super().__init__(self.message)
+        if hint:
+            self.add_note(self.hint)
+
+
+def shortened(text: str) -> str:
+    """A text for people, in which what came from elsewhere cannot bury the rest: the middle is left out."""
+
+    def cut(text: str, longest: int) -> str:
+        if len(text) <= longest:
+            return text
+        return f"{text[: longest // 2]}...[{len(text)} characters]...{text[-longest // 4 :]}"
+
+    return cut(re.sub(rf"\S{{{_LONGEST_WORD + 1},}}", lambda word: cut(word[0], 200), text), _LONGEST_TEXT)
 
 
 class UserError(AdmtrtError):
@@ -81,14 +100,14 @@ class MissingDependencyError(UserError):
 
     Args:
         package: the missing module.
-        extra: the extra of admtrt that installs it.
+        extra: the extra of admtrt that installs it, or several of which one will do, with "or" between.
         purpose: what needs it.
     """
 
     def __init__(self, package: str, *, extra: str, purpose: str) -> None:
         super().__init__(
             f"{purpose} needs the package '{package}', which is not installed",
-            hint=f"Install it with: pip install 'admtrt[{extra}]'",
+            hint="Install it with: " + " or ".join(map(install_extra, extra.split(" or "))),
         )
 
 

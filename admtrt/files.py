@@ -1,45 +1,67 @@
-"""Writing files so that a reader sees the old state or the new one, never half of either."""
+"""Writing files so that a reader sees the old state or the new one, never half of either.
+
+What is being written lies in a temporary folder beside its place, ``.admtrt-XXXXXXXX.tmp``, whose lock its
+writer holds. The system frees the lock of a process that was killed: the next writer in the same place finds
+a folder that nobody holds, and removes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import fcntl
 import hashlib
 import os
+import re
 import shutil
+import stat
 import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from admtrt.errors import OutputError
+from admtrt.reading import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+_TEMPORARY = re.compile(r"\.admtrt-[0-9a-f]{8}\.tmp")
+_LOCK = ".lock"
+_NO_REPLACE, _EXCHANGE = 1, 2  # of Linux's renameat2
+
+
+class TakenError(OutputError):
+    """A place for something new that something stands at."""
+
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary sibling of ``path`` that replaces it when the block ends without an error.
+def atomic_file(path: Path, *, replace: bool = True, sweep: bool = True) -> Iterator[Path]:
+    """Yield a temporary path that takes the place of ``path`` when the block ends without an error.
+
+    Args:
+        path: the file; its folder is made.
+        replace: False leaves what stands there when the block ends, be it written meanwhile, and raises.
+        sweep: remove what killed writers left in the folder; whoever writes many files there calls
+            :func:`remove_stale` once.
 
     Raises:
-        OutputError: if the place cannot be written; what stood at ``path`` is untouched.
+        OutputError: if the place is taken or cannot be written; what stood at ``path`` is untouched.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with _faults_of(temporary, path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            yield temporary
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
+    with temporary_folder(path, sweep=sweep) as folder:
+        temporary = folder / path.name
+        yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        if replace:
             temporary.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        else:
+            _rename_to_new(temporary, path)
 
 
 @contextlib.contextmanager
 def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling directory that becomes ``path`` when the block ends without an error.
+    """Yield a temporary directory that becomes ``path`` when the block ends without an error.
 
     What it replaces disappears in the same instant, on Linux: whoever is killed leaves the one or the other.
 
@@ -47,27 +69,166 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         OutputError: if ``path`` exists and ``overwrite`` is false, or the place cannot be written.
     """
     if path.exists() and not overwrite:
-        raise OutputError(
-            f"{path} already exists", hint="Choose another place, or pass --overwrite to replace it."
-        )
+        raise _taken(path)
     target = Path(os.path.realpath(path))  # "." has no name to put another beside
-    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with temporary_folder(target, named=path) as folder:
+        temporary = folder / target.name
+        temporary.mkdir()
+        yield temporary
+        if overwrite and target.exists():
+            _swap_directories(temporary, target)
+        else:
+            _rename_to_new(temporary, target)
+
+
+@contextlib.contextmanager
+def temporary_folder(path: Path, *, sweep: bool = True, named: Path | None = None) -> Iterator[Path]:
+    """Yield a new folder beside ``path``, held until it is removed at the end.
+
+    Faults of what the block does there are told of ``path``, or of how the user ``named`` it.
+
+    Raises:
+        OutputError: if the place cannot be written.
+    """
+    shown, home = named or path, path.parent
+    untouched = "What was there before is untouched." if os.path.lexists(path) else ""
+    with _faults_of(None, shown, untouched):
+        home.mkdir(parents=True, exist_ok=True)
+        if sweep:
+            remove_stale(home)
+        with _held_folder(home) as folder, _faults_of(folder / path.name, shown, untouched):
+            yield folder
+
+
+def is_temporary(name: str) -> bool:
+    """Whether an entry of a folder is being written, or what a kill left of that."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
+def remove_stale(home: Path) -> None:
+    """Remove the temporary folders that killed writers left in a folder: only our own, which nobody holds.
+
+    A folder is left alone where the file system offers no locks, or it cannot be removed.
+    """
+    with contextlib.suppress(OSError), os.scandir(home) as entries:
+        found = [Path(entry) for entry in entries if is_temporary(entry.name)]
+        for folder in found:
+            with contextlib.suppress(OSError):
+                status = folder.lstat()
+                if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+                    with _lock_of(folder) as held:
+                        if held:
+                            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held_folder(home: Path) -> Iterator[Path]:
+    while True:
+        folder = home / f".admtrt-{uuid.uuid4().hex[:8]}.tmp"
+        folder.mkdir()
+        try:
+            with _lock_of(folder, needed=False) as held:
+                if held:
+                    yield folder
+                    return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _lock_of(folder: Path, *, needed: bool = True) -> Iterator[bool]:
+    """Hold the lock of a temporary folder; False where somebody else does, or has removed it meanwhile.
+
+    Args:
+        folder: that is held.
+        needed: False goes on without a lock where the file system has none.
+    """
     try:
-        with _faults_of(temporary, path):
-            temporary.mkdir(parents=True)
-            yield temporary
-            if overwrite and target.exists():
-                _swap_directories(temporary, target)
-            else:
-                temporary.rename(target)
+        lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            held = False
+        except OSError:
+            held = not needed
+        else:
+            held = _is_at(lock, folder / _LOCK)
+        yield held
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold a folder's lock, which is waited for: one process at a time does there what the block does.
+
+    Where the file system has no locks for folders, nothing is held.
+
+    Raises:
+        OutputError: if the folder cannot be made or opened.
+    """
+    with _faults_of(None, folder, ""):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.lstat())
+    except FileNotFoundError:
+        return False
+
+
+def _rename_to_new(source: Path, target: Path) -> None:
+    """Rename to a place that must be free at that instant.
+
+    Raises:
+        OutputError: if it is taken.
+    """
+    try:
+        if source.is_dir():
+            source.rename(target)  # never takes the place of anything but an empty directory
+        elif not _renameat2(source, target, _NO_REPLACE):
+            _link_to_new(source, target)
+    except FileExistsError:
+        raise _taken(target) from None
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.ENOTDIR):
+            raise _taken(target) from None
+        raise
+
+
+def _link_to_new(source: Path, target: Path) -> None:
+    """As exclusive, where the file system has no such renaming: by a link, or after an empty file."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # it has no links either; who is killed between the two leaves the empty file
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+        source.replace(target)
+
+
+def _taken(path: Path) -> TakenError:
+    return TakenError(
+        f"{path} already exists", hint="Choose another place, or pass --overwrite to replace it."
+    )
 
 
 def _swap_directories(new: Path, old: Path) -> None:
     if _exchange(new, old):
         return
-    retired = new.with_suffix(".old")
+    retired = old.with_name(f".{old.name}.{uuid.uuid4().hex[:8]}.old")  # which nobody sweeps after a kill
     try:
         old.rename(retired)
         new.rename(old)
@@ -79,20 +240,24 @@ def _swap_directories(new: Path, old: Path) -> None:
 
 
 def _exchange(left: Path, right: Path) -> bool:
-    """Swap two entries in one step with Linux's renameat2; False where it or the file system cannot."""
+    """Swap two entries in one step; False where the system or the file system cannot."""
+    return _renameat2(left, right, _EXCHANGE)
+
+
+def _renameat2(left: Path, right: Path, flag: int) -> bool:
+    """Linux's renaming with a flag; False where it fails for any reason."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(left), here, os.fsencode(right), exchange) == 0
+    here = -100  # AT_FDCWD
+    return rename is not None and rename(here, os.fsencode(left), here, os.fsencode(right), flag) == 0
 
 
 @contextlib.contextmanager
-def _faults_of(temporary: Path, path: Path) -> Iterator[None]:
+def _faults_of(temporary: Path | None, path: Path, untouched: str) -> Iterator[None]:
     """Turn faults on the way into output errors that name ``path``: nobody has heard of the temporary."""
-    untouched = "What was there before is untouched."
     try:
         yield
     except OutputError as error:
-        if str(temporary) not in error.message:
+        if temporary is None or str(temporary) not in error.message:
             raise
         message = error.message.replace(str(temporary), str(path))
         raise OutputError(message, hint=error.hint or untouched) from error
@@ -119,6 +284,10 @@ def check_place(path: Path, *, folder: bool = False) -> None:
 
 
 def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as opened:
+    """Hexadecimal SHA-256 of a regular file.
+
+    Raises:
+        OSError: if it cannot be read, or is something else.
+    """
+    with open_regular(path) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -76,18 +78,12 @@ def save_grid(
 
 
 def _fitted(text: str, font: FreeTypeFont | ImageFont, width: int) -> str:
-    if font.getlength(text) <= width:
+    """One line of a label, cut where it is wider than so many pixels."""
+    text = " ".join(text.split())
+    if len(text) <= width and font.getlength(text) <= width:
         return text
-    while text and font.getlength(f"{text}…") > width:
-        text = text[:-1]
-    return f"{text}…"
-
-
-def save_png(image: NDArray[np.uint8], path: Path) -> None:
-    """Write one image, uint8 [H, W, C], as PNG.
-
-    Raises:
-        OutputError: if the file cannot be written.
-    """
-    with atomic_file(path) as temporary:
-        to_pillow(image).save(temporary, format="PNG")
+    # Behind as many characters as pixels nothing is seen; lengths of the beginnings only grow.
+    longest = bisect_right(
+        range(min(len(text), width)), width, key=lambda end: math.ceil(font.getlength(f"{text[:end]}…"))
+    )
+    return f"{text[: max(longest - 1, 0)]}…"

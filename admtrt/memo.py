@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import OutputError
 from admtrt.files import atomic_file
+from admtrt.reading import open_regular, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _LIMIT = 4096  # entries of one memo: the oldest make room
+_LARGEST = 2**24  # bytes
 
 
 def cache_folder() -> Path | None:
@@ -61,11 +63,12 @@ class Memo:
         if self._file is None:
             return {}
         try:
-            with self._file.open(encoding="utf-8") as opened:
+            with open_regular(self._file) as opened:
                 status = os.fstat(opened.fileno())
-                if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+                foreign = status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+                if foreign or status.st_size > _LARGEST:
                     return {}
-                values = json.load(opened)
-        except (OSError, ValueError, RecursionError):
+                values = parse_json(opened.read(_LARGEST))
+        except (OSError, ValueError):
             return {}
         return values if isinstance(values, dict) else {}

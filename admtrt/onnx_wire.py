@@ -1,4 +1,4 @@
-"""What the runtime must know of an ONNX file without opening it: where its weights lie, whose its nodes are.
+"""What the runtime must know of an ONNX file without opening it: where its weights lie, what its nodes are.
 
 ONNX is a protocol-buffer message. Reading the few fields on the way to ``external_data`` takes a page of
 code; depending on the onnx package for it would pull the export stack into every deployment.
@@ -6,10 +6,13 @@ code; depending on the onnx package for it would pull the export stack into ever
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import os
 from typing import TYPE_CHECKING
 
 from admtrt.errors import BundleError
+from admtrt.reading import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +30,12 @@ _CHILDREN: dict[str, dict[int, str]] = {
     "tensor": {13: "entry"},
 }
 _KEY, _VALUE = 1, 2
-_GRAPH, _NODE, _NODE_NAME, _NODE_METADATA = 7, 1, 3, 9
+_GRAPH, _TRAINING, _FUNCTION = 7, 20, 25  # of a model
+_NODE = 1  # of a graph
+_NODE_NAME, _OPERATOR, _ATTRIBUTE, _DOMAIN, _NODE_METADATA = 3, 4, 5, 7, 9  # of a node
+_NESTED = (6, 11)  # graphs of an attribute
+_OWN_DOMAINS = (b"", b"ai.onnx")
+_SHOWN = 60  # bytes of a name in a message
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
@@ -37,14 +45,25 @@ def external_locations(path: Path) -> frozenset[str]:
     Raises:
         BundleError: if the file is no protocol-buffer message.
     """
-    with path.open("rb") as opened:
-        if path.stat().st_size == 0:
-            raise BundleError(f"{path} is empty; expected an ONNX graph")
-        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            try:
-                return frozenset(_locations(data))
-            except ValueError as error:
-                raise BundleError(f"{path} is not an ONNX graph: {error}") from None
+    with _opened(path) as data:
+        return frozenset(_locations(data))
+
+
+def check_operators(path: Path) -> None:
+    """Refuse an ONNX file with anything but one graph of ONNX's own operators, of which none holds a graph.
+
+    Loops and branches hold graphs: without them a run ends, after one run of each node.
+
+    Raises:
+        BundleError: naming the operator, or if the file is no protocol-buffer message.
+    """
+    with _opened(path) as data:
+        fault = next(_foreign_parts(data), None)
+    if fault is not None:
+        raise BundleError(
+            f"{path} has {fault}; a graph of a bundle has ONNX's own operators only, without control flow",
+            hint="Do not run it: admtrt did not export it.",
+        )
 
 
 def node_metadata(path: Path, key: str) -> dict[str, str]:
@@ -53,11 +72,44 @@ def node_metadata(path: Path, key: str) -> dict[str, str]:
     Raises:
         BundleError: if the file is no protocol-buffer message.
     """
-    with path.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        try:
-            return dict(_node_metadata(data, key.encode()))
-        except ValueError as error:
-            raise BundleError(f"{path} is not an ONNX graph: {error}") from None
+    with _opened(path) as data:
+        return dict(_node_metadata(data, key.encode()))
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[mmap.mmap]:
+    with open_regular(path) as opened:
+        if os.fstat(opened.fileno()).st_size == 0:
+            raise BundleError(f"{path} is empty; expected an ONNX graph")
+        with mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            try:
+                yield data
+            except ValueError as error:
+                raise BundleError(f"{path} is not an ONNX graph: {error}") from None
+
+
+def _foreign_parts(data: mmap.mmap) -> Iterator[str]:
+    for number, begin, end in _fields(data, 0, len(data)):
+        if number in (_TRAINING, _FUNCTION):
+            yield "functions" if number == _FUNCTION else "graphs for training"
+        elif number == _GRAPH:
+            for node in _children(data, (begin, end), _NODE):
+                yield from _foreign_in_node(data, *node)
+
+
+def _foreign_in_node(data: mmap.mmap, start: int, stop: int) -> Iterator[str]:
+    operator, domain, nested = "", b"", False
+    for number, begin, end in _fields(data, start, stop):
+        if number == _OPERATOR:
+            operator = data[begin:end][:_SHOWN].decode("utf-8", "replace")
+        elif number == _DOMAIN:
+            domain = data[begin:end]
+        elif number == _ATTRIBUTE:
+            nested = nested or any(field in _NESTED for field, _, _ in _fields(data, begin, end))
+    if domain not in _OWN_DOMAINS:
+        yield f"the operator {operator!r} of the domain {domain[:_SHOWN].decode('utf-8', 'replace')!r}"
+    if nested:
+        yield f"a graph within the operator {operator!r}"
 
 
 def _node_metadata(data: mmap.mmap, key: bytes) -> Iterator[tuple[str, str]]:

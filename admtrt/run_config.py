@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, Fraction, Positive, UNetConfig
+from admtrt.config import (
+    BatchSize,
+    ClassifierConfig,
+    Config,
+    DiffusionConfig,
+    Fraction,
+    ImageSize,
+    Positive,
+    UNetConfig,
+    none_from_text,
+)
 from admtrt.schedule.sampler import SamplerConfig
 
 
@@ -32,18 +42,29 @@ class DataConfig(Config):
     there where that is not plain from the path. ``label_from`` chooses how files of a folder are classed;
     ``on_bad_file`` what happens with files that are no images. ``resize`` allows images whose size is not
     ``image_size``. ``hold_out`` is the fraction kept for evaluation, the same for every network.
+
+    ``exif_rotation`` turns images as their EXIF data say. ``background`` is the grey level, 0 to 255, behind
+    transparent pixels where ``channels`` has no place for them. The original code does neither: for what it
+    trained on, set ``exif_rotation = false`` and ``background = "none"``.
     """
 
     source: str
     kind: Literal["auto", "digits", "folder", "idx", "npz"] = "auto"
-    image_size: Positive
+    image_size: ImageSize
     channels: Annotated[int, Field(ge=1, le=4)] = 3
     label_from: Literal["auto", "folder", "prefix", "none"] = "auto"
     random_crop: bool = False
     random_flip: bool = False
     resize: bool = True
+    exif_rotation: bool = True
+    background: Annotated[int, Field(ge=0, le=255)] | None = 255
     on_bad_file: Literal["refuse", "skip"] = "refuse"
     hold_out: Fraction = 0.0
+
+    @field_validator("background", mode="before")
+    @classmethod
+    def _none_from_text(cls, value: Any) -> Any:
+        return none_from_text(value)
 
 
 class TrainingConfig(Config):
@@ -55,8 +76,8 @@ class TrainingConfig(Config):
     """
 
     steps: Positive = 1000
-    batch_size: Positive = 128
-    accumulate: Positive = 1
+    batch_size: BatchSize = 128
+    accumulate: BatchSize = 1
     lr: Annotated[float, Field(gt=0)] = 1e-4
     lr_schedule: Literal["constant", "linear"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -110,6 +131,8 @@ class RunConfig(Config):
         for name in ("unet", "upsampler"):
             if getattr(self, name) is not None:
                 self.diffusion.check_variance(getattr(self, name), name)
+                if getattr(self, name).null_class is not None:
+                    raise ValueError(f"{name}.null_class: training drops no labels, so none would be learned")
         if self.unet is not None and self.unet.low_res_size is not None:
             raise ValueError("unet.low_res_size belongs in the section 'upsampler'")
         if self.upsampler is not None and self.upsampler.low_res_size is None:

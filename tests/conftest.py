@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
+import pytest
 import torch
 
 from admtrt.runtime.backends.quiet import silence
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # Workers share few cores, and the results of one thread do not depend on the machine.
 torch.set_num_threads(1)
@@ -27,6 +33,14 @@ silence()
 # What the package remembers between runs (hashes, the fastest backend) stays out of the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="admtrt-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
+
+
+@pytest.fixture(autouse=True)
+def _no_misuse_of_the_gpu() -> Iterator[None]:
+    yield
+    stub = sys.modules.get("cuda_stub")
+    found = stub.misuses() if stub is not None else []
+    assert not found, found
 
 
 def pytest_report_header() -> str:

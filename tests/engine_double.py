@@ -1,22 +1,24 @@
-"""A strict double of the engine API of TensorRT and TensorRT-RTX, over the double of the GPU.
+"""A strict double of the engine API of TensorRT and TensorRT-RTX, over the stub of the CUDA driver.
 
-A plan of the double names an ONNX file, its profiles and the GPU; ONNX Runtime computes. What the real one
-refuses (a shape outside the profile, an address that was never set) is refused in its way, by ``False`` or
-``None`` and a line in the log; what it would run into (freed or too small memory, a graph of a context that
-was changed after the capture) is a :class:`~cuda_double.MisuseError`.
+A plan of the double names an ONNX file, its profiles and the GPU; ONNX Runtime computes, on the stub's memory
+and in its streams' order. What the real one refuses (a shape outside the profile, an address that was never
+set) is refused in its way, by ``False`` or ``None`` and a line in the log; what it would run into (freed or
+too small memory, a graph of a context that was changed after the capture) is a misuse of the stub's, or a
+:class:`MisuseError` where it shows at once.
 """
 
 from __future__ import annotations
 
 import json
+import weakref
 from enum import IntEnum
 from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import cuda_stub
 import numpy as np
 import onnxruntime as ort
-from cuda_double import Buffer, Machine, MisuseError, Resource, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -25,10 +27,15 @@ if TYPE_CHECKING:
 _DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(int64)": np.dtype(np.int64)}
 
 
+class MisuseError(AssertionError):
+    """Something that the real library answers with wrong results or a crash."""
+
+
 class Severity(IntEnum):
     INTERNAL_ERROR = 0
     ERROR = 1
     WARNING = 2
+    INFO = 3
 
 
 class DataType(IntEnum):
@@ -68,8 +75,19 @@ class DynamicShapesKernelSpecializationStrategy(IntEnum):
     EAGER = 1
 
 
+class EngineInvalidityDiagnostics(IntEnum):
+    VERSION_MISMATCH = 1
+    UNSUPPORTED_CC = 2
+    OLD_CUDA_DRIVER = 4
+    OLD_CUDA_RUNTIME = 8
+    INSUFFICIENT_GPU_MEMORY = 16
+    MALFORMED_ENGINE = 32
+    CUDA_ERROR = 64
+
+
 class ILogger:
     ERROR = Severity.ERROR
+    INFO = Severity.INFO
 
     def log(self, severity: Severity, msg: str) -> None:
         raise NotImplementedError
@@ -99,12 +117,12 @@ def _session(path: str) -> ort.InferenceSession:
 
 
 class Runtime:
-    machine: Machine
     rtx = False
     gpu = "SM89"
 
     def __init__(self, logger: ILogger) -> None:
-        self.machine.touch()
+        if not cuda_stub.is_current():
+            raise MisuseError("the device is not current in this thread")
         self.logger = logger
         self.engine_host_code_allowed: bool | None = None  # whoever leaves it open trusts the plan
 
@@ -112,9 +130,7 @@ class Runtime:
         if not path.endswith("libnvinfer_lean.so"):
             self.logger.log(Severity.ERROR, f"Unable to load library: {path}")
             return None
-        lean = type("Lean", (LeanRuntime,), {"machine": self.machine, "gpu": self.gpu})
-        loaded: Runtime = lean(self.logger)
-        return loaded
+        return LeanRuntime(self.logger)
 
     def deserialize_cuda_engine(self, serialized_engine: bytes) -> Engine | None:
         if self.engine_host_code_allowed is not False:
@@ -139,15 +155,18 @@ class LeanRuntime(Runtime):
 
 class RtxRuntime(Runtime):
     rtx = True
+    diagnostics = 2
 
     def get_engine_validity(self, buffer: bytes) -> tuple[EngineValidity, int]:
-        valid = self.gpu.encode() in buffer
-        return (EngineValidity.VALID, 0) if valid else (EngineValidity.INVALID, 4)
+        if self.gpu.encode() in buffer:
+            return EngineValidity.VALID, 0
+        self.logger.log(Severity.INFO, "The engine was not built for this device.")
+        return EngineValidity.INVALID, self.diagnostics
 
 
 class Engine:
     def __init__(self, runtime: Runtime, fields: dict[str, Any]) -> None:
-        self.runtime, self.machine, self.fields = runtime, runtime.machine, fields
+        self.runtime, self.fields = runtime, fields
         self.weights = not fields["stripped"]
         self.session = _session(fields["onnx"])
         self.tensors: dict[str, tuple[TensorIOMode, Any]] = {}
@@ -156,6 +175,8 @@ class Engine:
         for index, value in enumerate(self.session.get_outputs()):
             name = fields["renamed"] if fields["renamed"] and index == 0 else value.name
             self.tensors[name] = (TensorIOMode.OUTPUT, value)
+        self.inputs = [name for name, (mode, _) in self.tensors.items() if mode is TensorIOMode.INPUT]
+        self.outputs = [name for name in self.tensors if name not in self.inputs]
         self.num_io_tensors = len(self.tensors)
         self.num_optimization_profiles = len(fields["profiles"])
 
@@ -197,13 +218,7 @@ class Engine:
             assert runtime_config.cuda_graph_strategy is CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         if not self.weights:
             raise MisuseError("a plan without weights is run")
-        return Context(self) if self.has_room(0) else None
-
-    def has_room(self, profile: int) -> bool:
-        room = self.get_device_memory_size_for_profile_v2(profile) <= self.machine.free
-        if not room:
-            self.runtime.logger.log(Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was ...)")
-        return room
+        return Context(self)
 
 
 class EngineInspector:
@@ -214,7 +229,6 @@ class EngineInspector:
 
     def get_engine_information(self, format: LayerInformationFormat) -> str:  # noqa: A002 - as the real one
         assert format is LayerInformationFormat.JSON
-        outputs = [name for name, (mode, _) in self.engine.tensors.items() if mode is TensorIOMode.OUTPUT]
         typed = (
             {"Format": "Row major linear", "DataType": "Float"}
             if self.engine.runtime.rtx
@@ -222,7 +236,7 @@ class EngineInspector:
         )
         layers = [
             {"Name": f"last of {name}", "LayerType": "kgen", "Outputs": [{"Name": name, **typed}]}
-            for name in outputs
+            for name in self.engine.outputs
         ]
         return json.dumps({"Layers": layers, "I/O Tensors": []})
 
@@ -272,24 +286,35 @@ class RtxRuntimeConfig(RuntimeConfig):
 
 class Context:
     def __init__(self, engine: Engine) -> None:
-        self.engine, self.machine = engine, engine.machine
+        self.engine = engine
         self.profile = 0
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.version = 0
         self.prepared = -1
-        self.scratch = Resource("scratch memory of a context")
+        self.scratch = 0
+
+    def __del__(self) -> None:
+        if self.scratch:
+            cuda_stub.give_memory(self.scratch)
 
     def _refuse(self, message: str) -> bool:
         self.engine.runtime.logger.log(Severity.ERROR, f"API Usage Error ({message})")
         return False
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
-        self._stream(stream_handle).check()
+        if profile_index >= self.engine.num_optimization_profiles:
+            raise RuntimeError("Error in set optimization profile async.")  # as the real binding does
+        size = self.engine.get_device_memory_size_for_profile_v2(profile_index)
+        self.scratch = cuda_stub.take_memory(max(size, 1))
+        if not self.scratch:
+            self.engine.runtime.logger.log(
+                Severity.ERROR, "Error Code 2: OutOfMemory (Requested size was ...)"
+            )
+            raise RuntimeError("Error in set optimization profile async.")
+        cuda_stub.run(stream_handle, "profile", lambda: None, reads=[], writes=[self.scratch])
         self.profile, self.shapes = profile_index, {}
         self.version += 1
-        if profile_index >= self.engine.num_optimization_profiles or not self.engine.has_room(profile_index):
-            raise RuntimeError("Error in set optimization profile async.")  # as the real binding does
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -304,8 +329,7 @@ class Context:
         return True
 
     def infer_shapes(self) -> list[str]:
-        inputs = [name for name, (mode, _) in self.engine.tensors.items() if mode is TensorIOMode.INPUT]
-        return [name for name in inputs if name not in self.shapes]
+        return [name for name in self.engine.inputs if name not in self.shapes]
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         batch = next(iter(self.shapes.values()))[0] if not self.infer_shapes() else -1
@@ -319,59 +343,47 @@ class Context:
         return True
 
     def execute_async_v3(self, stream_handle: int) -> bool:
-        stream = self._stream(stream_handle)
+        if not stream_handle:
+            raise MisuseError("the default stream, or none, was given")
         if self.infer_shapes() or set(self.addresses) != set(self.engine.tensors):
             return self._refuse("a shape or an address was not set")
         if len({shape[0] for shape in self.shapes.values()}) != 1:
             return self._refuse("inputs of different batches")
-        if stream.capture is not None:
+        if cuda_stub.capturing(stream_handle):
             capturable = self.engine.fields["capturable"] and not self.engine.runtime.rtx
             if not capturable or self.prepared != self.version:
-                stream.capture.fault = "operation not permitted when stream is capturing"
-                return self._refuse(stream.capture.fault)
-            version = self.version
-
-            def check() -> None:
-                if self.version != version:
-                    raise MisuseError("a graph is launched whose context was changed after the capture")
-
-            stream.capture.checks.append(check)
+                cuda_stub.wait_for(stream_handle)  # which invalidates the capture
+                return self._refuse("operation not permitted when stream is capturing")
         self.prepared = self.version
-        buffers = {name: self._buffer(name) for name in self.engine.tensors}
-        inputs = {name for name, (mode, _) in self.engine.tensors.items() if mode is TensorIOMode.INPUT}
-        shapes = {name: self.get_tensor_shape(name) for name in self.engine.tensors}
+        inputs, outputs = self.engine.inputs, self.engine.outputs
+        views = {name: self._view(name) for name in self.engine.tensors}
+        session, context, version = self.engine.session, weakref.ref(self), self.version
 
-        def run() -> None:
-            feeds = {name: self._view(buffers[name], name, shapes[name]).copy() for name in inputs}
-            outputs = [name for name in self.engine.tensors if name not in inputs]
-            for name, value in zip(outputs, self.engine.session.run(None, feeds), strict=True):
-                self._view(buffers[name], name, shapes[name])[...] = value
+        def work() -> None:
+            bound = context()
+            if bound is None or bound.version != version:
+                raise MisuseError(
+                    "a run is done whose context was changed or destroyed after it was enqueued"
+                )
+            results = session.run(None, {name: views[name].copy() for name in inputs})
+            for name, value in zip(outputs, results, strict=True):
+                views[name][...] = value
 
-        self.machine.submit(
-            stream,
-            f"run {self.engine.session.get_outputs()[0].name}",
-            run,
-            reads=[buffers[name] for name in buffers if name in inputs],
-            writes=[self.scratch, *(buffers[name] for name in buffers if name not in inputs)],
+        code = cuda_stub.run(
+            stream_handle,
+            f"run {session.get_outputs()[0].name}",
+            work,
+            reads=[self.addresses[name] for name in inputs],
+            writes=[self.scratch, *(self.addresses[name] for name in outputs)],
         )
-        return True
+        return code == 0 or self._refuse(f"CUDA error {code}")
 
-    def _stream(self, handle: int) -> Stream:
-        if handle not in self.machine.streams:
-            raise MisuseError("the default stream, or none, was given")
-        return self.machine.streams[handle]
-
-    def _buffer(self, name: str) -> Buffer:
-        buffer = self.machine.buffers.get(self.addresses[name])
-        if buffer is None or buffer.stream is None:
-            raise MisuseError(f"{name} lies in no memory of the device")
-        dtype = _DTYPES[self.engine.tensors[name][1].type]
-        if buffer.size != int(np.prod(self.get_tensor_shape(name))) * dtype.itemsize:
-            raise MisuseError(f"{name} lies in {buffer.size} bytes")
-        return buffer
-
-    def _view(self, buffer: Buffer, name: str, shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
-        return buffer.data.view(_DTYPES[self.engine.tensors[name][1].type]).reshape(shape)
+    def _view(self, name: str) -> np.ndarray[Any, Any]:
+        dtype, shape = _DTYPES[self.engine.tensors[name][1].type], self.get_tensor_shape(name)
+        found = cuda_stub.memory_at(self.addresses[name], int(np.prod(shape)) * dtype.itemsize)
+        if found is None:
+            raise MisuseError(f"{name} lies in no memory of the device, or in too little")
+        return np.frombuffer(found, dtype).reshape(shape)
 
 
 class Refitter:
@@ -394,9 +406,8 @@ class OnnxParserRefitter:
         return self.refitter.parsed
 
 
-def engine_library(machine: Machine, *, rtx: bool = False, version: str = "11.4.0.106") -> ModuleType:
-    """The double of the module ``tensorrt`` or ``tensorrt_rtx``, whose GPU is ``machine``."""
-    runtime = type("Runtime", (RtxRuntime if rtx else Runtime,), {"machine": machine})
+def engine_library(*, rtx: bool = False, version: str = "11.4.0.106") -> ModuleType:
+    """The double of the module ``tensorrt`` or ``tensorrt_rtx``."""
     shared = {
         "DataType": DataType,
         "ExecutionContextAllocationStrategy": ExecutionContextAllocationStrategy,
@@ -404,13 +415,14 @@ def engine_library(machine: Machine, *, rtx: bool = False, version: str = "11.4.
         "LayerInformationFormat": LayerInformationFormat,
         "OnnxParserRefitter": OnnxParserRefitter,
         "Refitter": Refitter,
-        "Runtime": runtime,
+        "Runtime": RtxRuntime if rtx else Runtime,
         "TensorIOMode": TensorIOMode,
         "__version__": version,
     }
     only_rtx = {
         "CudaGraphStrategy": CudaGraphStrategy,
         "DynamicShapesKernelSpecializationStrategy": DynamicShapesKernelSpecializationStrategy,
+        "EngineInvalidityDiagnostics": EngineInvalidityDiagnostics,
         "EngineValidity": EngineValidity,
     }
     RtxRuntimeConfig.made = []

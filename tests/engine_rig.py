@@ -1,13 +1,13 @@
-"""A bundle's plans on the doubles of the GPU and of the engine library, ready to be opened."""
+"""A bundle's plans on the stub of the CUDA driver and the double of the library, ready to be opened."""
 
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
+from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
+import cuda_stub
 from bundles import exported_bundle
-from cuda_double import Machine
 from engine_double import engine_library, plan_bytes
 
 from admtrt.bundle import Bundle
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from admtrt.runtime.engines.plans import PlanRecord
 
-GPU = Gpu("GeForce Double", 89, 2**30)
+GPU = Gpu(cuda_stub.GPU_NAME, 89, 2**30)
 DRIVER = Driver(cuda="13.1", gpus=(GPU,))
 Profiles = tuple[tuple[int, int, int], ...]
 
@@ -39,6 +39,7 @@ class Rig:
         rtx: TensorRT-RTX instead of TensorRT.
         profiles: of the plans, for each graph or for all.
         memory: bytes of the GPU.
+        order: when it does its work, one of :data:`cuda_stub.ORDERS`.
     """
 
     def __init__(
@@ -50,25 +51,27 @@ class Rig:
         rtx: bool = False,
         profiles: Profiles = ((1, 4, 8),),
         memory: int = 2**30,
+        order: str = "lazy",
     ) -> None:
+        cuda_stub.reset(order, memory=memory)
+        patch.setattr("admtrt.runtime.engines.device._LIBRARIES", (cuda_stub.library_path(),))
         self.bundle = Bundle.open(exported_bundle(name))
         self.folder = folder
         self.store = PlanStore(folder)
-        self.machine = Machine(memory=memory)
         self.profiles: dict[str, Profiles] = dict.fromkeys(self.bundle.manifest.graphs, profiles)
         self.flavor: Any = "rtx" if rtx else "tensorrt"
-        self.module = engine_library(self.machine, rtx=rtx, version="1.7.1.116" if rtx else "11.4.0.106")
+        self.module = engine_library(rtx=rtx, version="1.7.1.116" if rtx else "11.4.0.106")
         hidden = ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings")
         for module in hidden:
             patch.setitem(sys.modules, module, None)
-        patch.setitem(sys.modules, "tensorrt_rtx" if rtx else "tensorrt", self.module)
-        patch.setitem(sys.modules, "cuda.core", self.machine.namespace())
-        patch.setitem(sys.modules, "cuda.bindings", SimpleNamespace(__version__="13.5.0"))
-        patch.setitem(sys.modules, "cuda.bindings.driver", self.machine.driver())
-        self.driver(patch, DRIVER)
+        self.module.__spec__ = ModuleSpec(self.module.__name__, None)  # the registry asks for it
+        patch.setitem(sys.modules, self.module.__name__, self.module)
+        patch.setattr(
+            "admtrt.runtime.trt.engine.require_start", lambda _: None
+        )  # no other process has the double
 
     def driver(self, patch: pytest.MonkeyPatch, driver: Driver) -> None:
-        """What the driver says from now on."""
+        """What another driver would say of itself."""
         for module in ("admtrt.runtime.cuda", "admtrt.runtime.backends.registry"):
             patch.setattr(f"{module}.query_driver", lambda: driver)
 

@@ -55,6 +55,46 @@ def attend(x: torch.Tensor, axis: int = -1) -> torch.Tensor:
     return weights_of(x, axis) @ x
 
 
+def running(x: torch.Tensor, exclusive: bool, reverse: bool) -> torch.Tensor:
+    x = x.flip(-1) if reverse else x
+    total = x.cumsum(-1) - (x if exclusive else 0)
+    return total.flip(-1) if reverse else total
+
+
+def put(x: torch.Tensor, places: torch.Tensor, values: torch.Tensor, how: str) -> torch.Tensor:
+    return x.scatter(1, places, values) if how == "none" else x.scatter_add(1, places, values)
+
+
+def pools(kernel: Any, stride: Any, pad: Any, dilation: Any, ceil: bool) -> list[Case]:
+    """Max and average pooling of [2, 7, 8] with these windows; the average has no dilation in PyTorch."""
+
+    def pair(value: Any) -> list[int]:
+        return list(value) if isinstance(value, tuple) else [value, value]
+
+    attributes = f"kernel_shape = {pair(kernel)}, strides = {pair(stride)}, pads = {pair(pad) * 2}"
+    attributes += f", ceil_mode = {int(ceil)}"
+    largest = Case(
+        "MaxPool",
+        (2, 7, 8),
+        f"y = MaxPool <{attributes}, dilations = {pair(dilation)}> (x)",
+        lambda x: F.max_pool2d(x, kernel, stride, pad, dilation, ceil),
+    )
+    if dilation != 1 or ceil:  # with ceil_mode ONNX Runtime counts what PyTorch does not
+        return [largest]
+    return [
+        largest,
+        *(
+            Case(
+                "AveragePool",
+                (2, 7, 8),
+                f"y = AveragePool <{attributes}, count_include_pad = {int(counted)}> (x)",
+                lambda x, counted=counted: F.avg_pool2d(x, kernel, stride, pad, ceil, counted),
+            )
+            for counted in (False, True)
+        ),
+    ]
+
+
 SCORES = "t = Transpose <perm = [0, 2, 1]> (x) m = MatMul (x, t) s = Tanh (m)"
 SCORES4 = "t = Transpose <perm = [0, 1, 3, 2]> (x) m = MatMul (x, t) s = Tanh (m)"
 MEAN = "m = ReduceMean <keepdims = 1> (x, axis)"
@@ -73,6 +113,16 @@ CASES = [
     unary("Abs", torch.abs),
     unary("Sin", torch.sin),
     unary("Cos", torch.cos),
+    unary("Tan", torch.tan),
+    unary("Atan", torch.atan),
+    unary("Sinh", torch.sinh),
+    unary("Cosh", torch.cosh),
+    unary("Asinh", torch.asinh),
+    *(
+        Case(op, (3, 4), f"t = Tanh (x) y = {op} (t)", lambda x, inverse=inverse: inverse(x.tanh()))
+        for op, inverse in {"Asin": torch.asin, "Acos": torch.acos, "Atanh": torch.atanh}.items()
+    ),
+    Case("Acosh", (3, 4), "e = Cosh (x) y = Acosh (e)", lambda x: x, positive=True),
     unary("Sigmoid", torch.sigmoid),
     unary("Tanh", torch.tanh),
     unary("Softplus", F.softplus),
@@ -181,6 +231,17 @@ CASES = [
         Case("Pow", (3,), "y = Pow (x, p)", lambda x, p: x**p, {"p": np.float32(p)}, positive=p != 3)
         for p in (2.0, 3.0, 0.5, -1.5)
     ),
+    Case("Pow", (3,), "y = Pow (x, p)", lambda x, p: x**p, {"p": np.array([0, 1, 2.5], np.float32)}, True),
+    Case("Pow", (3,), "y = Pow (x, p)", lambda x, p: x**p, {"p": ints(0, 2, 3)}),
+    Case(
+        "Pow",
+        (3,),
+        "z = Pow (x, p) y = Reshape (z, c)",
+        lambda x, p, c: x**3,
+        {"p": np.full((1, 1, 1), 3, np.float32), "c": ints(-1, 3)},
+    ),  # of a higher rank
+    Case("Pow", (3,), "y = Pow (c, x)", lambda x, c: c**x, {"c": np.float32(2)}),
+    Case("Pow", (3,), "y = Pow (x, x)", lambda x: x**x, positive=True),
     Case(
         "Clip",
         (9,),
@@ -509,4 +570,139 @@ CASES = [
         lambda x: x.gather(1, x.argmax(1, keepdim=True)),
     ),
     Case("Pad", (4, 5), "y = Pad (x, c)", lambda x, c: F.pad(x, (0, 3, 1, 2)), {"c": PADDED}),
+    Case(
+        "Pad",
+        (4, 5),
+        "y = Pad (x, c)",
+        lambda x, c: F.pad(x, (-1, 2, 1, -2)),
+        {"c": ints(0, 1, -1, 0, -2, 2)},
+    ),
+    Case(
+        "Pad", (5,), "y = Pad (x, c, , a)", lambda x, c, a: F.pad(x, (2, 1)), {"c": ints(2, 1), "a": ints(-1)}
+    ),
+    *(
+        Case(
+            "Pad",
+            (2, 4, 5),
+            f'y = Pad <mode = "{mode}"> (x, c)',
+            lambda x, c, torchs=torchs: F.pad(x, (2, 3, 1, 0), mode=torchs),
+            {"c": ints(0, 0, 1, 2, 0, 0, 0, 3)},
+        )
+        for mode, torchs in (("reflect", "reflect"), ("edge", "replicate"), ("wrap", "circular"))
+    ),
+    *(
+        case
+        for kernel, stride, pad, dilation, ceil in (
+            (3, 2, 1, 1, False),
+            (3, 1, 1, 1, False),
+            (2, 2, 0, 1, False),
+            (2, 3, 0, 1, False),
+            (3, 2, 0, 1, True),
+            (2, 2, 0, 2, False),
+            ((3, 2), (1, 2), (1, 0), (2, 1), True),
+        )
+        for case in pools(kernel, stride, pad, dilation, ceil)
+    ),
+    *(
+        Case(
+            "Resize",
+            (2, 5, 6),
+            f"y = Resize <{attributes}, axes = [2, 3]> (x, , , c)",
+            lambda x, c, options=options: F.interpolate(x, size=(4, 9), **options),
+            {"c": ints(4, 9)},
+        )
+        for attributes, options in (
+            ('mode = "linear"', {"mode": "bilinear"}),
+            (
+                'mode = "linear", coordinate_transformation_mode = "align_corners"',
+                {"mode": "bilinear", "align_corners": True},
+            ),
+            ('mode = "cubic", cubic_coeff_a = -0.75', {"mode": "bicubic"}),
+            ('mode = "linear", antialias = 1, exclude_outside = 1', {"mode": "bilinear", "antialias": True}),
+            (
+                'mode = "cubic", antialias = 1, cubic_coeff_a = -0.5, exclude_outside = 1',
+                {"mode": "bicubic", "antialias": True},
+            ),
+            (
+                'mode = "nearest", coordinate_transformation_mode = "asymmetric", nearest_mode = "floor"',
+                {"mode": "nearest"},
+            ),
+        )
+    ),
+    Case(
+        "Resize",
+        (2, 5),
+        'y = Resize <mode = "linear", axes = [2]> (x, , c)',
+        lambda x, c: F.interpolate(x, scale_factor=1.7, mode="linear", recompute_scale_factor=False),
+        {"c": np.float32([1.7])},
+    ),
+    Case("Gather", (4, 5), "y = Gather <axis = 1> (x, c)", lambda x, c: x[:, c], {"c": ints(2, 0, 2)}),
+    Case(
+        "Gather",
+        (4, 5),
+        "y = Gather <axis = 2> (x, c)",
+        lambda x, c: x[:, :, c],
+        {"c": ints(2, -1, 0, 2).reshape(2, 2)},
+    ),
+    Case(
+        "GatherND",
+        (4, 5),
+        "t = Transpose <perm = [1, 2, 0]> (x) p = GatherND (t, c) y = Transpose (p)",
+        lambda x, c: x[:, c[:, 0], c[:, 1]],
+        {"c": ints(0, 1, 3, -1, 0, 1).reshape(3, 2)},
+    ),
+    Case(
+        "GatherND",
+        (4, 5),
+        "t = Transpose <perm = [1, 0, 2]> (x) p = GatherND (t, c) y = Transpose <perm = [2, 0, 1, 3]> (p)",
+        lambda x, c: x[:, c[..., 0]],
+        {"c": ints(0, 1, 3, 3).reshape(2, 2, 1)},
+    ),
+    Case(
+        "GatherElements",
+        (3, 4),
+        "r, i = TopK <axis = 1> (x, two) y = GatherElements <axis = 1> (x, i)",
+        lambda x, two: x.topk(2, dim=1)[0],
+        {"two": ints(2)},
+    ),
+    *(
+        Case(
+            "ScatterElements",
+            (3, 4),
+            "e = Exp (x) u, v = Split <axis = 1> (e, s) z = Shape (u) j = Expand (i, z)"
+            f' y = ScatterElements <axis = 1, reduction = "{how}"> (x, j, u)',
+            lambda x, i, s, how=how: put(x, i.expand(len(x), -1, -1), x.exp()[:, :2], how),
+            {"i": np.int64([[[2, 0, 1, 2], [0, 1, 2, 0]]]), "s": ints(2, 1)},
+        )
+        for how in ("none", "add")
+    ),
+    Case("TopK", (5,), "y, i = TopK <axis = 1> (x, k)", lambda x, k: x.topk(3, dim=1)[0], {"k": ints(3)}),
+    Case(
+        "TopK",
+        (4, 3),
+        "y, i = TopK <axis = 1, largest = 0> (x, k)",
+        lambda x, k: x.sort(dim=1)[0],
+        {"k": ints(4)},
+    ),
+    Case("TopK", (4,), "y, i = TopK (x, k)", lambda x, k: x.amax(1, True), {"k": ints(1)}),
+    *(
+        Case(
+            "CumSum",
+            (3, 4),
+            f"y = CumSum <exclusive = {exclusive}, reverse = {reverse}> (x, c)",
+            lambda x, c, e=exclusive, r=reverse: running(x, bool(e), bool(r)),
+            {"c": np.int64(-1)},
+        )
+        for exclusive in (0, 1)
+        for reverse in (0, 1)
+    ),
+    Case(
+        "ReduceProd",
+        (3, 4),
+        "r = Relu (x) y = ReduceProd <keepdims = 0> (r, c)",
+        lambda x, c: x.relu().prod(1),
+        {"c": ints(1)},
+    ),  # with zeros
+    Case("ReduceProd", (3, 4), "y = ReduceProd (x, c)", lambda x, c: x.prod(2, True), {"c": ints(-1)}),
+    Case("Mod", (3, 4), "y = Mod <fmod = 1> (x, c)", lambda x, c: x.fmod(c), {"c": VECTOR}),
 ]

@@ -11,7 +11,7 @@ from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PLAIN, takes_plans
 from admtrt.bundle import Bundle
 from admtrt.runtime.backends.opening import AUTO, open_denoiser
 from admtrt.runtime.backends.registry import BACKENDS
-from admtrt.runtime.example import example_scale, example_slots, held_step
+from admtrt.runtime.example import example_labels, example_scale, example_slots, held_step
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import ResidentDenoiser, advance
 
@@ -129,7 +129,7 @@ class Contender:
         assert self._slots is not None
         assert self._denoiser is not None
         slots = self._slots
-        labels = next((given["y"] for given in slots.conditions.values() if "y" in given), None)
+        labels = example_labels(self._bundle.manifest, len(slots))
         pipeline = Pipeline(self._bundle, self._denoiser)
         began = time.perf_counter()
         pipeline(

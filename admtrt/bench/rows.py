@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from admtrt.contract import PRECISIONS
-from admtrt.errors import RequestError
+from admtrt.errors import MissingDependencyError, RequestError
 from admtrt.runtime.backends.opening import AUTO
 from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
 
@@ -29,6 +30,17 @@ class Row:
 
     def __str__(self) -> str:
         return f"{self.name} {self.precision}"
+
+    def require(self) -> None:
+        """Make sure that the packages of a peer are installed; a backend sees to its own.
+
+        Raises:
+            MissingDependencyError: naming the first that is missing.
+        """
+        needed = ("torch", "safetensors", *("onnx", "onnxscript") * (self.name == PLAIN))
+        for package in needed if self.name in PEERS else ():
+            if find_spec(package) is None:
+                raise MissingDependencyError(package, extra="export", purpose=f"The row '{self.name}'")
 
 
 PEERS: Mapping[str, tuple[Precision, ...]] = MappingProxyType(

@@ -13,6 +13,7 @@ from admtrt.bench.remote import Remote, RemoteError, run_remotely
 from admtrt.bench.report import BenchReport
 from admtrt.bench.rows import PLAIN
 from admtrt.bench.startup import measure_startup
+from admtrt.errors import MissingDependencyError
 from admtrt.schedule.process import retained_timesteps
 
 if TYPE_CHECKING:
@@ -72,13 +73,14 @@ def run_bench(
                 yardstick = None
                 note(f"no peak and no operations: PyTorch fails here ({error})")
         exports: dict[int, PlainExport] = {}
-        faults: dict[str, str] = {}
-        if any(row.name == PLAIN for row in rows):
-            exports, faults[PLAIN] = _plain_exports(subject, batches, note)
+        faults = _missing_packages(rows)
+        if any(row.name == PLAIN for row in rows) and PLAIN not in faults:
+            exports, fault = _plain_exports(subject, batches, note)
+            faults |= {PLAIN: fault} if fault else {}
             nodes.update({f"{PLAIN}, batch {batch}": dict(made.nodes) for batch, made in exports.items()})
         contenders: dict[Row, Callee | str] = {}
         for row in rows:
-            if faults.get(row.name):
+            if row.name in faults:
                 contenders[row] = faults[row.name]
                 continue
             note(f"opening {row}")
@@ -103,6 +105,17 @@ def run_bench(
         startup=startup,
         sampling_steps=sampling_steps,
     )
+
+
+def _missing_packages(rows: Sequence[Row]) -> dict[str, str]:
+    """Why rows cannot be measured here, by name."""
+    faults = {}
+    for row in rows:
+        try:
+            row.require()
+        except MissingDependencyError as error:
+            faults[row.name] = f"{error.message}. {error.hint}"
+    return faults
 
 
 def _plain_exports(

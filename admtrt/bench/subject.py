@@ -73,6 +73,7 @@ class Subject:
         """
         from admtrt.models.checkpoint import load_stored
         from admtrt.models.classifier import Classifier
+        from admtrt.models.pair import in_units_of
         from admtrt.models.unet import UNet
 
         if self.unet is None:
@@ -82,7 +83,8 @@ class Subject:
         assert isinstance(unet, UNet)
         if self.classifier is None:
             return unet, None
-        classifier = load_stored(*_identify(self.classifier, manifest, "classifier")).module
+        guide = load_stored(*_identify(self.classifier, manifest, "classifier"))
+        classifier = in_units_of(manifest.discrete("guidance"), guide).module
         assert isinstance(classifier, Classifier)
         return unet, classifier
 
@@ -171,13 +173,19 @@ def _identify(path: Path, manifest: Manifest, kind: Kind) -> tuple[StoredCheckpo
     field = "classifier" if kind == "classifier" else "unet"
     given = None
     if stored.embedded is None:
+        process = manifest.diffusion
+        if kind == "classifier" and manifest.classifier_rescale_timesteps is not None:
+            rescaled = {"rescale_timesteps": manifest.classifier_rescale_timesteps}
+            process = process.model_copy(update=rescaled)
         given = CheckpointConfig.model_validate(
-            {"kind": kind, field: expected, "diffusion": manifest.diffusion, "sampler": manifest.sampler}
+            {"kind": kind, field: expected, "diffusion": process, "sampler": manifest.sampler}
         )
     try:
         found = identify(stored, kinds=(kind,), config=given).config
     except CheckpointError as error:
         raise CheckpointError(error.message, hint=_AGAIN) from None
-    if found.network != expected:
+    assert expected is not None  # a classifier is asked for only where the bundle has one
+    ours, theirs = found.network.model_dump(), expected.model_dump()
+    if ours | {"null_class": None} != theirs | {"null_class": None}:  # which the bundle alone says
         raise CheckpointError(f"{path} is not the bundle's {kind}: its settings differ", hint=_AGAIN)
     return stored, found

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import tomllib
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
+
+from pydantic import model_validator
 
 from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig, load_config
 from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.models.option_names import OptionNames
-from admtrt.run_config import FittedSampler
+from admtrt.run_config import FittedSampler, RunConfig
 from admtrt.schedule.sampler import SamplerConfig, with_choices
 from admtrt.schedule.table import sampling_schedule
 
@@ -25,7 +28,10 @@ _NO_FACTS = frozenset({"sampler", "class_names"})
 
 
 class CheckpointSettings(Config):
-    """The file given by ``--config``: what checkpoints that carry no settings are."""
+    """The file given by ``--config``: what checkpoints that carry no settings are.
+
+    It may be the one that they were trained with, whose other sections say nothing of that.
+    """
 
     unet: UNetConfig | None = None
     upsampler: UNetConfig | None = None
@@ -33,6 +39,12 @@ class CheckpointSettings(Config):
     diffusion: DiffusionConfig = DiffusionConfig()
     sampler: FittedSampler = SamplerConfig()
     class_names: tuple[str, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_training_out(cls, data: Any) -> Any:
+        others = RunConfig.model_fields.keys() - cls.model_fields.keys()
+        return {key: data[key] for key in data if key not in others} if isinstance(data, dict) else data
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,9 @@ def load_pair(
     config: Path | None,
     unet_set: Sequence[str] = (),
     classifier_set: Sequence[str] = (),
-    config_option: str = "--config",
+    unet_weights: str | None = None,
+    classifier_weights: str | None = None,
+    null_class: int | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> tuple[LoadedNetwork, LoadedNetwork | None]:
     """Load a generator (UNet or upsampler) and, where given, its classifier.
@@ -79,7 +93,9 @@ def load_pair(
         config: TOML file with :class:`CheckpointSettings`.
         unet_set: settings of the generator that its shapes do not tell, each as ``key=value``.
         classifier_set: the same for the classifier.
-        config_option: what the command calls the option that gives ``config``.
+        unet_weights: which to take of a generator's file that holds several.
+        classifier_weights: the same for the classifier.
+        null_class: the UNet's class that means none; the same as the setting ``null_class``.
         note: told what was assumed of a file.
 
     Raises:
@@ -88,28 +104,32 @@ def load_pair(
     from admtrt.models.checkpoint import load_stored, open_checkpoint
     from admtrt.models.pair import check_pair
 
-    if classifier is None and (classifier_preset is not None or classifier_set):
+    if classifier is None and (classifier_preset is not None or classifier_set or classifier_weights):
         raise RequestError(
-            "--classifier-preset and --classifier-set describe a classifier, and none was given",
+            "--classifier-preset, --classifier-set and --classifier-weights describe a classifier, "
+            "and none was given",
             hint="Give its file with --classifier, or leave them out.",
         )
     if config is not None and unet_preset and (classifier is None or classifier_preset):
         raise RequestError(
             f"{config} says nothing that is asked for: the presets say what the checkpoints are",
-            hint=f"Leave {config_option} out, or the presets of what it describes.",
+            hint="Leave --config out, or the presets of what it describes.",
         )
-    said = Description(unet_preset, config, unet_set, options=OptionNames("--unet-", config_option))
-    generator = open_checkpoint(unet)
+    if null_class is not None:
+        unet_set = [*unet_set, f"null_class={null_class}"]
+    said = Description(unet_preset, config, unet_set, options=OptionNames("--unet-"))
+    generator = open_checkpoint(unet, unet_weights, options=said.options)
     generator_config = identify_checkpoint(
         generator, kinds=("unet", "upsampler"), description=said, note=note
     )
     if classifier is None:
         return load_stored(generator, generator_config), None
-    said = Description(
-        classifier_preset, config, classifier_set, options=OptionNames("--classifier-", config_option)
+    said = Description(classifier_preset, config, classifier_set, options=OptionNames("--classifier-"))
+    guide = open_checkpoint(classifier, classifier_weights, options=said.options)
+    shared = {"image_size": generator_config.network.image_size}
+    guide_config = identify_checkpoint(
+        guide, kinds=("classifier",), description=said, note=note, shared=shared
     )
-    guide = open_checkpoint(classifier)
-    guide_config = identify_checkpoint(guide, kinds=("classifier",), description=said, note=note)
     try:
         check_pair(generator_config, guide_config)
     except CheckpointError as error:
@@ -119,14 +139,27 @@ def load_pair(
     return load_stored(generator, generator_config), load_stored(guide, guide_config)
 
 
+def describes_networks(config: Path) -> bool:
+    """Whether a TOML file has a section of a network.
+
+    Raises:
+        ConfigError: as :func:`admtrt.config.load_config`.
+    """
+    said = load_config(CheckpointSettings, config)
+    return any((said.unet, said.upsampler, said.classifier))
+
+
 def identify_checkpoint(
     stored: StoredCheckpoint,
     *,
     kinds: tuple[Kind, ...],
     description: Description,
     note: Callable[[str], None],
+    shared: Mapping[str, Any] = MappingProxyType({}),
 ) -> CheckpointConfig:
     """The configuration of an opened file: its own, else the preset, else ``--config``, else its tensors'.
+
+    ``shared`` are settings of the network that it goes with, which its tensors may leave open.
 
     Raises:
         UserError: if it cannot be told, or contradicts the file.
@@ -136,7 +169,14 @@ def identify_checkpoint(
     settings = parse_settings(description.settings)
     said = None if description.config is None else load_config(CheckpointSettings, description.config)
     given = _given_config(description, said, stored, kinds, settings)
-    found = identify(stored, kinds=kinds, config=given, settings=settings, options=description.options)
+    found = identify(
+        stored,
+        kinds=kinds,
+        config=given,
+        settings=settings,
+        shared=shared,
+        options=description.options,
+    )
     if found.note:
         note(f"{stored.path}: {found.note}")
     if said is None or description.preset is not None:
@@ -178,7 +218,7 @@ def _given_config(
         return checkpoint_config_from_preset(description.preset)
     if said is None:
         return None
-    if said.unet is None and said.upsampler is None and said.classifier is None:
+    if not any((said.unet, said.upsampler, said.classifier)):
         if stored.embedded is not None and said.model_fields_set <= _NO_FACTS:
             return None
         raise ConfigError(

@@ -28,6 +28,10 @@ def convert(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="One setting of it; may be repeated."),
     ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Which weights to take of a file that has several, e.g. ema."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that stands there.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -43,7 +47,7 @@ def convert(
     if preset is not None and config is not None:
         raise RequestError("--preset and --config both say what the checkpoint is", hint="Give one of them.")
     check_target(target, overwrite=overwrite)
-    stored = open_checkpoint(source)
+    stored = open_checkpoint(source, weights)
     kinds: tuple[Kind, ...] = ("unet", "upsampler", "classifier")
     description = Description(preset=preset, config=config, settings=set_ or ())
     found = None

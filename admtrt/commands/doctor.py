@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from admtrt.console import Output, table
+from admtrt.installing import install_extra, pip_install
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from admtrt.runtime.engines.device import Driver
     from admtrt.runtime.engines.library import Flavor
-
-_LEAN = "Install it with: pip install tensorrt-lean-cu13"
-_CUDA = "Install it with: pip install cuda-core cuda-bindings"
 
 
 @dataclass(frozen=True)
@@ -99,11 +97,21 @@ def examine(driver: Driver) -> list[Finding]:
             "TensorRT lean",
             "tensorrt_lean",
             "its version's plans of build --version-compatible",
-            _LEAN,
+            _hint(pip_install("tensorrt-lean-cu13")),
         ),
-        _package("cuda-core", "cuda.core", "memory and streams of the GPU, for plans", _CUDA),
-        _package("ONNX Runtime", "onnxruntime", "exact on CPUs; on GPUs by its providers", _install("cpu")),
-        _package("OpenVINO", "openvino", "inference on CPUs", _install("openvino")),
+        _package(
+            "cuda-core",
+            "cuda.core",
+            "memory and streams of the GPU, for plans",
+            _hint(pip_install("cuda-core", "cuda-bindings")),
+        ),
+        _package(
+            "ONNX Runtime",
+            "onnxruntime",
+            "exact on CPUs; on GPUs by its providers",
+            _hint(install_extra("cpu")),
+        ),
+        _package("OpenVINO", "openvino", "inference on CPUs", _hint(install_extra("openvino"))),
         _torch(),
     ]
 
@@ -118,7 +126,7 @@ def backends(findings: Sequence[Finding]) -> list[Ability]:
         reason, hint = available.reason, available.hint
         if available and backend.name == PLANS_ONLY and not any(each.runs_plans for each in findings):
             reason = "no library that is installed runs plans on this GPU"
-            hint = _install("tensorrt")
+            hint = _hint(install_extra("tensorrt"))
         precisions = backend.precisions
         if not reason:
             try:
@@ -136,8 +144,8 @@ def backends(findings: Sequence[Finding]) -> list[Ability]:
     return abilities
 
 
-def _install(extra: str) -> str:
-    return f"Install it with: pip install 'admtrt[{extra}]'"
+def _hint(command: str) -> str:
+    return f"Install it with: {command}"
 
 
 def _hardware(driver: Driver) -> list[Finding]:
@@ -198,4 +206,6 @@ def _torch() -> Finding:
     try:
         return Finding("PyTorch", found=True, version=version("torch"), detail=purpose)
     except PackageNotFoundError:
-        return Finding("PyTorch", found=False, detail=f"not installed: {purpose}", hint=_install("export"))
+        return Finding(
+            "PyTorch", found=False, detail=f"not installed: {purpose}", hint=_hint(install_extra("export"))
+        )

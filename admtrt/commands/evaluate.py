@@ -13,10 +13,10 @@ from admtrt.commands.options import (
     BackendName,
     PlanFolder,
     PrecisionName,
-    SettingsFile,
     Threads,
     UnetPreset,
     UnetSet,
+    UnetWeights,
     steps_option,
 )
 from admtrt.commands.requirements import require
@@ -50,7 +50,7 @@ def nll(
     bundle: Annotated[Path | None, typer.Option(help="Bundle, whose exported UNet graph is run.")] = None,
     unet_preset: UnetPreset = None,
     unet_set: UnetSet = None,
-    settings: SettingsFile = None,
+    unet_weights: UnetWeights = None,
     backend: BackendName = "onnxruntime",
     precision: PrecisionName = "fp32",
     threads: Threads = None,
@@ -59,7 +59,15 @@ def nll(
     config: Annotated[
         Path | None,
         typer.Option(
-            metavar="CONFIG.toml", help="Training file, whose section data says how to read the images."
+            metavar="CONFIG.toml",
+            help="Training file: its section data says how to read the images; its network is a checkpoint's "
+            "that carries no settings and matches no preset.",
+        ),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="data.KEY=VALUE", help="Set any key of the section data; may be repeated."
         ),
     ] = None,
     images: Annotated[int | None, typer.Option(help="Images to take at random; all where left out.")] = None,
@@ -71,22 +79,23 @@ def nll(
     """Negative log likelihood in bits per dim: the whole variational bound.
 
     Images that the data holds out are taken, or all where it holds out none. A checkpoint and its bundle are
-    given the same images and noise by the same data and seed.
+    given the same images and noise by the same data and seed. Either needs the extra train, PyTorch with it:
+    the bound itself is computed there.
     """
     if (unet is None) == (bundle is None):
         raise RequestError("give either --unet, for a checkpoint, or --bundle, for its exported graph")
     if data is None and config is None:
         raise RequestError("there are no images", hint="Name them with --data, or give a file with --config.")
-    if bundle is not None and (unet_preset is not None or unet_set or settings is not None):
+    if bundle is not None and (unet_preset is not None or unet_set or unet_weights is not None):
         raise RequestError(
-            "--unet-preset, --unet-set and --settings are for a checkpoint; a bundle carries its settings"
+            "--unet-preset, --unet-set and --unet-weights are for a checkpoint; a bundle carries its settings"
         )
     if bundle is None and (backend, precision, threads, cache) != ("onnxruntime", "fp32", None, None):
         raise RequestError(
             "--backend, --precision, --threads and --cache are for a bundle; a checkpoint runs in PyTorch"
         )
     output = Output(json=json)
-    require("torch", "safetensors", extra="train", purpose="Evaluation")
+    require("torch", "safetensors", extra="train", purpose="Evaluation, of a bundle as well,")
     from admtrt.bundle import Bundle
     from admtrt.evaluate.images import load_images
     from admtrt.evaluate.nll import evaluate_nll
@@ -116,10 +125,10 @@ def nll(
         judged = _Judged(open_graph, manifest.network, diffusion, manifest.class_names)
     else:
         assert unet is not None
-        judged = _from_checkpoint(unet, unet_preset, unet_set or (), settings, output)
+        judged = _from_checkpoint(unet, unet_preset, unet_set or (), unet_weights, config, output)
     respacing = steps or ""
     length = len(retained_timesteps(judged.diffusion.steps, respacing))  # refuses an impossible respacing now
-    data_config = _data_config(data, config, judged.config)
+    data_config = _data_config(data, config, set_ or (), judged.config)
     chosen = load_images(data_config, judged.config, judged.class_names)
     count = len(chosen) if images is None else images
     denoiser = judged.open(max(1, min(batch_size, count)))
@@ -157,20 +166,28 @@ def nll(
 
 
 def _from_checkpoint(
-    path: Path, preset: str | None, settings: Sequence[str], settings_file: Path | None, output: Output
+    path: Path,
+    preset: str | None,
+    settings: Sequence[str],
+    weights: str | None,
+    config: Path | None,
+    output: Output,
 ) -> _Judged:
-    from admtrt.commands.checkpoints import load_pair
+    from admtrt.commands.checkpoints import describes_networks, load_pair
+    from admtrt.models.checkpoint import read_checkpoint_config
     from admtrt.models.denoiser import TorchDenoiser
     from admtrt.models.unet import UNet
 
+    # It may be another network's file, given for its data: what the checkpoint says of itself stands.
+    said = preset is not None or read_checkpoint_config(path) is not None
     loaded, _ = load_pair(
         path,
         None,
         unet_preset=preset,
         classifier_preset=None,
-        config=settings_file,
+        config=None if said or config is None or not describes_networks(config) else config,
         unet_set=settings,
-        config_option="--settings",
+        unet_weights=weights,
         note=output.note,
     )
     assert isinstance(loaded.module, UNet)
@@ -180,13 +197,20 @@ def _from_checkpoint(
     )
 
 
-def _data_config(source: str | None, file: Path | None, network: UNetConfig) -> DataConfig:
-    from admtrt.config import load_config
+def _data_config(
+    source: str | None, file: Path | None, settings: Sequence[str], network: UNetConfig
+) -> DataConfig:
+    from admtrt.config import apply_overrides, load_config, read_toml
     from admtrt.run_config import DataConfig, RunConfig
 
-    if file is not None:
-        overrides = [] if source is None else [f"data.source={json_.dumps(source, ensure_ascii=False)}"]
-        return load_config(RunConfig, file, overrides).data
-    return DataConfig.from_dict(
-        {"source": source, "image_size": network.image_size, "channels": network.in_channels}, source="--data"
-    )
+    other = next((item for item in settings if not item.startswith("data.")), None)
+    if other is not None:
+        raise RequestError(
+            f"--set {other} concerns no images", hint="Keys of the section data are used: data.KEY."
+        )
+    if file is not None and (source is None or "data" in read_toml(file)):
+        given = [] if source is None else [f"data.source={json_.dumps(source, ensure_ascii=False)}"]
+        return load_config(RunConfig, file, [*settings, *given]).data
+    data = {"source": source, "image_size": network.image_size, "channels": network.in_channels}
+    apply_overrides({"data": data}, settings)
+    return DataConfig.from_dict(data, source="--data")

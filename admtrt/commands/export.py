@@ -10,9 +10,12 @@ import typer
 from admtrt.commands.options import (
     ClassifierPreset,
     ClassifierSet,
+    ClassifierWeights,
+    NullClass,
     SettingsFile,
     UnetPreset,
     UnetSet,
+    UnetWeights,
     steps_option,
 )
 from admtrt.commands.requirements import require
@@ -40,6 +43,9 @@ def export(
     config: SettingsFile = None,
     unet_set: UnetSet = None,
     classifier_set: ClassifierSet = None,
+    unet_weights: UnetWeights = None,
+    classifier_weights: ClassifierWeights = None,
+    null_class: NullClass = None,
     method: Annotated[str | None, method_option("Recommended solver")] = None,
     steps: Annotated[str | None, steps_option("Recommended steps, e.g. 250 or ddim25.")] = None,
     scale: Annotated[float | None, typer.Option(help="Recommended guidance scale.")] = None,
@@ -79,6 +85,9 @@ def export(
         config=config,
         unet_set=unet_set or (),
         classifier_set=classifier_set or (),
+        unet_weights=unet_weights,
+        classifier_weights=classifier_weights,
+        null_class=null_class,
         note=output.note,
     )
     choices = {"method": method, "steps": steps, "scale": scale, **solver_options}

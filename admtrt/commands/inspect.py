@@ -41,7 +41,9 @@ def inspect(
 
     opened = Bundle.open(bundle)
     if cache is not None and not cache.is_dir():
-        raise RequestError(f"{cache} is no folder of plans", hint="Make plans with: admtrt build --cache")
+        raise RequestError(
+            f"{cache} is no folder of plans", hint=f"Make plans with: admtrt build {bundle} --cache {cache}"
+        )
     store = PlanStore.of(opened, cache)
     records, faults = store.records()
     listed = None if layers is None else plan_layers(opened, store, _chosen(records, layers))
@@ -140,7 +142,7 @@ def _shown(
     return [
         table(str(bundle.path), ("graph", "inputs", "outputs"), tensors),
         table("forms", ("graph", "form", "opset", "nodes", "size"), graphs),
-        *([_plan_table(plans)] if plans else ["no plans; build them with: admtrt build"]),
+        *([_plan_table(plans)] if plans else [f"no plans; build them with: admtrt build {bundle.path}"]),
         f"recommended: {manifest.recommendation}; classes: {manifest.num_classes or 'none'}; "
         f"{len(manifest.files)} files, {_size(size)}",
     ]

@@ -29,7 +29,26 @@ ClassifierPreset = Annotated[
 ]
 SettingsFile = Annotated[
     Path | None,
-    typer.Option(help="TOML with the settings of checkpoints that carry none and match no preset."),
+    typer.Option(
+        help="TOML with the settings of checkpoints that carry none and match no preset; the file that they "
+        "were trained with is one."
+    ),
+]
+UnetWeights = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME", help="Which weights to take of a UNet file that has several, e.g. state_dict_ema."
+    ),
+]
+ClassifierWeights = Annotated[
+    str | None, typer.Option(metavar="NAME", help="The same for the classifier's file.")
+]
+NullClass = Annotated[
+    int | None,
+    typer.Option(
+        metavar="INDEX",
+        help="Which class of the UNet means none, where it was trained for classifier-free guidance.",
+    ),
 ]
 UnetSet = Annotated[
     list[str] | None,
@@ -52,7 +71,10 @@ PrecisionName = Annotated[
 PlanFolder = Annotated[
     Path | None,
     typer.Option(
-        "--cache", metavar="DIR", help="tensorrt: folder of plans; the bundle's own where left out."
+        "--cache",
+        metavar="DIR",
+        help="tensorrt: folder of plans, all of which are trusted. Left out: the bundle's own, of which only "
+        "those are run that were built here.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; every core where left out.")]

@@ -123,7 +123,7 @@ def sample(
 
     check_request(backend, precision, threads, cache)
     first = Bundle.open(bundle)
-    small = None if low_res is None else _SmallImages.read(low_res)
+    small = None if low_res is None else _SmallImages.read(low_res, first)
     if small is not None and num not in (None, len(small)):
         raise RequestError(f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out.")
     asked = _asked_labels(classes, num, small, first.manifest)
@@ -185,9 +185,10 @@ def _interval(text: str) -> tuple[float, float]:
 
 
 def _draw_one(pipeline: Pipeline, request: BulkRequest, out: Path, formats: list[Format]) -> dict[str, Any]:
-    from admtrt.runtime.bulk import draw, finished_samples
+    from admtrt.runtime.bulk import draw
+    from admtrt.runtime.shards import Shards
 
-    done, steps = finished_samples(out, request), _steps(pipeline, request)
+    done, steps = Shards(out, request, pipeline.bundle.manifest).finished, _steps(pipeline, request)
     with progress("sampling", request.count * steps, done=done * steps) as advance:
         written = draw(pipeline, request, out, formats, advance=advance)
     return _outcome(request, done, written)
@@ -196,11 +197,15 @@ def _draw_one(pipeline: Pipeline, request: BulkRequest, out: Path, formats: list
 def _draw_two(
     stages: TwoStage, low: BulkRequest, upsampler: SamplerConfig, out: Path, formats: list[Format]
 ) -> dict[str, Any]:
-    from admtrt.runtime.bulk import LOW_STAGE, finished_samples
+    from admtrt.runtime.bulk import LOW_STAGE
+    from admtrt.runtime.shards import Shards
     from admtrt.runtime.two_stage import draw_two_stage, second_request
 
     high = second_request(stages, low, upsampler, out)
-    done = (finished_samples(out / LOW_STAGE, low), finished_samples(out, high))
+    done = (
+        Shards(out / LOW_STAGE, low, stages.low.bundle.manifest).finished,
+        Shards(out, high, stages.high.bundle.manifest).finished,
+    )
     steps = (_steps(stages.low, low), _steps(stages.high, high))
     finished = done[0] * steps[0] + done[1] * steps[1]
     with progress("sampling", low.count * sum(steps), done=finished) as advance:
@@ -340,38 +345,46 @@ class _SmallImages:
         return len(self.images)
 
     @classmethod
-    def read(cls, path: Path) -> Self:
-        """Read ``arr_0`` and ``arr_1`` of an .npz file.
+    def read(cls, path: Path, bundle: Bundle) -> Self:
+        """Read ``arr_0`` and ``arr_1`` of an .npz file, whose sizes are those of the bundle.
 
         Raises:
             RequestError: if it cannot be read, or holds something else.
         """
         import numpy as np
 
-        from admtrt.runtime.bulk import reading_fault
+        from admtrt.npz import open_npz, reading_fault
+        from admtrt.runtime.bulk import MAX_SAMPLES
+        from admtrt.runtime.pipeline import check_conditioning
 
+        hint = "Give the samples.npz of a run, or a file that np.savez wrote."
         try:
-            with path.open("rb") as opened, np.load(opened, allow_pickle=False) as archive:
-                held = list(archive)
-                images = archive["arr_0"] if "arr_0" in held else None
-                labels = archive.get("arr_1")
+            with open_npz(path) as archive:
+                if "arr_0" not in archive.names:
+                    raise RequestError(
+                        f"{path} has no arr_0; it has {', '.join(archive.names) or 'nothing'}", hint=hint
+                    )
+                found = archive.header("arr_0")
+                if found.dtype != np.uint8 or len(found.shape) != 4:
+                    raise RequestError(f"{path}: arr_0 is {found}; expected uint8 [N, H, W, C]")
+                labels = archive.header("arr_1") if "arr_1" in archive.names else None
+                if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != found.shape[:1]):
+                    raise RequestError(
+                        f"{path}: arr_1 is {labels}; expected {found.shape[0]} labels, whole numbers"
+                    )
+                check_conditioning(bundle, found)  # before a byte is inflated
+                if not 1 <= found.shape[0] <= MAX_SAMPLES:
+                    raise RequestError(f"{path} holds {found.shape[0]} images; expected 1 to {MAX_SAMPLES}")
+                numbers = None if labels is None else archive.read("arr_1").astype(np.int64)
+                if numbers is not None and numbers.size and numbers.min() < 0:
+                    raise RequestError(
+                        f"{path}: arr_1 has the label {numbers.min()}; labels are numbers of classes, 0 and more",
+                        hint="Leave arr_1 out where nothing is labelled.",
+                    )
+                return cls(archive.read("arr_0"), numbers)
+        except RequestError:
+            raise
         except Exception as error:  # arbitrary bytes make the reader fail in any way
             raise RequestError(
-                f"cannot read {path} as .npz with arr_0: {reading_fault(error)}",
-                hint="Give the samples.npz of a run, or a file that np.savez wrote.",
+                f"cannot read {path} as .npz with arr_0: {reading_fault(error)}", hint=hint
             ) from None
-        if images is None:
-            raise RequestError(
-                f"{path} has no arr_0; it has {', '.join(held) or 'nothing'}",
-                hint="Give the samples.npz of a run, or a file that np.savez wrote.",
-            )
-        if images.dtype != np.uint8 or images.ndim != 4:
-            raise RequestError(
-                f"{path}: arr_0 is {images.dtype} {list(images.shape)}; expected uint8 [N, H, W, C]"
-            )
-        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]):
-            raise RequestError(
-                f"{path}: arr_1 is {labels.dtype} {list(labels.shape)}; "
-                f"expected {len(images)} labels, whole numbers"
-            )
-        return cls(images, None if labels is None else labels.astype(np.int64))

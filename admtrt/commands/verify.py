@@ -12,11 +12,14 @@ from admtrt.commands.options import (
     BackendName,
     ClassifierPreset,
     ClassifierSet,
+    ClassifierWeights,
+    NullClass,
     PlanFolder,
     SettingsFile,
     Threads,
     UnetPreset,
     UnetSet,
+    UnetWeights,
 )
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
@@ -40,6 +43,9 @@ def verify(
     config: SettingsFile = None,
     unet_set: UnetSet = None,
     classifier_set: ClassifierSet = None,
+    unet_weights: UnetWeights = None,
+    classifier_weights: ClassifierWeights = None,
+    null_class: NullClass = None,
     steps: Annotated[
         int | None,
         typer.Option(help="Steps of the compared trajectories. Default: 10, or all of a shorter process."),
@@ -93,6 +99,9 @@ def verify(
         config=config,
         unet_set=unet_set or (),
         classifier_set=classifier_set or (),
+        unet_weights=unet_weights,
+        classifier_weights=classifier_weights,
+        null_class=null_class,
         note=output.note,
     )
     choices = Choices(output)

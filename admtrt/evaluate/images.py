@@ -37,11 +37,14 @@ def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[s
         )
     plain = config.model_copy(update={"random_crop": False, "random_flip": False})
     images = load_data(plain)
-    if network.num_classes is not None:
-        numbers = tuple(str(label) for label in range(network.num_classes))
-        images = _as_classes(images, tuple(class_names), numbers)
-        require_classes(images, network.num_classes)
-        if class_names and images.class_names not in (tuple(class_names), numbers):
+    if network.classes is not None:
+        numbers = tuple(str(label) for label in range(network.classes))
+        own = () if images.numbered or not class_names else (tuple(class_names),)
+        known = (*own, numbers)
+        images = _as_classes(images, *known)
+        if images.class_names not in known:
+            require_classes(images, network.classes)
+        if class_names and images.class_names not in known:
             raise DataError(
                 f"{config.source} has the classes {', '.join(images.class_names)}; "
                 f"the network was trained on {', '.join(class_names)}",

@@ -148,7 +148,7 @@ def _bound(
     unused = np.random.default_rng()  # the images are not augmented
     x_0 = torch.from_numpy(np.stack([data.image(row, unused) for row in rows]))
     assert config.num_classes is None or data.labels is not None  # refused when they were loaded
-    y = data.labels[rows] if config.num_classes is not None and data.labels is not None else None
+    y = None if data.labels is None else config.own_labels(data.labels[rows])
     low_res = None if config.low_res_size is None else shrink(x_0, config.low_res_size).numpy()
     given = conditions_for(config, None, labels=y, low_res=low_res, guided=False)["unet"]
 

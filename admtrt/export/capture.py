@@ -9,18 +9,26 @@ from typing import TYPE_CHECKING, Any
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import InlinePass
 from torch import Tensor, nn
 
 from admtrt.contract import BATCH, NODE_SCOPES
 from admtrt.errors import ExportError
 from admtrt.export.fold import fold
+from admtrt.export.nodes import ATEN, module_of
 from admtrt.export.passes import simplify
+from admtrt.export.plain import plain
+from admtrt.export.tidy import tidy
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 OPSET = 18
 """The oldest opset that expresses every graph; group norm is its InstanceNormalization form."""
+RANDOM_HINT = "Draw random numbers outside of the module and give them to it as an input."
+_RANDOM = (
+    "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
+)  # fmt: skip
 
 
 class _Positional(nn.Module):
@@ -80,31 +88,56 @@ def graph_from_module(
                 input_names=list(inputs),
                 output_names=list(outputs),
                 opset_version=opset,
-                optimize=True,
+                optimize=False,
                 verbose=False,
             )
     except Exception as error:  # torch raises many unrelated types here
-        cause = error.__cause__ or error  # its own message is a page of advice around the cause
-        first_line = next(iter(str(cause).strip().splitlines()), type(cause).__name__)
-        raise ExportError(f"PyTorch cannot export the module: {first_line}") from error
+        raise ExportError(f"PyTorch cannot export the module: {_innermost(error)}") from error
     assert program is not None  # it is where the dynamo exporter returns
     model: ir.Model = program.model
     if len(model.graph.outputs) != len(outputs):
         raise ExportError(f"the module returns {len(model.graph.outputs)} tensors; expected {len(outputs)}")
-    _forget_paths(model.graph)
+    InlinePass()(model)
+    _refuse_randomness(model.graph)
+    _note_sources(model.graph)
     _rename_clashes(model.graph)
     _check_batch_free(model.graph)
     _name_batch_axis(model)
+    tidy(model)
+    plain(model)
     simplify(model)
     fold(model)
     simplify(model)
     return model
 
 
-def _forget_paths(graph: ir.Graph) -> None:
-    """Of what PyTorch notes of a node only its module stays: the call stack has paths of this machine."""
+def _innermost(error: BaseException) -> str:
+    """The first line of the cause of all: PyTorch wraps it in pages of advice, several times over."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def _refuse_randomness(graph: ir.Graph) -> None:
+    """A gradient of numbers that are drawn anew inside is the gradient of another function each time."""
+    for node in graph:
+        # PyTorch writes a Dropout only where it is switched on.
+        if node.op_type in _RANDOM or node.op_type == "Dropout":
+            raise ExportError(
+                f"the module draws random numbers: operator '{node.op_type}'{module_of(node)}",
+                hint=RANDOM_HINT,
+            )
+
+
+def _note_sources(graph: ir.Graph) -> None:
+    """Of what PyTorch notes of a node its module stays, and in memory the function that it is from.
+
+    The rest goes: the call stack has paths of this machine.
+    """
     for node in graph:
         scopes = node.metadata_props.get(NODE_SCOPES)
+        _, known, function = node.metadata_props.get("namespace", "").rpartition(": aten.")
+        node.meta[ATEN] = function if known else ""
         node.metadata_props.clear()
         if scopes is not None:
             node.metadata_props[NODE_SCOPES] = scopes

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
+from admtrt.export.nodes import module_of
 from admtrt.export.passes import simplify
 from admtrt.export.tape import ConvBackward, Tape
 from admtrt.export.vjp import RULES
@@ -25,7 +26,19 @@ if TYPE_CHECKING:
     from admtrt.export.vjp.rule import Rule
 
 _LABEL_HINT = "Write the score of a label as F.log_softmax(logits, -1).gather(1, y[:, None])."
-_HINTS = dict.fromkeys(("GatherND", "SoftmaxCrossEntropyLoss"), _LABEL_HINT)
+_SIZE_HINT = "All axes but the batch must have the size of the example."
+_INDEX_HINT = "Select by a list or a constant tensor, or along one axis with x.gather(dim, index)."
+_HINTS = {
+    "SoftmaxCrossEntropyLoss": _LABEL_HINT,
+    "GatherND": f"{_LABEL_HINT} {_INDEX_HINT}",
+    "Gather": _INDEX_HINT,
+    "GatherElements": _INDEX_HINT,
+    "AveragePool": _SIZE_HINT,
+    "MaxPool": _SIZE_HINT,
+    "Pad": f"{_SIZE_HINT} Do not pad the batch.",
+    "Resize": f"{_SIZE_HINT} Enlarge by whole factors with mode='nearest', or write it as a matrix product.",
+}
+_MOST = 10  # gaps that a message lists
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
@@ -54,6 +67,7 @@ def add_input_gradient(
     tape.active = _depends_on(graph, source)
     if target not in tape.active:
         raise ExportError(f"output '{of}' does not depend on input '{wrt}'")
+    gaps: list[ExportError] = []
     gradients = tape.gradients
     gradients[target] = _ones_like(tape, target)
     for node in reversed(list(graph)):
@@ -61,12 +75,19 @@ def add_input_gradient(
         if all(gradient is None for gradient in incoming):
             continue
         tape.origin = node
-        for value, gradient in zip(node.inputs, _differentiate(tape, node, incoming), strict=True):
+        try:
+            passed = _differentiate(tape, node, incoming)
+        except ExportError as error:
+            gaps.append(_told(error, node))
+            passed = node.inputs  # stands in, so that the gaps before this one are found too
+        for value, gradient in zip(node.inputs, passed, strict=True):
             if value is None or gradient is None or value not in tape.active:
                 continue
-            gradient.shape = value.shape  # reshapes hide the batch axis from shape inference
+            if gradient is not value:
+                gradient.shape = value.shape  # reshapes hide the batch axis from shape inference
             known = gradients.get(value)
             gradients[value] = gradient if known is None else tape.op("Add", known, gradient)
+    _refuse(gaps)
     result = gradients.get(source)
     if result is None:
         raise ExportError(f"output '{of}' depends on input '{wrt}' by nothing that has a gradient")
@@ -87,9 +108,36 @@ def refuse_unknown(model: ir.Model) -> None:
     Raises:
         ExportError: naming it.
     """
+    gaps = []
     for node in model.graph:
         if any(value.dtype is None or value.dtype.is_floating_point() for value in node.outputs):
-            _rule_for(node)
+            try:
+                _rule_for(node)
+            except ExportError as error:
+                gaps.append(_told(error, node))
+    _refuse(gaps)
+
+
+def _told(error: ExportError, node: ir.Node) -> ExportError:
+    """With the module that a node comes from, and what to do about it."""
+    return ExportError(f"{error.message}{module_of(node)}", hint=error.hint or _HINTS.get(node.op_type, ""))
+
+
+def _refuse(gaps: list[ExportError]) -> None:
+    """Name all gaps at once.
+
+    Raises:
+        ExportError: if there is one.
+    """
+    messages = list(dict.fromkeys(gap.message for gap in reversed(gaps)))  # in the order of the forward graph
+    if not messages:
+        return
+    hint = "\n".join(dict.fromkeys(gap.hint for gap in reversed(gaps) if gap.hint))
+    if len(messages) == 1:
+        raise ExportError(messages[0], hint=hint)
+    more = [f"and {len(messages) - _MOST} more"] if len(messages) > _MOST else []
+    listed = "".join(f"\n- {message}" for message in [*messages[:_MOST], *more])
+    raise ExportError(f"{len(messages)} parts of the graph have no gradient:{listed}", hint=hint)
 
 
 def _rule_for(node: ir.Node) -> Rule:
@@ -116,7 +164,8 @@ def _depends_on(graph: ir.Graph, source: ir.Value) -> set[ir.Value]:
     for node in graph:
         if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):
             raise ExportError(
-                f"no gradient rule for the operator '{node.op_type}' (node '{node.name}'): it is control flow"
+                f"no gradient rule for the operator '{node.op_type}' (node '{node.name}')"
+                f"{module_of(node)}: it is control flow"
             )
         if any(value in active for value in node.inputs):
             active.update(

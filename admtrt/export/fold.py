@@ -15,7 +15,7 @@ import onnx_ir as ir
 
 from admtrt.export.nodes import ints_attribute
 from admtrt.export.passes import constant, insert_in_place_of, only_user
-from admtrt.export.vjp.reductions import enlargement_of
+from admtrt.export.vjp.sampling import enlargement_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -65,12 +65,14 @@ def export_input_gradient(
     The graph has the module's inputs, and the outputs ``grad`` (shaped as ``wrt``) and ``value`` [N].
     It is the derivative of what is computed: ``detach()`` and ``no_grad()`` leave no trace in a graph, so
     nothing is held constant by them. Where ONNX Runtime is installed, the written graph is run beside
-    autograd on a batch of another size before it takes its place, unless a type is narrower than float32.
+    autograd on rows near the example, near 0, at 0 and far away before it takes its place, unless a type is
+    narrower than float32. At ties and ends it has the gradient of the installed PyTorch.
 
     Args:
         module: called as ``module(*inputs.values())``; all of it in evaluation mode.
         inputs: example tensors by name, all with the batch as their first axis, of size 2 or more. Their
-            values do not matter.
+            values do not matter, but where the module is not defined everywhere the check needs some that are
+            in its domain.
         path: file to write; weights of more than 64 MiB go to ``<path>.data``.
         wrt: name of the floating-point input to differentiate.
         scalar: ``scalar(module(*inputs), *inputs)`` -> [N]; None where the module returns [N] itself. Each
@@ -80,8 +82,9 @@ def export_input_gradient(
         check: compare with autograd; False for a module in which gradients are held back on purpose.
 
     Raises:
-        ExportError: if the module cannot be captured, the scalar is not [N], an operator has no gradient rule
-            (the message names it), or the graph and autograd differ.
+        ExportError: if the module cannot be captured or draws random numbers, the scalar is not [N],
+            operators have no gradient rule (the message names them and their modules), or the graph and
+            autograd differ.
     """
     if wrt not in inputs:
         raise ExportError(f"there is no input '{wrt}'; the inputs are {list(inputs)}")

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from typing import TYPE_CHECKING
 
+from admtrt.contract import NODE_SCOPES
 from admtrt.errors import ExportError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     import onnx_ir as ir
+
+
+ATEN = "aten"
+"""Key of a node's ``meta``: the function of PyTorch that a captured node is from, such as ``max.dim``."""
+
+
+def module_of(node: ir.Node) -> str:
+    """`` in the module '0.conv'`` for messages; empty where nothing is known."""
+    try:
+        path = str(ast.literal_eval(node.metadata_props[NODE_SCOPES])[-2])
+    except (KeyError, IndexError, TypeError, ValueError, SyntaxError):
+        return ""
+    path = re.sub(r"^(module(\.|$))+", "", path)  # of the exporter's own wrappers
+    return f" in the module '{path}'" if path else ""
 
 
 def int_attribute(node: ir.Node, name: str, default: int) -> int:

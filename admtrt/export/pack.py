@@ -28,7 +28,7 @@ from admtrt.export.precision import DEFAULT_ISLANDS, Island, lower
 from admtrt.export.small_graphs import SMALL_GRAPHS
 from admtrt.export.write import write_graph
 from admtrt.models.classifier import Classifier
-from admtrt.models.pair import check_pair
+from admtrt.models.pair import check_pair, in_units_of
 from admtrt.models.unet import UNet
 
 if TYPE_CHECKING:
@@ -78,9 +78,13 @@ def bundle_from_checkpoints(
     """
     assert isinstance(unet.module, UNet)
     generator = unet.module
-    guide = None if classifier is None else classifier.module
-    assert guide is None or isinstance(guide, Classifier)
     check_pair(unet.config, None if classifier is None else classifier.config)
+    adapted = None if classifier is None else in_units_of(unet.config.diffusion, classifier)
+    guide = None if adapted is None else adapted.module
+    assert guide is None or isinstance(guide, Classifier)
+    own_unit = None
+    if classifier is not None and adapted is not classifier:
+        own_unit = classifier.config.diffusion.rescale_timesteps
     recommended = sampler or unet.config.sampler
     specs = bundle_specs(generator.config, None if guide is None else guide.config)
 
@@ -111,6 +115,7 @@ def bundle_from_checkpoints(
         or (() if classifier is None else classifier.config.class_names),
         "made_with": _versions() | ({"fp32 in engines": ", ".join(islands) or "none"} if engines else {}),
         "engine_graphs": engine_graphs,  # filled while the graphs are written
+        "classifier_rescale_timesteps": own_unit,
     }
     return write_bundle(path, write_graphs, fields, overwrite=overwrite)
 

@@ -14,6 +14,8 @@ from onnx_ir.passes.common import (
     TopologicalSortPass,
 )
 
+from admtrt.export.nodes import ints_attribute
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -27,6 +29,9 @@ def simplify(model: ir.Model) -> None:
         for one in (
             stable_log_sigmoid,
             unsqueeze_constants,
+            merge_unsqueezes,
+            merge_transposes,
+            drop_whole_slices,
             static_reshapes,
             merge_reshapes,
             share_equal_constants,
@@ -71,6 +76,79 @@ def unsqueeze_constants(model: ir.Model) -> bool:
         node.outputs[0].replace_all_uses_with(constant(model.graph, np.expand_dims(array, axes)))
         changed = True
     return changed
+
+
+def merge_unsqueezes(model: ir.Model) -> bool:
+    """Unsqueeze(Unsqueeze(x)) -> Unsqueeze(x)."""
+    changed = False
+    for node in model.graph:
+        inner = _first_input_from(node, "Unsqueeze")
+        if inner is None or node.outputs[0].shape is None or inner.outputs[0].shape is None:
+            continue
+        axes = [_constant_ints(one.inputs[1]) for one in (node, inner)]
+        if axes[0] is None or axes[1] is None:
+            continue
+        rank, inner_rank = len(node.outputs[0].shape), len(inner.outputs[0].shape)
+        added = {axis % rank for axis in axes[0]}
+        places = [axis for axis in range(rank) if axis not in added]  # of the inner result's axes
+        every = sorted([*added, *(places[axis % inner_rank] for axis in axes[1])])
+        node.replace_input_with(0, inner.inputs[0])
+        node.replace_input_with(1, constant(model.graph, np.array(every, np.int64)))
+        changed = True
+    return changed
+
+
+def merge_transposes(model: ir.Model) -> bool:
+    """Transpose(Transpose(x)) -> Transpose(x), or x where they undo each other."""
+    changed = False
+    for node in model.graph:
+        inner = _first_input_from(node, "Transpose")
+        if inner is None or node.outputs[0].shape is None or inner.inputs[0] is None:
+            continue
+        backwards = range(len(node.outputs[0].shape) - 1, -1, -1)
+        first, second = (ints_attribute(one, "perm", backwards) for one in (inner, node))
+        perm = [first[axis] for axis in second]
+        if perm == sorted(perm):
+            changed |= pass_by(node.outputs[0], inner.inputs[0])
+            continue
+        node.replace_input_with(0, inner.inputs[0])
+        node.attributes["perm"] = ir.AttrInt64s("perm", perm)
+        changed = True
+    return changed
+
+
+def drop_whole_slices(model: ir.Model) -> bool:
+    """Slice that takes all of its input -> the input."""
+    changed = False
+    for node in model.graph:
+        source = node.inputs[0] if node.op_type == "Slice" else None
+        if source is None or source.shape is None or source.shape != node.outputs[0].shape:
+            continue
+        steps = [1] if len(node.inputs) < 5 else _constant_ints(node.inputs[4])
+        named = all(isinstance(size, int) or size.value is not None for size in source.shape)
+        if named and steps is not None and set(steps) <= {1}:
+            changed |= pass_by(node.outputs[0], source)
+    return changed
+
+
+def _first_input_from(node: ir.Node, op_type: str) -> ir.Node | None:
+    """The node of this kind whose result another of the same kind takes."""
+    producer = node.inputs[0].producer() if node.op_type == op_type and node.inputs[0] is not None else None
+    return producer if producer is not None and producer.op_type == op_type else None
+
+
+def _constant_ints(value: ir.Value | None) -> list[int] | None:
+    if value is None or value.const_value is None:
+        return None
+    return [int(number) for number in value.const_value.numpy().ravel()]
+
+
+def pass_by(value: ir.Value, source: ir.Value) -> bool:
+    """Have the readers of a value read its source; an output of the graph stays as it is."""
+    if value.is_graph_output() or not value.uses():
+        return False
+    value.replace_all_uses_with(source)
+    return True
 
 
 def stable_log_sigmoid(model: ir.Model) -> bool:

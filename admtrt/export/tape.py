@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -10,13 +10,16 @@ import onnx_ir as ir
 from admtrt.export.nodes import shape_of, swapped_last, swaps_last
 from admtrt.export.passes import constant, constant_sizes
 
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
 ConvBackward = Literal["flipped", "transposed"]
 """How a stride-1 convolution is differentiated: a Conv with flipped weights (fast on CPUs, a second copy of
 the weights) or a ConvTranspose that shares them (engines)."""
 
 
-_RESULT_TYPES = dict.fromkeys(("Shape", "ArgMax"), ir.DataType.INT64) | dict.fromkeys(
-    ("Less", "Greater", "Equal"), ir.DataType.BOOL
+_RESULT_TYPES = dict.fromkeys(("Shape", "ArgMax", "ArgMin"), ir.DataType.INT64) | dict.fromkeys(
+    ("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"), ir.DataType.BOOL
 )
 
 
@@ -69,6 +72,21 @@ class Tape:
     def array(self, values: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:
         """A constant tensor."""
         return constant(self.graph, values)
+
+    def one_hot(self, indices: ir.Value, like: ir.Value, axis: int) -> ir.Value:
+        """1 at the place along an axis of known size that ``indices`` (of size 1 there) says, 0 elsewhere."""
+        shape = shape_of(like)
+        size = shape[axis]
+        assert isinstance(size, int)
+        assert like.dtype is not None
+        places = np.arange(size).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+        return self.cast(self.op("Equal", indices, self.array(places)), like.dtype)
+
+    def padded(self, value: ir.Value, before: Sequence[int], after: Sequence[int]) -> ir.Value:
+        """Zeros before and after every axis."""
+        if not any(before) and not any(after):
+            return value
+        return self.op("Pad", value, self.ints(*before, *after))
 
     def reshape_like(self, value: ir.Value, like: ir.Value) -> ir.Value:
         """Reshape to the shape of a forward value, with constants wherever at most one size is dynamic."""

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import os
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
-from admtrt.errors import OutputError
-from admtrt.files import check_place
+from admtrt.errors import BundleError
+from admtrt.files import check_place, locked, temporary_folder
+from admtrt.onnx_wire import external_locations
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
 EXTERNAL_THRESHOLD = 64 * 2**20
 """Bytes of weights above which they go to a file of their own (protocol buffers end at 2 GiB)."""
@@ -21,6 +21,9 @@ EXTERNAL_THRESHOLD = 64 * 2**20
 
 def write_graph(model: ir.Model, path: Path, check: Callable[[Path], None] | None = None) -> None:
     """Write ``path`` and, where its weights exceed :data:`EXTERNAL_THRESHOLD`, ``path.data`` beside it.
+
+    While a graph that stands there reads that file, its successor's is ``path.other.data``: whoever is killed
+    leaves the old graph or the new one, with its own weights.
 
     Args:
         model: the graph.
@@ -32,19 +35,27 @@ def write_graph(model: ir.Model, path: Path, check: Callable[[Path], None] | Non
     """
     values = [value.const_value for value in model.graph.initializers.values()]
     large = sum(tensor.nbytes for tensor in values if tensor is not None) > EXTERNAL_THRESHOLD
-    data = f"{path.name}.data" if large else None
     check_place(path)
+    with locked(path.parent), temporary_folder(path) as folder:
+        read = _weights_of(path)
+        data = next(name for name in (f"{path.name}.data", f"{path.name}.other.data") if name not in read)
+        written = folder / path.name
+        ir.save(model, written, external_data=data if large else None, size_threshold_bytes=1024)
+        if check is not None:
+            check(written)
+        for file in (written, written.with_name(data)) if large else (written,):
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        if large:  # first, and beside what an older graph reads: one that stands there always has its own
+            written.with_name(data).replace(path.with_name(data))
+        written.replace(path)
+        for name in read & {f"{path.name}.data", f"{path.name}.other.data"}:
+            path.with_name(name).unlink(missing_ok=True)
+
+
+def _weights_of(path: Path) -> frozenset[str]:
+    """The files that the graph at a place reads; none where there is no graph."""
     try:
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            written = Path(folder, path.name)
-            ir.save(model, written, external_data=data, size_threshold_bytes=1024)
-            if check is not None:
-                check(written)
-            for file in written.parent.iterdir():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
-            if data is not None:  # first: a graph that stands at its place never points to data that do not
-                written.with_name(data).replace(path.with_name(data))
-            written.replace(path)
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror or error}") from error
+        return external_locations(path) if path.exists() else frozenset()
+    except (BundleError, OSError):
+        return frozenset()

@@ -14,15 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from admtrt.config import UNetConfig
 from admtrt.errors import CheckpointError, ConfigError, OutputError
 from admtrt.models.infer import traits_of
-from admtrt.models.matching import (
-    Identified,
-    fraction_equal,
-    identify_tensors,
-    preset_hint,
-    shapes_of_network,
-)
+from admtrt.models.layouts import choose_weights, convolved_attention, partial_prefix
+from admtrt.models.matching import Identified, check_tensors, identify_tensors, listing, shapes_of_network
 from admtrt.models.option_names import OptionNames
 from admtrt.models.settings import CheckpointConfig as CheckpointConfig
 from admtrt.models.settings import build_network as build_network
@@ -30,16 +26,17 @@ from admtrt.models.settings import check_names, with_settings
 from admtrt.models.settings import checkpoint_config_from_preset as checkpoint_config_from_preset
 from admtrt.models.weights import (
     SUFFIXES,
-    check_plain,
+    check_weights,
     read_metadata,
-    read_tensors,
+    read_state_dicts,
     write_pickle,
     write_safetensors,
 )
 from admtrt.presets import Kind as Kind
+from admtrt.reading import parse_json
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
 
     from admtrt.models.classifier import Classifier
@@ -53,8 +50,7 @@ PREFIX_KEY = "admtrt.key_prefix"
 """Where it holds what stood before every key in the file that it was converted from."""
 
 _FORMAT_VERSION = 1
-_WRAPPED = "module."  # before the keys of models saved while wrapped for several devices
-_LISTED = 4  # tensors named in a message, of each fault
+_LONGEST_PREFIX = 100  # characters
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _OPTIONS = OptionNames()
 
@@ -76,17 +72,29 @@ class StoredCheckpoint:
         tensors: by bare name, as they are stored.
         prefix: what stood before every name.
         embedded: what the file says of itself, if anything.
+        convolved: attention's weights that are stored as 1x1 convolutions of images, [.., .., 1, 1].
     """
 
     path: Path
     tensors: Mapping[str, Tensor]
     prefix: str
     embedded: CheckpointConfig | None
+    convolved: frozenset[str] = frozenset()
 
     @functools.cached_property
     def shapes(self) -> Shapes:
-        """The shape of every tensor."""
-        return {key: tuple(value.shape) for key, value in self.tensors.items()}
+        """The shape of every tensor in the network."""
+        return {key: tuple(self.in_network(key).shape) for key in self.tensors}
+
+    def in_network(self, key: str) -> Tensor:
+        """A tensor as the network has it."""
+        tensor = self.tensors[key]
+        return tensor[..., 0] if key in self.convolved else tensor
+
+    @property
+    def told(self) -> Mapping[str, Any]:
+        """Settings that the layout tells: attention made of convolutions has its heads in the new order."""
+        return {"new_attention_order": True} if self.convolved else {}
 
     def kind(self, given: Mapping[str, Any] = _NOTHING) -> Kind | None:
         """What the network is for, by what the file says of itself, else by its shapes; None if unknown."""
@@ -99,7 +107,12 @@ class StoredCheckpoint:
 
 
 def save_checkpoint(
-    path: Path, state: Mapping[str, Tensor], config: CheckpointConfig, *, prefix: str = ""
+    path: Path,
+    state: Mapping[str, Tensor],
+    config: CheckpointConfig,
+    *,
+    prefix: str = "",
+    replace: bool = True,
 ) -> None:
     """Write a state dict and its configuration as safetensors; the old file stays until the new one is whole.
 
@@ -108,12 +121,13 @@ def save_checkpoint(
         state: tensors by bare name.
         config: what the file says of itself.
         prefix: what stands before the names where the file is converted back.
+        replace: a file that stands there.
 
     Raises:
-        OutputError: if the place cannot be written.
+        OutputError: if the place cannot be written, or is taken and not to be replaced.
     """
     metadata = {METADATA_KEY: json.dumps(config.to_dict())} | ({PREFIX_KEY: prefix} if prefix else {})
-    write_safetensors(path, state, metadata)
+    write_safetensors(path, state, metadata, replace=replace)
 
 
 def read_checkpoint_config(path: Path) -> CheckpointConfig | None:
@@ -126,8 +140,8 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig | None:
     if text is None:
         return None
     try:
-        data = json.loads(text)
-    except (ValueError, RecursionError):
+        data = parse_json(text)
+    except ValueError:
         data = None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: the configuration in its header is no JSON object")
@@ -143,19 +157,33 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig | None:
         raise CheckpointError(error.message) from None
 
 
-def open_checkpoint(path: Path) -> StoredCheckpoint:
+def open_checkpoint(
+    path: Path, weights: str | None = None, *, options: OptionNames = _OPTIONS
+) -> StoredCheckpoint:
     """Open a ``.safetensors`` file, or a ``.pt`` or ``.pth`` file with a state dict, without reading weights.
 
+    Args:
+        path: the file.
+        weights: which to take of a file that holds several: the name of a state dict in it, or what stands
+            before the names of its tensors.
+        options: what the command line's options for this file are called, for advice.
+
     Raises:
-        CheckpointError: if the file is missing, damaged, no state dict or wants to run code.
+        CheckpointError: if the file is missing, damaged, no state dict or wants to run code, or holds the
+            weights of several networks, or of others than were asked for.
     """
     embedded = read_checkpoint_config(path)
-    tensors = read_tensors(path)
-    prefix = read_metadata(path).get(PREFIX_KEY, "")
-    if tensors and all(key.startswith(_WRAPPED) for key in tensors):
-        tensors = {key.removeprefix(_WRAPPED): value for key, value in tensors.items()}
-        prefix = _WRAPPED
-    return StoredCheckpoint(path=path, tensors=tensors, prefix=prefix, embedded=embedded)
+    chosen = choose_weights(path, read_state_dicts(path), weights, f"{options.prefix}weights")
+    prefix = chosen.prefix or read_metadata(path).get(PREFIX_KEY, "")
+    if len(prefix) > _LONGEST_PREFIX:  # it comes before every key where the file is converted back
+        raise CheckpointError(f"{path} has a header that puts {len(prefix)} characters before every key")
+    return StoredCheckpoint(
+        path=path,
+        tensors=chosen.tensors,
+        prefix=prefix,
+        embedded=embedded,
+        convolved=convolved_attention(chosen.tensors),
+    )
 
 
 def identify(
@@ -164,6 +192,7 @@ def identify(
     kinds: Sequence[Kind],
     config: CheckpointConfig | None = None,
     settings: Mapping[str, Any] = _NOTHING,
+    shared: Mapping[str, Any] = _NOTHING,
     options: OptionNames = _OPTIONS,
 ) -> Identified:
     """The configuration of an opened file, checked against the name and shape of every tensor.
@@ -174,6 +203,7 @@ def identify(
         config: for a file that carries no configuration; it may not contradict one that does.
         settings: single settings that replace those of ``config`` or, without one, answer what the shapes do
             not tell.
+        shared: settings of the network that it goes with, which are its own where its shapes allow them.
         options: what the command line's options for this file are called, for advice.
 
     Raises:
@@ -188,27 +218,54 @@ def identify(
             raise CheckpointError(_other_kind(holder, candidate.kind, kinds))
     given = None if config is None else with_settings(config, settings)
     if embedded is not None:
-        _check_agreement(path, embedded, given or _changed(path, embedded, settings, options), options)
+        check_names(embedded.kind, settings)
+        others = {key: value for key, value in settings.items() if key != "null_class"}
+        _check_agreement(path, embedded, given or _changed(path, embedded, others, options), options)
+        null = given.unet.null_class if given is not None and given.unet is not None else None
+        embedded = _with_null_class(path, embedded, settings.get("null_class", null))
     known = embedded or given
-    if known is not None:
-        found = Identified(known)
-    else:
+    if known is None:
+        kind = stored.kind(settings)
+        if kind is not None and kind not in kinds:
+            raise CheckpointError(_other_kind(f"{path} holds", kind, kinds))
         try:
-            found = identify_tensors(stored.shapes, name=path.stem, given=settings, options=options)
+            found = identify_tensors(
+                stored.shapes,
+                name=path.stem,
+                given=settings,
+                options=options,
+                told=stored.told,
+                shared=shared,
+            )
         except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error.message}", hint=error.hint) from None
+            partial = partial_prefix(stored.tensors)
+            alone = f"Take them alone with {options.prefix}weights {partial}" if partial else ""
+            raise CheckpointError(f"{path}: {error.message}", hint=alone or error.hint) from None
         if found.config.kind not in kinds:
             raise CheckpointError(_other_kind(f"{path} holds", found.config.kind, kinds))
-    expected = shapes_of_network(found.config)
-    if expected != stored.shapes:
-        better = fraction_equal(stored.shapes, expected)
+        return Identified(found.config, ". ".join(filter(None, [_layout_in_words(stored), found.note])))
+    _check_depth(path, known, stored.shapes)
+    check_tensors(
+        stored.shapes,
+        known,
+        f"the tensors of {path} are not those of its configuration",
+        kinds=kinds,
+        options=options,
+        advice="Give the configuration that this network was trained with.",
+    )
+    if stored.convolved and not known.network.new_attention_order:
         raise CheckpointError(
-            f"the tensors of {path} are not those of its configuration.\n"
-            + "\n".join(_differences(stored.shapes, expected)),
-            hint=preset_hint(stored.shapes, kinds, better_than=better, options=options)
-            or "Give the configuration that this network was trained with.",
+            f"attention in {path} is made of convolutions of images, whose heads have the new order; "
+            "new_attention_order is False in its configuration",
+            hint=f"Set {options.prefix}set new_attention_order=true, or correct it in {options.config}.",
         )
-    return found
+    return Identified(known, "" if stored.embedded else _layout_in_words(stored))
+
+
+def _layout_in_words(stored: StoredCheckpoint) -> str:
+    prefix = f"'{stored.prefix}' before every name was left off" if stored.prefix else ""
+    attention = "attention is stored as convolutions of images: new_attention_order True"
+    return "; ".join(filter(None, [prefix, attention if stored.convolved else ""]))
 
 
 def load_stored(stored: StoredCheckpoint, config: CheckpointConfig) -> LoadedNetwork:
@@ -221,10 +278,8 @@ def load_stored(stored: StoredCheckpoint, config: CheckpointConfig) -> LoadedNet
     """
     with torch.device("meta"):
         module = build_network(config)
-    weights = {}
-    for key, value in stored.tensors.items():
-        check_plain(stored.path, key, value)
-        weights[key] = value.float()
+    check_weights(stored.path, stored.tensors)
+    weights = {key: stored.in_network(key).float() for key in stored.tensors}
     module.load_state_dict(weights, assign=True)
     return LoadedNetwork(module=module.eval().requires_grad_(False), config=config)
 
@@ -259,15 +314,14 @@ def convert_checkpoint(
         OutputError: if the target exists, has another suffix or cannot be written.
     """
     check_target(target, overwrite=overwrite)
-    for key, value in stored.tensors.items():
-        check_plain(stored.path, key, value)
+    check_weights(stored.path, stored.tensors)
     if target.suffix.lower() == ".safetensors":
         assert config is not None
-        save_checkpoint(target, stored.tensors, config, prefix=stored.prefix)
+        save_checkpoint(target, stored.tensors, config, prefix=stored.prefix, replace=overwrite)
         return
     # Safetensors files are sorted; the original's order is that of the network.
     keys = stored.shapes if config is None else shapes_of_network(config)
-    write_pickle(target, {stored.prefix + key: stored.tensors[key] for key in keys})
+    write_pickle(target, {stored.prefix + key: stored.tensors[key] for key in keys}, replace=overwrite)
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
@@ -292,7 +346,6 @@ def _changed(
     path: Path, embedded: CheckpointConfig, settings: Mapping[str, Any], options: OptionNames
 ) -> CheckpointConfig:
     """What a file says of itself with settings replaced, which may be impossible together with the others."""
-    check_names(embedded.kind, settings)
     try:
         return with_settings(embedded, settings)
     except ConfigError as error:
@@ -300,6 +353,17 @@ def _changed(
             f"{path} carries its own configuration, which the settings given do not fit: {error.message}",
             hint=f"Leave out {options.prefix}set for this file.",
         ) from None
+
+
+def _check_depth(path: Path, config: CheckpointConfig, shapes: Shapes) -> None:
+    """Compare what costs nothing before a network of any depth is built to compare the rest."""
+    network = config.network
+    if network.num_blocks > len(shapes):
+        raise CheckpointError(
+            f"the tensors of {path} are not those of its configuration: it has {len(shapes)} tensors, "
+            f"too few for {len(network.channel_mult)} levels of {network.num_res_blocks} residual blocks",
+            hint="Give the configuration that this network was trained with.",
+        )
 
 
 def _check_agreement(
@@ -310,30 +374,29 @@ def _check_agreement(
             f"{path} holds a network of kind '{embedded.kind}'; "
             f"the configuration given describes one of kind '{given.kind}'"
         )
-    ours, theirs = ({**c.network.to_dict(), **c.diffusion.to_dict()} for c in (embedded, given))
+    ours, theirs = embedded.facts, given.facts
     different = [
         f"{key} is {ours[key]} in the file, {theirs[key]} given" for key in ours if ours[key] != theirs[key]
     ]
     if different:
         raise CheckpointError(
-            f"{path} carries its own configuration, which the one given contradicts: {_listing(different)}",
+            f"{path} carries its own configuration, which the one given contradicts: {listing(different)}",
             hint=f"Leave out {options.prefix}preset, {options.prefix}set and {options.config} for this file.",
         )
 
 
-def _differences(found: Shapes, expected: Shapes) -> list[str]:
-    parts = {
-        "missing": [f"{key} {list(expected[key])}" for key in expected if key not in found],
-        "unexpected": [f"{key} {list(found[key])}" for key in found if key not in expected],
-        "of another shape": [
-            f"{key} is {list(found[key])}, expected {list(expected[key])}"
-            for key in expected
-            if found.get(key, expected[key]) != expected[key]
-        ],
-    }
-    return [f"{len(names)} {fault}: {_listing(names)}" for fault, names in parts.items() if names]
-
-
-def _listing(items: Iterable[str]) -> str:
-    first, rest = (items := list(items))[:_LISTED], items[_LISTED:]
-    return "; ".join(first) + (f"; and {len(rest)} more" if rest else "")
+def _with_null_class(path: Path, embedded: CheckpointConfig, null: Any) -> CheckpointConfig:
+    """What a file says of itself, with the null class that was said beside it."""
+    if embedded.unet is None or null is None:
+        return embedded
+    network = UNetConfig.from_dict(embedded.unet.to_dict() | {"null_class": null}, source=str(path))
+    index = network.null_class
+    known = embedded.unet.null_class
+    if known not in (None, index):
+        raise CheckpointError(
+            f"{path} says that its null class is {known}; {null} was given", hint="Leave it out."
+        )
+    names = embedded.class_names
+    if known is None and index is not None and names:
+        names = names[:index] + names[index + 1 :]
+    return embedded.model_copy(update={"unet": network, "class_names": names})

@@ -10,13 +10,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from admtrt.config import DiffusionConfig
-from admtrt.errors import CheckpointError
-from admtrt.models.settings import CheckpointConfig, check_names, checkpoint_config_from_settings
+from admtrt.config import DiffusionConfig, level_sizes
+from admtrt.errors import CheckpointError, ConfigError
+from admtrt.models.settings import CheckpointConfig, check_names, checkpoint_config_from_settings, parsed
 from admtrt.presets import Kind
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -28,6 +28,12 @@ _HEADS = ("num_heads", "num_head_channels")
 _PROCESS = ("schedule", "steps", "rescale_timesteps")
 _OUTPUT = ("mean_type", "variance_type")
 _STAGE = re.compile(r"input_blocks\.(\d{1,4})\.")
+_CONDITION = (
+    "these are the channels of an upsampler, or of a network with another condition joined to x_t "
+    "(segmentation, inpainting, colouring), which admtrt does not have"
+)
+_PREFIXES = ("_orig_mod.", "module.", "model.diffusion_model.", "denoise_fn.", "ema_model.", "ema.", "model.")
+"""What wrappers put before every name."""
 
 UNTOLD = (
     "image_size",
@@ -47,6 +53,14 @@ class UntoldSettingError(CheckpointError):
     """Something that shapes do not tell and that was not given."""
 
 
+class _SeveralReadingsError(UntoldSettingError):
+    """Shapes that mean several networks; ``first`` is what chooses the first of them."""
+
+    def __init__(self, message: str, first: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.first = first
+
+
 @dataclass(frozen=True)
 class Traits:
     """What shapes tell.
@@ -55,15 +69,36 @@ class Traits:
         kind: what the network is for.
         settings: values of its configuration.
         attends: for each level, finest first, whether it has attention.
+        side: height and width of the coarsest level, where a classifier's pooling tells it.
     """
 
     kind: Kind
     settings: Mapping[str, Any]
     attends: tuple[bool, ...]
+    side: int | None = None
+
+    def level_sizes(self, image_size: int) -> tuple[int, ...]:
+        """Sizes of the levels for images of a size."""
+        rounds_up = bool(self.settings.get("conv_resample"))  # told where neither a block nor pooling halves
+        return level_sizes(image_size, len(self.attends), rounds_up=rounds_up)
+
+    @property
+    def image_sizes(self) -> tuple[int, int] | None:
+        """The smallest and the largest image size whose coarsest level is as large, where that is told."""
+        if self.side is None:
+            return None
+        count = 1 << (len(self.attends) - 1)
+        if self.settings.get("conv_resample"):
+            return (self.side - 1) * count + 1, self.side * count
+        return self.side * count, (self.side + 1) * count - 1
 
 
 def infer_config(
-    shapes: Shapes, *, given: Mapping[str, Any], assumed: Mapping[str, Any] = _NOTHING
+    shapes: Shapes,
+    *,
+    given: Mapping[str, Any],
+    assumed: Mapping[str, Any] = _NOTHING,
+    told: Mapping[str, Any] = _NOTHING,
 ) -> CheckpointConfig:
     """The configuration of the network whose tensors have these shapes.
 
@@ -71,34 +106,88 @@ def infer_config(
         shapes: every tensor's shape by its bare name.
         given: settings of the network and the process that are known; they may not contradict the shapes.
         assumed: values of :data:`UNTOLD` settings, used where neither the shapes nor ``given`` say.
+        told: settings that the file tells otherwise.
 
     Raises:
         CheckpointError: if these are not the tensors of an ADM network, or ``given`` contradicts them.
         UntoldSettingError: if something must be given: by name.
         ConfigError: for an unknown name or an impossible value in ``given``.
     """
-    traits = traits_of(shapes, given)
+    traits = traits_of(shapes, given, told=told)
     check_names(traits.kind, given)
-    known = {**_usable(assumed, traits, given), **traits.settings, **given}
+    known = {**_usable(assumed, traits, given), **traits.settings, **parsed(given)}
+    if "num_heads" in known and known.get("pool") != "attention":  # the other key would override it
+        known.setdefault("num_head_channels", None)
     size = known.get("image_size")
     if isinstance(size, int):
-        resolutions = tuple(size >> level for level, attends in enumerate(traits.attends) if attends)
+        _check_size(traits, size)
+        resolutions = _resolutions(traits, size)
         known = {"attention_resolutions": resolutions} | known
         _check_given(given, {"attention_resolutions": resolutions})
     _check_given(given, traits.settings)
     missing = _missing(traits, known)
     if missing:
-        raise UntoldSettingError(f"the shapes of the tensors do not tell {', '.join(missing)}")
+        doubt = f"{_CONDITION}; " if "low_res_size" in missing else ""
+        raise UntoldSettingError(f"{doubt}the shapes of the tensors do not tell {', '.join(missing)}")
     return checkpoint_config_from_settings(traits.kind, known)
 
 
-def traits_of(shapes: Shapes, given: Mapping[str, Any] = _NOTHING) -> Traits:
+def stand_in(shapes: Shapes, given: Mapping[str, Any] = _NOTHING) -> CheckpointConfig:
+    """Some network of such tensors, if there is any: settings without a trace in shapes are made up.
+
+    Raises:
+        CheckpointError: if these are not the tensors of an ADM network.
+    """
+    traits = traits_of(shapes, given, any_reading=True)
+    size = (traits.side or 2) << (len(traits.attends) - 1)
+    learned = traits.settings.get("learn_sigma", True)
+    made_up = {
+        "image_size": size,
+        "attention_resolutions": _resolutions(traits, size),
+        "num_head_channels": 1,
+        "variance_type": "learned_range" if learned else "fixed_large",
+    }
+    if traits.kind == "upsampler":
+        made_up["low_res_size"] = 1
+    try:
+        return checkpoint_config_from_settings(traits.kind, made_up | dict(traits.settings))
+    except ConfigError as error:
+        raise CheckpointError(f"these are not the tensors of an ADM network: {error.message}") from None
+
+
+def traits_of(
+    shapes: Shapes,
+    given: Mapping[str, Any] = _NOTHING,
+    *,
+    told: Mapping[str, Any] = _NOTHING,
+    any_reading: bool = False,
+) -> Traits:
     """What shapes tell, with ``given`` only where they allow several readings.
+
+    Args:
+        shapes: every tensor's shape by its bare name.
+        given: settings that are known.
+        told: settings that the file tells otherwise, added to the result.
+        any_reading: take one of several readings that nothing decides between.
 
     Raises:
         CheckpointError: if these are not the tensors of an ADM network.
         UntoldSettingError: if something must be given to choose a reading.
     """
+    values = parsed(given)
+    while True:
+        try:
+            traits = _traits(shapes, values)
+        except _SeveralReadingsError as error:
+            if not any_reading:
+                raise
+            chosen = error.first.items() <= values.items()
+            values = {**({} if chosen else values), **error.first}  # what was given may contradict them all
+        else:
+            return replace(traits, settings={**traits.settings, **told})
+
+
+def _traits(shapes: Shapes, given: Mapping[str, Any]) -> Traits:
     width = _axis(shapes, "time_embed.0.weight", 1)
     is_classifier = not any(key.startswith("output_blocks.") for key in shapes)
     layout = _layout(_stages(shapes), None if is_classifier else _upsampling_blocks(shapes), given)
@@ -117,8 +206,10 @@ def traits_of(shapes: Shapes, given: Mapping[str, Any] = _NOTHING) -> Traits:
     attends = tuple(level.attends for level in layout.levels)
     first = _axis(shapes, "input_blocks.0.0.weight", 1)
     if is_classifier:
-        head = _classifier_head(shapes, halvings=len(attends) - 1)
-        return Traits("classifier", settings | head | {"in_channels": first}, attends)
+        head, side = _classifier_head(shapes)
+        if side is not None and len(attends) == 1:
+            head["image_size"] = side
+        return Traits("classifier", settings | head | {"in_channels": first}, attends, side)
     kind, ends = _ends(first, _axis(shapes, "out.2.weight", 0), given)
     key = "label_emb.weight"
     classes = _axis(shapes, key, 0) if key in shapes else None
@@ -129,8 +220,11 @@ def _axis(shapes: Shapes, key: str, axis: int) -> int:
     shape = shapes.get(key)
     if shape is None or len(shape) <= axis:
         found = "no tensor" if shape is None else f"a tensor of shape {list(shape)} as"
+        prefix = next((one.removesuffix(key) for one in shapes if one.endswith(f".{key}")), None)
+        prefix = prefix or next((one for one in _PREFIXES if any(k.startswith(one) for k in shapes)), None)
+        where = f"; there are names that begin with '{prefix}'" if shape is None and prefix else ""
         raise CheckpointError(
-            f"these are not the tensors of an ADM network: there is {found} {key}",
+            f"these are not the tensors of an ADM network: there is {found} {key}{where}",
             hint="ADM networks have the keys of the original code's UNet or classifier.",
         )
     return shape[axis]
@@ -201,7 +295,10 @@ def _layout(stages: list[_Stage], upsampling: set[int] | None, given: Mapping[st
         found = [one for one in found if one.num_res_blocks == given.get("num_res_blocks")] or found
     if len(found) > 1:
         depths = ", ".join(str(one.num_res_blocks) for one in found)
-        raise UntoldSettingError(f"the shapes of the tensors do not tell num_res_blocks: it may be {depths}")
+        raise _SeveralReadingsError(
+            f"the shapes of the tensors do not tell num_res_blocks: it may be {depths}",
+            {"num_res_blocks": found[0].num_res_blocks},
+        )
     return found[0]
 
 
@@ -228,43 +325,49 @@ def _read_as(groups: list[list[_Stage]], num_res_blocks: int) -> _Layout | None:
 
 def _ends(first: int, last: int, given: Mapping[str, Any]) -> tuple[Kind, dict[str, Any]]:
     """Kind, image channels and learned sigma from what the first and the last convolution take and give."""
-    found: list[tuple[Kind, dict[str, Any]]] = []
-    kinds: tuple[tuple[Kind, int], ...] = (("unet", 1), ("upsampler", 2))  # which also sees an enlarged image
-    for kind, images in kinds:
-        for learn_sigma in (False, True):
-            channels = first // images
-            if first % images == 0 and channels <= _MAX_CHANNELS and last == channels * (1 + learn_sigma):
-                found.append((kind, {"in_channels": channels, "learn_sigma": learn_sigma}))
+    found: list[tuple[int, dict[str, Any]]] = []  # channels beside x_t
+    for learn_sigma in (False, True):
+        channels, rest = divmod(last, 1 + learn_sigma)
+        if not rest and 1 <= channels <= min(first, _MAX_CHANNELS):
+            found.append((first - channels, {"in_channels": channels, "learn_sigma": learn_sigma}))
+    ends = f"the first convolution takes {first} channels and the last gives {last}"
     if not found:
+        raise CheckpointError(f"{ends}: neither a UNet's nor an upsampler's")
+    wanted = {key: given[key] for key in ("in_channels", "learn_sigma") if key in given}
+    found = [one for one in found if wanted.items() <= one[1].items()] or found
+    ours = [(joined, told) for joined, told in found if joined in (0, told["in_channels"])]
+    if not ours:
+        joined, told = found[0]
         raise CheckpointError(
-            f"the first convolution takes {first} channels and the last gives {last}: neither a UNet's nor "
-            "an upsampler's"
+            f"{ends}: a condition of {joined} channels is joined to x_t of {told['in_channels']}, as for "
+            "segmentation, inpainting or colouring; admtrt has no such networks"
         )
-    if len(found) > 1:
-        wanted = {key: given[key] for key in ("in_channels", "learn_sigma") if key in given}
-        found = [(kind, ends) for kind, ends in found if wanted.items() <= ends.items()] or found
-    if len(found) > 1 and "low_res_size" in given:
-        found = [one for one in found if (one[0] == "upsampler") == (given["low_res_size"] is not None)]
-    if len(found) > 1:
-        raise UntoldSettingError(
+    if len(ours) > 1 and "low_res_size" in given:
+        ours = [one for one in ours if bool(one[0]) == (given["low_res_size"] is not None)]
+    if len(ours) > 1:
+        raise _SeveralReadingsError(
             f"the shapes of the tensors do not tell learn_sigma: with {first} channels in and {last} out "
-            "this is a UNet without it or an upsampler with it"
+            "this is a UNet without it or an upsampler with it",
+            {"learn_sigma": False},
         )
-    return found[0]
+    joined, told = ours[0]
+    return ("upsampler" if joined else "unet"), told
 
 
-def _classifier_head(shapes: Shapes, *, halvings: int) -> dict[str, Any]:
-    """Pooling, class count and, for attention, the image size."""
+def _classifier_head(shapes: Shapes) -> tuple[dict[str, Any], int | None]:
+    """Pooling and class count and, for attention, the size of the coarsest level."""
     tokens = "out.2.positional_embedding"
     if tokens in shapes:
-        side = math.isqrt(max(_axis(shapes, tokens, 1) - 1, 0))
-        classes = _axis(shapes, "out.2.c_proj.weight", 0)
-        return {"pool": "attention", "num_classes": classes, "image_size": side << halvings}
+        positions = _axis(shapes, tokens, 1) - 1
+        side = math.isqrt(max(positions, 0))
+        if side < 1 or side**2 != positions:
+            raise CheckpointError(f"{tokens} is of {positions} positions, which are those of no square image")
+        return {"pool": "attention", "num_classes": _axis(shapes, "out.2.c_proj.weight", 0)}, side
     if len(shapes.get("out.0.weight", ())) == 2:  # a linear map, where the other heads normalise
         plain = "out.2.weight" in shapes
         key = "out.2.weight" if plain else "out.3.weight"
-        return {"pool": "spatial" if plain else "spatial_v2", "num_classes": _axis(shapes, key, 0)}
-    return {"pool": "adaptive", "num_classes": _axis(shapes, "out.3.weight", 0)}
+        return {"pool": "spatial" if plain else "spatial_v2", "num_classes": _axis(shapes, key, 0)}, None
+    return {"pool": "adaptive", "num_classes": _axis(shapes, "out.3.weight", 0)}, None
 
 
 # --- what shapes do not tell ------------------------------------------------------------------------------
@@ -273,6 +376,9 @@ def _classifier_head(shapes: Shapes, *, halvings: int) -> dict[str, Any]:
 def _usable(assumed: Mapping[str, Any], traits: Traits, given: Mapping[str, Any]) -> dict[str, Any]:
     """Assumptions that go with the rest."""
     usable = {key: value for key, value in assumed.items() if key in UNTOLD}
+    if traits.side is not None and "image_size" in usable:
+        fits = traits.level_sizes(usable["image_size"])[-1] == traits.side
+        usable = usable if fits else {key: value for key, value in usable.items() if key != "image_size"}
     if any(key in given for key in _HEADS):  # then of heads nothing but what was given
         usable = {key: value for key, value in usable.items() if not key.startswith("num_head")}
     if traits.kind == "classifier":
@@ -293,21 +399,48 @@ def _missing(traits: Traits, known: Mapping[str, Any]) -> list[str]:
     if traits.kind != "classifier":
         names += _OUTPUT
     missing = [name for name in names if name not in known]
+    if traits.image_sizes is not None and "image_size" in missing:
+        missing[0] += " ({} to {})".format(*traits.image_sizes)
+    two_counts = traits.kind != "classifier" and any(traits.attends)  # the decoder may have heads of its own
     if traits.settings.get("pool") == "attention":
         heads = "num_head_channels" not in known and "num_head_channels"
+    elif not any(key in known for key in _HEADS):
+        heads = (
+            "num_heads with num_heads_upsample, or num_head_channels" if two_counts else " or ".join(_HEADS)
+        )
     else:
-        heads = not any(key in known for key in _HEADS) and " or ".join(_HEADS)
+        divided = known.get("num_head_channels") is None
+        heads = two_counts and divided and "num_heads_upsample" not in known and "num_heads_upsample"
     return [*missing, heads] if heads else missing
 
 
+def _check_size(traits: Traits, size: int) -> None:
+    if traits.image_sizes is not None and traits.level_sizes(size)[-1] != traits.side:
+        raise CheckpointError(
+            "the shapes of the tensors say that image_size is {} to {}; ".format(*traits.image_sizes)
+            + f"{size} was given"
+        )
+
+
+def _resolutions(traits: Traits, size: int) -> tuple[int, ...]:
+    """The sizes of the levels with attention."""
+    levels = list(zip(traits.level_sizes(size), traits.attends, strict=True))
+    resolutions = dict.fromkeys(pixels for pixels, attends in levels if attends)
+    if any(pixels in resolutions and not attends for pixels, attends in levels):
+        raise CheckpointError(f"of the levels of one pixel of image_size {size}, not all have attention")
+    return tuple(resolutions)
+
+
 def _check_given(given: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    values = parsed(given)
     for key, value in told.items():
         if key not in given:
             continue
-        ours, theirs = (list(one) if isinstance(one, tuple | list) else one for one in (value, given[key]))
-        if key == "attention_resolutions" and isinstance(theirs, list):
-            ours, theirs = (sorted(one, key=str) for one in (ours, theirs))
+        ours, theirs = value, values[key]
+        if key == "attention_resolutions" and isinstance(theirs, tuple):
+            ours, theirs = set(ours), set(theirs)
         if ours != theirs:
+            ours, theirs = (list(one) if isinstance(one, tuple) else one for one in (value, given[key]))
             raise CheckpointError(
                 f"the shapes of the tensors say that {key} is {ours}; {theirs} was given",
                 hint=f"Leave {key} out.",

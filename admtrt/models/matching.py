@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from admtrt.errors import CheckpointError
-from admtrt.models.infer import UNTOLD, UntoldSettingError, infer_config, traits_of
-from admtrt.models.settings import CheckpointConfig, build_network, checkpoint_config_from_preset
+from admtrt.models.infer import UNTOLD, UntoldSettingError, infer_config, stand_in, traits_of
+from admtrt.models.settings import CheckpointConfig, checkpoint_config_from_preset
+from admtrt.models.settings import shapes_of_network as shapes_of_network
 from admtrt.presets import PRESETS, Kind, Preset
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from admtrt.models.infer import Shapes, Traits
     from admtrt.models.option_names import OptionNames
 
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 _ALIKE = 0.9  # of all keys equal: then a published model is worth naming
+_LISTED = 4  # tensors named in a message, of each fault
 _CHANGED_BY_FORKS = ("num_classes", "in_channels", "image_size")
 _ASSUMED = (
     "image_size",
     "low_res_size",
     "num_head_channels",
     "num_heads",
+    "num_heads_upsample",
     "new_attention_order",
     "schedule",
     "steps",
@@ -44,28 +47,41 @@ class Identified:
 
 
 def identify_tensors(
-    shapes: Shapes, *, name: str, given: Mapping[str, Any], options: OptionNames
+    shapes: Shapes,
+    *,
+    name: str,
+    given: Mapping[str, Any],
+    options: OptionNames,
+    told: Mapping[str, Any] = _NOTHING,
+    shared: Mapping[str, Any] = _NOTHING,
 ) -> Identified:
     """The configuration of tensors that come with none.
 
     What the shapes do not tell and ``given`` does not say is taken from the published model that the tensors
     are, or of which they differ only in classes, channels or image size; where several are equally near, only
-    from what these have in common.
+    from what these have in common. Tensors that no setting makes a network's are refused before anything
+    is asked for.
 
     Args:
         shapes: every tensor's shape by its bare name.
         name: the file's name without its suffix, which decides between published models of equal shapes.
         given: settings that are known.
         options: what the command line's options for this file are called, for advice.
+        told: settings that the file tells otherwise.
+        shared: settings of the network that it goes with, which stand above a published model's.
 
     Raises:
-        CheckpointError: as :func:`~admtrt.models.infer.infer_config`.
+        CheckpointError: as :func:`~admtrt.models.infer.infer_config`, or for the names or shapes of tensors.
         ConfigError: likewise.
     """
+    likely = stand_in(shapes, given)
+    fault = "these are not the tensors of an ADM network, whatever its settings"
+    check_tensors(shapes, likely, fault, kinds=(likely.kind,), options=options)
     try:
-        traits = traits_of(shapes, given)
+        traits = traits_of(shapes, given, told=told)
         presets, changed = _kin(traits, name)
-        config = infer_config(shapes, given=given, assumed=_common_settings(presets))
+        assumed = {**_common_settings(presets), **shared}
+        config = infer_config(shapes, given=given, assumed=assumed, told=told)
     except UntoldSettingError as error:
         raise CheckpointError(
             error.message,
@@ -73,21 +89,53 @@ def identify_tensors(
             f"{options.config}.",
         ) from None
     if not presets:
-        return Identified(config)
+        return Identified(config, "" if "rescale_residuals" in given else "assumed: rescale_residuals False")
     samplers = {
         preset.sampler
         for preset in presets
-        if (preset.network, preset.diffusion) == (config.network, config.diffusion)
+        if checkpoint_config_from_preset(preset.name).facts == config.facts
     }
     if len(samplers) == 1:
         config = config.model_copy(update={"sampler": samplers.pop()})
     differences = _settings_in_words(config, changed)
-    assumed = _settings_in_words(config, [key for key in _ASSUMED if key not in {*given, *traits.settings}])
+    known = {*given, *traits.settings, *shared}
+    in_words = _settings_in_words(config, [key for key in _ASSUMED if key not in known])
     note = f"its tensors are those of {_listed([preset.name for preset in presets])}"
     note += f" but for {differences}" if differences else ""
-    note += f"; assumed from there: {assumed}" if assumed else ""
+    note += f"; assumed from there: {in_words}" if in_words else ""
     note += "; these recommend different samplers" if len(samplers) > 1 else ""
     return Identified(config, f"{note}. Say otherwise with {options.prefix}preset or {options.prefix}set.")
+
+
+def check_tensors(
+    shapes: Shapes,
+    config: CheckpointConfig,
+    fault: str,
+    *,
+    kinds: Sequence[Kind],
+    options: OptionNames,
+    advice: str = "",
+) -> None:
+    """Refuse tensors that are not those of a configuration.
+
+    Args:
+        shapes: every tensor's shape by its bare name.
+        config: what they should be.
+        fault: the beginning of the message, which goes on with some of the tensors.
+        kinds: what is wanted.
+        options: what the command line's options for this file are called, for advice.
+        advice: where no published model is nearer.
+
+    Raises:
+        CheckpointError: with the published model that the tensors fit better, if there is one.
+    """
+    expected = shapes_of_network(config)
+    if expected != shapes:
+        better = fraction_equal(shapes, expected)
+        raise CheckpointError(
+            "\n".join([f"{fault}:", *_differences(shapes, expected)]),
+            hint=preset_hint(shapes, kinds, better_than=better, options=options) or advice,
+        )
 
 
 def nearest_preset(shapes: Shapes) -> tuple[str, float] | None:
@@ -122,12 +170,6 @@ def preset_hint(shapes: Shapes, kinds: Sequence[Kind], *, better_than: float, op
     return f"These are the keys of {_listed(same)}: pass {choice}."
 
 
-def shapes_of_network(config: CheckpointConfig) -> Shapes:
-    """What the tensors of a network with this configuration are, without building it in memory."""
-    with torch.device("meta"):
-        return {key: tuple(value.shape) for key, value in build_network(config).state_dict().items()}
-
-
 def fraction_equal(left: Shapes, right: Shapes) -> float:
     """The fraction of all keys, of either, that are in both with equal shapes."""
     return len(left.items() & right.items()) / max(len(left.keys() | right.keys()), 1)
@@ -156,6 +198,8 @@ def _changes(traits: Traits, preset: Preset) -> list[str] | None:
     if (traits.kind, traits.attends) != (preset.kind, attends):
         return None
     changed = [key for key, value in traits.settings.items() if value != getattr(network, key)]
+    if traits.side not in (None, network.level_sizes[-1]):
+        changed.append("image_size")
     return changed if set(changed) <= set(_CHANGED_BY_FORKS) else None
 
 
@@ -172,12 +216,35 @@ def _common_settings(presets: Sequence[Preset]) -> dict[str, Any]:
 def _settings_in_words(config: CheckpointConfig, keys: Sequence[str]) -> str:
     values = config.network.model_dump() | config.diffusion.model_dump()
     if values["num_head_channels"] is not None:
-        values["num_heads"] = None  # which has no effect then
+        values |= {"num_heads": None, "num_heads_upsample": None}  # which have no effect then
+    elif config.kind != "classifier":
+        values["num_heads_upsample"] = values["num_heads_upsample"] or values["num_heads"]
     if config.kind == "classifier":
         values |= {"mean_type": None, "variance_type": None}  # of which a classifier has no use
+    if "num_classes" in keys and values["num_classes"] is None:
+        values["num_classes"] = "none"
     return ", ".join(f"{key} {values[key]}" for key in keys if values.get(key) is not None)
 
 
 def _listed(names: Sequence[str]) -> str:
     quoted = ", ".join(f"'{name}'" for name in names)
     return f"preset {quoted}" if len(names) == 1 else f"presets {quoted}"
+
+
+def _differences(found: Shapes, expected: Shapes) -> list[str]:
+    parts = {
+        "missing": [f"{key} {list(expected[key])}" for key in expected if key not in found],
+        "unexpected": [f"{key} {list(found[key])}" for key in found if key not in expected],
+        "of another shape": [
+            f"{key} is {list(found[key])}, expected {list(expected[key])}"
+            for key in expected
+            if found.get(key, expected[key]) != expected[key]
+        ],
+    }
+    return [f"{len(names)} {fault}: {listing(names)}" for fault, names in parts.items() if names]
+
+
+def listing(items: Iterable[str]) -> str:
+    """The first few of many."""
+    first, rest = (items := list(items))[:_LISTED], items[_LISTED:]
+    return "; ".join(first) + (f"; and {len(rest)} more" if rest else "")

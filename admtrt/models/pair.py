@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from admtrt.bundle import check_networks
 from admtrt.errors import CheckpointError
+from admtrt.models.checkpoint import LoadedNetwork
+from admtrt.models.settings import build_network
 
 if TYPE_CHECKING:
+    from admtrt.config import DiffusionConfig
     from admtrt.models.settings import CheckpointConfig
 
-_NOISE = ("steps", "schedule", "rescale_timesteps")
-"""The two may differ in what the UNet predicts, but not in the noise that they were trained on."""
+_NOISE = ("steps", "schedule")
+"""The two may differ in what the UNet predicts and in their units of t, but not in the noise they know."""
 
 
 def check_pair(generator: CheckpointConfig, guide: CheckpointConfig | None) -> None:
@@ -44,3 +49,21 @@ def check_pair(generator: CheckpointConfig, guide: CheckpointConfig | None) -> N
                 f"the UNet was trained with diffusion.{field} = {ours_!r}, the classifier with {theirs_!r}",
                 hint="Train the classifier on the UNet's noise: with the same [diffusion] section.",
             )
+
+
+def in_units_of(diffusion: DiffusionConfig, guide: LoadedNetwork) -> LoadedNetwork:
+    """The classifier with its UNet's unit of ``t``, which a step gives to both.
+
+    Where only one of them was trained on rescaled timesteps, the ratio of the units goes into the frequencies
+    of the classifier's time embedding: their products with ``t`` are what they were.
+    """
+    factor = guide.config.diffusion.time_factor / diffusion.time_factor
+    if factor == 1:
+        return guide
+    with torch.device("meta"):
+        module = build_network(guide.config)
+    module.load_state_dict(guide.module.state_dict(), assign=True)
+    module.timestep_embedding.frequencies *= factor
+    process = guide.config.diffusion.model_copy(update={"rescale_timesteps": diffusion.rescale_timesteps})
+    config = guide.config.model_copy(update={"diffusion": process})
+    return LoadedNetwork(module.eval().requires_grad_(False), config)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import model_validator
+import torch
+from pydantic import TypeAdapter, ValidationError, model_validator
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig, nearest_name
 from admtrt.errors import ConfigError
 from admtrt.models.classifier import Classifier
 from admtrt.models.unet import UNet
@@ -44,6 +46,25 @@ class CheckpointConfig(Config):
         assert network is not None  # the validator refuses it
         return network
 
+    @property
+    def classes(self) -> int | None:
+        """Classes that can be asked for."""
+        network = self.network
+        return network.classes if isinstance(network, UNetConfig) else network.num_classes
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Settings of network and process that a file cannot have otherwise, equal where their effect is."""
+        facts = self.network.model_dump(mode="json") | self.diffusion.model_dump(mode="json")
+        facts.pop("null_class", None)  # said beside the file
+        facts["attention_resolutions"] = sorted(self.network.attention_resolutions)
+        facts["rescale_timesteps"] = self.diffusion.time_factor != 1
+        if facts["num_head_channels"] is not None:
+            facts |= {"num_heads": None, "num_heads_upsample": None}
+        elif facts.get("num_heads_upsample", 0) is None:
+            facts["num_heads_upsample"] = facts["num_heads"]
+        return facts
+
     @model_validator(mode="after")
     def _check_network(self) -> Self:
         needed, other = ("classifier", "unet") if self.kind == "classifier" else ("unet", "classifier")
@@ -53,7 +74,7 @@ class CheckpointConfig(Config):
             raise ValueError(
                 f"kind is '{self.kind}' but unet.low_res_size makes it '{network_kind(self.network)}'"
             )
-        named, classes = len(self.class_names), self.network.num_classes
+        named, classes = len(self.class_names), self.classes
         if named and classes is not None and named != classes:
             raise ValueError(f"class_names has {named} names, and the network has {classes} classes")
         if self.unet is not None:
@@ -65,6 +86,12 @@ def build_network(config: CheckpointConfig) -> UNet | Classifier:
     """The network of a checkpoint with freshly initialised weights."""
     network = config.network
     return Classifier(network) if isinstance(network, ClassifierConfig) else UNet(network)
+
+
+def shapes_of_network(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
+    """What the tensors of a network with this configuration are, without building it in memory."""
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in build_network(config).state_dict().items()}
 
 
 def checkpoint_config_from_preset(name: str) -> CheckpointConfig:
@@ -138,12 +165,22 @@ def check_names(kind: Kind, settings: Mapping[str, Any]) -> None:
     known = [*network.model_fields, *DiffusionConfig.model_fields]
     for key in settings:
         if key not in known:
-            near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            near = nearest_name(key, known)
             raise ConfigError(
                 f"a network of kind '{kind}' has no setting '{key}'"
-                + (f"; did you mean '{near[0]}'?" if near else ""),
+                + (f"; did you mean '{near}'?" if near else ""),
                 hint=f"The settings are {', '.join(known)}.",
             )
+
+
+def parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as configurations read them (``"1,2"`` is (1.0, 2.0)); what these refuse stays as it is."""
+    fields = ClassifierConfig.model_fields | UNetConfig.model_fields | DiffusionConfig.model_fields
+    values = dict(settings)
+    for key in fields.keys() & values.keys():
+        with contextlib.suppress(ValidationError):
+            values[key] = TypeAdapter(fields[key].rebuild_annotation()).validate_python(values[key])
+    return values
 
 
 def _section(kind: Kind) -> str:

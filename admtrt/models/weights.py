@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import pickle
-import re
-import tempfile
 import warnings
-import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,10 +17,17 @@ from torch import Tensor
 
 from admtrt.errors import CheckpointError
 from admtrt.files import atomic_file
+from admtrt.models.torch_files import UnneededGlobalError, check_torch_file
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 """Of the files that are read and written."""
 
+_LONGEST_HEADER = 2**23  # bytes: 50,000 tensors and more
+_MOST_SHARING = 4  # times the file that its tensors may have together: some networks tie weights
+_DEEPEST = 3  # dictionaries in dictionaries around a state dict
 _RESAVE = "If you trust its source, save its state dict alone as .safetensors where it was made."
 
 
@@ -45,13 +50,17 @@ def suffix_of(path: Path) -> str:
     return suffix
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file as they are stored, mapped: their bytes are read when they are used.
+def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
+    """The state dicts of a file by their names in it, or one called "" where the file is one itself.
+
+    Tensors are as they are stored, and mapped: their bytes are read when they are used.
 
     Raises:
-        CheckpointError: if the file is missing or damaged, wants to run code or is no state dict.
+        CheckpointError: if the file is missing or damaged, wants to run code or holds no state dict.
     """
-    return _read_safetensors(path) if suffix_of(path) == ".safetensors" else _read_pickle(path)
+    if suffix_of(path) == ".safetensors":
+        return {"": _read_safetensors(path)}
+    return _state_dicts(path, _read_pickle(path))
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -62,18 +71,17 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     if suffix_of(path) != ".safetensors":
         return {}
-    try:
-        with safe_open(path, framework="pt", device="cpu") as opened:
-            return opened.metadata() or {}
-    except SafetensorError as error:
-        raise _damaged_safetensors(path, error) from None
+    with _opened_safetensors(path) as opened:
+        return opened.metadata() or {}
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object]) -> None:
+def write_safetensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object], *, replace: bool = True
+) -> None:
     """Write tensors, and texts or JSON values beside them; the old file stays until the new one is whole.
 
     Raises:
-        OutputError: if the place cannot be written.
+        OutputError: if the place cannot be written, or is taken and not to be replaced.
     """
     storages: set[int] = set()
     plain = {}
@@ -84,30 +92,26 @@ def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mappi
         plain[key] = tensor.clone() if address in storages else tensor
         storages.add(address)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    with atomic_file(path) as temporary:
+    with atomic_file(path, replace=replace) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        # The format's writer makes a temporary of its own, whose name nobody knows after a kill; in this
-        # folder it is found with the folder.
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent) as folder:
-            written = Path(folder, path.name)
-            try:
-                save_file(plain, written, metadata=texts)
-            except SafetensorError as error:
-                # It has an error of its own for a full disk.
-                raise OSError(str(error)) from error
-            written.replace(temporary)
+        try:
+            save_file(plain, temporary, metadata=texts)  # by way of another temporary in the same folder
+        except SafetensorError as error:
+            # It has an error of its own for a full disk.
+            raise OSError(str(error)) from error
         # It also makes its files unreadable for others, whatever the umask says.
         temporary.chmod(mode)
 
 
-def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_pickle(path: Path, tensors: Mapping[str, Tensor], *, replace: bool = True) -> None:
     """Write a state dict as the original code does: ``torch.save`` of an ordered dictionary.
 
     Raises:
-        OutputError: if the place cannot be written; what stood there is untouched.
+        OutputError: if the place cannot be written, or is taken and not to be replaced; what stood there is
+            untouched.
     """
-    with atomic_file(path) as temporary, temporary.open("wb") as opened:
+    with atomic_file(path, replace=replace) as temporary, temporary.open("wb") as opened:
         try:
             torch.save(OrderedDict(tensors), opened)
         except RuntimeError as error:
@@ -115,13 +119,32 @@ def write_pickle(path: Path, tensors: Mapping[str, Tensor]) -> None:
             raise OSError(str(error).splitlines()[0]) from error
 
 
-def check_plain(path: Path, key: str, stored: Tensor) -> None:
-    """Refuse a weight unless it is dense, real and finite.
+def check_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights unless they are dense, real and finite, and lie in the file as they are.
 
     Raises:
-        CheckpointError: naming it.
+        CheckpointError: naming one that is not.
     """
-    if stored.layout is not torch.strided or stored.is_meta or not stored.is_floating_point():
+    _check_extent(path, tensors)
+    for key, stored in tensors.items():
+        _check_plain(path, key, stored)
+
+
+def _check_extent(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse tensors that repeat the numbers of the file: whoever reads them needs memory without bound."""
+    stored = path.stat().st_size
+    sizes = {key: value.numel() * value.element_size() for key, value in tensors.items()}
+    largest = max(sizes, key=sizes.__getitem__, default="")
+    if max(sizes.values(), default=0) > stored or sum(sizes.values()) > _MOST_SHARING * stored:
+        raise CheckpointError(
+            f"the tensors of {path} have {sum(sizes.values())} bytes, the file {stored}: they repeat what it "
+            f"holds; the largest is {largest} {list(tensors[largest].shape)}",
+            hint=_RESAVE,
+        )
+
+
+def _check_plain(path: Path, key: str, stored: Tensor) -> None:
+    if stored.layout is not torch.strided or not stored.is_floating_point():
         raise CheckpointError(
             f"{path}: {key} is a {stored.dtype} tensor; expected plain floating-point weights"
         )
@@ -138,39 +161,59 @@ def check_plain(path: Path, key: str, stored: Tensor) -> None:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    with _opened_safetensors(path) as opened:
+        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
+
+
+@contextlib.contextmanager
+def _opened_safetensors(path: Path) -> Iterator[Any]:  # whose methods have no types
     try:
+        with path.open("rb") as header:
+            length = int.from_bytes(header.read(8), "little")
+        if length > _LONGEST_HEADER:
+            raise SafetensorError(f"its header would have {length} bytes")
         with safe_open(path, framework="pt", device="cpu") as opened:
-            return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
+            yield opened
     except SafetensorError as error:
-        raise _damaged_safetensors(path, error) from None
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no safetensors file: {error}", hint="Copy or download it again."
+        ) from None
 
 
-def _damaged_safetensors(path: Path, error: SafetensorError) -> CheckpointError:
-    return CheckpointError(
-        f"{path} is truncated, damaged or no safetensors file: {error}", hint="Copy or download it again."
-    )
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about formats, to developers
-            # Files from before PyTorch 1.6 are no zip archives and cannot be mapped.
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # arbitrary bytes make the reader fail in any way
-        wanted = re.search(r"GLOBAL ((?:\w+\.)*\w+) (?:was|whose)", str(error))
-        if isinstance(error, pickle.UnpicklingError) and wanted:
-            raise CheckpointError(
-                f"{path} was refused: its pickle wants to use '{wanted[1]}', which weights do not need "
-                "and which could run code; nothing was executed",
-                hint=_RESAVE,
-            ) from None
+            mapped = check_torch_file(path)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except UnneededGlobalError as error:
         raise CheckpointError(
-            f"{path} is truncated, damaged or no PyTorch file of weights alone; nothing in it was executed",
+            f"{path} was refused: its pickle wants to use '{error}', which plain weights do not need; "
+            "nothing was executed",
+            hint=_RESAVE,
+        ) from None
+    except MemoryError:
+        raise
+    except Exception as error:  # arbitrary bytes make the readers fail in any way
+        reason = f": {error}" if type(error) is ValueError else ""
+        raise CheckpointError(
+            f"{path} is truncated, damaged or no PyTorch file of weights alone{reason}; "
+            "nothing in it was executed",
             hint=f"Copy or download it again. {_RESAVE}",
         ) from error
-    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
-        content = content["state_dict"]
+
+
+def _state_dicts(path: Path, content: object) -> dict[str, dict[str, Tensor]]:
+    if isinstance(content, Mapping):
+        if not _is_state_dict(content) and (found := dict(_named(content))):
+            return found
+        if content.keys() >= {"state", "param_groups"}:
+            raise CheckpointError(
+                f"{path} holds the state of an optimiser, no weights",
+                hint="Take the model's file beside it (model*.pt), or the averaged one (ema_*.pt).",
+            )
+        if isinstance(content.get("state_dict"), Mapping):
+            content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a state dict", hint=_RESAVE)
     for key, value in content.items():
@@ -179,4 +222,28 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
                 f"{path} is no state dict: its entry {key!r} is a {type(value).__name__}, not a named tensor",
                 hint=_RESAVE,
             )
-    return dict(content)
+    return {"": dict(content)}
+
+
+def _named(
+    content: Mapping[object, object], place: tuple[str, ...] = ()
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """State dicts anywhere in what was saved; empty ones for averages that were saved without names."""
+    for key, value in content.items():
+        if not isinstance(key, str) or key.startswith("opt") or len(place) == _DEEPEST:
+            continue
+        name = ".".join([*place, key])
+        if _is_state_dict(value):
+            yield name, dict(value)
+        elif isinstance(value, Mapping):
+            yield from _named(value, (*place, key))
+        elif key == "shadow_params":  # as torch_ema calls them
+            yield name, {}
+
+
+def _is_state_dict(value: object) -> TypeGuard[Mapping[str, Tensor]]:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(key, str) and isinstance(one, Tensor) for key, one in value.items())
+    )

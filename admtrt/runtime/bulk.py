@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import zipfile
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -17,13 +18,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 
 from admtrt.errors import OutputError, RequestError
-from admtrt.files import atomic_file
-from admtrt.images import save_grid, save_png
+from admtrt.files import TakenError, atomic_file, is_temporary, remove_stale
+from admtrt.images import save_grid, to_pillow
+from admtrt.reading import read_json
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.request import whole_number
+from admtrt.runtime.shards import Shards
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -39,7 +42,8 @@ GRID_LIMIT = 400
 """Samples on a grid; more are not readable."""
 LOW_STAGE = "low"
 """Folder of the first stage's run within that of a two-stage run."""
-_REQUEST, _SHARDS = "request.json", "shards"
+_REQUEST = "request.json"
+_LARGEST_REQUEST = 2**20  # bytes
 _UNSHOWN = {"bundle": "bundle differs", "labels": "labels differ", "low_res": "low_res differs"}
 """What is said of hashes and long lists, whose values tell nobody anything."""
 _BLOCK = 256  # images of which a digest reads at once
@@ -119,61 +123,21 @@ def draw(
     pipeline.check_low_res(None if request.low_res is None else request.low_res[:1])
     seeds = consecutive_seeds(request.first_seed, request.count)
     _claim(directory, _identity(pipeline, request))
-    for start in range(0, request.count, request.shard_size):
-        stop = min(start + request.shard_size, request.count)
-        if _shard(directory, start).exists():
-            continue
-        _draw_shard(pipeline, request, directory, seeds, start, stop, advance)
+    shards = Shards(directory, request, pipeline.bundle.manifest)
+    for start, stop in shards.missing():
+        shards.write(start, _drawn(pipeline, request, seeds, start, stop, advance))
     names = pipeline.bundle.manifest.class_names or class_names
-    return [_write(directory, one, request, names) for one in formats]
-
-
-def finished_samples(directory: Path, request: BulkRequest) -> int:
-    """Samples in the shards that a run directory already holds."""
-    starts = range(0, request.count, request.shard_size)
-    done = (start for start in starts if _shard(directory, start).exists())
-    return sum(min(start + request.shard_size, request.count) - start for start in done)
+    return [_write(directory, one, request, shards, names) for one in formats]
 
 
 def recorded_shard_size(directory: Path) -> int | None:
     """How a run that began here, or its first stage, is divided; None where none did."""
     for place in (directory, directory / LOW_STAGE):
         with contextlib.suppress(OSError, ValueError):
-            size = _settings(json.loads((place / _REQUEST).read_text(encoding="utf-8"))).get("shard_size")
-            if isinstance(size, int) and size >= 1:
+            size = _settings(read_json(place / _REQUEST, _LARGEST_REQUEST)).get("shard_size")
+            if type(size) is int and 1 <= size <= MAX_SAMPLES:
                 return size
     return None
-
-
-class RunImages:
-    """The images of a run that is finished, or will be when they are read: one array, read by shards.
-
-    Args:
-        directory: of the run.
-        request: what it draws.
-    """
-
-    def __init__(self, directory: Path, request: BulkRequest) -> None:
-        self._directory = directory
-        self._request = request
-
-    def __len__(self) -> int:
-        return self._request.count
-
-    def __getitem__(self, rows: slice, /) -> NDArray[np.uint8]:
-        """Those rows, uint8 [n, H, W, C].
-
-        Raises:
-            OutputError: if a shard is missing or damaged.
-        """
-        size = self._request.shard_size
-        start, stop, _ = rows.indices(len(self))
-        return np.concatenate(
-            [
-                _read_shard(_shard(self._directory, first))[max(0, start - first) : stop - first]
-                for first in range(start - start % size, stop, size)
-            ]
-        )
 
 
 def check_run(pipeline: Pipeline, request: BulkRequest, directory: Path) -> None:
@@ -192,7 +156,7 @@ def _identity(pipeline: Pipeline, request: BulkRequest) -> dict[str, Any]:
     return {
         "bundle": pipeline.bundle.digest,
         "count": request.count,
-        "labels": None if request.labels is None else request.labels.tolist(),
+        "labels": None if request.labels is None else _digest(request.labels),
         "first_seed": request.first_seed,
         "sampler": request.sampler.to_dict(),
         "shard_size": request.shard_size,
@@ -201,7 +165,7 @@ def _identity(pipeline: Pipeline, request: BulkRequest) -> dict[str, Any]:
     }
 
 
-def _digest(images: SmallImages) -> str:
+def _digest(images: SmallImages | Labels) -> str:
     digest = hashlib.sha256()
     for start in range(0, len(images), _BLOCK):
         digest.update(np.ascontiguousarray(images[start : start + _BLOCK]).data)
@@ -209,16 +173,18 @@ def _digest(images: SmallImages) -> str:
 
 
 def _claim(directory: Path, identity: dict[str, Any]) -> None:
-    """Start a run directory, or make sure that it holds this very run."""
+    """Start a run directory, or make sure that it holds this very run, whoever else is starting one there."""
     if not _check_run(directory, identity):
-        with atomic_file(directory / _REQUEST) as temporary:
-            temporary.write_text(json.dumps(identity), encoding="utf-8")
+        with contextlib.suppress(TakenError), atomic_file(directory / _REQUEST, replace=False) as temporary:
+            temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+        _check_run(directory, identity)
+    remove_stale(directory)
 
 
 def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
     """Whether a directory holds this very run already; False where it can begin there."""
     file = directory / _REQUEST
-    if not file.exists():
+    if not os.path.lexists(file):
         if directory.exists() and (not directory.is_dir() or not _is_unclaimed(directory)):
             raise OutputError(
                 f"{directory} exists and holds no sampling run",
@@ -226,7 +192,7 @@ def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
             )
         return False
     try:
-        known = json.loads(file.read_text(encoding="utf-8"))
+        known = read_json(file, _LARGEST_REQUEST)
     except OSError as error:
         raise OutputError(
             f"cannot read {file}: {error.strerror}", hint="Choose another directory for --out."
@@ -266,73 +232,41 @@ def _difference(key: str, old: Any, new: Any) -> str:
 def _is_unclaimed(directory: Path) -> bool:
     """Whether a directory holds nothing but a first stage, or what a process killed when claiming it left."""
     return all(
-        path.match(f".{_REQUEST}.*.tmp") or (path.name == LOW_STAGE and path.is_dir())
-        for path in directory.iterdir()
+        is_temporary(path.name) or (path.name == LOW_STAGE and path.is_dir()) for path in directory.iterdir()
     )
 
 
-def _shard(directory: Path, start: int) -> Path:
-    return directory / _SHARDS / f"{start:08d}.npz"
-
-
-def _draw_shard(
+def _drawn(
     pipeline: Pipeline,
     request: BulkRequest,
-    directory: Path,
     seeds: range,
     start: int,
     stop: int,
     advance: Callable[[int, str], None],
-) -> None:
+) -> NDArray[np.uint8]:
     def after_step(step: Step) -> None:
         advance(step.count, f"step {step.index}/{step.total}")
 
     labels = None if request.labels is None else request.labels[start:stop]
-    samples = pipeline.draw(
+    return pipeline.draw(
         request.sampler,
         None if labels is None or pipeline.bundle.manifest.num_classes is None else labels.tolist(),
         list(seeds[start:stop]),
         low_res=None if request.low_res is None else request.low_res[start:stop],
         batch_size=request.batch_size,
         callback=after_step,
-    )
-    arrays = {"images": samples.images} | ({} if labels is None else {"labels": labels})
-    with atomic_file(_shard(directory, start)) as temporary, temporary.open("wb") as opened:
-        np.savez(opened, **arrays)  # type: ignore[arg-type]
+    ).images
 
 
-def _images(directory: Path, request: BulkRequest, limit: int | None = None) -> Iterator[NDArray[np.uint8]]:
-    """The images of each shard in order."""
-    count = request.count if limit is None else min(limit, request.count)
-    for start in range(0, count, request.shard_size):
-        yield _read_shard(_shard(directory, start))[: count - start]
-
-
-def reading_fault(error: Exception) -> str:
-    """Why an .npz file cannot be read; what the library says of damaged bytes would mislead."""
-    told = error.strerror if isinstance(error, OSError) else None
-    return told or "it is truncated, damaged or something else"
-
-
-def _read_shard(file: Path) -> NDArray[np.uint8]:
-    try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as shard:
-            images: NDArray[np.uint8] = shard["images"]
-    except Exception as error:  # damaged bytes make the reader fail in any way
-        raise OutputError(
-            f"cannot read the shard {file}: {reading_fault(error)}",
-            hint="Delete it and repeat the command: it alone is drawn again.",
-        ) from error
-    return images
-
-
-def _write(directory: Path, kind: Format, request: BulkRequest, class_names: Sequence[str]) -> Path:
+def _write(
+    directory: Path, kind: Format, request: BulkRequest, shards: Shards, class_names: Sequence[str]
+) -> Path:
     if kind == "npz":
-        return _write_npz(directory / "samples.npz", directory, request)
+        return _write_npz(directory / "samples.npz", request, shards)
     if kind == "png":
-        return _write_png(directory / "png", directory, request)
+        return _write_png(directory / "png", request, shards)
     path = directory / "grid.png"
-    images = np.concatenate(list(_images(directory, request, GRID_LIMIT)))
+    images = shards[:GRID_LIMIT]
     names = None
     if request.labels is not None:
         shown = request.labels[: len(images)].tolist()
@@ -341,14 +275,13 @@ def _write(directory: Path, kind: Format, request: BulkRequest, class_names: Seq
     return path
 
 
-def _write_npz(path: Path, directory: Path, request: BulkRequest) -> Path:
+def _write_npz(path: Path, request: BulkRequest, shards: Shards) -> Path:
     """``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 [N], streamed: they need not fit in memory."""
-    shape = next(_images(directory, request)).shape[1:]
-    header = {"descr": "|u1", "fortran_order": False, "shape": (request.count, *shape)}
+    header = {"descr": "|u1", "fortran_order": False, "shape": (request.count, *shards.image_shape)}
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:
             np.lib.format.write_array_header_1_0(member, header)
-            for images in _images(directory, request):
+            for images in shards.images():
                 member.write(images.tobytes())
         if request.labels is not None:
             with archive.open("arr_1.npy", "w") as member:
@@ -356,14 +289,16 @@ def _write_npz(path: Path, directory: Path, request: BulkRequest) -> Path:
     return path
 
 
-def _write_png(folder: Path, directory: Path, request: BulkRequest) -> Path:
+def _write_png(folder: Path, request: BulkRequest, shards: Shards) -> Path:
     """One file for each sample, ``<class>_<index>.png``: the original's naming, ready to train on."""
+    remove_stale(folder)
     index = 0
-    for images in _images(directory, request):
+    for images in shards.images():
         for image in images:
             prefix = "" if request.labels is None else f"{request.labels[index]}_"
             file = folder / f"{prefix}{index:06d}.png"
             if not file.exists():
-                save_png(image, file)
+                with atomic_file(file, sweep=False) as temporary:
+                    to_pillow(image).save(temporary, format="PNG")
             index += 1
     return folder

@@ -1,7 +1,8 @@
 """A thin layer over cuda-core: one GPU's memory, streams, events and graphs, each a context manager.
 
 Nothing here waits for the device unless its name says so (``sync``). A :class:`CudaDevice` and what it made
-belong to the thread that last called :meth:`CudaDevice.activate`.
+belong to the thread that last called :meth:`CudaDevice.activate`. Whatever CUDA refuses, now or in work that
+was enqueued before, is an :class:`~admtrt.errors.EngineError` of the method that hears of it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import math
+import re
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -58,7 +60,32 @@ USED_OF_DRIVER = (
 """The same of ``cuda.bindings.driver``."""
 
 _OUT_OF_MEMORY = "OUT_OF_MEMORY"  # in the driver's name of the fault
+_FULL = "Use a smaller --batch-size, or end other programs on the GPU."
 _HINT = "Use a CPU backend, or see what this machine lacks with: admtrt doctor"
+# Faults of work on the device, after which the driver refuses everything else that the process asks for.
+_FATAL = re.compile(
+    r"ILLEGAL_(ADDRESS|INSTRUCTION)|MISALIGNED|INVALID_(ADDRESS_SPACE|PC)|LAUNCH_(FAILED|TIMEOUT)"
+    r"|HARDWARE_STACK|ASSERT|ECC|CONTAINED|LEAK"
+)
+_AFRESH = (
+    "The GPU serves this process no more: start the command again; if it fails again, use another backend."
+)
+
+
+def at_exit(close: Callable[[], object]) -> Callable[..., None]:
+    """``close`` as :meth:`contextlib.ExitStack.push` takes it: its fault never replaces one under way.
+
+    What fails while things are given back is most often the consequence of what failed before.
+    """
+
+    def leave(_: object, error: BaseException | None, __: object) -> None:
+        try:
+            close()
+        except Exception:
+            if error is None:
+                raise
+
+    return leave
 
 
 class _Closing:
@@ -70,8 +97,8 @@ class _Closing:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, *fault: object) -> None:
+        at_exit(self.close)(*fault)
 
 
 class Event(_Closing):
@@ -82,11 +109,11 @@ class Event(_Closing):
 
     def sync(self) -> None:
         """Wait until the device has passed the mark; at once if it was never set."""
-        self.inner.sync()
+        _ask(self.inner.sync)
 
     def close(self) -> None:
         """Give it back."""
-        self.inner.close()
+        _ask(self.inner.close)
 
 
 class Graph(_Closing):
@@ -97,16 +124,12 @@ class Graph(_Closing):
         self._driver = driver
 
     def launch(self, stream: Stream) -> None:
-        """Enqueue it.
-
-        Raises:
-            EngineError: if the driver refuses.
-        """
+        """Enqueue it."""
         _value(self._driver.cuGraphLaunch(self._executable, stream.handle))
 
     def close(self) -> None:
         """Give it back."""
-        self._driver.cuGraphExecDestroy(self._executable)
+        _value(self._driver.cuGraphExecDestroy(self._executable))
 
 
 class Stream(_Closing):
@@ -123,15 +146,15 @@ class Stream(_Closing):
 
     def record(self, event: Event) -> None:
         """Set the mark behind everything that was enqueued so far."""
-        self.inner.record(event.inner)
+        _ask(self.inner.record, event.inner)
 
     def wait(self, event: Event) -> None:
         """Let what is enqueued from now on wait for a mark, on the device."""
-        self.inner.wait(event.inner)
+        _ask(self.inner.wait, event.inner)
 
     def sync(self) -> None:
         """Wait until the device has done everything that was enqueued."""
-        self.inner.sync()
+        _ask(self.inner.sync)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
         """What ``enqueue`` puts into this stream, and into streams that wait for it, as a graph.
@@ -141,7 +164,6 @@ class Stream(_Closing):
         capture failed.
 
         Raises:
-            EngineError: if the driver refuses.
             Exception: whatever ``enqueue`` raises; the stream is usable.
         """
         driver, stream = self._driver, self.handle
@@ -170,7 +192,7 @@ class Stream(_Closing):
 
     def close(self) -> None:
         """Give it back."""
-        self.inner.close()
+        _ask(self.inner.close)
 
 
 class DeviceArray(_Closing):
@@ -192,15 +214,15 @@ class DeviceArray(_Closing):
 
     def copy_from(self, source: DeviceArray | PinnedArray, stream: Stream) -> None:
         """Enqueue a copy of an equally large array."""
-        self.inner.copy_from(source.inner, stream=stream.inner)
+        _ask(self.inner.copy_from, source.inner, stream=stream.inner)
 
     def clear(self, stream: Stream) -> None:
         """Enqueue filling with zeros."""
-        self.inner.fill(0, stream=stream.inner)
+        _ask(self.inner.fill, 0, stream=stream.inner)
 
     def close(self) -> None:
         """Give it back, after what was enqueued on the stream that it was allocated for."""
-        self.inner.close()
+        _ask(self.inner.close)
 
 
 class PinnedArray(_Closing):
@@ -212,16 +234,16 @@ class PinnedArray(_Closing):
 
     def __init__(self, buffer: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         self.inner = buffer
-        self.array: NDArray[Any] = np.from_dlpack(buffer).view(dtype).reshape(shape)
+        self.array: NDArray[Any] = _ask(np.from_dlpack, buffer).view(dtype).reshape(shape)
 
     def copy_from(self, source: DeviceArray, stream: Stream) -> None:
         """Enqueue a copy of an equally large array; it is there after a ``sync``."""
-        self.inner.copy_from(source.inner, stream=stream.inner)
+        _ask(self.inner.copy_from, source.inner, stream=stream.inner)
 
     def close(self) -> None:
         """Give it back."""
         del self.array
-        self.inner.close()
+        _ask(self.inner.close)
 
 
 class CudaDevice:
@@ -246,23 +268,24 @@ class CudaDevice:
             ) from None
         self.gpu = _usable_gpu(needed)
         try:
-            self._device = self._core.Device(0)
-            self._device.set_current()
-        except Exception as error:  # types of the library's private modules
-            raise EngineError(f"{self.gpu} cannot be used: {error}", hint=_HINT) from None
+            self._device = _ask(self._core.Device, 0)
+            self.activate()
+        except EngineError as error:
+            raise EngineError(f"{self.gpu} cannot be used: {error.message}", hint=error.hint) from None
         self._pinned = self._core.LegacyPinnedMemoryResource()
 
     def activate(self) -> None:
         """Make it the calling thread's device."""
-        self._device.set_current()
+        _ask(self._device.set_current)
 
     def stream(self) -> Stream:
         """A new stream."""
-        return Stream(self._device.create_stream(), self._driver)
+        return Stream(_ask(self._device.create_stream), self._driver)
 
     def event(self) -> Event:
         """A new mark; a thread that waits for it sleeps."""
-        return Event(self._device.create_event(options=self._core.EventOptions(blocking_sync=True)))
+        options = self._core.EventOptions(blocking_sync=True)
+        return Event(_ask(self._device.create_event, options=options))
 
     def array(self, shape: tuple[int, ...], dtype: DTypeLike, stream: Stream) -> DeviceArray:
         """Memory of the device, not yet filled, usable after what was enqueued on a stream.
@@ -272,7 +295,7 @@ class CudaDevice:
         """
         size = _bytes(shape, dtype)
         with self._allocating(size, "the samples"):
-            buffer = self._device.allocate(size, stream=stream.inner)
+            buffer = _ask(self._device.allocate, size, stream=stream.inner)
         return DeviceArray(buffer, shape, np.dtype(dtype))
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> PinnedArray:
@@ -283,7 +306,7 @@ class CudaDevice:
         """
         size = _bytes(shape, dtype)
         with self._allocating(size, "the samples in page-locked host memory"):
-            buffer = self._pinned.allocate(size)
+            buffer = _ask(self._pinned.allocate, size)
         return PinnedArray(buffer, shape, np.dtype(dtype))
 
     def full(self, size: int, purpose: str) -> EngineError:
@@ -294,17 +317,29 @@ class CudaDevice:
             left = f"; {_mebibytes(free)} of {_mebibytes(total)} are free"
         return EngineError(
             f"{self.gpu} is out of memory: {_mebibytes(size)} were needed for {purpose}{left}",
-            hint="Use a smaller --batch-size, or end other programs on the GPU.",
+            hint=_FULL,
         )
 
     @contextlib.contextmanager
     def _allocating(self, size: int, purpose: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # types of the library's private modules
-            if _OUT_OF_MEMORY not in str(error):
+        except EngineError as error:
+            if _OUT_OF_MEMORY not in error.message:
                 raise
             raise self.full(size, purpose) from None
+
+
+def _ask(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """What a function of cuda-core's returns.
+
+    Raises:
+        EngineError: in place of what it raises, whose types are of private modules.
+    """
+    try:
+        return function(*arguments, **options)
+    except Exception as error:
+        raise _refusal(str(error) or type(error).__name__) from None
 
 
 def _value(returned: tuple[Any, ...]) -> Any:
@@ -315,8 +350,14 @@ def _value(returned: tuple[Any, ...]) -> Any:
     """
     code, *values = returned
     if code:
-        raise EngineError(f"the driver refuses: {code.name}", hint=_HINT)
+        raise _refusal(code.name)
     return values[0] if values else None
+
+
+def _refusal(said: str) -> EngineError:
+    """The error of anything that CUDA refuses; ``said`` begins with the name of its code."""
+    hint = _FULL if _OUT_OF_MEMORY in said else _AFRESH if _FATAL.search(said) else _HINT
+    return EngineError(f"CUDA refuses: {' '.join(said.split())}", hint=hint)
 
 
 def _usable_gpu(needed: int) -> Gpu:

@@ -14,7 +14,7 @@ from admtrt.schedule.table import sampling_schedule
 if TYPE_CHECKING:
     from admtrt.bundle import Manifest
     from admtrt.runtime.sampler import ResidentDenoiser
-    from admtrt.runtime.slots import Slots
+    from admtrt.runtime.slots import Labels, Slots
 
 _STEPS = 10  # at once on a device: waiting for one alone would be counted as its cost
 
@@ -25,13 +25,11 @@ def example_slots(manifest: Manifest, batch: int) -> Slots:
     The first stands at its start, the others in its first half. Every step is guided where there is a
     classifier.
     """
-    unet, classes = manifest.network, manifest.num_classes
+    unet = manifest.network
     scale = example_scale(manifest)
     chosen = {**manifest.sampler.to_dict(), "scale": scale, "guidance_interval": None}
     schedule = sampling_schedule(manifest.diffusion, SamplerConfig.from_dict(chosen))
-    labels = (
-        None if classes is None else np.arange(batch, dtype=np.int64) * max(1, classes // batch) % classes
-    )
+    labels = example_labels(manifest, batch)
     low_res = None
     if unet.low_res_size is not None:
         shape = (batch, unet.in_channels, unet.low_res_size, unet.low_res_size)
@@ -47,6 +45,15 @@ def example_slots(manifest: Manifest, batch: int) -> Slots:
     )
     slots.position[:] = np.arange(batch) * (len(schedule) // 2) // batch
     return slots
+
+
+def example_labels(manifest: Manifest, batch: int) -> Labels | None:
+    """Classes spread over all that the bundle has, int64 [N]; None where it has none."""
+    classes = manifest.num_classes
+    if classes is None:
+        return None
+    labels: Labels = np.arange(batch, dtype=np.int64) * max(1, classes // batch) % classes
+    return labels
 
 
 def example_scale(manifest: Manifest) -> float:

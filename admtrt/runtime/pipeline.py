@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
 
 import numpy as np
 
@@ -118,6 +118,45 @@ def _state_after(index: int, slots: Slots, held: HeldSlots) -> tuple[Images, Ima
         raise RuntimeError(f"the images after step {index} are gone; look at them during the callback")
     held.read()
     return slots.x, slots.x_0
+
+
+class Sized(Protocol):
+    """An array, or what is known of one that has not been read."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of its values."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The number of images first."""
+
+
+def check_conditioning(bundle: Bundle, images: Sized | None) -> None:
+    """Refuse small images that are missing, not wanted or of other sizes than the bundle enlarges.
+
+    Raises:
+        RequestError: naming what differs.
+    """
+    size, channels = bundle.manifest.network.low_res_size, bundle.manifest.network.in_channels
+    if images is None and size is not None:
+        raise RequestError(
+            f"{bundle.path} is an upsampler and needs low_res images",
+            hint="Give them (--low-res FILE.npz), or draw the small images in one go with --upsample.",
+        )
+    if images is None:
+        return
+    if size is None:
+        raise RequestError(
+            f"{bundle.path} is no upsampler, but low_res images were given", hint="Leave them out."
+        )
+    expected = {np.dtype(np.uint8): (size, size, channels), np.dtype(np.float32): (channels, size, size)}
+    if expected.get(images.dtype) != images.shape[1:]:
+        found = ", ".join(["N", *map(str, images.shape[1:])][: len(images.shape)])  # N is not at fault
+        raise RequestError(
+            f"low_res is {images.dtype} [{found}]; expected uint8 [N, {size}, {size}, {channels}] "
+            f"or finite float32 [N, {channels}, {size}, {size}]"
+        )
 
 
 class Pipeline:
@@ -310,34 +349,15 @@ class Pipeline:
         Raises:
             RequestError: if it is missing, not wanted or of another shape or type.
         """
-        config = self.bundle.manifest.network
-        if (low_res is None) != (config.low_res_size is None):
-            if low_res is not None:
-                raise RequestError(
-                    f"{self.bundle.path} is no upsampler, but low_res images were given",
-                    hint="Leave them out.",
-                )
-            raise RequestError(
-                f"{self.bundle.path} is an upsampler and needs low_res images",
-                hint="Give them (--low-res FILE.npz), or draw the small images in one go with --upsample.",
-            )
-        if low_res is None or config.low_res_size is None:
+        images = None if low_res is None else np.asarray(low_res)
+        check_conditioning(self.bundle, images)
+        if images is None:
             return None
-        size, channels = config.low_res_size, config.in_channels
-        images = np.asarray(low_res)
-        if images.dtype == np.uint8 and images.shape[1:] == (size, size, channels):
+        if images.dtype == np.uint8:
             return np.ascontiguousarray(from_uint8(images.transpose(0, 3, 1, 2)))
-        if (
-            images.dtype == np.float32
-            and images.shape[1:] == (channels, size, size)
-            and np.isfinite(images).all()
-        ):
-            return np.ascontiguousarray(images)
-        found = ", ".join(["N", *map(str, images.shape[1:])][: images.ndim])  # their number is not at fault
-        raise RequestError(
-            f"low_res is {images.dtype} [{found}]; expected uint8 [N, {size}, {size}, {channels}] "
-            f"or finite float32 [N, {channels}, {size}, {size}]"
-        )
+        if not np.isfinite(images).all():
+            raise RequestError("low_res has values that are not finite")
+        return np.ascontiguousarray(images)
 
     def check_latents(self, latents: Images | None) -> Images | None:
         """The given x_T, if they are such.
@@ -392,8 +412,8 @@ class Pipeline:
         if not np.isfinite(slots.x).all():
             raise RequestError(
                 f"sampling gave values that are not finite (scale {sampler.scale}, steps {sampler.steps!r})",
-                hint="Use a smaller scale or more steps; if that does not help, the weights are at fault: "
-                "admtrt verify.",
+                hint="Use a smaller scale or more steps; if that does not help, the weights may be at fault; "
+                "see: admtrt verify BUNDLE --unet CHECKPOINT",
             )
         return slots.x
 

@@ -218,10 +218,11 @@ def conditions_for(
         if classifier is None:
             raise ValueError("samples cannot be guided without a classifier")
         specs[GUIDE] = classifier_gradient_spec(classifier)
-    given = {"y": labels, "low_res": low_res}
     conditions: Conditions = {}
     for graph, spec in specs.items():
         conditions[graph] = {}
+        # Labels are the classes that can be asked for; a UNet with a null class counts that one as well.
+        given = {"y": unet.own_labels(labels) if graph == "unet" else labels, "low_res": low_res}
         for tensor in spec.inputs:
             if tensor.name in _OF_A_STEP:
                 continue

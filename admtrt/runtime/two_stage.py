@@ -11,8 +11,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from admtrt.errors import RequestError
-from admtrt.runtime.bulk import LOW_STAGE, RunImages, check_run, draw
+from admtrt.runtime.bulk import LOW_STAGE, check_run, draw
 from admtrt.runtime.pipeline import DEFAULT_BATCH, Pipeline
+from admtrt.runtime.shards import Shards
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -165,7 +166,8 @@ def second_request(
     """
     labels = None if request.labels is None else request.labels.tolist()
     stages.high.check_labels(stages.labels_of_high(labels), upsampler)
-    return replace(request, sampler=upsampler, low_res=RunImages(out / LOW_STAGE, request))
+    small = Shards(out / LOW_STAGE, request, stages.low.bundle.manifest)
+    return replace(request, sampler=upsampler, low_res=small)
 
 
 def draw_two_stage(

@@ -128,7 +128,7 @@ class DiscreteLevels(NoiseLevels):
         self._log_alpha = 0.5 * np.cumsum(np.log1p(-betas(config.schedule, config.steps)))
         self._timesteps = np.arange(config.steps, dtype=np.float64)
         self._lambdas = _lambda_of(self._log_alpha)
-        self._t_factor = 1000.0 / config.steps if config.rescale_timesteps else 1.0
+        self._t_factor = config.time_factor
         above = np.flatnonzero(self._lambdas >= _CLIPPED_LAMBDA)
         self.noisiest = self.at_timestep(float(above[-1]) if len(above) else 0.0)
         self.cleanest = self.at_timestep(0.0)

@@ -162,10 +162,9 @@ def process_from_config(config: DiffusionConfig, respacing: str = "") -> Process
     alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
     beta = 1.0 - alpha_bar / alpha_bar_prev
     posterior_variance = beta * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar)
-    factor = 1000.0 / config.steps if config.rescale_timesteps else 1.0
     return Process(
         timesteps=timesteps,
-        model_t=timesteps.astype(np.float64) * factor,
+        model_t=timesteps.astype(np.float64) * config.time_factor,
         beta=beta,
         alpha_bar=alpha_bar,
         alpha_bar_prev=alpha_bar_prev,

@@ -18,8 +18,16 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from admtrt.errors import DataError
-from admtrt.images import MODES, from_uint8, to_pillow
-from admtrt.training.data_sources import Labels, Pixels, Skipped, read_image, read_source
+from admtrt.images import from_uint8, to_pillow
+from admtrt.training.data_sources import (
+    Labels,
+    Pixels,
+    Skipped,
+    listed,
+    read_image,
+    read_source,
+    with_channels,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -42,6 +50,7 @@ class ImageSet:
         images: uint8 [N, H, W, C] with the configured channels, or N image files.
         labels: int64 [N], indices of ``class_names``; None where nothing is labelled.
         class_names: empty when there are no labels.
+        numbered: whether labels are the network's classes by number, and not by name.
         skipped: the bad files left out.
     """
 
@@ -49,6 +58,7 @@ class ImageSet:
     images: Pixels | tuple[Path, ...]
     labels: Labels | None = None
     class_names: tuple[str, ...] = ()
+    numbered: bool = False
     skipped: tuple[Skipped, ...] = ()
 
     def __len__(self) -> int:
@@ -64,8 +74,7 @@ class ImageSet:
         if not self.config.random_crop and not isinstance(stored, Path) and stored.shape[:2] == (size, size):
             pixels = stored
         else:
-            mode = MODES[self.config.channels]
-            opened = read_image(stored, mode) if isinstance(stored, Path) else to_pillow(stored)
+            opened = read_image(stored, self.config) if isinstance(stored, Path) else to_pillow(stored)
             pixels = random_crop(opened, size, rng) if self.config.random_crop else center_crop(opened, size)
         if self.config.random_flip and rng.random() < 0.5:
             pixels = pixels[:, ::-1]
@@ -89,7 +98,7 @@ def load_data(config: DataConfig) -> ImageSet:
     """
     source = read_source(config)
     images = source.images if isinstance(source.images, tuple) else _fitted(source.images, config)
-    return ImageSet(config, images, source.labels, source.class_names, source.skipped)
+    return ImageSet(config, images, source.labels, source.class_names, source.numbered, source.skipped)
 
 
 def _fitted(images: Pixels, config: DataConfig) -> Pixels:
@@ -97,7 +106,7 @@ def _fitted(images: Pixels, config: DataConfig) -> Pixels:
     size = config.image_size
     if images.shape[1:] == (size, size, config.channels):
         return images
-    converted = (to_pillow(pixels).convert(MODES[config.channels]) for pixels in images)
+    converted = (with_channels(to_pillow(pixels), config) for pixels in images)
     return np.stack(
         [_to_pixels(image) if config.random_crop else center_crop(image, size) for image in converted]
     )
@@ -107,21 +116,31 @@ def require_classes(data: ImageSet, num_classes: int) -> None:
     """Check that the data can train a network of ``num_classes`` classes.
 
     Raises:
-        DataError: if it has no labels, one class only, or another number of classes.
+        DataError: if it has no labels, another number of classes, or no image of a class.
     """
     source, found = data.config.source, len(data.class_names)
     hint = "Images are classed by subfolder or by file name (<class>_<anything>): see data.label_from."
     if data.labels is None:
         raise DataError(f"{source} has no labels, and {num_classes} classes were to be learned", hint=hint)
-    if found == 1:
+    if found == 1 != num_classes:
         raise DataError(
             f"{source} has one class only ('{data.class_names[0]}'), and {num_classes} were to be learned",
             hint=hint,
         )
     if found != num_classes:
+        named = f" ({listed(data.class_names)})"
+        parts = sorted({"train", "val", "test"} & set(data.class_names))
         raise DataError(
-            f"{source} has {found} classes, and the network has num_classes {num_classes}",
-            hint=f"Set num_classes = {found}, or correct the data.",
+            f"{source} has {found} classes{named}, and the network has num_classes {num_classes}",
+            hint=f"Set data.source to one of its parts, {Path(source, parts[0])}."
+            if parts and not data.numbered
+            else f"Set num_classes = {found}, or correct the data.",
+        )
+    absent = sorted(set(range(found)) - set(np.unique(data.labels).tolist()))
+    if absent:
+        raise DataError(
+            f"{source} has no image of {len(absent)} of {found} classes ({listed(list(map(str, absent)))})",
+            hint="Classes are numbered from 0 on.",
         )
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import math
 import os
 import re
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -15,13 +17,17 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from admtrt.errors import DataError, MissingDependencyError
+from admtrt.images import MODES
+from admtrt.npz import open_npz
+from admtrt.reading import open_regular
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from admtrt.npz import Archive
     from admtrt.run_config import DataConfig
 
 Pixels = NDArray[np.uint8]
@@ -30,9 +36,17 @@ Labels = NDArray[np.int64]
 DIGITS = "digits"
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+"""Pillow's names of what it may take a file for: it would run Ghostscript on another kind."""
+MOST_PIXELS = 2**26
+"""Pixels of a training image, below the number at which Pillow begins to warn of a decompression bomb."""
+
 _IDX_IMAGES = re.compile(r"(?P<stem>.*)images(?P<mark>[-.])idx3-ubyte(\.gz)?")
 _IDX_UNSIGNED_BYTE = 0x08
 _GZIP_MAGIC = b"\x1f\x8b"
+_TOO_DEEP = "not 8 bits a channel"
+_BLOCK = 2**20  # bytes
+_MOST_CLASSES = 1_000_000  # more are no numbers of classes
 _NAMED_FAULTS = 5  # bad files that a message names before it only counts
 
 
@@ -50,13 +64,15 @@ class Source:
     Attributes:
         images: uint8 [N, H, W, C] in memory, or N files that were all decoded once without an error.
         labels: int64 [N], indices of ``class_names``; None where nothing is labelled.
-        class_names: sorted as text for folders, by number elsewhere; empty without labels.
+        class_names: sorted as text for folders, all numbers from 0 on elsewhere; empty without labels.
+        numbered: whether labels are the network's classes by number, and not by name.
         skipped: the bad files left out.
     """
 
     images: Pixels | tuple[Path, ...]
     labels: Labels | None = None
     class_names: tuple[str, ...] = ()
+    numbered: bool = False
     skipped: tuple[Skipped, ...] = ()
 
 
@@ -99,7 +115,13 @@ def read_source(config: DataConfig) -> Source:
         return Source(pixels)
     if numbers.shape != (count,):
         raise DataError(f"{config.source} holds {count} images but labels of shape {list(numbers.shape)}")
-    return Source(pixels, *_indexed(numbers))
+    if numbers.min() < 0 or numbers.max() >= _MOST_CLASSES:
+        raise DataError(
+            f"{config.source} has the label {numbers.min() if numbers.min() < 0 else numbers.max()}; "
+            f"labels are the numbers of classes, 0 to {_MOST_CLASSES - 1} at most",
+            hint="Leave unlabelled images out, or set data.label_from = 'none' to drop the labels.",
+        )
+    return Source(pixels, numbers, tuple(map(str, range(numbers.max() + 1))), numbered=True)
 
 
 def _kind_of(config: DataConfig, path: Path) -> str:
@@ -135,12 +157,6 @@ def _kind_of(config: DataConfig, path: Path) -> str:
     return kind
 
 
-def _indexed(numbers: Labels) -> tuple[Labels, tuple[str, ...]]:
-    """Labels 0..K-1 in the order of the numbers that occur, and those numbers as names."""
-    present, labels = np.unique(numbers, return_inverse=True)
-    return labels.astype(np.int64), tuple(str(number) for number in present)
-
-
 def _read_digits() -> tuple[Pixels, Labels]:
     try:
         from sklearn.datasets import load_digits
@@ -153,31 +169,55 @@ def _read_digits() -> tuple[Pixels, Labels]:
 # --- folders of images -------------------------------------------------------------------------------------
 
 
-def read_image(path: Path, mode: str) -> Image.Image:
-    """Decode a file and convert it to a Pillow mode.
+def with_channels(image: Image.Image, config: DataConfig) -> Image.Image:
+    """An image in the configured channels, transparent pixels before the configured background."""
+    mode = MODES[config.channels]
+    if not image.has_transparency_data:
+        return image.convert(mode)
+    image = image.convert("RGBA")  # Pillow warns about direct ways from a palette
+    if config.background is not None and "A" not in mode:
+        behind = Image.new("RGBA", image.size, (*[config.background] * 3, 255))
+        image = Image.alpha_composite(behind, image)
+    return image.convert(mode)
+
+
+def read_image(path: Path, config: DataConfig) -> Image.Image:
+    """Decode a file, turn it as it says and convert its channels; of an animation the first picture.
 
     Raises:
         DataError: naming the file, if that fails.
     """
     try:
-        with Image.open(path) as image:
-            if image.mode == "P" and "transparency" in image.info:
-                return image.convert("RGBA").convert(mode)  # Pillow warns about the direct way
-            return image.convert(mode)
+        with _opened(path) as image:
+            return with_channels(_upright(image, config), config)
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         raise DataError(f"{path} can no longer be read: {_reason(error)}") from None
 
 
-def _fault_of(path: Path, size: int | None) -> str | None:
+def _upright(image: Image.Image, config: DataConfig) -> Image.Image:
+    return ImageOps.exif_transpose(image) if config.exif_rotation else image
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image that is not decoded yet: of a regular file, in one of our formats, and of a bearable size."""
+    with open_regular(path) as opened, Image.open(opened, formats=_FORMATS) as image:
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS} in all")
+        yield image
+
+
+def _fault_of(path: Path, config: DataConfig) -> str | None:
     """Why a file is unusable, or None. Decodes all of it, as nothing less shows a truncated JPEG."""
     try:
-        with Image.open(path) as image:
-            if size is not None and image.size != (size, size):
+        with _opened(path) as image:
+            size = config.image_size
+            if not config.resize and image.size != (size, size):
                 return f"{image.width}x{image.height} pixels, not {size}x{size}"
             if image.mode.startswith(("I", "F")):
-                return f"pixels of mode {image.mode}, not 8 bits a channel"
+                return f"pixels of mode {image.mode}, {_TOO_DEEP}"
             image.draft(None, (1, 1))  # a JPEG is read to its end but skips most of the arithmetic
-            image.load()
+            _upright(image, config).load()
     except Exception as error:  # as in read_image
         return _reason(error)
     return None
@@ -194,9 +234,7 @@ def _reason(error: Exception) -> str:
 def _read_folder(root: Path, config: DataConfig) -> Source:
     files = _image_files(root)
     with ThreadPool() as pool:  # Pillow decodes outside the interpreter's lock
-        faults = pool.starmap(
-            _fault_of, [(file, None if config.resize else config.image_size) for file in files]
-        )
+        faults = pool.starmap(_fault_of, [(file, config) for file in files])
     skipped = tuple(
         Skipped(file, fault) for file, fault in zip(files, faults, strict=True) if fault is not None
     )
@@ -204,14 +242,19 @@ def _read_folder(root: Path, config: DataConfig) -> Source:
     if skipped and (config.on_bad_file == "refuse" or not usable):
         raise DataError(
             f"{len(skipped)} of {len(files)} images in {root} cannot be used: "
-            + _listed([f"{file.relative_to(root)} ({reason})" for file, reason in skipped]),
-            hint="Repair or remove them" + (', or set data.on_bad_file = "skip".' if usable else "."),
+            + listed([f"{file.relative_to(root)} ({reason})" for file, reason in skipped]),
+            hint=(
+                "Convert them to 8 bits a channel, or remove them"
+                if all(reason.endswith(_TOO_DEEP) for _, reason in skipped)
+                else "Repair or remove them"
+            )
+            + (', or set data.on_bad_file = "skip".' if usable else "."),
         )
     names = _class_of_each(root, usable, config.label_from)
     if names is None:
         return Source(usable, skipped=skipped)
     class_names, labels = np.unique(names, return_inverse=True)
-    return Source(usable, labels.astype(np.int64), tuple(map(str, class_names)), skipped)
+    return Source(usable, labels.astype(np.int64), tuple(map(str, class_names)), skipped=skipped)
 
 
 def _image_files(root: Path) -> list[Path]:
@@ -219,8 +262,11 @@ def _image_files(root: Path) -> list[Path]:
         raise DataError(f"cannot read {error.filename}: {error.strerror}") from None
 
     found, others = [], 0
+    seen = {_inode(root)}
     for folder, subfolders, names in os.walk(root, onerror=refuse, followlinks=True):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        below = {name: _inode(Path(folder, name)) for name in subfolders if not name.startswith(".")}
+        subfolders[:] = [name for name, inode in below.items() if inode not in seen]  # links may lead back
+        seen.update(below.values())
         images = [
             name for name in names if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
         ]
@@ -235,18 +281,23 @@ def _image_files(root: Path) -> list[Path]:
     return sorted(found)
 
 
+def _inode(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
 def _class_of_each(root: Path, files: Sequence[Path], label_from: str) -> list[str] | None:
     """The class name of each file; None for ``none``, and where ``auto`` finds no rule for all."""
     loose = [file.name for file in files if file.parent == root]
     unmarked = [file.name for file in files if "_" not in file.name]
     if label_from == "folder" and loose:
         raise DataError(
-            f"label_from is 'folder', but {len(loose)} images lie directly in {root}: {_listed(loose)}",
+            f"label_from is 'folder', but {len(loose)} images lie directly in {root}: {listed(loose)}",
             hint="Move each into the subfolder of its class.",
         )
     if label_from == "prefix" and unmarked:
         raise DataError(
-            f"label_from is 'prefix', but {len(unmarked)} names in {root} hold no '_': {_listed(unmarked)}",
+            f"label_from is 'prefix', but {len(unmarked)} names in {root} hold no '_': {listed(unmarked)}",
             hint="Name the files <class>_<anything>.",
         )
     if label_from == "none":
@@ -256,7 +307,8 @@ def _class_of_each(root: Path, files: Sequence[Path], label_from: str) -> list[s
     return None if unmarked else [file.name.split("_")[0] for file in files]
 
 
-def _listed(items: Sequence[str]) -> str:
+def listed(items: Sequence[str]) -> str:
+    """The first few of many."""
     more = len(items) - _NAMED_FAULTS
     return ", ".join(items[:_NAMED_FAULTS]) + (f" and {more} more" if more > 0 else "")
 
@@ -285,7 +337,7 @@ def _chosen_idx(folder: Path) -> Path:
     files = _idx_images_in(folder)
     training = [file for file in files if "train" in file.name] if len(files) > 1 else files
     if len(training) != 1:
-        held = f"holds {_listed([file.name for file in files])}" if files else "holds no file of images"
+        held = f"holds {listed([file.name for file in files])}" if files else "holds no file of images"
         raise DataError(
             f"{folder} {held}; expected one like train-images-idx3-ubyte or train-images-idx3-ubyte.gz",
             hint="Set data.source to the file of images; its labels are found beside it.",
@@ -295,29 +347,35 @@ def _chosen_idx(folder: Path) -> Path:
 
 def _idx_array(path: Path, *, dimensions: int) -> Pixels:
     """Decode an IDX file of unsigned bytes: magic 00 00 08 <dimensions>, big-endian uint32 sizes, data."""
+    body = 4 + 4 * dimensions
     try:
-        data = path.read_bytes()
-        if data.startswith(_GZIP_MAGIC):
-            data = gzip.decompress(data)
+        with open_regular(path) as opened:
+            packed = opened.peek(2)[:2] == _GZIP_MAGIC
+            source = gzip.GzipFile(fileobj=opened) if packed else opened
+            header = source.read(body)
+            shape = struct.unpack(f">{dimensions}I", header[4:].ljust(4 * dimensions, b"\0"))
+            expected = math.prod(shape)
+            data = bytearray()
+            # In blocks, as far as there are any: a header may promise what no memory holds.
+            while len(data) <= expected and (block := source.read(_BLOCK)):
+                data += block
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {_reason(error)}") from None
     magic = bytes([0, 0, _IDX_UNSIGNED_BYTE, dimensions])
-    if data[:4] != magic:
+    if header[:4] != magic:
         raise DataError(
-            f"{path} starts with the bytes '{data[:4].hex(' ')}'; an IDX file of {dimensions} dimensions of "
-            f"unsigned bytes starts with '{magic.hex(' ')}'"
+            f"{path} starts with the bytes '{header[:4].hex(' ')}'; an IDX file of {dimensions} dimensions "
+            f"of unsigned bytes starts with '{magic.hex(' ')}'"
         )
-    body = 4 + 4 * dimensions
-    if len(data) < body:
-        raise DataError(f"{path} ends within its header: {len(data)} of {body} bytes")
-    shape = tuple(int(size) for size in np.frombuffer(data[4:body], dtype=">u4"))
-    expected = body + math.prod(shape)
+    if len(header) < body:
+        raise DataError(f"{path} ends within its header: {len(header)} of {body} bytes")
     if len(data) != expected:
+        held = "more" if len(data) > expected else len(data)
         raise DataError(
             f"{path} is {'truncated' if len(data) < expected else 'too long'}: its header promises "
-            f"{' x '.join(map(str, shape))} bytes of data, it holds {len(data) - body}"
+            f"{' x '.join(map(str, shape))} bytes of data, it holds {held}"
         )
-    return np.frombuffer(data, np.uint8, offset=body).reshape(shape)
+    return np.frombuffer(data, np.uint8).reshape(shape)
 
 
 # --- .npz archives -----------------------------------------------------------------------------------------
@@ -327,21 +385,27 @@ def _read_npz(path: Path) -> tuple[Pixels, Labels | None]:
     hint = (
         "Expected: arr_0 uint8 [N, H, W, C] with 1 to 4 channels and, optionally, arr_1 with N whole numbers."
     )
-    if not zipfile.is_zipfile(path):
-        raise DataError(f"{path} is no .npz archive, or only the start of one", hint=hint)
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in ("arr_0", "arr_1") if name in archive}
-            names = list(archive)
-    except Exception as error:  # damaged archives make zipfile and numpy raise almost anything
+        with open_npz(path) as archive:
+            fault = _npz_fault(path, archive)
+            images = None if fault else archive.read("arr_0")
+            labels = archive.read("arr_1") if not fault and "arr_1" in archive.names else None
+    except zipfile.BadZipFile:
+        raise DataError(f"{path} is no .npz archive, or only the start of one", hint=hint) from None
+    except Exception as error:  # damaged archives make the reader raise almost anything
         raise DataError(f"cannot read {path}: {_reason(error)}", hint=hint) from None
-    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None:
-        raise DataError(f"{path} holds no arr_0 (it holds: {', '.join(names) or 'nothing'})", hint=hint)
-    if images.dtype != np.uint8 or images.ndim != 4 or not 1 <= images.shape[3] <= 4:
-        raise DataError(f"arr_0 of {path} is {images.dtype} {list(images.shape)}", hint=hint)
-    if labels is None:
-        return images, None
-    if labels.dtype.kind not in "iu":
-        raise DataError(f"arr_1 of {path} is {labels.dtype} {list(labels.shape)}", hint=hint)
-    return images, cast("Labels", labels.astype(np.int64))
+        raise DataError(fault, hint=hint)
+    return images, None if labels is None else cast("Labels", labels.astype(np.int64))
+
+
+def _npz_fault(path: Path, archive: Archive) -> str:
+    """What is wrong with the images and labels of an archive, by their headers alone."""
+    if "arr_0" not in archive.names:
+        return f"{path} holds no arr_0 (it holds: {', '.join(archive.names) or 'nothing'})"
+    images = archive.header("arr_0")
+    if images.dtype != np.uint8 or len(images.shape) != 4 or not 1 <= images.shape[3] <= 4:
+        return f"arr_0 of {path} is {images}"
+    if "arr_1" in archive.names and archive.header("arr_1").dtype.kind not in "iu":
+        return f"arr_1 of {path} is {archive.header('arr_1')}"
+    return ""

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from admtrt.config import load_config, save_config
 from admtrt.errors import OutputError
-from admtrt.files import atomic_file
+from admtrt.files import atomic_file, remove_stale
 from admtrt.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ class RunFolder:
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
-            self._remove_temporaries()
+            for folder in (self.out, self.root, self.root / "samples"):
+                remove_stale(folder)
             if overwrite:
                 self._remove_run()
         except Timeout:
@@ -168,13 +169,6 @@ class RunFolder:
     def _remove_run(self) -> None:
         for path in self._entries():
             _remove(path)
-
-    def _remove_temporaries(self) -> None:
-        """Remove what a killed process left of files that it was writing."""
-        written = (f".{self.kind}.safetensors.*.tmp", f".{self.kind}-ema-*.tmp", f"{self.kind}/.*.tmp")
-        for pattern in (*written, f"{self.kind}/samples/.*.tmp"):
-            for path in self.out.glob(pattern):
-                _remove(path)
 
     def _check_same_run(self, config: RunConfig) -> None:
         if not self.config.exists():

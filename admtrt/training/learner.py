@@ -142,6 +142,13 @@ class Learner:
         self.window.add_scalar("grad_norm", norm)
         self.nan_steps = 0
 
+    def any_process(self, said: bool) -> bool:
+        """Whether any of the processes says so; all of them have to ask."""
+        if self._accelerator.num_processes == 1:
+            return said
+        votes = torch.tensor([float(said)], device=self._accelerator.device)
+        return bool(self._accelerator.gather(votes).any())
+
     @torch.no_grad()
     def evaluate(self, data: ImageSet) -> dict[str, float]:
         """Mean values of one batch of other images at uniform timesteps, with the weights as they are."""

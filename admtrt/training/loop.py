@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -14,7 +15,9 @@ from admtrt.console import progress
 from admtrt.errors import ConfigError, RequestError, TrainingDivergedError
 from admtrt.models.checkpoint import CheckpointConfig, build_network, save_checkpoint
 from admtrt.models.diffusion import Diffusion
+from admtrt.models.matching import shapes_of_network
 from admtrt.models.unet import UNet
+from admtrt.runtime.machine import physical_memory
 from admtrt.schedule.process import process_from_config, retained_timesteps
 from admtrt.training.data import ImageSet, load_data, require_classes, split
 from admtrt.training.engine import on_main_process, start_engine
@@ -24,15 +27,19 @@ from admtrt.training.metrics import MetricsLog, Window, summary_writer
 from admtrt.training.objectives import make_objective, settle_losses
 from admtrt.training.sampling import draw_grid
 from admtrt.training.state import load_state, save_state
+from admtrt.training.stopping import stop_requests
 from admtrt.training.timesteps import Stream, torch_seed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from pathlib import Path
+
+    from accelerate import Accelerator
 
     from admtrt.console import Output
     from admtrt.presets import Kind
     from admtrt.run_config import RunConfig, TrainingConfig
+    from admtrt.training.engine import Division
 
 
 _NAMED_SKIPPED = 5  # bad files that are shown before they are only counted
@@ -75,6 +82,8 @@ def train(
             for bit those of a run that was never interrupted.
         overwrite: replace the run in ``out``, if there is one.
 
+    SIGINT and SIGTERM are heard at the end of a step, whose state is saved before they take effect.
+
     Raises:
         ConfigError: if the configuration lacks the network or holds a setting that cannot be used here.
         DataError: if the images cannot be used.
@@ -95,11 +104,12 @@ def train(
     diffusion = Diffusion(config.diffusion, process_from_config(config.diffusion))
     objective = make_objective(kind, config, diffusion)
     accelerator, division = start_engine(kind, settings)
+    _check_memory(kind, config, accelerator, division)
     data = load_data(config.data)
     classes = getattr(config, kind).num_classes
     if classes is not None:
         require_classes(data, classes)
-    described = _describe(kind, config, data)
+    described = _describe(kind, config, data.class_names)
     with RunFolder(out, kind) as folder:
         on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
         torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))
@@ -140,6 +150,29 @@ def _check_sampler(config: RunConfig) -> None:
         raise ConfigError(f"sampler.steps cannot be used: {error.message}", hint=error.hint) from None
 
 
+def _check_memory(kind: Kind, config: RunConfig, accelerator: Accelerator, division: Division) -> None:
+    """Refuse what this machine could not hold, before it tries.
+
+    Raises:
+        ConfigError: if the weights, or the images of one micro-batch, are larger than its memory.
+    """
+    weights = 4 * sum(map(math.prod, shapes_of_network(_describe(kind, config)).values()))
+    if accelerator.device.type == "cpu":  # where gradients, two moments and the averages lie as well
+        weights *= 4 + len(getattr(config, f"train_{kind}").ema_rates)
+    pixels = config.data.channels * config.data.image_size**2
+    images = 4 * pixels * division.batch_size // division.shards
+    memory = physical_memory()
+    for needed, what, keys in (
+        (weights, "the weights and what training keeps of each", f"{kind}.model_channels or channel_mult"),
+        (images, "the images of one micro-batch", f"train_{kind}.batch_size"),
+    ):
+        if needed > memory:
+            raise ConfigError(
+                f"{what} would take {needed / 2**30:.0f} GiB; this machine has {memory / 2**30:.0f}",
+                hint=f"Lower {keys}.",
+            )
+
+
 def _name_skipped(data: ImageSet, listing: Path, output: Output) -> None:
     named = data.skipped[:_NAMED_SKIPPED]
     output.note(f"left out {len(data.skipped)} of {len(data) + len(data.skipped)} files:")
@@ -149,7 +182,7 @@ def _name_skipped(data: ImageSet, listing: Path, output: Output) -> None:
         output.note(f"  and {len(data.skipped) - len(named)} more, all named in {listing}")
 
 
-def _describe(kind: Kind, config: RunConfig, data: ImageSet) -> CheckpointConfig:
+def _describe(kind: Kind, config: RunConfig, class_names: Sequence[str] = ()) -> CheckpointConfig:
     network = getattr(config, kind)
     return CheckpointConfig(
         kind=kind,
@@ -157,7 +190,7 @@ def _describe(kind: Kind, config: RunConfig, data: ImageSet) -> CheckpointConfig
         classifier=network if kind == "classifier" else None,
         diffusion=config.diffusion,
         sampler=config.sampler,
-        class_names=() if network.num_classes is None else data.class_names,
+        class_names=() if network.num_classes is None else tuple(class_names),
         run=config,
     )
 
@@ -236,6 +269,11 @@ class _Recorder:
             self.folder.samples(self._learner.step),
         )
 
+    def say_stopped(self, saved: int) -> None:
+        """Say what is kept of a run that a signal ends."""
+        kept = f"the state of step {saved} is kept; go on with --resume" if saved else "no state is kept"
+        self._output.note(f"{self._described.kind}: stopped after step {self._learner.step}: {kept}")
+
     def save(self) -> None:
         """Write the state of training, then the exported weights."""
         save_state(self.folder.state, *self._learner.state())
@@ -255,25 +293,35 @@ def _run(
     """Train to the last step; only the main process has a recorder."""
     if learner.step == settings.steps and recorder is not None:
         recorder.save()  # a kill may have come between the state and the weights
-    saved, gist = learner.step, ""
-    with _bar(kind, settings.steps, learner.step, shown=recorder is not None) as advance:
-        while learner.step < settings.steps:
-            learner.update(train_set)
-            step, last = learner.step, learner.step == settings.steps
-            if learner.nan_steps >= settings.max_nan_steps or (last and learner.nan_steps):
-                raise _diverged(kind, learner, saved, recorder)
-            if step % settings.log_every == 0 or last:
-                held_out_values = learner.evaluate(held_out) if len(held_out) else {}
-                gist = recorder.log(held_out_values) if recorder is not None else ""
-                learner.window = Window()
-            if recorder is not None:
-                if settings.sample_every and step % settings.sample_every == 0:
-                    recorder.draw()
-                # In a row of skipped steps the weights are suspect: the state of before stays.
-                if last or (step % settings.checkpoint_every == 0 and not learner.nan_steps):
-                    recorder.save()
-                    saved = step
-            advance(1, gist)
+    saved, gist, main = learner.step, "", recorder is not None
+    try:
+        with (
+            stop_requests(shown=main) as stop,
+            _bar(kind, settings.steps, learner.step, shown=main) as advance,
+        ):
+            while learner.step < settings.steps and not stop.agreed:
+                learner.update(train_set)
+                step, last = learner.step, learner.step == settings.steps
+                if learner.nan_steps >= settings.max_nan_steps or (last and learner.nan_steps):
+                    raise _diverged(kind, learner, saved, recorder)
+                if step % settings.log_every == 0 or last:
+                    held_out_values = learner.evaluate(held_out) if len(held_out) else {}
+                    gist = recorder.log(held_out_values) if recorder is not None else ""
+                    learner.window = Window()
+                stop.agreed = not last and learner.any_process(stop.heard)
+                if recorder is not None:
+                    if settings.sample_every and step % settings.sample_every == 0:
+                        recorder.draw()
+                    due = last or stop.agreed or step % settings.checkpoint_every == 0
+                    # In a row of skipped steps the weights are suspect: the state of before stays.
+                    if due and not learner.nan_steps:
+                        recorder.save()
+                        saved = step
+                advance(1, gist)
+    except (KeyboardInterrupt, SystemExit):
+        if recorder is not None:
+            recorder.say_stopped(saved)
+        raise
 
 
 def _bar(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import MissingDependencyError, OutputError
 from admtrt.files import atomic_file
+from admtrt.reading import open_regular, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -121,12 +122,18 @@ class MetricsLog:
 
 
 def _readable_lines(path: Path) -> list[dict[str, Any]]:
-    lines = []
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break  # a kill cut this line; nothing can follow it
+    lines: list[dict[str, Any]] = []
+    if not path.exists():
+        return lines
+    with open_regular(path) as opened:
+        for text in opened:
+            try:
+                line = parse_json(text)
+            except ValueError:
+                break  # a kill cut this line; nothing can follow it
+            if not isinstance(line, dict) or type(line.get("step")) is not int:
+                break  # damaged
+            lines.append(line)
     return lines
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from admtrt.errors import CheckpointError
 from admtrt.models.weights import write_safetensors
+from admtrt.reading import open_regular, parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,17 +47,18 @@ def load_state(path: Path) -> tuple[Groups, dict[str, Any]]:
     """
     groups: Groups = {}
     try:
+        open_regular(path).close()
         with safe_open(path, framework="pt") as opened:
-            values = json.loads((opened.metadata() or {}).get(_METADATA, "{}"))
+            values = parse_json((opened.metadata() or {}).get(_METADATA, "{}"))
             for key in opened.keys():  # noqa: SIM118 - not a dict
                 group, _, name = key.partition(_SEPARATOR)
                 groups.setdefault(group, {})[name] = opened.get_tensor(key)
-    except (SafetensorError, OSError, json.JSONDecodeError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(
             f"cannot read the training state {path}: {error}",
             hint="It is damaged; begin again with --overwrite, or put back a copy of it.",
         ) from None
-    if values.pop("version", None) != _VERSION:
+    if not isinstance(values, dict) or values.pop("version", None) != _VERSION:
         raise CheckpointError(
             f"{path} is not a training state of version {_VERSION}",
             hint="Resume with the version of admtrt that wrote it.",

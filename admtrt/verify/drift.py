@@ -37,7 +37,7 @@ EQUAL_PSNR = 120.0
 """Shown for images that are equal, or as good as: the most that is shown, in dB."""
 
 _COMPARED: dict[GraphName, str] = {"unet": "out", "classifier_gradient": "grad"}
-_RANGE = "In fp16 numbers end at 65504: keep more in float32 (admtrt export --fp32), or use bf16."
+_RANGE = "In fp16 numbers end at 65504: export with more in float32 (--fp32), or use bf16."
 _WEIGHTS = "The weights themselves give it, in any precision: check the checkpoint."
 _TINY = float(np.finfo(np.float32).tiny)
 

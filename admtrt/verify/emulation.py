@@ -49,10 +49,11 @@ def emulated(
     typed = bundle.with_engine(engine)
     with tempfile.TemporaryDirectory(prefix="admtrt-") as folder:
         for name, entry in typed.manifest.graphs.items():
-            model = ir.load(typed.graph_path(name))
-            emulate(model)
+            with typed.reading(name) as path:
+                model = ir.load(path)
+                emulate(model)  # reads every weight
             write_graph(model, Path(folder) / entry.file)
-        yield OnnxRuntimeDenoiser(Bundle(Path(folder), typed.manifest), threads=threads)
+        yield OnnxRuntimeDenoiser(Bundle(Path(folder), typed.manifest, typed.digest), threads=threads)
 
 
 def emulate(model: ir.Model) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from admtrt.contract import bundle_specs
 from admtrt.errors import BundleError, CheckpointError
 from admtrt.images import to_uint8
+from admtrt.models.pair import in_units_of
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.noise import step_noise
 from admtrt.runtime.pipeline import consecutive_seeds
@@ -79,6 +80,8 @@ def verify_bundle(
         UserError: if the backend is unknown or cannot run here.
     """
     _check_comparable(bundle, unet, classifier)
+    if classifier is not None:
+        classifier = in_units_of(unet.config.diffusion, classifier)
     seeds = list(consecutive_seeds(seed, max(BATCHES)))
     reference = Reference(unet, classifier)
     # Both sides are as long then, even where the manifest tells of another process.
@@ -127,6 +130,12 @@ def _check_comparable(bundle: Bundle, unet: LoadedNetwork, classifier: LoadedNet
     if classifier is not None and manifest.classifier is None:
         raise CheckpointError(f"{bundle.path} has no classifier", hint="Leave out --classifier.")
     assert unet.config.unet is not None
+    null, given = manifest.network.null_class, unet.config.unet.null_class
+    if null != given:
+        raise CheckpointError(
+            f"the null class of {bundle.path} is {null}, the checkpoint's {given}",
+            hint="Leave out --null-class." if null is None else f"Say --null-class {null}.",
+        )
     guide = None if classifier is None else classifier.config.classifier
     for name, ours in bundle_specs(unet.config.unet, guide).items():
         theirs = manifest.graphs[name].spec
@@ -163,7 +172,10 @@ class _Comparison:
 
     def manifest_row(self) -> Row:
         """The process that the runtime will follow, against the one that the UNet was trained on."""
-        ours, theirs = self.manifest.diffusion.to_dict(), self.reference.diffusion.to_dict()
+        process = self.manifest.discrete("verification")
+        ours, theirs = process.model_dump(), self.reference.diffusion.model_dump()
+        if process.time_factor == self.reference.diffusion.time_factor:
+            del ours["rescale_timesteps"]  # nothing, at 1000 steps
         different = [
             f"{key} is {ours[key]!r} in the bundle, {theirs[key]!r} in the checkpoint"
             for key in ours

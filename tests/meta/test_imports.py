@@ -144,8 +144,42 @@ def test_a_missing_package_is_named_with_its_extra(
     )
     assert done.returncode == 2, done.stderr
     assert f"needs the package '{missing[0]}', which is not installed" in done.stderr
-    assert f"pip install 'admtrt[{extra}]'" in done.stderr
+    assert f"pip install -e '{ROOT}[{extra}]'" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("missing", ["torch", "onnx_ir"])
+def test_a_public_name_without_its_extra(missing: str) -> None:
+    shown = python(
+        WITHOUT.format(names=[missing]) + "from admtrt.errors import MissingDependencyError\n"
+        "try:\n    from admtrt import export_input_gradient\n"
+        "except MissingDependencyError as error:\n    print(error)"
+    )
+    assert f"export_input_gradient needs the package '{missing}', which is not installed" in shown
+    assert f"pip install -e '{ROOT}[export]'" in shown
+
+
+def test_the_bench_measures_what_is_there(tmp_path: Path) -> None:
+    """Without PyTorch and ONNX in any of its processes."""
+    names = [*EXPORT_STACK, "openvino", "tensorrt", "tensorrt_rtx"]
+    (tmp_path / "sitecustomize.py").write_text(WITHOUT.format(names=names))
+    paths = os.pathsep.join([str(tmp_path), str(ROOT)])
+    rows = ("plain-onnx", "torch", "onnxruntime")
+    options = ["--repeat", "1", "--threads", "1", "--json", *(f"--backend={row}" for row in rows)]
+    done = subprocess.run(
+        [sys.executable, "-m", "admtrt", "bench", exported_bundle("guided"), *options],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    plain, eager, measured = json.loads(done.stdout)["rows"]
+    for row, name in ((plain, "plain-onnx"), (eager, "torch")):
+        assert f"The row '{name}' needs the package 'torch', which is not installed. Install" in row["reason"]
+    assert measured["reason"] == ""
+    assert measured["step"]["count"] == 1
 
 
 def test_the_layers_are_kept() -> None:

@@ -34,6 +34,7 @@ from admtrt.export.capture import graph_from_module
 from admtrt.export.check import check_graph
 from admtrt.export.gradient import export_input_gradient
 from admtrt.export.graphs import EXAMPLE_BATCH
+from admtrt.export.tape import Tape
 from admtrt.models.classifier import Classifier, log_prob, log_prob_gradient
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.layers import AttentionPool
@@ -310,7 +311,7 @@ def test_hazard_04_pooling_and_upsampling_backward(exported: onnx.ModelProto) ->
 
 def test_hazard_04_planted(monkeypatch: pytest.MonkeyPatch) -> None:
     def unscaled(tape: Any, node: ir.Node, incoming: Any) -> Any:
-        return [vjp.reductions._nearest(tape, incoming[0], [2, 2])]
+        return [vjp.sampling.enlarged(tape, incoming[0], [2, 2])]
 
     def through_convolution(tape: Any, node: ir.Node, incoming: Any) -> Any:
         share = tape.array(np.full((3, 1, 2, 2), 0.25, np.float32))
@@ -410,13 +411,11 @@ def scattered(tape: Any, value: ir.Value, before: Any, after: Any) -> ir.Value:
 def test_hazard_06_planted(
     pool_graph: tuple[torch.nn.Module, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pad = vjp.layout._pad
-    monkeypatch.setattr(vjp.layout, "_pad", scattered)
+    pad = Tape.padded
+    monkeypatch.setattr(Tape, "padded", scattered)
     with pytest.raises(AssertionError, match="Scatter"):
         check_attention_pool(*pool_graph)
-    monkeypatch.setattr(
-        vjp.layout, "_pad", lambda tape, value, before, after: pad(tape, value, after, before)
-    )
+    monkeypatch.setattr(Tape, "padded", lambda tape, value, before, after: pad(tape, value, after, before))
     with pytest.raises(AssertionError):
         check_attention_pool(*pool_graph)
 

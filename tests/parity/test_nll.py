@@ -258,7 +258,7 @@ def test_bad_data(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     given = ["--bundle", bundle]
     for name, labels, message in (
         ("bare", None, "has no labels, and 4 classes were to be learned"),
-        ("few", LABELS % 3 + 2, "has 3 classes, and the network has num_classes 4"),
+        ("many", LABELS % 3 + 2, "has 5 classes (0, 1, 2, 3, 4), and the network has num_classes 4"),
     ):
         path = npz(tmp_path / f"{name}.npz", labels=labels)
         assert message in refusal(capsys, *given, "--data", path)

@@ -157,7 +157,7 @@ def forms(network: UNet | Classifier, spec: GraphSpec) -> dict[str, ir.Model]:
 def check_engine(spec: GraphSpec, path: Path) -> None:
     """Build a graph for a GPU that is not there; the library holds its inputs and outputs to the contract."""
     if find_spec("tensorrt_rtx") is None:
-        pytest.skip("no engine built: tensorrt_rtx is not installed (pip install 'admtrt[rtx]')")
+        pytest.skip("no engine built: tensorrt_rtx is not installed (pip install '.[rtx]')")
     source = GraphSource("unet", "fp32", path=path, spec=spec, digest="", engine_form=True)
     options = BuildOptions(profiles=(BatchProfile(smallest=1, best=1, largest=BATCH),), targets=(89,))
     weights = sum(onnx.numpy_helper.to_array(value).nbytes for value in onnx.load(path).graph.initializer)

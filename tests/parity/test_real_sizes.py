@@ -72,7 +72,7 @@ def test_an_unknown_preset_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (pip install 'admtrt[rtx]')"
+    find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (pip install '.[rtx]')"
 )
 @pytest.mark.parametrize("name", DISTINCT)
 def test_export_and_engine(name: str) -> None:

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 pytestmark = pytest.mark.skipif(
-    find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (pip install 'admtrt[rtx]')"
+    find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (pip install '.[rtx]')"
 )
 TARGETS = (80, 89)
 QUICK = BuildOptions(profiles=(BatchProfile.parse("1:2:4"),), targets=(89,), optimization_level=0)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cuda_stub
 import numpy as np
 import pytest
 from bundles import exported_bundle, pipeline
@@ -24,6 +25,11 @@ from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.backends.openvino import OpenVinoDenoiser
 from admtrt.runtime.backends.probe import ProbeRequest, ProbeResult, measure
 from admtrt.runtime.backends.registry import BACKENDS
+from admtrt.runtime.engines.library import Library
+from admtrt.runtime.engines.options import BuildOptions
+from admtrt.runtime.engines.plans import PlanStore, plan_key
+from admtrt.runtime.engines.report import fusion_report
+from admtrt.runtime.engines.sources import graph_source
 
 MIXED = {
     "onnxruntime": {"unet": 0.9, "classifier_gradient": 0.3},
@@ -137,6 +143,12 @@ def test_every_part_of_the_key_counts(
         assert not chosen(bundle, **change).remembered
 
 
+def put_plan(store: PlanStore, content: bytes) -> None:
+    source = graph_source(pipeline("guided").bundle, "unet", "fp32")
+    key = plan_key(source, BuildOptions(), Library("rtx", None, "1.7"), None)
+    store.put(key, content, seconds=1.0, report=fusion_report([]))
+
+
 def test_another_bundle_and_new_plans_are_measured_again(
     bundle: Bundle, probes: Probes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,16 +157,14 @@ def test_another_bundle_and_new_plans_are_measured_again(
     copy = tmp_path / "copy"
     copy.mkdir()
     (copy / "manifest.json").write_bytes((bundle.path / "manifest.json").read_bytes())
-    moved = Bundle(copy, bundle.manifest)
+    moved = Bundle(copy, bundle.manifest, bundle.digest)
     assert chosen(moved).remembered  # the same graphs elsewhere
-    (copy / "plans").mkdir()
-    (copy / "plans" / "0.plan").touch()
+    put_plan(PlanStore.of(moved), b"one")
     assert not chosen(moved).remembered
     elsewhere = tmp_path / "plans"
     assert chosen(bundle, plans=elsewhere).remembered  # no plans there either
     assert probes.requests[-1].plans is None
-    elsewhere.mkdir()
-    (elsewhere / "1.plan").touch()
+    put_plan(PlanStore(elsewhere), b"another")
     assert not chosen(bundle, plans=elsewhere).remembered
     assert probes.requests[-1].plans == str(elsewhere)
     monkeypatch.setattr(auto.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
@@ -291,7 +301,7 @@ def test_steps_on_a_device_are_measured_as_they_are_sampled(
     found = measure(request("tensorrt").model_copy(update={"plans": str(rig.folder)}))
     assert found.error == ""
     assert all(0 < found.seconds[name] < 5 for name in ("unet", "classifier_gradient"))
-    assert sum(line.endswith(": graph") for line in rig.machine.log) > 10
+    assert cuda_stub.log().count("s0: graph") > 10
 
 
 def test_a_measurement_that_cannot_be_made() -> None:

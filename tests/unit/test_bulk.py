@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import zipfile
 from collections.abc import Iterator
@@ -16,8 +17,17 @@ from bundles import UNET, sham_bundle
 from PIL import Image
 
 from admtrt.errors import OutputError, RequestError
-from admtrt.runtime.bulk import GRID_LIMIT, MAX_SAMPLES, BulkRequest, Format, draw, finished_samples
+from admtrt.runtime import bulk
+from admtrt.runtime.bulk import (
+    GRID_LIMIT,
+    MAX_SAMPLES,
+    BulkRequest,
+    Format,
+    draw,
+    recorded_shard_size,
+)
 from admtrt.runtime.pipeline import Pipeline
+from admtrt.runtime.shards import Shards
 from admtrt.schedule.sampler import SamplerConfig
 
 SAMPLER = SamplerConfig(steps="3", scale=1.0)
@@ -165,7 +175,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(pipeline: Pipeline, echo: E
     with pytest.raises(KeyboardInterrupt):
         draw(pipeline, request(), tmp_path / "run", ["npz"])
     assert shards(tmp_path / "run") == ["00000000.npz", "00000004.npz"]
-    assert finished_samples(tmp_path / "run", request()) == 8
+    assert Shards(tmp_path / "run", request(), pipeline.bundle.manifest).finished == 8
     assert not (tmp_path / "run" / "samples.npz").exists()
     echo.fails_at, echo.seen = None, 0
     advanced: list[int] = []
@@ -180,7 +190,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(pipeline: Pipeline, echo: E
 def test_a_missing_shard_is_drawn_again(pipeline: Pipeline, tmp_path: Path) -> None:
     draw(pipeline, request(), tmp_path / "run", ["npz"])
     (tmp_path / "run" / "shards" / "00000000.npz").unlink()
-    assert finished_samples(tmp_path / "run", request()) == 6
+    assert Shards(tmp_path / "run", request(), pipeline.bundle.manifest).finished == 6
     (path,) = draw(pipeline, request(), tmp_path / "run", ["npz"])
     np.testing.assert_array_equal(images_in(path), expected(pipeline))
 
@@ -266,9 +276,74 @@ def test_a_folder_with_something_else_is_refused(pipeline: Pipeline, tmp_path: P
 def test_an_empty_folder_and_one_that_was_being_claimed_are_taken(pipeline: Pipeline, tmp_path: Path) -> None:
     for name in ("empty", "begun"):
         (tmp_path / name).mkdir()
-    (tmp_path / "begun" / ".request.json.0123abcd.tmp").write_text('{"coun')  # left by a kill
+    (tmp_path / "begun" / ".admtrt-0123abcd.tmp").mkdir()  # left by a kill
+    (tmp_path / "begun" / ".admtrt-0123abcd.tmp" / "request.json").write_text('{"coun')
     for name in ("empty", "begun"):
         draw(pipeline, request(), tmp_path / name, ["npz"])
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == [
+            "request.json", "samples.npz", "shards",
+        ]  # fmt: skip
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_requests_started_at_once_one_is_refused(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int
+) -> None:
+    """The other claims the directory after ours was looked at and before it is claimed."""
+    requests, real = [request(), request(first_seed=1000)], bulk.atomic_file
+    ours, other = requests[first], requests[1 - first]
+
+    def late(path: Path, **options: Any) -> Any:
+        if path.name == "request.json" and not path.exists():
+            monkeypatch.setattr(bulk, "atomic_file", real)
+            draw(pipeline, other, tmp_path / "run", ["npz"])
+        return real(path, **options)
+
+    monkeypatch.setattr(bulk, "atomic_file", late)
+    with pytest.raises(OutputError, match="holds another run: first_seed is"):
+        draw(pipeline, ours, tmp_path / "run", ["npz"])
+    seeds = range(other.first_seed, other.first_seed + 10)
+    drawn = pipeline([index % 3 for index in range(10)], list(seeds), steps="3", scale=1.0).images
+    np.testing.assert_array_equal(images_in(tmp_path / "run" / "samples.npz"), drawn)
+
+
+def test_two_equal_requests_share_a_directory(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = bulk.atomic_file
+
+    def late(path: Path, **options: Any) -> Any:
+        monkeypatch.setattr(bulk, "atomic_file", real)
+        draw(pipeline, request(), tmp_path / "run", ["npz"])
+        return real(path, **options)
+
+    monkeypatch.setattr(bulk, "atomic_file", late)
+    (path,) = draw(pipeline, request(), tmp_path / "run", ["npz"])
+    np.testing.assert_array_equal(images_in(path), expected(pipeline))
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"a":' * 100_000, f'{{"count": {"9" * 5000}}}', " " * 2**20 + "{}"],
+    ids=["lists", "objects", "digits", "large"],
+)
+def test_a_request_that_no_run_wrote(pipeline: Pipeline, tmp_path: Path, content: str) -> None:
+    draw(pipeline, request(), tmp_path / "run", ["npz"])
+    (tmp_path / "run" / "request.json").write_text(content)
+    assert recorded_shard_size(tmp_path / "run") is None
+    with pytest.raises(OutputError, match=r"request\.json"):
+        draw(pipeline, request(), tmp_path / "run", ["npz"])
+
+
+@pytest.mark.parametrize("size", [10**30, True, 1.5, 0, "4", [4]])
+def test_an_impossible_recorded_shard_size_is_not_taken(
+    pipeline: Pipeline, tmp_path: Path, size: Any
+) -> None:
+    draw(pipeline, request(), tmp_path / "run", ["npz"])
+    assert recorded_shard_size(tmp_path / "run") == 4
+    kept = json.loads((tmp_path / "run" / "request.json").read_text())
+    (tmp_path / "run" / "request.json").write_text(json.dumps(kept | {"shard_size": size}))
+    assert recorded_shard_size(tmp_path / "run") is None
 
 
 # --- faults ---------------------------------------------------------------------------------------------
@@ -337,7 +412,7 @@ def test_a_disk_without_room_for_the_results(
     with room_for(size), pytest.raises(OutputError, match="cannot write"):
         draw(pipeline, request(), tmp_path / "run", [kind])
     assert [path.name for path in (tmp_path / "run").rglob("*.*") if "tmp" in path.name] == []
-    assert finished_samples(tmp_path / "run", request()) == 10
+    assert Shards(tmp_path / "run", request(), pipeline.bundle.manifest).finished == 10
     draw(pipeline, request(), tmp_path / "run", [kind])
 
 
@@ -354,6 +429,85 @@ def test_a_damaged_shard_is_named(pipeline: Pipeline, tmp_path: Path, content: b
     assert "Delete it" in caught.value.hint
     shard.unlink()
     draw(pipeline, request(), tmp_path / "run", ["npz"])
+
+
+def zeros(*shape: int, dtype: Any = np.uint8) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+LABELS = np.array([1, 2, 0, 1])  # of the second shard
+
+
+@pytest.mark.parametrize(
+    ("arrays", "fault"),
+    [
+        ({"images": zeros(4, 9, 9, 1), "labels": LABELS}, "its images are uint8 [4, 9, 9, 1]"),
+        ({"images": zeros(4, 8, 8, 3), "labels": LABELS}, "its images are uint8 [4, 8, 8, 3]"),
+        ({"images": zeros(0, 8, 8, 1), "labels": LABELS}, "its images are uint8 [0, 8, 8, 1]"),
+        ({"images": zeros(5, 8, 8, 1), "labels": LABELS}, "its images are uint8 [5, 8, 8, 1]"),
+        ({"images": zeros(4, 8, 8, 1, dtype=np.float32), "labels": LABELS}, "its images are float32"),
+        ({"images": np.uint8(3), "labels": LABELS}, "its images are uint8 []"),
+        ({"images": zeros(4, 8, 8, 1), "labels": LABELS[::-1]}, "its labels are others"),
+        ({"images": zeros(4, 8, 8, 1), "labels": LABELS[:1]}, "its labels are others"),
+        ({"images": zeros(4, 8, 8, 1)}, "it holds images"),
+        ({"x": zeros(1)}, "it holds x"),
+        ({}, "it holds nothing"),
+        ({"images": np.array([{}], object), "labels": LABELS}, "truncated, damaged or something else"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["npz", "png", "grid"])
+def test_a_shard_of_something_else_is_refused(
+    pipeline: Pipeline, tmp_path: Path, arrays: dict[str, Any], fault: str, kind: Format
+) -> None:
+    draw(pipeline, request(), tmp_path / "run", [])
+    shard = tmp_path / "run" / "shards" / "00000004.npz"
+    np.savez(shard, **arrays)
+    (tmp_path / "run" / "shards" / "00000008.npz").unlink()
+    with pytest.raises(OutputError) as caught:
+        draw(pipeline, request(), tmp_path / "run", [kind])
+    assert str(shard) in caught.value.message
+    assert fault in caught.value.message
+    assert "Delete it" in caught.value.hint
+    assert shards(tmp_path / "run") == ["00000000.npz", "00000004.npz"]  # seen before the next was drawn
+
+
+@pytest.mark.parametrize("thing", ["folder", "pipe", "bomb", "twice"])
+def test_a_shard_that_is_no_archive_of_ours(pipeline: Pipeline, tmp_path: Path, thing: str) -> None:
+    draw(pipeline, request(), tmp_path / "run", [])
+    shard = tmp_path / "run" / "shards" / "00000004.npz"
+    if thing == "twice":
+        with zipfile.ZipFile(shard, "a") as archive, pytest.warns(UserWarning, match="Duplicate"):
+            archive.writestr("images.npy", b"none")
+    else:
+        shard.unlink()
+    if thing == "folder":
+        shard.mkdir()
+    if thing == "pipe":
+        os.mkfifo(shard)
+    if thing == "bomb":  # says 256 bytes and inflates to 64 MiB
+        write_bomb(shard, {"descr": "|u1", "fortran_order": False, "shape": (4, 8, 8, 1)})
+    with pytest.raises(OutputError, match=r"cannot read the shard .*00000004.npz"):
+        draw(pipeline, request(), tmp_path / "run", ["npz"])
+
+
+def write_bomb(path: Path, header: dict[str, Any]) -> None:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        with archive.open("images.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            for _ in range(64):
+                member.write(bytes(2**20))
+        with archive.open("labels.npy", "w") as member:
+            np.lib.format.write_array(member, LABELS)
+
+
+def test_the_next_run_removes_what_killed_ones_left(pipeline: Pipeline, tmp_path: Path) -> None:
+    draw(pipeline, request(), tmp_path / "run", ["npz", "png"])
+    whole = sorted((tmp_path / "run").rglob("*"))
+    for folder in ("", "shards", "png"):
+        (tmp_path / "run" / folder / ".admtrt-0123abcd.tmp").mkdir()
+        (tmp_path / "run" / folder / ".admtrt-0123abcd.tmp" / "half").touch()
+    draw(pipeline, request(), tmp_path / "run", ["npz", "png"])
+    assert sorted((tmp_path / "run").rglob("*")) == whole
 
 
 def test_the_request_is_kept_for_people_too(pipeline: Pipeline, tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from bundles import CLASSIFIER, EMPTY_GRAPH, SAMPLER, UNET, sham_bundle
 from admtrt.bundle import MANIFEST, Bundle
 from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from admtrt.errors import BundleError, ConfigError
+from admtrt.files import sha256_of
 
 AGAIN = "Copy the bundle again"
 
@@ -374,3 +377,134 @@ def test_weights_behind_a_link_out_of_the_bundle(tmp_path: Path) -> None:
 def test_a_graph_that_is_none(tmp_path: Path, graph: bytes) -> None:
     path = sham_bundle(tmp_path / "bundle", graph=graph).path
     assert "an ONNX graph" in refusal(path).message
+
+
+def test_weights_at_an_address_in_memory(tmp_path: Path) -> None:
+    """OpenVINO takes such a name for a pointer, and its offset for the address."""
+    marker = "*/_ORT_MEM_ADDR_/*"
+    path = sham_bundle(
+        tmp_path / "bundle", graph=graph_with_weights_in(marker), extra={"w.data": bytes(4)}
+    ).path
+    (path / "*" / "_ORT_MEM_ADDR_").mkdir(parents=True)
+    (path / "*" / "_ORT_MEM_ADDR_" / "*").symlink_to("../../w.data")
+    data = manifest_of(path)
+    data["files"][marker] = data["files"]["w.data"]
+    assert f"keeps weights in {marker!r}, which is not a file of the bundle" in refusal(path, data).message
+
+
+# --- files that others put there ------------------------------------------------------------------------
+
+
+def big_manifest(file: Path) -> None:
+    with file.open("r+b") as opened:
+        opened.truncate(600 * 2**20)
+
+
+@pytest.mark.parametrize(
+    ("put", "fault"),
+    [
+        (os.mkfifo, "it is no regular file"),
+        (lambda file: file.mkdir(), "Is a directory"),
+        (lambda file: file.symlink_to("/dev/zero"), "is a link out of the bundle"),
+        (lambda file: file.symlink_to("../manifest.json"), "is a link out of the bundle"),
+        (lambda file: (file.touch(), big_manifest(file)), "it is larger than"),
+        (lambda file: file.write_text("[" * 100_000), "nested too deeply"),
+        (lambda file: file.write_text('{"a":' * 100_000), "nested too deeply"),
+    ],
+)
+def test_a_manifest_that_is_something_else(bundle: Path, put: Any, fault: str) -> None:
+    (bundle / MANIFEST).rename(bundle.parent / MANIFEST)
+    put(bundle / MANIFEST)
+    assert fault in refusal(bundle).message
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda file: file.mkdir()])
+def test_a_file_that_is_something_else(bundle: Path, put: Any) -> None:
+    (bundle / "unet.onnx").unlink()
+    put(bundle / "unet.onnx")
+    assert "the file 'unet.onnx' is missing" in refusal(bundle).message
+
+
+def test_a_manifest_behind_a_link_within_the_bundle(bundle: Path) -> None:
+    (bundle / MANIFEST).rename(bundle / "real.json")
+    (bundle / MANIFEST).symlink_to("real.json")
+    assert Bundle.open(bundle).digest == sha256_of(bundle / "real.json")
+
+
+def test_the_digest_is_that_of_the_bytes_that_were_read(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    known = sha256_of(bundle / MANIFEST)
+    (bundle / MANIFEST).write_text("{}")
+    assert opened.digest == known
+
+
+def replaced(bundle: Path) -> None:
+    """As another export does that finishes meanwhile."""
+    sham_bundle(bundle, overwrite=True)
+
+
+def rewritten(bundle: Path) -> None:
+    (bundle / "unet.onnx").write_bytes((bundle / "unet.onnx").read_bytes())
+
+
+def removed(bundle: Path) -> None:
+    (bundle / "unet.onnx").unlink()
+
+
+@pytest.mark.parametrize("change", [replaced, rewritten, removed])
+def test_a_graph_that_changes_while_it_is_opened(bundle: Path, change: Any) -> None:
+    opened = Bundle.open(bundle)
+    with opened.reading("unet") as path:
+        assert path == bundle / "unet.onnx"
+    with (  # noqa: PT012
+        pytest.raises(BundleError, match=r"was replaced or changed while the bundle was being opened"),
+        opened.reading("unet"),
+    ):
+        time.sleep(0.02)  # the clock of a file system ticks this often
+        change(bundle)
+
+
+# --- operators ------------------------------------------------------------------------------------------
+
+
+def model(text: str) -> bytes:
+    serialized: bytes = onnx.parser.parse_model(
+        f'<ir_version: 8, opset_import: ["" : 18, "other" : 1]> {text}'
+    ).SerializeToString()
+    return serialized
+
+
+ENDLESS = """g (float[N] x) => (float[N] y) {
+    most = Constant <value = int64 {9223372036854775807}> ()
+    on = Constant <value = bool {1}> ()
+    y = Loop (most, on, x) <body = b (int64 i, bool c, float[N] v) => (bool c2, float[N] w) {
+        c2 = Identity (c)
+        w = Neg (v)
+    }>
+}"""
+BRANCH = """g (float[N] x, bool c) => (float[N] y) {
+    y = If (c) <then_branch = t () => (float[N] a) { a = Neg (x) },
+                else_branch = e () => (float[N] b) { b = Abs (x) }>
+}"""
+FOREIGN = "g (float[N] x) => (float[N] y) { y = other.Gelu (x) }"
+FUNCTION = """g (float[N] x) => (float[N] y) { y = Neg (x) }
+<domain: "other", opset_import: ["" : 18]> f (a) => (b) { b = Neg (a) }"""
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        (ENDLESS, "a graph within the operator 'Loop'"),
+        (BRANCH, "a graph within the operator 'If'"),
+        (FOREIGN, "the operator 'Gelu' of the domain 'other'"),
+        (FUNCTION, "has functions"),
+    ],
+)
+def test_operators_that_no_graph_of_ours_has(tmp_path: Path, text: str, fault: str) -> None:
+    path = sham_bundle(tmp_path / "bundle", graph=model(text)).path
+    assert fault in refusal(path).message
+
+
+def test_plain_operators_pass(tmp_path: Path) -> None:
+    graph = model("g (float[N] x) => (float[N] y) { a = Neg (x) y = Pow (a, a) }")
+    Bundle.open(sham_bundle(tmp_path / "bundle", graph=graph).path)

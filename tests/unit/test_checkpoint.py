@@ -22,7 +22,9 @@ from admtrt.models.checkpoint import (
     METADATA_KEY,
     CheckpointConfig,
     build_network,
+    convert_checkpoint,
     load_network,
+    open_checkpoint,
     read_checkpoint_config,
     save_checkpoint,
 )
@@ -306,13 +308,25 @@ def test_non_finite_weight_is_named(tmp_path: Path, state: dict[str, Tensor], va
 
 
 @pytest.mark.parametrize(
-    "convert", [Tensor.int, Tensor.to_sparse, lambda v: v.to("meta")], ids=["int", "sparse", "meta"]
+    ("convert", "text"),
+    [
+        (Tensor.int, r"out\.2\.bias is a torch.int32 tensor; expected plain floating-point"),
+        (Tensor.to_sparse, "wants to use 'torch._utils._rebuild_sparse_tensor'"),
+        (lambda v: v.to("meta"), "wants to use 'torch._utils._rebuild_meta_tensor_no_storage'"),
+        (lambda v: torch.nested.nested_tensor([v, v[:1]]), "'torch._utils._rebuild_nested_tensor'"),
+        (lambda v: v[:1].expand(10**6, 10**6), r"repeat what it holds; the largest is out\.2\.bias"),
+        (lambda v: v.to(torch.complex64), r"out\.2\.bias is a torch.complex64 tensor"),
+    ],
+    ids=["int", "sparse", "meta", "nested", "expanded", "complex"],
 )
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
 def test_weights_that_are_not_plain(
-    tmp_path: Path, state: dict[str, Tensor], convert: Callable[[Tensor], Tensor]
+    tmp_path: Path, state: dict[str, Tensor], convert: Callable[[Tensor], Tensor], text: str
 ) -> None:
     path = torch_file(tmp_path / "a.pt", state | {"out.2.bias": convert(state["out.2.bias"])})
-    with pytest.raises(CheckpointError, match=r"out\.2\.bias is a .*expected plain floating-point"):
+    with pytest.raises(CheckpointError, match=text):
+        convert_checkpoint(open_checkpoint(path), tmp_path / "b.pt", None)
+    with pytest.raises(CheckpointError):
         load_network(path, kind="unet", config=UNET_CONFIG)
 
 

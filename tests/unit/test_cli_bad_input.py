@@ -6,6 +6,9 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ import torch
 from bundles import CLASSIFIER, UNET, exported_bundle, network, sham_bundle
 from safetensors.torch import save_file
 
+import admtrt
 from admtrt.bundle import MANIFEST, Bundle
 from admtrt.cli import run
 from admtrt.models.checkpoint import (
@@ -105,6 +109,27 @@ def test_guidance_without_a_classifier(capsys: Capture, tmp_path: Path) -> None:
     assert "--classifier" in complaint
 
 
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino", "auto"])
+def test_a_bundle_whose_path_is_not_in_utf8(capsys: Capture, tmp_path: Path, backend: str) -> None:
+    bundle = tmp_path / os.fsdecode(b"bundle-\xff")
+    shutil.copytree(exported_bundle("guided"), bundle)
+    options = ["--backend", backend, "--steps", "2"]
+    complaint = refused(capsys, "sample", bundle, "--out", tmp_path / "run", *options)
+    assert "is not in UTF-8, and no inference library opens such files" in complaint
+    assert "Rename the folder." in complaint
+
+
+def test_a_graph_that_the_library_refuses_is_told_once(tmp_path: Path) -> None:
+    """The library's own line on stderr would come before ours; it writes past Python's streams."""
+    sham_bundle(tmp_path / "bundle")
+    command = [sys.executable, "-m", "admtrt", "sample", tmp_path / "bundle", "--out", tmp_path / "run"]
+    environment = os.environ | {"PYTHONPATH": str(Path(admtrt.__file__).parents[1])}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ONNX Runtime refuses ")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_another_runs_folder(capsys: Capture, tmp_path: Path) -> None:
     base = ["sample", exported_bundle("guided"), "--out", tmp_path / "run", "--steps", "2"]
     assert run([str(argument) for argument in base]) == 0
@@ -160,7 +185,7 @@ def test_names_longer_than_any_file(capsys: Capture, tmp_path: Path) -> None:
             {"arr_0": np.zeros((2, 5, 5, 1), np.uint8)},
             ", 5, 5, 1]; expected uint8 [N, 4, 4, 1]",
         ),
-        ({"arr_0": np.zeros((0, 4, 4, 1), np.uint8)}, "0 samples were asked for"),
+        ({"arr_0": np.zeros((0, 4, 4, 1), np.uint8)}, "holds 0 images; expected 1 to"),
         ({"images": np.zeros((2, 4, 4, 1), np.uint8)}, "has no arr_0; it has images"),
         ({"arr_0": np.array([{}], object)}, "as .npz with arr_0"),
         (b"", "as .npz with arr_0"),
@@ -181,6 +206,49 @@ def test_bad_small_images(capsys: Capture, tmp_path: Path, arrays: Any, message:
     assert message in complaint
     assert "pickle" not in complaint
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("shape", "fault"),
+    [
+        ((2**40, 4, 4, 1), "truncated, damaged or something else"),  # more than there is
+        ((2**26 // 16, 4, 4, 1), "holds 4194304 images; expected 1 to"),
+        ((2**26 // 64, 8, 8, 1), "low_res is uint8 [N, 8, 8, 1]; expected uint8 [N, 4, 4, 1]"),
+        ((-1, 4, 4, 1), "truncated, damaged or something else"),
+    ],
+)
+def test_small_images_are_judged_before_they_are_inflated(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], fault: str
+) -> None:
+    monkeypatch.setattr("admtrt.runtime.bulk.MAX_SAMPLES", 2**22 - 1)
+    monkeypatch.setattr("admtrt.npz.Archive.read", lambda *_: pytest.fail("it was inflated"))
+    with (
+        zipfile.ZipFile(tmp_path / "small.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open("arr_0.npy", "w", force_zip64=True) as member,
+    ):
+        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(member, header)
+        for _ in range(64):
+            member.write(bytes(2**20))
+    arguments = ["sample", exported_bundle("upsampler"), "--out", tmp_path / "run", "--low-res"]
+    assert fault in refused(capsys, *arguments, tmp_path / "small.npz")
+
+
+def test_a_second_array_of_the_same_name(capsys: Capture, tmp_path: Path) -> None:
+    np.savez(tmp_path / "small.npz", np.zeros((2, 4, 4, 1), np.uint8))
+    with (
+        zipfile.ZipFile(tmp_path / "small.npz", "a") as archive,
+        pytest.warns(UserWarning, match="Duplicate"),
+    ):
+        archive.writestr("arr_0.npy", b"none")
+    arguments = ["sample", exported_bundle("upsampler"), "--out", tmp_path / "run", "--low-res"]
+    assert "as .npz with arr_0" in refused(capsys, *arguments, tmp_path / "small.npz")
+
+
+def test_a_pipe_of_small_images(capsys: Capture, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "small.npz")
+    arguments = ["sample", exported_bundle("upsampler"), "--out", tmp_path / "run", "--low-res"]
+    assert "it is no regular file" in refused(capsys, *arguments, tmp_path / "small.npz")
 
 
 def test_more_samples_than_small_images(capsys: Capture, tmp_path: Path) -> None:

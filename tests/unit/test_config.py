@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,11 @@ def test_unknown_keys_in_tables_and_lists_name_the_nearest() -> None:
         (RunConfig, {}, "'data' is required"),
         (UNetConfig, {**SMALL, "dropout": "much"}, "'dropout' is 'much'; input should be a valid number"),
         (RunConfig, {**RUN, "data": 3}, "'data' is 3; input should be a valid dictionary"),
-        (UNetConfig, {**SMALL, "channel_mult": 3}, "'channel_mult' is 3; input should be a valid tuple"),
+        (
+            UNetConfig,
+            {**SMALL, "channel_mult": True},
+            "'channel_mult' is True; input should be a valid tuple",
+        ),
         (UNetConfig, {**SMALL, "channel_mult": [1, "a"]}, "'channel_mult.1' is 'a'; "),
         (DataConfig, {"source": "x" * 100, "image_size": "8.5"}, "'image_size' is '8.5'; "),
         (DataConfig, {"source": ["x" * 100], "image_size": 8}, "'source' is ['" + "x" * 55 + "...; "),
@@ -115,7 +120,7 @@ def test_the_source_is_named() -> None:
         (UNetConfig, {"num_head_channels": 0}),
         (UNetConfig, {"num_classes": 0}),
         (UNetConfig, {"low_res_size": 0}),
-        (UNetConfig, {"num_heads_upsample": -1}),
+        (UNetConfig, {"num_heads_upsample": -2}),
         (UNetConfig, {"in_channels": 0}),
         (UNetConfig, {"in_channels": 5}),
         (UNetConfig, {"attention_resolutions": [0]}),
@@ -214,7 +219,8 @@ def test_values_out_of_range(cls: type[Config], changes: dict[str, Any]) -> None
         ),  # the middle
         (UNetConfig, {"low_res_size": 8}, "low_res_size 8 is not below image_size 8"),
         (ClassifierConfig, {"num_head_channels": None}, "pool 'attention' needs num_head_channels"),
-        (ClassifierConfig, {"image_size": 6, "channel_mult": [1, 1, 1]}, "cannot be halved 2 times"),
+        (UNetConfig, {"image_size": 6, "channel_mult": [1, 1, 1]}, "cannot be halved 2 times"),
+        (ClassifierConfig, {"image_size": 3, "channel_mult": [1, 1, 1]}, "cannot be halved 2 times"),
         (DiffusionConfig, {"steps": 20}, "a linear schedule of 20 steps has beta >= 1; use 21 steps or more"),
         (SamplerConfig, {"eta": 0.5}, "eta belongs to ddim"),
         (SamplerConfig, {"scale": -2e6}, "'scale': -2000000.0 is out of range"),
@@ -426,3 +432,17 @@ def test_none_can_be_written_where_it_is_not_the_default(tmp_path: Path) -> None
     save_config(config, tmp_path / "c.toml")
     assert 'num_head_channels = "none"' in (tmp_path / "c.toml").read_text()
     assert load_config(ClassifierConfig, tmp_path / "c.toml") == config
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda file: file.symlink_to("/dev/zero")])
+def test_a_file_that_has_no_end_is_refused_at_once(tmp_path: Path, put: Any) -> None:
+    put(tmp_path / "run.toml")
+    with pytest.raises(ConfigError, match="it is no regular file"):
+        load_config(RunConfig, tmp_path / "run.toml")
+
+
+def test_a_file_of_any_size_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "run.toml").open("wb") as opened:
+        opened.truncate(2**30)
+    with pytest.raises(ConfigError, match="it is larger than"):
+        load_config(RunConfig, tmp_path / "run.toml")

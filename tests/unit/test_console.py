@@ -15,7 +15,9 @@ from rich.text import Text
 
 import admtrt
 from admtrt import console
+from admtrt.cli import run
 from admtrt.console import Output, progress, table
+from admtrt.errors import UserError
 
 
 def test_machines_get_exactly_one_document(capsys: pytest.CaptureFixture[str]) -> None:
@@ -114,3 +116,28 @@ def test_an_interrupted_block_ends_the_display(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt), progress("sampling", 10):
         raise KeyboardInterrupt
     assert screen.getvalue().endswith("\x1b[?25h")  # the cursor is back
+
+
+# --- what comes from elsewhere ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["x" * 200_000, "x y " * 50_000, "x\n" * 100_000])
+def test_a_long_value_buries_no_message(value: str) -> None:
+    error = UserError(f"the value {value} is too long", hint=f"Leave {value} out.")
+    assert error.message.startswith("the value x")
+    assert error.message.endswith("is too long")
+    assert " characters]" in error.message
+    assert len(str(error)) < 10_000
+
+
+def test_a_path_of_any_depth_is_shown_whole() -> None:
+    path = "/folder" * 140
+    assert UserError(f"{path} does not exist").message == f"{path} does not exist"
+
+
+def test_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Nor what a refused file says of itself."""
+    Output().note("before\x1b[2J\r\x9b1mafter é\n")
+    assert capsys.readouterr().err == "before\\x1b[2J\\r\\x9b1mafter é\n\n"
+    assert run(["inspect", "\x1b]0;title\x07"]) == 2
+    assert capsys.readouterr().err.startswith("error: \\x1b]0;title\\x07 does not exist\n")

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from admtrt.cli import run
 from admtrt.commands.checkpoints import Description, identify_checkpoint, load_pair, parse_settings
-from admtrt.errors import CheckpointError, ConfigError, RequestError
+from admtrt.errors import CheckpointError, ConfigError, OutputError, RequestError
+from admtrt.models import checkpoint
 from admtrt.models.checkpoint import (
     PREFIX_KEY,
     convert_checkpoint,
@@ -76,7 +77,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     """The message of a command that ends with exit code 2."""
     assert run([str(one) for one in arguments]) == 2
     text = capsys.readouterr().err
-    assert text.startswith("error: ")
+    assert text.splitlines()[-1].startswith(("error: ", "       ")), text
     assert "Traceback" not in text
     return text
 
@@ -193,6 +194,27 @@ def test_an_existing_file_stays_unless_told(tmp_path: Path, capsys: pytest.Captu
     assert run(["convert", str(source), str(source), "--overwrite"]) == 0
     assert same_bytes(dict(open_checkpoint(source).tensors), state_of(UNET))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "b.pt"]
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_a_file_that_appears_meanwhile_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    """Of two processes that convert to one new place, the second is refused."""
+    save_checkpoint(tmp_path / "a.safetensors", state_of(UNET), UNET)
+    stored, target = open_checkpoint(tmp_path / "a.safetensors"), tmp_path / f"b{suffix}"
+    checked = checkpoint.check_plain
+
+    def late(*arguments: Any) -> None:
+        checked(*arguments)
+        target.write_text("another's")
+
+    monkeypatch.setattr(checkpoint, "check_plain", late)
+    with pytest.raises(OutputError, match="already exists"):
+        convert_checkpoint(stored, target, stored.embedded)
+    assert target.read_text() == "another's"
+    convert_checkpoint(stored, target, stored.embedded, overwrite=True)
+    assert target.read_bytes() != b"another's"
 
 
 def test_a_failing_write_leaves_the_old_file(
@@ -380,7 +402,8 @@ def test_what_was_assumed_is_said(tmp_path: Path) -> None:
     assert found.network == fork.network
     (note,) = notes
     assert (
-        "preset '64x64_classifier' but for num_classes 10; assumed from there: num_head_channels 64" in note
+        "preset '64x64_classifier' but for num_classes 10; assumed from there: image_size 64, num_head"
+        in note
     )
 
 

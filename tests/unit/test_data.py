@@ -146,11 +146,14 @@ def test_required_classes(tmp_path):
     require_classes(numbered(tmp_path, 4, [0, 1, 2, 1]), 3)
     for labels, message in (
         (None, "has no labels, and 3 classes"),
-        ([7] * 4, r"one class only \('7'\), and 3"),
-        ([0, 1, 0, 1], "has 2 classes, and the network has num_classes 3"),
+        ([0] * 4, r"one class only \('0'\), and 3"),
+        ([0, 1, 0, 1], r"has 2 classes \(0, 1\), and the network has num_classes 3"),
+        ([0, 2, 0, 2], r"has no image of 1 of 3 classes \(1\)"),
+        ([7] * 4, r"has 8 classes \(0, 1, 2, 3, 4 and 3 more\), and the network has num_classes 3"),
     ):
         with pytest.raises(DataError, match=message):
             require_classes(numbered(tmp_path, 4, labels), 3)
+    require_classes(numbered(tmp_path, 4, [0] * 4), 1)
 
 
 def test_every_epoch_shows_every_image_once_in_another_order(tmp_path):

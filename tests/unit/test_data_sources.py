@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import math
+import os
+import struct
 import sys
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from PIL import Image
 
 from admtrt.errors import DataError, MissingDependencyError
 from admtrt.training.data import batch, load_data
+from admtrt.training.data_sources import MOST_PIXELS
 
 # --- digits ------------------------------------------------------------------------------------------------
 
@@ -37,7 +40,7 @@ def test_grey_images_are_repeated_for_more_channels():
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingDependencyError, match=r"admtrt\[train\]"):
+    with pytest.raises(MissingDependencyError, match=r"\[train\]"):
         load_data(config("digits"))
 
 
@@ -113,10 +116,110 @@ def test_modes_become_the_asked_channels(tmp_path, mode, channels):
     np.testing.assert_array_equal(got, np.asarray(source.convert(target)).reshape(8, 8, channels))
 
 
+ORIENTATION = 0x0112
+TURNS = {  # what the pixels of a file become when they are seen upright (EXIF 2.3, tag Orientation)
+    1: lambda pixels: pixels,
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: np.rot90(pixels),
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("suffix", [".png", ".tiff", ".webp"])
+def test_images_are_turned_as_their_exif_data_say(tmp_path, orientation, suffix):
+    pixels = noise(8, 8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"lossless": True} if suffix == ".webp" else {}
+    Image.fromarray(pixels).save(tmp_path / f"a{suffix}", exif=exif, **options)
+    upright = image(load_data(config(tmp_path, channels=3)))
+    np.testing.assert_array_equal(as_uint8(upright), TURNS[orientation](pixels))
+    as_stored = image(load_data(config(tmp_path, channels=3, exif_rotation=False)))
+    stored = TURNS[orientation](pixels) if suffix == ".tiff" else pixels  # which Pillow itself turns
+    np.testing.assert_array_equal(as_uint8(as_stored), stored)
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+def test_orientations_that_do_not_exist_turn_nothing(tmp_path, orientation):
+    pixels = noise(8, 8)
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    np.testing.assert_array_equal(as_uint8(image(load_data(config(tmp_path)))), pixels)
+
+
+def transparent(mode: str) -> Image.Image:
+    """Left half opaque, right half transparent, with a colour behind that nobody sees."""
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[..., :3] = 60
+    pixels[:, :4, 3] = 255
+    if mode == "P":
+        made = Image.fromarray(np.repeat([[0] * 4 + [1] * 4], 8, axis=0).astype(np.uint8), "P")
+        made.putpalette([60, 60, 60, 61, 61, 61])
+        made.info["transparency"] = 1
+        return made
+    if mode == "RGB":  # of which one colour counts as transparent
+        pixels[:, 4:, :3] = 61
+        made = Image.fromarray(pixels[..., :3])
+        made.info["transparency"] = (61, 61, 61)
+        return made
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.mark.filterwarnings("ignore:'mode' parameter is deprecated")
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("background", "seen"), [(255, 255), (0, 0), (128, 128), ("none", None), (None, None)]
+)
+def test_transparent_pixels_show_the_background(tmp_path, mode, channels, background, seen):
+    transparent(mode).save(tmp_path / "a.png", **({"transparency": (61, 61, 61)} if mode == "RGB" else {}))
+    shown = as_uint8(image(load_data(config(tmp_path, channels=channels, background=background))))
+    assert (shown[:, :4] == 60).all()
+    assert (shown[:, 4:] == (seen if seen is not None else 60 if mode in ("RGBA", "LA") else 61)).all()
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_transparency_stays_where_it_has_a_channel(tmp_path, channels):
+    transparent("RGBA").save(tmp_path / "a.png")
+    shown = as_uint8(image(load_data(config(tmp_path, channels=channels))))
+    assert (shown[..., -1] == [255] * 4 + [0] * 4).all()
+    assert (shown[..., 0] == 60).all()
+
+
+def test_transparent_pixels_of_arrays_show_the_background_as_well(tmp_path):
+    np.savez(tmp_path / "a.npz", arr_0=np.asarray(transparent("RGBA"))[None])
+    assert (as_uint8(image(load_data(config(tmp_path / "a.npz"))))[:, 4:] == 255).all()
+    hidden = load_data(config(tmp_path / "a.npz", background="none"))
+    assert (as_uint8(image(hidden)) == 60).all()
+
+
+def test_of_an_animation_the_first_picture_is_taken(tmp_path):
+    first, second = (Image.new("RGB", (8, 8), (level,) * 3) for level in (10, 200))
+    first.save(tmp_path / "a.gif", save_all=True, append_images=[second])
+    assert (as_uint8(image(load_data(config(tmp_path)))) == 10).all()
+
+
+def test_images_of_sixteen_bits_are_to_be_converted(tmp_path):
+    Image.new("I;16", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises(DataError) as caught:
+        load_data(config(tmp_path))
+    assert caught.value.hint == "Convert them to 8 bits a channel, or remove them."
+    (tmp_path / "b.png").write_bytes(b"no image")
+    with pytest.raises(DataError) as caught:
+        load_data(config(tmp_path))
+    assert caught.value.hint == "Repair or remove them."
+
+
 def test_palettes_with_transparency_do_not_warn(tmp_path):
     source = Image.fromarray(noise(8, 8)).quantize(4)
     source.save(tmp_path / "a.png", transparency=bytes([0, 128, 255, 255]))
-    got = as_uint8(image(load_data(config(tmp_path))))
+    got = as_uint8(image(load_data(config(tmp_path, background="none"))))
     np.testing.assert_array_equal(got, np.asarray(source.convert("RGB")))
 
 
@@ -220,6 +323,60 @@ def test_an_impossible_path_is_a_data_error():
         load_data(config("x" * 300))
 
 
+def test_pipes_devices_and_bombs_are_bad_files(tmp_path):
+    for index in range(3):
+        save(tmp_path / f"a_{index}.png")
+    os.mkfifo(tmp_path / "b_pipe.png")
+    (tmp_path / "b_zero.png").symlink_to("/dev/zero")
+    side = math.isqrt(MOST_PIXELS) + 1
+    Image.new("1", (side, side)).save(tmp_path / "b_bomb.png")
+    (tmp_path / "b_eps.png").write_bytes(EPS)  # Pillow would run Ghostscript
+    (tmp_path / "b_loop.png").symlink_to("b_loop.png")
+    found = load_data(config(tmp_path, on_bad_file="skip"))
+    assert len(found.images) == 3
+    reasons = {skipped.path.stem: skipped.reason for skipped in found.skipped}
+    assert reasons == {
+        "b_bomb": f"{side}x{side} pixels, more than {MOST_PIXELS} in all",
+        "b_eps": "not an image",
+        "b_loop": "Too many levels of symbolic links",
+        "b_pipe": "it is no regular file",
+        "b_zero": "it is no regular file",
+    }
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+
+
+def test_a_link_back_is_not_followed_again_and_one_elsewhere_is(tmp_path):
+    for folder in ("data/a", "data/b", "elsewhere"):
+        (tmp_path / folder).mkdir(parents=True)
+        save(tmp_path / folder / "x.png")
+    for folder in ("a", "b"):
+        for name in ("1", "2", "3"):
+            (tmp_path / "data" / folder / name).symlink_to("..")
+    (tmp_path / "data" / "c").symlink_to("../elsewhere")
+    found = load_data(config(tmp_path / "data"))
+    assert [path.relative_to(tmp_path / "data").as_posix() for path in found.images] == [
+        "a/x.png", "b/x.png", "c/x.png",
+    ]  # fmt: skip
+
+
+def test_pipes_in_place_of_archives(tmp_path):
+    for name in ("a.npz", "train-images-idx3-ubyte"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(DataError, match="it is no regular file"):
+            load_data(config(tmp_path / name))
+
+
+def test_an_idx_file_that_inflates_further_than_it_says(tmp_path):
+    with gzip.open(tmp_path / "train-images-idx3-ubyte.gz", "wb", compresslevel=1) as opened:
+        opened.write(bytes([0, 0, 8, 3]) + struct.pack(">3I", 1, 8, 8) + bytes(2**26))
+    with pytest.raises(
+        DataError, match="too long: its header promises 1 x 8 x 8 bytes of data, it holds mor"
+    ):
+        load_data(config(tmp_path / "train-images-idx3-ubyte.gz"))
+
+
 # --- IDX ---------------------------------------------------------------------------------------------------
 
 GREY = RNG.integers(0, 256, (6, 8, 8), dtype=np.uint8)
@@ -242,8 +399,8 @@ def test_idx_from_its_folder_or_its_file(tmp_path, pack, suffix):
     images = write_idx(tmp_path, pack=pack, suffix=suffix)
     for source in (tmp_path, images):
         data = load_data(config(source, channels=1))
-        assert data.class_names == ("0", "3", "7")
-        assert data.labels.tolist() == [1, 0, 2, 1, 0, 2]
+        assert data.class_names == tuple("01234567")
+        assert data.labels.tolist() == [3, 0, 7, 3, 0, 7]
         np.testing.assert_array_equal(as_uint8(image(data, 2))[..., 0], GREY[2])
 
 
@@ -310,8 +467,8 @@ def test_npz_with_and_without_labels(tmp_path):
     np.testing.assert_array_equal(as_uint8(image(data, 3)), COLOUR[3])
     np.savez(path, COLOUR, np.array([5, 5, 10, 2, 10]))
     data = load_data(config(path, channels=1))
-    assert data.class_names == ("2", "5", "10")
-    assert data.labels.tolist() == [1, 1, 2, 0, 2]
+    assert data.class_names == tuple(map(str, range(11)))
+    assert data.labels.tolist() == [5, 5, 10, 2, 10]
     np.testing.assert_array_equal(
         as_uint8(image(data))[..., 0], np.asarray(Image.fromarray(COLOUR[0]).convert("L"))
     )
@@ -325,6 +482,8 @@ def test_npz_with_and_without_labels(tmp_path):
         ({"arr_0": COLOUR[..., 0]}, r"is uint8 \[5, 8, 8\]"),
         ({"arr_0": np.zeros((5, 3, 8, 8), np.uint8)}, r"is uint8 \[5, 3, 8, 8\]"),
         ({"arr_0": COLOUR[:0]}, "holds no image"),
+        ({"arr_0": COLOUR, "arr_1": np.array([0, 1, -1, 0, 1])}, "has the label -1; labels are the numbers"),
+        ({"arr_0": COLOUR, "arr_1": np.array([0, 1, 10**12, 0, 1])}, "has the label 1000000000000; labels"),
         ({"arr_0": COLOUR, "arr_1": np.arange(4)}, "holds 5 images but labels of shape .4."),
         ({"arr_0": COLOUR, "arr_1": np.arange(5.0)}, "arr_1 .* is float64"),
         ({"arr_0": np.array([print, len])}, "Object arrays cannot be loaded"),

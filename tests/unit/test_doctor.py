@@ -13,6 +13,7 @@ import pytest
 
 from admtrt.cli import run
 from admtrt.commands import doctor
+from admtrt.installing import install_extra, pip_install
 from admtrt.runtime.backends.registry import BACKENDS, Availability, Backend
 from admtrt.runtime.engines import device
 from admtrt.runtime.engines.device import Driver, Gpu, query_driver
@@ -50,16 +51,19 @@ def examined(driver: Driver) -> dict[str, doctor.Finding]:
     return {finding.name: finding for finding in doctor.examine(driver)}
 
 
+EXTRAS = {"TensorRT": "tensorrt", "TensorRT-RTX": "rtx", "ONNX Runtime": "cpu", "OpenVINO": "openvino"}
+
+
 def test_what_is_missing_comes_with_a_hint(installed: Any) -> None:
     installed()
     findings = examined(NO_DRIVER)
-    for name in ("TensorRT", "TensorRT-RTX", "ONNX Runtime", "OpenVINO"):
+    for name in EXTRAS:
         assert not findings[name].found
-        assert findings[name].hint.startswith("Install it with: pip install 'admtrt[")
+        assert findings[name].hint == f"Install it with: {install_extra(EXTRAS[name])}"
         assert (findings[name].builds, findings[name].runs_plans) == ("", False)
     # The extra "cuda" would put another build of ONNX Runtime over the one of "cpu".
-    assert findings["cuda-core"].hint == "Install it with: pip install cuda-core cuda-bindings"
-    assert findings["TensorRT lean"].hint == "Install it with: pip install tensorrt-lean-cu13"
+    assert findings["cuda-core"].hint == f"Install it with: {pip_install('cuda-core', 'cuda-bindings')}"
+    assert findings["TensorRT lean"].hint == f"Install it with: {pip_install('tensorrt-lean-cu13')}"
     assert "run only with it" in findings["NVIDIA driver"].hint
 
 

@@ -61,7 +61,7 @@ def _absent_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("flavor", ["tensorrt", "rtx"])
 def test_an_absent_library_is_named_with_the_command_that_installs_it(installed: Any, flavor: Flavor) -> None:
     installed()
-    with pytest.raises(MissingDependencyError, match=rf"pip install 'admtrt\[{flavor}\]'"):
+    with pytest.raises(MissingDependencyError, match=rf"pip install .*\[{flavor}\]'"):
         find_library(flavor)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import UNET, exported_bundle, network
+from PIL import Image
 
 from admtrt.cli import run
 from admtrt.models.checkpoint import save_checkpoint
@@ -55,7 +56,7 @@ def test_settings_of_a_checkpoint(capsys: pytest.CaptureFixture[str], images: Pa
         file.write_text(
             f'[unet]\n{section}\nnum_head_channels = "none"\n[diffusion]\nschedule = "{schedule}"\n'
         )
-        found[schedule] = nll(capsys, images, "--unet", tmp_path / "original.pt", "--settings", file)
+        found[schedule] = nll(capsys, images, "--unet", tmp_path / "original.pt", "--config", file)
     assert found["linear"] == nll(capsys, images, "--unet", tmp_path / "own.safetensors")
     assert abs(found["cosine"] - found["linear"]) > 1e-3
 
@@ -66,7 +67,7 @@ def test_settings_of_a_checkpoint(capsys: pytest.CaptureFixture[str], images: Pa
         (["--unet", "x.pt", "--backend", "openvino"], "are for a bundle; a checkpoint runs in PyTorch"),
         (["--unet", "x.pt", "--precision", "bf16"], "are for a bundle; a checkpoint runs in PyTorch"),
         (["--unet", "x.pt", "--threads", "2"], "are for a bundle; a checkpoint runs in PyTorch"),
-        (["--bundle", "x", "--settings", "x.toml"], "are for a checkpoint; a bundle carries its settings"),
+        (["--bundle", "x", "--unet-weights", "ema"], "are for a checkpoint; a bundle carries its settings"),
         (["--bundle", "x", "--backend", "cuda"], "backend 'cuda' is unknown"),
         (["--bundle", "x", "--precision", "bf16"], "computes in fp32, not in bf16"),
     ],
@@ -74,3 +75,27 @@ def test_settings_of_a_checkpoint(capsys: pytest.CaptureFixture[str], images: Pa
 def test_refused(capsys: pytest.CaptureFixture[str], images: Path, options: list[str], message: str) -> None:
     assert run(["evaluate", "nll", "--data", str(images), *options]) == 2
     assert message in capsys.readouterr().err.replace("\n       ", " ")
+
+
+def test_bad_images_are_left_out_where_that_is_set(
+    capsys: pytest.CaptureFixture[str], images: Path, tmp_path: Path
+) -> None:
+    """As the refusal advises."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, pixels in enumerate(np.load(images)["arr_0"]):
+        Image.fromarray(pixels[..., 0]).save(folder / f"{index}.png")
+    (folder / "bad.png").write_bytes(b"no image")
+    bundle = ["--bundle", exported_bundle("guided")]
+    arguments = ["evaluate", "nll", "--data", folder, *bundle, "--steps", "3"]
+    assert run([str(argument) for argument in arguments]) == 2
+    assert 'set data.on_bad_file = "skip"' in capsys.readouterr().err
+    skipping = ["--set", "data.on_bad_file=skip"]
+    assert nll(capsys, folder, *bundle, *skipping) == nll(capsys, images, *bundle)
+    for wrong, message in (
+        ("data.on_bad_files=skip", "did you mean 'on_bad_file'?"),
+        ("unet.image_size=8", "--set unet.image_size=8 concerns no images"),
+        ("data.on_bad_file", "is not of the form"),
+    ):
+        assert run([*map(str, arguments), "--set", wrong]) == 2
+        assert message in capsys.readouterr().err

@@ -67,6 +67,8 @@ for event in range(1, 1000):
         os._exit(0)
     status = os.waitpid(pid, 0)[1]
     seen.append(state())
+    write()  # whoever comes next removes what the kill left
+    assert os.listdir(root) == ["target"], os.listdir(root)
     if not os.WIFSIGNALED(status):
         break
 assert set(seen) <= {"old", "new"}, seen
@@ -90,8 +92,9 @@ def exchange_works(folder: Path) -> bool:
 def test_a_writer_killed_at_any_moment_leaves_the_old_or_the_new(tmp_path: Path, kind: str) -> None:
     if kind == "directory" and not exchange_works(tmp_path):
         pytest.skip("this file system cannot exchange two directories")
+    (tmp_path / "root").mkdir()
     done = subprocess.run(
-        [sys.executable, "-c", KILLED_AT_EVERY_EVENT, tmp_path, kind],
+        [sys.executable, "-c", KILLED_AT_EVERY_EVENT, tmp_path / "root", kind],
         env=os.environ | {"PYTHONPATH": str(Path(admtrt.__file__).parents[1])},
         capture_output=True,
         text=True,
@@ -109,7 +112,7 @@ def test_a_file_appears_whole_with_its_folders(tmp_path: Path) -> None:
     target = tmp_path / "a" / "b" / "file"
     with atomic_file(target) as temporary:
         temporary.write_text("new")
-        assert temporary.parent == target.parent
+        assert temporary.parent.parent == target.parent
         assert not target.exists()
     assert target.read_text() == "new"
     assert names(target.parent) == ["file"]
@@ -145,11 +148,15 @@ def test_faults_inside_a_temporary_are_told_of_the_target(tmp_path: Path) -> Non
     with pytest.raises(OutputError) as caught, atomic_file(tmp_path / "file") as file:
         raise OutputError(f"cannot write {file}: full")
     assert caught.value.message == f"cannot write {tmp_path / 'file'}: full"
-    assert "untouched" in caught.value.hint
+    assert caught.value.hint == ""  # there was nothing
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError) as caught, atomic_file(tmp_path / "file") as file:
+        raise OutputError(f"cannot write {file}: full")
+    assert caught.value.hint == "What was there before is untouched."
     with pytest.raises(OutputError) as caught, atomic_directory(tmp_path / "bundle"):
         raise OutputError("cannot write elsewhere", hint="Go there.")
     assert (caught.value.message, caught.value.hint) == ("cannot write elsewhere", "Go there.")
-    assert names(tmp_path) == []
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_place_below_a_file_is_refused(tmp_path: Path) -> None:
@@ -174,6 +181,107 @@ def test_two_writers_do_not_share_a_temporary(tmp_path: Path) -> None:
         first.write_text("1")
         second.write_text("2")
     assert (tmp_path / "file").read_text() == "1"
+
+
+def test_a_new_file_never_takes_the_place_of_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be it written between the look and the renaming, and whether or not the system renames so."""
+    for name in ("renameat2", "link", "open"):
+        if name != "renameat2":
+            monkeypatch.setattr(files, "_renameat2", lambda *_: False)
+        if name == "open":
+            monkeypatch.setattr(os, "link", no_links)
+        with atomic_file(tmp_path / name, replace=False) as temporary:
+            temporary.write_text("first")
+        with (
+            pytest.raises(OutputError, match=f"{name} already exists"),
+            atomic_file(tmp_path / name, replace=False) as temporary,
+        ):
+            temporary.write_text("second")
+        assert (tmp_path / name).read_text() == "first"
+    assert names(tmp_path) == ["link", "open", "renameat2"]
+
+
+def no_links(*_: object) -> None:
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+# --- what a kill leaves ---------------------------------------------------------------------------------
+
+
+def leftover(folder: Path, name: str = ".admtrt-0123abcd.tmp") -> Path:
+    (folder / name).mkdir()
+    (folder / name / "half").write_text("half")
+    return folder / name
+
+
+def test_the_next_writer_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    for write in (atomic_file, atomic_directory):
+        leftover(tmp_path)
+        with write(tmp_path / write.__name__) as temporary:
+            assert not (tmp_path / ".admtrt-0123abcd.tmp").exists()
+            if write is atomic_file:
+                temporary.touch()
+    assert names(tmp_path) == ["atomic_directory", "atomic_file"]
+
+
+def test_a_writer_of_many_files_leaves_the_sweeping_to_its_caller(tmp_path: Path) -> None:
+    leftover(tmp_path)
+    with atomic_file(tmp_path / "file", sweep=False) as temporary:
+        temporary.touch()
+    assert names(tmp_path) == [".admtrt-0123abcd.tmp", "file"]
+    files.remove_stale(tmp_path)
+    assert names(tmp_path) == ["file"]
+
+
+def test_what_is_not_ours_or_is_held_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    foreign = [".admtrt-0123abcd.tmp2", ".admtrt-0123ABCD.tmp", ".other-0123abcd.tmp", "admtrt-0123abcd.tmp"]
+    for name in foreign:
+        leftover(tmp_path, name)
+    (tmp_path / ".admtrt-00000001.tmp").symlink_to(foreign[0])
+    (tmp_path / ".admtrt-00000002.tmp").touch()
+    kept = names(tmp_path)
+    with atomic_file(tmp_path / "file") as held:
+        held.touch()
+        files.remove_stale(tmp_path)
+        assert held.exists()
+    assert names(tmp_path) == sorted([*kept, "file"])
+    leftover(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    files.remove_stale(tmp_path)
+    assert (tmp_path / ".admtrt-0123abcd.tmp").exists()
+
+
+def test_without_locks_files_are_written_and_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(files.fcntl, "flock", refuse)
+    leftover(tmp_path)
+    with atomic_file(tmp_path / "file") as temporary:
+        temporary.write_text("new")
+    assert names(tmp_path) == [".admtrt-0123abcd.tmp", "file"]
+
+
+SWEEPERS = """
+import sys
+from pathlib import Path
+from admtrt.files import atomic_file
+for index in range(150):
+    with atomic_file(Path(sys.argv[1], sys.argv[2])) as temporary:
+        temporary.write_text("x" * 1000)
+"""
+
+
+def test_writers_beside_each_other_do_not_remove_what_the_others_write(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(Path(admtrt.__file__).parents[1])}
+    writers = [
+        subprocess.Popen([sys.executable, "-c", SWEEPERS, tmp_path, str(index % 2)], env=environment)
+        for index in range(4)
+    ]
+    assert [writer.wait(60) for writer in writers] == [0] * 4
+    assert names(tmp_path) == ["0", "1"]
 
 
 # --- directories ----------------------------------------------------------------------------------------
@@ -225,7 +333,7 @@ def test_an_existing_directory_is_kept_unless_told_otherwise(old: Path) -> None:
 def test_a_directory_that_appears_meanwhile_is_kept(tmp_path: Path) -> None:
     target = tmp_path / "target"
     with (  # noqa: PT012
-        pytest.raises(OutputError, match="Directory not empty"),
+        pytest.raises(OutputError, match="target already exists"),
         atomic_directory(target) as temporary,
     ):
         (temporary / "new").touch()

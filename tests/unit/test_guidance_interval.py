@@ -105,5 +105,7 @@ def test_an_interval_where_nothing_is_guided() -> None:
     guided = pipeline("guided")
     manifest = guided.bundle.manifest
     recommended = manifest.sampler.model_copy(update={"guidance_interval": (500.0, 600.0)})
-    bundle = Bundle(guided.bundle.path, manifest.model_copy(update={"sampler": recommended}))
+    bundle = Bundle(
+        guided.bundle.path, manifest.model_copy(update={"sampler": recommended}), guided.bundle.digest
+    )
     assert Pipeline(bundle, guided.denoiser).sampler(scale=0.0).guidance_interval is None

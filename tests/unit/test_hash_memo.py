@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bundles import sham_bundle
@@ -88,6 +91,20 @@ def test_a_file_that_changed_is_hashed_again(bundle: Path, change: object) -> No
         Bundle.open(bundle)
 
 
+def test_a_change_through_an_old_mapping_is_seen(bundle: Path, read: list[str]) -> None:
+    """The page was changed before the file was hashed; the system notes its next change all the same."""
+    with (bundle / "unet.onnx").open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped:
+        mapped[-1] ^= 0
+        Bundle.open(bundle)
+        time.sleep(0.02)
+        before = (bundle / "unet.onnx").stat().st_ctime_ns
+        mapped[-1] ^= 1
+        if (bundle / "unet.onnx").stat().st_ctime_ns == before:
+            pytest.skip("this file system lies in memory, and notes no change through a mapping")
+        with pytest.raises(BundleError, match=r"'unet.onnx' has SHA-256"):
+            Bundle.open(bundle)
+
+
 @pytest.mark.parametrize("field", ["st_dev", "st_ino", "st_size", "st_mtime_ns", "st_ctime_ns"])
 def test_every_field_of_the_identity_counts(bundle: Path, read: list[str], cache: Path, field: str) -> None:
     Bundle.open(bundle)
@@ -131,6 +148,26 @@ def test_a_damaged_memo_is_as_good_as_none(
     for _ in range(2):
         Bundle.open(bundle)
     assert sorted(read) == GRAPHS
+
+
+@pytest.mark.parametrize(
+    "put", [os.mkfifo, lambda file: file.symlink_to("/dev/zero"), lambda file: file.mkdir()]
+)
+def test_a_memo_that_is_something_else_is_as_good_as_none(
+    bundle: Path, read: list[str], cache: Path, put: Any
+) -> None:
+    cache.mkdir(parents=True)
+    put(cache / "hashes.json")
+    Bundle.open(bundle)
+    assert sorted(read) == GRAPHS
+
+
+def test_a_memo_of_any_size_is_not_read(bundle: Path, read: list[str], cache: Path) -> None:
+    Bundle.open(bundle)
+    with (cache / "hashes.json").open("ab") as opened:
+        opened.write(b" " * 2**24)
+    Bundle.open(bundle)
+    assert len(read) == 2 * len(GRAPHS)
 
 
 def test_values_that_are_no_hashes_are_not_believed(bundle: Path, read: list[str], cache: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -61,3 +63,24 @@ def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write"):
         save_grid(np.zeros((1, 8, 8, 1), dtype=np.uint8), tmp_path / "file" / "grid.png", 1)
+
+
+@pytest.mark.parametrize(
+    ("label", "same_as"),
+    [
+        ("é" * 100_000, "é" * 1000),
+        ("a\u0301" * 50_000, "a\u0301" * 1000),  # characters without a width
+        ("\u0301" * 50_000, "\u0301" * 70),
+        ("two\nlines", "two lines"),
+        (" x\t", "x"),
+    ],
+)
+def test_labels_of_any_length_take_no_time(tmp_path, label, same_as):
+    images = np.zeros((1, 8, 8, 1), np.uint8)
+    drawn = []
+    for index, text in enumerate((label, same_as)):
+        before = time.process_time()
+        save_grid(images, tmp_path / f"{index}.png", 1, [text])
+        assert time.process_time() - before < 2
+        drawn.append((tmp_path / f"{index}.png").read_bytes())
+    assert drawn[0] == drawn[1]

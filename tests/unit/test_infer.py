@@ -48,7 +48,12 @@ PROCESS = {
     "mean_type": "eps",
     "variance_type": "learned_range",
 }
-TELLABLE = {"image_size": 16, "num_heads": 2, "new_attention_order": False} | PROCESS
+TELLABLE = {
+    "image_size": 16,
+    "num_heads": 2,
+    "num_heads_upsample": None,
+    "new_attention_order": False,
+} | PROCESS
 
 OF_UNET = OptionNames("--unet-")
 
@@ -106,8 +111,11 @@ def test_what_shapes_tell_is_not_called_assumed() -> None:
     note = identify_tensors(
         published_shapes("64x64_classifier"), name="", given={}, options=OptionNames()
     ).note
-    assert "image_size" not in note
-    assert "assumed from there: num_head_channels 64, new_attention_order False, schedule cosine" in note
+    assert "in_channels" not in note
+    assert (
+        "assumed from there: image_size 64, num_head_channels 64, new_attention_order False, schedule cosine"
+        in note
+    )
 
 
 # --- any model --------------------------------------------------------------------------------------------
@@ -194,7 +202,7 @@ def test_pooling_heads(pool: str) -> None:
     shapes = small_shapes("classifier", pool=pool, num_classes=5, num_head_channels=32)
     traits = traits_of(shapes)
     assert (traits.kind, traits.settings["pool"], traits.settings["num_classes"]) == ("classifier", pool, 5)
-    assert traits.settings.get("image_size") == (16 if pool == "attention" else None)
+    assert traits.image_sizes == ((16, 17) if pool == "attention" else None)
 
 
 def test_two_depths_that_look_alike() -> None:
@@ -240,7 +248,7 @@ def test_two_channels_in_and_out(extra: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", TELLABLE)
 def test_each_missing_setting_is_named(name: str) -> None:
     known = {key: value for key, value in TELLABLE.items() if key != name}
-    asked = "num_heads or num_head_channels" if name == "num_heads" else name
+    asked = "num_heads with num_heads_upsample, or num_head_channels" if name == "num_heads" else name
     with pytest.raises(UntoldSettingError, match=rf"do not tell {asked}$"):
         infer_config(small_shapes(), given=known)
 
@@ -250,12 +258,13 @@ def test_nothing_given() -> None:
         infer_config(small_shapes("upsampler", low_res_size=4), given={})
     assert caught.value.message.endswith(
         "do not tell image_size, low_res_size, new_attention_order, schedule, steps, rescale_timesteps, "
-        "mean_type, variance_type, num_heads or num_head_channels"
+        "mean_type, variance_type, num_heads with num_heads_upsample, or num_head_channels"
     )
     with pytest.raises(UntoldSettingError) as caught:
         infer_config(small_shapes("classifier", num_classes=5, num_head_channels=32), given={"num_heads": 2})
     assert caught.value.message.endswith(
-        "do not tell new_attention_order, schedule, steps, rescale_timesteps, num_head_channels"
+        "do not tell image_size (16 to 17), new_attention_order, schedule, steps, rescale_timesteps, "
+        "num_head_channels"
     )
 
 
@@ -264,13 +273,27 @@ def test_a_setting_that_contradicts_the_shapes() -> None:
         ("num_classes", 10, "num_classes is None; 10 was given"),
         ("channel_mult", [1, 3], r"channel_mult is \[1.0, 2.0\]; \[1, 3\] was given"),
         ("attention_resolutions", [16], r"attention_resolutions is \[8\]; \[16\] was given"),
-        ("attention_resolutions", [8, "4"], r"attention_resolutions is \[8\]; \['4', 8\] was given"),
+        ("attention_resolutions", [8, "4"], r"attention_resolutions is \[8\]; \[8, '4'\] was given"),
         ("num_res_blocks", 2, "num_res_blocks is 1; 2 was given"),
     ):
         with pytest.raises(CheckpointError, match=said):
             infer_config(small_shapes(), given=TELLABLE | {key: value})
     same = {"channel_mult": [1, 2], "attention_resolutions": [8], "in_channels": 3}
     assert infer_config(small_shapes(), given=TELLABLE | same).network.image_size == 16
+
+
+def test_settings_that_no_reading_has() -> None:
+    """Two channels in and out are a UNet's of two, or an upsampler's of one; never of three."""
+    shapes = small_shapes("upsampler", in_channels=1, low_res_size=4)
+    with pytest.raises(CheckpointError, match="do not tell learn_sigma"):
+        identify_tensors(shapes, name="", given={"in_channels": 3}, options=OptionNames())
+    with pytest.raises(CheckpointError, match="in_channels is 1; 3 was given"):
+        identify_tensors(
+            shapes,
+            name="",
+            given={"in_channels": 3, "low_res_size": 4, "image_size": 16},
+            options=OptionNames(),
+        )
 
 
 def test_an_unknown_setting_and_impossible_values() -> None:
@@ -330,10 +353,11 @@ def test_tensors_of_something_else(change: dict[str, Any], said: str) -> None:
 )
 def test_a_fork_takes_from_its_ancestor_what_shapes_do_not_tell(name: str, changes: dict[str, Any]) -> None:
     expected = with_settings(checkpoint_config_from_preset(name), changes)
-    found = identify_tensors(shapes_of_network(expected), name="ema", given={}, options=OF_UNET)
+    size = {"image_size": changes["image_size"]} if "image_size" in changes else {}
+    found = identify_tensors(shapes_of_network(expected), name="ema", given=size, options=OF_UNET)
     assert (found.config.network, found.config.diffusion) == (expected.network, expected.diffusion)
     for key in set(changes) - {"attention_resolutions"}:
-        assert f"{key} {changes[key]}" in found.note or changes[key] is None
+        assert f"{key} {'none' if changes[key] is None else changes[key]}" in found.note
 
 
 def test_a_fork_with_another_image_size_says_so() -> None:
@@ -346,7 +370,7 @@ def test_a_fork_with_another_image_size_says_so() -> None:
 
 def test_what_is_given_stands_above_what_is_assumed() -> None:
     shapes = published_shapes("64x64_diffusion")
-    known = {"num_heads": 4, "schedule": "linear", "rescale_timesteps": True}
+    known = {"num_heads": 4, "num_heads_upsample": -1, "schedule": "linear", "rescale_timesteps": True}
     found = identify_tensors(shapes, name="64x64_diffusion", given=known, options=OptionNames())
     assert found.config.network.num_heads == 4
     assert found.config.network.num_head_channels is None
@@ -384,7 +408,7 @@ def test_loading_a_file_that_says_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"^{path}: .* do not tell new_attention_order"):
         load_network(path, kind="unet", settings={"image_size": 16})
     with pytest.raises(CheckpointError, match="kind 'unet'; expected 'classifier'"):
-        load_network(path, kind="classifier", settings=TELLABLE)
+        load_network(path, kind="classifier")
 
 
 def test_a_tensor_too_many_is_named(tmp_path: Path) -> None:

@@ -16,8 +16,11 @@ from admtrt.export.capture import graph_from_module
 from admtrt.export.passes import (
     constant,
     constant_sizes,
+    drop_whole_slices,
     infer_shapes,
     merge_reshapes,
+    merge_transposes,
+    merge_unsqueezes,
     remove_unused,
     share_equal_constants,
     simplify,
@@ -72,6 +75,40 @@ def test_unsqueeze_constants_leaves_what_is_computed() -> None:
     body = "w = Unsqueeze (x, axes) y = Squeeze (w, axes)"
     changed, _ = applied(unsqueeze_constants, graph(body, "N, 3, 4"), axes=np.int64([1]))
     assert not changed
+
+
+@pytest.mark.parametrize(("first", "second"), [(1, 0), (1, 3), (2, 1), (-1, 0), (0, -1)])
+def test_merge_unsqueezes(first: int, second: int) -> None:
+    body = "a = Unsqueeze (x, f) b = Unsqueeze (a, s) c = Tanh (b) y = Reshape (c, whole)"
+    changed, model = applied(
+        merge_unsqueezes, graph(body), f=np.int64([first]), s=np.int64([second]), whole=np.int64([-1, 4, 3])
+    )
+    assert changed
+    assert op_types(model) == ["Unsqueeze", "Tanh", "Reshape"]
+
+
+def test_merge_transposes() -> None:
+    body = "a = Transpose <perm = [1, 2, 0]> (x) b = Transpose <perm = [2, 1, 0]> (a) y = Tanh (b)"
+    changed, model = applied(merge_transposes, graph(body))
+    assert changed
+    assert op_types(model) == ["Transpose", "Tanh"]
+    body = "a = Transpose (x) b = Transpose <perm = [2, 1, 0]> (a) y = Tanh (b)"
+    changed, model = applied(merge_transposes, graph(body, "N, 3, 4"))
+    assert changed
+    assert op_types(model) == ["Tanh"]
+    assert not applied(merge_transposes, graph("y = Transpose <perm = [0, 2, 1]> (x)"))[0]
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "step", "dropped"),
+    [(0, 4, 1, True), (-4, 2**62, 1, True), (0, 3, 1, False), (-1, -9, -1, False)],
+)
+def test_drop_whole_slices(start: int, end: int, step: int, dropped: bool) -> None:
+    cut = {name: np.int64([value]) for name, value in {"b": start, "e": end, "a": 2, "s": step}.items()}
+    sizes = "N, 3, 4" if dropped or step < 0 else "N, 3, 3"
+    changed, model = applied(drop_whole_slices, graph("c = Slice (x, b, e, a, s) y = Tanh (c)", sizes), **cut)
+    assert changed == dropped
+    assert op_types(model) == (["Tanh"] if dropped else ["Slice", "Tanh"])
 
 
 def test_static_reshapes() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,26 @@ def test_a_newer_build_replaces_the_older(tmp_path: Path) -> None:
     record = store.put(key(), b"newer", seconds=0.0, report=REPORT)
     assert store.load(record) == b"newer"
     assert store.records() == ([record], [])
+
+
+def test_of_two_builders_of_one_plan_each_leaves_plan_and_record_together(tmp_path: Path) -> None:
+    """Each process's record would otherwise come to stand beside the other's plan now and then."""
+    store = PlanStore(tmp_path)
+    plans = [bytes([index]) * 1000 for index in range(4)]
+
+    def build(plan: bytes) -> None:
+        for _ in range(10):
+            store.put(key(), plan, seconds=0.0, report=REPORT)
+
+    threads = [threading.Thread(target=build, args=(plan,)) for plan in plans]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (record,), faults = store.records()
+    assert not faults
+    assert store.load(record) in plans
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def truncated(path: Path) -> None:

@@ -118,7 +118,7 @@ def test_a_class_conditional_unet_needs_labels_even_unguided(conditional: Pipeli
         (np.zeros((2, 1, 4, 4), np.uint8), "low_res is uint8 [N, 1, 4, 4]"),
         (np.zeros((2, 4, 4, 1), np.float32), "low_res is float32 [N, 4, 4, 1]"),
         (np.zeros((2, 1, 4, 4), np.float64), "low_res is float64"),
-        (np.full((2, 1, 4, 4), np.nan, np.float32), "or finite float32 [N, 1, 4, 4]"),
+        (np.full((2, 1, 4, 4), np.nan, np.float32), "low_res has values that are not finite"),
         (np.uint8(3), "low_res is uint8 []"),
         ("text", "low_res is <U4 []"),
         (np.zeros((0, 4, 4, 1), np.uint8), "no sample was asked for"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Container
 from pathlib import Path
 
@@ -239,3 +241,99 @@ def test_a_gradient_that_is_not_finite_skips_the_step_too(tmp_path, monkeypatch)
     monkeypatch.setattr(learner_module.Learner, "_values", values)
     with pytest.raises(TrainingDivergedError):
         run(tiny_config(max_nan_steps=2), tmp_path)
+
+
+# --- signals ----------------------------------------------------------------------------------------------
+
+
+def interrupted_after(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals, steps: int, *, times: int = 1
+) -> None:
+    """Send a signal in the middle of a step, and let SIGTERM do what the command line has it do."""
+    really = learner_module.Learner.update
+
+    def update(self, data):
+        if self.step == steps - 1:
+            for _ in range(times):
+                signal.raise_signal(number)
+        really(self, data)
+
+    monkeypatch.setattr(learner_module.Learner, "update", update)
+
+
+@pytest.fixture
+def terminable():
+    def stop(number, _):
+        raise SystemExit(128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    yield
+    assert signal.signal(signal.SIGTERM, before) is stop, "the handler was not put back"
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+@pytest.mark.usefixtures("terminable")
+def test_a_signal_is_heard_at_the_end_of_the_step_and_its_state_kept(
+    tmp_path, monkeypatch, capsys, number, error
+):
+    config = tiny_config(steps=5, checkpoint_every=1000, unet={"dropout": 0.3})
+    run(config, tmp_path / "whole")
+    with monkeypatch.context() as patched:
+        interrupted_after(patched, number, 3)
+        with pytest.raises(error):
+            run(config, tmp_path / "stopped")
+    said = capsys.readouterr().err
+    assert "unet: stopped after step 3: the state of step 3 is kept; go on with --resume" in said
+    assert (tmp_path / "stopped" / "unet.safetensors").exists()
+    assert run(config, tmp_path / "stopped", resume=True).step == 5
+    for name in (STATE, "unet.safetensors"):
+        assert same(tmp_path / "stopped" / name, tmp_path / "whole" / name)
+    assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("terminable")
+@pytest.mark.parametrize(("every", "kept"), [(1000, "no state is kept"), (2, "the state of step 2 is kept")])
+def test_a_second_signal_stops_at_once_and_says_what_is_kept(tmp_path, monkeypatch, capsys, every, kept):
+    interrupted_after(monkeypatch, signal.SIGINT, 3, times=2)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_config(checkpoint_every=every), tmp_path)
+    assert f"unet: stopped after step 2: {kept}" in capsys.readouterr().err
+    assert (tmp_path / STATE).exists() == (every == 2)
+
+
+@pytest.mark.usefixtures("terminable")
+def test_a_signal_in_the_last_step_ends_nothing_early(tmp_path, monkeypatch):
+    interrupted_after(monkeypatch, signal.SIGTERM, 4)
+    assert run(tiny_config(), tmp_path).step == 4
+    assert (tmp_path / "unet.safetensors").exists()
+
+
+@pytest.mark.usefixtures("terminable")
+def test_a_signal_among_skipped_steps_keeps_the_state_of_before(tmp_path, monkeypatch, capsys):
+    config = tiny_config(steps=9, lr=1e30, log_every=1, checkpoint_every=1, max_nan_steps=8)
+    interrupted_after(monkeypatch, signal.SIGINT, 6)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path)
+    kept = int(capsys.readouterr().err.split("the state of step ")[1].split()[0])
+    assert 0 < kept < 6
+
+
+@pytest.mark.parametrize("damage", ["[" * 100_000, "3", "[]", '{"step": "2"}', '{"loss": 1}', "\xff"])
+def test_damaged_metrics_are_cut_where_the_damage_begins(tmp_path, damage):
+    run(tiny_config(steps=2), tmp_path)
+    kept = lines(tmp_path)
+    with (tmp_path / "unet" / "metrics.jsonl").open("a", encoding="latin-1") as opened:
+        opened.write(f"{damage}\n")
+    run(tiny_config(steps=4), tmp_path, resume=True)
+    assert lines(tmp_path)[:1] == kept
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+
+
+def test_a_pipe_in_place_of_the_state(tmp_path):
+    run(tiny_config(), tmp_path)
+    (tmp_path / STATE).unlink()
+    os.mkfifo(tmp_path / STATE)
+    with pytest.raises(CheckpointError, match="it is no regular file"):
+        run(tiny_config(), tmp_path, resume=True)

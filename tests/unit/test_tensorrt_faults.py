@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import cuda_stub
 import numpy as np
 import pytest
 from bundles import pipeline
-from engine_double import Context
+from engine_double import Context, RtxRuntime
 from engine_rig import GPU, Rig
 from graph_calls import unet_out
 
 from admtrt.errors import EngineError, MissingDependencyError, PlanError, RequestError, UserError
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.engines.device import Driver, Gpu
+from admtrt.runtime.engines.library import Library, logger_of
 from admtrt.runtime.engines.sources import GraphSource, graph_source
 from admtrt.runtime.pipeline import Pipeline
+from admtrt.runtime.trt.validity import REASONS, check_validity
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,11 +57,10 @@ def test_drivers(rig: Rig, monkeypatch: Patch, driver: Driver, message: str) -> 
 
 
 def test_a_device_that_refuses(rig: Rig, monkeypatch: Patch) -> None:
-    def fail(self: Any) -> None:
-        raise RuntimeError("CUDA_ERROR_DEVICE_UNAVAILABLE: busy")
-
-    monkeypatch.setattr("cuda_double.Device.set_current", fail)
-    with pytest.raises(EngineError, match=r"GeForce Double \(SM89\) cannot be used: CUDA_ERROR"):
+    cuda_stub.fail("cuCtxSetCurrent", 46)
+    with pytest.raises(
+        EngineError, match=r"GeForce Double \(SM89\) cannot be used: CUDA refuses: CUDA_ERROR_DEVICE_UN"
+    ):
         rig.open()
 
 
@@ -165,8 +168,56 @@ def test_a_plan_that_is_no_plan(monkeypatch: Patch, tmp_path: Path) -> None:
 def test_rtx_looks_at_a_plan_before_it_opens_it(monkeypatch: Patch, tmp_path: Path) -> None:
     rig = Rig(monkeypatch, tmp_path, rtx=True)
     rig.build(gpu="SM80")
-    with pytest.raises(PlanError, match=r"TensorRT-RTX 1\.7\.1\.116 says .* is not valid .*diagnostics 4"):
+    with pytest.raises(PlanError) as info:
         rig.open()
+    assert info.value.message == (
+        "TensorRT-RTX 1.7.1.116 refuses its plan of graph 'unet' on GeForce Double (SM89): it was not built "
+        "for this GPU. It says: The engine was not built for this device."
+    )
+    assert re.search(r"rm .*\.plan && admtrt build .* --cache .* --target 89$", info.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("diagnostics", "reasons", "hint"),
+    [
+        (1, "another version of the library built it", "Build it again with: rm "),
+        (2, "it was not built for this GPU", "--target 89"),
+        (4, "the NVIDIA driver is too old", "Update the driver"),
+        (8, "the CUDA runtime is too old", "--upgrade tensorrt-rtx-cu13"),
+        (16, "the GPU has too little memory", "--batch 1"),
+        (32, "it is damaged, or no plan", "Build it again with: rm "),
+        (64, "CUDA does not start", "admtrt doctor"),
+        (5, "another version of the library built it, the NVIDIA driver is too old", "Update the driver"),
+        (0, r"it gives no known reason \(0\)", "Build it again with: rm "),
+        (128, r"it gives no known reason \(128\)", "Build it again with: rm "),
+    ],
+)
+def test_every_reason_of_rtx_has_its_hint(
+    diagnostics: int, reasons: str, hint: str, monkeypatch: Patch, tmp_path: Path
+) -> None:
+    rig = Rig(monkeypatch, tmp_path, rtx=True)
+    rig.build(gpu="SM80")
+    monkeypatch.setattr(RtxRuntime, "diagnostics", diagnostics)
+    with pytest.raises(
+        PlanError, match=f"refuses its plan .*: {reasons}. It says: The engine was not"
+    ) as info:
+        rig.open()
+    assert hint in info.value.hint
+
+
+def test_every_diagnostic_of_the_real_library_is_known() -> None:
+    rtx = pytest.importorskip("tensorrt_rtx")
+    assert set(rtx.EngineInvalidityDiagnostics.__members__) == set(REASONS)
+
+
+def test_the_real_library_gives_its_own_message_of_what_is_no_plan(rig: Rig) -> None:
+    module = pytest.importorskip("tensorrt_rtx_bindings.tensorrt_rtx")
+    library = Library("rtx", module, "1.7")
+    runtime = module.Runtime(logger_of(module))
+    with pytest.raises(
+        PlanError, match=r"refuses this on .*: it is damaged, or no plan. It says: The engine header"
+    ):
+        check_validity(runtime, b"no plan" * 99, subject="this", library=library, gpu=GPU, build="make it")
 
 
 def test_plans_without_weights_take_them_from_the_graph(monkeypatch: Patch, tmp_path: Path) -> None:
@@ -233,11 +284,12 @@ def test_a_batch_that_is_too_large_shows_when_the_plans_are_opened(rig: Rig, mon
 
 
 def test_a_closed_backend_gives_everything_back(rig: Rig) -> None:
+    before = cuda_stub.counts()
     denoiser = rig.open()
     x, t = np.zeros((2, 1, 8, 8), np.float32), np.zeros(2, np.float32)
     unet_out(denoiser, x, t)
     denoiser.close()
-    assert rig.machine.free == rig.machine.memory
+    assert cuda_stub.counts() == before
     assert not denoiser._engines  # and with them the weights
     with pytest.raises(RuntimeError, match="closed"):
         unet_out(denoiser, x, t)
@@ -306,13 +358,14 @@ class _Later:
 def test_memory_for_the_samples(monkeypatch: Patch, tmp_path: Path) -> None:
     rig = Rig(monkeypatch, tmp_path, memory=2**12)
     rig.build(scratch=0)
+    before = cuda_stub.counts()
     with pytest.raises(
         EngineError, match=r"GeForce Double \(SM89\) is out of memory: 1 MiB were needed for the samples"
     ) as info:
         unet_out(rig.open(), np.zeros((8, 1, 8, 8), np.float32), np.zeros(8, np.float32))
     assert "1 MiB of 1 MiB are free" in info.value.message
     assert "smaller --batch-size" in info.value.hint
-    assert rig.machine.free == 2**12  # what was there before the fault was given back
+    assert cuda_stub.counts() == before  # what was there before the fault was given back
 
 
 def test_memory_for_the_engine(monkeypatch: Patch, tmp_path: Path) -> None:
@@ -343,8 +396,9 @@ def test_a_run_that_the_library_refuses(rig: Rig, monkeypatch: Patch, output: st
             return bool(self._refuse("the device is lost"))
         return accept(self, stream_handle)
 
+    before = cuda_stub.counts()
     with rig.open() as denoiser:
         monkeypatch.setattr(Context, "execute_async_v3", refuse)
         with pytest.raises(EngineError, match=r"cannot run graph .*\(the device is lost\)"):
             Pipeline(rig.bundle, denoiser)([0])
-    assert rig.machine.free == rig.machine.memory  # whatever was under way on either stream
+    assert cuda_stub.counts() == before  # whatever was under way on either stream

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -41,6 +43,23 @@ def call(module: ModuleType, monkeypatch: pytest.MonkeyPatch, *arguments: object
     except SystemExit as left:
         return int(left.code or 0)
     return 0
+
+
+@pytest.mark.slow
+def test_commands_that_are_killed_lose_leave_and_change_nothing() -> None:
+    done = subprocess.run(
+        [sys.executable, TOOLS / "kill_test.py", "--kills", "30", "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1800,
+    )
+    found = json.loads(done.stdout)
+    assert (done.returncode, found["faults"]) == (0, 0), found
+    assert found["kills"] == 30
+    assert {name for name, tally in found["commands"].items() if tally["repeats"]} == {
+        "train", "sample", "export", "convert", "build", "evaluate",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
+from admtrt.export.kinks import finite_at_zero, is_clamp, passes_at_ends
 from admtrt.export.nodes import float_attribute
 from admtrt.export.vjp.rule import (
-    constant_of,
     input_of,
     only,
     refuse_active,
@@ -86,25 +86,50 @@ def _div(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Pow")
 def _pow(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    x, exponent = input_of(node, 0), constant_of(node, 1)
-    if exponent is None or exponent.size != 1:
-        raise ExportError(f"Pow '{node.name}' has no constant scalar exponent")
-    p = float(exponent.item())
-    if p == 0:
-        return [None, None]
-    power = x if p == 2 else tape.op("Pow", x, tape.scalar(p - 1, x))
-    return [tape.op("Mul", only(incoming), tape.op("Mul", power, tape.scalar(p, x))), None]
+    """d/dx x^p = p x^(p - 1), 0 for p = 0; d/dp x^p = x^p log x, 0 for x = 0: as in PyTorch."""
+    g, x, p, y = only(incoming), input_of(node, 0), input_of(node, 1), node.outputs[0]
+    gradients: list[ir.Value | None] = [None, None]
+    if x in tape.active:
+        slope = _slope_of_power(tape, node)
+        gradients[0] = None if slope is None else tape.sum_to(tape.op("Mul", g, slope), x, y)
+    if p in tape.active:
+        zero = tape.scalar(0.0, x)
+        slope = tape.op("Where", tape.op("Equal", x, zero), zero, tape.op("Mul", y, tape.op("Log", x)))
+        gradients[1] = tape.sum_to(tape.op("Mul", g, slope), p, y)
+    return gradients
+
+
+def _slope_of_power(tape: Tape, node: ir.Node) -> ir.Value | None:
+    """Of x^p with respect to x; None where it is 0 everywhere."""
+    x, p = input_of(node, 0), input_of(node, 1)
+    assert x.dtype is not None
+    zero = tape.scalar(0.0, x)
+    if p.const_value is None:
+        p = p if p.dtype == x.dtype else tape.cast(p, x.dtype)
+        power = tape.op("Pow", x, tape.op("Sub", p, tape.scalar(1.0, x)))
+        return tape.op("Where", tape.op("Equal", p, zero), zero, tape.op("Mul", power, p))
+    exponents = p.const_value.numpy().astype(x.dtype.numpy())
+    if not exponents.any():
+        return None
+    if exponents.size == 1:  # its rank is the result's business, not the slope's
+        exponents = exponents.reshape(())
+    factor, less = tape.array(exponents), tape.array(exponents - exponents.dtype.type(1))
+    power = x if (exponents == 2).all() else tape.op("Pow", x, less)
+    slope = tape.op("Mul", power, factor)
+    if (exponents == 0).any():
+        return tape.op("Where", tape.array(exponents == 0), zero, slope)
+    if finite_at_zero(node) and (exponents < 1).any():
+        return tape.op("Where", tape.op("Equal", x, zero), zero, slope)
+    return slope
 
 
 @rule("Clip")
 def _clip(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """The gradient passes where the value lies within the bounds, ends included, as in PyTorch's clamp.
-
-    ReLU6 and Hardtanh, which are this operator too, have 0 at their ends in PyTorch.
-    """
+    """The gradient passes where the value lies within the bounds; at them as PyTorch's function has it."""
     x, g = input_of(node, 0), only(incoming)
     refuse_active(tape, node, 1, 2)
-    for index, outside in ((1, "Less"), (2, "Greater")):
+    outside_of = ("Less", "Greater") if passes_at_ends(node) else ("LessOrEqual", "GreaterOrEqual")
+    for index, outside in enumerate(outside_of, start=1):
         if index < len(node.inputs) and node.inputs[index] is not None:
             g = tape.op("Where", tape.op(outside, x, node.inputs[index]), tape.scalar(0.0, x), g)
     return [g, *([None] * (len(node.inputs) - 1))]
@@ -130,6 +155,18 @@ def _unary(op_type: str, derivative: Callable[[Tape, ir.Value, ir.Value], ir.Val
     rule(op_type)(product)
 
 
+def _square(tape: Tape, x: ir.Value) -> ir.Value:
+    return tape.op("Mul", x, x)
+
+
+def _square_plus(tape: Tape, x: ir.Value, term: float) -> ir.Value:
+    return tape.op("Add", _square(tape, x), tape.scalar(term, x))
+
+
+def _reciprocal_root(tape: Tape, x: ir.Value) -> ir.Value:
+    return tape.op("Reciprocal", tape.op("Sqrt", x))
+
+
 def _one_minus(tape: Tape, y: ir.Value) -> ir.Value:
     return tape.op("Sub", tape.scalar(1.0, y), y)
 
@@ -140,6 +177,15 @@ _unary("Reciprocal", lambda tape, x, y: tape.op("Neg", tape.op("Mul", y, y)))
 _unary("Abs", lambda tape, x, y: tape.op("Sign", x))
 _unary("Sin", lambda tape, x, y: tape.op("Cos", x))
 _unary("Cos", lambda tape, x, y: tape.op("Neg", tape.op("Sin", x)))
+_unary("Tan", lambda tape, x, y: _square_plus(tape, y, 1.0))
+_unary("Asin", lambda tape, x, y: _reciprocal_root(tape, _one_minus(tape, _square(tape, x))))
+_unary("Acos", lambda tape, x, y: tape.op("Neg", _reciprocal_root(tape, _one_minus(tape, _square(tape, x)))))
+_unary("Atan", lambda tape, x, y: tape.op("Reciprocal", _square_plus(tape, x, 1.0)))
+_unary("Sinh", lambda tape, x, y: tape.op("Cosh", x))
+_unary("Cosh", lambda tape, x, y: tape.op("Sinh", x))
+_unary("Asinh", lambda tape, x, y: _reciprocal_root(tape, _square_plus(tape, x, 1.0)))
+_unary("Acosh", lambda tape, x, y: _reciprocal_root(tape, _square_plus(tape, x, -1.0)))
+_unary("Atanh", lambda tape, x, y: tape.op("Reciprocal", _one_minus(tape, _square(tape, x))))
 _unary("Sigmoid", lambda tape, x, y: tape.op("Mul", y, _one_minus(tape, y)))
 _unary("Tanh", lambda tape, x, y: _one_minus(tape, tape.op("Mul", y, y)))
 # exp(x - y) is the sigmoid, with all its digits far below 0: there it is the whole gradient of log p.
@@ -151,6 +197,13 @@ _unary(
         "Mul", tape.scalar(2 / math.sqrt(math.pi), x), tape.op("Exp", tape.op("Neg", tape.op("Mul", x, x)))
     ),
 )
+
+
+@rule("Mod")
+def _mod(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """x less a multiple of the divisor, which must not depend on x."""
+    refuse_active(tape, node, 1)
+    return [only(incoming), None]
 
 
 @rule("Floor", "Ceil", "Round", "Sign")
@@ -239,8 +292,8 @@ def _hard_swish(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """x (x / 6 + 1 / 2) between -3 and 3, 0 below and x above."""
     x = input_of(node, 0)
     line = tape.op("Add", tape.op("Mul", x, tape.scalar(1 / 3, x)), tape.scalar(0.5, x))
-    above = tape.op("Where", tape.op("Greater", x, tape.scalar(3.0, x)), tape.scalar(1.0, x), line)
-    slope = tape.op("Where", tape.op("Less", x, tape.scalar(-3.0, x)), tape.scalar(0.0, x), above)
+    above = tape.op("Where", tape.op("GreaterOrEqual", x, tape.scalar(3.0, x)), tape.scalar(1.0, x), line)
+    slope = tape.op("Where", tape.op("LessOrEqual", x, tape.scalar(-3.0, x)), tape.scalar(0.0, x), above)
     return [tape.op("Mul", only(incoming), slope)]
 
 
@@ -255,18 +308,24 @@ def _mish(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Max", "Min")
 def _extremum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """All to the one that is taken; half to each of two equal ones, as in PyTorch."""
+    """All to the one that is taken; half to each of two equal ones, as in PyTorch.
+
+    Of a clamp's pair the bound has nothing at a tie, and the value what :func:`passes_at_ends` says.
+    """
     if len(node.inputs) != 2:
         raise ExportError(f"{node.op_type} '{node.name}' is of {len(node.inputs)} values; nest pairs of them")
     g, a, b, out = only(incoming), input_of(node, 0), input_of(node, 1), node.outputs[0]
-    half, zero = tape.op("Mul", g, tape.scalar(0.5, g)), tape.scalar(0.0, g)
+    zero = tape.scalar(0.0, g)
     taken = "Greater" if node.op_type == "Max" else "Less"
+    shares = [tape.op("Mul", g, tape.scalar(0.5, g))] * 2
+    if is_clamp(node):
+        shares = [g if passes_at_ends(node) else zero, zero]
     equal = tape.op("Equal", a, b)
 
-    def part(own: ir.Value, other: ir.Value) -> ir.Value | None:
+    def part(own: ir.Value, other: ir.Value, share: ir.Value) -> ir.Value | None:
         if own not in tape.active:
             return None
         alone = tape.op("Where", tape.op(taken, own, other), g, zero)
-        return tape.sum_to(tape.op("Where", equal, half, alone), own, out)
+        return tape.sum_to(tape.op("Where", equal, share, alone), own, out)
 
-    return [part(a, b), part(b, a)]
+    return [part(a, b, shares[0]), part(b, a, shares[1])]

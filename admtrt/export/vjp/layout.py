@@ -10,7 +10,6 @@ import onnx_ir as ir
 from admtrt.errors import ExportError
 from admtrt.export.nodes import int_attribute, ints_attribute, swaps_last
 from admtrt.export.vjp.rule import (
-    constant_of,
     dims_of,
     input_of,
     ints_of,
@@ -99,7 +98,7 @@ def _slice(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
             cut[axis] = taken[-1] + 1 - taken[0]
         first = taken[0] if taken else 0
         before[axis], after[axis] = first, size - first - (taken[-1] + 1 - first if taken else 0)
-    return [_pad(tape, g, before, after), *([None] * (len(node.inputs) - 1))]
+    return [tape.padded(g, before, after), *([None] * (len(node.inputs) - 1))]
 
 
 def _reversed(tape: Tape, value: ir.Value, axis: int) -> ir.Value:
@@ -163,58 +162,57 @@ def _trilu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     return [same, *([None] * (len(node.inputs) - 1))]
 
 
-@rule("Gather")
-def _gather(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Selection of one constant index: zero padding around it."""
-    if "as_strided" in (node.name or ""):
-        raise ExportError(
-            f"Gather '{node.name}' is PyTorch's form of a pooled strided view; it has no gradient rule",
-            hint="Put .contiguous() before the pooling, or use x.mean((2, 3)).",
-        )
-    x, indices = input_of(node, 0), constant_of(node, 1)
-    dims = dims_of(x)
-    axis = int_attribute(node, "axis", 0) % len(dims)
-    size = dims[axis]
-    if indices is None or indices.size != 1 or size is None:
-        raise ExportError(f"Gather '{node.name}' selects more than one constant index; use slices")
-    index = int(indices.item()) % size
-    g = only(incoming)
-    if indices.ndim == 0:
-        g = tape.op("Unsqueeze", g, tape.ints(axis))
-    before, after = [0] * len(dims), [0] * len(dims)
-    before[axis], after[axis] = index, size - 1 - index
-    return [_pad(tape, g, before, after), None]
-
-
 @rule("GatherElements")
 def _gather_elements(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Selection of one element along an axis, such as the score of a label: a one-hot product, no scatter."""
-    x, indices = input_of(node, 0), input_of(node, 1)
+    """Selection along an axis, such as the score of a label."""
+    axis = int_attribute(node, "axis", 0) % len(dims_of(input_of(node, 0)))
+    return [_put_at(tape, node, only(incoming), input_of(node, 1), axis), None]
+
+
+@rule("TopK")
+def _top_k(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """The values were selected along an axis, at the indices that it gives too."""
+    axis = int_attribute(node, "axis", -1) % len(dims_of(input_of(node, 0)))
+    return [_put_at(tape, node, only(incoming), node.outputs[1], axis), None]
+
+
+@rule("ScatterElements")
+def _scatter_elements(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """What was written has the gradient of its place, what was overwritten none."""
+    g, data, indices = only(incoming), input_of(node, 0), input_of(node, 1)
+    axis = int_attribute(node, "axis", 0) % len(dims_of(data))
+    reduction = node.attributes["reduction"].as_string() if "reduction" in node.attributes else "none"
+    if reduction not in ("none", "add"):
+        raise ExportError(f"ScatterElements '{node.name}' writes by '{reduction}'")
+    kept = g
+    if reduction == "none" and data in tape.active:
+        one, zero = tape.scalar(1.0, data), tape.scalar(0.0, data)
+        written = _put_at(tape, node, tape.op("Expand", one, tape.op("Shape", indices)), indices, axis)
+        kept = tape.op("Where", tape.op("Greater", written, zero), zero, g)
+    return [kept, None, tape.op("GatherElements", g, indices, axis=axis)]
+
+
+def _put_at(tape: Tape, node: ir.Node, values: ir.Value, indices: ir.Value, axis: int) -> ir.Value:
+    """Values summed at their places along an axis of a node's first input: a one-hot product, no scatter."""
+    x = input_of(node, 0)
     dims, rank = dims_of(x), len(dims_of(x))
-    axis = int_attribute(node, "axis", 0) % rank
-    size = dims[axis]
+    size, count = dims[axis], dims_of(indices)[axis]
     others = [a == b for a, b in zip(dims, dims_of(indices), strict=True)]
-    if size is None or dims_of(indices)[axis] != 1 or not all(others[:axis] + others[axis + 1 :]):
-        raise ExportError(f"GatherElements '{node.name}' selects more than one element along its axis")
-    places = tape.array(np.arange(size).reshape([-1 if a == axis else 1 for a in range(rank)]))
-    chosen = tape.cast(tape.op("Equal", indices, places), x.dtype or ir.DataType.FLOAT)
-    return [tape.op("Mul", chosen, only(incoming)), None]
-
-
-def _pad(tape: Tape, value: ir.Value, before: Sequence[int], after: Sequence[int]) -> ir.Value:
-    if not any(before) and not any(after):
-        return value
-    return tape.op("Pad", value, tape.ints(*before, *after))
-
-
-@rule("Pad")
-def _pad_rule(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    pads, rank = ints_of(node, 1), len(dims_of(input_of(node, 0)))
-    constant = "mode" not in node.attributes or node.attributes["mode"].as_string() == "constant"
-    if pads is None or len(pads) != 2 * rank or min(pads) < 0 or not constant:
-        raise ExportError(f"Pad '{node.name}' is no plain constant padding")
-    cut = [axis for axis in range(rank) if pads[axis] or pads[axis + rank]]
-    ends = [-pads[axis + rank] if pads[axis + rank] else np.iinfo(np.int64).max for axis in cut]
-    starts = tape.ints(*[pads[axis] for axis in cut])
-    back = tape.op("Slice", only(incoming), starts, tape.ints(*ends), tape.ints(*cut))
-    return [back, *([None] * (len(node.inputs) - 1))]
+    if size is None or not all(others[:axis] + others[axis + 1 :]):
+        raise ExportError(
+            f"{node.op_type} '{node.name}' selects along an axis of unknown size or from a part"
+        )
+    if count == 1:
+        return tape.op("Mul", tape.one_hot(indices, x, axis), values)
+    dtype = x.dtype
+    assert dtype is not None
+    last = [a for a in range(rank) if a != axis] + [axis]
+    indices, values = (
+        tape.op("Transpose", v, perm=last) if last != sorted(last) else v for v in (indices, values)
+    )
+    places = tape.op("Equal", tape.op("Unsqueeze", indices, tape.ints(rank)), tape.array(np.arange(size)))
+    rows = tape.op("Unsqueeze", values, tape.ints(rank - 1))
+    put = tape.op("Squeeze", tape.op("MatMul", rows, tape.cast(places, dtype)), tape.ints(rank - 1))
+    return (
+        put if last == sorted(last) else tape.op("Transpose", put, perm=[last.index(a) for a in range(rank)])
+    )

@@ -1,17 +1,19 @@
-"""Reductions, pooling and resizing."""
+"""Reductions and running sums."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
-from admtrt.export.nodes import int_attribute, ints_attribute
+from admtrt.export.kinks import first_of_equals
+from admtrt.export.nodes import int_attribute
 from admtrt.export.vjp.rule import (
     axes_of,
+    constant_of,
     dims_of,
     input_of,
     only,
@@ -62,9 +64,13 @@ def _reduce_l1(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("ReduceMax", "ReduceMin")
 def _reduce_extremum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Shared evenly among all that are equal to the largest, as in PyTorch's amax."""
+    """To all that equal the largest evenly, as in PyTorch's amax; to the first, as in its max(dim)."""
     x, g = input_of(node, 0), _spread(tape, node, only(incoming))
     assert x.dtype is not None
+    if first_of_equals(node) and dims_of(x)[axes_of(node)[0]] is not None:
+        (axis,) = axes_of(node)
+        first = tape.op("ArgMax" if node.op_type == "ReduceMax" else "ArgMin", x, axis=axis, keepdims=1)
+        return [tape.op("Mul", tape.one_hot(first, x, axis), g), *([None] * (len(node.inputs) - 1))]
     taken = tape.cast(tape.op("Equal", x, _spread(tape, node, node.outputs[0])), x.dtype)
     count = tape.op("ReduceSum", taken, tape.ints(*axes_of(node)), keepdims=1)
     return [tape.op("Mul", taken, tape.op("Div", g, count)), *([None] * (len(node.inputs) - 1))]
@@ -102,91 +108,28 @@ def _global_average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Grad
     return [_expand(tape, tape.op("Mul", only(incoming), tape.scalar(1 / count, x)), x, spatial)]
 
 
-def _windows(node: ir.Node) -> tuple[list[int], list[int]]:
-    """How many windows of a pooling tile each axis, and their sizes.
-
-    Raises:
-        ExportError: if they do not tile the image exactly.
-    """
-    kernel = ints_attribute(node, "kernel_shape", ())
-    strides = ints_attribute(node, "strides", [1] * len(kernel))
-    tiled = (
-        strides == kernel
-        and not any(ints_attribute(node, "pads", [0]))
-        and not int_attribute(node, "ceil_mode", 0)
-        and set(ints_attribute(node, "dilations", [1])) == {1}
-    )
-    sizes = [size or 0 for size in dims_of(input_of(node, 0))[2:]]
-    if not tiled or not all(sizes) or any(size % k for size, k in zip(sizes, kernel, strict=True)):
-        raise ExportError(
-            f"{node.op_type} '{node.name}' has windows that overlap, pad or do not tile the image"
-        )
-    return [size // k for size, k in zip(sizes, kernel, strict=True)], kernel
+@rule("ReduceProd")
+def _reduce_prod(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """The product of the others, formed without a division: any of the values may be 0."""
+    x, axes = input_of(node, 0), axes_of(node)
+    rank, axis = len(dims_of(x)), axes[0]
+    size = dims_of(x)[axis] if len(axes) == 1 else None
+    if size is None:
+        raise ExportError(f"ReduceProd '{node.name}' multiplies over several axes or one of unknown size")
+    own = np.eye(size, dtype=bool).reshape(size, size, *[1] * (rank - axis - 1))
+    without = tape.op("Where", tape.array(own), tape.scalar(1.0, x), tape.op("Unsqueeze", x, tape.ints(axis)))
+    others = tape.op("ReduceProd", without, tape.ints(axis + 1), keepdims=0)
+    g = _spread(tape, node, only(incoming))
+    return [tape.op("Mul", others, g), *([None] * (len(node.inputs) - 1))]
 
 
-@rule("MaxPool")
-def _max_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """All to the first of a window's largest, as in PyTorch: a one-hot product over windows, no scatter."""
-    x, (counts, kernel) = input_of(node, 0), _windows(node)
-    g, rank = only(incoming), len(kernel)
-    assert x.dtype is not None
-    apart = [size for pair in zip(counts, kernel, strict=True) for size in pair]
-    windows_last = [0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2)]
-    windows = tape.op("Transpose", tape.op("Reshape", x, tape.ints(-1, *apart)), perm=windows_last)
-    windows = tape.op("Reshape", windows, tape.ints(-1, *counts, math.prod(kernel)))
-    taken = tape.op("ArgMax", windows, axis=-1, keepdims=1)
-    chosen = tape.cast(tape.op("Equal", taken, tape.array(np.arange(math.prod(kernel)))), x.dtype)
-    spread = tape.op("Mul", chosen, tape.op("Reshape", g, tape.ints(-1, *counts, 1)))
-    back = tape.op("Reshape", spread, tape.ints(-1, *counts, *kernel))
-    back = tape.op("Transpose", back, perm=[windows_last.index(axis) for axis in range(2 * rank + 1)])
-    return [tape.reshape_like(back, x)]
-
-
-@rule("AveragePool")
-def _average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Windows that tile the image exactly: every position gets its window's share, a nearest resize."""
-    _, kernel = _windows(node)
-    g = only(incoming)
-    share = tape.op("Mul", g, tape.scalar(1 / math.prod(kernel), input_of(node, 0)))
-    return [_nearest(tape, share, kernel)]
-
-
-_TILING: dict[str, Any] = {
-    "mode": "nearest",
-    "coordinate_transformation_mode": "asymmetric",
-    "nearest_mode": "floor",
-}
-"""The one form of Resize in which position i is a copy of position floor(i / factor), for every factor."""
-
-
-def _nearest(tape: Tape, value: ir.Value, factors: Sequence[int]) -> ir.Value:
-    scales = tape.array(np.array([1, 1, *factors], np.float32))
-    return tape.op("Resize", value, None, scales, **_TILING)
-
-
-def enlargement_of(resize: ir.Node) -> list[int] | None:
-    """The whole factors of a nearest-neighbour enlargement, one for each axis behind the channels."""
-    text = {name: attribute.as_string() for name, attribute in resize.attributes.items() if name in _TILING}
-    sizes, out_sizes = (dims_of(value)[2:] for value in (input_of(resize, 0), resize.outputs[0]))
-    pairs = [(a, b) for a, b in zip(sizes, out_sizes, strict=True) if a is not None and b is not None]
-    if text != _TILING or len(pairs) != len(sizes) or any(b % a for a, b in pairs):
-        return None
-    factors = [b // a for a, b in pairs]
-    scales = resize.inputs[2] if len(resize.inputs) > 2 else None  # from which sizes were rounded down
-    if scales is not None and scales.const_value is None:
-        return None
-    if scales is not None and scales.const_value is not None and scales.const_value.size:
-        given = scales.const_value.numpy()
-        return factors if given.tolist() == [1, 1, *factors] else None
-    return factors
-
-
-@rule("Resize")
-def _resize(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Nearest-neighbour enlargement by whole factors: sums over tiles."""
-    factors = enlargement_of(node)
-    if factors is None:
-        raise ExportError(f"Resize '{node.name}' is no nearest-neighbour enlargement by whole factors")
-    pooled = tape.op("AveragePool", only(incoming), kernel_shape=factors, strides=factors)
-    share = tape.scalar(math.prod(factors), input_of(node, 0))
-    return [tape.op("Mul", pooled, share), *([None] * (len(node.inputs) - 1))]
+@rule("CumSum")
+def _cum_sum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """The sum from the other end."""
+    exclusive, reverse = (int_attribute(node, name, 0) for name in ("exclusive", "reverse"))
+    axis = constant_of(node, 1)
+    assert axis is not None
+    if dims_of(input_of(node, 0))[int(axis.item())] is None:
+        raise ExportError(f"CumSum '{node.name}' adds up along an axis of unknown size")
+    back = tape.op("CumSum", only(incoming), node.inputs[1], exclusive=exclusive, reverse=1 - reverse)
+    return [back, None]

@@ -22,6 +22,7 @@ from admtrt.config import Config
 from admtrt.contract import NETWORKS, GraphName, Precision
 from admtrt.errors import ConfigError, EngineError
 from admtrt.memo import Memo
+from admtrt.reading import parse_json
 from admtrt.runtime.backends.composite import Composite
 from admtrt.runtime.backends.probe import ProbeRequest, ProbeResult
 from admtrt.runtime.backends.registry import BACKENDS
@@ -236,7 +237,7 @@ def _probe(request: ProbeRequest) -> ProbeResult:
     except subprocess.TimeoutExpired:
         return ProbeResult(error=f"it took more than {_TIMEOUT:g} s")
     try:
-        return ProbeResult.from_dict(json.loads(done.stdout))
+        return ProbeResult.from_dict(parse_json(done.stdout))
     except (ValueError, ConfigError):
         lines = done.stderr.strip().splitlines()
         last = f": {lines[-1]}" if lines else ""
@@ -273,9 +274,10 @@ def _key(
     batch_size: int,
 ) -> str:
     """Everything that decides which backend is fastest."""
+    store = PlanStore.of(bundle, plans)
     facts = {
         "bundle": bundle.digest,
-        "plans": sorted(file.name for file in PlanStore.of(bundle, plans).root.glob("*.plan")),
+        "plans": sorted(record.plan.sha256 for record in store.records()[0] if not store.fault(record)),
         "processor": processor(),
         "cores": available_threads(),
         "gpus": _gpus(),

@@ -6,7 +6,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
-from admtrt.errors import BundleError, EngineError
+from admtrt.errors import AdmtrtError, BundleError, EngineError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -126,6 +126,8 @@ def working(library: str, graph: GraphName, batch: int, *, what: str = "run") ->
     """
     try:
         yield
+    except AdmtrtError:
+        raise
     except Exception as error:  # every library has types of its own for every cause
         reason = " ".join(str(error).split()) or type(error).__name__
         raise EngineError(

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Array
 
 ERRORS_ONLY = 3
-"""Severity from which ONNX Runtime logs to stderr."""
+"""Severity from which ONNX Runtime logs to stderr; why a provider cannot be loaded it says nowhere else."""
+_NOTHING = 4  # but what ends the process: every other fault is raised as well
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
@@ -43,7 +44,7 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
     ) -> None:
         onnxruntime = import_onnxruntime(extra="cpu", purpose="Sampling on a CPU")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = ERRORS_ONLY
+        options.log_severity_level = _NOTHING
         # Each graph has threads of its own: those of one must not spin on the cores while the next one runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
@@ -53,14 +54,14 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
                 continue
-            path = bundle.graph_path(name)
-            try:
-                session = onnxruntime.InferenceSession(
-                    str(path), sess_options=options, providers=["CPUExecutionProvider"]
-                )
-            except Exception as error:  # the library raises types of its own for every cause
-                raise BundleError(f"ONNX Runtime refuses {path}: {error}") from None
             self.specs[name] = bundle.graph_entry(name).spec
+            with bundle.reading(name) as path:
+                try:
+                    session = onnxruntime.InferenceSession(
+                        str(path), sess_options=options, providers=["CPUExecutionProvider"]
+                    )
+                except Exception as error:  # the library raises types of its own for every cause
+                    raise BundleError(f"ONNX Runtime refuses {path}: {error}") from None
             check_session(path, session, self.specs[name])
             self._sessions[name] = session
 

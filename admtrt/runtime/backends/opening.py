@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from admtrt.contract import precision_named
-from admtrt.errors import RequestError
+from admtrt.errors import BundleError, RequestError
 from admtrt.runtime.backends.auto import open_fastest
 from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
 from admtrt.runtime.request import whole_number
@@ -51,7 +51,8 @@ def open_denoiser(
     Raises:
         RequestError: for an unknown name, a precision that the backend has not, threads out of range,
             plans for a backend that runs none, or a batch that it cannot take.
-        UserError: if the backend is not installed, finds no device or refuses a graph.
+        UserError: if the backend is not installed, finds no device or refuses a graph, or no library
+            takes the path of the bundle.
     """
     check_request(backend, precision, threads, plans)
     threads = None if threads is None else whole_number(threads, "threads")
@@ -59,6 +60,7 @@ def open_denoiser(
     batch_size = whole_number(batch_size, "batch_size")
     if batch_size < 1:
         raise RequestError(f"batch_size is {batch_size}; expected at least 1")
+    _check_path(bundle)
     if backend == AUTO:
         return open_fastest(
             bundle,
@@ -121,3 +123,14 @@ def check_request(backend: str, precision: str, threads: int | None, plans: str 
             f"backend {backend!r} runs no plans, but {plans} was given as their folder",
             hint=f"Leave it out, or use the backend {PLANS_ONLY}.",
         )
+
+
+def _check_path(bundle: Bundle) -> None:
+    """Refuse a place that the libraries, which take paths in UTF-8 alone, cannot be told."""
+    try:
+        str(bundle.path.resolve()).encode()
+    except UnicodeEncodeError:
+        raise BundleError(
+            f"the path {str(bundle.path)!r} is not in UTF-8, and no inference library opens such files",
+            hint="Rename the folder.",
+        ) from None

@@ -24,7 +24,6 @@ from admtrt.runtime.machine import available_threads
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
-    from pathlib import Path
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, GraphSpec, Precision
@@ -68,19 +67,21 @@ class OpenVinoDenoiser(GraphDenoiser):
             )
         self._precision = precision
         self._threads = _threads_of(self._core) if threads is None else threads
-        self._paths: dict[GraphName, Path] = {}
+        self._bundle = bundle
         self.specs: dict[GraphName, GraphSpec] = {}
         self._compiled = PerBatch[_Compiled]()  # each has a copy of the weights
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
                 continue
-            self._paths[name] = bundle.graph_path(name)
             self.specs[name] = bundle.graph_entry(name).spec
             try:
                 model = self._read(name)
+            except BundleError:
+                raise
             except Exception as error:  # the library raises RuntimeError and others for every cause
-                raise BundleError(f"OpenVINO refuses {self._paths[name]}: {error}") from None
-            check_contract(self._paths[name], _shown(model.inputs), _shown(model.outputs), self.specs[name])
+                raise BundleError(f"OpenVINO refuses {bundle.graph_path(name)}: {error}") from None
+            path = bundle.graph_path(name)
+            check_contract(path, _shown(model.inputs), _shown(model.outputs), self.specs[name])
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         batch = len(feeds["x"])
@@ -94,7 +95,8 @@ class OpenVinoDenoiser(GraphDenoiser):
         self._compiled.prepare(sizes, self._compile)
 
     def _read(self, name: GraphName) -> Any:
-        model = self._core.read_model(str(self._paths[name]))
+        with self._bundle.reading(name) as path:
+            model = self._core.read_model(str(path))
         separate_weights(model)
         return model
 
@@ -109,8 +111,9 @@ class OpenVinoDenoiser(GraphDenoiser):
             normalise_by_channel(model)
             compiled = _Compiled(self._core, model, precision, parts, self._threads)
         # It has packed copies of the weights, and keeps the file mapped for good: a third of its memory.
-        for data in external_locations(self._paths[name]):
-            release_pages(self._paths[name].parent / data)
+        path = self._bundle.graph_path(name)
+        for data in external_locations(path):
+            release_pages(path.parent / data)
         return compiled
 
 

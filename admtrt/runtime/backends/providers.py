@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from admtrt.errors import BundleError, EngineError
+from admtrt.installing import install_extra
 from admtrt.memo import cache_folder
 from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, working
 from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, check_session, import_onnxruntime
@@ -39,6 +40,7 @@ class Provider:
 
     Attributes:
         name: ONNX Runtime's.
+        extra: of admtrt, which installs it.
         memory: device to whose memory inputs and outputs are bound; empty where they come from the host.
         graph_option: of the provider, which captures each batch size as a CUDA graph. TensorRT's has one that
             keeps a single graph whatever the batch size, and would replay it for every other.
@@ -47,6 +49,7 @@ class Provider:
     """
 
     name: str
+    extra: str
     memory: str = ""
     graph_option: str = ""
     plugin: str = ""
@@ -54,9 +57,11 @@ class Provider:
 
 
 PROVIDERS: dict[str, Provider] = {
-    "onnxruntime-cuda": Provider("CUDAExecutionProvider", "cuda", "enable_cuda_graph"),
-    "onnxruntime-tensorrt": Provider("TensorrtExecutionProvider", "cuda", loads="tensorrt"),
-    "onnxruntime-rtx": Provider("NvTensorRTRTXExecutionProvider", plugin="onnxruntime_ep_nv_tensorrt_rtx"),
+    "onnxruntime-cuda": Provider("CUDAExecutionProvider", "cuda", "cuda", "enable_cuda_graph"),
+    "onnxruntime-tensorrt": Provider("TensorrtExecutionProvider", "ort-tensorrt", "cuda", loads="tensorrt"),
+    "onnxruntime-rtx": Provider(
+        "NvTensorRTRTXExecutionProvider", "ort-rtx", plugin="onnxruntime_ep_nv_tensorrt_rtx"
+    ),
 }
 """By the name of the backend."""
 
@@ -83,7 +88,8 @@ def require_provider(backend: str) -> None:
         raise EngineError(
             f"onnxruntime {onnxruntime.__version__} is installed without {provider.name}; "
             f"it has {', '.join(onnxruntime.get_available_providers())}",
-            hint="Replace the package: pip uninstall onnxruntime, then pip install 'admtrt[cuda]'",
+            hint="Its build for GPUs goes into another environment, as it owns the same files: "
+            f"{install_extra(provider.extra)}",
         )
 
 
@@ -122,11 +128,11 @@ class ProviderDenoiser(GraphDenoiser):
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
                 continue
-            path = bundle.graph_path(name, engine)
             self.specs[name] = bundle.graph_entry(name, engine).spec
             # An engine's own cache may know it by its nodes alone; the manifest tells weights apart as well.
             kept_for = f"{bundle.digest[:32]}-{engine}-{name}"
-            self._sessions[name] = self._open(path, _options(self._provider, kept_for, precision))
+            with bundle.reading(name, engine) as path:
+                self._sessions[name] = self._open(path, _options(self._provider, kept_for, precision))
             check_session(path, self._sessions[name], self.specs[name])
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -237,7 +243,7 @@ def _options(provider: Provider, graph: str, precision: Precision) -> dict[str, 
 
 
 def _onnxruntime(backend: str) -> Any:
-    library = import_onnxruntime(extra="cuda", purpose=f"The backend '{backend}'")
+    library = import_onnxruntime(extra=PROVIDERS[backend].extra, purpose=f"The backend '{backend}'")
     # CUDA from wheels lies where the loader does not look; what is missing is told by the session itself.
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Exception):
         library.preload_dlls()

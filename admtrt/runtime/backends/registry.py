@@ -47,8 +47,8 @@ class Backend:
         name: as given by ``--backend``.
         summary: what it is, for people.
         precisions: those that it computes in.
-        extra: of admtrt, which installs it.
-        packages: what it needs: one module of each group.
+        extra: of admtrt, which installs it; several of which one will do, with "or" between.
+        packages: what it needs: one module of each group, which the first names.
         device: where it runs.
         exact: whether its fp32 is float32 throughout; engines may round products to TF32.
     """
@@ -70,9 +70,7 @@ class Backend:
         """
         for group in self.packages:
             if not any(_is_installed(name) for name in group):
-                raise MissingDependencyError(
-                    " or ".join(group), extra=self.extra, purpose=f"The backend '{self.name}'"
-                )
+                raise MissingDependencyError(group[0], extra=self.extra, purpose=f"The backend '{self.name}'")
         driver = query_driver() if self.device == "cuda" else None
         if driver is not None and driver.gpu is None:
             raise EngineError(
@@ -177,7 +175,7 @@ BACKENDS: dict[str, Backend] = {
             "onnxruntime-cuda",
             "ONNX Runtime's CUDA kernels",
             ("fp32", "fp16"),
-            "cuda",
+            PROVIDERS["onnxruntime-cuda"].extra,
             (_ORT,),
             device="cuda",
         ),
@@ -185,7 +183,7 @@ BACKENDS: dict[str, Backend] = {
             "onnxruntime-tensorrt",
             "TensorRT within ONNX Runtime",
             PRECISIONS,
-            "ort-tensorrt",
+            PROVIDERS["onnxruntime-tensorrt"].extra,
             (_ORT,),
             device="cuda",
             exact=False,
@@ -194,16 +192,16 @@ BACKENDS: dict[str, Backend] = {
             "onnxruntime-rtx",
             "TensorRT-RTX within ONNX Runtime, by NVIDIA's plugin",
             PRECISIONS,
-            "ort-rtx",
+            PROVIDERS["onnxruntime-rtx"].extra,
             (_ORT, _RTX_PLUGIN),
             device="cuda",
             exact=False,
         ),
         Backend(
             PLANS_ONLY,
-            "engines of `admtrt build`, on TensorRT or TensorRT-RTX",
+            "engines of admtrt build, on TensorRT or TensorRT-RTX",
             PRECISIONS,
-            "tensorrt",
+            "tensorrt or rtx",
             (_TENSORRT, ("cuda.core",)),
             device="cuda",
             exact=False,

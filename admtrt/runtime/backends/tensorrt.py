@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from admtrt.errors import EngineError, PlanError, RequestError
 from admtrt.runtime.backends.graphs import GraphDenoiser
-from admtrt.runtime.cuda import CudaDevice
+from admtrt.runtime.cuda import CudaDevice, at_exit
 from admtrt.runtime.engines.library import find_libraries
 from admtrt.runtime.engines.match import usable_plans
 from admtrt.runtime.engines.plans import PlanStore
@@ -56,7 +56,7 @@ class TensorRTDenoiser(GraphDenoiser):
         MissingDependencyError: if neither library, or cuda-core, is installed.
         BundleError: if the bundle has no graphs in that precision.
         EngineError: without a usable GPU or driver, or if the GPU has no room for the weights.
-        PlanError: if a plan is missing, damaged or made for something else, naming what differs.
+        PlanError: if a plan is missing, damaged, came with the bundle or was made for something else.
     """
 
     def __init__(
@@ -79,13 +79,14 @@ class TensorRTDenoiser(GraphDenoiser):
         for graph, record in records.items():
             if self.library.flavor == "rtx":
                 name = f"{record.key.digest}-sm{self.gpu.compute_capability}.kernels"
-                self._kernels[graph] = KernelCache(store.root / name)
+                self._kernels[graph] = KernelCache(store, name)
             self._engines[graph] = Engine(
                 self.library,
                 self._device,
                 store.load(record),
                 self._sources[graph],
                 record.key,
+                build=store.rebuild_command(record.key),
                 kernels=self._kernels.get(graph),
             )
         if not any(self._fits(size) for size in self._sizes()):
@@ -99,7 +100,7 @@ class TensorRTDenoiser(GraphDenoiser):
         self._held = False
         self._unkept = False
         self._closing = weakref.finalize(
-            self, _close, self._device, self._lanes, self._engines, self._kernels
+            self, _close_at_last, self._device, self._lanes, self._engines, self._kernels
         )
 
     def __str__(self) -> str:
@@ -160,8 +161,16 @@ class TensorRTDenoiser(GraphDenoiser):
         self._padded(batch)
 
     def close(self) -> None:
-        """Give the GPU's memory back; done at the latest when the process ends."""
-        self._closing()
+        """Give the GPU's memory back; done at the latest when the process ends.
+
+        Raises:
+            EngineError: if the GPU has failed; what can be given back is given back.
+        """
+        if self._closing.detach() is not None:
+            _close(self._device, self._lanes, self._engines, self._kernels)
+
+    def __exit__(self, *fault: object) -> None:
+        at_exit(self.close)(*fault)
 
     def _activate(self) -> None:
         if self._held:
@@ -215,14 +224,25 @@ def _close(
     engines: dict[GraphName, Engine],
     kernels: dict[GraphName, KernelCache],
 ) -> None:
-    try:
+    with contextlib.ExitStack() as stack:
+        stack.callback(engines.clear)  # last, and with them the weights
+        for lane in lanes.values():
+            stack.push(at_exit(lane.close))
+        stack.callback(lanes.clear)
         device.activate()  # whoever drops the last reference may be another thread
         for cache in kernels.values():
             cache.keep()
-    finally:
-        while lanes:
-            lanes.popitem()[1].close()
-        engines.clear()  # and with them the weights
+
+
+def _close_at_last(
+    device: CudaDevice,
+    lanes: dict[int, Lane],
+    engines: dict[GraphName, Engine],
+    kernels: dict[GraphName, KernelCache],
+) -> None:
+    """Nobody is left who could hear of a fault; what used the GPU last has."""
+    with contextlib.suppress(Exception):
+        _close(device, lanes, engines, kernels)
 
 
 def _choose(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from admtrt.errors import EngineError, PlanError
 from admtrt.files import atomic_file, check_place
+from admtrt.reading import read_small
 from admtrt.runtime.engines.builder import build_plan
 from admtrt.runtime.engines.options import check_options
 from admtrt.runtime.engines.plans import plan_key
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.options import BuildOptions
     from admtrt.runtime.engines.plans import PlanKey, PlanRecord, PlanStore
     from admtrt.runtime.engines.sources import GraphSource
+
+_LARGEST_TIMING_CACHE = 2**30  # bytes
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +97,11 @@ class Workshop:
             return Outcome(found, built=False)
         built = build_plan(self.library, source, options, timing_cache=self._measured(), report=report)
         record = self.store.put(key, built.plan, seconds=built.seconds, report=fusion_report(built.layers))
+        if not self.store.trusts(record.plan.sha256):
+            self.note(
+                "the user's cache folder cannot be written: nothing will know that this plan was built here; "
+                f"run it with {self.store.trusting}"
+            )
         if self.timing_cache is not None:
             with atomic_file(self.timing_cache) as temporary:
                 temporary.write_bytes(built.timing_cache)
@@ -101,15 +109,19 @@ class Workshop:
 
     def _found(self, key: PlanKey) -> PlanRecord | None:
         try:
-            return self.store.find(key)
+            found = self.store.find(key)
         except PlanError as error:
             self.note(f"{error.message}; building it again")
             return None
+        if found is None or self.store.trusts(found.plan.sha256):
+            return found
+        self.note(f"{self.store.path(key)} was not built on this machine by this user; building it again")
+        return None
 
     def _measured(self) -> bytes:
         if self.timing_cache is None or not self.timing_cache.exists():
             return b""
         try:
-            return self.timing_cache.read_bytes()
+            return read_small(self.timing_cache, _LARGEST_TIMING_CACHE)
         except OSError as error:
             raise EngineError(f"cannot read {self.timing_cache}: {error.strerror}") from None

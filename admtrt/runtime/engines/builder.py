@@ -17,6 +17,7 @@ from admtrt.errors import EngineError
 from admtrt.runtime.engines.faults import failed_build, refused_graph
 from admtrt.runtime.engines.library import logger_of, sizes_of
 from admtrt.runtime.engines.options import check_options
+from admtrt.runtime.engines.startup import require_start
 
 if TYPE_CHECKING:
     import tensorrt as typed  # public stubs of 10.13: what both libraries share is checked against them
@@ -122,12 +123,15 @@ def _build(
 ) -> BuiltPlan:
     trt, started = library.module, time.monotonic()
     logger, monitor = logger_of(trt), _monitor(trt, talk)
-    logger.errors.clear()
+    logger.clear()
     logger.layers.clear()
+    require_start(library)
     builder: typed.Builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser: typed.OnnxParser = trt.OnnxParser(network, logger)  # owns the weights until the build has ended
-    if not parser.parse_from_file(str(source.path)):
+    with source.reading():
+        parsed = parser.parse_from_file(str(source.path))
+    if not parsed:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         raise refused_graph(library, source, errors)
     _check_contract(network, library, source)

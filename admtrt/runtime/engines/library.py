@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import re
+from collections import deque
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -16,6 +17,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from admtrt.errors import EngineError, MissingDependencyError, UserError
+from admtrt.installing import pip_install
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -28,6 +30,7 @@ _MODULES: Mapping[Flavor, tuple[str, ...]] = MappingProxyType(
 LIBRARY_NAMES: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"})
 """What people call them."""
 _WHEELS: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "tensorrt", "rtx": "tensorrt-rtx-cu13"})
+_LATEST = 8  # messages of the library that can be told
 _FLOORS: Mapping[Flavor, tuple[int, int]] = MappingProxyType({"tensorrt": (10, 13), "rtx": (1, 7)})
 
 USED_TO_BUILD = (
@@ -124,14 +127,15 @@ class Library:
 def logger_of(trt: Any) -> Any:
     """The one logger of a library, for good: the library keeps the first that it is given in a process.
 
-    ``errors`` collects what the library complains of, and ``layers`` the lines in which a build describes
-    the engine; whoever reads them clears them before.
+    ``errors`` collects what the library complains of, ``latest`` the last that it said of importance, and
+    ``layers`` the lines in which a build describes the engine; whoever reads them clears them before.
     """
 
     class Log(trt.ILogger):  # type: ignore[misc]  # the library is known at run time only
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
+            self.latest: deque[str] = deque(maxlen=_LATEST)
             self.layers: list[str] = []
 
         def log(self, severity: Any, message: str) -> None:
@@ -139,6 +143,17 @@ def logger_of(trt: Any) -> Any:
                 self.errors.append(message)
             elif "LayerType:" in message:
                 self.layers.extend(line for line in message.splitlines() if "LayerType:" in line)
+            if int(severity) <= int(trt.ILogger.INFO):
+                self.latest.append(message)
+
+        def clear(self) -> None:
+            self.errors.clear()
+            self.latest.clear()
+
+        def said(self, *, everything: bool = False) -> str:
+            """The errors on one line, or everything of importance; each message once."""
+            told = self.latest if everything else self.errors
+            return "; ".join(dict.fromkeys(" ".join(message.split()) for message in told))
 
     return Log()
 
@@ -218,7 +233,7 @@ def find_libraries(flavors: Sequence[Flavor] = ("tensorrt", "rtx")) -> list[Libr
 def _unloadable(flavor: Flavor, error: Exception) -> EngineError:
     return EngineError(
         f"{LIBRARY_NAMES[flavor]} is installed but cannot be loaded: {error}",
-        hint=f"Install it again with: pip install --force-reinstall {_WHEELS[flavor]}",
+        hint=f"Install it again with: {pip_install('--force-reinstall', _WHEELS[flavor])}",
     )
 
 
@@ -228,5 +243,5 @@ def _check_floor(library: Library) -> None:
     if numbers is None or tuple(map(int, numbers.groups())) < floor:
         raise EngineError(
             f"{library} is too old; admtrt needs {'.'.join(map(str, floor))} or later",
-            hint=f"Upgrade it with: pip install --upgrade {_WHEELS[library.flavor]}",
+            hint=f"Upgrade it with: {pip_install('--upgrade', _WHEELS[library.flavor])}",
         )

@@ -28,7 +28,7 @@ def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: G
         raise EngineError(
             f"{library} does not run on {gpu}; it runs on "
             + ", ".join(f"SM{target}" for target in library.targets),
-            hint="Use plans of TensorRT (admtrt build --library tensorrt), or another backend.",
+            hint="Use plans of TensorRT (admtrt build BUNDLE --library tensorrt), or another backend.",
         )
     known, damaged = store.records()
     records = [record for record in known if record.key.graph == source.graph]
@@ -36,14 +36,16 @@ def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: G
     usable = [record for record, reason in zip(records, reasons, strict=True) if not reason]
     if usable:
         return usable
+    fitting = [record for record in records if not mismatch(record.key, source, library, gpu)]
+    foreign = any(not store.trusts(record.plan.sha256) for record in fitting)
     wanted = f"graph '{source.graph}' in {source.precision} for {library} on {gpu}"
     names = [record.key.digest[:12] for record in records]
     differing = [f"{name} {reason}" for name, reason in zip(names, reasons, strict=True)]
     found = "; ".join((*differing, *damaged))
     raise PlanError(
         f"{store.root} has no plan of {wanted}" + (f": {found}" if found else ""),
-        hint=f"Make one with: admtrt build BUNDLE --library {library.flavor} --precision {source.precision}"
-        + ("" if store.own else f" --cache {store.root}"),
+        hint=f"Make one with: {store.build_command(library.flavor, source.precision)}"
+        + (f". {store.trust_hint}" if foreign else ""),
     )
 
 

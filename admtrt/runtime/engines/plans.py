@@ -1,7 +1,8 @@
 """Plans on disk: ``KEY.plan`` and its record ``KEY.json``, where KEY hashes every field of the build.
 
 A plan is machine code. Nothing in it is looked at before its size and SHA-256 are those of its record, and
-the record's own fields give the name that it has.
+the record's own fields give the name that it has. All of that could come with a bundle from elsewhere: inside
+one, only what this user has built on this machine is run. Whoever names a folder trusts what is in it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -19,7 +21,9 @@ from admtrt.bundle import FileEntry
 from admtrt.config import Config
 from admtrt.contract import GraphName, Precision
 from admtrt.errors import ConfigError, OutputError, PlanError
-from admtrt.files import atomic_file, check_place, sha256_of
+from admtrt.files import atomic_file, check_place, locked, sha256_of
+from admtrt.memo import Memo
+from admtrt.reading import read_json, read_small
 from admtrt.runtime.engines.library import Flavor
 from admtrt.runtime.engines.options import PORTABLE, BuildOptions, targets_text
 from admtrt.runtime.engines.report import FusionReport
@@ -34,7 +38,9 @@ PLANS = "plans"
 """Folder of a bundle's plans; they are not part of its manifest."""
 RECIPE = 1
 """Raised whenever the builder itself does something else with the same options."""
-_AGAIN = "Build it again with: admtrt build"
+_MEMO = "built"
+_AGAIN = "Build it again with: admtrt build BUNDLE"
+_LARGEST_RECORD = 2**24  # bytes
 
 
 class PlanKey(Config):
@@ -117,17 +123,50 @@ class PlanStore:
 
     Args:
         root: the folder; it need not exist yet.
-        own: whether it is the one inside a bundle.
+        bundle: directory of the bundle that the plans are wanted for.
+        own: whether the folder is the one inside that bundle, which may have come with it.
     """
 
-    def __init__(self, root: Path, *, own: bool = False) -> None:
+    def __init__(self, root: Path, bundle: Path | None = None, *, own: bool = False) -> None:
         self.root = root
         self.own = own
+        self._bundle = bundle
 
     @classmethod
     def of(cls, bundle: Bundle, cache: Path | None = None) -> PlanStore:
         """The store inside a bundle, or a folder that serves several bundles."""
-        return cls(bundle.path / PLANS, own=True) if cache is None else cls(cache)
+        if cache is None:
+            return cls(bundle.path / PLANS, bundle.path, own=True)
+        return cls(cache, bundle.path)
+
+    def build_command(self, library: Flavor, precision: Precision) -> str:
+        """The command line that fills the folder."""
+        bundle = "BUNDLE" if self._bundle is None else shlex.quote(str(self._bundle))
+        cache = "" if self.own else f" --cache {shlex.quote(str(self.root))}"
+        return f"admtrt build {bundle} --library {library} --precision {precision}{cache}"
+
+    def rebuild_command(self, key: PlanKey) -> str:
+        """The command line that builds one plan anew."""
+        command = self.build_command(key.library, key.precision)
+        return f"rm {shlex.quote(str(self.path(key)))} && {command}"
+
+    @property
+    def trusting(self) -> str:
+        """The option that runs whatever is in the folder."""
+        return f"--cache {shlex.quote(str(self.root))}"
+
+    @property
+    def trust_hint(self) -> str:
+        """The way to run a plan of somebody else."""
+        return f"Or, if you trust whoever built it as you trust a program, add: {self.trusting}"
+
+    def trusts(self, sha256: str) -> bool:
+        """Whether machine code with this content may be run from this folder."""
+        return not self.own or Memo(_MEMO).get(sha256) is not None
+
+    def remember(self, sha256: str, name: str) -> None:
+        """Trust this content from now on: it was made here, for the file ``name``."""
+        Memo(_MEMO).update({sha256: name})
 
     def prepare(self) -> None:
         """Make the folder, so that a place that cannot be written shows before the work.
@@ -157,11 +196,12 @@ class PlanStore:
 
     def fault(self, record: PlanRecord, *, whole: bool = False) -> str:
         """Why a plan cannot be used, by its size or its ``whole`` content; empty where it can."""
+        if not self.trusts(record.plan.sha256):
+            return "was not built on this machine by this user"
         try:
             self._check_size(record)
             if whole:
-                path = self.path(record.key)
-                _check_digest(path, sha256_of(path), record)
+                self._check_digest(sha256_of(self.path(record.key)), record)
         except PlanError as error:
             return error.message
         return ""
@@ -177,7 +217,7 @@ class PlanStore:
             return None
         record = self._read(path.with_suffix(".json"))
         self._check_size(record)
-        _check_digest(path, sha256_of(path), record)
+        self._check_digest(sha256_of(path), record)
         return record
 
     def load(self, record: PlanRecord) -> bytes:
@@ -189,10 +229,10 @@ class PlanStore:
         self._check_size(record)
         path = self.path(record.key)
         try:
-            plan = path.read_bytes()
+            plan = read_small(path, record.plan.size)
         except OSError as error:
-            raise PlanError(f"cannot read {path}: {error.strerror}", hint=_AGAIN) from None
-        _check_digest(path, hashlib.sha256(plan).hexdigest(), record)
+            raise PlanError(f"cannot read {path}: {error.strerror}", hint=self._again(record)) from None
+        self._check_digest(hashlib.sha256(plan).hexdigest(), record)
         return plan
 
     def put(
@@ -212,29 +252,33 @@ class PlanStore:
             report=report,
         )
         path = self.path(key)
-        path.with_suffix(".json").unlink(missing_ok=True)  # a kill leaves a plan without a record: no plan
-        with atomic_file(path) as temporary:
-            temporary.write_bytes(data)
-        with atomic_file(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+        with locked(self.root):  # or the record of one process could stand by the plan of another
+            # A kill leaves a plan without a record: no plan.
+            path.with_suffix(".json").unlink(missing_ok=True)
+            with atomic_file(path) as temporary:
+                temporary.write_bytes(data)
+            with atomic_file(path.with_suffix(".json")) as temporary:
+                temporary.write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+        self.remember(record.plan.sha256, path.name)
         return record
 
     def _read(self, path: Path) -> PlanRecord:
+        remove = f"Remove it with: rm {shlex.quote(str(path))}"
         try:
-            data: Any = json.loads(path.read_text(encoding="utf-8"))
+            data: Any = read_json(path, _LARGEST_RECORD)
             if not isinstance(data, dict):
-                raise PlanError(f"{path} is no record of a plan", hint=_AGAIN)
+                raise PlanError(f"{path} is no record of a plan", hint=remove)
             record = PlanRecord.from_dict(data, source=str(path))
         except OSError as error:
-            raise PlanError(f"cannot read {path}: {error.strerror}", hint=_AGAIN) from None
-        except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8
-            raise PlanError(f"{path} is not valid JSON: {error}", hint=_AGAIN) from None
+            raise PlanError(f"cannot read {path}: {error.strerror}", hint=remove) from None
+        except ValueError as error:  # bad JSON, bad UTF-8
+            raise PlanError(f"{path} is not valid JSON: {error}", hint=remove) from None
         except ConfigError as error:
-            raise PlanError(error.message, hint=_AGAIN) from None
+            raise PlanError(error.message, hint=remove) from None
         if record.key.digest != path.stem:
             raise PlanError(
                 f"{path} was altered: its fields belong to the name {record.key.digest[:12]}...",
-                hint=f"Delete it. {_AGAIN}",
+                hint=remove,
             )
         return record
 
@@ -243,15 +287,22 @@ class PlanStore:
         try:
             size = path.stat().st_size
         except OSError as error:
-            raise PlanError(f"cannot read the plan {path}: {error.strerror}", hint=_AGAIN) from None
+            raise PlanError(
+                f"cannot read the plan {path}: {error.strerror}", hint=self._again(record)
+            ) from None
         if size != record.plan.size:
-            raise PlanError(f"{path} has {size} bytes, its record says {record.plan.size}", hint=_AGAIN)
+            raise PlanError(
+                f"{path} has {size} bytes, its record says {record.plan.size}", hint=self._again(record)
+            )
 
+    def _check_digest(self, digest: str, record: PlanRecord) -> None:
+        if digest != record.plan.sha256:
+            raise PlanError(
+                f"{self.path(record.key)} has SHA-256 {digest[:12]}..., its record says "
+                f"{record.plan.sha256[:12]}...; it is not executed",
+                hint=self._again(record),
+            )
 
-def _check_digest(path: Path, digest: str, record: PlanRecord) -> None:
-    if digest != record.plan.sha256:
-        raise PlanError(
-            f"{path} has SHA-256 {digest[:12]}..., its record says {record.plan.sha256[:12]}...; "
-            "it is not executed",
-            hint=_AGAIN,
-        )
+    def _again(self, record: PlanRecord) -> str:
+        """The hint for a plan that is damaged, in whose place the next build puts another."""
+        return f"Build it again with: {self.build_command(record.key.library, record.key.precision)}"

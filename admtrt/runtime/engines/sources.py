@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from admtrt.bundle import Bundle
@@ -24,6 +28,7 @@ class GraphSource:
         spec: inputs and outputs.
         digest: SHA-256 (hexadecimal) over the file and its external weights.
         engine_form: False where the bundle has no fp32 engine form, and the form for CPUs is taken.
+        reading: held by whoever reads the files, see :meth:`admtrt.bundle.Bundle.reading`.
     """
 
     graph: GraphName
@@ -32,6 +37,7 @@ class GraphSource:
     spec: GraphSpec
     digest: str
     engine_form: bool
+    reading: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 def graph_source(bundle: Bundle, graph: GraphName, precision: Precision) -> GraphSource:
@@ -52,4 +58,5 @@ def graph_source(bundle: Bundle, graph: GraphName, precision: Precision) -> Grap
         spec=entry.spec,
         digest=digest.hexdigest(),
         engine_form=engine_form,
+        reading=partial(bundle.reading, graph, engine),
     )

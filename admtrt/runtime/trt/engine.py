@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from admtrt.errors import EngineError, PlanError
+from admtrt.installing import pip_install
 from admtrt.runtime.engines.library import lean_runtime, logger_of, sizes_of
+from admtrt.runtime.engines.startup import require_start
+from admtrt.runtime.trt.validity import check_validity
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -42,6 +45,7 @@ USED_TO_RUN = (
     "IExecutionContext.set_optimization_profile_async",
     "IExecutionContext.set_tensor_address",
     "ILogger.ERROR",
+    "ILogger.INFO",
     "ILogger.log",
     "IRuntimeConfig.set_execution_context_allocation_strategy",
     "Runtime.deserialize_cuda_engine",
@@ -68,6 +72,7 @@ USED_TO_INSPECT = (
 USED_TO_RUN_RTX = (
     "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
     "DynamicShapesKernelSpecializationStrategy.EAGER",
+    "EngineInvalidityDiagnostics",
     "EngineValidity.INVALID",
     "IRuntimeCache.deserialize",
     "IRuntimeCache.serialize",
@@ -105,6 +110,7 @@ class Engine:
         source: the graph that it was built from.
         key: how it was built. A plan without weights takes them from the graph's file; one for later versions
             too is run by the lean runtime of its own.
+        build: the command that builds the plan again, once its file is gone.
         kernels: where TensorRT-RTX keeps what it compiles for this GPU; None for TensorRT.
 
     Attributes:
@@ -123,16 +129,18 @@ class Engine:
         source: GraphSource,
         key: PlanKey,
         *,
+        build: str,
         kernels: KernelCache | None,
     ) -> None:
         self._library, self._device, self._source, self._kernels = library, device, source, kernels
-        self._again = f"Delete {key.digest[:12]}... .plan and .json, and build it again on this machine."
+        self._again = f"Build it again with: {build}"
         self._logger = logger_of(library.module)
-        self._logger.errors.clear()
+        self._logger.clear()
         self._runtime, parent = self._open_runtime(key)
         self._runtime.engine_host_code_allowed = False
         if library.flavor == "rtx":
-            self._check_validity(plan)
+            subject = f"its plan of graph '{source.graph}'"
+            check_validity(self._runtime, plan, subject=subject, library=library, gpu=device.gpu, build=build)
         engine: typed.ICudaEngine | None = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise self._refused(len(plan), f"the weights of graph '{source.graph}'")
@@ -163,7 +171,7 @@ class Engine:
         assert profile is not None, f"no profile holds a batch of {batch}"
         purpose = f"graph '{self._source.graph}' at a batch of {batch}"
         scratch = self._engine.get_device_memory_size_for_profile_v2(profile.index)
-        self._logger.errors.clear()
+        self._logger.clear()
         context: typed.IExecutionContext | None = self._engine.create_execution_context(
             self._runtime_config()
         )
@@ -186,7 +194,7 @@ class Engine:
 
     def forget_errors(self) -> None:
         """Let :meth:`fault` tell only what the library says from now on."""
-        self._logger.errors.clear()
+        self._logger.clear()
 
     def inspect(self) -> str:
         """What the library's inspector says of the plan's layers, as JSON.
@@ -202,10 +210,13 @@ class Engine:
 
     def fault(self, what: str) -> EngineError:
         """The error of something that failed, with what the library said of it."""
-        return EngineError(f"{self._library} cannot run graph '{self._source.graph}': {self._said() or what}")
+        return EngineError(
+            f"{self._library} cannot run graph '{self._source.graph}': {self._logger.said() or what}"
+        )
 
     def _open_runtime(self, key: PlanKey) -> tuple[typed.Runtime, typed.Runtime]:
         """The runtime of a plan, and the one that loaded it."""
+        require_start(self._library)
         own: typed.Runtime = self._library.module.Runtime(self._logger)
         if not key.options.version_compatible:
             return own, own
@@ -214,8 +225,8 @@ class Engine:
         if loaded is None:
             raise PlanError(
                 f"the plan of graph '{self._source.graph}' needs the lean runtime of TensorRT {key.version}: "
-                f"{self._said() or 'it is not installed'}",
-                hint=f"Install it with: pip install tensorrt-lean-cu13=={key.version}",
+                f"{self._logger.said() or 'it is not installed'}",
+                hint=f"Install it with: {pip_install(f'tensorrt-lean-cu13=={key.version}')}",
             )
         return loaded, own
 
@@ -233,24 +244,16 @@ class Engine:
             config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
         return config
 
-    def _check_validity(self, plan: bytes) -> None:
-        rtx: Any = self._runtime
-        validity, diagnostics = rtx.get_engine_validity(plan)
-        if validity == self._library.module.EngineValidity.INVALID:
-            raise PlanError(
-                f"{self._library} says that its plan of graph '{self._source.graph}' is not valid on "
-                f"{self._device.gpu} (diagnostics {diagnostics})",
-                hint=self._again,
-            )
-
     def _refit(self) -> None:
         trt = self._library.module
         refitter: typed.Refitter = trt.Refitter(self._engine, self._logger)
         parser: typed.OnnxParserRefitter = trt.OnnxParserRefitter(refitter, self._logger)
-        if not parser.refit_from_file(str(self._source.path)) or not refitter.refit_cuda_engine():
+        with self._source.reading():
+            refitted = parser.refit_from_file(str(self._source.path))
+        if not refitted or not refitter.refit_cuda_engine():
             raise PlanError(
                 f"{self._library} cannot put the weights of {self._source.path} into their plan: "
-                f"{self._said() or 'it gives no reason'}",
+                f"{self._logger.said() or 'it gives no reason'}",
                 hint=self._again,
             )
 
@@ -284,12 +287,9 @@ class Engine:
             profiles.append(Profile(index, smallest, largest))
         return tuple(profiles)
 
-    def _said(self) -> str:
-        return "; ".join(dict.fromkeys(" ".join(message.split()) for message in self._logger.errors))
-
     def _refused(self, size: int, purpose: str) -> EngineError:
         """The library returned nothing: its log tells whether memory ran out."""
-        said = self._said()
+        said = self._logger.said()
         if re.search(r"out ?of ?memory", said, re.IGNORECASE):
             return self._device.full(size, purpose)
         return PlanError(

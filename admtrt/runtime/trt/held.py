@@ -6,12 +6,14 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+from admtrt.runtime.cuda import at_exit
 from admtrt.runtime.sampler import draw_noise, step_inputs
 from admtrt.runtime.trt.lane import StepKind, coefficients_of, fill_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Future
+    from types import TracebackType
 
     from admtrt.runtime.cuda import CudaDevice
     from admtrt.runtime.sampler import StepInputs
@@ -73,13 +75,15 @@ class HeldOnDevice:
         self._upload()
         with ExitStack() as stack:
             self._stages = [_Stage(self._device, self._lane, stack) for _ in range(_STAGES)]
-            stack.callback(self._lane.sync)  # before memory goes that the GPU may still read
+            stack.push(at_exit(self._lane.sync))  # before memory goes that the GPU may still read
             self._drawer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="noise"))
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
     def advance(self) -> None:
         """See :class:`~admtrt.runtime.sampler.HeldSlots`."""

@@ -8,24 +8,29 @@ from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import OutputError
 from admtrt.files import atomic_file
+from admtrt.reading import read_small
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from admtrt.runtime.engines.plans import PlanStore
 
 _DIGEST = 32  # bytes of SHA-256 before the library's own
+_LARGEST = 2**30  # bytes
 
 
 class KernelCache:
     """The runtime cache of one plan.
 
-    A file that is damaged, or that the library does not want, is as good as none: kernels are compiled again.
+    A file that is damaged, that came with a bundle, or that the library does not want is as good as none:
+    kernels are compiled again.
 
     Args:
-        path: its file, which need not exist.
+        store: of the plan.
+        name: of the file, which need not exist.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, store: PlanStore, name: str) -> None:
+        self._store = store
+        self._path = store.root / name
         self._cache: Any = None
         self._kept = b""
 
@@ -45,14 +50,18 @@ class KernelCache:
         compiled = bytes(self._cache.serialize())
         if compiled == self._kept:
             return
+        digest = hashlib.sha256(compiled)
         with contextlib.suppress(OutputError), atomic_file(self._path) as temporary:
-            temporary.write_bytes(hashlib.sha256(compiled).digest() + compiled)
+            temporary.write_bytes(digest.digest() + compiled)
+        self._store.remember(digest.hexdigest(), self._path.name)
         self._kept = compiled
 
     def _read(self) -> bytes:
         try:
-            data = self._path.read_bytes()
+            data = read_small(self._path, _LARGEST)
         except OSError:
             return b""
         compiled = data[_DIGEST:]
-        return compiled if hashlib.sha256(compiled).digest() == data[:_DIGEST] else b""
+        digest = hashlib.sha256(compiled)
+        whole = digest.digest() == data[:_DIGEST]
+        return compiled if whole and self._store.trusts(digest.hexdigest()) else b""

@@ -95,7 +95,6 @@ class Lane:
                         )
                         array.clear(self.main)  # what was never written must at least be finite
                         self._arrays[key] = array
-            self.main.sync()  # the arrays are there for the other stream too
             stack.callback(self._bindings.clear)
             for graph, engine in engines.items():
                 spec = sources[graph].spec
@@ -200,9 +199,9 @@ class Lane:
         self.main.sync()
 
     def close(self) -> None:
-        """Give everything back, once the device has done what was enqueued."""
-        self.sync()
-        self._stack.close()
+        """Give everything back, once the device has done what was enqueued; also where it has failed."""
+        with self._stack:
+            self.sync()
 
 
 def fill_rows(target: NDArray[Any], rows: NDArray[Any]) -> None:

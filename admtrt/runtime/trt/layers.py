@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import EngineError, PlanError
+from admtrt.reading import parse_json
 from admtrt.runtime.cuda import CudaDevice
 from admtrt.runtime.engines.library import find_library
 from admtrt.runtime.engines.match import mismatch
@@ -48,9 +48,17 @@ def plan_layers(bundle: Bundle, store: PlanStore, record: PlanRecord) -> list[La
     if fault:
         raise PlanError(
             f"plan {key.digest[:12]} cannot be opened on {device.gpu}: it {fault}",
-            hint="Layers can be shown where a plan runs; what the builder fused: admtrt build --report",
+            hint="Layers can be shown where a plan runs; for what the builder fused, see: "
+            "admtrt build BUNDLE --report",
         )
-    engine = Engine(library, device, store.load(record), source, key, kernels=None)
+    if not store.trusts(record.plan.sha256):
+        raise PlanError(
+            f"plan {key.digest[:12]} cannot be opened: it {store.fault(record)}",
+            hint=f"Make one with: {store.build_command(key.library, key.precision)}. {store.trust_hint}",
+        )
+    engine = Engine(
+        library, device, store.load(record), source, key, build=store.rebuild_command(key), kernels=None
+    )
     return read_layers(engine.inspect(), str(library))
 
 
@@ -61,7 +69,7 @@ def read_layers(text: str, library: str) -> list[Layer]:
         EngineError: if it is something else.
     """
     try:
-        listed = json.loads(text)["Layers"]
+        listed = parse_json(text)["Layers"]
     except (ValueError, KeyError, TypeError):
         raise EngineError(f"the inspector of {library} gives no list of layers") from None
     return [_layer(entry) for entry in listed]

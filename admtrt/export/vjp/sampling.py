@@ -1,0 +1,207 @@
+"""Linear maps along axes: resizing, padding, selection of constant places. Backwards, matrix products."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx_ir as ir
+from onnx import TensorProto, helper
+from onnx.reference import ReferenceEvaluator
+
+from admtrt.errors import ExportError
+from admtrt.export.nodes import int_attribute, ints_attribute
+from admtrt.export.vjp.rule import constant_of, dims_of, input_of, ints_of, only, rule
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from admtrt.export.tape import Tape
+    from admtrt.export.vjp.rule import Gradients
+
+
+def along(tape: Tape, value: ir.Value, axis: int, rank: int, matrix: NDArray[Any]) -> ir.Value:
+    """Sum over j of value[..., j, ...] matrix[j, i]: one axis of another size."""
+    assert value.dtype is not None
+    matrix = matrix.astype(value.dtype.numpy())
+    if axis == rank - 1:
+        return tape.op("MatMul", value, tape.array(matrix))
+    if axis == rank - 2:
+        return tape.op("MatMul", tape.array(np.ascontiguousarray(matrix.T)), value)
+    last = [a for a in range(rank) if a != axis] + [axis]
+    product = tape.op("MatMul", tape.op("Transpose", value, perm=last), tape.array(matrix))
+    return tape.op("Transpose", product, perm=[last.index(a) for a in range(rank)])
+
+
+_TILING: dict[str, Any] = {
+    "mode": "nearest",
+    "coordinate_transformation_mode": "asymmetric",
+    "nearest_mode": "floor",
+}
+"""The one form of Resize in which position i is a copy of position floor(i / factor), for every factor."""
+
+
+def enlarged(tape: Tape, value: ir.Value, factors: Sequence[int]) -> ir.Value:
+    """Every position of an image so many times."""
+    scales = tape.array(np.array([1, 1, *factors], np.float32))
+    return tape.op("Resize", value, None, scales, **_TILING)
+
+
+def enlargement_of(resize: ir.Node) -> list[int] | None:
+    """The whole factors of a nearest-neighbour enlargement, one for each axis behind the channels."""
+    text = {name: attribute.as_string() for name, attribute in resize.attributes.items() if name in _TILING}
+    sizes, out_sizes = (dims_of(value)[2:] for value in (input_of(resize, 0), resize.outputs[0]))
+    pairs = [(a, b) for a, b in zip(sizes, out_sizes, strict=True) if a is not None and b is not None]
+    if text != _TILING or len(pairs) != len(sizes) or any(b % a for a, b in pairs):
+        return None
+    factors = [b // a for a, b in pairs]
+    scales = resize.inputs[2] if len(resize.inputs) > 2 else None  # from which sizes were rounded down
+    if scales is not None and scales.const_value is None:
+        return None
+    if scales is not None and scales.const_value is not None and scales.const_value.size:
+        given = scales.const_value.numpy()
+        return factors if given.tolist() == [1, 1, *factors] else None
+    return factors
+
+
+@rule("Resize")
+def _resize(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Of a nearest-neighbour enlargement by whole factors, sums over tiles; else a matrix along each axis."""
+    x, g = input_of(node, 0), only(incoming)
+    nothing = [None] * (len(node.inputs) - 1)
+    factors = enlargement_of(node)
+    if factors is not None:
+        pooled = tape.op("AveragePool", g, kernel_shape=factors, strides=factors)
+        return [tape.op("Mul", pooled, tape.scalar(math.prod(factors), x)), *nothing]
+    sizes, out_sizes = dims_of(x), dims_of(node.outputs[0])
+    rank = len(sizes)
+    scales = constant_of(node, 2)
+    if scales is not None and not scales.size:
+        scales = None
+    axes = [axis % rank for axis in ints_attribute(node, "axes", range(rank))]
+    by_axis = {} if scales is None else dict(zip(axes, scales.tolist(), strict=True))
+    for axis, (size, out_size) in enumerate(zip(sizes, out_sizes, strict=True)):
+        if by_axis.get(axis, 1) == 1 and size == out_size:
+            continue
+        if axis == 0 or size is None or out_size is None:
+            raise ExportError(f"Resize '{node.name}' has an axis of unknown size")
+        g = along(tape, g, axis, rank, _resizing(node, size, out_size, by_axis.get(axis)))
+    return [g, *nothing]
+
+
+def _resizing(node: ir.Node, size: int, out_size: int, scale: float | None) -> NDArray[Any]:
+    """What each output [out_size] takes of each input [size] along one axis, as ONNX defines it."""
+    if all(
+        name in node.attributes and node.attributes[name].as_string() == _TILING[name] for name in _TILING
+    ):
+        # In float32, as libraries compute it: which of two places a quotient near a whole number takes.
+        factor = np.float32(out_size / size if scale is None else scale)
+        places = np.floor(np.arange(out_size, dtype=np.float32) / factor).astype(np.int64)
+        return _selection(np.minimum(places, size - 1), size)
+    attributes: dict[str, Any] = {
+        name: attribute.as_string() if attribute.type == ir.AttributeType.STRING else attribute.value
+        for name, attribute in node.attributes.items()
+        if name != "axes"
+    }
+    if attributes.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        raise ExportError(f"Resize '{node.name}' crops")
+    attributes.pop("keep_aspect_ratio_policy", None)  # which has already made the sizes what they are
+    if scale is None:
+        inputs, given = ["x", "", "", "c"], helper.make_tensor("c", TensorProto.INT64, [2], [size, out_size])
+    else:
+        inputs, given = ["x", "", "c"], helper.make_tensor("c", TensorProto.FLOAT, [2], [1, scale])
+    resize = helper.make_node("Resize", inputs, ["y"], **attributes)
+    graph = helper.make_graph(
+        [resize],
+        "resize",
+        [helper.make_tensor_value_info("x", TensorProto.DOUBLE, [size, size])],
+        [helper.make_tensor_value_info("y", TensorProto.DOUBLE, None)],
+        [given],
+    )
+    opset = helper.make_opsetid("", 19)
+    one_for_each = np.eye(size)
+    evaluator: Any = ReferenceEvaluator(helper.make_model(graph, opset_imports=[opset]))
+    taken = np.asarray(evaluator.run(None, {"x": one_for_each})[0])
+    assert taken.shape == (size, out_size)
+    return np.ascontiguousarray(taken.T)
+
+
+@rule("Pad")
+def _pad(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """A slice of what constants surround; sums of what was reflected, repeated or wrapped."""
+    g, pads, dims = only(incoming), ints_of(node, 1), dims_of(input_of(node, 0))
+    rank = len(dims)
+    assert pads is not None
+    axes = [axis % rank for axis in (ints_of(node, 3) or range(rank))]
+    mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "constant"
+    cut: list[tuple[int, int, int]] = []
+    for axis, before, after in zip(axes, pads[: len(axes)], pads[len(axes) :], strict=True):
+        if not before and not after:
+            continue
+        size = dims[axis]
+        if size is None:
+            raise ExportError(f"Pad '{node.name}' pads an axis of unknown size")
+        places = np.arange(size)
+        around = (max(before, 0), max(after, 0))
+        constant = {"constant_values": -1} if mode == "constant" else {}
+        places = np.pad(places, around, mode=mode, **constant)  # type: ignore[call-overload]
+        places = places[max(-before, 0) : len(places) - max(-after, 0)]
+        if mode == "constant" and min(before, after) >= 0:
+            cut.append((before, before + size, axis))
+        else:
+            g = along(tape, g, axis, rank, _selection(places, size))
+    if cut:
+        starts, ends, at = zip(*cut, strict=True)
+        g = tape.op("Slice", g, tape.ints(*starts), tape.ints(*ends), tape.ints(*at))
+    return [g, *([None] * (len(node.inputs) - 1))]
+
+
+def _selection(places: NDArray[Any], size: int) -> NDArray[Any]:
+    """1 where the entry of a row is taken from the place of a column; a row of -1 is taken from none."""
+    return np.asarray(places.reshape(-1, 1) == np.arange(size), np.float64)
+
+
+def _constant_places(node: ir.Node) -> NDArray[Any]:
+    places = input_of(node, 1).const_value
+    if places is None:
+        raise ExportError(
+            f"no gradient rule for the operator '{node.op_type}' (node '{node.name}') at computed places"
+        )
+    return places.numpy()
+
+
+@rule("Gather")
+def _gather(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Selection of constant places: zero padding around a single one, else a matrix."""
+    g, x, indices = only(incoming), input_of(node, 0), _constant_places(node)
+    dims, rank = dims_of(x), len(dims_of(x))
+    axis = int_attribute(node, "axis", 0) % rank
+    size = dims[axis]
+    if size is None:
+        raise ExportError(f"Gather '{node.name}' selects along an axis of unknown size")
+    places = indices.reshape(-1) % size
+    if indices.ndim != 1:
+        merged = [*dims[:axis], len(places), *dims[axis + 1 :]]
+        g = tape.op("Reshape", g, tape.ints(*[-1 if length is None else length for length in merged]))
+    if len(places) == 1:
+        before, after = [0] * rank, [0] * rank
+        before[axis], after[axis] = int(places[0]), size - 1 - int(places[0])
+        return [tape.padded(g, before, after), None]
+    return [along(tape, g, axis, rank, _selection(places, size)), None]
+
+
+@rule("GatherND")
+def _gather_nd(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Selection of constant places along the first axes: they count as one axis, as in a Gather."""
+    g, x, indices = only(incoming), input_of(node, 0), _constant_places(node)
+    first = dims_of(x)[: indices.shape[-1]]
+    sizes = [size for size in first if size is not None]
+    if int_attribute(node, "batch_dims", 0) or len(sizes) != len(first):
+        raise ExportError(f"GatherND '{node.name}' selects along an axis of unknown size")
+    wrapped = np.moveaxis(indices % np.array(sizes), -1, 0).reshape(len(sizes), -1)
+    places = np.ravel_multi_index(tuple(wrapped), sizes)
+    flat = tape.op("Reshape", g, tape.ints(len(places), -1))
+    return [tape.reshape_like(along(tape, flat, 0, 2, _selection(places, math.prod(sizes))), x), None]

@@ -1,0 +1,45 @@
+"""Command lines that install something into the environment of this process, for hints.
+
+admtrt itself is on no package index: whoever asks one for its name might get somebody else's package.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+
+def pip_install(*arguments: str) -> str:
+    """``pip install`` with these arguments, by the pip of this environment."""
+    found = shutil.which("pip")
+    own = found is not None and Path(found).parent == Path(sys.executable).parent
+    pip = ["pip"] if own else [sys.executable, "-m", "pip"]
+    return shlex.join([*pip, "install", *arguments])
+
+
+def install_extra(extra: str) -> str:
+    """What installs an extra of admtrt: from where it was installed, or else in a checkout of it."""
+    place, editable = _origin()
+    if place is None:
+        return f"{pip_install(f'.[{extra}]')}, in a checkout of admtrt"
+    return pip_install(*["-e"] * editable, f"{place}[{extra}]")
+
+
+def _origin() -> tuple[Path | None, bool]:
+    """The checkout or wheel that this package comes from, if it is still there, and whether it runs there."""
+    from importlib import metadata
+    from urllib.parse import unquote, urlsplit
+
+    checkout = Path(__file__).parents[1]
+    if (checkout / "pyproject.toml").is_file():
+        return checkout, True
+    try:
+        recorded = json.loads(metadata.distribution("admtrt").read_text("direct_url.json") or "{}")
+    except metadata.PackageNotFoundError:
+        return None, False
+    url = urlsplit(recorded.get("url", ""))
+    place = Path(unquote(url.path))
+    return (place, False) if url.scheme == "file" and place.exists() else (None, False)

@@ -1,0 +1,64 @@
+"""Reading files that others may have put there: never waiting for a pipe, and never more than is honest."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import stat
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from io import BufferedReader
+    from pathlib import Path
+
+
+def open_regular(path: Path) -> BufferedReader:
+    """Open a regular file for reading, at once: a pipe would wait for a writer, a device has no end.
+
+    Raises:
+        OSError: if it cannot be opened, or is something else.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return os.fdopen(descriptor, "rb")
+
+
+def read_small(path: Path, limit: int) -> bytes:
+    """The content of a regular file of ``limit`` bytes at most.
+
+    Raises:
+        OSError: if it cannot be read, is larger or something else.
+    """
+    with open_regular(path) as opened:
+        content = opened.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it is larger than {limit} bytes", str(path))
+    return content
+
+
+def read_json(path: Path, limit: int) -> Any:
+    """The value in a regular JSON file of ``limit`` bytes at most.
+
+    Raises:
+        OSError: as :func:`read_small`.
+        ValueError: if it is not JSON in UTF-8, or nested too deeply.
+    """
+    return parse_json(read_small(path, limit))
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON document.
+
+    Raises:
+        ValueError: if it is not JSON in UTF-8, or nested too deeply.
+    """
+    try:
+        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

@@ -1,0 +1,146 @@
+"""The shards of a run of samples: files of images, written whole, and not trusted because they are there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from admtrt.errors import OutputError
+from admtrt.files import atomic_file, remove_stale
+from admtrt.npz import Header, open_npz, reading_fault
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from admtrt.bundle import Manifest
+    from admtrt.npz import Archive
+    from admtrt.runtime.bulk import BulkRequest
+
+_AGAIN = "Delete it and repeat the command: it alone is drawn again."
+
+
+class Shards:
+    """The images of a run that is finished, or will be when they are read: one array, read by shards.
+
+    Args:
+        directory: of the run.
+        request: what it draws.
+        manifest: of the bundle that draws it, which says what an image is.
+
+    Attributes:
+        image_shape: H, W, C of one.
+    """
+
+    def __init__(self, directory: Path, request: BulkRequest, manifest: Manifest) -> None:
+        self._folder = directory / "shards"
+        self._request = request
+        size = manifest.network.image_size
+        self.image_shape = (size, size, manifest.network.in_channels)
+
+    def __len__(self) -> int:
+        return self._request.count
+
+    def __getitem__(self, rows: slice, /) -> NDArray[np.uint8]:
+        """Those rows, uint8 [n, H, W, C].
+
+        Raises:
+            OutputError: if a shard is missing, damaged or not of this request.
+        """
+        size = self._request.shard_size
+        start, stop, _ = rows.indices(len(self))
+        return np.concatenate(
+            [
+                self._read(first)[max(0, start - first) : stop - first]
+                for first in range(start - start % size, stop, size)
+            ]
+        )
+
+    def images(self) -> Iterator[NDArray[np.uint8]]:
+        """The images of each shard in order.
+
+        Raises:
+            OutputError: as above.
+        """
+        return (self._read(start) for start, _ in self._parts())
+
+    @property
+    def finished(self) -> int:
+        """Samples in the shards that are there."""
+        return sum(stop - start for start, stop in self._parts() if self._path(start).exists())
+
+    def missing(self) -> Iterator[tuple[int, int]]:
+        """The first sample of each missing shard, and the one behind its last; those there are checked.
+
+        Raises:
+            OutputError: if one of those is damaged or not of this request.
+        """
+        remove_stale(self._folder)
+        for start, stop in self._parts():
+            if self._path(start).exists():
+                self._check(start)
+            else:
+                yield start, stop
+
+    def write(self, start: int, images: NDArray[np.uint8]) -> None:
+        """Keep one shard.
+
+        Args:
+            start: its first sample.
+            images: uint8 [n, H, W, C].
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        arrays: dict[str, Any] = {"images": images}
+        if self._request.labels is not None:
+            arrays["labels"] = self._request.labels[start : start + len(images)]
+        with (
+            atomic_file(self._path(start), sweep=False) as temporary,
+            temporary.open("wb") as opened,
+        ):
+            np.savez(opened, **arrays)
+
+    def _parts(self) -> Iterator[tuple[int, int]]:
+        size = self._request.shard_size
+        return ((start, min(start + size, len(self))) for start in range(0, len(self), size))
+
+    def _path(self, start: int) -> Path:
+        return self._folder / f"{start:08d}.npz"
+
+    def _check(self, start: int) -> None:
+        self._opened(start, lambda _: None)
+
+    def _read(self, start: int) -> NDArray[np.uint8]:
+        images: NDArray[np.uint8] = self._opened(start, lambda archive: archive.read("images"))
+        return images
+
+    def _opened(self, start: int, use: Callable[[Archive], Any]) -> Any:
+        """What ``use`` makes of a shard that holds what this request drew."""
+        file = self._path(start)
+        try:
+            with open_npz(file) as archive:
+                fault = self._fault(archive, start)
+                made = None if fault else use(archive)
+        except Exception as error:  # damaged bytes make the readers fail in any way
+            raise OutputError(f"cannot read the shard {file}: {reading_fault(error)}", hint=_AGAIN) from error
+        if fault:
+            raise OutputError(f"the shard {file} is not of this run: {fault}", hint=_AGAIN)
+        return made
+
+    def _fault(self, archive: Archive, start: int) -> str:
+        labels = self._request.labels
+        expected = {"images"} if labels is None else {"images", "labels"}
+        if set(archive.names) != expected:
+            held = ", ".join(sorted(archive.names)) or "nothing"
+            return f"it holds {held}, expected {', '.join(sorted(expected))}"
+        stop = min(start + self._request.shard_size, len(self))
+        images = Header(np.dtype(np.uint8), (stop - start, *self.image_shape))
+        if archive.header("images") != images:
+            return f"its images are {archive.header('images')}, expected {images}"
+        if labels is not None and not np.array_equal(archive.read("labels"), labels[start:stop]):
+            return "its labels are others"
+        return ""

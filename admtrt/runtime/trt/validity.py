@@ -1,0 +1,66 @@
+"""TensorRT-RTX's verdict on a plan before it opens it, with what to do about each of its reasons."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from admtrt.errors import PlanError
+from admtrt.runtime.engines.library import logger_of
+
+if TYPE_CHECKING:
+    from admtrt.runtime.engines.device import Gpu
+    from admtrt.runtime.engines.library import Library
+
+REASONS = {
+    "VERSION_MISMATCH": ("another version of the library built it", "{again}"),
+    "UNSUPPORTED_CC": ("it was not built for this GPU", "{build} --target {target}"),
+    "OLD_CUDA_DRIVER": ("the NVIDIA driver is too old", "Update the driver; see: admtrt doctor"),
+    "OLD_CUDA_RUNTIME": (
+        "the CUDA runtime is too old",
+        "Upgrade the library with: pip install --upgrade tensorrt-rtx-cu13; then build again.",
+    ),
+    "INSUFFICIENT_GPU_MEMORY": (
+        "the GPU has too little memory",
+        "End other programs on the GPU, or build for smaller batches: {build} --batch 1",
+    ),
+    "MALFORMED_ENGINE": ("it is damaged, or no plan", "{again}"),
+    "CUDA_ERROR": ("CUDA does not start", "Install the driver or the library again; see: admtrt doctor"),
+}
+"""What each bit of ``EngineInvalidityDiagnostics`` says, and the hint for it."""
+
+
+def check_validity(
+    runtime: Any, plan: bytes, *, subject: str, library: Library, gpu: Gpu, build: str
+) -> None:
+    """Ask the library whether it would open a plan here; only its header is read.
+
+    Args:
+        runtime: the library's ``Runtime``.
+        plan: its bytes.
+        subject: the plan and the graph, for people.
+        library: TensorRT-RTX.
+        gpu: the one at hand.
+        build: the command that builds the plan again, once its file is gone.
+
+    Raises:
+        PlanError: if it would not: the library's own message, its reasons, and a hint for each.
+    """
+    logger = logger_of(library.module)
+    logger.clear()
+    validity, diagnostics = runtime.get_engine_validity(plan)
+    if validity != library.module.EngineValidity.INVALID:
+        return
+    known = library.module.EngineInvalidityDiagnostics.__members__
+    named = [name for name in REASONS if name in known and int(diagnostics) & int(known[name])]
+    reasons = [REASONS[name][0] for name in named] or [f"it gives no known reason ({int(diagnostics)})"]
+    again = f"Build it again with: {build}"
+    hints = [
+        REASONS[name][1].format(again=again, build=f"Build it with: {build}", target=gpu.compute_capability)
+        for name in named
+    ]
+    said = logger.said(everything=True)
+    raise PlanError(
+        f"{library} refuses {subject} on {gpu}: {', '.join(reasons)}"
+        + (f". It says: {said}" if said else ""),
+        hint=" ".join(dict.fromkeys(hints)) or again,
+    )

@@ -1,0 +1,70 @@
+"""Captured operators as plainer ones: values stay, and what is not recognised is left alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from onnx_graphs import op_types, parse, proto, run
+
+from admtrt.export.passes import infer_shapes, simplify
+from admtrt.export.plain import einsums_as_products
+
+X, Y = (np.random.default_rng(seed).standard_normal((2, 3, 4, 5)).astype(np.float32) for seed in (0, 1))
+
+
+def applied(equation: str, a: np.ndarray, b: np.ndarray) -> list[str]:
+    """Operators of an Einsum of x and y, both with the batch first or y constant; the values are compared."""
+    dims = ", ".join(["N", *map(str, a.shape[1:])])
+    expected = torch.einsum(equation, torch.from_numpy(a), torch.from_numpy(b)).numpy()
+    rank = ", ".join("?" for _ in expected.shape)
+    second = "" if len(b) != len(a) else f", float[N{''.join(f', {n}' for n in b.shape[1:])}] y"
+    source = parse(
+        f"g (float[{dims}] x{second}) => (float[{rank}] out)"
+        f' {{ out = Einsum <equation = "{equation}"> (x, y) }}',
+        {} if second else {"y": b},
+    )
+    model = ir.serde.deserialize_model(source)
+    infer_shapes(model)
+    einsums_as_products(model)
+    simplify(model)
+    found = run(proto(model), x=a, **({"y": b} if second else {}))["out"]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    return op_types(proto(model))
+
+
+@pytest.mark.parametrize(
+    ("equation", "a", "b"),
+    [
+        ("bct,bcs->bts", X[:, 0], Y[:, 0]),
+        ("bts,bcs->bct", X[:, 0], Y[:, 1]),
+        ("bij,bkj->bik", X[:, 0], Y[:, 0]),
+        ("nhqc,nhkc->nhqk", X, Y),
+        ("nhqk,nhqc->nhkc", X, Y),
+        ("nchw,co->nohw", X, Y[0, 0, :3]),
+        ("nchw,wc->nh", X, Y[0, 0].T[:, :3]),
+        ("nchw,nchw->n", X, Y),
+        ("nij,nij->nij", X[:, 0], Y[:, 0]),
+        ("ni,nj->nij", X[:, 0, 0], Y[:, 0, 0, :3]),
+        ("ni , j -> nji", X[:, 0, 0], Y[0, 0, 0, :3]),
+    ],
+)  # fmt: skip
+def test_einsums_as_products(equation: str, a: np.ndarray, b: np.ndarray) -> None:
+    operators = applied(equation, a, b)
+    assert operators.count("MatMul") == 1
+    assert set(operators) <= {"MatMul", "Reshape", "Transpose"}
+    if equation in ("bct,bcs->bts", "bts,bcs->bct"):  # of the original's attention
+        assert sorted(operators) == ["MatMul", "Transpose"]
+
+
+@pytest.mark.parametrize(
+    ("equation", "a", "b"),
+    [
+        ("nij,nij->ni", X[:, 0], Y[:, 0, :1]),  # broadcast
+        ("nii,ni->n", X[:, 0, :, :4], Y[:, 0, 0, :4]),
+        ("nij,nk->ni", X[:, 0], Y[:, 0, 0]),
+    ],
+)
+def test_other_einsums_are_left(equation: str, a: np.ndarray, b: np.ndarray) -> None:
+    assert applied(equation, a, b) == ["Einsum"]
