@@ -378,7 +378,7 @@ class _SmallImages:
                 numbers = None if labels is None else archive.read("arr_1").astype(np.int64)
                 if numbers is not None and numbers.size and numbers.min() < 0:
                     raise RequestError(
-                        f"{path}: arr_1 has the label {numbers.min()}; labels are numbers of classes, 0 and more",
+                        f"{path}: arr_1 has the label {numbers.min()}; labels are the numbers of classes",
                         hint="Leave arr_1 out where nothing is labelled.",
                     )
                 return cls(archive.read("arr_0"), numbers)

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from admtrt.errors import OutputError, RequestError
+from admtrt.errors import ConfigError, OutputError, RequestError
 from admtrt.files import TakenError, atomic_file, is_temporary, remove_stale
 from admtrt.images import save_grid, to_pillow
 from admtrt.reading import read_json
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.request import whole_number
 from admtrt.runtime.shards import Shards
+from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 
     from admtrt.runtime.pipeline import Pipeline, Step
     from admtrt.runtime.slots import Labels
-    from admtrt.schedule.sampler import SamplerConfig
 
 Format = Literal["npz", "png", "grid"]
 MAX_SAMPLES = 10_000_000
@@ -43,7 +43,7 @@ GRID_LIMIT = 400
 LOW_STAGE = "low"
 """Folder of the first stage's run within that of a two-stage run."""
 _REQUEST = "request.json"
-_LARGEST_REQUEST = 2**20  # bytes
+_LARGEST_REQUEST = 2**26  # bytes: earlier versions wrote every label
 _UNSHOWN = {"bundle": "bundle differs", "labels": "labels differ", "low_res": "low_res differs"}
 """What is said of hashes and long lists, whose values tell nobody anything."""
 _BLOCK = 256  # images of which a digest reads at once
@@ -218,11 +218,20 @@ def _settings(identity: Any) -> dict[str, Any]:
     """An identity whose sampler's fields stand among the others; nothing of what is no identity."""
     if not isinstance(identity, dict) or not isinstance(identity.get("sampler"), dict):
         return {}
-    others = {key: value for key, value in identity.items() if key != "sampler"}
-    settings = {**others, **identity["sampler"]}
-    if not settings.get("scale"):
-        settings["guidance_interval"] = None  # which then has no effect
-    return settings
+    try:  # options that are newer than the run have their defaults there
+        sampler = SamplerConfig.from_dict(identity["sampler"])
+        labels = _labels_digest(identity.get("labels"))
+    except (ConfigError, TypeError, ValueError, OverflowError):
+        return {}
+    if not sampler.scale:
+        sampler = sampler.unguided  # an interval has no effect then
+    others = {key: value for key, value in identity.items() if key not in ("sampler", "labels")}
+    return {**others, "labels": labels, **sampler.model_dump(mode="json")}
+
+
+def _labels_digest(labels: Any) -> Any:
+    """What stands for the labels: their digest, which earlier versions wrote as the whole list."""
+    return _digest(np.array(labels, dtype=np.int64)) if isinstance(labels, list) else labels
 
 
 def _difference(key: str, old: Any, new: Any) -> str:
