@@ -153,7 +153,7 @@ def test_a_public_name_without_its_extra(missing: str) -> None:
     shown = python(
         WITHOUT.format(names=[missing]) + "from admtrt.errors import MissingDependencyError\n"
         "try:\n    from admtrt import export_input_gradient\n"
-        "except MissingDependencyError as error:\n    print(error)"
+        "except MissingDependencyError as error:\n    print(error, error.hint)"
     )
     assert f"export_input_gradient needs the package '{missing}', which is not installed" in shown
     assert f"pip install -e '{ROOT}[export]'" in shown
