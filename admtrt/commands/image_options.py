@@ -33,8 +33,8 @@ _STEPS_BETWEEN = 8  # samples of an interpolation where --num is left out
 _FILES = "an .npz (arr_0), an image or a folder; one image serves all samples"
 
 
-def _option(help_text: str, metavar: str | None = None) -> Any:
-    return typer.Option(help=help_text, metavar=metavar, rich_help_panel=_PANEL)
+def _option(help_text: str, metavar: str | None = None, *, flag: tuple[str, ...] = ()) -> Any:
+    return typer.Option(*flag, help=help_text, metavar=metavar, rich_help_panel=_PANEL)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,11 @@ class ImageOptions:
         _option("Of --known: jumps back over L steps until each was reached N times, e.g. 10:10.", "L:N"),
     ] = None
     known_as_sampled: Annotated[
-        bool, _option("Of --known: leave known pixels of the result as the networks made them.")
+        bool,
+        _option(
+            "Of --known: leave known pixels of the result as the networks made them.",
+            flag=("--known-as-sampled",),
+        ),
     ] = False
     reference: Annotated[Path | None, _option(f"Keep the low frequencies of images: {_FILES}.", "IMAGES")] = (
         None
@@ -98,7 +102,10 @@ class ImageOptions:
     ] = None
     difference: Annotated[
         bool,
-        _option("Write |sample - image| too, for the images of --init or of inverted --latents."),
+        _option(
+            "Write |sample - image| too, for the images of --init or of inverted --latents.",
+            flag=("--difference",),
+        ),
     ] = False
 
     def read(self, manifest: Manifest, num: int | None) -> ReadImages | None:
