@@ -34,6 +34,7 @@ from admtrt.files import atomic_directory, sha256_of
 from admtrt.memo import Memo
 from admtrt.onnx_wire import check_operators, external_locations
 from admtrt.reading import open_regular, parse_json, read_small
+from admtrt.schedule.process import require_discrete
 from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import sampling_schedule
 
@@ -102,9 +103,7 @@ class Manifest(Config):
         Raises:
             RequestError: if it has none.
         """
-        if isinstance(self.diffusion, EdmConfig):
-            raise RequestError(f"{what} needs a discrete process, and this bundle's is of kind 'edm'")
-        return self.diffusion
+        return require_discrete(self.diffusion, what, "bundle")
 
     @property
     def recommendation(self) -> str:

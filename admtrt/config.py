@@ -129,32 +129,66 @@ class Config(BaseModel):
 def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
     lines = []
     for item in error.errors(include_url=False):
-        path = ".".join(str(part) for part in item["loc"])
+        names, model = _place(item["loc"], cls)
+        path = ".".join(names)
         if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{path}'" + _suggestion(item["loc"], cls))
+            lines.append(f"unknown key '{path}'" + _suggestion(names[-1], model))
         elif item["type"] == "missing":
             lines.append(f"'{path}' is required")
         elif item["type"] == "value_error":
             text = item["msg"].removeprefix("Value error, ")
             lines.append(f"'{path}': {text}" if path else text)
+        elif item["type"] == "union_tag_invalid":
+            kind, kinds = item["input"]["kind"], item["ctx"]["expected_tags"]
+            near = nearest_name(str(kind), kinds.replace("'", "").split(", "))
+            meant = f"; did you mean '{near}'?" if near else ""
+            lines.append(f"'{path}.kind' is {_shown(kind)}; expected one of {kinds}{meant}")
+        elif item["type"] == "union_tag_not_found":
+            lines.append(f"'{path}' is {_shown(item['input'])}; input should be a table")
         else:
-            got = repr(item["input"])
-            got = got if len(got) <= 60 else f"{got[:57]}..."
-            lines.append(f"'{path}' is {got}; {item['msg'][0].lower()}{item['msg'][1:]}")
+            lines.append(f"'{path}' is {_shown(item['input'])}; {item['msg'][0].lower()}{item['msg'][1:]}")
     return "; ".join(lines)
 
 
-def _suggestion(loc: tuple[int | str, ...], cls: type[BaseModel]) -> str:
-    fields: Mapping[str, Any] = cls.model_fields
-    for part in loc[:-1]:
-        if part not in fields:  # a position in a list, or a name in a table, of what came before
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _place(loc: tuple[int | str, ...], cls: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
+    """The names that lead to a fault, and the model that has the last of them, if one is known.
+
+    Between the name of a field that takes several models and the names in it stands the chosen one's kind,
+    which nobody wrote.
+    """
+    names: list[str] = []
+    model: type[BaseModel] | None = cls
+    choices: list[type[BaseModel]] = []
+    for part in loc:
+        chosen = next((one for one in choices if len(choices) > 1 and _kind_default(one) == part), None)
+        if chosen is not None:
+            model, choices = chosen, []
             continue
-        model = next(_models_in(fields[str(part)].annotation), None)
-        if model is None:
-            return ""
-        fields = model.model_fields
-    names = sorted(fields)
-    near = nearest_name(str(loc[-1]), names)
+        if choices:
+            model, choices = choices[0], []
+        names.append(str(part))
+        field = None if model is None else model.model_fields.get(str(part))
+        if field is not None:
+            choices = list(_models_in(field.annotation))
+        # Otherwise a position in a list, or a name in a table, of what came before.
+    return names, model
+
+
+def _kind_default(model: type[BaseModel]) -> Any:
+    field = model.model_fields.get("kind")
+    return None if field is None else field.default
+
+
+def _suggestion(name: str, model: type[BaseModel] | None) -> str:
+    if model is None:
+        return ""
+    names = sorted(model.model_fields)
+    near = nearest_name(name, names)
     return f"; did you mean '{near}'?" if near else f" (known: {', '.join(names)})"
 
 
@@ -417,6 +451,11 @@ class EdmConfig(Config):
         return self
 
     @property
+    def time_factor(self) -> float:
+        """No network of this kind counts timesteps, see :attr:`DiffusionConfig.time_factor`."""
+        return 1.0
+
+    @property
     def learns_sigma(self) -> bool:
         """No network of this kind outputs variance channels."""
         return False
@@ -427,12 +466,13 @@ class EdmConfig(Config):
             raise ValueError(f"{name}.learn_sigma is True but diffusion.kind 'edm' has no variance channels")
 
 
-def _kind_of(process: Any) -> str:
-    kind: str = process.get("kind", "discrete") if isinstance(process, dict) else process.kind
-    return kind
+def _kind_of(process: Any) -> str | None:
+    """The tag of a process; None for what is none."""
+    if isinstance(process, dict):
+        return str(process.get("kind", "discrete"))
+    return getattr(process, "kind", None)
 
 
-_KINDS = ("discrete", "edm")
 ProcessConfig = Annotated[
     Annotated[DiffusionConfig, Tag("discrete")] | Annotated[EdmConfig, Tag("edm")], Discriminator(_kind_of)
 ]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
-from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
+from admtrt.config import ClassifierConfig, DiffusionConfig, EdmConfig, UNetConfig
 from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Preset:
 
     name: str
     network: UNetConfig | ClassifierConfig
-    diffusion: DiffusionConfig
+    diffusion: DiffusionConfig | EdmConfig
     sampler: SamplerConfig
     fast_sampler: SamplerConfig | None = None
     guided_by: str | None = None
@@ -111,6 +111,23 @@ _COSTS = {  # parameters, operations of an evaluation, operations of a step
     "lsun_cat": (552_814_086, 2_239_665_537_024, 2_239_665_537_024),
     "lsun_horse": (552_814_086, 2_239_665_537_024, 2_239_665_537_024),
     "lsun_horse_nodropout": (552_814_086, 2_239_665_537_024, 2_239_665_537_024),
+    **dict.fromkeys(
+        ("edm_imagenet64_ema", "cd_imagenet64_l2", "cd_imagenet64_lpips", "ct_imagenet64"),
+        (295_899_267, 219_313_569_792, 219_313_569_792),
+    ),
+    **dict.fromkeys(
+        (
+            "edm_bedroom256_ema",
+            "cd_bedroom256_l2",
+            "cd_bedroom256_lpips",
+            "ct_bedroom256",
+            "edm_cat256_ema",
+            "cd_cat256_l2",
+            "cd_cat256_lpips",
+            "ct_cat256",
+        ),
+        (526_304_771, 2_238_706_614_272, 2_238_706_614_272),
+    ),
 }
 _LINEAR, _COSINE = DiffusionConfig(schedule="linear"), DiffusionConfig(schedule="cosine")
 
@@ -126,6 +143,9 @@ def _unet(size: int, **changes: Any) -> UNetConfig:
     return UNetConfig.from_dict(shared | changes)
 
 
+_HEUN = SamplerConfig(method="heun", steps="79", scale=0.0)  # 40 levels, as published
+
+
 def _ddim25(scale: float) -> SamplerConfig:
     return SamplerConfig(method="ddim", steps="ddim25", scale=scale)
 
@@ -136,6 +156,7 @@ _SCALE_DISPUTE = (
 )
 _UNCONDITIONAL = "Without labels of its own it needs much more guidance than a class-conditional model."
 _UNGUIDED = "The paper guides the low-resolution stage alone: leave this one unguided."
+_NO_LEVELS = "No levels of two evaluations were published for it; those of the bedrooms are recommended."
 _EVERY_STEP = (
     "No classifier was published. The best samples take all of the 1000 steps, as the original README says; "
     "250 take a quarter of the time."
@@ -179,6 +200,31 @@ def _published() -> Iterator[Preset]:
     every_step: dict[str, Any] = {"sampler": SamplerConfig(steps="1000", scale=0.0), "note": _EVERY_STEP}
     for name, dropout in (("bedroom", 0.1), ("cat", 0.1), ("horse", 0.1), ("horse_nodropout", 0.0)):
         yield Preset(f"lsun_{name}", _unet(256, dropout=dropout), _LINEAR, **every_step)
+    yield from _consistency_models()
+
+
+def _consistency_models() -> Iterator[Preset]:
+    """Those of openai/consistency_models: Karras et al.'s diffusion models, distilled and trained ones."""
+    plain = {"learn_sigma": False, "new_attention_order": True}
+    imagenet = _unet(64, model_channels=192, num_res_blocks=3, num_classes=_IMAGENET_CLASSES, **plain)
+    lsun = _unet(256, scale_shift_norm=False, **plain)
+    for images, network, l2, lpips, ct in (
+        ("imagenet64", imagenet, (0, 22, 39), (0, 22, 39), (0, 106, 200)),
+        ("bedroom256", lsun, (0, 18, 39), (0, 17, 39), (0, 67, 150)),
+        ("cat256", lsun, (0, 18, 39), (0, 17, 39), (0, 62, 150)),
+    ):
+        dropped = network.model_copy(update={"dropout": 0.1})
+        yield Preset(f"edm_{images}_ema", dropped, EdmConfig(boundary=False), _HEUN)
+        for name, levels in (
+            (f"cd_{images}_l2", l2),
+            (f"cd_{images}_lpips", lpips),
+            (f"ct_{images}", ct),
+        ):
+            sampler = SamplerConfig(
+                method="consistency", steps="2", scale=0.0, levels=levels, levels_of=levels[-1] + 1
+            )
+            note = _NO_LEVELS if name.startswith("cd_cat") else ""
+            yield Preset(name, network, EdmConfig(boundary=True), sampler, note=note)
 
 
 PRESETS: Mapping[str, Preset] = MappingProxyType({preset.name: preset for preset in _published()})

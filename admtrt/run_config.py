@@ -11,28 +11,66 @@ from admtrt.config import (
     ClassifierConfig,
     Config,
     DiffusionConfig,
+    EdmConfig,
     Fraction,
     ImageSize,
     Positive,
+    PositiveFloat,
+    ProcessConfig,
     UNetConfig,
+    later,
     none_from_text,
 )
 from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.solvers import SOLVERS
+
+Task = Literal["unet", "classifier", "upsampler", "consistency"]
+"""What is trained; a consistency model is a UNet."""
+_EDM_EVALUATIONS = {"consistency": "2", "heun": "35"}
+"""Of Song et al. 2023 (table 1) and Karras et al. 2022 (18 levels)."""
 
 
-def _fit_steps(sampler: SamplerConfig, info: ValidationInfo) -> SamplerConfig:
-    diffusion: DiffusionConfig | None = info.data.get("diffusion")  # absent where it was refused
-    if diffusion is None or "steps" in sampler.model_fields_set:
+def network_section(task: Task) -> Literal["unet", "classifier", "upsampler"]:
+    """The section of the network that is trained, and so its kind."""
+    return "unet" if task == "consistency" else task
+
+
+def sampler_for(process: DiffusionConfig | EdmConfig, sampler: SamplerConfig | None = None) -> SamplerConfig:
+    """A sampler with what was not given of it fitted to a process.
+
+    Of a process of kind ``edm`` that is the method, consistency where the network is held to its boundary and
+    heun otherwise, its evaluations and no guidance; of a discrete one that is shorter than the default
+    number of steps, every step.
+    """
+    sampler = SamplerConfig() if sampler is None else sampler
+    given = sampler.model_fields_set
+    fitted: dict[str, str | float] = {}
+    if isinstance(process, EdmConfig):
+        if "method" not in given:
+            fitted["method"] = "consistency" if process.boundary else "heun"
+        method = fitted.get("method", sampler.method)
+        fitted["steps"] = _EDM_EVALUATIONS.get(str(method), SOLVERS[str(method)].default_steps)
+        if sampler.levels is not None:
+            fitted["steps"] = str(len(sampler.levels) - 1)
+        fitted["scale"] = 0.0
+    elif SOLVERS[sampler.method].steps == "evaluations":
+        fitted["steps"] = SOLVERS[sampler.method].default_steps
+    else:
+        fitted["steps"] = str(min(int(SamplerConfig.model_fields["steps"].default), process.steps))
+    fitted = {name: value for name, value in fitted.items() if name not in given}
+    if not fitted:
         return sampler
-    steps = min(int(SamplerConfig.model_fields["steps"].default), diffusion.steps)
-    fitted = sampler.model_dump() | {"steps": str(steps)}
-    # Not among the fields that were set: with another process it is fitted again.
-    return SamplerConfig.model_construct(_fields_set=sampler.model_fields_set, **fitted)
+    # Not among the fields that were set: with another process they are fitted again.
+    return SamplerConfig.model_construct(_fields_set=given, **(sampler.model_dump() | fitted))
 
 
-FittedSampler = Annotated[SamplerConfig, AfterValidator(_fit_steps), Field(validate_default=True)]
-"""Sampler for the process of the field ``diffusion`` before it: where no steps are given, and the process is
-shorter than their default, every step."""
+def _fit(sampler: SamplerConfig, info: ValidationInfo) -> SamplerConfig:
+    diffusion: DiffusionConfig | EdmConfig | None = info.data.get("diffusion")  # absent where it was refused
+    return sampler if diffusion is None else sampler_for(diffusion, sampler)
+
+
+FittedSampler = Annotated[SamplerConfig, AfterValidator(_fit), Field(validate_default=True)]
+"""Sampler fitted to the process of the field ``diffusion`` before it, see :func:`sampler_for`."""
 
 
 class DataConfig(Config):
@@ -67,12 +105,19 @@ class DataConfig(Config):
         return none_from_text(value)
 
 
+Weighting = Literal["karras", "snr", "snr+1", "truncated-snr", "uniform", "inverse-step"]
+
+
 class TrainingConfig(Config):
     """How one network is trained.
 
     ``loss`` applies to UNets: ``simple`` (MSE), ``hybrid`` (IDDPM's L_hybrid), ``vlb`` (the bound itself,
     rescaled by the number of steps) or ``kl`` (the bound in bits per dim). ``ema_rates`` are averaged
     side by side; the first is the one that is exported. ``lr_schedule`` ``linear`` anneals to 0.
+
+    On a process of kind ``edm`` the log of the noise level S is normal with ``sigma_mean`` and ``sigma_std``,
+    and the squared error of x_0 is weighted as Karras et al. 2022 do, (S^2 + d^2) / (S d)^2 with
+    d = ``sigma_data``, or by another ``weighting`` of openai/consistency_models in S^-2 (``snr``).
     """
 
     steps: Positive = 1000
@@ -94,6 +139,38 @@ class TrainingConfig(Config):
     sample_every: Annotated[int, Field(ge=0)] = 0
     max_nan_steps: Positive = 10
     tensorboard: bool = False
+    weighting: Weighting = later("karras")
+    sigma_mean: float = later(-1.2)
+    sigma_std: PositiveFloat = later(1.2)
+
+
+class ConsistencyTrainingConfig(TrainingConfig):
+    """The same for a consistency model (Song et al. 2023), with its defaults for distillation.
+
+    ``teacher`` is the file of a UNet trained with the same ``[unet]`` on the same process, whose step of
+    Heun's method leads from a noise level to the next; without one, the image does (consistency training).
+    ``levels`` of Karras et al.'s grid are trained on; with ``first_levels`` they grow from that number as in
+    the paper, section 5, and ``target_ema`` is the rate at their beginning. ``distance`` ``pseudo_huber`` is
+    that of Song & Dhariwal 2023, with ``huber_c`` None for their 0.00054 sqrt(C H W), and the weighting
+    ``inverse-step`` theirs, 1 / (S_n - S_{n+1}).
+    """
+
+    ema_rates: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.999,)
+    weighting: Weighting = "uniform"
+    teacher: str | None = None
+    levels: Annotated[int, Field(ge=2, le=100_000)] = 40
+    first_levels: Annotated[int, Field(ge=2, le=100_000)] | None = None
+    target_ema: Fraction = 0.95
+    distance: Literal["l2", "pseudo_huber"] = "l2"
+    huber_c: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _check_levels(self) -> Self:
+        if self.first_levels is not None and self.first_levels > self.levels:
+            raise ValueError(f"first_levels {self.first_levels} is above levels {self.levels}")
+        if self.huber_c is not None and self.distance != "pseudo_huber":
+            raise ValueError("huber_c belongs to the distance 'pseudo_huber'")
+        return self
 
 
 class ClassifierTrainingConfig(TrainingConfig):
@@ -107,14 +184,26 @@ class RunConfig(Config):
     """One file for a UNet, its classifier and its upsampler: data, process, networks, training, sampling."""
 
     data: DataConfig
-    diffusion: DiffusionConfig = DiffusionConfig()
+    diffusion: ProcessConfig = DiffusionConfig()
     unet: UNetConfig | None = None
     classifier: ClassifierConfig | None = None
     upsampler: UNetConfig | None = None
     train_unet: TrainingConfig = TrainingConfig()
     train_classifier: ClassifierTrainingConfig = ClassifierTrainingConfig()
     train_upsampler: TrainingConfig = TrainingConfig()
+    train_consistency: ConsistencyTrainingConfig = later(ConsistencyTrainingConfig())
     sampler: FittedSampler = SamplerConfig()
+
+    def network(self, task: Task) -> UNetConfig | ClassifierConfig | None:
+        """What is trained, if there is such a section."""
+        network: UNetConfig | ClassifierConfig | None = getattr(self, network_section(task))
+        return network
+
+    def process(self, task: Task) -> DiffusionConfig | EdmConfig:
+        """The process of a trained network: a consistency model is held to its boundary."""
+        if task == "consistency" and isinstance(self.diffusion, EdmConfig):
+            return self.diffusion.model_copy(update={"boundary": True})
+        return self.diffusion
 
     @model_validator(mode="after")
     def _check_agreement(self) -> Self:

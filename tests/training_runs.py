@@ -82,6 +82,11 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return load_file(path)
 
 
+def same(left: Path, right: Path) -> bool:
+    first, second = weights(left), weights(right)
+    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
 def lines(out: Path, kind: str = "unet") -> list[dict[str, Any]]:
     """The metrics of a run, without what the clock says."""
     found = [json.loads(text) for text in (out / kind / "metrics.jsonl").read_text().splitlines()]

@@ -14,7 +14,8 @@ from admtrt.bench.report import BenchReport
 from admtrt.bench.rows import PLAIN
 from admtrt.bench.startup import measure_startup
 from admtrt.errors import MissingDependencyError
-from admtrt.schedule.process import retained_timesteps
+from admtrt.schedule.sampler import with_choices
+from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -53,9 +54,8 @@ def run_bench(
     """
     manifest = subject.check()
     if sampling_steps is not None:
-        retained_timesteps(
-            manifest.discrete("sampling of a bench").steps, str(sampling_steps)
-        )  # refuses an impossible number now
+        asked = with_choices(manifest.sampler, manifest.diffusion, {"steps": sampling_steps})
+        sampling_schedule(manifest.diffusion, asked.unguided)  # refuses an impossible number now
     nodes = {"bundle": {name: graph.nodes for name, graph in manifest.graphs.items()}}
     note("measuring the start-up")
     startup = measure_startup(subject.bundle)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig, load_config
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, ProcessConfig, UNetConfig, load_config
 from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.models.option_names import OptionNames
 from admtrt.run_config import FittedSampler, RunConfig
@@ -36,7 +36,7 @@ class CheckpointSettings(Config):
     unet: UNetConfig | None = None
     upsampler: UNetConfig | None = None
     classifier: ClassifierConfig | None = None
-    diffusion: DiffusionConfig = DiffusionConfig()
+    diffusion: ProcessConfig = DiffusionConfig()
     sampler: FittedSampler = SamplerConfig()
     class_names: tuple[str, ...] = ()
 

@@ -37,7 +37,13 @@ def drift(
         ),
     ] = None,
     images: Annotated[int, typer.Option(help="Images to draw on both sides.")] = 64,
-    steps: Annotated[str, steps_option("Steps of the trajectories, e.g. ddim25 or 100.")] = "ddim25",
+    steps: Annotated[
+        str | None,
+        steps_option(
+            "Steps of the trajectories, e.g. ddim25 or 100.  [default: ddim25; of processes without "
+            "timesteps, the recommended sampler]"
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
     threads: Threads = None,
@@ -55,7 +61,9 @@ def drift(
         raise _compared_with_itself()
     from admtrt.bundle import Bundle
     from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
-    from admtrt.schedule.process import retained_timesteps
+    from admtrt.runtime.pipeline import Pipeline
+    from admtrt.schedule.table import sampling_schedule
+    from admtrt.verify.drift import drift_sampler, measure_drift
 
     if plot is not None:
         from admtrt.verify.plot import require_plotting
@@ -64,7 +72,9 @@ def drift(
     output = Output(json=json)
     opened = Bundle.open(bundle)
     choices = Choices(output)
-    length = len(retained_timesteps(opened.manifest.discrete("drift by timesteps").steps, steps))
+    reference = OnnxRuntimeDenoiser(opened, threads=threads)
+    sampler = drift_sampler(Pipeline(opened, reference), steps)
+    length = len(sampling_schedule(opened.manifest.diffusion, sampler))
     if engine is None:
         what = f"{backend}, {precision}"
         measured = _opened(
@@ -77,9 +87,6 @@ def drift(
                 hint="Give one or the other.",
             )
         what, measured = f"engine graphs in {engine}, emulated", _emulated(opened, engine, threads)
-    from admtrt.verify.drift import measure_drift
-
-    reference = OnnxRuntimeDenoiser(opened, threads=threads)
     with measured as denoiser, progress("measuring", images * length) as advance:
         report = measure_drift(
             opened,
@@ -99,7 +106,7 @@ def drift(
             "precision": engine or precision,
             "emulated": engine is not None,
             "chosen": choices.to_list(),
-            "sampling": steps,
+            "sampling": sampler.steps,
             "seed": seed,
             **report.to_dict(),
         },
@@ -162,7 +169,7 @@ def _shown(report: DriftReport, title: str) -> list[RenderableType]:
     graphs = [
         [
             graph.graph,
-            f"{graph.first}-{graph.last}",
+            f"{graph.first:.4g}-{graph.last:.4g}",
             f"{graph.mean_error:.2g}",
             f"{graph.max_error:.2g}",
             f"{graph.mean_cosine:.6f}",
@@ -172,13 +179,18 @@ def _shown(report: DriftReport, title: str) -> list[RenderableType]:
     ]
     shown = sorted({0, len(report.steps) // 4, len(report.steps) // 2, len(report.steps) - 1})
     steps = [
-        [f"{index + 1}", f"{step.timestep}", f"{step.mean_error:.2g}", f"{step.max_error:.2g}"]
+        [
+            f"{index + 1}",
+            f"{step.sigma if step.timestep is None else step.timestep:.4g}",
+            f"{step.mean_error:.2g}",
+            f"{step.max_error:.2g}",
+        ]
         for index, step in ((index, report.steps[index]) for index in shown)
     ]
-    columns = ("graph", "timesteps", "mean error", "largest", "mean cosine", "smallest")
+    columns = ("graph", f"{report.axis}s", "mean error", "largest", "mean cosine", "smallest")
     return [
         table(title, columns, graphs),
-        table("x_t of free trajectories", ("step", "timestep", "mean error", "largest"), steps),
+        table("x_t of free trajectories", ("step", report.axis, "mean error", "largest"), steps),
         f"{report.images} images: PSNR {report.mean_psnr:.1f} dB on average, {report.min_psnr:.1f} dB at "
         f"least; a pixel differs by {report.max_levels:.1f} of 255 levels at most",
     ]

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 evaluate_app = typer.Typer(help="Judge a network on real images.", no_args_is_help=True)
 
+_BOUND = "the bound in bits per dim"
+
 
 class _Judged(NamedTuple):
     """A network that is opened for batches of at most so many images, and what it says of itself."""
@@ -121,7 +123,7 @@ def nll(
             )
 
         manifest = opened.manifest
-        diffusion = manifest.discrete("the bound in bits per dim")
+        diffusion = manifest.discrete(_BOUND)
         judged = _Judged(open_graph, manifest.network, diffusion, manifest.class_names)
     else:
         assert unet is not None
@@ -177,6 +179,7 @@ def _from_checkpoint(
     from admtrt.models.checkpoint import read_checkpoint_config
     from admtrt.models.denoiser import TorchDenoiser
     from admtrt.models.unet import UNet
+    from admtrt.schedule.process import require_discrete
 
     # It may be another network's file, given for its data: what the checkpoint says of itself stands.
     said = preset is not None or read_checkpoint_config(path) is not None
@@ -192,9 +195,8 @@ def _from_checkpoint(
     )
     assert isinstance(loaded.module, UNet)
     denoiser = TorchDenoiser(loaded.module)
-    return _Judged(
-        lambda _: denoiser, loaded.module.config, loaded.config.diffusion, loaded.config.class_names
-    )
+    diffusion = require_discrete(loaded.config.diffusion, _BOUND, "network")
+    return _Judged(lambda _: denoiser, loaded.module.config, diffusion, loaded.config.class_names)
 
 
 def _data_config(

@@ -32,15 +32,15 @@ def presets(
 
 
 def _row(preset: Preset) -> list[str]:
-    fast = preset.fast_sampler
+    fast, sampler = preset.fast_sampler, preset.sampler
     return [
         preset.name,
         str(preset.network.image_size),
         f"{preset.parameters / 1e6:.0f} M",
         f"{preset.weight_bytes / 2**30:.2f} GiB",
         f"{preset.step_flops / 1e9:,.0f}",
-        preset.sampler.steps,
-        f"{preset.sampler.scale:g}" if preset.sampler.scale else "-",
+        sampler.steps if sampler.method == "ddpm" else f"{sampler.method} {sampler.steps}",
+        f"{sampler.scale:g}" if sampler.scale else "-",
         "-" if fast is None else f"{fast.scale:g}",
     ]
 

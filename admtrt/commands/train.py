@@ -1,7 +1,8 @@
-"""``admtrt train``: a UNet, its classifier or its upsampler, from one TOML file."""
+"""``admtrt train``: a UNet, its classifier or upsampler, or a consistency model, from one TOML file."""
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -14,7 +15,7 @@ from admtrt.console import Output, table
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from admtrt.presets import Kind
+    from admtrt.run_config import Task
 
 train_app = typer.Typer(help="Train a network on images.", no_args_is_help=True)
 
@@ -24,6 +25,10 @@ _HELP = {
         "Train the noisy classifier of section 'classifier' with the settings of section 'train_classifier'."
     ),
     "upsampler": "Train the upsampler of section 'upsampler' with the settings of section 'train_upsampler'.",
+    "consistency": (
+        "Make a consistency model of the UNet of section 'unet', with the settings of section "
+        "'train_consistency': from a teacher, or from the images alone."
+    ),
 }
 
 _SHOWN = ("loss", "accuracy", "held_out_loss", "held_out_accuracy", "images_per_second", "lr")
@@ -43,23 +48,31 @@ _Set = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override any key; may be repeated."),
 ]
+_Teacher = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="UNet of ours trained as edm, which is distilled (train_consistency.teacher). Default: none, "
+        "consistency training.",
+    ),
+]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out, if there is one.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON document.")]
 
 
 def _overrides(
-    kind: Kind, set_: list[str] | None, data: str | None, settings: dict[str, float | str | None]
+    task: Task, set_: list[str] | None, data: str | None, settings: dict[str, float | str | None]
 ) -> list[str]:
     """Overrides of the configuration file; a flag stands after, and so above, ``--set``."""
-    flags = {"data.source": data, **{f"train_{kind}.{key}": value for key, value in settings.items()}}
+    flags = {"data.source": data, **{f"train_{task}.{key}": value for key, value in settings.items()}}
     given = (
         f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None
     )
     return [*(set_ or []), *given]
 
 
-def _command(kind: Kind) -> Callable[..., None]:
+def _command(task: Task) -> Callable[..., None]:
     def command(
         config: _Config,
         out: _Out,
@@ -69,16 +82,24 @@ def _command(kind: Kind) -> Callable[..., None]:
         lr: _Lr = None,
         precision: _Precision = None,
         seed: _Seed = None,
+        teacher: _Teacher = None,
         set_: _Set = None,
         resume: _Resume = False,
         overwrite: _Overwrite = False,
         json_: _Json = False,
     ) -> None:
-        settings = {"steps": steps, "batch_size": batch_size, "lr": lr, "precision": precision, "seed": seed}
+        settings = {
+            "steps": steps,
+            "batch_size": batch_size,
+            "lr": lr,
+            "precision": precision,
+            "seed": seed,
+            "teacher": teacher,
+        }
         from admtrt.config import load_config
         from admtrt.run_config import RunConfig
 
-        run_config = load_config(RunConfig, config, _overrides(kind, set_, data, settings))
+        run_config = load_config(RunConfig, config, _overrides(task, set_, data, settings))
         require("torch", "accelerate", "safetensors", extra="train", purpose="Training")
         from accelerate import PartialState
 
@@ -86,7 +107,7 @@ def _command(kind: Kind) -> Callable[..., None]:
         from admtrt.training.loop import train
 
         output = Output(json=json_)
-        result = train(kind, run_config, out, output=output, resume=resume, overwrite=overwrite)
+        result = train(task, run_config, out, output=output, resume=resume, overwrite=overwrite)
         state = PartialState()
         if state.is_main_process:
             shown = {name: result.metrics[name] for name in _SHOWN if name in result.metrics}
@@ -96,18 +117,21 @@ def _command(kind: Kind) -> Callable[..., None]:
             rows += [["weights", str(path)] for path in result.weights]
             output.result(
                 {
-                    "kind": kind,
+                    "kind": task,
                     "step": result.step,
                     "metrics": result.metrics,
                     "weights": [str(path) for path in result.weights],
                     "folder": str(result.folder),
                 },
-                table(f"{kind}: trained to step {result.step}", ["metric", "value"], rows),
+                table(f"{task}: trained to step {result.step}", ["metric", "value"], rows),
             )
         leave_engine()
 
+    signature = inspect.signature(command, eval_str=True)
+    taken = [one for one in signature.parameters.values() if one.name != "teacher" or task == "consistency"]
+    command.__signature__ = signature.replace(parameters=taken)  # type: ignore[attr-defined]
     return command
 
 
-for _kind in ("unet", "classifier", "upsampler"):
-    train_app.command(_kind, help=_HELP[_kind])(_command(_kind))
+for _task in ("unet", "classifier", "upsampler", "consistency"):
+    train_app.command(_task, help=_HELP[_task])(_command(_task))

@@ -10,6 +10,7 @@ import onnx_ir as ir
 
 from admtrt import __version__
 from admtrt.bundle import Bundle, GraphEntry, write_bundle
+from admtrt.config import DiffusionConfig
 from admtrt.contract import (
     NETWORKS,
     GraphName,
@@ -84,7 +85,9 @@ def bundle_from_checkpoints(
     assert guide is None or isinstance(guide, Classifier)
     own_unit = None
     if classifier is not None and adapted is not classifier:
-        own_unit = classifier.config.diffusion.rescale_timesteps
+        process = classifier.config.diffusion
+        assert isinstance(process, DiffusionConfig)  # no other has a unit
+        own_unit = process.rescale_timesteps
     recommended = sampler or unet.config.sampler
     specs = bundle_specs(generator.config, None if guide is None else guide.config)
 

@@ -346,6 +346,9 @@ def _changed(
     path: Path, embedded: CheckpointConfig, settings: Mapping[str, Any], options: OptionNames
 ) -> CheckpointConfig:
     """What a file says of itself with settings replaced, which may be impossible together with the others."""
+    kind = settings.get("kind", embedded.diffusion.kind)
+    if kind != embedded.diffusion.kind:
+        raise _contradicted(path, [f"kind is {embedded.diffusion.kind} in the file, {kind} given"], options)
     try:
         return with_settings(embedded, settings)
     except ConfigError as error:
@@ -375,14 +378,20 @@ def _check_agreement(
             f"the configuration given describes one of kind '{given.kind}'"
         )
     ours, theirs = embedded.facts, given.facts
+    if embedded.diffusion.kind != given.diffusion.kind:
+        ours, theirs = ({"kind": c.diffusion.kind} for c in (embedded, given))
     different = [
         f"{key} is {ours[key]} in the file, {theirs[key]} given" for key in ours if ours[key] != theirs[key]
     ]
     if different:
-        raise CheckpointError(
-            f"{path} carries its own configuration, which the one given contradicts: {listing(different)}",
-            hint=f"Leave out {options.prefix}preset, {options.prefix}set and {options.config} for this file.",
-        )
+        raise _contradicted(path, different, options)
+
+
+def _contradicted(path: Path, different: list[str], options: OptionNames) -> CheckpointError:
+    return CheckpointError(
+        f"{path} carries its own configuration, which the one given contradicts: {listing(different)}",
+        hint=f"Leave out {options.prefix}preset, {options.prefix}set and {options.config} for this file.",
+    )
 
 
 def _with_null_class(path: Path, embedded: CheckpointConfig, null: Any) -> CheckpointConfig:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from admtrt.config import DiffusionConfig, level_sizes
+from admtrt.config import DiffusionConfig, EdmConfig, level_sizes
 from admtrt.errors import CheckpointError, ConfigError
 from admtrt.models.settings import CheckpointConfig, check_names, checkpoint_config_from_settings, parsed
 from admtrt.presets import Kind
@@ -44,7 +44,7 @@ UNTOLD = (
     "conv_resample",
     "rescale_residuals",
     "dropout",
-    *DiffusionConfig.model_fields,
+    *(name for name in DiffusionConfig.model_fields if name != "kind"),
 )
 """Settings that shapes do not tell, or not of every network."""
 
@@ -125,7 +125,11 @@ def infer_config(
         known = {"attention_resolutions": resolutions} | known
         _check_given(given, {"attention_resolutions": resolutions})
     _check_given(given, traits.settings)
-    missing = _missing(traits, known)
+    # Files of this layout hold processes of either kind, unless something of a discrete one is known.
+    either = (
+        bool(told) and not traits.settings.get("learn_sigma") and not any(key in known for key in _PROCESS)
+    )
+    missing = _missing(traits, known, kind_untold=either)
     if missing:
         doubt = f"{_CONDITION}; " if "low_res_size" in missing else ""
         raise UntoldSettingError(f"{doubt}the shapes of the tensors do not tell {', '.join(missing)}")
@@ -391,13 +395,19 @@ def _usable(assumed: Mapping[str, Any], traits: Traits, given: Mapping[str, Any]
     return usable
 
 
-def _missing(traits: Traits, known: Mapping[str, Any]) -> list[str]:
+def _missing(traits: Traits, known: Mapping[str, Any], *, kind_untold: bool) -> list[str]:
     names = ["image_size"]
     if traits.kind == "upsampler":
         names.append("low_res_size")
-    names += ["new_attention_order", *_PROCESS]
-    if traits.kind != "classifier":
-        names += _OUTPUT
+    names.append("new_attention_order")
+    if known.get("kind") == "edm":
+        names += [key for key, field in EdmConfig.model_fields.items() if field.is_required()]
+    elif kind_untold and "kind" not in known:
+        names.append("kind (discrete or edm)")
+    else:
+        names += _PROCESS
+        if traits.kind != "classifier":
+            names += _OUTPUT
     missing = [name for name in names if name not in known]
     if traits.image_sizes is not None and "image_size" in missing:
         missing[0] += " ({} to {})".format(*traits.image_sizes)

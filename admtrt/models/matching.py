@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,14 @@ from admtrt.models.settings import shapes_of_network as shapes_of_network
 from admtrt.presets import PRESETS, Kind, Preset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
+    from admtrt.config import ClassifierConfig, UNetConfig
     from admtrt.models.infer import Shapes, Traits
     from admtrt.models.option_names import OptionNames
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+_CONVOLVED = [name for name, preset in PRESETS.items() if preset.diffusion.kind == "edm"]
 _ALIKE = 0.9  # of all keys equal: then a published model is worth naming
 _LISTED = 4  # tensors named in a message, of each fault
 _CHANGED_BY_FORKS = ("num_classes", "in_channels", "image_size")
@@ -79,13 +82,15 @@ def identify_tensors(
     check_tensors(shapes, likely, fault, kinds=(likely.kind,), options=options)
     try:
         traits = traits_of(shapes, given, told=told)
-        presets, changed = _kin(traits, name)
+        presets, changed = _kin(traits, name, given.get("kind", "discrete"))
         assumed = {**_common_settings(presets), **shared}
         config = infer_config(shapes, given=given, assumed=assumed, told=told)
     except UntoldSettingError as error:
+        same = [name for name in _CONVOLVED if told and _preset_shapes(name) == shapes]
+        published = f", or with {options.prefix}preset which of {_listed(same)} it is" if same else ""
         raise CheckpointError(
             error.message,
-            hint=f"Give each with {options.prefix}set KEY=VALUE, or describe the network with "
+            hint=f"Give each with {options.prefix}set KEY=VALUE{published}, or describe the network with "
             f"{options.config}.",
         ) from None
     if not presets:
@@ -175,15 +180,31 @@ def fraction_equal(left: Shapes, right: Shapes) -> float:
     return len(left.items() & right.items()) / max(len(left.keys() | right.keys()), 1)
 
 
-@functools.cache
 def _preset_shapes(name: str) -> Shapes:
+    return _shapes_of(_without_dropout(name))
+
+
+@functools.cache
+def _shapes_of(network: UNetConfig | ClassifierConfig) -> Shapes:
+    name = next(name for name in PRESETS if _without_dropout(name) == network)
     return shapes_of_network(checkpoint_config_from_preset(name))
 
 
-def _kin(traits: Traits, name: str) -> tuple[list[Preset], list[str]]:
-    """The published models nearest to a network, if it derives from any, and what it changed in them."""
+def _without_dropout(name: str) -> UNetConfig | ClassifierConfig:
+    """A published network without what its shapes do not depend on and its variants differ in."""
+    return PRESETS[name].network.model_copy(update={"dropout": 0.0})
+
+
+def _kin(traits: Traits, name: str, process: str) -> tuple[list[Preset], list[str]]:
+    """The published models nearest to a network, if it derives from any, and what it changed in them.
+
+    Of those with the same kind of process: neither the kind nor whether a network is held to a boundary is
+    ever taken from a published model of equal shapes.
+    """
     distances = {
-        preset: changed for preset in PRESETS.values() if (changed := _changes(traits, preset)) is not None
+        preset: changed
+        for preset in PRESETS.values()
+        if preset.diffusion.kind == process and (changed := _changes(traits, preset)) is not None
     }
     fewest = min((len(changed) for changed in distances.values()), default=0)
     nearest = [preset for preset, changed in distances.items() if len(changed) == fewest]

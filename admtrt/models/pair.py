@@ -7,16 +7,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from admtrt.bundle import check_networks
+from admtrt.config import DiffusionConfig
 from admtrt.errors import CheckpointError
 from admtrt.models.checkpoint import LoadedNetwork
 from admtrt.models.settings import build_network
 
 if TYPE_CHECKING:
-    from admtrt.config import DiffusionConfig
+    from admtrt.config import EdmConfig
     from admtrt.models.settings import CheckpointConfig
 
-_NOISE = ("steps", "schedule")
-"""The two may differ in what the UNet predicts and in their units of t, but not in the noise they know."""
+_PREDICTED = {"mean_type", "variance_type", "rescale_timesteps"}
+"""What the UNet predicts and its unit of t, in which the two may differ; not in the noise that they know."""
 
 
 def check_pair(generator: CheckpointConfig, guide: CheckpointConfig | None) -> None:
@@ -42,8 +43,9 @@ def check_pair(generator: CheckpointConfig, guide: CheckpointConfig | None) -> N
             f"the UNet's classes are {', '.join(ours)}; the classifier's are {', '.join(theirs)}",
             hint="Labels are numbers: guidance would pull towards other classes than the UNet draws.",
         )
-    for field in _NOISE:
-        ours_, theirs_ = getattr(generator.diffusion, field), getattr(guide.diffusion, field)
+    noise = generator.diffusion.model_dump(exclude=_PREDICTED)
+    for field, theirs_ in guide.diffusion.model_dump(exclude=_PREDICTED).items():
+        ours_ = noise.get(field)
         if ours_ != theirs_:
             raise CheckpointError(
                 f"the UNet was trained with diffusion.{field} = {ours_!r}, the classifier with {theirs_!r}",
@@ -51,7 +53,7 @@ def check_pair(generator: CheckpointConfig, guide: CheckpointConfig | None) -> N
             )
 
 
-def in_units_of(diffusion: DiffusionConfig, guide: LoadedNetwork) -> LoadedNetwork:
+def in_units_of(diffusion: DiffusionConfig | EdmConfig, guide: LoadedNetwork) -> LoadedNetwork:
     """The classifier with its UNet's unit of ``t``, which a step gives to both.
 
     Where only one of them was trained on rescaled timesteps, the ratio of the units goes into the frequencies
@@ -60,6 +62,7 @@ def in_units_of(diffusion: DiffusionConfig, guide: LoadedNetwork) -> LoadedNetwo
     factor = guide.config.diffusion.time_factor / diffusion.time_factor
     if factor == 1:
         return guide
+    assert isinstance(diffusion, DiffusionConfig)  # no other has a unit
     with torch.device("meta"):
         module = build_network(guide.config)
     module.load_state_dict(guide.module.state_dict(), assign=True)

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import torch
 from pydantic import TypeAdapter, ValidationError, model_validator
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig, nearest_name
+from admtrt.config import (
+    ClassifierConfig,
+    Config,
+    DiffusionConfig,
+    EdmConfig,
+    ProcessConfig,
+    UNetConfig,
+    nearest_name,
+)
 from admtrt.errors import ConfigError
 from admtrt.models.classifier import Classifier
 from admtrt.models.unet import UNet
@@ -19,6 +27,10 @@ from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+
+PROCESS_FIELDS = tuple(dict.fromkeys([*DiffusionConfig.model_fields, *EdmConfig.model_fields]))
+"""Settings of a process of any kind; no network has one of these names."""
 
 
 class CheckpointConfig(Config):
@@ -32,7 +44,7 @@ class CheckpointConfig(Config):
     kind: Kind
     unet: UNetConfig | None = None
     classifier: ClassifierConfig | None = None
-    diffusion: DiffusionConfig
+    diffusion: ProcessConfig
     sampler: FittedSampler = SamplerConfig()
     class_names: tuple[str, ...] = ()
     run: RunConfig | None = None
@@ -58,7 +70,8 @@ class CheckpointConfig(Config):
         facts = self.network.model_dump(mode="json") | self.diffusion.model_dump(mode="json")
         facts.pop("null_class", None)  # said beside the file
         facts["attention_resolutions"] = sorted(self.network.attention_resolutions)
-        facts["rescale_timesteps"] = self.diffusion.time_factor != 1
+        if "rescale_timesteps" in facts:
+            facts["rescale_timesteps"] = self.diffusion.time_factor != 1
         if facts["num_head_channels"] is not None:
             facts |= {"num_heads": None, "num_heads_upsample": None}
         elif facts.get("num_heads_upsample", 0) is None:
@@ -124,15 +137,15 @@ def checkpoint_config_from_settings(
 
     Args:
         kind: what the network is for.
-        settings: keys of its network configuration and of :class:`~admtrt.config.DiffusionConfig`.
+        settings: keys of its network configuration and of its :data:`~admtrt.config.ProcessConfig`.
         fields: further fields of the result.
 
     Raises:
         ConfigError: for an unknown key, naming the nearest, or an impossible value.
     """
     check_names(kind, settings)
-    network = {key: value for key, value in settings.items() if key not in DiffusionConfig.model_fields}
-    diffusion = {key: value for key, value in settings.items() if key in DiffusionConfig.model_fields}
+    network = {key: value for key, value in settings.items() if key not in PROCESS_FIELDS}
+    diffusion = {key: value for key, value in settings.items() if key in PROCESS_FIELDS}
     return CheckpointConfig.from_dict(
         fields | {"kind": kind, _section(kind): network, "diffusion": diffusion}, source="settings"
     )
@@ -147,7 +160,9 @@ def with_settings(config: CheckpointConfig, settings: Mapping[str, Any]) -> Chec
     if not settings:
         return config
     data = config.to_dict()
-    kept = data[_section(config.kind)] | data["diffusion"]
+    kept = data[_section(config.kind)]
+    if settings.get("kind", config.diffusion.kind) == config.diffusion.kind:
+        kept |= config.diffusion.model_dump()
     if "num_heads" in settings:  # which the other key would override
         kept["num_head_channels"] = None
     rest = {key: data[key] for key in data if key not in ("kind", "unet", "classifier", "diffusion")}
@@ -162,7 +177,7 @@ def check_names(kind: Kind, settings: Mapping[str, Any]) -> None:
         ConfigError: naming the nearest known key.
     """
     network = ClassifierConfig if kind == "classifier" else UNetConfig
-    known = [*network.model_fields, *DiffusionConfig.model_fields]
+    known = [*network.model_fields, *PROCESS_FIELDS]
     for key in settings:
         if key not in known:
             near = nearest_name(key, known)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from admtrt.config import EdmConfig
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
@@ -25,6 +26,17 @@ if TYPE_CHECKING:
 
 _COSINE_OFFSET = 0.008  # IDDPM, section 3.2: keeps beta from vanishing near t = 0
 _MAX_BETA = 0.999
+
+
+def require_discrete(process: DiffusionConfig | EdmConfig, what: str, whose: str) -> DiffusionConfig:
+    """The process, for what needs the timesteps of a discrete one.
+
+    Raises:
+        RequestError: if it has none.
+    """
+    if isinstance(process, EdmConfig):
+        raise RequestError(f"{what} needs a discrete process, and this {whose}'s is of kind 'edm'")
+    return process
 
 
 def betas(schedule: str, steps: int) -> Float64:

@@ -183,6 +183,10 @@ def with_choices(
     if chosen.get("method") == AUTO:
         del chosen["method"]
     kept = sampler.to_dict()
+    if isinstance(chosen.get("levels"), list | tuple):
+        chosen.setdefault("steps", str(len(chosen["levels"]) - 1))
+    elif chosen.get("steps", sampler.steps) != sampler.steps:
+        kept.pop("levels", None)  # which are those of another number of evaluations
     method = SOLVERS.get(chosen.get("method", sampler.method))
     if method is not None and method.name != sampler.method:
         kept = {name: value for name, value in kept.items() if name not in OPTIONS}

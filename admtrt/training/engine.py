@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.presets import Kind
-    from admtrt.run_config import TrainingConfig
+    from admtrt.run_config import Task, TrainingConfig
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class Division:
         return np.concatenate([self.places(shard) for shard in range(self.shards)])
 
 
-def start_engine(kind: Kind, settings: TrainingConfig) -> tuple[Accelerator, Division]:
+def start_engine(task: Task, settings: TrainingConfig) -> tuple[Accelerator, Division]:
     """Start accelerate under a configuration.
 
     Raises:
@@ -65,13 +64,13 @@ def start_engine(kind: Kind, settings: TrainingConfig) -> tuple[Accelerator, Div
     state = PartialState(cpu=cpu)
     if settings.precision == "fp16" and state.device.type == "cpu":
         raise ConfigError(
-            f"train_{kind}.precision is 'fp16', which a CPU would silently ignore",
+            f"train_{task}.precision is 'fp16', which a CPU would silently ignore",
             hint="Use 'fp32' or 'bf16', or a CUDA device.",
         )
     division = Division(settings.batch_size, state.num_processes, settings.accumulate)
     if settings.batch_size % division.shards:
         raise ConfigError(
-            f"train_{kind}.batch_size {settings.batch_size} cannot be divided among {state.num_processes} "
+            f"train_{task}.batch_size {settings.batch_size} cannot be divided among {state.num_processes} "
             f"processes of {settings.accumulate} micro-batches",
             hint=f"Use a multiple of {division.shards}: batch_size counts all images of one step.",
         )
@@ -82,7 +81,7 @@ def start_engine(kind: Kind, settings: TrainingConfig) -> tuple[Accelerator, Div
         return Accelerator(mixed_precision=precision, cpu=cpu), division
     except ValueError as error:
         raise ConfigError(
-            f"train_{kind}.precision '{settings.precision}' cannot be used here: {error}"
+            f"train_{task}.precision '{settings.precision}' cannot be used here: {error}"
         ) from None
 
 

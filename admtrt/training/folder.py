@@ -12,13 +12,13 @@ from filelock import FileLock, Timeout
 from admtrt.config import load_config, save_config
 from admtrt.errors import OutputError
 from admtrt.files import atomic_file, remove_stale
-from admtrt.run_config import RunConfig
+from admtrt.run_config import RunConfig, network_section
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from admtrt.presets import Kind
+    from admtrt.run_config import Task
     from admtrt.training.data_sources import Skipped
 
 _FREE_KEYS = frozenset(
@@ -26,7 +26,7 @@ _FREE_KEYS = frozenset(
 )
 """Training settings that a resumed run may change: they do not alter what a step computes.
 
-Only where ``lr_schedule`` is ``linear`` does every step's rate depend on ``steps``.
+Only where ``lr_schedule`` is ``linear``, or noise levels grow, does what a step does depend on ``steps``.
 """
 
 
@@ -38,19 +38,19 @@ class RunFolder:
 
     ::
 
-        out/<kind>.safetensors            the exported weights: the average of the first EMA rate
-        out/<kind>-ema-<rate>.safetensors   of every further rate
-        out/<kind>/config.toml            the resolved configuration
-        out/<kind>/metrics.jsonl          one line for each logged step
-        out/<kind>/samples/step-000500.png
-        out/<kind>/state.safetensors      everything that a resumed run needs
-        out/<kind>/skipped.txt            the bad files left out, where there are any
-        out/<kind>/tensorboard/           where asked for
-        out/<kind>/.lock                  held by the process that trains here
+        out/<task>.safetensors            the exported weights: the average of the first EMA rate
+        out/<task>-ema-<rate>.safetensors   of every further rate
+        out/<task>/config.toml            the resolved configuration
+        out/<task>/metrics.jsonl          one line for each logged step
+        out/<task>/samples/step-000500.png
+        out/<task>/state.safetensors      everything that a resumed run needs
+        out/<task>/skipped.txt            the bad files left out, where there are any
+        out/<task>/tensorboard/           where asked for
+        out/<task>/.lock                  held by the process that trains here
     """
 
     out: Path
-    kind: Kind
+    task: Task
 
     def __enter__(self) -> Self:
         return self
@@ -65,7 +65,7 @@ class RunFolder:
     @property
     def root(self) -> Path:
         """The folder of everything but the exported weights."""
-        return self.out / self.kind
+        return self.out / self.task
 
     @property
     def config(self) -> Path:
@@ -98,7 +98,7 @@ class RunFolder:
 
     def weights(self, rate: float | None = None) -> Path:
         """The exported weights, or those of a further EMA rate."""
-        return self.out / f"{self.kind}{'' if rate is None else f'-ema-{rate}'}.safetensors"
+        return self.out / f"{self.task}{'' if rate is None else f'-ema-{rate}'}.safetensors"
 
     def prepare(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
         """Take hold of the folder and make it ready for a run, without changing a run that goes on there.
@@ -125,7 +125,7 @@ class RunFolder:
                 self._remove_run()
         except Timeout:
             raise OutputError(
-                f"another process is training the {self.kind} in {self.out}",
+                f"another process is training the {self.task} in {self.out}",
                 hint="Wait until it has ended, or choose another --out.",
             ) from None
         except OSError as error:
@@ -133,7 +133,7 @@ class RunFolder:
         found = self._entries()
         if found and not resume:
             raise OutputError(
-                f"{found[0]} already exists: a run of the {self.kind} stands in {self.out}",
+                f"{found[0]} already exists: a run of the {self.task} stands in {self.out}",
                 hint="Pass --resume to go on with it, --overwrite to replace it, or choose another --out.",
             )
         if found:
@@ -163,7 +163,7 @@ class RunFolder:
 
     def _entries(self) -> list[Path]:
         own = [self.config, self.metrics, self.state, self.root / "samples", self.tensorboard, self.skipped]
-        exported = [self.weights(), *sorted(self.out.glob(f"{self.kind}-ema-*.safetensors"))]
+        exported = [self.weights(), *sorted(self.out.glob(f"{self.task}-ema-*.safetensors"))]
         return [path for path in (*own, *exported) if path.exists()]
 
     def _remove_run(self) -> None:
@@ -180,19 +180,20 @@ class RunFolder:
         for key in sorted(old.keys() | new.keys()):
             if old.get(key) != new.get(key):
                 raise OutputError(
-                    f"{self.out} holds another run of the {self.kind}: {key} is {old.get(key)!r} there and "
+                    f"{self.out} holds another run of the {self.task}: {key} is {old.get(key)!r} there and "
                     f"{new.get(key)!r} now",
                     hint="Resume with the same settings, pass --overwrite, or choose another --out.",
                 )
 
     def _identity(self, config: RunConfig) -> dict[str, Any]:
         """What decides the weights of this network, flattened to ``section.key``."""
-        sections = config.to_dict()
-        annealed = sections[f"train_{self.kind}"]["lr_schedule"] == "linear"
-        free = _FREE_KEYS - {"steps"} if annealed else _FREE_KEYS
+        sections = config.model_dump(mode="json")
+        settings = sections[f"train_{self.task}"]
+        by_length = settings["lr_schedule"] == "linear" or settings.get("first_levels") is not None
+        free = _FREE_KEYS - {"steps"} if by_length else _FREE_KEYS
         return {
             f"{section}.{key}": value
-            for section in ("data", "diffusion", self.kind, f"train_{self.kind}")
+            for section in ("data", "diffusion", network_section(self.task), f"train_{self.task}")
             for key, value in (sections[section] or {}).items()
             if not (section.startswith("train_") and key in free)
         }

@@ -14,14 +14,7 @@ from admtrt.training.data import batch
 from admtrt.training.ema import Averages
 from admtrt.training.metrics import Window
 from admtrt.training.state import Groups, load_optimizer, optimizer_tensors
-from admtrt.training.timesteps import (
-    Stream,
-    UniformSampler,
-    draw_noise,
-    draw_timesteps,
-    make_sampler,
-    torch_seed,
-)
+from admtrt.training.timesteps import Drawn, Stream, draw_noise, torch_seed
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -55,8 +48,7 @@ class Learner:
 
     Args:
         network: freshly initialised, the same in every process.
-        objective: what is minimised.
-        timesteps: length of the diffusion process.
+        objective: what is minimised, which has begun with the network.
         settings: the training configuration.
         accelerator: the engine.
         division: how batches are dealt out.
@@ -66,7 +58,6 @@ class Learner:
         self,
         network: nn.Module,
         objective: Objective,
-        timesteps: int,
         settings: TrainingConfig,
         accelerator: Accelerator,
         division: Division,
@@ -78,7 +69,6 @@ class Learner:
         self._objective = objective
         self._accelerator = accelerator
         self._division = division
-        self._timesteps = make_sampler(settings.timestep_sampler, timesteps)
         set_gradient_checkpointing(network, enabled=settings.gradient_checkpointing)
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
@@ -91,9 +81,7 @@ class Learner:
     def update(self, data: ImageSet) -> None:
         """Take one optimiser step; where loss or gradient is not finite, every process skips the change."""
         settings = self._settings
-        timesteps, weights = draw_timesteps(
-            self._timesteps, Stream.TIMESTEPS, settings.seed, self.step, settings.batch_size
-        )
+        drawn = self._objective.levels.draw(Stream.TIMESTEPS, settings.seed, self.step, settings.batch_size)
         self._optimizer.zero_grad()
         collected: list[dict[str, Tensor]] = []
         shards = self._division.shards_of(self._accelerator.process_index)
@@ -101,8 +89,10 @@ class Learner:
             torch.manual_seed(torch_seed(Stream.DROPOUT, settings.seed, self.step, shard))
             last = shard == shards[-1]
             with contextlib.nullcontext() if last else self._accelerator.no_sync(self._network):
-                values = self._values(data, shard, timesteps, Stream.NOISE)
-                weight = torch.from_numpy(weights[self._division.places(shard)]).to(values["loss"].device)
+                values = self._values(data, shard, drawn, Stream.NOISE)
+                weight = torch.from_numpy(drawn.weights[self._division.places(shard)]).to(
+                    values["loss"].device
+                )
                 self._accelerator.backward((values["loss"] * weight).mean() / len(shards))
             collected.append({name: value.detach() for name, value in values.items()})
         norm = float(
@@ -110,19 +100,23 @@ class Learner:
         )
         gathered = self._gather(collected)
         losses_finite = all(np.isfinite(value).all() for value in gathered.values())
-        self._change(gathered, timesteps, weights, norm, losses_finite=losses_finite)
+        changed = self._change(gathered, drawn, norm, losses_finite=losses_finite)
         self.step += 1
+        self._objective.stepped(self._plain_network, self.step, changed=changed)
 
     def _change(
         self,
         values: dict[str, NDArray[np.float32]],
-        timesteps: NDArray[np.int64],
-        weights: NDArray[np.float32],
+        drawn: Drawn,
         norm: float,
         *,
         losses_finite: bool,
-    ) -> None:
-        """Apply the gradients and learn from the whole batch's values, or count a step without either."""
+    ) -> bool:
+        """Apply the gradients and learn from the whole batch's values, or count a step without either.
+
+        Returns:
+            Whether the network has changed.
+        """
         scaler = self._accelerator.scaler
         finite = losses_finite and math.isfinite(norm)
         self.window.add_scalar("skipped", float(not finite))
@@ -132,15 +126,16 @@ class Learner:
             self.nan_steps += not searching
             if scaler is not None:
                 scaler.update()
-            return
+            return False
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._settings, self.step)
         self._optimizer.step()
         self.averages.update(self._plain_network.state_dict())
-        self._timesteps.record(timesteps, values["loss"])
-        self.window.add(values, weights, timesteps, self._timesteps.steps)
+        self._objective.levels.record(drawn.levels, values["loss"])
+        self.window.add(values, drawn)
         self.window.add_scalar("grad_norm", norm)
         self.nan_steps = 0
+        return True
 
     def any_process(self, said: bool) -> bool:
         """Whether any of the processes says so; all of them have to ask."""
@@ -151,23 +146,18 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, data: ImageSet) -> dict[str, float]:
-        """Mean values of one batch of other images at uniform timesteps, with the weights as they are."""
-        uniform = UniformSampler(self._timesteps.steps)
+        """Mean values of one batch of other images at its own noise levels, with the weights as they are."""
         seed, size = self._settings.seed, self._settings.batch_size
-        timesteps, weights = draw_timesteps(uniform, Stream.HELD_OUT_TIMESTEPS, seed, self.step, size)
+        drawn = self._objective.levels.held_out().draw(Stream.HELD_OUT_TIMESTEPS, seed, self.step, size)
         self._network.eval()
         shards = self._division.shards_of(self._accelerator.process_index)
-        values = self._gather(
-            [self._values(data, shard, timesteps, Stream.HELD_OUT_NOISE) for shard in shards]
-        )
+        values = self._gather([self._values(data, shard, drawn, Stream.HELD_OUT_NOISE) for shard in shards])
         self._network.train()
         window = Window()
-        window.add(values, weights, timesteps, uniform.steps)
+        window.add(values, drawn)
         return window.means()
 
-    def _values(
-        self, data: ImageSet, shard: int, timesteps: NDArray[np.int64], noise_stream: Stream
-    ) -> dict[str, Tensor]:
+    def _values(self, data: ImageSet, shard: int, drawn: Drawn, noise_stream: Stream) -> dict[str, Tensor]:
         seed, places, device = self._settings.seed, self._division.places(shard), self._accelerator.device
         x_0, y = batch(data, seed, self.step, len(places), rank=shard, world=self._division.shards)
         noise = draw_noise(noise_stream, seed, self.step, places, tuple(x_0.shape[1:]))
@@ -175,7 +165,7 @@ class Learner:
             self._network,
             x_0.to(device),
             None if y is None else y.to(device),
-            torch.from_numpy(timesteps[places]).to(device),
+            torch.from_numpy(drawn.levels[places]).to(device),
             noise.to(device),
         )
 
@@ -191,10 +181,12 @@ class Learner:
     def state(self) -> tuple[Groups, dict[str, Any]]:
         """Everything that :meth:`load` needs to go on bit for bit; complete in the main process only."""
         scaler = self._accelerator.scaler
+        kept, told = self._objective.state()
         groups: Groups = {
             "model": self._plain_network.state_dict(),
             "optimizer": optimizer_tensors(self._optimizer),
-            "timesteps": self._timesteps.state(),
+            "timesteps": self._objective.levels.state(),
+            **({"objective": kept} if kept else {}),
             **{f"ema-{rate}": average for rate, average in self.averages.states.items()},
         }
         values = {
@@ -202,14 +194,16 @@ class Learner:
             "nan_steps": self.nan_steps,
             "window": self.window.state(),
             "scaler": None if scaler is None else scaler.state_dict(),
+            **({"objective": told} if told else {}),
         }
         return groups, values
 
     def load(self, groups: Groups, values: dict[str, Any]) -> None:
         """Restore what :meth:`state` gave."""
+        self._objective.load(groups.get("objective", {}), values.get("objective", {}))
         self._plain_network.load_state_dict(groups["model"])
         load_optimizer(self._optimizer, groups.get("optimizer", {}))
-        self._timesteps.load(groups.get("timesteps", {}))
+        self._objective.levels.load(groups.get("timesteps", {}))
         for rate in self.averages.states:
             self.averages.load(rate, groups[f"ema-{rate}"])
         self.step, self.nan_steps = values["step"], values["nan_steps"]

@@ -1,4 +1,4 @@
-"""The loop that trains a UNet, a classifier or an upsampler, in one process or several."""
+"""The loop that trains one network, in one process or several."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from admtrt.config import ClassifierConfig, EdmConfig, UNetConfig
 from admtrt.console import progress
 from admtrt.errors import ConfigError, RequestError, TrainingDivergedError
 from admtrt.models.checkpoint import CheckpointConfig, build_network, save_checkpoint
-from admtrt.models.diffusion import Diffusion
 from admtrt.models.matching import shapes_of_network
 from admtrt.models.unet import UNet
+from admtrt.run_config import network_section, sampler_for
 from admtrt.runtime.machine import physical_memory
-from admtrt.schedule.process import process_from_config, retained_timesteps
+from admtrt.schedule.table import sampling_schedule
 from admtrt.training.data import ImageSet, load_data, require_classes, split
 from admtrt.training.engine import on_main_process, start_engine
 from admtrt.training.folder import RunFolder
 from admtrt.training.learner import Learner, learning_rate
 from admtrt.training.metrics import MetricsLog, Window, summary_writer
-from admtrt.training.objectives import make_objective, settle_losses
 from admtrt.training.sampling import draw_grid
 from admtrt.training.state import load_state, save_state
 from admtrt.training.stopping import stop_requests
+from admtrt.training.tasks import make_objective, settle_losses
 from admtrt.training.timesteps import Stream, torch_seed
 
 if TYPE_CHECKING:
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from admtrt.console import Output
-    from admtrt.presets import Kind
-    from admtrt.run_config import RunConfig, TrainingConfig
+    from admtrt.run_config import RunConfig, Task, TrainingConfig
+    from admtrt.schedule.sampler import SamplerConfig
     from admtrt.training.engine import Division
 
 
@@ -50,14 +51,14 @@ class TrainingResult:
     """How a run ended.
 
     Attributes:
-        kind: what was trained.
+        task: what was trained.
         step: optimiser steps of the whole run, those before a resume included.
         metrics: the last logged line, None for what is not finite; empty outside the main process.
         weights: the exported weights, one file for each EMA rate in the order of the configuration.
         folder: where metrics, samples and the state are.
     """
 
-    kind: Kind
+    task: Task
     step: int
     metrics: dict[str, Any]
     weights: tuple[Path, ...]
@@ -65,7 +66,7 @@ class TrainingResult:
 
 
 def train(
-    kind: Kind, config: RunConfig, out: Path, *, output: Output, resume: bool = False, overwrite: bool = False
+    task: Task, config: RunConfig, out: Path, *, output: Output, resume: bool = False, overwrite: bool = False
 ) -> TrainingResult:
     """Train one network of a configuration and export its averaged weights.
 
@@ -74,7 +75,7 @@ def train(
     numbers are functions of the seed and the step; PyTorch's global generator is reseeded in every step.
 
     Args:
-        kind: the section of ``config`` that is trained.
+        task: the network of ``config`` that is trained; ``consistency`` makes its UNet a consistency model.
         config: data, process, networks and settings.
         out: the folder that :class:`admtrt.training.folder.RunFolder` describes.
         output: where notes for people go.
@@ -92,42 +93,44 @@ def train(
             or if the last step is one of those.
         SystemExit: outside the main process, if the folder was refused there.
     """
-    if getattr(config, kind) is None:
+    section = network_section(task)
+    shape = config.network(task)
+    if shape is None:
         raise ConfigError(
-            f"the configuration has no section [{kind}]", hint=f"Add [{kind}] with the shape of the network."
+            f"the configuration has no section [{section}]",
+            hint=f"Add [{section}] with the shape of the network.",
         )
     config = settle_losses(config)
-    settings: TrainingConfig = getattr(config, f"train_{kind}")
+    settings: TrainingConfig = getattr(config, f"train_{task}")
     if settings.tensorboard:
         summary_writer()
-    _check_sampler(config)
-    diffusion = Diffusion(config.diffusion, process_from_config(config.diffusion))
-    objective = make_objective(kind, config, diffusion)
-    accelerator, division = start_engine(kind, settings)
-    _check_memory(kind, config, accelerator, division)
+    sampler = _checked_sampler(task, config)
+    accelerator, division = start_engine(task, settings)
+    objective = make_objective(task, config, accelerator.device)
+    _check_memory(task, config, shape, accelerator, division)
     data = load_data(config.data)
-    classes = getattr(config, kind).num_classes
+    classes = shape.num_classes
     if classes is not None:
         require_classes(data, classes)
-    described = _describe(kind, config, data.class_names)
-    with RunFolder(out, kind) as folder:
+    described = _describe(task, shape, config, sampler, data.class_names)
+    with RunFolder(out, task) as folder:
         on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
         torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))
-        learner = Learner(
-            build_network(described), objective, len(diffusion), settings, accelerator, division
-        )
+        network = build_network(described)
+        objective.begin(network)
+        learner = Learner(network, objective, settings, accelerator, division)
         if folder.state.exists():
             learner.load(*load_state(folder.state))
             if learner.step > settings.steps:
                 raise ConfigError(
-                    f"train_{kind}.steps is {settings.steps}, "
+                    f"train_{task}.steps is {settings.steps}, "
                     f"but the run in {out} stands at step {learner.step}",
                     hint=f"Set it to {learner.step} or more.",
                 )
         train_set, held_out = split(data, config.data.hold_out)
         if not accelerator.is_main_process:
-            _run(kind, settings, learner, train_set, held_out, None)
-            return TrainingResult(kind, learner.step, {}, (), folder.root)
+            _run(task, settings, learner, train_set, held_out, None)
+            return TrainingResult(task, learner.step, {}, (), folder.root)
         folder.write_config(config)
         folder.write_skipped(data.skipped)
         if data.skipped:
@@ -138,33 +141,57 @@ def train(
         shown = held_out if len(held_out) else train_set
         recorder = _Recorder(folder, described, settings, learner, metrics, shown, accelerator.device, output)
         with contextlib.closing(metrics):
-            _run(kind, settings, learner, train_set, held_out, recorder)
-        return TrainingResult(kind, learner.step, metrics.last, recorder.weights, folder.root)
+            _run(task, settings, learner, train_set, held_out, recorder)
+        return TrainingResult(task, learner.step, metrics.last, recorder.weights, folder.root)
 
 
-def _check_sampler(config: RunConfig) -> None:
-    """Refuse a respacing that only the export would find impossible, hours later."""
+def _checked_sampler(task: Task, config: RunConfig) -> SamplerConfig:
+    """What the network will recommend.
+
+    One file may train a consistency model and its teacher: a sampler for the one is none for the other.
+
+    Raises:
+        ConfigError: for one that only the export would find impossible, hours later.
+    """
+    process, sampler = config.process(task), config.sampler
+    if isinstance(process, EdmConfig) and process.boundary != (sampler.method == "consistency"):
+        sampler = sampler_for(process)
+    if sampler.method == "consistency" and sampler.levels_of is None:
+        sampler = sampler.model_copy(update={"levels_of": config.train_consistency.levels})
     try:
-        retained_timesteps(config.diffusion.steps, config.sampler.steps)
+        sampling_schedule(process, sampler.unguided)
     except RequestError as error:
-        raise ConfigError(f"sampler.steps cannot be used: {error.message}", hint=error.hint) from None
+        raise ConfigError(f"[sampler] cannot be used: {error.message}", hint=error.hint) from None
+    return sampler
 
 
-def _check_memory(kind: Kind, config: RunConfig, accelerator: Accelerator, division: Division) -> None:
+def _check_memory(
+    task: Task,
+    config: RunConfig,
+    network: UNetConfig | ClassifierConfig,
+    accelerator: Accelerator,
+    division: Division,
+) -> None:
     """Refuse what this machine could not hold, before it tries.
 
     Raises:
         ConfigError: if the weights, or the images of one micro-batch, are larger than its memory.
     """
-    weights = 4 * sum(map(math.prod, shapes_of_network(_describe(kind, config)).values()))
+    weights = 4 * sum(
+        map(math.prod, shapes_of_network(_describe(task, network, config, config.sampler)).values())
+    )
     if accelerator.device.type == "cpu":  # where gradients, two moments and the averages lie as well
-        weights *= 4 + len(getattr(config, f"train_{kind}").ema_rates)
+        weights *= 4 + len(getattr(config, f"train_{task}").ema_rates)
     pixels = config.data.channels * config.data.image_size**2
     images = 4 * pixels * division.batch_size // division.shards
     memory = physical_memory()
     for needed, what, keys in (
-        (weights, "the weights and what training keeps of each", f"{kind}.model_channels or channel_mult"),
-        (images, "the images of one micro-batch", f"train_{kind}.batch_size"),
+        (
+            weights,
+            "the weights and what training keeps of each",
+            f"{network_section(task)}.model_channels or channel_mult",
+        ),
+        (images, "the images of one micro-batch", f"train_{task}.batch_size"),
     ):
         if needed > memory:
             raise ConfigError(
@@ -182,14 +209,19 @@ def _name_skipped(data: ImageSet, listing: Path, output: Output) -> None:
         output.note(f"  and {len(data.skipped) - len(named)} more, all named in {listing}")
 
 
-def _describe(kind: Kind, config: RunConfig, class_names: Sequence[str] = ()) -> CheckpointConfig:
-    network = getattr(config, kind)
+def _describe(
+    task: Task,
+    network: UNetConfig | ClassifierConfig,
+    config: RunConfig,
+    sampler: SamplerConfig,
+    class_names: Sequence[str] = (),
+) -> CheckpointConfig:
     return CheckpointConfig(
-        kind=kind,
-        unet=None if kind == "classifier" else network,
-        classifier=network if kind == "classifier" else None,
-        diffusion=config.diffusion,
-        sampler=config.sampler,
+        kind=network_section(task),
+        unet=network if isinstance(network, UNetConfig) else None,
+        classifier=network if isinstance(network, ClassifierConfig) else None,
+        diffusion=config.process(task),
+        sampler=sampler,
         class_names=() if network.num_classes is None else tuple(class_names),
         run=config,
     )
@@ -252,7 +284,7 @@ class _Recorder:
         }
         gist = "  ".join(f"{name} {value:.4f}" for name, value in named.items() if value is not None)
         if not sys.stderr.isatty():  # a log holds lines, a terminal the progress bar
-            self._output.note(f"{self._described.kind}: step {step}/{self._settings.steps}  {gist}")
+            self._output.note(f"{self.folder.task}: step {step}/{self._settings.steps}  {gist}")
         return gist
 
     def draw(self) -> None:
@@ -283,7 +315,7 @@ class _Recorder:
 
 
 def _run(
-    kind: Kind,
+    task: Task,
     settings: TrainingConfig,
     learner: Learner,
     train_set: ImageSet,
@@ -297,13 +329,13 @@ def _run(
     try:
         with (
             stop_requests(shown=main) as stop,
-            _bar(kind, settings.steps, learner.step, shown=main) as advance,
+            _bar(task, settings.steps, learner.step, shown=main) as advance,
         ):
             while learner.step < settings.steps and not stop.agreed:
                 learner.update(train_set)
                 step, last = learner.step, learner.step == settings.steps
                 if learner.nan_steps >= settings.max_nan_steps or (last and learner.nan_steps):
-                    raise _diverged(kind, learner, saved, recorder)
+                    raise _diverged(task, learner, saved, recorder)
                 if step % settings.log_every == 0 or last:
                     held_out_values = learner.evaluate(held_out) if len(held_out) else {}
                     gist = recorder.log(held_out_values) if recorder is not None else ""
@@ -325,19 +357,19 @@ def _run(
 
 
 def _bar(
-    kind: Kind, steps: int, done: int, *, shown: bool
+    task: Task, steps: int, done: int, *, shown: bool
 ) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
     return (
-        progress(f"training {kind}", steps, done=done) if shown else contextlib.nullcontext(lambda *_: None)
+        progress(f"training {task}", steps, done=done) if shown else contextlib.nullcontext(lambda *_: None)
     )
 
 
-def _diverged(kind: Kind, learner: Learner, saved: int, recorder: _Recorder | None) -> TrainingDivergedError:
+def _diverged(task: Task, learner: Learner, saved: int, recorder: _Recorder | None) -> TrainingDivergedError:
     kept = "No state had been saved yet. "
     if saved and recorder is not None:
         kept = f"The last good state, of step {saved}, is kept in {recorder.folder.state}. "
     return TrainingDivergedError(
-        f"training of the {kind} diverged: {learner.nan_steps} steps in a row, up to step {learner.step}, "
+        f"training of the {task} diverged: {learner.nan_steps} steps in a row, up to step {learner.step}, "
         "had no finite loss and gradient",
-        hint=f"{kept}Lower train_{kind}.lr, set train_{kind}.grad_clip or use another precision.",
+        hint=f"{kept}Lower train_{task}.lr, set train_{task}.grad_clip or use another precision.",
     )

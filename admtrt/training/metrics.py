@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from admtrt.errors import MissingDependencyError, OutputError
 from admtrt.files import atomic_file
 from admtrt.reading import open_regular, parse_json
+from admtrt.training.timesteps import QUARTILES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -18,11 +19,11 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-QUARTILES = 4
+    from admtrt.training.timesteps import Drawn
 
 
 class Window:
-    """Weighted means of per-sample values, overall and by quartile of the timesteps.
+    """Weighted means of per-sample values, overall and by quartile of the noise levels that are drawn.
 
     Weights undo the bias of a timestep sampler, so that means estimate those over uniform timesteps.
     """
@@ -33,18 +34,15 @@ class Window:
     def add(
         self,
         values: Mapping[str, NDArray[np.float32]],
-        weights: NDArray[np.float32],
-        timesteps: NDArray[np.int64],
-        steps: int,
+        drawn: Drawn,
     ) -> None:
-        """Take in N samples at their timesteps of a process of ``steps``; every array is [N]."""
-        quartiles = timesteps * QUARTILES // steps
+        """Take in the values [N] of samples that were drawn so."""
         for name, samples in values.items():
-            self._take(name, samples, weights)
+            self._take(name, samples, drawn.weights)
             for quartile in range(QUARTILES):
-                chosen = quartiles == quartile
+                chosen = drawn.quartiles == quartile
                 if chosen.any():
-                    self._take(f"{name}_q{quartile}", samples[chosen], weights[chosen])
+                    self._take(f"{name}_q{quartile}", samples[chosen], drawn.weights[chosen])
 
     def add_scalar(self, name: str, value: float) -> None:
         """Take in a value of a whole step."""

@@ -2,37 +2,74 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 from torch.nn.functional import cross_entropy, interpolate
 
-from admtrt.errors import ConfigError
-from admtrt.training.losses import training_loss
+from admtrt.models.edm import add_noise, denoise
+from admtrt.training.losses import flat_mean, training_loss
+from admtrt.training.timesteps import LevelSampler, LogNormalSampler, UniformSampler
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch import Tensor, nn
 
+    from admtrt.config import EdmConfig
     from admtrt.models.diffusion import Diffusion
-    from admtrt.presets import Kind
-    from admtrt.run_config import RunConfig
+    from admtrt.run_config import TrainingConfig
 
 
-class Objective(Protocol):
-    """The values of a batch, each [N]; ``loss`` comes first and is what is minimised."""
+class Objective:
+    """What is minimised, and where.
+
+    Attributes:
+        levels: draws the noise levels of a batch.
+    """
+
+    levels: LevelSampler
 
     def __call__(
-        self, network: nn.Module, x_0: Tensor, y: Tensor | None, step: Tensor, noise: Tensor
+        self, network: nn.Module, x_0: Tensor, y: Tensor | None, levels: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
-        """Evaluate on images x_0 [N, C, H, W], labels and noise at the steps int64 [N]."""
-        ...
+        """The values of a batch, each [N]; ``loss`` comes first and is what is minimised.
+
+        Args:
+            network: what is trained.
+            x_0: images [N, C, H, W].
+            y: labels, if there are any.
+            levels: [N], as :attr:`levels` draws them.
+            noise: standard normal, like ``x_0``.
+        """
+        raise NotImplementedError
+
+    def begin(self, network: nn.Module) -> None:
+        """Make a freshly initialised network ready for its first step."""
+
+    def stepped(self, network: nn.Module, step: int, *, changed: bool) -> None:
+        """Follow the network after a step, which brought it to ``step`` and may not have changed it."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors, and JSON-ready values, that :meth:`load` needs to go on."""
+        return {}, {}
+
+    def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state` gave."""
 
 
-class DenoisingObjective:
+class DenoisingObjective(Objective):
     """The loss of a UNet or an upsampler: ``loss``, and ``mse`` and ``vb`` where it has them."""
 
     def __init__(
-        self, diffusion: Diffusion, loss: str, *, class_conditional: bool, low_res_size: int | None
+        self,
+        diffusion: Diffusion,
+        loss: str,
+        *,
+        class_conditional: bool,
+        low_res_size: int | None,
+        levels: LevelSampler | None = None,
     ) -> None:
+        self.levels = UniformSampler(len(diffusion)) if levels is None else levels
         self.diffusion = diffusion
         self.loss = loss
         self.class_conditional = class_conditional
@@ -51,10 +88,58 @@ class DenoisingObjective:
         return {name: value for name, value in parts.items() if value is not None}
 
 
-class ClassifierObjective:
+class EdmObjective(Objective):
+    """The loss of a UNet or an upsampler on a process of kind ``edm``: ``loss``, and ``mse`` of x_0.
+
+    Args:
+        process: of the network.
+        settings: of its training.
+        class_conditional, low_res_size: what it takes besides.
+    """
+
+    def __init__(
+        self,
+        process: EdmConfig,
+        settings: TrainingConfig,
+        *,
+        class_conditional: bool,
+        low_res_size: int | None,
+    ) -> None:
+        self.levels = LogNormalSampler(settings.sigma_mean, settings.sigma_std)
+        self._process = process
+        self._weighting = settings.weighting
+        self._class_conditional = class_conditional
+        self._low_res_size = low_res_size
+
+    def __call__(
+        self, network: nn.Module, x_0: Tensor, y: Tensor | None, levels: Tensor, noise: Tensor
+    ) -> dict[str, Tensor]:
+        """Evaluate on images x_0 [N, C, H, W] at the noise levels float32 [N]."""
+        labels = y if self._class_conditional else None
+        low_res = None if self._low_res_size is None else shrink(x_0, self._low_res_size)
+        x = add_noise(x_0, levels, noise)
+        predicted = denoise(self._process, lambda x, t: network(x, t, labels, low_res), x, levels)
+        mse = flat_mean((predicted - x_0).square())
+        return {"loss": mse * edm_weights(self._weighting, levels, self._process.sigma_data), "mse": mse}
+
+
+def edm_weights(weighting: str, sigma: Tensor, sigma_data: float) -> Tensor:
+    """Weights [N] of squared errors of x_0 at noise levels S, as openai/consistency_models names them."""
+    snr = sigma**-2
+    return {
+        "karras": lambda: snr + sigma_data**-2,  # (S^2 + d^2) / (S d)^2
+        "snr": lambda: snr,
+        "snr+1": lambda: snr + 1,
+        "truncated-snr": lambda: snr.clamp(min=1),
+        "uniform": lambda: snr.new_ones(snr.shape),
+    }[weighting]()
+
+
+class ClassifierObjective(Objective):
     """Cross-entropy and accuracy of a classifier on noisy images."""
 
     def __init__(self, diffusion: Diffusion) -> None:
+        self.levels = UniformSampler(len(diffusion))
         self.diffusion = diffusion
 
     def __call__(
@@ -72,68 +157,3 @@ class ClassifierObjective:
 def shrink(x: Tensor, size: int) -> Tensor:
     """Average [N, C, H, W] down to [N, C, size, size]: what an upsampler is conditioned on."""
     return interpolate(x, (size, size), mode="area")
-
-
-def settle_losses(config: RunConfig) -> RunConfig:
-    """The configuration with the loss ``simple`` where none is set and the variance is fixed."""
-    if config.diffusion.learns_sigma:
-        return config
-    sections = {"train_unet": config.train_unet, "train_upsampler": config.train_upsampler}
-    return config.model_copy(
-        update={
-            name: settings.model_copy(update={"loss": "simple"})
-            for name, settings in sections.items()
-            if "loss" not in settings.model_fields_set
-        }
-    )
-
-
-def make_objective(kind: Kind, config: RunConfig, diffusion: Diffusion) -> Objective:
-    """The objective of a network under a configuration whose losses are settled.
-
-    Raises:
-        ConfigError: for a setting that this kind of network or process cannot have.
-    """
-    if kind == "classifier":
-        settings = config.train_classifier
-        if settings.sample_every:
-            raise ConfigError(
-                f"train_classifier.sample_every is {settings.sample_every}, but a classifier draws no images",
-                hint="Set it to 0, or leave it out.",
-            )
-        if settings.timestep_sampler != "uniform":
-            raise ConfigError(
-                f"train_classifier.timestep_sampler is '{settings.timestep_sampler}', but a classifier "
-                "is trained on every timestep alike",
-                hint="Set it to 'uniform', or leave it out.",
-            )
-        if settings.loss != type(settings).model_fields["loss"].default:
-            raise ConfigError(
-                f"train_classifier.loss is '{settings.loss}', but a classifier is trained on cross-entropy",
-                hint="Leave it out.",
-            )
-        return ClassifierObjective(diffusion)
-    network = config.unet if kind == "unet" else config.upsampler
-    assert network is not None  # refused before
-    loss = (config.train_unet if kind == "unet" else config.train_upsampler).loss
-    variance = config.diffusion.variance_type
-    if loss == "simple" and config.diffusion.learns_sigma:
-        raise ConfigError(
-            f"train_{kind}.loss is 'simple', which teaches the network nothing about the variance, but "
-            f"diffusion.variance_type is '{variance}'",
-            hint="Use the loss 'hybrid', or a variance that is not learned: 'fixed_small' or 'fixed_large' "
-            f"with {kind}.learn_sigma = false.",
-        )
-    if loss == "hybrid" and not config.diffusion.learns_sigma:
-        raise ConfigError(
-            f"train_{kind}.loss is 'hybrid', whose second part teaches the variance, but "
-            f"diffusion.variance_type is '{variance}'",
-            hint="Use the loss 'simple', or learn the variance: 'learned_range' with "
-            f"{kind}.learn_sigma = true.",
-        )
-    return DenoisingObjective(
-        diffusion,
-        loss,
-        class_conditional=network.num_classes is not None,
-        low_res_size=network.low_res_size,
-    )

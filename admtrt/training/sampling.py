@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from admtrt.config import DiffusionConfig
+from admtrt.config import EdmConfig
 from admtrt.images import save_grid, to_uint8
 from admtrt.models.denoiser import TorchDenoiser
+from admtrt.run_config import sampler_for
 from admtrt.runtime.sampler import advance
 from admtrt.runtime.slots import slots_for
 from admtrt.schedule.sampler import SamplerConfig
@@ -20,6 +21,7 @@ from admtrt.training.objectives import shrink
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from admtrt.config import DiffusionConfig
     from admtrt.models.unet import UNet
     from admtrt.runtime.slots import Images, Labels
     from admtrt.training.data import ImageSet
@@ -33,15 +35,21 @@ _COLUMNS = 8
 def draw_samples(
     network: UNet,
     device: torch.device,
-    diffusion: DiffusionConfig,
+    process: DiffusionConfig | EdmConfig,
     *,
     y: Labels | None,
     low_res: Images | None,
     count: int,
 ) -> Images:
-    """Draw unguided samples by DDIM, float32 [count, C, H, W]; the same network gives the same samples."""
-    sampler = SamplerConfig(method="ddim", steps=str(min(_STEPS, diffusion.steps)), scale=0.0)
-    schedule = sampling_schedule(diffusion, sampler)
+    """Draw unguided samples, float32 [count, C, H, W]; the same network gives the same samples.
+
+    By DDIM, or as :func:`~admtrt.run_config.sampler_for` says of a process of kind ``edm``.
+    """
+    if isinstance(process, EdmConfig):
+        sampler = sampler_for(process)
+    else:
+        sampler = SamplerConfig(method="ddim", steps=str(min(_STEPS, process.steps)), scale=0.0)
+    schedule = sampling_schedule(process, sampler)
     slots = slots_for(
         network.config,
         None,
@@ -58,7 +66,12 @@ def draw_samples(
 
 
 def draw_grid(
-    network: UNet, device: torch.device, diffusion: DiffusionConfig, data: ImageSet, seed: int, path: Path
+    network: UNet,
+    device: torch.device,
+    process: DiffusionConfig | EdmConfig,
+    data: ImageSet,
+    seed: int,
+    path: Path,
 ) -> None:
     """Write a grid of samples: one for each class, or enlargements of images of ``data``, or a few.
 
@@ -75,6 +88,6 @@ def draw_grid(
     elif config.num_classes is not None:
         y = np.arange(min(config.num_classes, _MOST_CLASSES), dtype=np.int64)
     count = _SAMPLES if y is None else len(y)
-    images = draw_samples(network, device, diffusion, y=y, low_res=low_res, count=count)
+    images = draw_samples(network, device, process, y=y, low_res=low_res, count=count)
     names = None if y is None else [data.class_names[label] for label in y]
     save_grid(to_uint8(images), path, _COLUMNS, names)

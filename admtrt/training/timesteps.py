@@ -7,18 +7,21 @@ divided among processes and micro-batches.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from numpy.typing import NDArray
 
+QUARTILES = 4
+_NORMAL_QUARTILES = (-0.6744897501960817, 0.0, 0.6744897501960817)
 HISTORY = 10
 """Losses remembered for each timestep by :class:`LossSecondMomentSampler`."""
 
@@ -56,7 +59,44 @@ def draw_noise(
     return torch.from_numpy(noise)
 
 
-class UniformSampler:
+@dataclass(frozen=True, eq=False)
+class Drawn:
+    """Where the samples of a whole batch are trained, every array [N].
+
+    Attributes:
+        levels: timesteps or indices int64, or noise levels S float32, as the objective takes them.
+        weights: float32, undo the bias of the drawing.
+        quartiles: int64, 0 to 3, the cleanest first: of what is drawn, for metrics.
+    """
+
+    levels: NDArray[np.int64] | NDArray[np.float32]
+    weights: NDArray[np.float32]
+    quartiles: NDArray[np.int64]
+
+
+class LevelSampler:
+    """Draws where a batch is trained."""
+
+    def draw(self, stream: Stream, seed: int, step: int, size: int) -> Drawn:
+        """For the samples of a whole batch."""
+        raise NotImplementedError
+
+    def held_out(self) -> LevelSampler:
+        """What images that are not learned from are judged at."""
+        return self
+
+    def record(self, levels: NDArray[Any], losses: NDArray[np.float32]) -> None:
+        """Learn from the unweighted losses [N] of a whole batch."""
+
+    def state(self) -> dict[str, Tensor]:
+        """What :meth:`load` needs to go on."""
+        return {}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what :meth:`state` gave."""
+
+
+class UniformSampler(LevelSampler):
     """Every timestep is equally likely."""
 
     def __init__(self, steps: int) -> None:
@@ -66,15 +106,16 @@ class UniformSampler:
         """Probability of each timestep, float64 [T]."""
         return np.full(self.steps, 1 / self.steps)
 
-    def record(self, timesteps: NDArray[np.int64], losses: NDArray[np.float32]) -> None:
-        """Learn from the unweighted losses [N] of a whole batch."""
+    def draw(self, stream: Stream, seed: int, step: int, size: int) -> Drawn:
+        """Timesteps, and the weights 1 / (p T)."""
+        p = self.probabilities()
+        timesteps = _generator(stream, seed, step).choice(self.steps, size=size, p=p)
+        weights = (1 / (p[timesteps] * self.steps)).astype(np.float32)
+        return Drawn(timesteps, weights, timesteps * QUARTILES // self.steps)
 
-    def state(self) -> dict[str, Tensor]:
-        """What :meth:`load` needs to go on."""
-        return {}
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what :meth:`state` gave."""
+    def held_out(self) -> LevelSampler:
+        """Every timestep alike."""
+        return UniformSampler(self.steps)
 
 
 class LossSecondMomentSampler(UniformSampler):
@@ -98,9 +139,9 @@ class LossSecondMomentSampler(UniformSampler):
         focused: NDArray[np.float64] = moment / moment.sum()
         return focused * (1 - UNIFORM_PROBABILITY) + UNIFORM_PROBABILITY / self.steps
 
-    def record(self, timesteps: NDArray[np.int64], losses: NDArray[np.float32]) -> None:
+    def record(self, levels: NDArray[Any], losses: NDArray[np.float32]) -> None:
         """Learn from the unweighted losses [N] of a whole batch; the oldest of a timestep is forgotten."""
-        for timestep, loss in zip(timesteps.tolist(), losses.tolist(), strict=True):
+        for timestep, loss in zip(levels.tolist(), losses.tolist(), strict=True):
             self._losses[timestep, self._counts[timestep] % HISTORY] = loss
             self._counts[timestep] += 1
 
@@ -121,10 +162,32 @@ def make_sampler(name: Literal["uniform", "loss_second_moment"], steps: int) -> 
     return {"uniform": UniformSampler, "loss_second_moment": LossSecondMomentSampler}[name](steps)
 
 
-def draw_timesteps(
-    sampler: UniformSampler, stream: Stream, seed: int, step: int, size: int
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Timesteps int64 [N] of a whole batch, and the weights 1 / (p T), float32 [N], that undo the bias."""
-    p = sampler.probabilities()
-    timesteps = _generator(stream, seed, step).choice(sampler.steps, size=size, p=p)
-    return timesteps, (1 / (p[timesteps] * sampler.steps)).astype(np.float32)
+class LogNormalSampler(LevelSampler):
+    """Noise levels S whose log is normal (Karras et al. 2022, table 1)."""
+
+    def __init__(self, mean: float, std: float) -> None:
+        self._mean, self._std = mean, std
+
+    def draw(self, stream: Stream, seed: int, step: int, size: int) -> Drawn:
+        """Noise levels."""
+        z = _generator(stream, seed, step).standard_normal(size)
+        levels = np.exp(self._mean + self._std * z).astype(np.float32)
+        return Drawn(levels, np.ones(size, dtype=np.float32), np.searchsorted(_NORMAL_QUARTILES, z))
+
+
+class IndexSampler(LevelSampler):
+    """Indices of noise levels, the noisiest first, each equally likely.
+
+    Args:
+        count: how many there are at a step.
+    """
+
+    def __init__(self, count: Callable[[int], int]) -> None:
+        self._count = count
+
+    def draw(self, stream: Stream, seed: int, step: int, size: int) -> Drawn:
+        """Indices."""
+        count = self._count(step)
+        indices = _generator(stream, seed, step).integers(count, size=size)
+        quartiles = (count - 1 - indices) * QUARTILES // count
+        return Drawn(indices, np.ones(size, dtype=np.float32), quartiles)

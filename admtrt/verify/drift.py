@@ -7,10 +7,11 @@ passes or fails: the numbers say what a precision costs.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from admtrt.config import EdmConfig
 from admtrt.errors import AdmtrtError, RequestError
 from admtrt.runtime.pipeline import Pipeline, consecutive_seeds
 from admtrt.runtime.sampler import advance, hold
@@ -24,15 +25,17 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
+    from admtrt.config import DiffusionConfig
     from admtrt.contract import GraphName
     from admtrt.runtime.sampler import Denoiser
     from admtrt.runtime.slots import Array, Images, Slots
+    from admtrt.schedule.sampler import SamplerConfig
     from admtrt.schedule.table import SamplingSchedule
 
     Values = NDArray[np.float64]
 
 BINS = 5
-"""Equal ranges of timesteps over which graphs are compared."""
+"""Equal ranges of timesteps, or of the logarithms of noise levels, over which graphs are compared."""
 EQUAL_PSNR = 120.0
 """Shown for images that are equal, or as good as: the most that is shown, in dB."""
 
@@ -44,18 +47,18 @@ _TINY = float(np.finfo(np.float32).tiny)
 
 @dataclass(frozen=True)
 class GraphDrift:
-    """Errors of one graph's output over the samples and steps of one range of timesteps.
+    """Errors of one graph's output over the samples and steps of one range of a process.
 
     Attributes:
         graph: its name.
-        first, last: the range of the base process, both ends inclusive.
+        first, last: the range: timesteps of the base process, both ends inclusive, or noise levels S.
         mean_error, max_error: of |difference| / |reference| of each sample, in the Euclidean norm.
         mean_cosine, min_cosine: between the two outputs of each sample.
     """
 
     graph: str
-    first: int
-    last: int
+    first: float
+    last: float
     mean_error: float
     max_error: float
     mean_cosine: float
@@ -67,11 +70,13 @@ class StepDrift:
     """The distance of two free trajectories after one step.
 
     Attributes:
-        timestep: of the base process, at which the step began.
+        timestep: of the base process, at which the step began; None where the process has none.
+        sigma: its noise level S.
         mean_error, max_error: of x_t over the samples, as of :class:`GraphDrift`.
     """
 
-    timestep: int
+    timestep: float | None
+    sigma: float
     mean_error: float
     max_error: float
 
@@ -82,13 +87,15 @@ class DriftReport:
 
     Attributes:
         images: how many were drawn.
-        graphs: by graph, then by range of timesteps, at the reference's own x_t.
+        axis: what ranges are of: ``timestep``, or ``noise level`` of a process without timesteps.
+        graphs: by graph, then by range, at the reference's own x_t.
         steps: in the order of sampling.
         mean_psnr, min_psnr: of the final images against the reference's, over values in [-1, 1], in dB.
         max_levels: the largest difference of a pixel, of 255.
     """
 
     images: int
+    axis: Literal["timestep", "noise level"]
     graphs: tuple[GraphDrift, ...]
     steps: tuple[StepDrift, ...]
     mean_psnr: float
@@ -106,7 +113,7 @@ def measure_drift(
     measured: Denoiser,
     *,
     images: int = 64,
-    steps: str = "ddim25",
+    steps: str | None = None,
     batch_size: int = 16,
     seed: int = 0,
     report: Callable[[int], None] = lambda _: None,
@@ -117,7 +124,8 @@ def measure_drift(
         bundle: whose networks they run; its recommended scale and clipping are used, its classes in turn.
         reference, measured: what is compared.
         images: how many to draw.
-        steps: respacing of the trajectories, as for :class:`~admtrt.config.SamplerConfig`.
+        steps: of the trajectories, as for :class:`~admtrt.schedule.sampler.SamplerConfig`; None for 25 of
+            DDIM, or for the recommended sampler of a process without timesteps.
         batch_size: samples computed at once.
         seed: of the first sample; the others follow.
         report: called with the number of steps of samples that were done.
@@ -129,7 +137,7 @@ def measure_drift(
     for name, value in (("images", images), ("batch_size", batch_size)):
         if value < 1:
             raise RequestError(f"{name} is {value}; expected at least 1")
-    sampler = Pipeline(bundle, reference).sampler(steps=steps)
+    sampler = drift_sampler(Pipeline(bundle, reference), steps)
     schedule = sampling_schedule(bundle.manifest.diffusion, sampler)
     seeds = list(consecutive_seeds(seed, images))
     inputs = Inputs(bundle.manifest, seed)
@@ -156,17 +164,31 @@ def measure_drift(
     quality = np.concatenate(psnr)
     return DriftReport(
         images=images,
-        graphs=tuple(
-            _by_timestep(paired.errors, schedule, bundle.manifest.discrete("drift by timesteps").steps)
-        ),
+        axis="timestep" if len(schedule.timesteps) else "noise level",
+        graphs=tuple(_by_place(paired.errors, schedule, bundle.manifest.diffusion)),
         steps=tuple(
-            StepDrift(timestep=int(t), mean_error=float(errors.mean()), max_error=float(errors.max()))
-            for t, errors in zip(schedule.timesteps, each, strict=True)
+            StepDrift(
+                timestep=schedule.timestep(index),
+                sigma=float(schedule.sigma[index]),
+                mean_error=float(errors.mean()),
+                max_error=float(errors.max()),
+            )
+            for index, errors in enumerate(each)
         ),
         mean_psnr=float(quality.mean()),
         min_psnr=float(quality.min()),
         max_levels=levels,
     )
+
+
+def drift_sampler(pipeline: Pipeline, steps: str | None) -> SamplerConfig:
+    """The sampler of the trajectories of :func:`measure_drift`.
+
+    Raises:
+        RequestError: if the process cannot be sampled so.
+    """
+    edm = isinstance(pipeline.bundle.manifest.diffusion, EdmConfig)
+    return pipeline.sampler(steps="ddim25" if steps is None and not edm else steps)
 
 
 def _drifts(
@@ -220,31 +242,41 @@ def _check_finite(
     wrong = len(values) - int(np.isfinite(_rows(values)).all(axis=1).sum())
     if wrong:
         raise AdmtrtError(
-            f"{what} gives values that are not finite for {wrong} of {len(values)} samples at timestep "
-            f"{int(schedule.timesteps[step])}",
+            f"{what} gives values that are not finite for {wrong} of {len(values)} samples at "
+            f"{'timestep' if len(schedule.timesteps) else 'noise level'} {_places(schedule)[step]:g}",
             hint=hint,
         )
 
 
-def _by_timestep(
-    errors: dict[str, dict[int, list[Values]]], schedule: SamplingSchedule, length: int
+def _places(schedule: SamplingSchedule) -> list[float]:
+    """Timesteps of the evaluations, or their noise levels where there are none."""
+    places: list[float] = (schedule.timesteps if len(schedule.timesteps) else schedule.sigma).tolist()
+    return places
+
+
+def _by_place(
+    errors: dict[str, dict[int, list[Values]]],
+    schedule: SamplingSchedule,
+    process: DiffusionConfig | EdmConfig,
 ) -> Iterator[GraphDrift]:
-    edges = np.linspace(0, length, BINS + 1).astype(int)
+    if isinstance(process, EdmConfig):
+        edges = np.geomspace(process.sigma_min, process.sigma_max, BINS + 1)
+        ends = edges[1:]
+    else:
+        edges = np.linspace(0, process.steps, BINS + 1).astype(int)
+        ends = edges[1:] - 1
+    # A timestep may lie between two whole ones, and rounding may leave the ends of noise levels.
+    inner = np.searchsorted(edges[1:-1], _places(schedule), side="right")
     for graph, by_step in errors.items():
-        for first, end in zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True):
-            inside = [
-                found
-                for step, batches in by_step.items()
-                if first <= schedule.timesteps[step] < end
-                for found in batches
-            ]
+        for index, (first, last) in enumerate(zip(edges[:-1].tolist(), ends.tolist(), strict=True)):
+            inside = [found for step, batches in by_step.items() if inner[step] == index for found in batches]
             if not inside:
                 continue
             error, cosine = np.concatenate(inside, axis=1)
             yield GraphDrift(
                 graph=graph,
                 first=first,
-                last=end - 1,
+                last=last,
                 mean_error=float(error.mean()),
                 max_error=float(error.max()),
                 mean_cosine=float(cosine.mean()),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 from admtrt.files import atomic_file
@@ -34,9 +35,14 @@ def plot_precision_drift(report: DriftReport, title: str, path: Path) -> None:
     along.set_ylabel("relative error of $x_t$")
     for name in dict.fromkeys(graph.graph for graph in report.graphs):
         bins = [graph for graph in report.graphs if graph.graph == name]
-        middle = [(graph.first + graph.last) / 2 for graph in bins]
+        even = report.axis == "timestep"
+        middle = [
+            (graph.first + graph.last) / 2 if even else math.sqrt(graph.first * graph.last) for graph in bins
+        ]
         across.semilogy(middle, [max(g.mean_error, _FLOOR) for g in bins], marker="o", label=name)
-    across.set_xlabel("timestep")
+    across.set_xlabel(report.axis)
+    if report.axis == "noise level":
+        across.set_xscale("log")
     across.set_ylabel("mean relative error of the output")
     for axes in (along, across):
         axes.grid(visible=True, alpha=0.3)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from admtrt.config import DiffusionConfig
+from admtrt.schedule.levels import EdmLevels
+from admtrt.schedule.process import process_from_config
 from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Manifest
+    from admtrt.config import EdmConfig
     from admtrt.runtime.slots import Images, Labels
 
+    Values = NDArray[np.float64]
+
+_EDM_LEVELS = 40
 BATCHES = (1, 3)
 """Batch sizes compared; the traced one is not among them, since a graph that remembers it would pass."""
 
@@ -43,9 +51,14 @@ class Inputs:
 
     def noisy_images(self, alpha_bar: NDArray[np.float64]) -> Images:
         """x_t of random images, each at its own noise level, [N, C, H, W]."""
-        a = alpha_bar[:, None, None, None]
-        shape = (len(a), *self.image_shape)
-        return (np.sqrt(a) * self.uniform(*shape) + np.sqrt(1 - a) * self.normal(*shape)).astype(np.float32)
+        return self.states(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
+
+    def states(self, signal: Values, noise: Values) -> Images:
+        """Random images and noise, each with its own weights [N]: what the networks are given."""
+        shape = (len(signal), *self.image_shape)
+        images, drawn = self.uniform(*shape), self.normal(*shape)
+        column = (-1, 1, 1, 1)
+        return (signal.reshape(column) * images + noise.reshape(column) * drawn).astype(np.float32)
 
     def labels(self, count: int, shift: int = 0) -> Labels | None:
         """Labels spread over all classes, others for another ``shift``; None where there are no classes."""
@@ -75,6 +88,36 @@ def samplers(manifest: Manifest, steps: int, *, guided: bool) -> dict[str, Sampl
         name: SamplerConfig.from_dict({"method": method, "eta": eta, **shared})
         for name, (method, eta) in choices.items()
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """Noise levels at which networks are compared, the cleanest first.
+
+    Attributes:
+        t: what the networks are given, float32 [L].
+        signal, noise: weights of the image and of the noise in the state, float64 [L].
+    """
+
+    t: NDArray[np.float32]
+    signal: Values
+    noise: Values
+
+    @classmethod
+    def of(cls, process: DiffusionConfig | EdmConfig) -> Levels:
+        """Every timestep of a discrete process; of another, the grid that consistency models count."""
+        if isinstance(process, DiffusionConfig):
+            base = process_from_config(process)
+            a = base.alpha_bar
+            return cls(base.model_t.astype(np.float32), np.sqrt(a), np.sqrt(1 - a))
+        levels = EdmLevels(process)
+        grid = levels.grid("karras", levels.cleanest, levels.noisiest, _EDM_LEVELS - 1)
+        signal = np.array([levels.c_in(level) for level in grid])
+        sigma = np.array([level.sigma for level in grid])
+        return cls(np.array([level.t for level in grid], np.float32), signal, signal * sigma)
+
+    def __len__(self) -> int:
+        return len(self.t)
 
 
 def chosen_steps(length: int) -> list[int]:

@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from admtrt.config import DiffusionConfig
 from admtrt.models.classifier import Classifier, log_prob, log_prob_gradient
+from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.unet import UNet
 from admtrt.schedule.process import process_from_config
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from admtrt.models.checkpoint import LoadedNetwork
+    from admtrt.runtime.sampler import Denoiser
     from admtrt.runtime.slots import Array, Conditions, Images, Labels
     from admtrt.schedule.sampler import SamplerConfig
 
@@ -47,6 +50,11 @@ class Reference:
         self._classifier = None if classifier is None else _in_type(classifier.module, dtype)
         self._dtype = dtype
         self.diffusion = unet.config.diffusion
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """The networks as the runtime takes them."""
+        return TorchDenoiser(self._unet, self._classifier)
 
     @torch.no_grad()
     def unet(self, x: Images, t: NDArray[np.float32], conditions: Mapping[str, Array]) -> Images:
@@ -82,6 +90,7 @@ class Reference:
 
     def diffusion_for(self, sampler: SamplerConfig) -> Diffusion:
         """The checkpoint's process, respaced for a sampler."""
+        assert isinstance(self.diffusion, DiffusionConfig)
         return Diffusion(self.diffusion, process_from_config(self.diffusion, sampler.steps), self._dtype)
 
     @torch.no_grad()

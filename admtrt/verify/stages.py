@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from admtrt.config import DiffusionConfig, EdmConfig
 from admtrt.contract import bundle_specs
-from admtrt.errors import BundleError, CheckpointError
+from admtrt.errors import BundleError, CheckpointError, RequestError
 from admtrt.images import to_uint8
 from admtrt.models.pair import in_units_of
 from admtrt.runtime.backends.opening import open_denoiser
@@ -17,10 +18,10 @@ from admtrt.runtime.noise import step_noise
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.sampler import advance
 from admtrt.runtime.slots import conditions_for, slots_for
-from admtrt.schedule.process import process_from_config, retained_timesteps
+from admtrt.schedule.process import retained_timesteps
 from admtrt.schedule.table import UPDATE, sampling_schedule
 from admtrt.verify.checked import CheckedGraphs, GraphRunError
-from admtrt.verify.inputs import BATCHES, Inputs, chosen_steps, samplers, step_batches
+from admtrt.verify.inputs import BATCHES, Inputs, Levels, chosen_steps, samplers, step_batches
 from admtrt.verify.judged import Judged, float64_sides
 from admtrt.verify.reference import Reference
 from admtrt.verify.report import Place, Row, Tally, VerificationReport, sample_errors
@@ -84,10 +85,7 @@ def verify_bundle(
         classifier = in_units_of(unet.config.diffusion, classifier)
     seeds = list(consecutive_seeds(seed, max(BATCHES)))
     reference = Reference(unet, classifier)
-    # Both sides are as long then, even where the manifest tells of another process.
-    longest = min(bundle.manifest.discrete("verification").steps, reference.diffusion.steps)
-    steps = min(_STEPS, longest) if steps is None else steps
-    retained_timesteps(longest, str(steps))  # refuses an impossible number now
+    steps = _checked_steps(steps, bundle.manifest.diffusion, reference.diffusion)
     report("sessions")
     sessions = "sessions of the graphs"
     try:
@@ -113,12 +111,44 @@ def verify_bundle(
     )
     rows = [Row("build", sessions, "pass"), comparison.manifest_row()]
     report("graphs")
-    rows += [*comparison.unet_rows(), *comparison.classifier_rows(), *comparison.update_rows()]
+    rows += [*comparison.unet_rows(), *comparison.classifier_rows()]
+    if isinstance(reference.diffusion, EdmConfig):
+        report("trajectories")
+        return VerificationReport(str(bundle.path), (*rows, *comparison.recommended_rows()))
+    rows += comparison.update_rows()
     report("steps")
     rows += comparison.step_rows()
     report("trajectories")
     drift, trajectory_rows = comparison.trajectories()
     return VerificationReport(str(bundle.path), (*rows, *trajectory_rows), drift)
+
+
+def _checked_steps(
+    steps: int | None, ours: DiffusionConfig | EdmConfig, theirs: DiffusionConfig | EdmConfig
+) -> int:
+    """Steps of the respaced process, or of evaluations where there is none.
+
+    Raises:
+        CheckpointError: if the two processes are of different kinds.
+        RequestError: for an impossible number, or one where the recommended sampler is compared.
+    """
+    if ours.kind != theirs.kind:
+        raise CheckpointError(
+            f"the bundle's process is of kind '{ours.kind}', the checkpoint's of kind '{theirs.kind}'",
+            hint="Give the checkpoint that the bundle was exported from.",
+        )
+    if isinstance(ours, EdmConfig) or isinstance(theirs, EdmConfig):
+        if steps is not None:
+            raise RequestError(
+                f"--steps {steps} respaces a discrete process, and this one is of kind 'edm'",
+                hint="Leave it out: the recommended sampler is compared.",
+            )
+        return _STEPS
+    # Both sides are as long then, even where the manifest tells of another process.
+    longest = min(ours.steps, theirs.steps)
+    steps = min(_STEPS, longest) if steps is None else steps
+    retained_timesteps(longest, str(steps))  # refuses an impossible number now
+    return steps
 
 
 def _check_comparable(bundle: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork | None) -> None:
@@ -168,14 +198,13 @@ class _Comparison:
         self.seeds = seeds
         self.record = record
         self.inputs = Inputs(bundle.manifest, seeds[0])
-        self.base = process_from_config(reference.diffusion)
+        self.base = Levels.of(reference.diffusion)
 
     def manifest_row(self) -> Row:
         """The process that the runtime will follow, against the one that the UNet was trained on."""
-        process = self.manifest.discrete("verification")
-        ours, theirs = process.model_dump(), self.reference.diffusion.model_dump()
-        if process.time_factor == self.reference.diffusion.time_factor:
-            del ours["rescale_timesteps"]  # nothing, at 1000 steps
+        ours, theirs = self.manifest.diffusion.model_dump(), self.reference.diffusion.model_dump()
+        if self.manifest.diffusion.time_factor == self.reference.diffusion.time_factor:
+            ours.pop("rescale_timesteps", None)  # nothing, at 1000 steps
         different = [
             f"{key} is {ours[key]!r} in the bundle, {theirs[key]!r} in the checkpoint"
             for key in ours
@@ -187,7 +216,7 @@ class _Comparison:
         """The UNet graph, over the base process."""
         tallies = _graph_tallies("unet", "out")
         for shift, steps in enumerate(step_batches(len(self.base))):
-            x, t = self.inputs.noisy_images(self.base.alpha_bar[steps]), self._model_t(steps)
+            x, t = self._state(steps), self.base.t[steps]
             given = conditions_for(
                 self.manifest.network,
                 None,
@@ -205,7 +234,7 @@ class _Comparison:
             return []
         tallies = _graph_tallies("classifier_gradient", "grad", "log_prob")
         for shift, steps in enumerate(step_batches(len(self.base))):
-            x, t = self.inputs.noisy_images(self.base.alpha_bar[steps]), self._model_t(steps)
+            x, t = self._state(steps), self.base.t[steps]
             y = self.inputs.labels(len(x), shift)
             assert y is not None  # a classifier has classes
             y = self.reference.uncertain_labels(x, t, y, self.manifest.classifier.num_classes)
@@ -321,6 +350,22 @@ class _Comparison:
 
         return after
 
+    def recommended_rows(self) -> list[Row]:
+        """Whole samples of the recommended sampler, the runtime's steps over either side's networks."""
+        sampler = self.manifest.sampler.unguided
+        schedule = sampling_schedule(self.manifest.diffusion, sampler)
+        final = Tally("trajectory", f"{sampler.method}: final x_0", TOLERANCES["trajectory"])
+        image = Tally("image", f"{sampler.method}: uint8 levels", TOLERANCES["image"])
+        ours, theirs = self._slots(sampler), self._slots(sampler)
+        places = _places(schedule.model_t[-1:].repeat(len(ours)), self.inputs.labels(len(ours)))
+        with _noted(final, image):
+            for _ in range(len(schedule)):
+                advance(ours, self.graphs)
+                advance(theirs, self.reference.denoiser)
+            final.add(sample_errors(ours.x, theirs.x), places)
+            image.add(_level_errors(ours.x, theirs.x), places)
+        return [final.row(), image.row()]
+
     def _compare(
         self,
         graph: GraphName,
@@ -340,8 +385,8 @@ class _Comparison:
     def _network_samplers(self) -> dict[str, SamplerConfig]:
         return samplers(self.manifest, self.steps, guided=self.manifest.classifier is not None)
 
-    def _model_t(self, steps: NDArray[np.int64]) -> NDArray[np.float32]:
-        return self.base.model_t[steps].astype(np.float32)
+    def _state(self, levels: NDArray[np.int64]) -> Images:
+        return self.inputs.states(self.base.signal[levels], self.base.noise[levels])
 
     def _slots(
         self, sampler: SamplerConfig, shift: int = 0, alpha_bar: NDArray[np.float64] | None = None

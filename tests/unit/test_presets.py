@@ -62,7 +62,8 @@ def published_network(name: str) -> UNet | Classifier:
 
 
 def test_every_published_checkpoint_has_a_preset() -> None:
-    assert set(PRESETS) == set(PUBLISHED)
+    discrete = {name for name, preset in PRESETS.items() if preset.diffusion.kind == "discrete"}
+    assert discrete == set(PUBLISHED)
     assert all(preset.name == name for name, preset in PRESETS.items())
 
 
@@ -124,7 +125,7 @@ def test_a_scale_on_which_the_sources_differ_is_said() -> None:
     assert all("1000" in preset.note for name, preset in PRESETS.items() if name.startswith("lsun"))
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, "ct_imagenet64", "edm_cat256_ema"])
 def test_costs(name: str) -> None:
     preset, network = PRESETS[name], published_network(name)
     config = network.config
@@ -140,7 +141,7 @@ def test_costs(name: str) -> None:
     by_operation = {str(key): value for key, value in counter.get_flop_counts()["Global"].items()}
     forward = sum(by_operation.values())
     gradient = by_operation["aten.convolution"] + 2 * by_operation["aten.bmm"]
-    assert preset.parameters == PUBLISHED[name]["num_params"]
+    assert preset.parameters == sum(value.numel() for value in network.state_dict().values())
     assert preset.weight_bytes == sum(value.nbytes for value in network.state_dict().values())
     assert preset.forward_flops == forward
     assert preset.step_flops == forward + (gradient if preset.kind == "classifier" else 0)

@@ -11,18 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import training_runs
-from training_runs import in_python, lines, run, tiny_config, weights
+from training_runs import in_python, lines, run, same, tiny_config, weights
 
 from admtrt.config import save_config
 from admtrt.errors import CheckpointError, ConfigError, OutputError, TrainingDivergedError
 from admtrt.training import learner as learner_module
 
 STATE = "unet/state.safetensors"
-
-
-def same(left: Path, right: Path) -> bool:
-    first, second = weights(left), weights(right)
-    return first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
 
 def test_a_run_killed_again_and_again_gives_the_same_bits(tmp_path):

@@ -12,7 +12,6 @@ from admtrt.training.timesteps import (
     Stream,
     UniformSampler,
     draw_noise,
-    draw_timesteps,
     make_sampler,
     torch_seed,
 )
@@ -25,10 +24,10 @@ def warm(sampler, losses):
 
 
 def test_uniform_reaches_every_timestep_with_weight_one():
-    timesteps, weights = draw_timesteps(UniformSampler(10), Stream.TIMESTEPS, 0, 0, 500)
-    counts = np.bincount(timesteps, minlength=10)
+    drawn = UniformSampler(10).draw(Stream.TIMESTEPS, 0, 0, 500)
+    counts = np.bincount(drawn.levels, minlength=10)
     assert counts.min() > 20
-    np.testing.assert_allclose(weights, 1, rtol=1e-6)
+    np.testing.assert_allclose(drawn.weights, 1, rtol=1e-6)
 
 
 def test_second_moment_is_uniform_until_every_timestep_has_its_history():
@@ -67,7 +66,8 @@ def test_weights_undo_the_bias_of_the_sampler():
     sampler = LossSecondMomentSampler(4)
     warm(sampler, np.array([[1.0], [2.0], [4.0], [8.0]]).repeat(HISTORY, axis=1))
     value = np.array([3.0, -1.0, 0.5, 0.0])
-    timesteps, weights = draw_timesteps(sampler, Stream.TIMESTEPS, 0, 0, 20_000)
+    drawn = sampler.draw(Stream.TIMESTEPS, 0, 0, 20_000)
+    timesteps, weights = drawn.levels, drawn.weights
     # The standard error is 0.011: weights are below 4, values of size 1, 20,000 draws.
     assert abs((weights * value[timesteps]).mean() - value.mean()) < 0.05
     assert abs(value[timesteps].mean() - value.mean()) > 0.2
@@ -99,7 +99,7 @@ def test_samplers_by_name(name, kind):
 
 def test_timesteps_depend_on_seed_step_and_stream_alone():
     def drawn(stream, seed, step):
-        return draw_timesteps(UniformSampler(1000), stream, seed, step, 16)[0].tolist()
+        return UniformSampler(1000).draw(stream, seed, step, 16).levels.tolist()
 
     base = drawn(Stream.TIMESTEPS, 0, 0)
     assert base == drawn(Stream.TIMESTEPS, 0, 0)

@@ -30,6 +30,7 @@ from admtrt.training.engine import Division
 from admtrt.training.learner import learning_rate
 from admtrt.training.metrics import MetricsLog, Window
 from admtrt.training.objectives import ClassifierObjective, DenoisingObjective, shrink
+from admtrt.training.timesteps import Drawn
 
 
 def final(config: RunConfig, out, kind="unet"):
@@ -197,8 +198,8 @@ def test_overflow_while_the_loss_scale_is_searched_is_no_divergence(scale, loss_
     learner = learner_module.Learner.__new__(learner_module.Learner)
     learner.nan_steps, learner.window = 0, Window()
     learner._accelerator = type("Engine", (), {"scaler": scaler})()
-    nothing = np.zeros(0)
-    learner._change({}, nothing, nothing, float("inf"), losses_finite=loss_finite)
+    nothing = Drawn(np.zeros(0), np.zeros(0), np.zeros(0))
+    assert not learner._change({}, nothing, float("inf"), losses_finite=loss_finite)
     assert learner.nan_steps == counted
     assert scaler.updates == 1
 
@@ -269,9 +270,9 @@ def test_a_classifier_learns_and_reports_its_accuracy(tmp_path):
 
 def test_quartiles_and_weights_of_a_window():
     window = Window()
-    timesteps = np.array([0, 1, 2, 7])
     weights_ = np.array([1, 3, 1, 1], dtype=np.float32)
-    window.add({"loss": np.array([1, 2, 3, 4], dtype=np.float32)}, weights_, timesteps, 8)
+    drawn = Drawn(np.array([0, 1, 2, 7]), weights_, quartiles=np.array([0, 0, 1, 3]))
+    window.add({"loss": np.array([1, 2, 3, 4], dtype=np.float32)}, drawn)
     means = window.means()
     assert means == {"loss": (1 + 6 + 3 + 4) / 6, "loss_q0": 7 / 4, "loss_q1": 3, "loss_q3": 4}
     assert Window.from_state(window.state()).means() == means
