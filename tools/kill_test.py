@@ -28,12 +28,12 @@ from typing import TYPE_CHECKING, Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import admtrt.evaluate.nll
 import onnxruntime
 import torch
 
 import admtrt.cli
 import admtrt.commands.checkpoints
-import admtrt.evaluate.nll
 import admtrt.export.pack
 import admtrt.runtime.backends.opening
 import admtrt.training.loop

@@ -102,7 +102,7 @@ def sample(
         )
     if method not in (None, "ddpm", "ddim"):
         raise RequestError(f"method {method!r} is unknown; expected ddpm or ddim")
-    interval = None if guidance_interval is None else _interval(guidance_interval)
+    interval = None if guidance_interval is None else interval_of(guidance_interval)
     choices = Choices(output)
 
     def opened(source: Path | Bundle) -> Pipeline:
@@ -168,7 +168,7 @@ def sample(
     )
 
 
-def _interval(text: str) -> tuple[float, float]:
+def interval_of(text: str) -> tuple[float, float]:
     """Two noise levels of ``LOW:HIGH``."""
     low, colon, high = text.partition(":")
     try:

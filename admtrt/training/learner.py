@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from admtrt.config import TrainingConfig
-    from admtrt.training.data import ImageSet
+    from admtrt.data.image_set import ImageSet
     from admtrt.training.engine import Division
     from admtrt.training.objectives import Objective
 

@@ -14,9 +14,10 @@ import pytest
 from images import RNG, as_uint8, config, image, noise, save
 from PIL import Image
 
+from admtrt.data.image_set import load_data
+from admtrt.data.sources import MOST_PIXELS
 from admtrt.errors import DataError, MissingDependencyError
-from admtrt.training.data import batch, load_data
-from admtrt.training.data_sources import MOST_PIXELS
+from admtrt.training.data import batch
 
 # --- digits ------------------------------------------------------------------------------------------------
 
