@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from admtrt.console import progress
+from admtrt.data.image_set import ImageSet, load_data, require_classes, split
 from admtrt.errors import ConfigError, RequestError, TrainingDivergedError
 from admtrt.models.checkpoint import CheckpointConfig, build_network, save_checkpoint
 from admtrt.models.diffusion import Diffusion
@@ -19,7 +20,6 @@ from admtrt.models.matching import shapes_of_network
 from admtrt.models.unet import UNet
 from admtrt.runtime.machine import physical_memory
 from admtrt.schedule.process import process_from_config, retained_timesteps
-from admtrt.training.data import ImageSet, load_data, require_classes, split
 from admtrt.training.engine import on_main_process, start_engine
 from admtrt.training.folder import RunFolder
 from admtrt.training.learner import Learner, learning_rate
