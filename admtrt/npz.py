@@ -108,7 +108,7 @@ def open_npz(path: Path) -> Iterator[Archive]:
 
 def reading_fault(error: Exception) -> str:
     """Why an .npz file cannot be read; what the library says of damaged bytes would mislead."""
-    told = str(error) if isinstance(error, _KnownError) else getattr(error, "strerror", None)
+    told = error.strerror if isinstance(error, OSError) else None
     return told or "it is truncated, damaged or something else"
 
 
@@ -182,4 +182,5 @@ def _reading(file: Path) -> Iterator[Archive]:
         with open_npz(file) as archive:
             yield archive
     except Exception as error:  # damaged bytes make zipfile, zlib and numpy raise almost anything
-        raise DataError(f"cannot read {file}: {reading_fault(error)}", hint=_AGAIN) from None
+        told = str(error) if isinstance(error, _KnownError) else reading_fault(error)
+        raise DataError(f"cannot read {file}: {told}", hint=_AGAIN) from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -188,6 +189,23 @@ def test_header_that_promises_more_than_there_is(tmp_path: Path) -> None:
         archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
     with pytest.raises(DataError, match="cannot read"):
         NpzFile.open(tmp_path / "s.npz")
+
+
+@pytest.mark.parametrize("name", ["s.npz", "s/a.png"])
+def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / "s").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(DataError, match=r"cannot (be )?read"):
+        open_images(str(tmp_path / name.removesuffix("/a.png")))
+
+
+def test_a_picture_on_its_side_is_turned(tmp_path: Path) -> None:
+    """Sizes are those of the pixels that come."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (8, 6)).save(tmp_path / "a.png", exif=exif)
+    source = open_images(str(tmp_path))
+    assert everything(source).shape == (1, *source.shape) == (1, 8, 6, 3)
 
 
 def test_missing(tmp_path: Path) -> None:
