@@ -291,7 +291,7 @@ def _check_seen(network: FeatureNetwork, floor: FeatureSet, warn: Callable[[Warn
     except (OSError, ValueError, EOFError) as error:
         raise BundleError(
             f"cannot read {file}: {getattr(error, 'strerror', None) or 'it is damaged'}",
-            hint="Make the judge again: admtrt evaluate features judge.",
+            hint="Make the judge again: admtrt evaluate features judge CONFIG.toml --out FOLDER --overwrite.",
         ) from None
     seen = int(np.isin(floor.hashes, learned).sum())
     if seen:

@@ -98,7 +98,7 @@ def open_network(text: str) -> FeatureNetwork:
     if digest != manifest.sha256:
         raise BundleError(
             f"{graph} is not the file that {folder / MANIFEST} describes",
-            hint="Make the features again: admtrt evaluate features.",
+            hint="Make the features again with admtrt evaluate features.",
         )
     return FeatureNetwork(manifest.kind, manifest.kind, graph, digest, manifest, folder)
 

@@ -183,7 +183,7 @@ def reference_of(
         elif opened.images is None:
             raise DataError(
                 f"{archive.file} holds statistics of other features, and no images",
-                hint="Make a reference with these features: admtrt evaluate reference.",
+                hint="Make one with these: admtrt evaluate reference DATA --features FOLDER --out ref.npz.",
             )
         else:
             warn(

@@ -82,8 +82,8 @@ def evaluate_nll(
         diffusion: its process.
         data: of :func:`admtrt.verify.nll_images.load_images`.
         count: images to take, drawn by the seed; None takes all.
-        steps: a respacing (:func:`admtrt.schedule.retained_timesteps`); the bound of the process as it was
-            trained is that of all steps.
+        steps: a respacing (:func:`admtrt.schedule.process.retained_timesteps`); the bound of the process as
+            it was trained is that of all steps.
         batch_size: images at once; it does not change the result beyond rounding.
         seed: the noise of image i is that of the sample with seed ``seed + i``.
         report: called with the image-steps done.
