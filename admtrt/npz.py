@@ -1,14 +1,19 @@
-"""Arrays of .npz files whose sizes are known before a byte of them is inflated; never a pickle."""
+"""Arrays of .npz files whose sizes are known before a byte of them is inflated; never a pickle.
+
+:func:`open_npz` opens a file once; :class:`NpzFile` keeps what the headers say and opens it for each reading.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import zipfile
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
+from admtrt.errors import DataError
 from admtrt.reading import open_regular
 
 if TYPE_CHECKING:
@@ -22,16 +27,22 @@ _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
     (2, 0): np.lib.format.read_array_header_2_0,
 }
+_AGAIN = "Expected a file of numpy.savez."
 
 
 class Header(NamedTuple):
-    """What an array says of itself."""
+    """What an array says of itself; ``by_columns`` where its first axis, of several, changes fastest."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
+    by_columns: bool = False
 
     def __str__(self) -> str:
-        return f"{self.dtype} {list(self.shape)}"
+        return f"{self.dtype} {list(self.shape)}{' stored column by column' * self.by_columns}"
+
+
+class _KnownError(ValueError):
+    """A fault that is known, as a text for people."""
 
 
 class Archive:
@@ -45,20 +56,13 @@ class Archive:
         self._archive = archive
         members = archive.namelist()
         if len(set(members)) < len(members):
-            raise ValueError("it holds two members of one name")
+            raise _KnownError("it holds two members of one name")
         self.names = tuple(name.removesuffix(_SUFFIX) for name in members if name.endswith(_SUFFIX))
 
     def header(self, name: str) -> Header:
         """Type and sizes of one array, which its member really has."""
         with self._archive.open(name + _SUFFIX) as member:
-            shape, _, dtype = _HEADERS[np.lib.format.read_magic(member)](member)
-            start = member.tell()
-        if dtype.hasobject:
-            raise ValueError("Object arrays cannot be loaded")
-        size = start + math.prod(shape) * dtype.itemsize
-        if min(shape, default=0) < 0 or size != self._archive.getinfo(name + _SUFFIX).file_size:
-            raise ValueError(f"{name} is shorter or longer than its header says")
-        return Header(dtype, tuple(map(int, shape)))
+            return self._header(name, member)
 
     def read(self, name: str) -> NDArray[Any]:
         """One array, of numbers or texts."""
@@ -66,6 +70,28 @@ class Archive:
         with self._archive.open(name + _SUFFIX) as member:
             array: NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
         return array
+
+    def blocks(self, name: str, rows: int) -> Iterator[NDArray[Any]]:
+        """Consecutive rows of one array, as many at once: all of it never stands in memory."""
+        with self._archive.open(name + _SUFFIX) as member:
+            header = self._header(name, member)
+            if header.by_columns:
+                raise _KnownError(f"{name} is {header}")
+            each = math.prod(header.shape[1:]) * header.dtype.itemsize
+            for first in range(0, header.shape[0], rows):
+                count = min(rows, header.shape[0] - first)
+                data = member.read(count * each)
+                yield np.frombuffer(data, header.dtype).reshape(count, *header.shape[1:])
+
+    def _header(self, name: str, member: IO[bytes]) -> Header:
+        shape, fortran, dtype = _HEADERS[np.lib.format.read_magic(member)](member)
+        start = member.tell()
+        if dtype.hasobject:
+            raise _KnownError(f"{name} holds Python objects, which are never loaded")
+        size = start + math.prod(shape) * dtype.itemsize
+        if min(shape, default=0) < 0 or size != self._archive.getinfo(name + _SUFFIX).file_size:
+            raise _KnownError(f"{name} is shorter or longer than its header says")
+        return Header(dtype, tuple(map(int, shape)), fortran and len(shape) > 1)
 
 
 @contextlib.contextmanager
@@ -84,3 +110,77 @@ def reading_fault(error: Exception) -> str:
     """Why an .npz file cannot be read; what the library says of damaged bytes would mislead."""
     told = error.strerror if isinstance(error, OSError) else None
     return told or "it is truncated, damaged or something else"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One array of an :class:`NpzFile`, by its header alone."""
+
+    file: Path
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+    def blocks(self, rows: int) -> Iterator[NDArray[Any]]:
+        """Consecutive rows, as many at once.
+
+        Raises:
+            DataError: if the file is damaged.
+        """
+        with _reading(self.file) as archive:
+            yield from archive.blocks(self.name, rows)
+
+    def read(self) -> NDArray[Any]:
+        """All of it; for what is small.
+
+        Raises:
+            DataError: if the file is damaged, or this is a single number.
+        """
+        if not self.shape:
+            raise DataError(f"{self.file}: {self.name} is a single number", hint=_AGAIN)
+        with _reading(self.file) as archive:
+            return archive.read(self.name)
+
+
+@dataclass(frozen=True)
+class NpzFile:
+    """An .npz file that is opened for each reading: its arrays by name."""
+
+    file: Path
+    members: dict[str, Member]
+
+    @classmethod
+    def open(cls, file: Path) -> Self:
+        """Read the header of every array.
+
+        Raises:
+            DataError: if the file is none or damaged, or an array cannot be read by rows.
+        """
+        with _reading(file) as archive:
+            headers = {name: archive.header(name) for name in archive.names}
+        for name, header in headers.items():
+            if header.by_columns:
+                raise DataError(f"{file}: {name} is {header}", hint="Save it with numpy.ascontiguousarray.")
+        return cls(file, {name: Member(file, name, *header[:2]) for name, header in headers.items()})
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.members
+
+    def __getitem__(self, name: str) -> Member:
+        return self.members[name]
+
+    @property
+    def names(self) -> str:
+        """What it holds, for a message."""
+        return ", ".join(sorted(self.members)) or "nothing"
+
+
+@contextlib.contextmanager
+def _reading(file: Path) -> Iterator[Archive]:
+    """An opened file; whatever the readers say of damaged bytes, as one message."""
+    try:
+        with open_npz(file) as archive:
+            yield archive
+    except Exception as error:  # damaged bytes make zipfile, zlib and numpy raise almost anything
+        told = str(error) if isinstance(error, _KnownError) else reading_fault(error)
+        raise DataError(f"cannot read {file}: {told}", hint=_AGAIN) from None

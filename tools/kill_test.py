@@ -33,10 +33,10 @@ import torch
 
 import admtrt.cli
 import admtrt.commands.checkpoints
-import admtrt.evaluate.nll
 import admtrt.export.pack
 import admtrt.runtime.backends.opening
 import admtrt.training.loop
+import admtrt.verify.nll
 from admtrt.bundle import Bundle
 from admtrt.models.checkpoint import CheckpointConfig, build_network, save_checkpoint
 from admtrt.runtime.engines.plans import PlanStore
@@ -44,7 +44,7 @@ from admtrt.runtime.engines.plans import PlanStore
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-IMPORTED = (onnxruntime, admtrt.evaluate.nll, admtrt.export.pack, admtrt.runtime.backends.opening)
+IMPORTED = (onnxruntime, admtrt.verify.nll, admtrt.export.pack, admtrt.runtime.backends.opening)
 CONFIG = """
 [data]
 source = "digits"

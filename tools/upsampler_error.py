@@ -22,11 +22,11 @@ from torch.nn.functional import interpolate
 
 from admtrt.config import load_config
 from admtrt.errors import AdmtrtError, RequestError
-from admtrt.evaluate.images import load_images
 from admtrt.images import save_grid, to_uint8
 from admtrt.run_config import RunConfig
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.training.objectives import shrink
+from admtrt.verify.nll_images import load_images
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -1,4 +1,4 @@
-"""``admtrt evaluate``: networks judged on real images."""
+"""``admtrt evaluate``: samples and networks judged against real images."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 
 from admtrt.commands.choices import Choices
+from admtrt.commands.evaluate_features import features_app
+from admtrt.commands.evaluate_samples import reference, samples
+from admtrt.commands.evaluate_sweep import sweep
 from admtrt.commands.options import (
     BackendName,
     PlanFolder,
@@ -30,7 +33,10 @@ if TYPE_CHECKING:
     from admtrt.run_config import DataConfig
     from admtrt.runtime.sampler import Denoiser
 
-evaluate_app = typer.Typer(help="Judge a network on real images.", no_args_is_help=True)
+evaluate_app = typer.Typer(help="Judge samples or a network against real images.", no_args_is_help=True)
+evaluate_app.add_typer(features_app, name="features")
+for _command in (reference, samples, sweep):
+    evaluate_app.command()(_command)
 
 _BOUND = "the bound in bits per dim"
 
@@ -99,10 +105,10 @@ def nll(
     output = Output(json=json)
     require("torch", "safetensors", extra="train", purpose="Evaluation, of a bundle as well,")
     from admtrt.bundle import Bundle
-    from admtrt.evaluate.images import load_images
-    from admtrt.evaluate.nll import evaluate_nll
     from admtrt.runtime.backends.opening import check_request, open_denoiser
     from admtrt.schedule.process import retained_timesteps
+    from admtrt.verify.nll import evaluate_nll
+    from admtrt.verify.nll_images import load_images
 
     choices = Choices(output)
     if bundle is not None:

@@ -111,7 +111,7 @@ def sample(
         raise RequestError(
             "--upsample-steps and --upsample-scale belong to a second stage", hint="Name it with --upsample."
         )
-    interval = None if guidance_interval is None else _interval(guidance_interval)
+    interval = None if guidance_interval is None else interval_of(guidance_interval)
     choices = Choices(output)
 
     def opened(source: Path | Bundle) -> Pipeline:
@@ -189,7 +189,7 @@ def sample(
     )
 
 
-def _interval(text: str) -> tuple[float, float]:
+def interval_of(text: str) -> tuple[float, float]:
     """Two noise levels of ``LOW:HIGH``."""
     low, colon, high = text.partition(":")
     try:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from admtrt.data.image_set import ImageSet, load_data, split
 from admtrt.errors import MissingDependencyError
-from admtrt.training.data import ImageSet, load_data, split
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

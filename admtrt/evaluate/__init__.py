@@ -1,1 +1,1 @@
-"""Judging networks on real images, in PyTorch or as exported graphs."""
+"""How good samples are: metrics on features of a network that runs as an ONNX graph, without PyTorch."""

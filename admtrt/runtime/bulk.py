@@ -43,8 +43,8 @@ GRID_LIMIT = 400
 """Samples on a grid; more are not readable."""
 LOW_STAGE = "low"
 """Folder of the first stage's run within that of a two-stage run."""
-_REQUEST = "request.json"
-_LARGEST_REQUEST = 2**26  # bytes: earlier versions wrote every label
+REQUEST, LARGEST_REQUEST = "request.json", 2**26
+"""What a run says of itself, and the most bytes of that: earlier versions wrote every label."""
 _LATER = {*DIGESTS, *NUMBERS}
 """What a request has only where it was asked for: absent is None."""
 _UNSHOWN = {"bundle": "bundle differs", "labels": "labels differ"} | {
@@ -144,7 +144,7 @@ def recorded_shard_size(directory: Path) -> int | None:
     """How a run that began here, or its first stage, is divided; None where none did."""
     for place in (directory, directory / LOW_STAGE):
         with contextlib.suppress(OSError, ValueError):
-            size = _settings(read_json(place / _REQUEST, _LARGEST_REQUEST)).get("shard_size")
+            size = _settings(read_json(place / REQUEST, LARGEST_REQUEST)).get("shard_size")
             if type(size) is int and 1 <= size <= MAX_SAMPLES:
                 return size
     return None
@@ -183,7 +183,7 @@ def claim(directory: Path, identity: dict[str, Any]) -> None:
         OutputError: if it holds another run or something else.
     """
     if not _check_run(directory, identity):
-        with contextlib.suppress(TakenError), atomic_file(directory / _REQUEST, replace=False) as temporary:
+        with contextlib.suppress(TakenError), atomic_file(directory / REQUEST, replace=False) as temporary:
             temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
         _check_run(directory, identity)
     remove_stale(directory)
@@ -191,7 +191,7 @@ def claim(directory: Path, identity: dict[str, Any]) -> None:
 
 def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
     """Whether a directory holds this very run already; False where it can begin there."""
-    file = directory / _REQUEST
+    file = directory / REQUEST
     if not os.path.lexists(file):
         if directory.exists() and (not directory.is_dir() or not _is_unclaimed(directory)):
             raise OutputError(
@@ -200,7 +200,7 @@ def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
             )
         return False
     try:
-        known = read_json(file, _LARGEST_REQUEST)
+        known = read_json(file, LARGEST_REQUEST)
     except OSError as error:
         raise OutputError(
             f"cannot read {file}: {error.strerror}", hint="Choose another directory for --out."

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from admtrt.npz import Archive
     from admtrt.runtime.bulk import BulkRequest
 
+SHARDS = "shards"
+"""Folder of the shards in that of their run."""
 _AGAIN = "Delete it and repeat the command: it alone is drawn again."
 
 
@@ -36,7 +38,7 @@ class Shards:
     """
 
     def __init__(self, directory: Path, request: BulkRequest, manifest: Manifest) -> None:
-        self._folder = directory / "shards"
+        self._folder = directory / SHARDS
         self._request = request
         size = manifest.network.image_size
         self.image_shape = (size, size, manifest.network.in_channels)

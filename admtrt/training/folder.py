@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
+    from admtrt.data.sources import Skipped
     from admtrt.run_config import Task
-    from admtrt.training.data_sources import Skipped
 
 _FREE_KEYS = frozenset(
     {"steps", "log_every", "checkpoint_every", "sample_every", "max_nan_steps", "tensorboard"}

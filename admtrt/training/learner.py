@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from admtrt.data.image_set import ImageSet
     from admtrt.run_config import TrainingConfig
-    from admtrt.training.data import ImageSet
     from admtrt.training.engine import Division
     from admtrt.training.objectives import Objective
 

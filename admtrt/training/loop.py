@@ -13,6 +13,7 @@ import torch
 
 from admtrt.config import ClassifierConfig, EdmConfig, UNetConfig
 from admtrt.console import progress
+from admtrt.data.image_set import ImageSet, load_data, require_classes, split
 from admtrt.errors import ConfigError, RequestError, TrainingDivergedError
 from admtrt.models.checkpoint import CheckpointConfig, build_network, save_checkpoint
 from admtrt.models.matching import shapes_of_network
@@ -20,7 +21,6 @@ from admtrt.models.unet import UNet
 from admtrt.run_config import network_section, sampler_for
 from admtrt.runtime.machine import physical_memory
 from admtrt.schedule.table import sampling_schedule
-from admtrt.training.data import ImageSet, load_data, require_classes, split
 from admtrt.training.engine import on_main_process, start_engine
 from admtrt.training.folder import RunFolder
 from admtrt.training.learner import Learner, learning_rate

@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from admtrt.config import DiffusionConfig
+    from admtrt.data.image_set import ImageSet
     from admtrt.models.unet import UNet
     from admtrt.runtime.slots import Images, Labels
-    from admtrt.training.data import ImageSet
 
 _STEPS = 25
 _SAMPLES = 16  # of a network without classes

@@ -88,7 +88,7 @@ COMMANDS = commands(typer.main.get_command(app))
 
 def parse(words: list[str]) -> None:
     """Parse the words of one command line as the command line would, without doing anything."""
-    length = 1 if words[0] in COMMANDS else 2
+    length = next((count for count in (1, 2) if " ".join(words[:count]) in COMMANDS), 3)
     COMMANDS[" ".join(words[:length])].make_context(words[length - 1], words[length:])
 
 

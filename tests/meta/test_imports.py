@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from bundles import exported_bundle
 
@@ -58,7 +59,22 @@ def test_importing_the_package_loads_nothing_but_itself() -> None:
 
 @pytest.mark.parametrize(
     "command",
-    ["", "train unet", "export", "verify", "sample", "inspect", "demo", "build", "doctor", "drift", "bench"],
+    [
+        "",
+        "train unet",
+        "export",
+        "verify",
+        "sample",
+        "inspect",
+        "demo",
+        "build",
+        "doctor",
+        "drift",
+        "bench",
+        "evaluate samples",
+        "evaluate sweep",
+        "evaluate features inception",
+    ],
 )
 def test_help_is_light(command: str) -> None:
     """The command line loads nothing before it is told what to do."""
@@ -108,6 +124,30 @@ def test_sampling_without_pytorch_and_onnx(tmp_path: Path) -> None:
     )
     assert json.loads(shown.splitlines()[-1])["samples"] == 3
     assert (tmp_path / "run" / "grid.png").exists()
+
+
+NO_EVALUATION_STACK = (*EXPORT_STACK, "scipy", "tensorflow", "torchvision")
+
+
+def test_evaluating_without_pytorch_scipy_and_onnx(tmp_path: Path) -> None:
+    """Images, a reference, every metric, nearest images with their picture: none of it needs them."""
+    from feature_networks import features_folder, pictures
+
+    features = features_folder(tmp_path / "features")
+    for name, seed in (("s", 1), ("r", 2), ("f", 3)):
+        np.savez(tmp_path / f"{name}.npz", arr_0=pictures(60, seed))
+    shown = python(
+        WITHOUT.format(names=NO_EVALUATION_STACK) + "from admtrt.cli import run\n"
+        "folder, features = sys.argv[1:]\n"
+        "given = ['--features', features, '--threads', '1']\n"
+        "place = {name: f'{folder}/{name}.npz' for name in ('s', 'r', 'f', 'ref')}\n"
+        "assert run(['evaluate', 'reference', place['r'], '--out', place['ref'], *given]) == 0\n"
+        "given += ['--floor', place['f'], '--nearest', place['r'], '--plot', folder, '--json']\n"
+        "sys.exit(run(['evaluate', 'samples', place['s'], '--reference', place['ref'], *given]))",
+        tmp_path,
+        features,
+    )
+    assert json.loads(shown.splitlines()[-1])["features"][0]["metrics"]["fid"]["value"] > 0
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,8 @@ from images import save
 
 from admtrt.cli import run
 from admtrt.config import DiffusionConfig, UNetConfig, save_config
+from admtrt.data.image_set import ImageSet, load_data
 from admtrt.errors import AdmtrtError, DataError, RequestError
-from admtrt.evaluate.images import load_images
-from admtrt.evaluate.nll import Likelihood, evaluate_nll
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import save_checkpoint
 from admtrt.models.denoiser import TorchDenoiser
@@ -25,9 +24,10 @@ from admtrt.models.diffusion import Diffusion
 from admtrt.run_config import DataConfig, RunConfig
 from admtrt.runtime.noise import step_noise
 from admtrt.schedule.process import process_from_config
-from admtrt.training.data import ImageSet, load_data
 from admtrt.training.losses import variational_bound
 from admtrt.training.objectives import shrink
+from admtrt.verify.nll import Likelihood, evaluate_nll
+from admtrt.verify.nll_images import load_images
 
 COUNT = 7
 RNG = np.random.default_rng(3)

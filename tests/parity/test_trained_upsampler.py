@@ -10,11 +10,11 @@ import torch
 from training_runs import NETWORK, TRAINING
 
 from admtrt.console import Output
+from admtrt.data.image_set import load_data, split
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import load_network
 from admtrt.run_config import RunConfig
 from admtrt.runtime.two_stage import TwoStage
-from admtrt.training.data import load_data, split
 from admtrt.training.loop import train
 from admtrt.training.objectives import shrink
 

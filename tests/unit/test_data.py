@@ -11,8 +11,9 @@ import torch
 from images import as_uint8, config, image, noise, save
 from PIL import Image
 
+from admtrt.data.image_set import center_crop, load_data, random_crop, require_classes, split
 from admtrt.errors import DataError
-from admtrt.training.data import batch, center_crop, load_data, random_crop, require_classes, split
+from admtrt.training.data import batch
 
 # --- crops and flips ---------------------------------------------------------------------------------------
 
@@ -176,18 +177,18 @@ def test_a_signal_is_heard_when_the_images_are_read(tmp_path, monkeypatch):
     for index in range(8):
         save(tmp_path / f"{index}.png")
     data = load_data(config(tmp_path, label_from="none"))
-    read, image = [], type(data).image
+    read, pixels = [], type(data).pixels
 
     def interrupted(self, index, rng):
         if not read:
             signal.raise_signal(signal.SIGTERM)
         read.append(index)
-        return image(self, index, rng)
+        return pixels(self, index, rng)
 
     def ends(number, _):
         raise SystemExit(len(read))
 
-    monkeypatch.setattr(type(data), "image", interrupted)
+    monkeypatch.setattr(type(data), "pixels", interrupted)
     before = signal.signal(signal.SIGTERM, ends)
     try:
         with pytest.raises(SystemExit) as ended:

@@ -18,7 +18,6 @@ from admtrt.cli import run
 from admtrt.commands.checkpoints import load_pair
 from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig, save_config
 from admtrt.errors import CheckpointError, ConfigError
-from admtrt.evaluate.images import load_images
 from admtrt.models.checkpoint import LoadedNetwork, load_network, open_checkpoint, save_checkpoint
 from admtrt.models.matching import identify_tensors
 from admtrt.models.option_names import OptionNames
@@ -33,6 +32,7 @@ from admtrt.models.settings import (
 )
 from admtrt.run_config import DataConfig, RunConfig
 from admtrt.schedule.process import process_from_config
+from admtrt.verify.nll_images import load_images
 
 SMALL = {
     "image_size": 8,

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from admtrt.config import DiffusionConfig, UNetConfig
+    from admtrt.data.image_set import ImageSet
     from admtrt.runtime.sampler import Denoiser
-    from admtrt.training.data import ImageSet
     from admtrt.training.losses import Bound
 
 
@@ -80,10 +80,10 @@ def evaluate_nll(
         denoiser: runs the network.
         config: its configuration; an upsampler is given the images averaged down.
         diffusion: its process.
-        data: of :func:`admtrt.evaluate.images.load_images`.
+        data: of :func:`admtrt.verify.nll_images.load_images`.
         count: images to take, drawn by the seed; None takes all.
-        steps: a respacing (:func:`admtrt.schedule.retained_timesteps`); the bound of the process as it was
-            trained is that of all steps.
+        steps: a respacing (:func:`admtrt.schedule.process.retained_timesteps`); the bound of the process as
+            it was trained is that of all steps.
         batch_size: images at once; it does not change the result beyond rounding.
         seed: the noise of image i is that of the sample with seed ``seed + i``.
         report: called with the image-steps done.

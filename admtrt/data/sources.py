@@ -188,7 +188,7 @@ def read_image(path: Path, config: DataConfig) -> Image.Image:
         DataError: naming the file, if that fails.
     """
     try:
-        with _opened(path) as image:
+        with open_image(path) as image:
             return with_channels(_upright(image, config), config)
     except Exception as error:  # damaged files make Pillow's decoders raise almost anything
         raise DataError(f"{path} can no longer be read: {_reason(error)}") from None
@@ -199,7 +199,7 @@ def _upright(image: Image.Image, config: DataConfig) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Image.Image]:
+def open_image(path: Path) -> Iterator[Image.Image]:
     """An image that is not decoded yet: of a regular file, in one of our formats, and of a bearable size."""
     with open_regular(path) as opened, Image.open(opened, formats=_FORMATS) as image:
         if image.width * image.height > MOST_PIXELS:
@@ -210,7 +210,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 def _fault_of(path: Path, config: DataConfig) -> str | None:
     """Why a file is unusable, or None. Decodes all of it, as nothing less shows a truncated JPEG."""
     try:
-        with _opened(path) as image:
+        with open_image(path) as image:
             size = config.image_size
             if not config.resize and image.size != (size, size):
                 return f"{image.width}x{image.height} pixels, not {size}x{size}"

@@ -1,0 +1,98 @@
+"""``admtrt evaluate features``: the networks whose features samples are compared in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from admtrt.commands.requirements import require
+from admtrt.console import Output, progress, table
+from admtrt.files import check_place
+
+features_app = typer.Typer(help="Make a network of features, once.", no_args_is_help=True)
+
+_Out = Annotated[Path, typer.Option(help="Folder of the features.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]
+_Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+@features_app.command()
+def inception(
+    weights: Annotated[
+        Path,
+        typer.Argument(help="classify_image_graph_def.pb, or pt_inception-2015-12-05-6726825d.pth."),
+    ],
+    out: _Out,
+    unknown_weights: Annotated[
+        bool,
+        typer.Option("--unknown-weights", help="Take a file of another hash; nothing is comparable then."),
+    ] = False,
+    overwrite: _Overwrite = False,
+    json: _Json = False,
+) -> None:
+    """The Inception of FID as one ONNX graph, from the weights file that you have; held to NumPy first."""
+    require("onnx", extra="export", purpose="Writing the graph")
+    if weights.suffix in (".pth", ".pt"):
+        require("torch", extra="export", purpose="Reading a .pth file")
+    from admtrt.features.folder import make_inception
+
+    check_place(out.parent, folder=True)
+    manifest, errors = make_inception(weights, out, unknown_weights=unknown_weights, overwrite=overwrite)
+    rows = [["weights", f"{manifest.weights.name}, {'published' if manifest.weights.known else 'unknown'}"]]
+    rows += [[f"{name}: largest difference from NumPy", f"{error:.1e}"] for name, error in errors.items()]
+    Output(json=json).result(
+        {"folder": str(out), "manifest": manifest.to_dict(), "errors": errors},
+        table(f"features in {out}", ["quantity", "value"], rows),
+    )
+
+
+@features_app.command()
+def judge(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.toml", help="Training file: labelled data with hold_out.")
+    ],
+    out: _Out,
+    part: Annotated[
+        str, typer.Option(help="What it learns from: judge (half of what is held out) or held-out (all).")
+    ] = "judge",
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of one step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Learning rate, falling to 0.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of the training; another than the guide's.")] = 1,
+    overwrite: _Overwrite = False,
+    json: _Json = False,
+) -> None:
+    """Train a judge for small data: a classifier of clean images that no network and no floor sees.
+
+    It needs PyTorch; judging does not. The guide is never the judge: guidance climbs its gradient.
+    """
+    require("torch", "onnx", "safetensors", extra="train", purpose="Training a judge")
+    from admtrt.features.folder import make_judge
+
+    check_place(out.parent, folder=True)
+    with progress("training the judge", steps) as advance:
+        manifest, accuracy = make_judge(
+            config,
+            out,
+            part=part,
+            steps=steps,
+            batch_size=batch_size,
+            lr=lr,
+            seed=seed,
+            overwrite=overwrite,
+            advance=advance,
+        )
+    Output(json=json).result(
+        {"folder": str(out), "manifest": manifest.to_dict(), "accuracy": accuracy},
+        table(
+            f"judge in {out}",
+            ["quantity", "value"],
+            [
+                ["learned from", f"{manifest.made_with['images']} images"],
+                ["classes", str(len(manifest.class_names))],
+                ["right on images that it did not see", f"{accuracy:.1%}"],
+            ],
+        ),
+    )

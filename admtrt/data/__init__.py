@@ -1,0 +1,1 @@
+"""Images from files: read, checked, labelled, cropped and divided, without PyTorch."""

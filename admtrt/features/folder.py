@@ -1,0 +1,139 @@
+"""Folders of features: a graph, what it is, and that it was checked; written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from admtrt.config import load_config
+from admtrt.errors import CheckpointError, RequestError
+from admtrt.evaluate.extract import Extractor
+from admtrt.evaluate.network import GRAPH, MANIFEST, SEEN, FeatureManifest, FeatureNetwork, Weights
+from admtrt.features.inception import check_inception, write_inception
+from admtrt.features.weights import describe_weights, known_files, read_weights
+from admtrt.files import atomic_directory, sha256_of
+from admtrt.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+
+JUDGE_WEIGHTS = "judge.safetensors"
+
+
+def make_inception(
+    weights_file: Path, out: Path, *, unknown_weights: bool = False, overwrite: bool = False
+) -> tuple[FeatureManifest, dict[str, float]]:
+    """Write the FID Inception from a weights file, held to the network in NumPy before it takes its place.
+
+    Args:
+        weights_file: TensorFlow's ``.pb`` or PyTorch's ``.pth``.
+        out: the folder.
+        unknown_weights: take a file that is none of the published ones; every result will say so.
+        overwrite: replace a folder that is there.
+
+    Returns:
+        The manifest, and the largest relative error of each output.
+
+    Raises:
+        CheckpointError: if it is no Inception of 2015-12-05, or an unknown one and not allowed.
+        DataError: if there is no such file.
+        ExportError: if the graph computes something else.
+        OutputError: if the folder cannot be written.
+    """
+    weights = read_weights(weights_file)
+    described = Weights.from_dict(describe_weights(weights_file))
+    if not described.known and not unknown_weights:
+        raise CheckpointError(
+            f"{weights_file} is none of the published files: its SHA-256 is {described.sha256}",
+            hint=f"Published: {known_files()}. With --unknown-weights it is taken, and results say so.",
+        )
+    with atomic_directory(out, overwrite=overwrite) as folder:
+        graph = folder / GRAPH
+        write_inception(weights, graph)
+        manifest = FeatureManifest(
+            kind="inception",
+            sha256=sha256_of(graph),
+            weights=described,
+            image_size=None,
+            channels=3,
+            resize="TensorFlow 1 bilinear, in the graph",
+            made_with={"onnx": version("onnx")},
+        )
+        network = FeatureNetwork("inception", "inception", graph, manifest.sha256, manifest, folder)
+        errors = check_inception(weights, Extractor(network))
+        _write_manifest(folder, manifest)
+    return manifest, errors
+
+
+def make_judge(
+    config_file: Path,
+    out: Path,
+    *,
+    part: str = "judge",
+    steps: int = 1500,
+    batch_size: int = 64,
+    lr: float = 1e-3,
+    seed: int = 1,
+    overwrite: bool = False,
+    advance: Callable[[int, str], None] = lambda _count, _text: None,
+) -> tuple[FeatureManifest, float]:
+    """Train a classifier of clean images on a part that no network sees, and write its features and logits.
+
+    Args:
+        config_file: a training file, whose section ``data`` names labelled images and holds some out.
+        out: the folder.
+        part: ``judge``, half of what is held out, or ``held-out``, all of it.
+        steps, batch_size, lr, seed: of the training; another seed than the guide's.
+        overwrite: replace a folder that is there.
+        advance: called with the steps done.
+
+    Returns:
+        The manifest, and the fraction of the networks' training images (2,000 at most) that it gets right.
+
+    Raises:
+        RequestError: for another part, or the guide's own seed.
+        DataError: if the images have no labels, or nothing is held out.
+        OutputError: if the folder cannot be written.
+    """
+    from admtrt.features.judge import judge_graph, judge_images, train_judge
+
+    if part not in ("judge", "held-out"):
+        raise RequestError(f"part {part!r} is unknown; expected judge or held-out")
+    config = load_config(RunConfig, config_file)
+    if seed == config.train_classifier.seed:
+        raise RequestError(
+            f"seed {seed} is the guide's own (train_classifier.seed)", hint="Give the judge another."
+        )
+    images, others = judge_images(config.data, part)
+    with atomic_directory(out, overwrite=overwrite) as folder:
+        judge = train_judge(images, steps=steps, batch_size=batch_size, lr=lr, seed=seed, advance=advance)
+        judge.save(folder / JUDGE_WEIGHTS)
+        accuracy = judge.accuracy(others)
+        graph = folder / GRAPH
+        judge_graph(judge, graph)
+        digest = sha256_of(folder / JUDGE_WEIGHTS)
+        manifest = FeatureManifest(
+            kind="judge",
+            sha256=sha256_of(graph),
+            weights=Weights(name=JUDGE_WEIGHTS, sha256=digest, known=False),
+            image_size=config.data.image_size,
+            channels=config.data.channels,
+            resize="none",
+            class_names=images.class_names,
+            made_with={"torch": version("torch"), "part": part, "images": str(len(images))},
+        )
+        network = FeatureNetwork("judge", "judge", graph, manifest.sha256, manifest, folder)
+        judge.check(Extractor(network), images)
+        np.save(folder / SEEN, judge.seen(images), allow_pickle=False)
+        _write_manifest(folder, manifest)
+    return manifest, accuracy
+
+
+def _write_manifest(folder: Path, manifest: FeatureManifest) -> None:
+    text = json.dumps(manifest.to_dict(), indent=2) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
