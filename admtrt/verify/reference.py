@@ -11,6 +11,7 @@ from torch import nn
 
 from admtrt.models.classifier import Classifier, log_prob, log_prob_gradient
 from admtrt.models.diffusion import Diffusion
+from admtrt.models.solvers import sample_step
 from admtrt.models.unet import UNet
 from admtrt.schedule.process import process_from_config
 
@@ -95,7 +96,8 @@ class Reference:
         steps: Sequence[int],
     ) -> tuple[Images, Images]:
         """x_{t-1} and the predicted x_0 by Algorithm 1 or 2, each sample at its own step of the process."""
-        x_prev, x_0 = self.diffusion_for(sampler).sample_step(
+        x_prev, x_0 = sample_step(
+            self.diffusion_for(sampler),
             self._given(out),
             self._given(x),
             torch.tensor(steps),

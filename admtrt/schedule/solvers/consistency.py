@@ -44,7 +44,7 @@ def consistency(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
             "a consistency model starts at its noisiest level, not from an image",
             hint="Use --method heun or dpmpp for a start from an image.",
         )
-    count, indices = sampler.option("levels_of"), _indices(sampler)
+    count, indices = sampler.option("levels_of"), indices_of(sampler)
     if indices[-1] >= count:
         raise RequestError(
             f"level {indices[-1]} is out of range: there are {count}, 0 to {count - 1}",
@@ -61,7 +61,12 @@ def consistency(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
     return builder.rows(init_scale=levels.prior_scale(grid[indices[0]]))
 
 
-def _indices(sampler: SamplerConfig) -> tuple[int, ...]:
+def indices_of(sampler: SamplerConfig) -> tuple[int, ...]:
+    """The levels that a sampler asks for, as indices of the grid.
+
+    Raises:
+        RequestError: if they are not as many as its evaluations need.
+    """
     from admtrt.schedule.grid import evaluations
 
     asked, given = evaluations(sampler), sampler.option("levels")
