@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from admtrt.errors import AdmtrtError
+from admtrt.runtime.backends.graphs import batch_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -45,7 +46,7 @@ class CheckedGraphs:
             raise GraphRunError(
                 f"{graph} has the outputs {', '.join(outputs)}; expected {', '.join(expected)}"
             )
-        _check_values(graph, self._specs[graph], outputs, len(feeds["x"]))
+        _check_values(graph, self._specs[graph], outputs, batch_of(feeds))
         return outputs
 
 

@@ -183,7 +183,7 @@ def test_starts_at_an_image_equal_the_paper_form(name: str) -> None:
         assert_equal(*both(name, 1))
         return
     process, choices = CASES[name]
-    with pytest.raises(RequestError, match="no step of .* is left from the noise level"):
+    with pytest.raises(RequestError, match=r"no step of .* is left from the noise level"):
         sampling_schedule(process, SamplerConfig.from_dict({"steps": "10", "scale": 0.0, **choices}), start=1)
 
 

@@ -5,6 +5,7 @@ In EDM's coordinates, x = x_0 + S n with S = sigma / alpha.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import sqrt
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def _sampler(problem: Problem, count: int, *, second: bool) -> Iterator[State]:
     x = first.sigma * problem.x_T
     if problem.image is not None:
         x = x + problem.image
-    for level, following in zip(levels[:-1], levels[1:], strict=True):
+    for level, following in pairwise(levels):
         assert level is not None
         hat = level
         if S_churn and S_tmin <= level.sigma <= S_tmax:

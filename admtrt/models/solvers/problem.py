@@ -63,7 +63,7 @@ class Problem:
     process: DiffusionConfig | EdmConfig
     sampler: SamplerConfig
     networks: Networks
-    x_T: Tensor
+    x_T: Tensor  # noqa: N815 - the papers' name
     noise: Callable[[int], Tensor]
     start: Level | None = None
     image: Tensor | None = None

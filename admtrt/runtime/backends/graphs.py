@@ -103,6 +103,11 @@ class PerBatch(Generic[Made]):
             self.get(graph, batch, make)
 
 
+def batch_of(feeds: Mapping[str, Array]) -> int:
+    """The batch size of a graph's inputs, of which only those of networks and updates have an ``x``."""
+    return len(next(iter(feeds.values())))
+
+
 def _check_feeds(graph: GraphName, spec: GraphSpec, feeds: Mapping[str, Array]) -> None:
     names = [tensor.name for tensor in spec.inputs]
     if feeds.keys() != set(names):

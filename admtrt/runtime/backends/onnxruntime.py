@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import BundleError
-from admtrt.runtime.backends.graphs import GraphDenoiser, check_contract, working
+from admtrt.runtime.backends.graphs import GraphDenoiser, batch_of, check_contract, working
 from admtrt.runtime.backends.quiet import import_silent
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         names = [output.name for output in self.specs[graph].outputs]
-        with working("ONNX Runtime", graph, len(feeds["x"])):
+        with working("ONNX Runtime", graph, batch_of(feeds)):
             return dict(zip(names, self._sessions[graph].run(names, feeds), strict=True))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from admtrt.contract import NETWORKS
 from admtrt.errors import BundleError, RequestError
 from admtrt.onnx_wire import external_locations
-from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, check_contract, working
+from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, batch_of, check_contract, working
 from admtrt.runtime.backends.mapped import release_pages
 from admtrt.runtime.backends.openvino_passes import (
     EMBEDDING,
@@ -84,7 +84,7 @@ class OpenVinoDenoiser(GraphDenoiser):
             check_contract(path, _shown(model.inputs), _shown(model.outputs), self.specs[name])
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        batch = len(feeds["x"])
+        batch = batch_of(feeds)
         compiled = self._compiled.get(graph, batch, self._compile)
         with working("OpenVINO", graph, batch):
             results = compiled(feeds)

@@ -18,7 +18,7 @@ import numpy as np
 from admtrt.errors import BundleError, EngineError
 from admtrt.installing import install_extra
 from admtrt.memo import cache_folder
-from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, working
+from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, batch_of, working
 from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, check_session, import_onnxruntime
 from admtrt.runtime.engines.device import query_driver
 
@@ -136,7 +136,7 @@ class ProviderDenoiser(GraphDenoiser):
             check_session(path, self._sessions[name], self.specs[name])
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        batch = len(feeds["x"])
+        batch = batch_of(feeds)
         bound = self._bound.get(graph, batch, self._bind) if self._provider.memory else None
         with working(self._provider.name, graph, batch):
             if bound is not None:

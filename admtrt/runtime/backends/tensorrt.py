@@ -8,7 +8,7 @@ import weakref
 from typing import TYPE_CHECKING
 
 from admtrt.errors import EngineError, PlanError, RequestError
-from admtrt.runtime.backends.graphs import GraphDenoiser
+from admtrt.runtime.backends.graphs import GraphDenoiser, batch_of
 from admtrt.runtime.cuda import CudaDevice, at_exit
 from admtrt.runtime.engines.library import find_libraries
 from admtrt.runtime.engines.match import usable_plans
@@ -133,7 +133,7 @@ class TensorRTDenoiser(GraphDenoiser):
         self._keep_kernels()
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        count = len(feeds["x"])
+        count = batch_of(feeds)
         outputs = self._lane(count).run(graph, feeds, count)
         self._keep_kernels()
         return outputs
