@@ -11,14 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from admtrt.bundle import Bundle as Bundle
     from admtrt.export.gradient import export_input_gradient as export_input_gradient
+    from admtrt.runtime.image_inputs import Known as Known
+    from admtrt.runtime.latents import Latents as Latents
     from admtrt.runtime.pipeline import Pipeline as Pipeline
     from admtrt.runtime.two_stage import TwoStage as TwoStage
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Pipeline", "TwoStage", "__version__", "export_input_gradient"]
+__all__ = ["Bundle", "Known", "Latents", "Pipeline", "TwoStage", "__version__", "export_input_gradient"]
 
 _HOMES = {
     "Bundle": "admtrt.bundle",
+    "Known": "admtrt.runtime.image_inputs",
+    "Latents": "admtrt.runtime.latents",
     "Pipeline": "admtrt.runtime.pipeline",
     "TwoStage": "admtrt.runtime.two_stage",
     "export_input_gradient": "admtrt.export.gradient",

@@ -22,6 +22,7 @@ from admtrt.commands.drift import drift
 from admtrt.commands.evaluate import evaluate_app
 from admtrt.commands.export import export
 from admtrt.commands.inspect import inspect
+from admtrt.commands.invert import invert
 from admtrt.commands.presets import presets
 from admtrt.commands.sample import sample
 from admtrt.commands.train import train_app
@@ -33,7 +34,10 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _INTERRUPTED = (130, 143)  # by SIGINT and SIGTERM
-_GOES_ON = {"sample": "What was finished is kept: sampling goes on with the same command."}
+_GOES_ON = {
+    "sample": "What was finished is kept: sampling goes on with the same command.",
+    "invert": "What was finished is kept: inversion goes on with the same command.",
+}
 _PLACE_FAULTS = frozenset(
     {
         errno.ENOSPC,
@@ -59,7 +63,7 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
-for command in (presets, convert, export, inspect, build, verify, drift, sample, demo, bench, doctor):
+for command in (presets, convert, export, inspect, build, verify, drift, sample, invert, demo, bench, doctor):
     app.command()(command)
 
 

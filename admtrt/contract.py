@@ -12,6 +12,7 @@ from pydantic import Field
 
 from admtrt.config import Config
 from admtrt.errors import RequestError
+from admtrt.schedule.edits import EDIT
 from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ GraphName = Literal[
 ]
 NETWORKS: tuple[GraphName, ...] = ("unet", "classifier_gradient")
 """Graphs of networks; the others are the small ones, which compute in float32 whatever the precision."""
-EDIT = ("keep", "reference", "noise", "renoise")
-"""Columns of the graphs ``edit`` and ``edit_low_pass``, in order."""
 QUANTILE = 0.995
 """Of a sample's |x_0|, to which dynamic thresholding bounds it (Imagen)."""
 _MOST_TOP_K = 3840  # of TensorRT

@@ -62,7 +62,7 @@ def check_operators(path: Path) -> None:
     if fault is not None:
         raise BundleError(
             f"{path} has {fault}; a graph of a bundle has ONNX's own operators only, without control flow",
-            hint="Do not run it: admtrt did not export it.",
+            hint="Do not run it: no export of ours made it.",
         )
 
 

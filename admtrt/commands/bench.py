@@ -17,11 +17,17 @@ from admtrt.errors import RequestError
 from admtrt.files import atomic_file, check_place
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from rich.console import RenderableType
 
     from admtrt.bench.report import BenchReport
+    from admtrt.bench.rows import Row
+    from admtrt.bench.subject import Subject
+
+
+_REPEAT, _PAIRS, _AGAINST_STEPS = 7, 30, 5
+_AGAINST_ROWS = ("onnxruntime", "openvino")
 
 
 def bench(
@@ -40,6 +46,13 @@ def bench(
     original: Annotated[
         Path | None, typer.Option(help="Checkout of the original implementation, to measure it as well.")
     ] = None,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CHECKOUT",
+            help="Another version, with its own .venv: draw the same samples in interleaved pairs instead.",
+        ),
+    ] = None,
     backend: Annotated[
         list[str] | None,
         typer.Option(
@@ -48,7 +61,9 @@ def bench(
         ),
     ] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated. 1 if none.")] = None,
-    repeat: Annotated[int, typer.Option(help="Steps timed of every row.")] = 7,
+    repeat: Annotated[
+        int | None, typer.Option(help="Steps timed of every row, 7 if left out; pairs with --against, 30.")
+    ] = None,
     sampling: Annotated[
         int | None, typer.Option(metavar="STEPS", help="Time a whole run of so many steps as well.")
     ] = None,
@@ -64,7 +79,7 @@ def bench(
 ) -> None:
     """Measure guided steps on every backend and in PyTorch: speed, parity and memory of the same weights.
 
-    Exit codes: 0 at least one row was measured, 1 none.
+    Exit codes: 0 at least one row was measured, 1 none, or with --against one was slower.
     """
     from admtrt.bench.rows import ORIGINAL, default_rows, parse_rows, takes_plans
     from admtrt.bench.run import run_bench
@@ -89,7 +104,10 @@ def bench(
         if value is not None and value < 1:
             raise RequestError(f"{name} is {value}; expected at least 1")
     check_threads(threads)
-    rows = parse_rows(backend) if backend else default_rows(device, original=original is not None)
+    if backend or against is not None:
+        rows = parse_rows(backend or _AGAINST_ROWS)
+    else:
+        rows = default_rows(device, original=original is not None)
     if original is not None and not any(row.name == ORIGINAL for row in rows):
         rows = (*parse_rows([ORIGINAL]), *rows)
     if cache is not None and not any(map(takes_plans, rows)):
@@ -116,11 +134,14 @@ def bench(
         else:
             assert bundle is not None  # one of the two is given
             subject = Subject(str(bundle), bundle, unet, classifier, original, scratch, cache)
+        if against is not None:
+            _compare(against, subject, rows, batches, repeat, sampling, threads, output)
+            return
         report = run_bench(
             subject,
             rows,
             batches=batches,
-            repeat=repeat,
+            repeat=repeat or _REPEAT,
             device=device,
             threads=threads or available_threads(),
             sampling_steps=sampling,
@@ -130,6 +151,42 @@ def bench(
         _write(report, out)
     output.result(report.to_dict(), *_shown(report))
     if all(measurement.step is None for measurement in report.measurements):
+        raise typer.Exit(1)
+
+
+def _compare(
+    checkout: Path,
+    subject: Subject,
+    rows: Sequence[Row],
+    batches: tuple[int, ...],
+    repeat: int | None,
+    sampling: int | None,
+    threads: int | None,
+    output: Output,
+) -> None:
+    from admtrt.bench.against import COLUMNS, MOST, compare_with
+    from admtrt.runtime.backends.registry import BACKENDS
+    from admtrt.runtime.machine import available_threads
+
+    other = next((row for row in rows if row.name not in BACKENDS), None)
+    if other is not None:
+        raise RequestError(f"row '{other}' is no backend", hint="Name backends with --backend.")
+    steps = sampling or _AGAINST_STEPS
+    found = compare_with(
+        checkout,
+        subject,
+        rows,
+        batches=batches,
+        pairs=repeat or _PAIRS,
+        steps=(str(steps), f"ddim{steps}"),
+        threads=threads or available_threads(),
+        note=output.note,
+    )
+    output.result(
+        {"against": str(checkout), "comparisons": [one.to_dict() for one in found]},
+        table(f"against {checkout}", list(COLUMNS), [one.cells() for one in found]),
+    )
+    if any(one.ratio > MOST for one in found):
         raise typer.Exit(1)
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from admtrt.commands.choices import Choices
+from admtrt.commands.image_options import ImageOptions, takes_image_options
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
 from admtrt.console import Output, progress
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle, Manifest
+    from admtrt.commands.image_options import ReadImages
     from admtrt.runtime.bulk import BulkRequest, Format
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.slots import Labels
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 _FORMATS = ("npz", "png", "grid")
 
 
+@takes_image_options
 @takes_solver_options
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
@@ -92,12 +95,14 @@ def sample(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     *,
     solver_options: SolverOptions,
+    image_options: ImageOptions,
 ) -> None:
     """Draw guided or unguided samples from a bundle, without PyTorch."""
     from admtrt.bundle import Bundle
     from admtrt.runtime.backends.opening import check_request
-    from admtrt.runtime.bulk import BulkRequest, recorded_shard_size
+    from admtrt.runtime.bulk import LOW_STAGE, BulkRequest, recorded_shard_size
     from admtrt.runtime.pipeline import Pipeline
+    from admtrt.runtime.shards import Shards
 
     output = Output(json=json)
     chosen = _formats(formats)
@@ -126,26 +131,35 @@ def sample(
     small = None if low_res is None else _SmallImages.read(low_res, first)
     if small is not None and num not in (None, len(small)):
         raise RequestError(f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out.")
-    asked = _asked_labels(classes, num, small, first.manifest)
-    count = next((len(given) for given in (asked, small) if given is not None), num or 1)
+    images = image_options.read(first.manifest, num)
+    source = images if small is None else small
+    asked = _asked_labels(classes, num, source, first.manifest)
+    count = next((len(given) for given in (asked, source) if given is not None), num or 1)
     pipeline = opened(first)
     sampler = pipeline.sampler(
-        steps=steps,
-        method=method,
-        scale=scale,
-        **solver_options,
-        clip=clip,
-        guidance_interval=interval,
+        **image_options.choices(
+            images,
+            {
+                "steps": steps,
+                "method": method,
+                "scale": scale,
+                "clip": clip,
+                "guidance_interval": interval,
+                **solver_options,  # type: ignore[typeddict-item]
+            },
+        )
     )
+    inputs = image_options.checked(images, pipeline, sampler, output.note)
     pipeline.check_low_res(None if small is None else small.images[:1])
     request = BulkRequest(
         count=count,
-        labels=_labels(asked, small, pipeline, sampler),
+        labels=_labels(asked, source, pipeline, sampler),
         first_seed=seed,
         sampler=sampler,
         batch_size=batch_size,
         shard_size=kept,
         low_res=None if small is None else small.images,
+        inputs=inputs,
     )
     if upsample is None:
         if request.labels is not None and first.manifest.network.num_classes is None and not sampler.scale:
@@ -159,6 +173,9 @@ def sample(
             steps=upsample_steps, scale=UNGUIDED if upsample_scale is None else upsample_scale
         )
         result = _draw_two(stages, request, upsampler, out, chosen)
+    place = out if upsample is None else out / LOW_STAGE
+    shards = Shards(place, request, first.manifest)
+    result["files"] += image_options.differences(images, shards, place, grid="grid" in chosen)
     output.result(
         {
             "samples": request.count,
@@ -214,9 +231,7 @@ def _draw_two(
 
 
 def _steps(pipeline: Pipeline, request: BulkRequest) -> int:
-    from admtrt.schedule.table import sampling_schedule
-
-    return len(sampling_schedule(pipeline.bundle.manifest.diffusion, request.sampler))
+    return len(request.inputs.schedule(pipeline.bundle.manifest.diffusion, request.sampler))
 
 
 def _outcome(request: BulkRequest, done: int, written: list[Path]) -> dict[str, Any]:
@@ -228,31 +243,36 @@ def _outcome(request: BulkRequest, done: int, written: list[Path]) -> dict[str, 
 
 
 def _asked_labels(
-    classes: str | None, num: int | None, small: _SmallImages | None, manifest: Manifest
+    classes: str | None, num: int | None, images: _SmallImages | ReadImages | None, manifest: Manifest
 ) -> list[int] | None:
-    """The label of each sample as the command line says; None where the small images say it, or nothing.
+    """The label of each sample as the command line says; None where the images say it, or nothing.
 
     Raises:
         RequestError: as :func:`requested_labels`.
     """
-    if small is None:
+    if images is None:
         return requested_labels(classes, num, manifest)
-    return None if classes is None else requested_labels(classes, len(small), manifest)
+    if classes is None:
+        return None
+    return requested_labels(classes, len(images) if len(images) > 1 else num, manifest)
 
 
 def _labels(
-    asked: list[int] | None, small: _SmallImages | None, pipeline: Pipeline, sampler: SamplerConfig
+    asked: list[int] | None,
+    images: _SmallImages | ReadImages | None,
+    pipeline: Pipeline,
+    sampler: SamplerConfig,
 ) -> Labels | None:
-    """The checked label of each sample: those asked for, else those of the small images.
+    """The checked label of each sample: those asked for, else those of the images.
 
     Raises:
         RequestError: as :meth:`Pipeline.check_labels`.
     """
-    if asked is not None or small is None:
+    if asked is not None or images is None:
         return pipeline.check_labels(asked, sampler)
     if pipeline.bundle.manifest.num_classes is None:
-        return small.labels  # kept beside the images
-    return pipeline.check_labels(None if small.labels is None else small.labels.tolist(), sampler)
+        return images.labels  # kept beside the images
+    return pipeline.check_labels(None if images.labels is None else images.labels.tolist(), sampler)
 
 
 def _formats(given: list[str] | None) -> list[Format]:
@@ -378,7 +398,7 @@ class _SmallImages:
                 numbers = None if labels is None else archive.read("arr_1").astype(np.int64)
                 if numbers is not None and numbers.size and numbers.min() < 0:
                     raise RequestError(
-                        f"{path}: arr_1 has the label {numbers.min()}; labels are numbers of classes, 0 and more",
+                        f"{path}: arr_1 has the label {numbers.min()}; labels are the numbers of classes",
                         hint="Leave arr_1 out where nothing is labelled.",
                     )
                 return cls(archive.read("arr_0"), numbers)

@@ -14,7 +14,6 @@ import onnx_ir as ir
 
 from admtrt.contract import (
     BATCH,
-    EDIT,
     edit_low_pass_spec,
     edit_spec,
     event_shape,
@@ -24,6 +23,7 @@ from admtrt.contract import (
     update_spec,
 )
 from admtrt.export.capture import OPSET
+from admtrt.schedule.edits import EDIT
 from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from admtrt.contract import quantile_of
+from admtrt.schedule.edits import EDIT
 from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:
@@ -127,10 +128,28 @@ def threshold(x: Tensor, out: Tensor, grad: Tensor, coefficients: Tensor) -> dic
     return {"r": torch.minimum(torch.maximum(clip, quantile), bound)}
 
 
+def edit(
+    x_prev: Tensor, mask: Tensor, reference: Tensor, noise2: Tensor, coefficients: Tensor
+) -> dict[str, Tensor]:
+    """The graph ``edit``, as :mod:`admtrt.schedule.edits` documents it."""
+    keep, x, missing = _renoised(x_prev, reference, noise2, coefficients)
+    return {"x_edited": x + keep * mask * missing}
+
+
+def edit_low_pass(
+    x_prev: Tensor, rows: Tensor, columns: Tensor, reference: Tensor, noise2: Tensor, coefficients: Tensor
+) -> dict[str, Tensor]:
+    """The graph ``edit_low_pass``."""
+    keep, x, missing = _renoised(x_prev, reference, noise2, coefficients)
+    return {"x_edited": x + keep * (rows[:, None] @ missing @ columns[:, None].mT)}
+
+
 SMALL_GRAPHS: Mapping[GraphName, Callable[..., dict[str, Tensor]]] = {
     "update": update,
     "update_full": update_full,
     "threshold": threshold,
+    "edit": edit,
+    "edit_low_pass": edit_low_pass,
 }
 """The small graphs in PyTorch, by name."""
 
@@ -142,6 +161,15 @@ def _given(
     c = {name: coefficients[:, i, None, None, None] for i, name in enumerate(names)}
     value, *learned = torch.split(out, x.shape[1], dim=1)
     return c, value, c["log_weight"] + (c["log_weight_from_v"] * learned[0] if learned else 0)
+
+
+def _renoised(
+    x_prev: Tensor, reference: Tensor, noise2: Tensor, coefficients: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The column ``keep``, x'' and what the noised reference differs from it."""
+    c = {name: coefficients[:, i, None, None, None] for i, name in enumerate(EDIT)}
+    x = x_prev + c["renoise"] * noise2
+    return c["keep"], x, c["reference"] * reference + c["noise"] * noise2 - x
 
 
 def _unbounded(c: dict[str, Tensor], x: Tensor, value: Tensor, grad: Tensor) -> Tensor:

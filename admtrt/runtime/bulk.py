@@ -8,7 +8,6 @@ index, so a shard can be drawn by any process at any time and is the same.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import zipfile
@@ -17,13 +16,15 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from admtrt.errors import OutputError, RequestError
+from admtrt.errors import ConfigError, OutputError, RequestError
 from admtrt.files import TakenError, atomic_file, is_temporary, remove_stale
 from admtrt.images import save_grid, to_pillow
 from admtrt.reading import read_json
+from admtrt.runtime.image_inputs import DIGESTS, NOTHING, NUMBERS, digest_of
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.request import whole_number
 from admtrt.runtime.shards import Shards
+from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -31,9 +32,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from admtrt.runtime.image_inputs import ImageInputs
     from admtrt.runtime.pipeline import Pipeline, Step
     from admtrt.runtime.slots import Labels
-    from admtrt.schedule.sampler import SamplerConfig
 
 Format = Literal["npz", "png", "grid"]
 MAX_SAMPLES = 10_000_000
@@ -43,10 +44,13 @@ GRID_LIMIT = 400
 LOW_STAGE = "low"
 """Folder of the first stage's run within that of a two-stage run."""
 _REQUEST = "request.json"
-_LARGEST_REQUEST = 2**20  # bytes
-_UNSHOWN = {"bundle": "bundle differs", "labels": "labels differ", "low_res": "low_res differs"}
+_LARGEST_REQUEST = 2**26  # bytes: earlier versions wrote every label
+_LATER = {*DIGESTS, *NUMBERS}
+"""What a request has only where it was asked for: absent is None."""
+_UNSHOWN = {"bundle": "bundle differs", "labels": "labels differ"} | {
+    name: f"{name} differs" for name in ("low_res", "images", *DIGESTS)
+}
 """What is said of hashes and long lists, whose values tell nobody anything."""
-_BLOCK = 256  # images of which a digest reads at once
 
 
 class SmallImages(Protocol):
@@ -70,6 +74,7 @@ class BulkRequest:
         sampler: one for all.
         batch_size, shard_size: samples computed at once, and kept in one file.
         low_res: uint8 [count, h, w, C], conditioning of an upsampler, or None.
+        inputs: images to start at or to hold samples to, one for all or ``count``.
 
     Raises:
         RequestError: if a size is out of range, or there is not one label and small image for each sample.
@@ -82,6 +87,7 @@ class BulkRequest:
     batch_size: int
     shard_size: int
     low_res: SmallImages | None = None
+    inputs: ImageInputs = NOTHING
 
     def __post_init__(self) -> None:
         if not 1 <= whole_number(self.count, "count") <= MAX_SAMPLES:
@@ -121,8 +127,12 @@ def draw(
     """
     # Before an impossible request takes the directory; the first image shows the size of all.
     pipeline.check_low_res(None if request.low_res is None else request.low_res[:1])
+    request = replace(request, inputs=pipeline.check_inputs(request.sampler, request.inputs))
+    for name, length in request.inputs.lengths.items():
+        if length not in (1, request.count):
+            raise RequestError(f"{length} {name} for {request.count} samples; give one, or one for each")
     seeds = consecutive_seeds(request.first_seed, request.count)
-    _claim(directory, _identity(pipeline, request))
+    claim(directory, _identity(pipeline, request))
     shards = Shards(directory, request, pipeline.bundle.manifest)
     for start, stop in shards.missing():
         shards.write(start, _drawn(pipeline, request, seeds, start, stop, advance))
@@ -156,24 +166,22 @@ def _identity(pipeline: Pipeline, request: BulkRequest) -> dict[str, Any]:
     return {
         "bundle": pipeline.bundle.digest,
         "count": request.count,
-        "labels": None if request.labels is None else _digest(request.labels),
+        "labels": None if request.labels is None else digest_of(request.labels),
         "first_seed": request.first_seed,
         "sampler": request.sampler.to_dict(),
         "shard_size": request.shard_size,
         "computed": pipeline.computed,
-        "low_res": None if request.low_res is None else _digest(request.low_res),
+        "low_res": None if request.low_res is None else digest_of(request.low_res),
+        **request.inputs.identity,
     }
 
 
-def _digest(images: SmallImages | Labels) -> str:
-    digest = hashlib.sha256()
-    for start in range(0, len(images), _BLOCK):
-        digest.update(np.ascontiguousarray(images[start : start + _BLOCK]).data)
-    return digest.hexdigest()
+def claim(directory: Path, identity: dict[str, Any]) -> None:
+    """Start a run directory, or make sure that it holds this very run, whoever else is starting one there.
 
-
-def _claim(directory: Path, identity: dict[str, Any]) -> None:
-    """Start a run directory, or make sure that it holds this very run, whoever else is starting one there."""
+    Raises:
+        OutputError: if it holds another run or something else.
+    """
     if not _check_run(directory, identity):
         with contextlib.suppress(TakenError), atomic_file(directory / _REQUEST, replace=False) as temporary:
             temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
@@ -187,7 +195,7 @@ def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
     if not os.path.lexists(file):
         if directory.exists() and (not directory.is_dir() or not _is_unclaimed(directory)):
             raise OutputError(
-                f"{directory} exists and holds no sampling run",
+                f"{directory} exists and holds no {identity.get('kind', 'sampling')} run",
                 hint="Choose an empty or new directory for --out.",
             )
         return False
@@ -200,12 +208,22 @@ def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
     except ValueError:
         known = None
     old, new = _settings(known), _settings(identity)
-    if not new.keys() <= old.keys():
+    kind = new.get("kind")
+    if old and old.get("kind") != kind:
+        raise OutputError(
+            f"{directory} holds a run of {'sampling' if kind else 'inversion'}",
+            hint="Choose another directory for --out.",
+        )
+    if not new.keys() - _LATER <= old.keys():
         raise OutputError(
             f"{file} is damaged, so the run there cannot be recognised",
             hint="Choose another directory for --out.",
         )
-    differing = [_difference(key, old[key], new[key]) for key in new if old[key] != new[key]]
+    differing = [
+        _difference(key, old.get(key), new.get(key))
+        for key in dict.fromkeys([*new, *(key for key in old if key in _LATER)])
+        if old.get(key) != new.get(key)
+    ]
     if differing:
         raise OutputError(
             f"{directory} holds another run: {', '.join(differing)}",
@@ -218,11 +236,20 @@ def _settings(identity: Any) -> dict[str, Any]:
     """An identity whose sampler's fields stand among the others; nothing of what is no identity."""
     if not isinstance(identity, dict) or not isinstance(identity.get("sampler"), dict):
         return {}
-    others = {key: value for key, value in identity.items() if key != "sampler"}
-    settings = {**others, **identity["sampler"]}
-    if not settings.get("scale"):
-        settings["guidance_interval"] = None  # which then has no effect
-    return settings
+    try:  # options that are newer than the run have their defaults there
+        sampler = SamplerConfig.from_dict(identity["sampler"])
+        labels = _labels_digest(identity.get("labels"))
+    except (ConfigError, TypeError, ValueError, OverflowError):
+        return {}
+    if not sampler.scale:
+        sampler = sampler.unguided  # an interval has no effect then
+    others = {key: value for key, value in identity.items() if key not in ("sampler", "labels")}
+    return {**others, "labels": labels, **sampler.model_dump(mode="json")}
+
+
+def _labels_digest(labels: Any) -> Any:
+    """What stands for the labels: their digest, which earlier versions wrote as the whole list."""
+    return digest_of(np.array(labels, dtype=np.int64)) if isinstance(labels, list) else labels
 
 
 def _difference(key: str, old: Any, new: Any) -> str:
@@ -253,6 +280,7 @@ def _drawn(
         None if labels is None or pipeline.bundle.manifest.num_classes is None else labels.tolist(),
         list(seeds[start:stop]),
         low_res=None if request.low_res is None else request.low_res[start:stop],
+        inputs=request.inputs.part(slice(start, stop)),
         batch_size=request.batch_size,
         callback=after_step,
     ).images

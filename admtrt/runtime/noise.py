@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**64 - 1
 _INITIAL = 0  # counter of x_T; the noise of step i uses i + 1
-_STAGE_BITS = 32  # of a counter below its stage: no process has as many steps
+_SECOND = 1 << 31  # of a counter of a step's second noise
+_STAGE_BITS = 32  # of a counter below its stage: no schedule has half as many steps
 
 
 def check_seed(seed: int) -> int:
@@ -43,6 +44,13 @@ def step_noise(
 ) -> NDArray[np.float32]:
     """z of each sample at its own step index of the respaced process, standard normal float32 [N, *shape]."""
     return _drawn(seeds, [step + 1 for step in steps], shape, stage)
+
+
+def second_noise(
+    seeds: Sequence[int], steps: Sequence[int], shape: tuple[int, ...], *, stage: int = 0
+) -> NDArray[np.float32]:
+    """Further noise of each sample at the same step, of an edited state; otherwise as :func:`step_noise`."""
+    return _drawn(seeds, [_SECOND + step + 1 for step in steps], shape, stage)
 
 
 def _drawn(

@@ -13,6 +13,8 @@ from admtrt.bundle import Bundle
 from admtrt.contract import event_shape
 from admtrt.errors import ConfigError, RequestError
 from admtrt.images import from_uint8, to_uint8
+from admtrt.runtime.image_inputs import NOTHING, ImageInputs
+from admtrt.runtime.latents import Latents
 from admtrt.runtime.noise import MAX_SEED, check_seed
 from admtrt.runtime.request import class_index, one_for_each, whole_number
 from admtrt.runtime.sampler import hold
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from admtrt.contract import Precision
     from admtrt.runtime.backends.auto import Choice
+    from admtrt.runtime.image_inputs import Known
     from admtrt.runtime.sampler import Denoiser, HeldSlots
     from admtrt.runtime.slots import Images, Labels, Slots
     from admtrt.schedule.sampler import SamplerConfig
@@ -101,7 +104,7 @@ class _Given:
     labels: Labels | None
     seeds: list[int]
     low_res: Images | None
-    latents: Images | None
+    inputs: ImageInputs
 
     def part(self, rows: slice) -> _Given:
         """Some of the samples."""
@@ -109,7 +112,7 @@ class _Given:
             labels=None if self.labels is None else self.labels[rows],
             seeds=self.seeds[rows],
             low_res=None if self.low_res is None else self.low_res[rows],
-            latents=None if self.latents is None else self.latents[rows],
+            inputs=self.inputs.part(rows),
         )
 
 
@@ -220,7 +223,13 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         *,
         low_res: NDArray[np.uint8] | Images | None = None,
-        latents: Images | None = None,
+        latents: Images | Latents | None = None,
+        init: NDArray[np.uint8] | Images | None = None,
+        strength: float | None = None,
+        known: Known | None = None,
+        jump: tuple[int, int] | None = None,
+        reference: NDArray[np.uint8] | Images | None = None,
+        low_pass: int | tuple[int, int] | None = None,
         batch_size: int = DEFAULT_BATCH,
         callback: Callable[[Step], None] | None = None,
         **choices: Unpack[SamplerChoices],
@@ -232,7 +241,9 @@ class Pipeline:
                 scale is not 0.
             seeds: of each sample, 0 to 2**64 - 1; 0, 1, 2, ... where left out.
             low_res: conditioning of an upsampler: uint8 [N, h, w, C], or float32 [N, C, h, w] in [-1, 1].
-            latents: float32 [N, C, H, W], x_T in place of noise drawn from the seeds.
+            latents, init, strength, known, jump, reference, low_pass: as
+                :class:`~admtrt.runtime.image_inputs.ImageInputs`; samples of inverted latents take the
+                inversion's steps, method and clip where none are chosen.
             batch_size: samples computed at once; it does not change them beyond rounding.
             callback: called after every evaluation of every batch.
             choices: as :meth:`sampler`.
@@ -240,12 +251,13 @@ class Pipeline:
         Raises:
             RequestError: for anything that the bundle cannot do.
         """
+        inputs = ImageInputs(init, strength, known, jump, reference, low_pass, latents)
         return self.draw(
-            self.sampler(**choices),
+            self.sampler(**(latents.choices(choices) if isinstance(latents, Latents) else choices)),
             labels,
             seeds,
             low_res=low_res,
-            latents=latents,
+            inputs=inputs,
             batch_size=batch_size,
             callback=callback,
         )
@@ -257,25 +269,27 @@ class Pipeline:
         seeds: Sequence[int] | None = None,
         *,
         low_res: NDArray[np.uint8] | Images | None = None,
-        latents: Images | None = None,
+        inputs: ImageInputs = NOTHING,
         batch_size: int = DEFAULT_BATCH,
         callback: Callable[[Step], None] | None = None,
     ) -> Samples:
         """Draw samples as a sampler of :meth:`sampler` says; otherwise as calling the pipeline."""
         if whole_number(batch_size, "batch_size") < 1:
             raise RequestError(f"batch_size is {batch_size}; expected at least 1")
-        conditioning, start = self.check_low_res(low_res), self.check_latents(latents)
+        conditioning, checked_inputs = self.check_low_res(low_res), self.check_inputs(sampler, inputs)
         checked_labels = self.check_labels(labels, sampler)
         given_seeds = None if seeds is None else one_for_each(seeds, "seeds")
-        rows = {"labels": checked_labels, "seeds": given_seeds, "low_res": conditioning, "latents": start}
-        count = next((len(given) for given in rows.values() if given is not None), 1)
+        rows = {"labels": checked_labels, "seeds": given_seeds, "low_res": conditioning}
+        lengths = {name: len(given) for name, given in rows.items() if given is not None}
+        lengths |= {name: length for name, length in checked_inputs.lengths.items() if length > 1}
+        count = next(iter(lengths.values()), 1)
         checked_seeds = [check_seed(seed) for seed in (range(count) if given_seeds is None else given_seeds)]
-        for name, given in (rows | {"seeds": checked_seeds}).items():
-            if given is not None and len(given) != count:
-                raise RequestError(f"{len(given)} {name} for {count} samples; give one for each")
+        for name, length in lengths.items():
+            if length != count:
+                raise RequestError(f"{length} {name} for {count} samples; give one for each")
         if count < 1:
             raise RequestError("no sample was asked for")
-        all_given = _Given(checked_labels, checked_seeds, conditioning, start)
+        all_given = _Given(checked_labels, checked_seeds, conditioning, checked_inputs)
         parts = [
             self._batch(sampler, first, all_given.part(slice(first, first + batch_size)), callback)
             for first in range(0, count, batch_size)
@@ -359,21 +373,21 @@ class Pipeline:
             raise RequestError("low_res has values that are not finite")
         return np.ascontiguousarray(images)
 
-    def check_latents(self, latents: Images | None) -> Images | None:
-        """The given x_T, if they are such.
+    def check_inputs(self, sampler: SamplerConfig, inputs: ImageInputs) -> ImageInputs:
+        """Images to start at or to hold samples to, checked.
 
         Raises:
-            RequestError: for another shape or dtype, or values that are not finite.
+            RequestError: for images that do not fit, or what the bundle or the sampler cannot do with them.
         """
-        if latents is None:
-            return None
-        given, event = np.asarray(latents), event_shape(self.bundle.manifest.network)
-        if given.dtype != np.float32 or given.shape[1:] != event or not np.isfinite(given).all():
-            expected = ", ".join(map(str, event))
+        manifest = self.bundle.manifest
+        checked = inputs.checked(event_shape(manifest.network))
+        graph = checked.schedule(manifest.diffusion, sampler).edit_graph
+        if graph is not None and graph not in manifest.graphs:
             raise RequestError(
-                f"latents are {given.dtype} {list(given.shape)}; expected finite float32 [N, {expected}]"
+                f"known regions and references need the graph '{graph}', which {self.bundle.path} has not",
+                hint="Export the checkpoint again, with --overwrite.",
             )
-        return given
+        return checked
 
     def _batch(
         self,
@@ -383,7 +397,7 @@ class Pipeline:
         callback: Callable[[Step], None] | None,
     ) -> Images:
         manifest = self.bundle.manifest
-        schedule = sampling_schedule(manifest.diffusion, sampler)
+        schedule = given.inputs.schedule(manifest.diffusion, sampler)
         slots = slots_for(
             manifest.network,
             manifest.classifier,
@@ -392,8 +406,58 @@ class Pipeline:
             labels=given.labels,
             low_res=given.low_res,
             guided=bool(sampler.scale),
-            latents=given.latents,
+            **given.inputs.of_slots(len(given.seeds)),
         )
+        self.drive(slots, first, callback)
+        if not np.isfinite(slots.x).all():
+            raise RequestError(
+                f"sampling gave values that are not finite (scale {sampler.scale}, steps {sampler.steps!r})",
+                hint="Use a smaller scale or more steps; if that does not help, the weights may be at fault; "
+                "see: admtrt verify BUNDLE --unet CHECKPOINT",
+            )
+        return given.inputs.finished(slots.x)
+
+    def invert(
+        self,
+        images: NDArray[np.uint8] | Images,
+        labels: Sequence[int | str] | None = None,
+        *,
+        steps: str | int = "ddim100",
+        levels: int | None = None,
+        clip: bool = False,
+        batch_size: int = DEFAULT_BATCH,
+        callback: Callable[[Step], None] | None = None,
+    ) -> Latents:
+        """The latents that DDIM turns into these images, for ``latents`` of a call.
+
+        Args:
+            images: uint8 [N, H, W, C] or float32 [N, C, H, W] in [-1, 1].
+            labels: of each image, needed where the UNet is class-conditional.
+            steps: of ddim.
+            levels: how many of the steps to go up; all but one where left out.
+            clip: bound x_0 on the way; where that acts, inversion is not exact.
+            batch_size: images computed at once.
+            callback: called after every evaluation of every batch.
+
+        Raises:
+            RequestError: for anything that the bundle cannot do.
+        """
+        from admtrt.runtime.inversion import InversionRequest
+
+        request = InversionRequest.checked(
+            self, images, labels, steps=steps, levels=levels, clip=clip, batch_size=batch_size
+        )
+        return request.latents(request.inverted(slice(None), callback), slice(None))
+
+    def drive(self, slots: Slots, first: int, callback: Callable[[Step], None] | None) -> None:
+        """Take every evaluation of samples that share a schedule, in place.
+
+        Args:
+            slots: at the start.
+            first: position of the first among all samples, for the callback.
+            callback: called after every evaluation.
+        """
+        schedule = slots.schedules[0]
         with hold(slots, self.denoiser) as held:
             for index in range(len(schedule)):
                 held.advance()
@@ -409,13 +473,6 @@ class Pipeline:
                         )
                     )
             held.read()
-        if not np.isfinite(slots.x).all():
-            raise RequestError(
-                f"sampling gave values that are not finite (scale {sampler.scale}, steps {sampler.steps!r})",
-                hint="Use a smaller scale or more steps; if that does not help, the weights may be at fault; "
-                "see: admtrt verify BUNDLE --unet CHECKPOINT",
-            )
-        return slots.x
 
 
 def consecutive_seeds(first: int, count: int) -> range:

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
-from admtrt.runtime.noise import step_noise
+from admtrt.runtime.noise import second_noise, step_noise
 from admtrt.runtime.slots import GUIDE
+from admtrt.schedule.edits import EDIT, EDIT_GRAPHS
 from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 
     from admtrt.contract import GraphName
     from admtrt.runtime.slots import Array, Images, Slots
+    from admtrt.schedule.edits import EditGraph
+    from admtrt.schedule.table import SamplingSchedule
+
+_EDITING = [EDIT.index(name) for name in ("keep", "renoise")]
+_NOISY = [EDIT.index(name) for name in ("noise", "renoise")]
 
 
 class Denoiser(Protocol):
@@ -44,6 +50,8 @@ class StepInputs:
         noise_steps: the steps that name each slot's noise, or None where no slot's evaluation adds any.
         full: whether any slot's schedule needs the graph ``update_full``.
         dynamic: whether any slot's evaluation needs the graph ``threshold``.
+        edits: float32 [N, len(EDIT)] of each graph that edits any slot's next state, zeros for other slots.
+        steps: evaluations that each slot has still to come, which name its noise.
     """
 
     t: NDArray[np.float32]
@@ -52,6 +60,8 @@ class StepInputs:
     noise_steps: list[int] | None
     full: bool
     dynamic: bool
+    edits: dict[EditGraph, NDArray[np.float32]]
+    steps: list[int]
 
     @property
     def of_update(self) -> NDArray[np.float32]:
@@ -67,18 +77,27 @@ class StepInputs:
 def step_inputs(slots: Slots) -> StepInputs:
     """The inputs of the slots' next evaluation. No slot may be finished."""
     rows = list(zip(slots.schedules, slots.position.tolist(), strict=True))
+    steps = [int(schedule.step[i]) for schedule, i in rows]
     return StepInputs(
         t=np.array([schedule.model_t[i] for schedule, i in rows], dtype=np.float32),
         coefficients=np.stack([schedule.coefficients[i] for schedule, i in rows]),
         guided=np.array([schedule.guided[i] for schedule, i in rows]) & (GUIDE in slots.conditions),
-        noise_steps=(
-            [int(schedule.step[i]) for schedule, i in rows]
-            if any(schedule.stochastic[i] for schedule, i in rows)
-            else None
-        ),
+        noise_steps=steps if any(schedule.stochastic[i] for schedule, i in rows) else None,
         full=slots.full,
         dynamic=any(schedule.dynamic[i] for schedule, i in rows),
+        edits=_edit_columns(rows),
+        steps=steps,
     )
+
+
+def _edit_columns(rows: list[tuple[SamplingSchedule, int]]) -> dict[EditGraph, NDArray[np.float32]]:
+    columns = np.stack([schedule.edits[i] for schedule, i in rows])
+    by_graph = {}
+    for graph in EDIT_GRAPHS:
+        own = np.array([schedule.edit_graph == graph for schedule, _ in rows])
+        if columns[own][:, _EDITING].any():
+            by_graph[graph] = columns * own[:, None].astype(np.float32)
+    return by_graph
 
 
 def draw_noise(slots: Slots, inputs: StepInputs) -> Images | None:
@@ -88,11 +107,19 @@ def draw_noise(slots: Slots, inputs: StepInputs) -> Images | None:
     return step_noise(slots.seeds, inputs.noise_steps, slots.x.shape[1:], stage=slots.stage)
 
 
+def draw_second_noise(slots: Slots, inputs: StepInputs) -> Images | None:
+    """The noise of the edits of a step, float32 [N, C, H, W], or None where no slot's edit adds any."""
+    if not any(columns[:, _NOISY].any() for columns in inputs.edits.values()):
+        return None
+    return second_noise(slots.seeds, inputs.steps, slots.x.shape[1:], stage=slots.stage)
+
+
 def advance(slots: Slots, denoiser: Denoiser) -> None:
     """Take one evaluation of every slot, in place. No slot may be finished.
 
     The gradient is computed for the slots whose evaluation is guided, noise where any slot's adds some. Slots
-    of solvers with memory and of others may share a batch, which then runs ``update_full``.
+    of solvers with memory and of others may share a batch, which then runs ``update_full``. States are edited
+    where a slot's schedule says so.
     """
     inputs = step_inputs(slots)
     out = denoiser.run("unet", _feeds(slots, inputs, "unet"))["out"]
@@ -108,7 +135,20 @@ def advance(slots: Slots, denoiser: Denoiser) -> None:
         results = denoiser.run("update_full", {**given, **noise, **memory, "r": r, **row})
         slots.saved = results["saved_next"]
     slots.x, slots.x_0, slots.h2 = results["x_prev"], results["pred_x0"], slots.x_0
+    slots.x = _edited(slots, inputs, denoiser)
     slots.position += 1
+
+
+def _edited(slots: Slots, inputs: StepInputs, denoiser: Denoiser) -> Images:
+    x = slots.x
+    if not inputs.edits:
+        return x
+    z2 = draw_second_noise(slots, inputs)
+    noise = {"noise2": np.zeros_like(x) if z2 is None else z2}
+    for graph, columns in inputs.edits.items():
+        feeds = {"x_prev": x, **slots.conditions[graph], **noise, "coefficients": columns}
+        x = denoiser.run(graph, feeds)["x_edited"]
+    return x
 
 
 def _feeds(slots: Slots, inputs: StepInputs, graph: GraphName) -> dict[str, Array]:

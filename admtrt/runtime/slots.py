@@ -100,8 +100,8 @@ class Slots:
         zeros: label 0 is valid.
 
         Raises:
-            ValueError: if there is no part, stages or shapes differ, or a part whose schedules are guided has
-                no conditions for it while another has.
+            ValueError: if there is no part, stages or shapes differ, or a part whose schedules use a graph
+                has no conditions for it while another has.
         """
         if not parts:
             raise ValueError("there are no slots to join")
@@ -144,6 +144,7 @@ def slots_for(
     guided: bool,
     latents: Images | None = None,
     images: Images | None = None,
+    edits: Conditions | None = None,
 ) -> Slots:
     """Samples at the start of their schedules.
 
@@ -155,6 +156,7 @@ def slots_for(
         guided: whether the classifier may guide the samples.
         latents: float32 [N, *event], x_T in place of noise drawn from the seeds.
         images: float32 [N, *event] in [-1, 1], at which samples begin whose schedules do.
+        edits: inputs of the graphs that edit states, for samples whose schedules are edited.
 
     Raises:
         ValueError: if something is missing that the networks take, or has another shape.
@@ -170,7 +172,8 @@ def slots_for(
         schedules=list(schedules),
         position=np.zeros(len(seeds), dtype=np.int64),
         seeds=list(seeds),
-        conditions=conditions_for(unet, classifier, labels=labels, low_res=low_res, guided=guided),
+        conditions=conditions_for(unet, classifier, labels=labels, low_res=low_res, guided=guided)
+        | (edits or {}),
         stage=stage,
     )
 
@@ -238,10 +241,8 @@ def _joined_conditions(parts: Sequence[Slots]) -> Conditions:
     for graph in dict.fromkeys(graph for part in parts for graph in part.conditions):
         known = next(part.conditions[graph] for part in parts if graph in part.conditions)
         for part in parts:
-            if graph == GUIDE and graph not in part.conditions and _is_guided(part):
-                raise ValueError(
-                    f"slots whose schedules are guided have no conditions of '{graph}', others have"
-                )
+            if graph not in part.conditions and _uses(part, graph):
+                raise ValueError(f"slots have no conditions of '{graph}', which their schedules use")
             if part.conditions.get(graph, known).keys() != known.keys():
                 raise ValueError(f"slots give '{graph}' different inputs")
         joined[graph] = {
@@ -256,8 +257,10 @@ def _rows(part: Slots, graph: GraphName, name: str, like: Array) -> Array:
     return np.zeros((len(part), *like.shape[1:]), like.dtype) if given is None else given[name]
 
 
-def _is_guided(slots: Slots) -> bool:
-    return any(schedule.guided.any() for schedule in slots.schedules)
+def _uses(slots: Slots, graph: GraphName) -> bool:
+    if graph == GUIDE:
+        return any(schedule.guided.any() for schedule in slots.schedules)
+    return any(schedule.edit_graph == graph for schedule in slots.schedules)
 
 
 def _joined(name: str, parts: list[Array]) -> Array:

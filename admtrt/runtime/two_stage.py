@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from admtrt.errors import RequestError
 from admtrt.runtime.bulk import LOW_STAGE, check_run, draw
+from admtrt.runtime.image_inputs import NOTHING
 from admtrt.runtime.pipeline import DEFAULT_BATCH, Pipeline
 from admtrt.runtime.shards import Shards
 
@@ -167,7 +168,7 @@ def second_request(
     labels = None if request.labels is None else request.labels.tolist()
     stages.high.check_labels(stages.labels_of_high(labels), upsampler)
     small = Shards(out / LOW_STAGE, request, stages.low.bundle.manifest)
-    return replace(request, sampler=upsampler, low_res=small)
+    return replace(request, sampler=upsampler, low_res=small, inputs=NOTHING)
 
 
 def draw_two_stage(

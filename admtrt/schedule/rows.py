@@ -7,7 +7,7 @@ bounded.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from admtrt.schedule.edits import EditGraph
     from admtrt.schedule.levels import Level, NoiseLevels
 
     Float64 = NDArray[np.float64]
@@ -31,15 +32,26 @@ class Rows:
         columns: weights by name, float64 [R]; see :data:`admtrt.schedule.table.UPDATE_FULL`. Columns that are
             left out are 0 or follow from the parameterisation and the sampler.
         init_scale, init_noise: weights of x_T and of further noise in the first state.
+        edits: float64 [R, 4], the columns of a graph that edits the states, see :mod:`admtrt.schedule.edits`;
+            None where none does.
+        edit_graph: that one.
     """
 
     levels: list[Level]
     columns: dict[str, Float64]
     init_scale: float = 1.0
     init_noise: float = 0.0
+    edits: Float64 | None = None
+    edit_graph: EditGraph | None = None
 
     def __len__(self) -> int:
         return len(self.levels)
+
+
+def in_order(rows: Rows, order: NDArray[np.int64]) -> Rows:
+    """The same rows in another order, some left out or repeated."""
+    columns = {name: column[order] for name, column in rows.columns.items()}
+    return replace(rows, levels=[rows.levels[index] for index in order], columns=columns)
 
 
 @dataclass

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from admtrt.errors import RequestError
+from admtrt.schedule.edits import EDIT
 from admtrt.schedule.guidance import x0_shifts
 from admtrt.schedule.levels import Level, NoiseLevels, levels_of
 from admtrt.schedule.parameterisation import x0_weights
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.config import DiffusionConfig, EdmConfig
+    from admtrt.schedule.edits import Edit, EditGraph
     from admtrt.schedule.rows import Rows
     from admtrt.schedule.sampler import SamplerConfig
 
@@ -83,6 +85,8 @@ class SamplingSchedule:
         sigma: float64 [R], the noise level S of each evaluation.
         init_signal, init_scale, init_noise: weights of a given image, of the sample's initial noise and of
             further noise in the first state.
+        edits: float32 [R, len(EDIT)], see :mod:`admtrt.schedule.edits`; zeros where nothing is edited.
+        edit_graph: the graph that edits; None where none does.
     """
 
     model_t: Float32
@@ -90,6 +94,8 @@ class SamplingSchedule:
     step: NDArray[np.int64]
     timesteps: NDArray[np.int64] | Float64
     sigma: Float64
+    edits: Float32
+    edit_graph: EditGraph | None = None
     init_signal: float = 0.0
     init_scale: float = 1.0
     init_noise: float = 0.0
@@ -124,7 +130,10 @@ class SamplingSchedule:
 
 @functools.lru_cache(maxsize=256)
 def sampling_schedule(
-    process: DiffusionConfig | EdmConfig, sampler: SamplerConfig, start: int | None = None
+    process: DiffusionConfig | EdmConfig,
+    sampler: SamplerConfig,
+    start: int | None = None,
+    edit: Edit | None = None,
 ) -> SamplingSchedule:
     """The schedule of one sample.
 
@@ -132,6 +141,7 @@ def sampling_schedule(
         process: of the networks.
         sampler: method, steps, scale and everything else.
         start: the last so many evaluations alone, of a sample that starts at an image; None for all.
+        edit: to images that hold the sample on the way; None for none.
 
     Raises:
         RequestError: if the process cannot be sampled so.
@@ -155,7 +165,23 @@ def sampling_schedule(
         if not 1 <= start <= len(rows):
             raise RequestError(f"{start} of {len(rows)} evaluations are no part of them")
         rows = chosen.rows(levels, sampler, rows.levels[len(rows) - start])
+    if edit is not None:
+        check_respaced(sampler, "known regions and references")
+        rows = edit.applied(rows)
     return lower(rows, levels, process, sampler, from_image=start is not None)
+
+
+def check_respaced(sampler: SamplerConfig, what: str) -> None:
+    """Refuse a solver that walks no respaced process: ddpm and ddim do.
+
+    Raises:
+        RequestError: naming it; ``what`` says what was asked for.
+    """
+    if SOLVERS[sampler.method].steps != "respacing":
+        able = " and ".join(name for name, one in SOLVERS.items() if one.steps == "respacing")
+        raise RequestError(
+            f"{what} go with {able}, not with {sampler.method}", hint="Choose one of them with --method."
+        )
 
 
 def lower(
@@ -175,12 +201,15 @@ def lower(
         step=steps,
         timesteps=_timesteps(rows.levels),
         sigma=np.array([level.sigma for level in rows.levels]),
+        edits=(np.zeros((len(rows), len(EDIT))) if rows.edits is None else rows.edits).astype(np.float32),
+        edit_graph=rows.edit_graph,
         init_signal=levels.c_in(rows.levels[0]) if from_image else 0.0,
         init_scale=rows.init_scale,
         init_noise=rows.init_noise,
     )
     for array in (
-        schedule.model_t, schedule.coefficients, schedule.step, schedule.timesteps, schedule.sigma
+        schedule.model_t, schedule.coefficients, schedule.step, schedule.timesteps, schedule.sigma,
+        schedule.edits,
     ):  # fmt: skip
         array.flags.writeable = False
     return schedule

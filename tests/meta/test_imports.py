@@ -85,7 +85,7 @@ def test_public_names() -> None:
         "import admtrt, json\nfrom admtrt.errors import UserError\n"
         "print(json.dumps([sorted(admtrt.__all__), admtrt.Pipeline.__module__, admtrt.Bundle.__module__]))"
     )
-    names = ["Bundle", "Pipeline", "TwoStage", "__version__", "export_input_gradient"]
+    names = ["Bundle", "Known", "Latents", "Pipeline", "TwoStage", "__version__", "export_input_gradient"]
     assert json.loads(shown) == [names, "admtrt.runtime.pipeline", "admtrt.bundle"]
     assert callable(admtrt.export_input_gradient)
     with pytest.raises(AttributeError, match="module 'admtrt' has no attribute 'Sampler'"):
@@ -153,7 +153,7 @@ def test_a_public_name_without_its_extra(missing: str) -> None:
     shown = python(
         WITHOUT.format(names=[missing]) + "from admtrt.errors import MissingDependencyError\n"
         "try:\n    from admtrt import export_input_gradient\n"
-        "except MissingDependencyError as error:\n    print(error)"
+        "except MissingDependencyError as error:\n    print(error, error.hint)"
     )
     assert f"export_input_gradient needs the package '{missing}', which is not installed" in shown
     assert f"pip install -e '{ROOT}[export]'" in shown

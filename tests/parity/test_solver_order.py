@@ -187,6 +187,11 @@ def test_starts_at_an_image_equal_the_paper_form(name: str) -> None:
         sampling_schedule(process, SamplerConfig.from_dict({"steps": "10", "scale": 0.0, **choices}), start=1)
 
 
+def test_consistency_models_start_at_an_image() -> None:
+    for start in (1, 2, 3):
+        assert_equal(*both("consistency of 151", start))
+
+
 @pytest.mark.parametrize("name", [name for name, (_, choices) in CASES.items() if "churn" in choices])
 def test_churn_of_the_first_step_is_in_the_first_state(name: str) -> None:
     """x_T at the first level and the noise of the raise beside it, in the scale of the raised level."""

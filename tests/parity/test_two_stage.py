@@ -152,6 +152,24 @@ def test_one_command_equals_two(
     assert result["first_stage"]["sampler"]["steps"] == "4"
 
 
+def test_the_first_stage_may_start_at_images(
+    small: Path, large: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = np.random.default_rng(4).integers(0, 256, (2, 4, 4, 1), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images)
+    start = ["--classes", "2,0", "--steps", 4, "--init", tmp_path / "images.npz", "--strength", 0.5]
+    both, low = tmp_path / "both", tmp_path / "low"
+    stages = ["--upsample", large, "--upsample-steps", "ddim5", "--difference"]
+    result = sample(capsys, small, "--out", both, *start, *stages)
+    sample(capsys, small, "--out", low, *start)
+    with np.load(both / "low" / "samples.npz") as ours, np.load(low / "samples.npz") as theirs:
+        np.testing.assert_array_equal(ours["arr_0"], theirs["arr_0"])
+        difference = np.abs(ours["arr_0"].astype(np.float32) - images).mean(axis=-1)
+    with np.load(both / "low" / "difference.npz") as written:
+        np.testing.assert_array_equal(written["arr_0"], difference)
+    assert str(both / "low" / "difference.png") in result["files"]
+
+
 # --- noise ----------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import cuda_stub
 import numpy as np
 import pytest
-from bundles import SAMPLER, pipeline
+from bundles import CLASSIFIER, SAMPLER, UNET, pipeline
 from engine_double import Context
 from engine_rig import Rig
 
@@ -18,7 +18,8 @@ from admtrt.config import DiffusionConfig
 from admtrt.errors import EngineError
 from admtrt.runtime.cuda import DeviceArray, PinnedArray, Stream
 from admtrt.runtime.pipeline import Pipeline
-from admtrt.runtime.sampler import hold, start_slots
+from admtrt.runtime.sampler import hold
+from admtrt.runtime.slots import slots_for
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
-    from admtrt.runtime.sampler import Slots
+    from admtrt.runtime.slots import Slots
     from admtrt.runtime.trt.lane import Lane
 
 FULL, FAILED, UNKNOWN = 2, 719, 999  # CUresult
@@ -68,7 +69,9 @@ def fault_of(rig: Rig) -> EngineError | None:
 
 def slots(count: int = 2) -> Slots:
     schedule = sampling_schedule(DiffusionConfig(), SAMPLER.model_copy(update={"steps": "8"}))
-    return start_slots((1, 8, 8), [schedule] * count, [5] * count, guide_y=np.zeros(count, np.int64))
+    return slots_for(
+        UNET, CLASSIFIER, [schedule] * count, [5] * count, labels=np.zeros(count, np.int64), guided=True
+    )
 
 
 def lane(rig: Rig) -> tuple[TensorRTDenoiser, Lane]:

@@ -16,9 +16,11 @@ from graph_calls import gradient, unet_out
 
 from admtrt.config import DiffusionConfig
 from admtrt.errors import RequestError
+from admtrt.runtime.image_inputs import Known
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import advance, hold
 from admtrt.runtime.slots import Slots, slots_for
+from admtrt.schedule.edits import KnownRegion, LowPass
 from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import UPDATE, sampling_schedule
 
@@ -64,6 +66,9 @@ def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
         ("guided", [0, 1, 2], {"method": "unipc", "steps": 6, "order": 3}),
         ("guided", [0, 1], {"method": "dpmpp", "steps": 6, "sde": True, "threshold": "dynamic"}),
         ("conditional", [3, 1], {"method": "heun", "steps": 5, "churn": (20.0, 0.05, 50.0, 1.003)}),
+        ("guided", [0, 1], {"known": Known(np.full((1, 8, 8, 1), 99, np.uint8), np.eye(8)), "jump": (2, 2)}),
+        ("guided", [0, 1], {"reference": np.full((1, 8, 8, 1), 99, np.uint8), "low_pass": (4, 2)}),
+        ("guided", [0, 1], {"init": np.full((1, 8, 8, 1), 99, np.uint8), "strength": 0.5}),
         ("conditional", [3, 1], {}),
         ("upsampler", None, {"seeds": [1, 2], "low_res": np.full((2, 4, 4, 1), 99, np.uint8)}),
     ],
@@ -301,6 +306,33 @@ def test_solvers_with_memory_share_a_batch_and_leave_it(rig: Rig) -> None:
         np.testing.assert_allclose(getattr(ours, name), getattr(expected, name), rtol=0, atol=_ROUNDING)
 
 
+def test_edited_samples_share_a_batch_and_come_later(rig: Rig) -> None:
+    reference = np.random.default_rng(1).uniform(-1, 1, (3, 1, 8, 8)).astype(np.float32)
+    filters = np.random.default_rng(2).normal(size=(3, 8, 8)).astype(np.float32) / 8
+    edits: Any = {
+        "edit": {"mask": np.eye(8, dtype=np.float32)[None, None].repeat(3, 0), "reference": reference},
+        "edit_low_pass": {"rows": filters, "columns": filters, "reference": reference},
+    }
+
+    def slots(*kinds: Any) -> Slots:
+        schedules = [sampling_schedule(DiffusionConfig(), SAMPLER, None, kind) for kind in kinds]
+        labels = np.array([0, 1, 2])
+        return slots_for(UNET, CLASSIFIER, schedules, [5, 6, 7], labels=labels, guided=True, edits=edits)
+
+    started = (KnownRegion((2, 2)), None, None)
+    newcomer = slots(LowPass(), None, None).take([0])
+    expected, ours = slots(*started), slots(*started)
+    with rig.open() as denoiser, hold(ours, denoiser) as held:
+        for place in range(4):
+            if place == 2:
+                expected.replace([1], newcomer)
+                held.replace([1], newcomer)
+            advance(expected, pipeline("guided").denoiser)
+            held.advance()
+        held.read()
+    np.testing.assert_allclose(ours.x, expected.x, rtol=0, atol=_ROUNDING)
+
+
 def test_single_graphs_on_host_arrays(rig: Rig) -> None:
     generator = np.random.default_rng(0)
     x, noise, grad = (generator.standard_normal((3, 1, 8, 8), dtype=np.float32) for _ in range(3))
@@ -340,17 +372,17 @@ def test_kernels_of_rtx_are_kept_between_runs(monkeypatch: pytest.MonkeyPatch, t
     rig.build()
     made = RtxRuntimeConfig.made
     drawn(rig, [0], steps=2)
-    files = sorted(tmp_path.glob("*-sm89.kernels"))
-    assert len(files) == len(rig.bundle.manifest.graphs)
+    files, graphs = sorted(tmp_path.glob("*-sm89.kernels")), len(rig.bundle.manifest.graphs)
+    assert len(files) == graphs
     assert not any(cache.read for cache in made)
     drawn(rig, [0], steps=2)
-    assert [cache.read for cache in made[3:]] == [[b"rtx"]] * 3
+    assert [cache.read for cache in made[graphs:]] == [[b"rtx"]] * graphs
     for file in files:
         file.write_bytes(file.read_bytes()[:-1])  # damaged: compiled again
     drawn(rig, [0], steps=2)
-    assert not any(cache.read for cache in made[6:])
+    assert not any(cache.read for cache in made[2 * graphs :])
     drawn(rig, [0], steps=2)
-    assert all(cache.read for cache in made[9:])
+    assert all(cache.read for cache in made[3 * graphs :])
 
 
 @pytest.mark.parametrize("read", [False, True])
@@ -425,4 +457,4 @@ def test_prepared_lanes_are_kept_and_others_share_two_places(rig: Rig) -> None:
         assert sorted(denoiser._lanes) == [1, 3, 4, 6]
         denoiser.prepare({})
         assert not denoiser._lanes
-    assert rig.machine.free == rig.machine.memory
+    assert cuda_stub.free_memory() == 2**30

@@ -19,6 +19,8 @@ def consistency(problem: Problem) -> Iterator[State]:
     count = problem.sampler.option("levels_of")
     grid = levels.grid("karras", levels.noisiest, levels.cleanest, count - 1)
     chosen = [grid[index] for index in indices_of(problem.sampler)[:-1]]
+    if problem.start is not None:
+        chosen = [level for level in chosen if level.sigma <= problem.start.sigma * (1 + 1e-9)]
     x_0 = yield from problem.predict(problem.first(chosen[0]), chosen[0])
     for place, level in enumerate(chosen[1:], start=1):
         noise = sqrt(level.sigma**2 - levels.cleanest.sigma**2) * problem.noise(len(chosen) - place)

@@ -104,7 +104,7 @@ class PerBatch(Generic[Made]):
 
 
 def batch_of(feeds: Mapping[str, Array]) -> int:
-    """The batch size of a graph's inputs, of which only those of networks and updates have an ``x``."""
+    """The batch size of a graph's inputs."""
     return len(next(iter(feeds.values())))
 
 

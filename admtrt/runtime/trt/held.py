@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from admtrt.runtime.cuda import at_exit
-from admtrt.runtime.sampler import draw_noise, step_inputs
+from admtrt.runtime.sampler import draw_noise, draw_second_noise, step_inputs
 from admtrt.runtime.trt.lane import StepKind, coefficients_of, fill_rows
 
 if TYPE_CHECKING:
@@ -32,7 +32,12 @@ class _Stage:
 
     def fill(self, slots: Slots, inputs: StepInputs) -> _Filled:
         """Write a step's inputs, its noise drawn now; calls nothing of CUDA."""
-        kind = StepKind(guided=bool(inputs.guided.any()), full=inputs.full, dynamic=inputs.dynamic)
+        kind = StepKind(
+            guided=bool(inputs.guided.any()),
+            full=inputs.full,
+            dynamic=inputs.dynamic,
+            edits=tuple(inputs.edits),
+        )
         given: dict[Key, Array] = {"t": inputs.t}
         if not kind.full:
             given[coefficients_of("update")] = inputs.of_update
@@ -43,6 +48,10 @@ class _Stage:
         noise = draw_noise(slots, inputs)
         if noise is not None:
             given["noise"] = noise
+        given |= {coefficients_of(graph): columns for graph, columns in inputs.edits.items()}
+        second = draw_second_noise(slots, inputs)
+        if second is not None:
+            given["noise2"] = second
         for key, rows in given.items():
             fill_rows(self.arrays[key].array, rows)
         return _Filled(kind, tuple(given))

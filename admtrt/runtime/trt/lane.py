@@ -5,6 +5,8 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from admtrt.schedule.edits import EDIT_GRAPHS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -19,8 +21,10 @@ if TYPE_CHECKING:
     """Of an array: a name that all graphs share, or a graph and its own tensor."""
 
 _ONE_FOR_ALL = (
-    "x", "t", "out", "grad", "noise", "saved", "h1", "h2", "r", "x_prev", "pred_x0", "saved_next"
+    "x", "t", "out", "grad", "noise", "saved", "h1", "h2", "r", "x_prev", "pred_x0", "saved_next",
+    "noise2", "x_edited",
 )  # fmt: skip
+_WITH_ROWS: tuple[GraphName, ...] = ("update", "update_full", *EDIT_GRAPHS)
 _SAME_ROW: dict[GraphName, GraphName] = {"threshold": "update_full"}
 """Graphs that take the coefficients of another."""
 
@@ -32,19 +36,21 @@ class StepKind(NamedTuple):
         guided: the classifier's gradient.
         full: ``update_full`` with the solvers' memory in place of ``update``.
         dynamic: ``threshold`` before it; else the thresholds are those that were sent.
+        edits: the graphs that edit x_prev, in order.
     """
 
     guided: bool
     full: bool
     dynamic: bool
+    edits: tuple[GraphName, ...] = ()
 
 
 class Lane:
     """One batch size.
 
-    A step runs the classifier's gradient on a stream of its own beside the UNet, then the update, and puts
-    x_prev where x was and the memory where it is read. From the second step of a kind on it is a CUDA graph;
-    where the library cannot be captured, its work is enqueued every time.
+    A step runs the classifier's gradient on a stream of its own beside the UNet, then the update and the
+    edits, and puts x_prev where x was and the memory where it is read. From the second step of a kind on it
+    is a CUDA graph; where the library cannot be captured, its work is enqueued every time.
 
     Args:
         device: the GPU, which has to be the current one.
@@ -108,8 +114,8 @@ class Lane:
     @property
     def step_inputs(self) -> list[Key]:
         """The arrays that a step is fed from the host, whatever its kind."""
-        rows = [coefficients_of(graph) for graph in ("update", "update_full")]
-        fed: list[Key] = ["t", "noise", "r", *rows]
+        rows = [coefficients_of(graph) for graph in _WITH_ROWS]
+        fed: list[Key] = ["t", "noise", "noise2", "r", *rows]
         return [key for key in fed if key in self._arrays]
 
     def pinned(self, key: Key) -> PinnedArray:
@@ -174,6 +180,9 @@ class Lane:
         if kind.dynamic:
             self._bindings["threshold"].enqueue(main)
         self._bindings["update_full" if kind.full else "update"].enqueue(main)
+        for graph in kind.edits:
+            self._bindings[graph].enqueue(main)
+            arrays["x_prev"].copy_from(arrays["x_edited"], main)
         arrays["x"].copy_from(arrays["x_prev"], main)
         if kind.full:
             for target, source in (("h2", "h1"), ("h1", "pred_x0"), ("saved", "saved_next")):

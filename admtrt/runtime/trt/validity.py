@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import PlanError
+from admtrt.installing import pip_install
 from admtrt.runtime.engines.library import logger_of
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ REASONS = {
     "OLD_CUDA_DRIVER": ("the NVIDIA driver is too old", "Update the driver; see: admtrt doctor"),
     "OLD_CUDA_RUNTIME": (
         "the CUDA runtime is too old",
-        "Upgrade the library with: pip install --upgrade tensorrt-rtx-cu13; then build again.",
+        "Upgrade the library with: {upgrade}. Then build again.",
     ),
     "INSUFFICIENT_GPU_MEMORY": (
         "the GPU has too little memory",
@@ -55,7 +56,12 @@ def check_validity(
     reasons = [REASONS[name][0] for name in named] or [f"it gives no known reason ({int(diagnostics)})"]
     again = f"Build it again with: {build}"
     hints = [
-        REASONS[name][1].format(again=again, build=f"Build it with: {build}", target=gpu.compute_capability)
+        REASONS[name][1].format(
+            again=again,
+            build=f"Build it with: {build}",
+            target=gpu.compute_capability,
+            upgrade=pip_install("--upgrade", "tensorrt-rtx-cu13"),
+        )
         for name in named
     ]
     said = logger.said(everything=True)

@@ -37,13 +37,9 @@ _LEVELS = 40
 )
 def consistency(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
     """Rows of a consistency model's sampler."""
+    from admtrt.schedule.grid import from_start
     from admtrt.schedule.rows import RowBuilder
 
-    if start is not None:
-        raise RequestError(
-            "a consistency model starts at its noisiest level, not from an image",
-            hint="Use --method heun or dpmpp for a start from an image.",
-        )
     count, indices = sampler.option("levels_of"), indices_of(sampler)
     if indices[-1] >= count:
         raise RequestError(
@@ -52,13 +48,16 @@ def consistency(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
         )
     grid = levels.grid("karras", levels.noisiest, levels.cleanest, count - 1)
     builder = RowBuilder(levels)
+    if start is not None:
+        kept = from_start([*(grid[index] for index in indices[:-1]), None], sampler, start)
+        indices = indices[-len(kept) :]
     for place, (index, following) in enumerate(pairwise(indices)):
         if place == len(indices) - 2:
             builder.add(grid[index], None, {"x0": 1.0})
         else:
             noise = math.sqrt(max(grid[following].sigma ** 2 - levels.cleanest.sigma**2, 0.0))
             builder.add(grid[index], grid[following], {"x0": 1.0, "noise": noise})
-    return builder.rows(init_scale=levels.prior_scale(grid[indices[0]]))
+    return builder.rows(init_scale=levels.start_scale(grid[indices[0]], start))
 
 
 def indices_of(sampler: SamplerConfig) -> tuple[int, ...]:

@@ -1,0 +1,218 @@
+"""This version beside another checkout of admtrt: the same samples of the same weights, in interleaved pairs.
+
+Each side exports the checkpoints itself and draws in a process of its own environment, through the public
+``Pipeline``. Pairs are taken in the order ABBA, so that a machine whose speed changes favours neither.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median, quantiles
+from typing import TYPE_CHECKING, Any
+
+import admtrt
+from admtrt.errors import AdmtrtError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from admtrt.bench.rows import Row
+    from admtrt.bench.subject import Subject
+
+MOST = 1.01
+"""Largest median ratio of seconds, ours over theirs, that is no slowdown."""
+_DRIVER = """
+import json, sys, time
+from admtrt import Pipeline
+bundle, backend, precision, threads, batch, steps = json.loads(sys.argv[1])
+pipeline = Pipeline.from_bundle(
+    bundle, backend=backend, precision=precision, threads=threads, batch_size=batch
+)
+classes = pipeline.bundle.manifest.num_classes
+labels = None if classes is None else [index % classes for index in range(batch)]
+def draw():
+    start = time.perf_counter()
+    pipeline(labels, list(range(batch)), steps=steps, batch_size=batch)
+    return time.perf_counter() - start
+draw()
+print(draw(), flush=True)
+for _ in sys.stdin:
+    print(draw(), flush=True)
+"""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One row at one batch size.
+
+    Attributes:
+        row: backend and precision.
+        batch: its size.
+        steps: of every draw, as given to the samplers.
+        ours, theirs: seconds of every draw, in pairs.
+    """
+
+    row: str
+    batch: int
+    steps: str
+    ours: tuple[float, ...]
+    theirs: tuple[float, ...]
+
+    @property
+    def ratios(self) -> list[float]:
+        """Seconds of ours over theirs, of each pair."""
+        return [a / b for a, b in zip(self.ours, self.theirs, strict=True)]
+
+    @property
+    def ratio(self) -> float:
+        """The median ratio."""
+        return median(self.ratios)
+
+    def cells(self) -> list[str]:
+        """A line for people."""
+        low, _, high = quantiles(self.ratios, n=4)
+        return [
+            f"{self.row}, batch {self.batch}, {self.steps}",
+            f"{median(self.ours):.4g} s",
+            f"{median(self.theirs):.4g} s",
+            f"{self.ratio:.4f} ({low:.4f} to {high:.4f})",
+            str(len(self.ours)),
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data."""
+        return {**asdict(self), "ratio": self.ratio}
+
+
+COLUMNS = ("row", "this version", "the other", "ratio (quartiles)", "pairs")
+
+
+def compare_with(
+    checkout: Path,
+    subject: Subject,
+    rows: Sequence[Row],
+    *,
+    batches: Sequence[int],
+    pairs: int,
+    steps: Sequence[str],
+    threads: int,
+    note: Callable[[str], None],
+) -> list[Comparison]:
+    """Measure this version and another.
+
+    Args:
+        checkout: of the other, with its environment in ``.venv``.
+        subject: whose checkpoints both export.
+        rows: backends.
+        batches: sizes.
+        pairs: of draws, for each row and size.
+        steps: of a draw; each is measured.
+        threads: of CPU backends.
+        note: told what goes on.
+
+    Raises:
+        RequestError: if the checkout has no environment, or the subject no checkpoints.
+        AdmtrtError: if a side fails.
+    """
+    if subject.unet is None:
+        raise RequestError(
+            "--against exports on both sides, and needs the checkpoints", hint="Give --unet, or --preset."
+        )
+    sides = [_Side("this version", Path(admtrt.__file__).parents[1], Path(sys.executable))]
+    python = checkout / ".venv" / "bin" / "python"
+    if not python.exists():
+        raise RequestError(
+            f"{checkout} has no environment: {python} is missing", hint="Make one there: make test"
+        )
+    sides.append(_Side("the other", checkout.resolve(), python.absolute()))
+    bundles = []
+    for side, name in zip(sides, ("ours", "theirs"), strict=True):
+        note(f"exporting with {side.name}")
+        bundles.append(side.export(subject, subject.scratch / f"{name}.bundle"))
+    found = []
+    for row in rows:
+        for batch in batches:
+            for text in steps:
+                request = [row.name, row.precision, threads, batch, text]
+                with contextlib.ExitStack() as stack:
+                    drawers = [
+                        stack.enter_context(side.drawing([str(bundle), *request]))
+                        for side, bundle in zip(sides, bundles, strict=True)
+                    ]
+                    note(f"{row}, batch {batch}, {text}: {pairs} pairs")
+                    found.append(_interleaved(drawers, str(row), batch, text, pairs))
+    return found
+
+
+@dataclass(frozen=True)
+class _Side:
+    """A version of admtrt: its folder and its Python."""
+
+    name: str
+    folder: Path
+    python: Path
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        return {**os.environ, "PYTHONPATH": str(self.folder)}
+
+    def export(self, subject: Subject, path: Path) -> Path:
+        """Export the subject's checkpoints, unless it was done before."""
+        if path.exists():
+            return path
+        guide = [] if subject.classifier is None else ["--classifier", str(subject.classifier.resolve())]
+        command = [str(self.python), "-m", "admtrt", "export", str(subject.unet and subject.unet.resolve())]
+        done = subprocess.run(  # noqa: S603 - the user names the checkout
+            [*command, *guide, "--out", str(path.resolve())],
+            cwd=self.folder, env=self._environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise AdmtrtError(f"{self.name} cannot export: {done.stderr.strip()}")
+        return path.resolve()
+
+    @contextlib.contextmanager
+    def drawing(self, request: list[Any]) -> Iterator[Callable[[], float]]:
+        """A process that draws once a call and tells the seconds; it has compiled and drawn already."""
+        command = [str(self.python), "-c", _DRIVER, json.dumps(request)]
+        with subprocess.Popen(  # noqa: S603 - as above
+            command, cwd=self.folder, env=self._environment, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        ) as process:  # fmt: skip
+            assert process.stdin is not None
+            assert process.stdout is not None
+
+            def seconds() -> float:
+                line = process.stdout.readline() if process.stdout is not None else ""
+                if not line:
+                    reason = process.stderr.read().strip() if process.stderr is not None else ""
+                    raise AdmtrtError(f"{self.name} cannot draw: {reason}")
+                return float(line)
+
+            def draw() -> float:
+                assert process.stdin is not None
+                process.stdin.write("\n")
+                process.stdin.flush()
+                return seconds()
+
+            try:
+                seconds()
+                yield draw
+            finally:
+                process.stdin.close()
+                process.kill()
+
+
+def _interleaved(
+    drawers: Sequence[Callable[[], float]], row: str, batch: int, steps: str, pairs: int
+) -> Comparison:
+    seconds: list[list[float]] = [[], []]
+    for pair in range(pairs):
+        for side in (0, 1) if pair % 2 == 0 else (1, 0):
+            seconds[side].append(drawers[side]())
+    return Comparison(row, batch, steps, tuple(seconds[0]), tuple(seconds[1]))

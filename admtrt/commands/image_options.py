@@ -1,0 +1,268 @@
+"""Options of ``admtrt sample`` for images to start at and images that hold samples."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
+
+import typer
+
+from admtrt.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from admtrt.bundle import Manifest
+    from admtrt.runtime.image_inputs import ImageInputs
+    from admtrt.runtime.latents import Latents
+    from admtrt.runtime.pipeline import Pipeline
+    from admtrt.runtime.shards import Shards
+    from admtrt.runtime.slots import Labels
+    from admtrt.schedule.sampler import SamplerChoices, SamplerConfig
+
+Command = TypeVar("Command", bound="Callable[..., None]")
+
+_PANEL = "Images as a start and as a frame"
+_PARAMETER = "image_options"
+_STEPS_BETWEEN = 8  # samples of an interpolation where --num is left out
+_FILES = "an .npz (arr_0), an image or a folder; one image serves all samples"
+
+
+def _option(help_text: str, metavar: str | None = None, *, flag: tuple[str, ...] = ()) -> Any:
+    return typer.Option(*flag, help=help_text, metavar=metavar, rich_help_panel=_PANEL)
+
+
+@dataclass(frozen=True, eq=False)
+class ReadImages:
+    """What the files of the options hold.
+
+    Attributes:
+        inputs: of the samples, not checked together yet.
+        labels: int64 [N] where a file has them, or None.
+        count: of the samples.
+        compared: images that samples are compared with, or None.
+    """
+
+    inputs: ImageInputs
+    labels: Labels | None
+    count: int
+    compared: NDArray[Any] | None
+
+    def __len__(self) -> int:
+        return self.count
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """The options as they were given."""
+
+    init: Annotated[Path | None, _option(f"Start at noised images: {_FILES}.", "IMAGES")] = None
+    strength: Annotated[
+        float | None,
+        _option("Of --init: the last round(STRENGTH * evaluations) are taken, above 0 up to 1."),
+    ] = None
+    known: Annotated[Path | None, _option(f"Keep known pixels of images: {_FILES}.", "IMAGES")] = None
+    mask: Annotated[
+        Path | None,
+        _option("Of --known: white (from 128 on) or 1 is known and kept, in an image or .npz.", "PNG|NPZ"),
+    ] = None
+    jump: Annotated[
+        str | None,
+        _option("Of --known: jumps back over L steps until each was reached N times, e.g. 10:10.", "L:N"),
+    ] = None
+    known_as_sampled: Annotated[
+        bool,
+        _option(
+            "Of --known: leave known pixels of the result as the networks made them.",
+            flag=("--known-as-sampled",),
+        ),
+    ] = False
+    reference: Annotated[Path | None, _option(f"Keep the low frequencies of images: {_FILES}.", "IMAGES")] = (
+        None
+    )
+    low_pass: Annotated[
+        str | None,
+        _option("Of --reference: images reduced by N are kept, down to step UNTIL.", "N[:UNTIL]"),
+    ] = None
+    latents: Annotated[
+        Path | None, _option("Start at latents: latents.npz of admtrt invert, or noise.", "FILE")
+    ] = None
+    interpolate: Annotated[
+        str | None,
+        _option(
+            f"Samples on the way from seed A to seed B, or between two rows of --latents; --num of them "
+            f"({_STEPS_BETWEEN} where left out), ends included.",
+            "A:B",
+        ),
+    ] = None
+    difference: Annotated[
+        bool,
+        _option(
+            "Write |sample - image| too, for the images of --init or of inverted --latents.",
+            flag=("--difference",),
+        ),
+    ] = False
+
+    def read(self, manifest: Manifest, num: int | None) -> ReadImages | None:
+        """Everything that is named; None where nothing is.
+
+        Args:
+            manifest: of the bundle.
+            num: of samples, where it was given.
+
+        Raises:
+            RequestError: if something cannot be read, or is not what it should be.
+        """
+        from admtrt.contract import event_shape
+        from admtrt.runtime.image_inputs import ImageInputs, Known
+        from admtrt.runtime.images_in import read_images, read_mask
+
+        if (self.known is None) != (self.mask is None):
+            missing = "--mask" if self.mask is None else "--known"
+            raise RequestError(f"--known and --mask belong together; there is no {missing}")
+        if self.known_as_sampled and self.known is None:
+            raise RequestError(
+                "--known-as-sampled is of known pixels, and there are none", hint="Give --known."
+            )
+        event = event_shape(manifest.network)
+        latents = self._latents(manifest, num)
+        labels = None if latents is None else latents.labels
+        given: dict[str, NDArray[Any] | None] = dict.fromkeys(("init", "known", "reference"))
+        for name in given:
+            path = getattr(self, name)
+            if path is not None:
+                given[name], theirs = read_images(path, event, f"--{name}")
+                labels = theirs if labels is None else labels
+        known = None
+        if self.mask is not None:
+            known = Known(given["known"], read_mask(self.mask, event), self.known_as_sampled)
+        inputs = ImageInputs(
+            given["init"],
+            self.strength,
+            known,
+            None if self.jump is None else _two_numbers(self.jump, "--jump", "L:N", "10:10"),
+            given["reference"],
+            None if self.low_pass is None else _low_pass(self.low_pass),
+            latents,
+        ).checked(event)
+        compared = given["init"] if latents is None else latents.images
+        if self.difference and compared is None:
+            raise RequestError(
+                "--difference compares samples with the images of --init, or with those that --latents were "
+                "inverted from",
+                hint="Give --init, or the latents.npz of admtrt invert.",
+            )
+        if not inputs.lengths:
+            return None
+        length = max(inputs.lengths.values())
+        count = length if num is None or length > 1 else num
+        if labels is not None and len(labels) == 1:
+            labels = labels.repeat(count)
+        if num not in (None, count):
+            raise RequestError(f"there are {count} images, --num says {num}", hint="Leave --num out.")
+        return ReadImages(inputs, labels, count, compared)
+
+    def choices(self, images: ReadImages | None, given: SamplerChoices) -> SamplerChoices:
+        """A sampler's choices, with those of an inversion where none are made."""
+        latents = None if images is None else cast("Latents | None", images.inputs.latents)
+        return given if latents is None else latents.choices(given)
+
+    def checked(
+        self,
+        images: ReadImages | None,
+        pipeline: Pipeline,
+        sampler: SamplerConfig,
+        note: Callable[[str], None],
+    ) -> ImageInputs:
+        """The inputs of a run, checked against its bundle and sampler.
+
+        Raises:
+            RequestError: for what these cannot do.
+        """
+        from admtrt.runtime.image_inputs import NOTHING
+
+        inputs = pipeline.check_inputs(sampler, NOTHING if images is None else images.inputs)
+        if inputs.known is not None:
+            note(f"{inputs.known.mask.mean():.1%} of the pixels are known and kept (white of the mask)")
+        if self.interpolate is not None:
+            schedule = inputs.schedule(pipeline.bundle.manifest.diffusion, sampler)
+            if schedule.stochastic.any() or schedule.edits.any():
+                raise RequestError(
+                    f"{sampler.method} adds noise of each seed on the way, and samples in between would have "
+                    "nothing in common",
+                    hint="Use a sampler without noise, e.g. --steps ddim50.",
+                )
+        return inputs
+
+    def differences(
+        self, images: ReadImages | None, shards: Shards, directory: Path, *, grid: bool
+    ) -> list[str]:
+        """The files of ``--difference`` of a finished run, written; none where it was not asked for."""
+        from admtrt.runtime.difference import write_difference
+
+        if not self.difference or images is None or images.compared is None:
+            return []
+        return [str(path) for path in write_difference(shards, images.compared, directory, grid=grid)]
+
+    def _latents(self, manifest: Manifest, num: int | None) -> Latents | None:
+        """The latents of the file, those between two of them, or between those of two seeds."""
+        from admtrt.contract import event_shape
+        from admtrt.runtime.latents import Latents
+        from admtrt.runtime.noise import check_seed, initial_noise
+
+        event = event_shape(manifest.network)
+        latents = None if self.latents is None else Latents.read(self.latents, event)
+        if self.interpolate is None:
+            return latents
+        first, second = _two_numbers(self.interpolate, "--interpolate", "A:B", "0:1")
+        if latents is None:
+            seeds = [check_seed(first), check_seed(second)]
+            latents = Latents(initial_noise(seeds, event, stage=manifest.network.low_res_size or 0))
+            first, second = 0, 1
+        return latents.between(first, second, _STEPS_BETWEEN if num is None else num)
+
+
+def takes_image_options(command: Command) -> Command:
+    """Give a command the options of :class:`ImageOptions`: they arrive as its parameter ``image_options``."""
+    names = [field.name for field in fields(ImageOptions)]
+
+    @functools.wraps(command)
+    def wrapped(**given: Any) -> None:
+        options = ImageOptions(**{name: given.pop(name) for name in names})
+        command(**given, **{_PARAMETER: options})
+
+    hints = get_type_hints(ImageOptions, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    added = [
+        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
+        for field in fields(ImageOptions)
+    ]
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    kept = [one.replace(kind=keyword) for one in own if one.name != _PARAMETER]
+    wrapped.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
+    return cast("Command", wrapped)
+
+
+def _two_numbers(text: str, option: str, form: str, example: str) -> tuple[int, int]:
+    """Two whole numbers, not below 0, of ``A:B``."""
+    parts = text.split(":")
+    if len(parts) != 2 or not all(_is_number(part) for part in parts):
+        raise RequestError(
+            f"{option} {text[:60]!r} is not of the form {form}", hint=f"Write e.g. {option} {example}."
+        )
+    return int(parts[0]), int(parts[1])
+
+
+def _low_pass(text: str) -> int | tuple[int, int]:
+    if _is_number(text):
+        return int(text)
+    return _two_numbers(text, "--low-pass", "N[:UNTIL]", "4:10")
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 20

@@ -1,0 +1,101 @@
+"""``admtrt invert``: images to the latents that DDIM turns into them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from admtrt.commands.choices import Choices
+from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
+from admtrt.commands.sample import requested_labels
+from admtrt.console import Output, progress
+
+
+def invert(
+    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    images: Annotated[
+        Path, typer.Option(help="An .npz (arr_0, and labels as arr_1), an image or a folder of them.")
+    ],
+    out: Annotated[Path, typer.Option(help="Directory of the run; a run that was cut off continues there.")],
+    classes: Annotated[
+        str | None, typer.Option(help="Classes of the images, as for sample; those of the file else.")
+    ] = None,
+    steps: Annotated[str, steps_option("Of ddim, e.g. ddim100 or 250.")] = "ddim100",
+    levels: Annotated[
+        int | None, typer.Option(help="How many of the steps to go up; all but one where left out.")
+    ] = None,
+    clip: Annotated[
+        bool,
+        typer.Option("--clip/--no-clip", help="Bound x_0 to [-1, 1]: then the way back is not exact."),
+    ] = False,
+    batch_size: Annotated[int, typer.Option(help="Images computed at once, and kept in one file.")] = 16,
+    backend: BackendName = "onnxruntime",
+    precision: PrecisionName = "fp32",
+    threads: Threads = None,
+    cache: PlanFolder = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Turn images into latents (latents.npz) for sample --latents, and report how well they come back."""
+    from admtrt.bundle import Bundle
+    from admtrt.contract import event_shape
+    from admtrt.runtime.backends.opening import check_request
+    from admtrt.runtime.bulk import recorded_shard_size
+    from admtrt.runtime.images_in import read_images
+    from admtrt.runtime.inversion import InversionRequest, finished_images, invert_into
+    from admtrt.runtime.pipeline import Pipeline
+
+    output = Output(json=json)
+    check_request(backend, precision, threads, cache)
+    opened = Bundle.open(bundle)
+    given, own_labels = read_images(images, event_shape(opened.manifest.network), "--images")
+    labels = None if own_labels is None else own_labels.tolist()
+    if classes is not None:
+        labels = requested_labels(classes, len(given), opened.manifest)
+    elif opened.manifest.num_classes is None:
+        labels = None
+    choices = Choices(output)
+    pipeline = Pipeline.from_bundle(
+        opened,
+        backend=backend,
+        precision=precision,  # type: ignore[arg-type]
+        threads=threads,
+        plans=cache,
+        batch_size=max(1, min(batch_size, len(given))),
+        note=output.note,
+        chosen=choices,
+    )
+    request = InversionRequest.checked(
+        pipeline,
+        given,
+        labels,
+        steps=steps,
+        levels=levels,
+        clip=clip,
+        batch_size=batch_size,
+        shard_size=recorded_shard_size(out),
+    )
+    both_ways = 2 * len(request.schedule) + 1
+    done = finished_images(request, out)
+    with progress("inverting", len(request) * both_ways, done=done * both_ways) as advance:
+        path, errors = invert_into(request, out, advance)
+    found = {"mean": float(errors.mean()), "worst": float(errors.max())}
+    average, worst = (f"{error * 127.5:.2f}" for error in found.values())
+    output.result(
+        {
+            "images": len(request),
+            "continued_from": done,
+            "files": [str(path)],
+            "levels": len(request.schedule),
+            "steps": request.sampler.steps,
+            "clip": clip,
+            "round_trip": found,
+            "backend": backend,
+            "precision": precision,
+            "chosen": choices.to_list(),
+        },
+        f"{len(request)} image{'s' * (len(request) > 1)} to level {len(request.schedule)} of "
+        f"{request.sampler.steps!r}: {path}; and back, a pixel is off by {average} levels of 255 on average "
+        f"({worst} in the worst image)",
+    )

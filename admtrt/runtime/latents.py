@@ -1,0 +1,196 @@
+"""Latents: the x_T that samples begin at, of inverted images or of seeds; and the way between two of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from admtrt.errors import RequestError
+from admtrt.files import atomic_file
+from admtrt.runtime.images_in import check_sizes, checked_images, read_npz
+from admtrt.runtime.request import whole_number
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
+    from admtrt.npz import Header
+    from admtrt.runtime.images_in import Check
+    from admtrt.runtime.slots import Images, Labels
+    from admtrt.schedule.sampler import SamplerChoices
+
+_STRAIGHT = 1e-4  # angles at which a slerp is a straight line: their sine divides
+_OPTIONAL = {"levels", "steps", "clip", "labels", "images"}
+_DDIM = "ddim"
+
+
+@dataclass(frozen=True, eq=False)
+class Latents:
+    """States at which samples begin.
+
+    Attributes:
+        x: float32 [N, C, H, W].
+        levels: up to which images were inverted; None for states of standard normal noise, at which any
+            solver begins.
+        steps, clip: of the inversion; None where there was none.
+        labels: int64 [N] that the images were inverted with, or None.
+        images: those images, uint8 [N, H, W, C] or float32 [N, C, H, W], or None.
+    """
+
+    x: Images
+    levels: int | None = None
+    steps: str | None = None
+    clip: bool | None = None
+    labels: Labels | None = None
+    images: NDArray[Any] | None = None
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, rows: slice) -> Self:
+        """Some of them."""
+        return replace(
+            self,
+            x=self.x[rows],
+            labels=None if self.labels is None else self.labels[rows],
+            images=None if self.images is None else self.images[rows],
+        )
+
+    def checked(self, event: tuple[int, ...]) -> Self:
+        """Themselves, if they fit a network.
+
+        Raises:
+            RequestError: for another type, shape or values that are not finite.
+        """
+        x = np.asarray(self.x)
+        _check_sizes(x, event)
+        if not np.isfinite(x).all():
+            raise RequestError("latents have values that are not finite")
+        return replace(self, x=x)
+
+    def choices(self, given: SamplerChoices) -> SamplerChoices:
+        """A request's choices, with those of the inversion where the request makes none."""
+        if self.levels is None:
+            return given
+        chosen: SamplerChoices = {**given}
+        if chosen.get("method") is None:
+            chosen["method"] = _DDIM
+        if chosen.get("steps") is None:
+            chosen["steps"] = self.steps
+        if chosen.get("clip") is None:
+            chosen["clip"] = self.clip
+        return chosen
+
+    def between(self, first: int, second: int, count: int) -> Self:
+        """``count`` latents on the way from one to another of these, ends included.
+
+        Raises:
+            RequestError: if there are no such two, fewer than two are asked for, or their labels differ.
+        """
+        for index in (first, second):
+            if not 0 <= whole_number(index, "the index of latents") < len(self):
+                raise RequestError(
+                    f"there are no latents {index}; there are {len(self)}, counted from 0",
+                    hint=f"Give two of 0 to {len(self) - 1}.",
+                )
+        labels = None if self.labels is None else self.labels[[first, second]]
+        return replace(
+            self,
+            x=slerp(self.x[first], self.x[second], count),
+            labels=np.repeat(labels[:1], count) if labels is not None and labels[0] == labels[1] else None,
+            images=None,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write .npz: ``latents``, and what else there is by its name.
+
+        Raises:
+            OutputError: if it cannot be written.
+        """
+        held = {name: getattr(self, name) for name in sorted(_OPTIONAL)}
+        arrays = {name: np.asarray(one) for name, one in held.items() if one is not None}
+        with atomic_file(path) as temporary, temporary.open("wb") as opened:
+            np.savez(opened, latents=self.x, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def read(cls, path: Path, event: tuple[int, ...]) -> Self:
+        """Those of a file that :meth:`save` wrote; ``latents`` alone are states of standard normal noise.
+
+        Raises:
+            RequestError: if it cannot be read or holds something else.
+        """
+
+        def check(name: str, kinds: str, rank: int) -> Check:
+            def checked(header: Header) -> None:
+                if header.dtype.kind not in kinds or len(header.shape) != rank:
+                    raise RequestError(
+                        f"{path}: {name} is {header}", hint="Give the latents.npz that admtrt invert wrote."
+                    )
+
+            return checked
+
+        def check_latents(header: Header) -> None:
+            _check_sizes(header, event)
+
+        known = {
+            "levels": check("levels", "iu", 0),
+            "steps": check("steps", "U", 0),
+            "clip": check("clip", "b", 0),
+            "labels": check("labels", "iu", 1),
+            "images": lambda header: check_sizes(header, event, f"images of {path}"),
+        }
+        arrays = read_npz(path, "--latents", {"latents": check_latents}, known)
+        x = arrays.pop("latents")
+        inverted = {"levels", "steps", "clip"} & arrays.keys()
+        if len(inverted) not in (0, 3) or ("levels" in arrays and arrays["levels"] < 1):
+            raise RequestError(
+                f"{path} does not tell levels of at least 1 together with steps and clip",
+                hint="Give the latents.npz that admtrt invert wrote, or latents alone.",
+            )
+        images, labels = arrays.get("images"), arrays.get("labels")
+        if images is not None:
+            checked_images(images, event, f"images of {path}")
+        for name, one in (("images", images), ("labels", labels)):
+            if one is not None and len(one) != len(x):
+                raise RequestError(f"{path} holds {len(one)} {name} for {len(x)} latents")
+        made = cls(
+            x=x,
+            levels=int(arrays["levels"]) if inverted else None,
+            steps=str(arrays["steps"]) if inverted else None,
+            clip=bool(arrays["clip"]) if inverted else None,
+            labels=None if labels is None else labels.astype(np.int64),
+            images=images,
+        )
+        return made.checked(event)
+
+
+def _check_sizes(x: Images | Header, event: tuple[int, ...]) -> None:
+    if x.dtype != np.float32 or x.shape[1:] != event or x.shape[0] == 0:
+        expected = ", ".join(map(str, event))
+        raise RequestError(
+            f"latents are {x.dtype} {list(x.shape)}; expected finite float32 [N, {expected}], N at least 1"
+        )
+
+
+def slerp(first: Images, second: Images, count: int) -> Images:
+    """``count`` states on the great circle from one to another, ends included, float32 [count, *event].
+
+    The straight line where their angle is below 1e-4, or they lie opposite: every circle leads there.
+
+    Raises:
+        RequestError: if fewer than two are asked for.
+    """
+    if whole_number(count, "the number of latents") < 2:
+        raise RequestError(f"{count} samples on the way between two; expected at least 2, both ends")
+    a, b = first.astype(np.float64), second.astype(np.float64)
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    angle = np.arccos(np.clip((a * b).sum() / norms, -1, 1)) if norms else 0.0
+    fractions = np.linspace(0.0, 1.0, count).reshape(-1, *[1] * a.ndim)
+    if np.sin(angle) < _STRAIGHT:
+        return ((1 - fractions) * a + fractions * b).astype(np.float32)
+    from_a, from_b = np.sin((1 - fractions) * angle), np.sin(fractions * angle)
+    way: Images = ((from_a * a + from_b * b) / np.sin(angle)).astype(np.float32)
+    return way

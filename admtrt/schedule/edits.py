@@ -1,0 +1,112 @@
+"""Images that samples are held to on the way: rows whose state is edited before the next evaluation.
+
+The graphs ``edit`` and ``edit_low_pass`` work on the state x that a row leads to, with a second noise z2::
+
+    x''  = c x + renoise z2                          a jump back, q(x_{t+j} | x_t)
+    x''' = x'' + keep P(reference r + noise z2 - x'')    r the given image, P a mask or a low-pass filter
+
+The factor c = sqrt(a_{t+j} / a_t) multiplies the row's own columns here; renoise^2 = 1 - c^2. A row stays one
+evaluation of the networks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+
+import numpy as np
+
+from admtrt.errors import RequestError
+from admtrt.schedule.jumps import evaluated_steps
+from admtrt.schedule.rows import in_order
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from admtrt.schedule.rows import Rows
+
+    Float64 = NDArray[np.float64]
+
+EditGraph = Literal["edit", "edit_low_pass"]
+EDIT_GRAPHS: tuple[EditGraph, ...] = get_args(EditGraph)
+EDIT = ("keep", "reference", "noise", "renoise")
+"""Columns of the graphs ``edit`` and ``edit_low_pass``, in order."""
+_OF_THE_STATE = ("guidance", "noise", "shift")
+"""Columns that weigh terms of the next state, beside those named prev_from_*."""
+
+
+@dataclass(frozen=True)
+class KnownRegion:
+    """Known pixels, as in RePaint (Lugmayr et al. 2022, algorithm 1).
+
+    They are replaced by those of the noised image at the level of the next evaluation, and at the end by the
+    image itself.
+
+    Attributes:
+        jump: (L, N), see :func:`~admtrt.schedule.jumps.evaluated_steps`; None for none.
+        as_sampled: leave the known pixels of the result as the networks made them, as the original does.
+    """
+
+    graph: ClassVar[EditGraph] = "edit"
+    jump: tuple[int, int] | None = None
+    as_sampled: bool = False
+
+    def applied(self, rows: Rows) -> Rows:
+        """Rows of a respaced process with these edits.
+
+        Raises:
+            RequestError: as :func:`~admtrt.schedule.jumps.evaluated_steps`.
+        """
+        steps = np.array(evaluated_steps(len(rows), self.jump))
+        alpha_bar = _alpha_bar(rows)[::-1]
+        back = np.ones(len(steps))
+        back[:-1] = np.sqrt(alpha_bar[steps[1:]] / alpha_bar[steps[:-1] - 1])
+        following = np.append(alpha_bar[steps[1:]], 1.0)
+        keep = np.ones(len(steps))
+        keep[-1] = not self.as_sampled
+        edited = in_order(rows, len(rows) - 1 - steps)
+        columns = {
+            name: column * back if name in _OF_THE_STATE or name.startswith("prev_from") else column
+            for name, column in edited.columns.items()
+        }
+        edits = [keep, np.sqrt(following), np.sqrt(1 - following), np.sqrt(1 - back**2)]
+        return replace(edited, columns=columns, edits=np.stack(edits, axis=1), edit_graph=self.graph)
+
+
+@dataclass(frozen=True)
+class LowPass:
+    """Low frequencies of a reference, as in ILVR (Choi et al. 2021, algorithm 1).
+
+    They are replaced by those of the reference noised at the level of the evaluation, one above that of the
+    state: as published.
+
+    Attributes:
+        until: steps from here down are left free; 0 leaves the last one (the original's ``range_t``).
+    """
+
+    graph: ClassVar[EditGraph] = "edit_low_pass"
+    until: int = 0
+
+    def applied(self, rows: Rows) -> Rows:
+        """Rows of a respaced process with these edits.
+
+        Raises:
+            RequestError: if no step is left to edit.
+        """
+        if self.until >= len(rows) - 1:
+            raise RequestError(
+                f"a reference that holds until step {self.until} holds in none of {len(rows)} evaluations",
+                hint=f"Let it hold until step {max(len(rows) - 2, 0)} or lower, or take more steps.",
+            )
+        alpha_bar = _alpha_bar(rows)
+        keep = np.arange(len(rows))[::-1] > self.until
+        edits = [keep, keep * np.sqrt(alpha_bar), keep * np.sqrt(1 - alpha_bar), np.zeros(len(rows))]
+        return replace(rows, edits=np.stack(edits, axis=1), edit_graph=self.graph)
+
+
+Edit = KnownRegion | LowPass
+
+
+def _alpha_bar(rows: Rows) -> Float64:
+    lam = np.array([level.lam for level in rows.levels])
+    return np.asarray(1 / (1 + np.exp(-2 * lam)))
