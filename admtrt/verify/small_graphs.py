@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from admtrt.contract import EDIT, quantile_of
+from admtrt.contract import quantile_of
+from admtrt.schedule.edits import EDIT
 from admtrt.schedule.table import UPDATE_FULL
 
 if TYPE_CHECKING:
