@@ -25,7 +25,7 @@ from admtrt.export.cpu_form import cpu_form
 from admtrt.export.engine_form import engine_form
 from admtrt.export.graphs import EXAMPLE_BATCH, classifier_gradient_graph, unet_graph
 from admtrt.export.precision import DEFAULT_ISLANDS, Island, lower
-from admtrt.export.small_graphs import SMALL_GRAPHS
+from admtrt.export.small_graphs import FOR_ENGINES, SMALL_GRAPHS
 from admtrt.export.write import write_graph
 from admtrt.models.classifier import Classifier
 from admtrt.models.pair import check_pair, in_units_of
@@ -128,6 +128,10 @@ def _forms(
     islands: Collection[Island],
 ) -> Iterator[tuple[Precision | None, ir.Model]]:
     """The form of a graph for CPUs, with None, then that for engines in each precision."""
+    if name in SMALL_GRAPHS:  # x itself is never rounded
+        yield None, cpu_form(SMALL_GRAPHS[name](unet.config))
+        yield from ((precision, engine_form(FOR_ENGINES[name](unet.config))) for precision in engines)
+        return
     captured = {_FOR_CPUS: _graph(name, unet, classifier, _FOR_CPUS)}
     yield None, cpu_form(captured[_FOR_CPUS])
     for precision in engines:
@@ -135,8 +139,7 @@ def _forms(
         if backward not in captured:
             captured[backward] = _graph(name, unet, classifier, backward)
         model = engine_form(captured[backward])
-        if name in NETWORKS:  # x itself is never rounded
-            lower(model, precision, islands)
+        lower(model, precision, islands)
         yield precision, model
 
 
@@ -145,8 +148,6 @@ def _graph(
 ) -> ir.Model:
     if name == "unet":
         return unet_graph(unet)
-    if name in SMALL_GRAPHS:
-        return SMALL_GRAPHS[name](unet.config)
     assert classifier is not None
     return classifier_gradient_graph(classifier, conv_backward=conv_backward)
 

@@ -7,6 +7,7 @@ whatever the precision of the networks: x itself is never rounded.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -223,14 +224,30 @@ def edit_graph(config: UNetConfig) -> ir.Model:
     return write.model(write.add(state, kept))
 
 
-def edit_low_pass_graph(config: UNetConfig) -> ir.Model:
-    """As ``edit``, with a filter in place of the mask: x''' = x'' + keep rows (q - x'') columns^T."""
+def edit_low_pass_graph(config: UNetConfig, *, products: bool = True) -> ir.Model:
+    """As ``edit``, with a filter in place of the mask: x''' = x'' + keep rows (q - x'') columns^T.
+
+    Args:
+        config: of the network.
+        products: as matrix products; else as sums of elementwise ones, which engines fuse.
+    """
     write = _Writer(edit_low_pass_spec(config), "edit_low_pass", EDIT)
     state, missing = _renoised(write)
-    one = write.ints("channel", [1])
-    rows, columns = (write.op("Unsqueeze", write.inputs[name], one) for name in ("rows", "columns"))
-    transposed = write.op("Transpose", columns, perm=[0, 1, 3, 2])
-    passed = write.op("MatMul", write.op("MatMul", rows, missing), transposed)
+    rows, columns = write.inputs["rows"], write.inputs["columns"]
+    if products:
+        one = write.ints("channel", [1])
+        transposed = write.op("Transpose", write.op("Unsqueeze", columns, one), perm=[0, 1, 3, 2])
+        passed = write.op("MatMul", write.op("MatMul", write.op("Unsqueeze", rows, one), missing), transposed)
+    else:
+        # Plans of Turing take no products in float32 beside those in fp16.
+        for matrix, own, image, summed in ((rows, [1, 4], [2], [3]), (columns, [1, 2], [3], [4])):
+            name = "rows" if matrix is rows else "columns"
+            left = write.op("Unsqueeze", matrix, write.ints(f"{name}_own", own))
+            right = write.op("Unsqueeze", missing, write.ints(f"{name}_image", image))
+            missing = write.op(
+                "ReduceSum", write.mul(left, right), write.ints(f"{name}_summed", summed), keepdims=0
+            )
+        passed = missing
     return write.model(write.add(state, write.mul(write.columns["keep"], passed)))
 
 
@@ -250,3 +267,8 @@ SMALL_GRAPHS: Mapping[GraphName, Callable[[UNetConfig], ir.Model]] = {
     "edit_low_pass": edit_low_pass_graph,
 }
 """The makers of the small graphs, by name."""
+FOR_ENGINES: Mapping[GraphName, Callable[[UNetConfig], ir.Model]] = {
+    **SMALL_GRAPHS,
+    "edit_low_pass": functools.partial(edit_low_pass_graph, products=False),
+}
+"""The same in the form that inference engines take."""

@@ -56,11 +56,16 @@ def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
     Tensors are as they are stored, and mapped: their bytes are read when they are used.
 
     Raises:
-        CheckpointError: if the file is missing or damaged, wants to run code or holds no state dict.
+        CheckpointError: if the file is missing or damaged, wants to run code, holds no state dict, or tensors
+            that repeat what it holds.
     """
     if suffix_of(path) == ".safetensors":
-        return {"": _read_safetensors(path)}
-    return _state_dicts(path, _read_pickle(path))
+        found = {"": _read_safetensors(path)}
+    else:
+        found = _state_dicts(path, _read_pickle(path))
+    for tensors in found.values():
+        _check_extent(path, tensors)
+    return found
 
 
 def read_metadata(path: Path) -> dict[str, str]:
@@ -120,12 +125,11 @@ def write_pickle(path: Path, tensors: Mapping[str, Tensor], *, replace: bool = T
 
 
 def check_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse weights unless they are dense, real and finite, and lie in the file as they are.
+    """Refuse weights unless they are dense, real and finite.
 
     Raises:
         CheckpointError: naming one that is not.
     """
-    _check_extent(path, tensors)
     for key, stored in tensors.items():
         _check_plain(path, key, stored)
 
