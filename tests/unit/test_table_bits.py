@@ -33,7 +33,7 @@ TABLES = {
     "cosine x_0 learned_range ddim 10 0.5 False": "1fca4b50a3f59b5651085dd386fd767d",
     "cosine x_0 learned_range ddpm 90,60,60,20,20 0.0 False": "eb3d5dc641a232f2dbff407b90ccd627",
 }
-"""The first half of the SHA-256 of the little-endian float32 table by schedule, mean, variance, method, steps, eta and clip."""
+"""Half of the SHA-256 of the float32 table by schedule, mean, variance, method, steps, eta and clip."""
 
 
 @pytest.mark.parametrize("name", TABLES)
