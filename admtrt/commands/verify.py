@@ -50,6 +50,13 @@ def verify(
         int | None,
         typer.Option(help="Steps of the compared trajectories. Default: 10, or all of a shorter process."),
     ] = None,
+    all_solvers: Annotated[
+        bool,
+        typer.Option(
+            "--all-solvers",
+            help="Compare every solver and option, in place of ddpm, ddim and one that has memory.",
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the inputs and the noise.")] = 0,
     backend: BackendName = "onnxruntime",
     threads: Threads = None,
@@ -110,6 +117,7 @@ def verify(
         generator,
         guide,
         steps=steps,
+        every=all_solvers,
         seed=seed,
         backend=backend,
         threads=threads,

@@ -1,8 +1,7 @@
 """The diffusion process in PyTorch, written as the papers write it.
 
-This is the reference that exported graphs and the runtime are judged against: it shares the tables of
-:mod:`admtrt.schedule` with them but none of the formulas of their fused update. Training takes its losses
-from here.
+It shares the tables of :mod:`admtrt.schedule` with the runtime but none of the formulas of its rows. Training
+takes its losses from here; sampling is in :mod:`admtrt.models.solvers`.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ from admtrt.schedule.process import Process
 
 if TYPE_CHECKING:
     from admtrt.config import DiffusionConfig
-    from admtrt.schedule.sampler import SamplerConfig
 
 
 class Network(Protocol):
@@ -53,23 +51,23 @@ class Diffusion:
 
     def model_t(self, step: Tensor) -> Tensor:
         """What the networks are given as ``t``, [N]."""
-        return self._at(self.process.model_t, step).flatten()
+        return self.at(self.process.model_t, step).flatten()
 
     def q_mean(self, x_0: Tensor, step: Tensor) -> Tensor:
         """Mean of q(x_t | x_0)."""
-        return self._at(np.sqrt(self.process.alpha_bar), step) * x_0
+        return self.at(np.sqrt(self.process.alpha_bar), step) * x_0
 
     def q_sample(self, x_0: Tensor, step: Tensor, noise: Tensor) -> Tensor:
         """Draw from q(x_t | x_0) with the given noise (Ho et al. eq. 4)."""
-        return self.q_mean(x_0, step) + self._at(np.sqrt(1 - self.process.alpha_bar), step) * noise
+        return self.q_mean(x_0, step) + self.at(np.sqrt(1 - self.process.alpha_bar), step) * noise
 
     def q_posterior(self, x_0: Tensor, x_t: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and clipped log variance of q(x_{t-1} | x_t, x_0) (Ho et al. eq. 7)."""
         mean = (
-            self._at(self.process.posterior_mean_x0, step) * x_0
-            + self._at(self.process.posterior_mean_xt, step) * x_t
+            self.at(self.process.posterior_mean_x0, step) * x_0
+            + self.at(self.process.posterior_mean_xt, step) * x_t
         )
-        return mean, self._at(self.process.posterior_log_variance, step)
+        return mean, self.at(self.process.posterior_log_variance, step)
 
     def predict(self, out: Tensor, x_t: Tensor, step: Tensor, *, clip: bool) -> Prediction:
         """Interpret a network's output as p(x_{t-1} | x_t)."""
@@ -80,8 +78,8 @@ class Diffusion:
         elif self.config.mean_type == "x_0":
             x_0 = value
         else:
-            weight_x0 = self._at(1 / self.process.posterior_mean_x0, step)
-            weight_xt = self._at(self.process.posterior_mean_xt / self.process.posterior_mean_x0, step)
+            weight_x0 = self.at(1 / self.process.posterior_mean_x0, step)
+            weight_xt = self.at(self.process.posterior_mean_xt / self.process.posterior_mean_x0, step)
             x_0 = weight_x0 * value - weight_xt * x_t
         if clip:
             x_0 = x_0.clamp(-1, 1)
@@ -94,55 +92,24 @@ class Diffusion:
             log_variance = out[:, x_t.shape[1] :]
         elif self.config.variance_type == "learned_range":
             fraction = (out[:, x_t.shape[1] :] + 1) / 2
-            log_variance = fraction * self._at(upper, step) + (1 - fraction) * self._at(lower, step)
+            log_variance = fraction * self.at(upper, step) + (1 - fraction) * self.at(lower, step)
         elif self.config.variance_type == "fixed_large":
-            log_variance = self._at(fixed_large, step)
+            log_variance = self.at(fixed_large, step)
         else:
-            return self._at(self.process.posterior_variance, step), self._at(lower, step)
+            return self.at(self.process.posterior_variance, step), self.at(lower, step)
         return log_variance.exp(), log_variance
 
     def x_0_from_eps(self, x_t: Tensor, step: Tensor, eps: Tensor) -> Tensor:
         """x_0 = x_t / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) * eps."""
         a = self.process.alpha_bar
-        return self._at(np.sqrt(1 / a), step) * x_t - self._at(np.sqrt(1 / a - 1), step) * eps
+        return self.at(np.sqrt(1 / a), step) * x_t - self.at(np.sqrt(1 / a - 1), step) * eps
 
     def eps_from_x_0(self, x_t: Tensor, step: Tensor, x_0: Tensor) -> Tensor:
         """Inverse of :meth:`x_0_from_eps`."""
         a = self.process.alpha_bar
-        return (self._at(np.sqrt(1 / a), step) * x_t - x_0) / self._at(np.sqrt(1 / a - 1), step)
+        return (self.at(np.sqrt(1 / a), step) * x_t - x_0) / self.at(np.sqrt(1 / a - 1), step)
 
-    def sample_step(
-        self,
-        out: Tensor,
-        x_t: Tensor,
-        step: Tensor,
-        noise: Tensor,
-        gradient: Tensor | None,
-        sampler: SamplerConfig,
-    ) -> tuple[Tensor, Tensor]:
-        """One guided step; returns x_{t-1} and the predicted x_0.
-
-        ``gradient`` is d log p(y | x_t) / dx_t, None for unguided sampling.
-        """
-        prediction = self.predict(out, x_t, step, clip=sampler.clip)
-        noise = noise * (step > 0).view(-1, 1, 1, 1)
-        if sampler.method == "ddpm":  # Algorithm 1
-            mean = prediction.mean
-            if gradient is not None:
-                mean = mean + sampler.scale * prediction.variance * gradient
-            return mean + (0.5 * prediction.log_variance).exp() * noise, prediction.x_0
-        # Algorithm 2, with sigma of DDIM eq. 16
-        a, a_prev = self.process.alpha_bar, self.process.alpha_bar_prev
-        x_0 = prediction.x_0
-        eps = self.eps_from_x_0(x_t, step, x_0)
-        if gradient is not None:
-            eps = eps - self._at(np.sqrt(1 - a), step) * sampler.scale * gradient
-            x_0 = self.x_0_from_eps(x_t, step, eps)
-        sigma = sampler.eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
-        direction = self._at(np.sqrt(np.maximum(1 - a_prev - sigma**2, 0)), step) * eps
-        return self._at(np.sqrt(a_prev), step) * x_0 + direction + self._at(sigma, step) * noise, x_0
-
-    def _at(self, table: np.ndarray[tuple[int], np.dtype[np.float64]], step: Tensor) -> Tensor:
+    def at(self, table: np.ndarray[tuple[int], np.dtype[np.float64]], step: Tensor) -> Tensor:
         """Entries of a float64 table in the process's type, [N, 1, 1, 1], on the device of ``step``."""
         entries = torch.from_numpy(np.ascontiguousarray(table)).to(step.device)[step]
         return entries.to(self.dtype).view(-1, 1, 1, 1)

@@ -56,7 +56,7 @@ def path(levels: NoiseLevels, sampler: SamplerConfig, count: int, start: Level |
     With ``start``, those that are no noisier than it.
 
     Raises:
-        RequestError: if the grid has no such number of levels, or levels that repeat.
+        RequestError: if the grid has no such number of levels, or as :func:`from_start`.
     """
     kind = grid_of(levels, sampler)
     to_zero = ends_at_zero(sampler)
@@ -77,12 +77,22 @@ def path(levels: NoiseLevels, sampler: SamplerConfig, count: int, start: Level |
             passed[-1] = None
     if sampler.option("sigma") == "rounded":
         passed = [None if level is None else levels.rounded(level) for level in passed]
-    return passed if start is None else from_start(passed, start)
+    return passed if start is None else from_start(passed, sampler, start)
 
 
-def from_start(passed: list[Level | None], start: Level) -> list[Level | None]:
-    """The levels that are no noisier than ``start``."""
-    return [level for level in passed if level is None or level.lam >= start.lam - _SAME]
+def from_start(passed: list[Level | None], sampler: SamplerConfig, start: Level) -> list[Level | None]:
+    """The levels that are no noisier than ``start``.
+
+    Raises:
+        RequestError: if no step is left, as behind an evaluation inside of the last one.
+    """
+    left = [level for level in passed if level is None or level.lam >= start.lam - _SAME]
+    if len(left) < 2 and not sampler.option("denoise_to_zero"):
+        raise RequestError(
+            f"no step of {sampler.method} is left from the noise level {start.sigma:.4g} on",
+            hint="Start at more evaluations before the end, or take more steps.",
+        )
+    return left
 
 
 def ends_at_zero(sampler: SamplerConfig) -> bool:

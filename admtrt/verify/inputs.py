@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import product
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from admtrt.config import DiffusionConfig
+from admtrt.errors import UserError
 from admtrt.schedule.levels import EdmLevels
+from admtrt.schedule.options import OPTIONS
 from admtrt.schedule.process import process_from_config
 from admtrt.schedule.sampler import SamplerConfig
+from admtrt.schedule.solvers import SOLVERS
+from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,12 +23,15 @@ if TYPE_CHECKING:
     from admtrt.bundle import Manifest
     from admtrt.config import EdmConfig
     from admtrt.runtime.slots import Images, Labels
+    from admtrt.schedule.solvers import Solver
 
     Values = NDArray[np.float64]
 
 _EDM_LEVELS = 40
 BATCHES = (1, 3)
 """Batch sizes compared; the traced one is not among them, since a graph that remembers it would pass."""
+_EXAMPLES: dict[str, Any] = {"eta": 0.5, "churn": (4.0, 0.0, 100.0, 1.0)}
+"""Of options that are numbers."""
 
 
 class Inputs:
@@ -76,18 +84,65 @@ class Inputs:
         return self.uniform(count, unet.in_channels, unet.low_res_size, unet.low_res_size)
 
 
-def samplers(manifest: Manifest, steps: int, *, guided: bool) -> dict[str, SamplerConfig]:
-    """The samplers compared, by name: the bundle's recommended scale (1 for 0) and clipping."""
-    choices = {"ddpm": ("ddpm", 0.0), "ddim": ("ddim", 0.0), "ddim eta 0.5": ("ddim", 0.5)}
-    shared = {
-        "steps": str(steps),
-        "scale": (manifest.sampler.scale or 1.0) if guided else 0.0,
-        "clip": manifest.sampler.clip,
-    }
-    return {
-        name: SamplerConfig.from_dict({"method": method, "eta": eta, **shared})
-        for name, (method, eta) in choices.items()
-    }
+def samplers(
+    manifest: Manifest, process: DiffusionConfig, steps: int, *, guided: bool, every: bool
+) -> dict[str, SamplerConfig]:
+    """The samplers compared, by name: the bundle's recommended scale (1 for 0) and clipping.
+
+    Of the solvers that take both the bundle's process and the checkpoint's, in the graphs that the bundle
+    has: those that walk a respaced process, with their noise, and the first that has memory, since every
+    other one runs the same graphs; with ``every``, all solvers, each option alone changed once for each of
+    its values, and every form of every order. Where a solver cannot spend ``steps``, it spends one more.
+    """
+    guide = {"scale": (manifest.sampler.scale or 1.0) if guided else 0.0, "clip": manifest.sampler.clip}
+    found: dict[str, SamplerConfig] = {}
+    for method, solver in SOLVERS.items():
+        respaced = solver.steps == "respacing"
+        if not (every or respaced) and any(
+            SOLVERS[one.method].steps == solver.steps for one in found.values()
+        ):
+            continue
+        for name, options in _variants(solver) if every or respaced else [_named(solver, {})]:
+            sampler = _fitted(manifest, process, {"method": method, **guide, **options}, steps)
+            if sampler is not None:
+                found[name] = sampler
+    return found
+
+
+def _variants(solver: Solver) -> list[tuple[str, dict[str, Any]]]:
+    changed: list[dict[str, Any]] = [{}]
+    for name, default in solver.options.items():
+        option = OPTIONS[name]
+        values = (True,) if option.flag else solver.narrower.get(name, option.values)
+        changed += [{name: value} for value in values if value != default]
+        changed += [{name: _EXAMPLES[name]}] if name in _EXAMPLES else []
+    if {"order", "form"} <= solver.options.keys():
+        changed += [
+            {"order": order, "form": form}
+            for order, form in product(OPTIONS["order"].values, OPTIONS["form"].values)
+            if order != solver.options["order"] and form != solver.options["form"]
+        ]
+    return [_named(solver, options) for options in changed]
+
+
+def _named(solver: Solver, options: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    shown = [name if value is True else f"{name} {value}" for name, value in options.items()]
+    return " ".join([solver.name, *shown]), options
+
+
+def _fitted(
+    manifest: Manifest, process: DiffusionConfig, choices: dict[str, Any], steps: int
+) -> SamplerConfig | None:
+    """The sampler with steps that it can spend, or None where a process or the bundle has no such."""
+    for count in (steps, steps + 1):
+        try:
+            sampler = SamplerConfig.from_dict({**choices, "steps": str(count)})
+            schedules = [sampling_schedule(each, sampler) for each in (manifest.diffusion, process)]
+        except UserError:
+            continue
+        if "update_full" in manifest.graphs or not schedules[0].full:
+            return sampler
+    return None
 
 
 @dataclass(frozen=True, eq=False)

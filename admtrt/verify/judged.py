@@ -64,15 +64,22 @@ class _Moved(Reference):
 
 
 class Judged:
-    """A row of steps or states: against PyTorch, or by float64 where that is further away than the bar.
+    """A row of steps, states or images: against PyTorch, or by float64 where that is beyond the bar.
 
     Args:
         stage, what: of the row.
+        errors_of: how far each sample of the first is from the second, float64 [N].
     """
 
-    def __init__(self, stage: Literal["step", "trajectory"], what: str) -> None:
+    def __init__(
+        self,
+        stage: Literal["step", "trajectory", "image"],
+        what: str,
+        errors_of: Callable[[Images, Images], NDArray[np.float64]] = sample_errors,
+    ) -> None:
         self.tally = Tally(stage, what, TOLERANCES[stage])
         self._stage = stage
+        self._errors_of = errors_of
         self._reach: float | None = None  # of rounding; None as long as float64 was not asked
 
     def add(
@@ -90,13 +97,13 @@ class Judged:
             float64: gives what :func:`float64_sides` say, in their order.
             places: of the samples.
         """
-        errors = sample_errors(actual, expected)
+        errors = self._errors_of(actual, expected)
         if (errors > TOLERANCES[self._stage]).any():
             exact, *moved = float64()
-            reach = max(float(sample_errors(other, exact).max()) for other in moved)
+            reach = max(float(self._errors_of(other, exact).max()) for other in moved)
             self._reach = max(self._reach or 0.0, reach)
             self.tally.judge_by(judged_by_float64(self._stage, self._reach))
-            errors = sample_errors(actual, exact)
+            errors = self._errors_of(actual, exact)
         self.tally.add(errors, places)
         return float(errors.max())
 

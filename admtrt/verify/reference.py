@@ -13,11 +13,13 @@ from admtrt.config import DiffusionConfig
 from admtrt.models.classifier import Classifier, log_prob, log_prob_gradient
 from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.diffusion import Diffusion
+from admtrt.models.solvers import sample_step, trajectory
 from admtrt.models.unet import UNet
+from admtrt.runtime.slots import GUIDE
 from admtrt.schedule.process import process_from_config
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from numpy.typing import NDArray
     from torch import Tensor
@@ -37,7 +39,7 @@ class Reference:
 
     Args:
         unet, classifier: the loaded networks, float32.
-        dtype: to compute in, and of what is returned. Float64 works on a copy of the networks and tells how
+        dtype: of the networks. Float64 works on a copy of the networks and tells how
             far float32's rounding takes PyTorch itself.
     """
 
@@ -88,42 +90,59 @@ class Reference:
         replaced: Labels = np.where(certain, (y + 1) % classes, y)
         return replaced
 
-    def diffusion_for(self, sampler: SamplerConfig) -> Diffusion:
-        """The checkpoint's process, respaced for a sampler."""
-        assert isinstance(self.diffusion, DiffusionConfig)
-        return Diffusion(self.diffusion, process_from_config(self.diffusion, sampler.steps), self._dtype)
-
-    @torch.no_grad()
     def update(
         self,
         sampler: SamplerConfig,
         x: Images,
         out: Images,
-        grad: Images | None,
+        grad: Images,
         noise: Images,
         steps: Sequence[int],
     ) -> tuple[Images, Images]:
-        """x_{t-1} and the predicted x_0 by Algorithm 1 or 2, each sample at its own step of the process."""
-        x_prev, x_0 = self.diffusion_for(sampler).sample_step(
-            self._given(out),
-            self._given(x),
-            torch.tensor(steps),
-            self._given(noise),
-            None if grad is None else self._given(grad),
-            sampler,
+        """x_{t-1} and the predicted x_0 of a solver without memory, each sample at its own step."""
+        assert isinstance(self.diffusion, DiffusionConfig)  # others have no single steps
+        given = (torch.from_numpy(array).double() for array in (out, x, noise, grad))
+        out_, x_, noise_, grad_ = given
+        diffusion = Diffusion(
+            self.diffusion, process_from_config(self.diffusion, sampler.steps), torch.float64
         )
-        return x_prev.numpy(), x_0.numpy()
+        results = sample_step(diffusion, out_, x_, torch.tensor(steps), noise_, grad_, sampler)
+        x_prev, x_0 = (result.float().numpy() for result in results)
+        return x_prev, x_0
 
-    def step(
-        self, sampler: SamplerConfig, x: Images, noise: Images, step: int, conditions: Conditions
-    ) -> Images:
-        """x_{t-1} after one whole step of a batch, networks included."""
-        steps = [step] * len(x)
-        t: NDArray[np.float32] = self.diffusion_for(sampler).model_t(torch.tensor(steps)).numpy()
-        out = self.unet(x, t, conditions["unet"])
-        guide = conditions.get("classifier_gradient")
-        grad = None if guide is None else self.classifier_gradient(x, t, **guide)
-        return self.update(sampler, x, out, grad, noise, steps)[0]
+    def trajectory(
+        self,
+        sampler: SamplerConfig,
+        x_T: Images,
+        noise: Callable[[int], Images],
+        conditions: Conditions,
+        *,
+        start: int | None = None,
+        image: Images | None = None,
+    ) -> Iterator[Images]:
+        """What the networks are given by the solver's paper form, then the image; float64.
+
+        Arguments as of :func:`admtrt.models.solvers.trajectory`.
+        """
+        guide = conditions.get(GUIDE)
+
+        def networks(x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
+            given, times = x.numpy(), np.full(len(x), t, np.float32)
+            out = torch.from_numpy(self.unet(given, times, conditions["unet"])).double()
+            if guide is None:
+                return out, None
+            return out, torch.from_numpy(self.classifier_gradient(given, times, **guide)).double()
+
+        states = trajectory(
+            self.diffusion,
+            sampler,
+            networks,
+            torch.from_numpy(x_T).double(),
+            lambda left: torch.from_numpy(noise(left)).double(),
+            start=start,
+            image=None if image is None else torch.from_numpy(image).double(),
+        )
+        return (state.x.numpy() for state in states)
 
     def _given(self, array: Array) -> Tensor:
         """Floating-point values in the type of the computation; labels stay whole numbers."""

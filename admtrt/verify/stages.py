@@ -13,18 +13,20 @@ from admtrt.contract import bundle_specs
 from admtrt.errors import BundleError, CheckpointError, RequestError
 from admtrt.images import to_uint8
 from admtrt.models.pair import in_units_of
+from admtrt.models.solvers import STEPS
 from admtrt.runtime.backends.opening import open_denoiser
-from admtrt.runtime.noise import step_noise
 from admtrt.runtime.pipeline import consecutive_seeds
-from admtrt.runtime.sampler import advance
-from admtrt.runtime.slots import conditions_for, slots_for
-from admtrt.schedule.process import retained_timesteps
+from admtrt.runtime.sampler import advance, step_inputs
+from admtrt.runtime.slots import GUIDE, conditions_for
+from admtrt.schedule.process import process_from_config, retained_timesteps
 from admtrt.schedule.table import UPDATE, sampling_schedule
+from admtrt.verify.both import BothSides
 from admtrt.verify.checked import CheckedGraphs, GraphRunError
 from admtrt.verify.inputs import BATCHES, Inputs, Levels, chosen_steps, samplers, step_batches
 from admtrt.verify.judged import Judged, float64_sides
 from admtrt.verify.reference import Reference
 from admtrt.verify.report import Place, Row, Tally, VerificationReport, sample_errors
+from admtrt.verify.small_graphs import FORMULAS, cases
 from admtrt.verify.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
@@ -43,7 +45,6 @@ if TYPE_CHECKING:
     Record = Callable[[GraphName, Mapping[str, Any], Mapping[str, Images]], None]
 
 _STEPS = 10
-_TRAJECTORIES = ("ddpm", "ddim")
 
 
 def verify_bundle(
@@ -52,6 +53,7 @@ def verify_bundle(
     classifier: LoadedNetwork | None,
     *,
     steps: int | None = None,
+    every: bool = False,
     seed: int = 0,
     backend: str = "onnxruntime",
     threads: int | None = None,
@@ -67,7 +69,8 @@ def verify_bundle(
         bundle: a verified bundle.
         unet: the generator that it was exported from.
         classifier: its noisy classifier, if and only if the bundle has one.
-        steps: of the respaced process; None for 10, or all of a shorter process.
+        steps: of the samples; None for 10, or all of a shorter process.
+        every: compare all solvers and options, see :func:`~admtrt.verify.inputs.samplers`.
         seed: of all inputs and noise.
         backend, threads, plans: as for :func:`~admtrt.runtime.backends.opening.open_denoiser`, in fp32.
         report: called with the name of each stage as it starts.
@@ -107,15 +110,16 @@ def verify_bundle(
         return float64_sides(unet, classifier, reference)
 
     comparison = _Comparison(
-        bundle, CheckedGraphs(denoiser, bundle), reference, float64, steps, seeds, record
+        bundle, CheckedGraphs(denoiser, bundle), reference, float64, steps, seeds, record, every=every
     )
     rows = [Row("build", sessions, "pass"), comparison.manifest_row()]
     report("graphs")
     rows += [*comparison.unet_rows(), *comparison.classifier_rows()]
     if isinstance(reference.diffusion, EdmConfig):
         report("trajectories")
-        return VerificationReport(str(bundle.path), (*rows, *comparison.recommended_rows()))
-    rows += comparison.update_rows()
+        drift, trajectory_rows = comparison.recommended()
+        return VerificationReport(str(bundle.path), (*rows, *trajectory_rows), drift)
+    rows += [*comparison.update_rows(), *comparison.small_rows()]
     report("steps")
     rows += comparison.step_rows()
     report("trajectories")
@@ -167,7 +171,7 @@ def _check_comparable(bundle: Bundle, unet: LoadedNetwork, classifier: LoadedNet
             hint="Leave out --null-class." if null is None else f"Say --null-class {null}.",
         )
     guide = None if classifier is None else classifier.config.classifier
-    for name, ours in bundle_specs(unet.config.unet, guide).items():
+    for name, ours in bundle_specs(unet.config.unet, guide, schema=manifest.schema_version).items():
         theirs = manifest.graphs[name].spec
         if ours != theirs:
             listed = [", ".join(map(str, (*spec.inputs, *spec.outputs))) for spec in (theirs, ours)]
@@ -189,6 +193,8 @@ class _Comparison:
         steps: int,
         seeds: list[int],
         record: Record | None,
+        *,
+        every: bool,
     ) -> None:
         self.manifest = bundle.manifest
         self.graphs = graphs
@@ -197,6 +203,7 @@ class _Comparison:
         self.steps = steps
         self.seeds = seeds
         self.record = record
+        self.every = every
         self.inputs = Inputs(bundle.manifest, seeds[0])
         self.base = Levels.of(reference.diffusion)
 
@@ -247,14 +254,16 @@ class _Comparison:
         return [tally.row() for tally in tallies.values()]
 
     def update_rows(self) -> list[Row]:
-        """The update graph with the manifest's coefficients, against the papers' formulas.
+        """The update graph with the manifest's coefficients, against the papers' steps.
 
         The gradient is random: the graph takes one whether or not the bundle has a classifier.
         """
         rows = []
-        for name, sampler in samplers(self.manifest, self.steps, guided=True).items():
+        for name, sampler in self._samplers(guided=True).items():
             schedule = sampling_schedule(self.manifest.diffusion, sampler)
-            process = self.reference.diffusion_for(sampler).process
+            if sampler.method not in STEPS:
+                continue
+            process = process_from_config(self._discrete, sampler.steps)
             tallies = _graph_tallies(f"update ({name})", "x_prev", "pred_x0")
             for steps in step_batches(len(process)):
                 x = self.inputs.noisy_images(process.alpha_bar[steps])
@@ -268,103 +277,104 @@ class _Comparison:
             rows += [tally.row() for tally in tallies.values()]
         return rows
 
-    def step_rows(self) -> list[Row]:
-        """One whole step of the runtime from the same x_t, at several t."""
+    def small_rows(self) -> list[Row]:
+        """The other small graphs that the bundle has, against plain formulas."""
         rows = []
-        count = len(self.seeds)
-        for name, sampler in self._network_samplers().items():
-            schedule = sampling_schedule(self.manifest.diffusion, sampler)
-            process = self.reference.diffusion_for(sampler).process
+        for name in FORMULAS:
+            if name not in self.manifest.graphs:  # of schema 1
+                continue
+            spec = self.manifest.graphs[name].spec
+            names = [tensor.name for tensor in spec.outputs]
+            tallies = {output: Tally("graph", f"{name}: {output}", TOLERANCES["small"]) for output in names}
+            for feeds, expected in cases(name, spec, self.inputs, BATCHES):
+                places = _places(np.zeros(len(feeds["coefficients"])), None)
+                self._compare(name, tallies, feeds, expected, places)
+            rows += [tally.row() for tally in tallies.values()]
+        return rows
+
+    def step_rows(self) -> list[Row]:
+        """One evaluation of the runtime from the same x_t, at several t.
+
+        Solvers with memory start there as from an image, which is of order 1: :meth:`trajectories` are for
+        the rest.
+        """
+        rows = []
+        for name, sampler in self._samplers(guided=self._guided).items():
             judged = Judged("step", f"{name}: x_prev")
-            for shift, step in enumerate(chosen_steps(len(process))):
-                slots = self._slots(sampler, shift, np.repeat(process.alpha_bar[step], count))
-                slots.position[:] = len(schedule) - 1 - step
-                (expected,) = self._states(self.reference, sampler, slots, [step])
-                float64 = self._float64_states(sampler, slots, [step])
-                places = _places(np.repeat(process.model_t[step], count), self.inputs.labels(count, shift))
+            length = len(sampling_schedule(self.manifest.diffusion, sampler))
+            for shift, step in enumerate(chosen_steps(length)):
+                try:
+                    both = self._both(sampler, shift, None if step == length - 1 else step + 1)
+                except RequestError:  # behind the last step of a solver that ends before the image
+                    continue
                 with _noted(judged.tally):
-                    advance(slots, self.graphs)
-                    judged.add(slots.x, expected, functools.partial(float64, step), places)
+                    places = self._slot_places(both.slots)
+                    advance(both.slots, self.graphs)
+                    judged.add(both.slots.x, both.expected(1), both.float64(1), places)
             rows.append(judged.row())
         return rows
 
     def trajectories(self) -> tuple[dict[str, tuple[float, ...]], list[Row]]:
         """Whole samples, both sides running freely from the same x_T: the drift, and the rows with images."""
-        chosen = self._network_samplers()
-        drift: dict[str, list[float]] = {name: [] for name in _TRAJECTORIES}
-        rows = [row for name in _TRAJECTORIES for row in self._trajectory(name, chosen[name], drift[name])]
+        chosen = self._samplers(guided=self._guided)
+        if not self.every:
+            chosen = {name: sampler for name, sampler in chosen.items() if name == sampler.method}
+        drift: dict[str, list[float]] = {name: [] for name in chosen}
+        rows = [row for name in chosen for row in self._trajectory(name, chosen[name], drift[name])]
         rows.sort(key=lambda row: row.stage == "image")
         return {name: tuple(errors) for name, errors in drift.items()}, rows
 
+    def recommended(self) -> tuple[dict[str, tuple[float, ...]], list[Row]]:
+        """The same of the recommended sampler alone."""
+        sampler, drift = self.manifest.sampler.unguided, list[float]()
+        rows = self._trajectory(sampler.method, sampler, drift)
+        return {sampler.method: tuple(drift)}, rows
+
     def _trajectory(self, name: str, sampler: SamplerConfig, drift: list[float]) -> list[Row]:
         """Rows of one trajectory; the largest error after each step is appended to ``drift``."""
-        process = self.reference.diffusion_for(sampler).process
         each = Judged("trajectory", f"{name}: x_t of every step")
         final = Judged("trajectory", f"{name}: final x_0")
-        image = Tally("image", f"{name}: uint8 levels", TOLERANCES["image"])
-        count = len(self.seeds)
-        labels = self.inputs.labels(count)
-        slots = self._slots(sampler)
-        steps = range(len(process))[::-1]
-        expected = self._states(self.reference, sampler, slots, steps)
-        float64 = self._float64_states(sampler, slots, steps)
-        with _noted(each.tally, final.tally, image):
-            for step, x in zip(steps, expected, strict=True):
-                advance(slots, self.graphs)
-                places = _places(np.repeat(process.model_t[step], count), labels)
-                drift.append(each.add(slots.x, x, functools.partial(float64, step), places))
-            final.add(slots.x, x, functools.partial(float64, step), places)
-            image.add(_level_errors(slots.x, x), places)
+        image = Judged("image", f"{name}: uint8 levels", _level_errors)
+        both = self._both(sampler)
+        with _noted(each.tally, final.tally, image.tally):
+            for place in range(1, len(both.slots.schedules[0]) + 1):
+                places = self._slot_places(both.slots)
+                advance(both.slots, self.graphs)
+                x = both.expected(place)
+                drift.append(each.add(both.slots.x, x, both.float64(place), places))
+            final.add(both.slots.x, x, both.float64(place), places)
+            image.add(both.slots.x, x, both.float64(place), places)
         return [each.row(), final.row(), image.row()]
 
-    def _states(
-        self, side: Reference, sampler: SamplerConfig, slots: Slots, steps: Sequence[int]
-    ) -> Iterator[Images]:
-        """What one side makes of the slots as they are now, after each of these steps, with their noise."""
-        x, seeds, stage, conditions = slots.x, slots.seeds, slots.stage, slots.conditions
+    def _both(self, sampler: SamplerConfig, shift: int = 0, start: int | None = None) -> BothSides:
+        return BothSides(
+            self.manifest,
+            self.reference,
+            self.float64,
+            self.inputs,
+            sampler,
+            self.seeds,
+            shift=shift,
+            start=start,
+        )
 
-        def states() -> Iterator[Images]:
-            state = x
-            for step in steps:
-                noise = step_noise(seeds, [step] * len(seeds), x.shape[1:], stage=stage)
-                state = side.step(sampler, state, noise, step, conditions)
-                yield state
+    def _slot_places(self, slots: Slots) -> Sequence[Place]:
+        """Of what the slots' networks are given next."""
+        labels = slots.conditions.get(GUIDE, slots.conditions["unet"]).get("y")
+        return _places(step_inputs(slots).t, labels)
 
-        return states()
+    def _samplers(self, *, guided: bool) -> dict[str, SamplerConfig]:
+        return samplers(self.manifest, self._discrete, self.steps, guided=guided, every=self.every)
 
-    def _float64_states(
-        self, sampler: SamplerConfig, slots: Slots, steps: Sequence[int]
-    ) -> Callable[[int], Sequence[Images]]:
-        """What the float64 sides make of the slots, after any of the steps; to be asked in their order."""
-        start = slots.take(range(len(slots)))
+    @property
+    def _discrete(self) -> DiffusionConfig:
+        """The checkpoint's process, where it is a discrete one."""
+        assert isinstance(self.reference.diffusion, DiffusionConfig)
+        return self.reference.diffusion
 
-        def states() -> Iterator[tuple[int, Sequence[Images]]]:
-            sides = [self._states(side, sampler, start, steps) for side in self.float64()]
-            yield from zip(steps, zip(*sides, strict=True), strict=True)
-
-        running = states()  # nothing is computed before it is asked for
-
-        @functools.lru_cache(maxsize=1)
-        def after(step: int) -> Sequence[Images]:
-            return next(found for reached, found in running if reached == step)
-
-        return after
-
-    def recommended_rows(self) -> list[Row]:
-        """Whole samples of the recommended sampler, the runtime's steps over either side's networks."""
-        sampler = self.manifest.sampler.unguided
-        schedule = sampling_schedule(self.manifest.diffusion, sampler)
-        final = Tally("trajectory", f"{sampler.method}: final x_0", TOLERANCES["trajectory"])
-        image = Tally("image", f"{sampler.method}: uint8 levels", TOLERANCES["image"])
-        ours, theirs = self._slots(sampler), self._slots(sampler)
-        places = _places(schedule.model_t[-1:].repeat(len(ours)), self.inputs.labels(len(ours)))
-        with _noted(final, image):
-            for _ in range(len(schedule)):
-                advance(ours, self.graphs)
-                advance(theirs, self.reference.denoiser)
-            final.add(sample_errors(ours.x, theirs.x), places)
-            image.add(_level_errors(ours.x, theirs.x), places)
-        return [final.row(), image.row()]
+    @property
+    def _guided(self) -> bool:
+        return self.manifest.classifier is not None
 
     def _compare(
         self,
@@ -382,27 +392,8 @@ class _Comparison:
             for name, tally in tallies.items():
                 tally.add(sample_errors(outputs[name], expected[name]), places)
 
-    def _network_samplers(self) -> dict[str, SamplerConfig]:
-        return samplers(self.manifest, self.steps, guided=self.manifest.classifier is not None)
-
     def _state(self, levels: NDArray[np.int64]) -> Images:
         return self.inputs.states(self.base.signal[levels], self.base.noise[levels])
-
-    def _slots(
-        self, sampler: SamplerConfig, shift: int = 0, alpha_bar: NDArray[np.float64] | None = None
-    ) -> Slots:
-        """A sample for each seed at its start, or in place of x_T images at these noise levels."""
-        count = len(self.seeds)
-        return slots_for(
-            self.manifest.network,
-            self.manifest.classifier,
-            [sampling_schedule(self.manifest.diffusion, sampler)] * count,
-            self.seeds,
-            labels=self.inputs.labels(count, shift),
-            low_res=self.inputs.low_res(count),
-            guided=bool(sampler.scale),
-            latents=None if alpha_bar is None else self.inputs.noisy_images(alpha_bar),
-        )
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from schedules import step_coefficients
 from admtrt.config import DiffusionConfig
 from admtrt.models.classifier import log_prob_gradient
 from admtrt.models.diffusion import Diffusion
+from admtrt.models.solvers import sample_step
 from admtrt.schedule.process import Process, betas, process_from_config, retained_timesteps
 from admtrt.schedule.sampler import SamplerConfig
 from admtrt.training.losses import training_loss, variational_bound
@@ -69,7 +70,7 @@ def test_trajectory(entry: dict[str, Any], update: str) -> None:
         out = unet(x, t, y)
         gradient = log_prob_gradient(classifier, x, t, y) if entry["guided"] else None
         if update == "papers":
-            x, _ = diffusion.sample_step(out, x, step, noise, gradient, sampler)
+            x, _ = sample_step(diffusion, out, x, step, noise, gradient, sampler)
         else:
             x = _fused(coefficients[index], x, out, gradient, noise)
         if f"{name}.step{index}" in GOLD:

@@ -12,6 +12,7 @@ from admtrt import Pipeline as PublicPipeline
 from admtrt.config import DiffusionConfig
 from admtrt.contract import GraphName
 from admtrt.models.diffusion import Diffusion
+from admtrt.models.solvers import sample_step
 from admtrt.runtime.pipeline import Pipeline, Samples, Step
 from admtrt.runtime.sampler import Denoiser, advance
 from admtrt.runtime.slots import Slots, slots_for
@@ -119,7 +120,7 @@ def test_it_is_what_the_papers_formulas_say(sampler: SamplerConfig) -> None:
         step = torch.full((3,), index)
         t = diffusion.model_t(step)
         gradient = log_prob_gradient(classifier, x, t, torch.tensor(labels))  # type: ignore[arg-type]
-        x, _ = diffusion.sample_step(unet(x, t), x, step, z, gradient, sampler)
+        x, _ = sample_step(diffusion, unet(x, t), x, step, z, gradient, sampler)
     np.testing.assert_allclose(found, x.numpy(), atol=ROUNDING)
 
 

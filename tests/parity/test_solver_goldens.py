@@ -6,7 +6,7 @@ Cases of equal length share a batch, whatever their solver, grid, threshold and 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -18,19 +18,20 @@ import solver_goldens as goldens
 import torch
 from goldens import relative_error
 from solver_goldens import CASES, COUNT, META, OFFERED
+from solver_rows import walk
 
 from admtrt.bundle import Bundle
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import CheckpointConfig, LoadedNetwork
 from admtrt.models.classifier import log_prob_gradient
 from admtrt.models.denoiser import TorchDenoiser
+from admtrt.models.solvers import trajectory
 from admtrt.runtime import sampler as step_core
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.sampler import Denoiser, advance
 from admtrt.runtime.slots import Slots
 from admtrt.schedule.levels import levels_of
 from admtrt.schedule.solvers import SOLVERS
-from admtrt.schedule.table import UPDATE_FULL, float64_table
 
 PATH = 4e-4
 """Of a sample's largest probe: errors grow where a threshold cuts, and shrink towards the end."""
@@ -133,35 +134,40 @@ CLOSE = dict.fromkeys(OFFERED, 1e-11) | {
 }  # fmt: skip
 
 
+def float64_networks(name: str, *, guided: bool) -> Any:
+    """The goldens' networks in float64, which are given t in float32 as the originals were."""
+    network = goldens.network("cm" if CASES[name]["family"] == "consistency" else "unet", torch.float64)
+    classifier, y = goldens.network("classifier", torch.float64), torch.from_numpy(LABELS)
+
+    @torch.no_grad()
+    def networks(x: torch.Tensor, t: float) -> tuple[torch.Tensor, torch.Tensor | None]:
+        times = torch.full((COUNT,), t, dtype=torch.float64).float().double()
+        return network(x, times, y=y), log_prob_gradient(classifier, x, times, y) if guided else None
+
+    return networks
+
+
+def drawn_in_float64(name: str) -> tuple[torch.Tensor, Callable[[int], torch.Tensor]]:
+    """x_T, and the noise by the number of evaluations that are still to come."""
+    nfe = CASES[name]["nfe"]
+    x_T = torch.from_numpy(goldens.start(name)).double()
+    return x_T, lambda left: torch.from_numpy(goldens.noise(name, nfe - left)).double()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OFFERED)
 def test_tables_in_float64(name: str) -> None:
-    case, sampler, process = CASES[name], goldens.sampler_of(name), goldens.process_of(name)
+    sampler, process = goldens.sampler_of(name), goldens.process_of(name)
     rows = SOLVERS[sampler.method].rows(levels_of(process), sampler, None)
-    table = float64_table(rows, process, sampler)
-    network = goldens.network("cm" if case["family"] == "consistency" else "unet", torch.float64)
-    classifier, y = goldens.network("classifier", torch.float64), torch.from_numpy(LABELS)
-
-    def noise(draw: int) -> torch.Tensor:
-        return torch.from_numpy(goldens.noise(name, draw)).double()
-
-    x = rows.init_scale * torch.from_numpy(goldens.start(name)).double() + rows.init_noise * noise(0)
-    saved = h1 = h2 = torch.zeros_like(x)
-    for place, level in enumerate(rows.levels):
-        c = {column: float(table[column][place]) for column in UPDATE_FULL}
-        t = torch.full((COUNT,), level.t, dtype=torch.float64).float().double()
-        with torch.no_grad():
-            value = network(x, t, y=y)[:, :3]
-        g = log_prob_gradient(classifier, x, t, y) if sampler.scale else torch.zeros_like(x)
-        unbounded = c["x0_from_x"] * x + c["x0_from_out"] * value + c["x0_from_grad"] * g
-        r = torch.full((COUNT,), c["clip"], dtype=torch.float64)
-        if c["bound"] > c["clip"]:
-            r = torch.maximum(r, torch.quantile(unbounded.abs().flatten(1), 0.995, dim=1))
-        r = r.view(-1, 1, 1, 1)
-        m = torch.maximum(torch.minimum(unbounded, r), -r) * (c["clip"] / r)
-        memory = {"x": x, "saved": saved, "x0": m, "h1": h1, "h2": h2}
-        x = sum(c[f"prev_from_{name}"] * tensor for name, tensor in memory.items())
-        x = x + (c["noise"] * noise(place + 1) if c["noise"] else 0)
-        saved = sum(c[f"saved_from_{name}"] * tensor for name, tensor in memory.items())
-        h1, h2 = m, h1
+    networks = float64_networks(name, guided=bool(sampler.scale))
+    (*_, x) = walk(rows, process, sampler, networks, *drawn_in_float64(name))
     assert relative_error(x.numpy(), goldens.stored(name, "final")) < CLOSE[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", OFFERED)
+def test_paper_forms_in_float64(name: str) -> None:
+    sampler, process = goldens.sampler_of(name), goldens.process_of(name)
+    networks = float64_networks(name, guided=bool(sampler.scale))
+    (*_, end) = trajectory(process, sampler, networks, *drawn_in_float64(name))
+    assert relative_error(end.x.numpy(), goldens.stored(name, "final")) < CLOSE[name]

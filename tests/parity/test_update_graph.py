@@ -20,6 +20,7 @@ from admtrt.export.graphs import EXAMPLE_BATCH
 from admtrt.export.small_graphs import update_graph
 from admtrt.export.write import write_graph
 from admtrt.models.diffusion import Diffusion
+from admtrt.models.solvers import sample_step
 from admtrt.schedule.process import process_from_config
 from admtrt.schedule.sampler import SamplerConfig
 
@@ -65,8 +66,8 @@ def reference(
     config: DiffusionConfig, sampler: SamplerConfig, step: int, row: dict[str, torch.Tensor]
 ) -> Any:
     diffusion = Diffusion(config, process_from_config(config, sampler.steps))
-    return diffusion.sample_step(
-        row["out"], row["x"], torch.tensor([step]), row["noise"], row["grad"], sampler
+    return sample_step(
+        diffusion, row["out"], row["x"], torch.tensor([step]), row["noise"], row["grad"], sampler
     )
 
 

@@ -175,13 +175,20 @@ def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
 
 
 def zeros_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """A state dict of full-size shapes in little space: every tensor is one expanded zero."""
-    torch.save({key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, path)
+    """A state dict of full-size float32 zeros in little space: the tensors are a hole in the file."""
+    header, end = {}, 0
+    for key, shape in shapes.items():
+        start, end = end, end + 4 * math.prod(shape)
+        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
+    described = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(described).to_bytes(8, "little") + described)
+        file.truncate(file.tell() + end)
     return path
 
 
 def test_a_better_fitting_preset_is_named(tmp_path: Path) -> None:
-    path = zeros_file(tmp_path / "a.pt", published_shapes("128x128_diffusion"))
+    path = zeros_file(tmp_path / "a.safetensors", published_shapes("128x128_diffusion"))
     with pytest.raises(CheckpointError) as caught:
         load_network(path, kind="unet", config=checkpoint_config_from_preset("256x256_diffusion"))
     assert "input_blocks.1.0" not in caught.value.message  # equal in both
@@ -197,7 +204,7 @@ def test_a_variant_of_a_published_model_is_not_called_that_model(tmp_path: Path)
         "out.2.c_proj.weight": (10, 512, 1),
         "out.2.c_proj.bias": (10,),
     }
-    path = zeros_file(tmp_path / "a.pt", shapes)
+    path = zeros_file(tmp_path / "a.safetensors", shapes)
     with pytest.raises(CheckpointError) as caught:
         load_network(path, kind="classifier", config=checkpoint_config_from_preset("128x128_classifier"))
     assert "99% of the keys are those of preset '64x64_classifier'" in caught.value.hint
@@ -215,7 +222,7 @@ def test_nearest_preset() -> None:
 
 
 def test_presets_load(tmp_path: Path) -> None:
-    path = zeros_file(tmp_path / "64x64_classifier.pt", published_shapes("64x64_classifier"))
+    path = zeros_file(tmp_path / "64x64_classifier.safetensors", published_shapes("64x64_classifier"))
     loaded = load_network(path, kind="classifier", config=checkpoint_config_from_preset("64x64_classifier"))
     assert loaded.config.network == PRESETS["64x64_classifier"].network
 
@@ -229,7 +236,7 @@ def test_unknown_preset_names_the_nearest() -> None:
 
 
 def test_a_published_classifier_where_a_unet_is_expected(tmp_path: Path) -> None:
-    path = zeros_file(tmp_path / "a.pt", published_shapes("64x64_classifier"))
+    path = zeros_file(tmp_path / "a.safetensors", published_shapes("64x64_classifier"))
     with pytest.raises(
         CheckpointError, match="keys of preset '64x64_classifier', of kind 'classifier'; expected 'unet'"
     ):

@@ -21,6 +21,7 @@ from admtrt.models.checkpoint import load_network
 from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.layers import ResBlock
+from admtrt.models.solvers import sample_step
 from admtrt.run_config import RunConfig, TrainingConfig
 from admtrt.schedule.process import process_from_config
 from admtrt.schedule.sampler import SamplerConfig
@@ -365,7 +366,7 @@ def test_the_torch_denoiser_steps_as_the_papers_say(variance, mean, sampler):
     step = torch.tensor([0, 1, 20, 39])
     x, value, v, noise, grad = (torch.randn(4, 1, 4, 4, generator=rng) for _ in range(5))
     out = torch.cat([value, v.tanh()], dim=1) if config.learns_sigma else value
-    expected = Diffusion(config, process).sample_step(out, x, step, noise, grad, settings)
+    expected = sample_step(Diffusion(config, process), out, x, step, noise, grad, settings)
     coefficients = step_coefficients(config, settings)[step.numpy()]
     denoiser = TorchDenoiser(torch.nn.Identity())
     given = {"x": x, "out": out, "grad": grad, "noise": noise}

@@ -2,8 +2,8 @@
 
 To add one, write its file here (a function of ``(levels, sampler, start)`` that returns
 :class:`~admtrt.schedule.rows.Rows`, declared by :func:`solver`, with its equation in the docstring), import
-it below, write its paper form in ``models/solvers/``, a case in ``tests/parity/test_solvers.py`` and a line
-in ``docs/solvers.md``. The command line, the checks, ``verify`` and ``docs/cli.md`` follow from the
+it below, write its paper form in ``models/solvers/``, a case in ``tests/parity/test_solver_order.py`` and a
+line in ``docs/solvers.md``. The command line, the checks, ``verify`` and ``docs/cli.md`` follow from the
 declaration.
 """
 

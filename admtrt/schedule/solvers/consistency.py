@@ -40,7 +40,7 @@ def consistency(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
     from admtrt.schedule.grid import from_start
     from admtrt.schedule.rows import RowBuilder
 
-    count, indices = sampler.option("levels_of"), _indices(sampler)
+    count, indices = sampler.option("levels_of"), indices_of(sampler)
     if indices[-1] >= count:
         raise RequestError(
             f"level {indices[-1]} is out of range: there are {count}, 0 to {count - 1}",
@@ -49,8 +49,8 @@ def consistency(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
     grid = levels.grid("karras", levels.noisiest, levels.cleanest, count - 1)
     builder = RowBuilder(levels)
     if start is not None:
-        kept = from_start([grid[index] for index in indices[:-1]], start)
-        indices = indices[-1 - len(kept) :]
+        kept = from_start([*(grid[index] for index in indices[:-1]), None], sampler, start)
+        indices = indices[-len(kept) :]
     for place, (index, following) in enumerate(pairwise(indices)):
         if place == len(indices) - 2:
             builder.add(grid[index], None, {"x0": 1.0})
@@ -60,7 +60,12 @@ def consistency(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
     return builder.rows(init_scale=levels.start_scale(grid[indices[0]], start))
 
 
-def _indices(sampler: SamplerConfig) -> tuple[int, ...]:
+def indices_of(sampler: SamplerConfig) -> tuple[int, ...]:
+    """The levels that a sampler asks for, as indices of the grid.
+
+    Raises:
+        RequestError: if they are not as many as its evaluations need.
+    """
     from admtrt.schedule.grid import evaluations
 
     asked, given = evaluations(sampler), sampler.option("levels")

@@ -80,6 +80,7 @@ def _multi(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, bui
     check_distinct(passed, sampler)
     weights = _sde_weights if sampler.option("sde") else _weights
     orders = orders_of(sampler, len(passed) - 1, to_zero=passed[-1] is None)
+    first = passed[0]
     visited: list[Level] = []
     for (level, to), order in zip(pairwise(passed), orders, strict=True):
         assert level is not None  # only the last may be the image
@@ -87,7 +88,8 @@ def _multi(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, bui
         builder.add(level, to, {"x0": 1.0} if to is None else weights(visited, to, order))
     if last is not None:
         builder.add(last, None, {"x0": 1.0})
-    return visited[-1]
+    assert first is not None
+    return first
 
 
 def _weights(visited: Sequence[Level], to: Level, order: int) -> dict[str, float]:
@@ -189,7 +191,7 @@ def _outer(
         passed = [passed[index] for index in accumulate(orders, initial=0)]
     check_distinct(passed, sampler)
     if start is not None:
-        left = from_start(passed, start)
+        left = from_start(passed, sampler, start)
         orders, passed = orders[len(passed) - len(left) :], left
     return kind, orders, passed
 

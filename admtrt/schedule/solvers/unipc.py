@@ -47,6 +47,7 @@ def unipc(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> R
     check_distinct(passed, sampler)
     orders = orders_of(sampler, len(passed) - 1, to_zero=passed[-1] is None)
     builder = RowBuilder(levels)
+    first = passed[0]
     visited: list[Level] = []
     correction = 0.0  # weight of this row's prediction in the state that it corrects
     for (level, to), order in zip(pairwise(passed), orders, strict=True):
@@ -67,7 +68,8 @@ def unipc(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> R
         correction = new
     if last is not None:
         builder.add(last, None, {"x0": 1.0})
-    return builder.rows(init_scale=levels.start_scale(visited[-1], start))
+    assert first is not None
+    return builder.rows(init_scale=levels.start_scale(first, start))
 
 
 def _named(weights: Sequence[float], more: float) -> dict[str, float]:

@@ -1,0 +1,159 @@
+"""What the paper form of every solver is given: noise levels in the papers' notation, and x_theta(x_t, t)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from admtrt.config import EdmConfig
+from admtrt.contract import quantile_of
+from admtrt.schedule.levels import levels_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator
+
+    from numpy.typing import NDArray
+
+    from admtrt.config import DiffusionConfig
+    from admtrt.schedule.levels import Level
+    from admtrt.schedule.sampler import SamplerConfig
+
+
+class Networks(Protocol):
+    """The networks bound to their conditions."""
+
+    def __call__(self, x: Tensor, t: float, /) -> tuple[Tensor, Tensor | None]:
+        """The UNet's output and d log p(y | x) / dx; None without guidance.
+
+        ``x`` is [N, C, H, W] in the dtype of the computation, ``t`` what the networks are given, before it is
+        rounded to float32.
+        """
+        ...
+
+
+class State(NamedTuple):
+    """A sample on its way.
+
+    Attributes:
+        x: what the networks are given next, [N, C, H, W]; the image in the last state.
+        x_0: the last prediction of x_0, guided and bounded; None before the first.
+    """
+
+    x: Tensor
+    x_0: Tensor | None
+
+
+@dataclass
+class Problem:
+    """A batch of samples to draw, all alike but for their noise and conditions.
+
+    Attributes:
+        process, sampler: as for :func:`admtrt.schedule.table.sampling_schedule`.
+        networks: see :class:`Networks`.
+        x_T: standard normal, [N, C, H, W]; its dtype and device are those of the computation.
+        noise: standard normal noise by the number of evaluations that are still to come.
+        start: where the samples start at ``image``, [N, C, H, W] in [-1, 1]; None at pure noise.
+    """
+
+    process: DiffusionConfig | EdmConfig
+    sampler: SamplerConfig
+    networks: Networks
+    x_T: Tensor  # noqa: N815 - the papers' name
+    noise: Callable[[int], Tensor]
+    start: Level | None = None
+    image: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.levels = levels_of(self.process)
+        self._x_0: Tensor | None = None
+
+    def alpha(self, level: Level | None) -> float:
+        """Weight of x_0 in x_t; 1 in EDM's process, whose noise grows beside it."""
+        if level is None or isinstance(self.process, EdmConfig):
+            return 1.0
+        return math.sqrt(1 / (1 + math.exp(-2 * level.lam)))
+
+    def sigma(self, level: Level | None) -> float:
+        """Weight of the noise in x_t."""
+        if level is None:
+            return 0.0
+        if isinstance(self.process, EdmConfig):
+            return level.sigma
+        return math.sqrt(1 / (1 + math.exp(2 * level.lam)))
+
+    def first(self, level: Level) -> Tensor:
+        """x_t at the first level: q(x_t | image), or the prior."""
+        if self.image is not None:
+            return self.alpha(level) * self.image + self.sigma(level) * self.x_T
+        return self.sigma(level) * self.x_T if isinstance(self.process, EdmConfig) else self.x_T
+
+    def scaled(self, x_t: Tensor, level: Level | None) -> Tensor:
+        """What the networks are given for x_t: c_in x_t in EDM's process."""
+        if level is None or not isinstance(self.process, EdmConfig):
+            return x_t
+        return x_t / math.hypot(level.sigma, self.process.sigma_data)
+
+    def ask(self, x: Tensor, t: float) -> Generator[State, None, tuple[Tensor, Tensor | None]]:
+        """The networks at what they are given, which is yielded as a state."""
+        yield State(x, self._x_0)
+        return self.networks(x, t)
+
+    def predict(self, x_t: Tensor, level: Level) -> Generator[State, None, Tensor]:
+        """x_theta(x_t, t): the prediction of x_0, guided and bounded."""
+        alpha, sigma = self.alpha(level), self.sigma(level)
+        out, gradient = yield from self.ask(self.scaled(x_t, level), level.t)
+        x_0 = self._x_0_of(out[:, : x_t.shape[1]], x_t, level)
+        guide_first = self.sampler.option("threshold_order") == "after_guide"
+        if not guide_first:
+            x_0 = self.bounded(x_0)
+        if gradient is not None:
+            eps = (x_t - alpha * x_0) / sigma
+            eps = eps - float(guidance_scale(level.sigma, self.sampler)) * sigma * gradient  # Algorithm 2
+            x_0 = (x_t - sigma * eps) / alpha
+        if guide_first:
+            x_0 = self.bounded(x_0)
+        self._x_0 = x_0
+        return x_0
+
+    def _x_0_of(self, value: Tensor, x_t: Tensor, level: Level) -> Tensor:
+        """What a network's output says of x_0."""
+        process, sigma = self.process, self.sigma(level)
+        if isinstance(process, EdmConfig):  # D = c_skip x + c_out F, eq. 7 of Karras et al. 2022
+            data = process.sigma_data
+            above = sigma - process.sigma_min if process.boundary else sigma
+            return data**2 / (above**2 + data**2) * x_t + above * data / math.hypot(sigma, data) * value
+        if process.mean_type == "eps":
+            return (x_t - sigma * value) / self.alpha(level)
+        assert process.mean_type == "x_0"  # the other depends on the steps of ddpm and ddim
+        return value
+
+    def bounded(self, x_0: Tensor) -> Tensor:
+        """Static thresholding to [-1, 1], or dynamic (Saharia et al. 2022, section 2.3)."""
+        if not self.sampler.clip:
+            return x_0
+        if self.sampler.option("threshold") != "dynamic":
+            return x_0.clamp(-1, 1)
+        values = x_0.abs().flatten(1)
+        s = torch.quantile(values, quantile_of(values.shape[1]), dim=1).clamp(min=1).view(-1, 1, 1, 1)
+        return torch.minimum(torch.maximum(x_0, -s), s) / s
+
+    def end(self, x_t: Tensor, level: Level | None) -> State:
+        """The last state: the image, or x_t at the level where the sample ends."""
+        return State(self.scaled(x_t, level), self._x_0)
+
+    def keep(self, x_0: Tensor) -> None:
+        """Note a prediction that was made elsewhere, for the next state."""
+        self._x_0 = x_0
+
+
+def guidance_scale(S: float | NDArray[np.float64], sampler: SamplerConfig) -> NDArray[np.float64]:
+    """The guidance scale at noise levels S = sigma / alpha: 0 outside the interval (low, high]."""
+    if sampler.guidance_interval is None:
+        return np.full(np.shape(S), sampler.scale)
+    low, high = sampler.guidance_interval
+    return np.where((low < np.asarray(S)) & (np.asarray(S) <= high), sampler.scale, 0.0)

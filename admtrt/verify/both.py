@@ -1,0 +1,105 @@
+"""Samples on both sides: the runtime's slots, and what the paper form makes of the same noise."""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING
+
+from admtrt.runtime.noise import initial_noise, step_noise
+from admtrt.runtime.slots import slots_for
+from admtrt.schedule.table import sampling_schedule
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from admtrt.bundle import Manifest
+    from admtrt.runtime.slots import Images
+    from admtrt.schedule.sampler import SamplerConfig
+    from admtrt.verify.inputs import Inputs
+    from admtrt.verify.reference import Reference
+
+
+class BothSides:
+    """A sample for each seed, on both sides.
+
+    Args:
+        manifest: of the bundle.
+        reference: PyTorch in float32.
+        float64: gives what :func:`~admtrt.verify.judged.float64_sides` say; asked only where needed.
+        inputs: of the networks.
+        sampler: how the samples are drawn.
+        seeds: of their noise.
+        shift: of the labels.
+        start: the last so many evaluations alone, of samples that start at random images; None for all.
+
+    Attributes:
+        slots: the runtime's samples at their start.
+
+    Raises:
+        RequestError: if no step is left from the start.
+    """
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        reference: Reference,
+        float64: Callable[[], list[Reference]],
+        inputs: Inputs,
+        sampler: SamplerConfig,
+        seeds: list[int],
+        *,
+        shift: int = 0,
+        start: int | None = None,
+    ) -> None:
+        count, shape = len(seeds), inputs.image_shape
+        schedule = sampling_schedule(manifest.diffusion, sampler, start)
+        stage = manifest.network.low_res_size or 0
+        self._sampler = sampler
+        self._start = start
+        self._x_T = initial_noise(seeds, shape, stage=stage)
+        self._image = None if start is None else inputs.uniform(count, *shape)
+        self.slots = slots_for(
+            manifest.network,
+            manifest.classifier,
+            [schedule] * count,
+            seeds,
+            labels=inputs.labels(count, shift),
+            low_res=inputs.low_res(count),
+            guided=bool(sampler.scale),
+            latents=self._x_T,
+            images=self._image,
+        )
+        self._conditions = self.slots.conditions
+        self._noise = functools.cache(lambda left: step_noise(seeds, [left] * count, shape, stage=stage))
+        self._float64_sides = float64
+        self._narrow = _Walk(self._states(reference))
+
+    def expected(self, evaluations: int) -> Images:
+        """PyTorch's state after so many evaluations; to be asked in their order."""
+        return self._narrow.after(evaluations)
+
+    def float64(self, evaluations: int) -> Callable[[], Sequence[Images]]:
+        """The same of the float64 sides, once it is asked for."""
+        return lambda: [walk.after(evaluations) for walk in self._wide]
+
+    @functools.cached_property
+    def _wide(self) -> list[_Walk]:
+        return [_Walk(self._states(side)) for side in self._float64_sides()]
+
+    def _states(self, side: Reference) -> Iterator[Images]:
+        return side.trajectory(
+            self._sampler, self._x_T, self._noise, self._conditions, start=self._start, image=self._image
+        )
+
+
+class _Walk:
+    """States that are computed in their order, the last one kept."""
+
+    def __init__(self, states: Iterator[Images]) -> None:
+        self._states = enumerate(states)
+        self._reached, self._state = next(self._states)
+
+    def after(self, evaluations: int) -> Images:
+        while self._reached < evaluations:
+            self._reached, self._state = next(self._states)
+        return self._state
