@@ -44,8 +44,12 @@ def _package_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_presets_of_the_same_graphs() -> None:
     shared = [names for names in map(tool.of_same_graphs, DISTINCT) if len(names) > 1]
     lsun = ["lsun_bedroom", "lsun_cat", "lsun_horse", "lsun_horse_nodropout"]
-    assert shared == [["256x256_diffusion_uncond", *lsun]]
-    assert len(DISTINCT) == 11
+    imagenet, bedrooms, cats = (
+        [f"edm_{data}_ema", f"cd_{data}_l2", f"cd_{data}_lpips", f"ct_{data}"]
+        for data in ("imagenet64", "bedroom256", "cat256")
+    )
+    assert shared == [["256x256_diffusion_uncond", *lsun], imagenet, bedrooms + cats]
+    assert len(DISTINCT) == 11 + 2
 
 
 def test_what_was_measured_is_kept_and_shown(tmp_path: Path) -> None:
