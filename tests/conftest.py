@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,9 @@ for _name in (
 ):  # fmt: skip
     os.environ.pop(_name, None)
 os.environ["TERM"] = "xterm"
+
+# A shell that starts the tests in the background has SIGINT ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests import the libraries themselves, too.
 silence()

@@ -17,6 +17,7 @@ import pytest
 import torch
 from bundles import CLASSIFIER, UNET, exported_bundle, network, sham_bundle
 from safetensors.torch import save_file
+from sparse_checkpoints import zeros_file
 
 import admtrt
 from admtrt.bundle import MANIFEST, Bundle
@@ -341,10 +342,9 @@ def test_a_truncated_pickle(capsys: Capture, tmp_path: Path) -> None:
 def test_keys_that_do_not_match_name_the_preset(capsys: Capture, tmp_path: Path, unet: Path) -> None:
     with torch.device("meta"):
         published = build_network(checkpoint_config_from_preset("64x64_classifier"))
-    # Views of one element have the shapes of a published model and the size of none.
-    state = {key: torch.zeros(1).expand(value.shape) for key, value in published.state_dict().items()}
-    torch.save(state, tmp_path / "c.pt")
-    options = ["--classifier", tmp_path / "c.pt", "--classifier-preset", "128x128_classifier"]
+    shapes = {key: tuple(value.shape) for key, value in published.state_dict().items()}
+    path = zeros_file(tmp_path / "c.safetensors", shapes)
+    options = ["--classifier", path, "--classifier-preset", "128x128_classifier"]
     complaint = export_refused(capsys, tmp_path, unet, *options)
     assert "are not those of its configuration" in complaint
     assert "64x64_classifier" in complaint

@@ -12,6 +12,7 @@ import torch
 from goldens import generated_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
+from sparse_checkpoints import zeros_file
 from torch import Tensor
 
 from admtrt.cli import run
@@ -203,13 +204,13 @@ def test_a_file_that_appears_meanwhile_stays(
     """Of two processes that convert to one new place, the second is refused."""
     save_checkpoint(tmp_path / "a.safetensors", state_of(UNET), UNET)
     stored, target = open_checkpoint(tmp_path / "a.safetensors"), tmp_path / f"b{suffix}"
-    checked = checkpoint.check_plain
+    checked = checkpoint.check_weights
 
     def late(*arguments: Any) -> None:
         checked(*arguments)
         target.write_text("another's")
 
-    monkeypatch.setattr(checkpoint, "check_plain", late)
+    monkeypatch.setattr(checkpoint, "check_weights", late)
     with pytest.raises(OutputError, match="already exists"):
         convert_checkpoint(stored, target, stored.embedded)
     assert target.read_text() == "another's"
@@ -380,13 +381,11 @@ def test_each_file_of_a_pair_has_its_own_settings(tmp_path: Path) -> None:
 def test_what_was_assumed_is_said(tmp_path: Path) -> None:
     fork = with_settings(checkpoint_config_from_preset("64x64_classifier"), {"num_classes": 10})
     shapes = shapes_of_network(fork)
-    torch.save(
-        {key: torch.zeros(()).expand(shape) for key, shape in shapes.items()}, tmp_path / "classifier.pt"
-    )
+    path = zeros_file(tmp_path / "classifier.safetensors", shapes)
     notes: list[str] = []
     with pytest.raises(CheckpointError, match="expected 'unet' or 'upsampler'"):
         load_pair(
-            tmp_path / "classifier.pt",
+            path,
             None,
             unet_preset=None,
             classifier_preset=None,
@@ -394,7 +393,7 @@ def test_what_was_assumed_is_said(tmp_path: Path) -> None:
             note=notes.append,
         )
     found = identify_checkpoint(
-        open_checkpoint(tmp_path / "classifier.pt"),
+        open_checkpoint(path),
         kinds=("classifier",),
         description=Description(options=OptionNames("--classifier-")),
         note=notes.append,

@@ -20,6 +20,7 @@ from admtrt.runtime.cuda import DeviceArray, PinnedArray, Stream
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import hold
 from admtrt.runtime.slots import slots_for
+from admtrt.runtime.trt.lane import StepKind
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
@@ -224,7 +225,7 @@ def test_a_lane_closes_behind_what_was_enqueued_before_a_fault(
             ),
         )
         with pytest.raises(EngineError, match="lost"):
-            opened.step(guided=True)
+            opened.step(StepKind(guided=True, full=False, dynamic=False))
     denoiser.close()
     assert cuda_stub.counts() == before
 

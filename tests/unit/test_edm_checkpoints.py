@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from goldens import generated_weights
+from sparse_checkpoints import zeros_file
 
 from admtrt.cli import run
 from admtrt.config import EdmConfig, UNetConfig
@@ -142,13 +143,9 @@ def test_published_levels(name: str, levels: tuple[int, ...], of: int) -> None:
 def test_a_published_file_asks_which_it_is(tmp_path: Path) -> None:
     """Shapes and the file's own name are no evidence: a name is easily changed."""
     shapes = shapes_of_network(checkpoint_config_from_preset("cd_imagenet64_l2"))
-    path = tmp_path / "cd_imagenet64_l2.pt"
-    torch.save({
-        key: torch.zeros(()).expand(*shape, 1) if key.endswith((".qkv.weight", ".proj_out.weight"))
-        else torch.zeros(()).expand(shape)
-        for key, shape in shapes.items()
-    }, path)  # fmt: skip
-    stored = open_checkpoint(path)
+    images = (".qkv.weight", ".proj_out.weight")
+    as_published = {key: (*shape, 1) if key.endswith(images) else shape for key, shape in shapes.items()}
+    stored = open_checkpoint(zeros_file(tmp_path / "cd_imagenet64_l2.safetensors", as_published))
     with pytest.raises(CheckpointError, match=r"do not tell .*kind") as caught:
         identify(stored, kinds=("unet",))
     assert "'edm_imagenet64_ema', 'cd_imagenet64_l2', 'cd_imagenet64_lpips', 'ct_imagenet64'" in (

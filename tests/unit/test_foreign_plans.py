@@ -152,8 +152,8 @@ def test_kernels_that_came_with_a_bundle_are_compiled_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "theirs"))
     rig.build()
     assert kernels_read() == []
-    assert len(kernels_read()) == 3
+    assert len(kernels_read()) == len(rig.bundle.manifest.graphs)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "ours"))
     rig.build()
     assert kernels_read() == []
-    assert len(kernels_read()) == 3  # ours by now
+    assert len(kernels_read()) == len(rig.bundle.manifest.graphs)  # ours by now

@@ -45,7 +45,10 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-GRAPHS = ["classifier_gradient.onnx", "unet.onnx", "update.onnx"]
+GRAPHS = [
+    "classifier_gradient.onnx", "edit.onnx", "edit_low_pass.onnx", "threshold.onnx", "unet.onnx",
+    "update.onnx", "update_full.onnx",
+]  # fmt: skip
 
 
 def test_a_bundle_is_hashed_once(bundle: Path, read: list[str], cache: Path) -> None:

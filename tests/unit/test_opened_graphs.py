@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import exported_bundle
+from graph_calls import unet_out
 
 from admtrt.bundle import Bundle
 from admtrt.errors import BundleError
@@ -51,11 +52,11 @@ def test_onnxruntime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_openvino_when_it_opens_and_when_it_compiles(bundle: Bundle) -> None:
     denoiser = OpenVinoDenoiser(bundle, threads=1, graphs=["unet"])
     x, t = np.zeros((1, 1, 8, 8), np.float32), np.zeros(1, np.float32)
-    denoiser.unet(x, t, None, None)
+    unet_out(denoiser, x, t)
     replaces(bundle, lambda: None)()
-    denoiser.unet(x, t, None, None)  # compiled before that
+    unet_out(denoiser, x, t)  # compiled before that
     with pytest.raises(BundleError, match=CHANGED):
-        denoiser.unet(np.repeat(x, 2, 0), np.repeat(t, 2), None, None)
+        unet_out(denoiser, np.repeat(x, 2, 0), np.repeat(t, 2))
     with pytest.raises(BundleError, match=CHANGED):
         OpenVinoDenoiser(bundle, threads=1, graphs=["unet"])
 

@@ -128,7 +128,7 @@ def test_plans_that_cannot_be_used_are_shown_as_such(
     ("name", "message"),
     [
         ("zz", "no plans have a name that begins with 'zz'; there are "),
-        ("", "3 plans have a name that begins with ''; there are "),
+        ("", "7 plans have a name that begins with ''; there are "),
     ],
 )
 def test_a_plan_that_is_not_one(
@@ -151,7 +151,7 @@ def test_layers_of_a_plan_for_another_gpu(
     assert (
         f"plan {name[:12]} cannot be opened on Other (SM90): it was built for GeForce Double (SM89)" in said
     )
-    assert "admtrt build --report" in said
+    assert "admtrt build BUNDLE --report" in said
 
 
 def test_layers_of_a_plan_without_details_are_names() -> None:

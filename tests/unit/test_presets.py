@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from sparse_checkpoints import zeros_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
@@ -172,19 +173,6 @@ def test_presets_do_not_load_torch() -> None:
 
 def published_shapes(name: str) -> dict[str, tuple[int, ...]]:
     return {key: tuple(value.shape) for key, value in published_network(name).state_dict().items()}
-
-
-def zeros_file(path: Path, shapes: dict[str, tuple[int, ...]]) -> Path:
-    """A state dict of full-size float32 zeros in little space: the tensors are a hole in the file."""
-    header, end = {}, 0
-    for key, shape in shapes.items():
-        start, end = end, end + 4 * math.prod(shape)
-        header[key] = {"dtype": "F32", "shape": shape, "data_offsets": (start, end)}
-    described = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(described).to_bytes(8, "little") + described)
-        file.truncate(file.tell() + end)
-    return path
 
 
 def test_a_better_fitting_preset_is_named(tmp_path: Path) -> None:

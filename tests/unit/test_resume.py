@@ -206,11 +206,10 @@ def test_a_few_nan_steps_are_skipped(tmp_path, monkeypatch):
 def test_nan_again_and_again_stops_the_run_and_keeps_the_last_good_state(tmp_path, monkeypatch):
     run(tiny_config(steps=4), tmp_path / "good")
     poison(monkeypatch, range(4, 1000))
-    with pytest.raises(
-        TrainingDivergedError, match=r"3 steps in a row, up to step 7[\s\S]*of step 4, is kept in"
-    ) as error:
+    with pytest.raises(TrainingDivergedError, match="3 steps in a row, up to step 7") as error:
         run(tiny_config(steps=12, max_nan_steps=3), tmp_path / "nan")
-    assert str(tmp_path / "nan" / STATE) in str(error.value)
+    assert str(tmp_path / "nan" / STATE) in error.value.hint
+    assert "of step 4, is kept in" in error.value.hint
     assert same(tmp_path / "good" / STATE, tmp_path / "nan" / STATE)
 
 

@@ -69,7 +69,7 @@ def test_commands_that_are_killed_lose_leave_and_change_nothing() -> None:
         (["c.toml", "out.pt"], "expected a name that ends in .safetensors"),
         (["c.toml", "out.safetensors", "--half"], "--half is for presets"),
         (["64x64_classifier", "out.pt", "--kind", "unet"], "--kind is for a TOML"),
-        (["65x65_diffusion", "out.pt"], "The presets are 64x64_diffusion,"),
+        (["65x65_diffusion", "out.pt"], "no preset '65x65_diffusion'; did you mean '64x64_diffusion'"),
     ],
 )
 def test_generated_checkpoints_that_cannot_be(
