@@ -5,12 +5,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import stat
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from io import BufferedReader
     from pathlib import Path
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def open_regular(path: Path) -> BufferedReader:
@@ -56,9 +59,16 @@ def parse_json(text: str | bytes) -> Any:
     """The value of a JSON document.
 
     Raises:
-        ValueError: if it is not JSON in UTF-8, or nested too deeply.
+        ValueError: if it is not JSON in UTF-8, nested too deeply, or has a text that UTF-8 cannot hold.
     """
+    document = text.decode("utf-8") if isinstance(text, bytes) else text
     try:
-        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text)
+        value = json.loads(document)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if _SURROGATE.search(document) is not None:
+        try:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError:
+            raise ValueError("a text in it has half of a surrogate pair") from None
+    return value

@@ -410,6 +410,12 @@ def big_manifest(file: Path) -> None:
         (lambda file: (file.touch(), big_manifest(file)), "it is larger than"),
         (lambda file: file.write_text("[" * 100_000), "nested too deeply"),
         (lambda file: file.write_text('{"a":' * 100_000), "nested too deeply"),
+        (lambda file: file.write_text(r'{"a": "\ud800"}'), "half of a surrogate pair"),
+        (lambda file: file.write_text(r'{"\uDFFF": "\ud83d\ude00"}'), "half of a surrogate pair"),
+        (
+            lambda file: file.write_text(r'{"schema_version": "\ud83d\ude00"}'),
+            "has schema_version '\N{GRINNING FACE}'",
+        ),
     ],
 )
 def test_a_manifest_that_is_something_else(bundle: Path, put: Any, fault: str) -> None:

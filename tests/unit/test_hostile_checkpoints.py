@@ -117,6 +117,7 @@ def test_a_header_of_safetensors_without_end(worker: Worker, tmp_path: Path) -> 
         (b"{" + b",".join(entry % i for i in range(200_000)) + b"}", "its header would have"),
         (b"[" * 8_000_000, "its header would have|damaged"),
         (b'{"__metadata__":{"admtrt":"' + b"[" * 100_000 + b'"}}', "no JSON object"),
+        (rb'{"__metadata__":{"admtrt":"{\"\\ud800\": 1}"}}', "no JSON object"),
     ):
         path.write_bytes(struct.pack("<Q", len(header)) + header)
         outcome = worker.run(["convert", path, tmp_path / "b.pt"], seconds=20)
