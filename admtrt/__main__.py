@@ -19,7 +19,7 @@ _PATIENCE = 2  # signals that raise: the first stops, the second stops waiting; 
 
 
 def _leave_at_once() -> None:
-    """What is left is the interpreter's own end, in which an exception would be told as a fault."""
+    """Let signals end the process at once: an exception in the interpreter's shutdown is told as a fault."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is _stop:
             signal.signal(number, lambda received, _: os._exit(128 + received))

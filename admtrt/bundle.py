@@ -322,7 +322,7 @@ def _inside(path: Path, name: str) -> Path:
 
 
 def _followed(path: Path, file: Path) -> Path | None:
-    """Where links lead; None if out of the bundle."""
+    """The file that links lead to; None if it lies outside the bundle."""
     root, resolved = Path(os.path.realpath(path)), Path(os.path.realpath(file))
     return resolved if resolved.is_relative_to(root) and resolved != root else None
 

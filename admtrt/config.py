@@ -193,7 +193,7 @@ def _suggestion(name: str, model: type[BaseModel] | None) -> str:
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str | None:
-    """What was meant by an unknown key: what the original calls so, else the known one most like it."""
+    """The key meant by an unknown one: its name in the original's flags, else the most similar known key."""
     if _ORIGINAL_FLAGS.get(name) in known:
         return _ORIGINAL_FLAGS[name]
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)

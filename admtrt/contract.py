@@ -119,9 +119,7 @@ def update_spec(config: UNetConfig) -> GraphSpec:
     event = event_shape(config)
     return GraphSpec(
         inputs=(
-            _tensor("x", *event),
-            _tensor("out", config.out_channels, *event[1:]),
-            _tensor("grad", *event),
+            *_state_inputs(config),
             _tensor("noise", *event),
             _tensor("coefficients", len(UPDATE)),
         ),
@@ -129,14 +127,18 @@ def update_spec(config: UNetConfig) -> GraphSpec:
     )
 
 
+def _state_inputs(config: UNetConfig) -> tuple[TensorSpec, ...]:
+    """The state, the UNet's output and the classifier's gradient, as every update takes them."""
+    event = event_shape(config)
+    return _tensor("x", *event), _tensor("out", config.out_channels, *event[1:]), _tensor("grad", *event)
+
+
 def update_full_spec(config: UNetConfig) -> GraphSpec:
     """As ``update``, with the memory ``saved``, ``h1``, ``h2``, the threshold ``r`` and ``saved_next``."""
     event = event_shape(config)
     return GraphSpec(
         inputs=(
-            _tensor("x", *event),
-            _tensor("out", config.out_channels, *event[1:]),
-            _tensor("grad", *event),
+            *_state_inputs(config),
             _tensor("noise", *event),
             *(_tensor(name, *event) for name in ("saved", "h1", "h2")),
             _tensor("r"),
@@ -148,12 +150,9 @@ def update_full_spec(config: UNetConfig) -> GraphSpec:
 
 def threshold_spec(config: UNetConfig) -> GraphSpec:
     """``r``, the threshold of every sample, from what ``update_full`` bounds by it."""
-    event = event_shape(config)
     return GraphSpec(
         inputs=(
-            _tensor("x", *event),
-            _tensor("out", config.out_channels, *event[1:]),
-            _tensor("grad", *event),
+            *_state_inputs(config),
             _tensor("coefficients", len(UPDATE_FULL)),
         ),
         outputs=(_tensor("r"),),

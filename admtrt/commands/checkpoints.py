@@ -140,7 +140,7 @@ def load_pair(
 
 
 def describes_networks(config: Path) -> bool:
-    """Whether a TOML file has a section of a network.
+    """True if a TOML file has a section of a network.
 
     Raises:
         ConfigError: as :func:`admtrt.config.load_config`.

@@ -130,7 +130,7 @@ def samples(
     ] = False,
     json: Json = False,
 ) -> None:
-    """How good samples are: FID, sFID, IS, precision, recall, KID, density, coverage, without PyTorch."""
+    """Measure samples: FID, sFID, IS, precision, recall, KID, density, coverage, without PyTorch."""
     from admtrt.evaluate.compare import Asked, asked_metrics
     from admtrt.evaluate.extract import check_backend
     from admtrt.evaluate.judging import Computing, Evaluator

@@ -39,7 +39,7 @@ def _option(help_text: str, metavar: str | None = None, *, flag: tuple[str, ...]
 
 @dataclass(frozen=True, eq=False)
 class ReadImages:
-    """What the files of the options hold.
+    """The contents of the files that the options name.
 
     Attributes:
         inputs: of the samples, not checked together yet.

@@ -400,7 +400,7 @@ def _read_npz(path: Path) -> tuple[Pixels, Labels | None]:
 
 
 def _npz_fault(path: Path, archive: Archive) -> str:
-    """What is wrong with the images and labels of an archive, by their headers alone."""
+    """The fault in the images and labels of an archive, by their headers alone."""
     if "arr_0" not in archive.names:
         return f"{path} holds no arr_0 (it holds: {', '.join(archive.names) or 'nothing'})"
     images = archive.header("arr_0")

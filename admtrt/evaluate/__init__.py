@@ -1,1 +1,1 @@
-"""How good samples are: metrics on features of a network that runs as an ONNX graph, without PyTorch."""
+"""Metrics of sample quality on features of a network that runs as an ONNX graph, without PyTorch."""

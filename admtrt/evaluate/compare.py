@@ -67,7 +67,7 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What samples are compared with.
+    """The reference that samples are compared with.
 
     Attributes:
         features: of the reference's images; None where only statistics are stored.

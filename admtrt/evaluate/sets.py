@@ -1,4 +1,4 @@
-"""What an evaluation is given: samples and their reference, as images, as features or as statistics."""
+"""Inputs of an evaluation: samples and their reference, as images, as features or as statistics."""
 
 from __future__ import annotations
 

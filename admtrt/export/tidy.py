@@ -1,4 +1,4 @@
-"""What PyTorch's exporter leaves behind, made small without changing a value.
+"""Exact simplifications of what PyTorch's exporter leaves behind.
 
 PyTorch's own optimisation (``torch.onnx.export(optimize=True)``) is not used: its patterns compare constants
 with a tolerance, so that it deletes ``+ 1e-8`` and ``* 1.000005``, and other rewrites move ties and ends.

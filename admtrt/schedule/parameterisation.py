@@ -1,4 +1,4 @@
-"""What networks predict: weights of the state and of the output in x_0, and the variance of DDPM's steps."""
+"""Parameterisations of networks: weights of the state and of the output in x_0, and DDPM's variance."""
 
 from __future__ import annotations
 

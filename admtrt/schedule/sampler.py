@@ -1,4 +1,4 @@
-"""How samples are drawn: the choices of a sampler, checked against what its solver takes."""
+"""Sampler configuration: the choices of a sampler, checked against what its solver takes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the paper form of every solver is given: noise levels in the papers' notation, and x_theta(x_t, t)."""
+"""Inputs of every solver's paper form: noise levels in the papers' notation, and x_theta(x_t, t)."""
 
 from __future__ import annotations
 
