@@ -29,7 +29,9 @@ USED = (
     "Buffer.close",
     "Buffer.copy_from",
     "Buffer.fill",
+    "Buffer.from_handle",
     "Buffer.handle",
+    "Buffer.size",
     "Device.allocate",
     "Device.create_event",
     "Device.create_stream",
@@ -211,6 +213,12 @@ class DeviceArray(_Closing):
     def address(self) -> int:
         """Where it lies."""
         return int(self.inner.handle)
+
+    def rows(self, first: int, count: int) -> DeviceArray:
+        """``count`` rows from ``first`` on, in the same memory; there is nothing to give back."""
+        size = self.inner.size // self.shape[0]
+        part = _ask(type(self.inner).from_handle, self.address + first * size, count * size, owner=self.inner)
+        return DeviceArray(part, (count, *self.shape[1:]), self.dtype)
 
     def copy_from(self, source: DeviceArray | PinnedArray, stream: Stream) -> None:
         """Enqueue a copy of an equally large array."""

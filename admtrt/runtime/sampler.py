@@ -155,6 +155,11 @@ def _feeds(slots: Slots, inputs: StepInputs, graph: GraphName) -> dict[str, Arra
     return {"x": slots.x, "t": inputs.t, **slots.conditions.get(graph, {})}
 
 
+def gathered_size(count: int, batch: int) -> int:
+    """The samples that a gradient runs for where ``count`` of a batch are guided: a power of two, or all."""
+    return min(1 << (count - 1).bit_length(), batch)
+
+
 def _gradient(slots: Slots, inputs: StepInputs, denoiser: Denoiser) -> Images:
     """The gradient of the slots whose step is guided, zeros for the others.
 
@@ -168,7 +173,7 @@ def _gradient(slots: Slots, inputs: StepInputs, denoiser: Denoiser) -> Images:
     feeds = _feeds(slots, inputs, GUIDE)
     if len(rows) == len(slots):
         return denoiser.run(GUIDE, feeds)["grad"]
-    size = min(1 << (len(rows) - 1).bit_length(), len(slots))
+    size = gathered_size(len(rows), len(slots))
     gathered = np.pad(rows, (0, size - len(rows)), mode="edge")
     results = denoiser.run(GUIDE, {name: values[gathered] for name, values in feeds.items()})
     grad[rows] = results["grad"][: len(rows)]

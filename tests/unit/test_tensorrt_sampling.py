@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -331,6 +332,141 @@ def test_edited_samples_share_a_batch_and_come_later(rig: Rig) -> None:
             held.advance()
         held.read()
     np.testing.assert_allclose(ours.x, expected.x, rtol=0, atol=_ROUNDING)
+
+
+def partly_guided(guided: list[bool], steps: str = "6") -> Slots:
+    """Samples of which some are guided; the first has an interval that it leaves."""
+    configs = [
+        SamplerConfig(steps=steps, scale=2.0 if here else 0.0, guidance_interval=None) for here in guided
+    ]
+    if guided[0]:
+        configs[0] = SamplerConfig(steps=steps, scale=2.0, guidance_interval=(0.5, 20.0))
+    schedules = [sampling_schedule(DiffusionConfig(), config) for config in configs]
+    labels = np.arange(len(guided)) % 3
+    seeds = list(range(len(guided)))
+    return slots_for(UNET, CLASSIFIER, schedules, seeds, labels=labels, guided=True)
+
+
+@pytest.mark.parametrize(
+    ("rtx", "order"), [(False, order) for order in cuda_stub.ORDERS] + [(True, "lazy"), (True, "eager")]
+)
+@pytest.mark.parametrize(
+    ("guided", "sizes"),
+    [
+        ([True, False, False, True, True, False, True, False], [4]),  # 3 or 4 of 8
+        ([True, False, False, False, False], [1]),  # 1 or none
+        ([False, True, True, True, True, True], []),  # the whole batch, and rows of it are emptied
+    ],
+)
+def test_only_guided_samples_pay_for_the_gradient(
+    guided: list[bool],
+    sizes: list[int],
+    rtx: bool,
+    order: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    rig = Rig(monkeypatch, tmp_path, rtx=rtx, order=order)
+    rig.build()
+    expected, ours = partly_guided(guided), partly_guided(guided)
+    with rig.open() as denoiser, hold(ours, denoiser) as held:
+        for _ in range(6):
+            advance(expected, pipeline("guided").denoiser)
+            held.advance()
+        held.read()
+        (lane,) = denoiser._lanes.values()
+        assert list(lane._gradients) == sizes
+        # Whatever a gradient holds, none of it reaches samples that are not guided.
+        rows = np.array([schedule.guided[-1] for schedule in ours.schedules])
+        assert not on_device(lane, "grad")[~rows].any()
+    np.testing.assert_allclose(ours.x, expected.x, rtol=0, atol=_ROUNDING)
+
+
+@pytest.mark.parametrize("guided", [[True, False, True, False, False], [False, True, True, True]])
+def test_a_gradient_that_overflowed_stays_with_its_sample(guided: list[bool], rig: Rig) -> None:
+    ours, others = np.array(guided), ~np.array(guided)
+    clean, spoilt, again = (partly_guided(guided) for _ in range(3))
+    spoilt.x[ours] = np.nan
+    with rig.open() as denoiser:
+        for slots in (clean, spoilt, again):
+            with hold(slots, denoiser) as held:
+                for _ in range(4):
+                    held.advance()
+                held.read()
+    assert np.isnan(spoilt.x[ours]).all()
+    np.testing.assert_array_equal(spoilt.x[others], clean.x[others])
+    np.testing.assert_array_equal(again.x, clean.x)
+
+
+def test_one_pair_of_graphs_serves_any_rows_of_a_number(rig: Rig) -> None:
+    with rig.open() as denoiser:
+        for guided in ([True, False, True, False], [False, True, True, False], [False, False, True, True]):
+            cuda_stub.log()
+            slots = partly_guided(guided)
+            with hold(slots, denoiser) as held:
+                for _ in range(3):
+                    held.advance()
+                held.read()
+            (lane,) = denoiser._lanes.values()
+        assert sum(piece[0] == 2 for piece in lane._graphs) == 1
+        assert not any(line.startswith("s") and "run" in line for line in cuda_stub.log())
+
+
+def test_sizes_of_the_gradient_are_prepared_or_share_two_places(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rig = Rig(monkeypatch, tmp_path, profiles=((1, 8, 32),))
+    rig.build()
+    before = cuda_stub.counts()
+
+    def taken(count: int) -> None:
+        slots = partly_guided([False] * (32 - count) + [True] * count)
+        with hold(slots, denoiser) as held:
+            for _ in range(3):
+                held.advance()
+
+    with rig.open() as denoiser:
+        denoiser.prepare({"unet": [32], "classifier_gradient": [4, 32, 40, 0]})
+        (lane,) = denoiser._lanes.values()
+        assert list(lane._gradients) == [4]
+        for count in (1, 2, 7, 3, 12):
+            taken(count)
+        assert sorted(lane._gradients) == [4, 8, 16]
+        assert {piece[0] for piece in lane._graphs if piece[1] is None} <= {4, 8, 16}
+        denoiser.prepare({"unet": [32]})
+        assert not lane._gradients
+    assert cuda_stub.counts() == before
+
+
+def test_the_gradient_s_own_profiles_decide_its_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path)
+    rig.profiles["classifier_gradient"] = ((3, 4, 8),)
+    rig.build()
+    guided = [False, True, False, False, False]
+    expected, ours = partly_guided(guided), partly_guided(guided)
+    with rig.open() as denoiser, hold(ours, denoiser) as held:
+        for _ in range(3):
+            advance(expected, pipeline("guided").denoiser)
+            held.advance()
+        held.read()
+        (lane,) = denoiser._lanes.values()
+        assert list(lane._gradients) == [3]
+    np.testing.assert_allclose(ours.x, expected.x, rtol=0, atol=_ROUNDING)
+
+
+def test_kernels_for_gathered_rows_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rig = Rig(monkeypatch, tmp_path, rtx=True)
+    rig.build()
+    kept: list[str] = []
+    with rig.open() as denoiser:
+        for graph, kernels in denoiser._kernels.items():
+            monkeypatch.setattr(kernels, "keep", functools.partial(kept.append, graph))
+        for guided in ([True] * 4, [False, True, False, False]):
+            for expected in (sorted(denoiser._kernels), []):
+                with hold(partly_guided(guided), denoiser) as held:
+                    held.advance()
+                assert sorted(kept) == expected
+                kept.clear()
 
 
 def test_single_graphs_on_host_arrays(rig: Rig) -> None:

@@ -98,7 +98,6 @@ class TensorRTDenoiser(GraphDenoiser):
         self._lanes: dict[int, Lane] = {}
         self._prepared: set[int] = set()
         self._held = False
-        self._unkept = False
         self._closing = weakref.finalize(
             self, _close_at_last, self._device, self._lanes, self._engines, self._kernels
         )
@@ -141,15 +140,15 @@ class TensorRTDenoiser(GraphDenoiser):
     def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
         """See :meth:`GraphDenoiser.prepare`.
 
-        A step of held slots runs every graph at the size of the UNet: its sizes alone are prepared for, each
-        padded to one that the plans take.
+        A step of held slots runs every graph at the size of the UNet, padded to one that the plans take, and
+        the gradient at sizes of its own where only some samples are guided.
         """
         self._activate()
         self._prepared = {self._padded(size) for size in sizes.get("unet", ())}
         for batch in self._lanes.keys() - self._prepared:
             self._lanes.pop(batch).close()
         for batch in sorted(self._prepared):
-            self._lane(batch)
+            self._lane(batch).prepare_gradients(sizes.get("classifier_gradient", ()))
         self._keep_kernels()
 
     def check_batch(self, batch: int) -> None:
@@ -189,7 +188,6 @@ class TensorRTDenoiser(GraphDenoiser):
                 self._lanes.pop(sharing[0]).close()
             capture = self.library.flavor != "rtx"
             lane = Lane(self._device, self._engines, self._sources, batch, capture=capture)
-            self._unkept = True
         self._lanes[batch] = lane  # the last of the dictionary is the last that was used
         return lane
 
@@ -212,10 +210,11 @@ class TensorRTDenoiser(GraphDenoiser):
         return all(engine.profile(batch) is not None for engine in self._engines.values())
 
     def _keep_kernels(self) -> None:
-        if self._unkept:
-            for kernels in self._kernels.values():
-                kernels.keep()
-            self._unkept = False
+        fresh = [lane for lane in self._lanes.values() if lane.fresh]
+        for kernels in self._kernels.values() if fresh else ():
+            kernels.keep()
+        for lane in fresh:
+            lane.fresh = False
 
 
 def _close(

@@ -6,14 +6,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple, Self
 
+import numpy as np
+
 from admtrt.runtime.cuda import at_exit
 from admtrt.runtime.sampler import draw_noise, draw_second_noise, step_inputs
-from admtrt.runtime.trt.lane import StepKind, coefficients_of, fill_rows
+from admtrt.runtime.slots import GUIDE
+from admtrt.runtime.trt.lane import GATHERED, StepKind, coefficients_of, fill_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from concurrent.futures import Future
     from types import TracebackType
+
+    from numpy.typing import NDArray
 
     from admtrt.runtime.cuda import CudaDevice
     from admtrt.runtime.sampler import StepInputs
@@ -27,13 +32,17 @@ class _Stage:
     """Host memory for one step's inputs."""
 
     def __init__(self, device: CudaDevice, lane: Lane, stack: ExitStack) -> None:
+        self._lane = lane
         self.arrays = {key: stack.enter_context(lane.pinned(key)) for key in lane.step_inputs}
         self.read = stack.enter_context(device.event())  # the GPU has read it: it may be filled again
 
     def fill(self, slots: Slots, inputs: StepInputs) -> _Filled:
         """Write a step's inputs, its noise drawn now; calls nothing of CUDA."""
+        guided, lane = np.flatnonzero(inputs.guided), self._lane
+        mixed = 0 < len(guided) < len(slots)
+        all_or_none = lane.batch if len(guided) else 0
         kind = StepKind(
-            guided=bool(inputs.guided.any()),
+            gradient=lane.gradient_size(len(guided)) if mixed else all_or_none,
             full=inputs.full,
             dynamic=inputs.dynamic,
             edits=tuple(inputs.edits),
@@ -45,6 +54,9 @@ class _Stage:
             given[coefficients_of("update_full")] = inputs.coefficients
             if not kind.dynamic:
                 given["r"] = inputs.clip
+        if mixed and kind.gradient < lane.batch:
+            taken = {"t": inputs.t, **slots.conditions[GUIDE]}
+            given |= {(GATHERED, name): values[guided] for name, values in taken.items()}
         noise = draw_noise(slots, inputs)
         if noise is not None:
             given["noise"] = noise
@@ -54,14 +66,15 @@ class _Stage:
             given["noise2"] = second
         for key, rows in given.items():
             fill_rows(self.arrays[key].array, rows)
-        return _Filled(kind, tuple(given))
+        return _Filled(kind, tuple(given), guided if mixed else None)
 
 
 class _Filled(NamedTuple):
-    """What a stage holds: the kind of its step, and the arrays that were filled for it."""
+    """What a stage holds: the kind of its step, the arrays that were filled, and the guided rows if mixed."""
 
     kind: StepKind
     keys: tuple[Key, ...]
+    guided: NDArray[np.int64] | None
 
 
 class HeldOnDevice:
@@ -102,7 +115,7 @@ class HeldOnDevice:
         for key in filled.keys:
             lane.send(key, stage.arrays[key])
         lane.main.record(stage.read)
-        lane.step(filled.kind)
+        lane.step(filled.kind, filled.guided)
         slots.position += 1
         self._taken += 1
         self._fresh = False

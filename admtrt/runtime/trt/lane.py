@@ -5,6 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
+from admtrt.runtime.cuda import at_exit
+from admtrt.runtime.sampler import gathered_size
+from admtrt.runtime.slots import GUIDE
 from admtrt.schedule.edits import EDIT_GRAPHS
 
 if TYPE_CHECKING:
@@ -17,14 +22,24 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.sources import GraphSource
     from admtrt.runtime.trt.engine import Binding, Engine
 
-    Key = str | tuple[GraphName, str]
+    Key = str | tuple[str, str]
     """Of an array: a name that all graphs share, or a graph and its own tensor."""
+
+    Update = tuple[bool, bool, tuple[GraphName, ...]]
+    """What a step runs behind the networks: fields of :class:`StepKind`."""
+
+    Piece = tuple[int | None, Update | None]
+    """Of a step: how many samples the gradient runs for beside the UNet, and what comes behind, or None."""
+
+GATHERED = "gathered"
+"""In place of a graph in the key of a tensor of the gradient that has rows of the guided samples alone."""
 
 _ONE_FOR_ALL = (
     "x", "t", "out", "grad", "noise", "saved", "h1", "h2", "r", "x_prev", "pred_x0", "saved_next",
     "noise2", "x_edited",
 )  # fmt: skip
 _WITH_ROWS: tuple[GraphName, ...] = ("update", "update_full", *EDIT_GRAPHS)
+_SHARED = 2  # contexts for gathered rows, of sizes that nobody prepared
 _SAME_ROW: dict[GraphName, GraphName] = {"threshold": "update_full"}
 """Graphs that take the coefficients of another."""
 
@@ -33,16 +48,21 @@ class StepKind(NamedTuple):
     """What a step runs besides the UNet.
 
     Attributes:
-        guided: the classifier's gradient.
+        gradient: samples that the classifier's gradient runs for; 0 for none.
         full: ``update_full`` with the solvers' memory in place of ``update``.
         dynamic: ``threshold`` before it; else the thresholds are those that were sent.
         edits: the graphs that edit x_prev, in order.
     """
 
-    guided: bool
+    gradient: int
     full: bool
     dynamic: bool
     edits: tuple[GraphName, ...] = ()
+
+    @property
+    def update(self) -> Update:
+        """Everything but the gradient."""
+        return (self.full, self.dynamic, self.edits)
 
 
 class Lane:
@@ -51,6 +71,10 @@ class Lane:
     A step runs the classifier's gradient on a stream of its own beside the UNet, then the update and the
     edits, and puts x_prev where x was and the memory where it is read. From the second step of a kind on it
     is a CUDA graph; where the library cannot be captured, its work is enqueued every time.
+
+    Where only some samples are guided, their rows of x are gathered in front of the networks, and the rows of
+    their gradient put back behind them; all other rows of it are zeros. These copies, one for each run of
+    neighbouring rows, lie between two CUDA graphs, so that one pair serves any rows of that number.
 
     Args:
         device: the GPU, which has to be the current one.
@@ -62,6 +86,7 @@ class Lane:
     Attributes:
         batch: as given.
         main: the stream of the update and of every copy.
+        fresh: whether contexts were made, and so kernels compiled, since somebody set it to False.
         capture_fault: why steps could not be captured; empty where none was tried or all succeeded.
 
     Raises:
@@ -79,36 +104,41 @@ class Lane:
     ) -> None:
         self.batch = batch
         self.capture_fault = ""
+        self.fresh = True
         self._may_capture = capture
         self._device = device
+        self._engines = engines
         self._sources = sources
-        self._graphs: dict[StepKind, Graph] = {}
-        self._warm: set[StepKind] = set()
+        self._graphs: dict[Piece, Graph] = {}
+        self._warm: set[Piece] = set()
         self._staging: dict[Key, PinnedArray] = {}
         self._arrays: dict[Key, DeviceArray] = {}
         self._bindings: dict[GraphName, Binding] = {}
+        self._gradients: dict[int, Binding] = {}  # of gathered rows, by their number
+        self._prepared: set[int] = set()  # of these
         with ExitStack() as stack:
             self.main = stack.enter_context(device.stream())
             self._side = stack.enter_context(device.stream())
             self._forked = stack.enter_context(device.event())
             self._joined = stack.enter_context(device.event())
-            for graph, source in sources.items():
-                for tensor in (*source.spec.inputs, *source.spec.outputs):
-                    key = _key(graph, tensor)
-                    if key not in self._arrays:
-                        array = stack.enter_context(
-                            device.array(tensor.sized(batch), tensor.dtype, self.main)
-                        )
-                        array.clear(self.main)  # what was never written must at least be finite
-                        self._arrays[key] = array
-            stack.callback(self._bindings.clear)
-            for graph, engine in engines.items():
-                spec = sources[graph].spec
-                addresses = {
-                    tensor.name: self._arrays[_key(graph, tensor)].address
-                    for tensor in (*spec.inputs, *spec.outputs)
-                }
-                self._bindings[graph] = engine.bind(batch, addresses, self.main)
+            tensors = [
+                (_key(graph, tensor), tensor)
+                for graph, source in sources.items()
+                for tensor in (*source.spec.inputs, *source.spec.outputs)
+            ]
+            if GUIDE in sources:
+                spec = sources[GUIDE].spec
+                tensors += [((GATHERED, each.name), each) for each in (*spec.inputs, *spec.outputs)]
+            for key, tensor in tensors:
+                if key not in self._arrays:
+                    array = stack.enter_context(device.array(tensor.sized(batch), tensor.dtype, self.main))
+                    array.clear(self.main)  # what was never written must at least be finite
+                    self._arrays[key] = array
+            for bindings in (self._bindings, self._gradients):
+                stack.callback(bindings.clear)
+            stack.push(at_exit(self._close_graphs))
+            for graph in engines:
+                self._bindings[graph] = self._bound(graph, batch)
             self._stack = stack.pop_all()
 
     @property
@@ -116,6 +146,8 @@ class Lane:
         """The arrays that a step is fed from the host, whatever its kind."""
         rows = [coefficients_of(graph) for graph in _WITH_ROWS]
         fed: list[Key] = ["t", "noise", "noise2", "r", *rows]
+        if GUIDE in self._sources:
+            fed += [(GATHERED, each.name) for each in self._sources[GUIDE].spec.inputs if each.name != "x"]
         return [key for key in fed if key in self._arrays]
 
     def pinned(self, key: Key) -> PinnedArray:
@@ -151,51 +183,142 @@ class Lane:
         outputs = self.download([_key(graph, tensor) for tensor in spec.outputs], count)
         return dict(zip([tensor.name for tensor in spec.outputs], outputs, strict=True))
 
-    def step(self, kind: StepKind) -> None:
+    def gradient_size(self, count: int) -> int:
+        """The number of samples that the gradient runs for where ``count`` are guided: one of few, or all."""
+        engine = self._engines[GUIDE]
+        least = gathered_size(count, self.batch)
+        sizes = (least, *(profile.smallest for profile in engine.profiles))
+        fitting = [size for size in sizes if size >= least and engine.profile(size) is not None]
+        return min([*fitting, self.batch])
+
+    def prepare_gradients(self, counts: Sequence[int]) -> None:
+        """Make what the gradient of these numbers of guided samples takes, and keep it; drop all else.
+
+        Raises:
+            EngineError: if the GPU has no room, or the library refuses.
+        """
+        sizes = {self.gradient_size(count) for count in counts if 0 < count < self.batch} - {self.batch}
+        self._prepared = sizes
+        for size in self._gradients.keys() - sizes:
+            self._drop_gradient(size)
+        for size in sorted(sizes):
+            self._bind_gradient(size)
+
+    def step(self, kind: StepKind, guided: NDArray[np.int64] | None = None) -> None:
         """Enqueue one step of all samples, x to x.
+
+        Args:
+            kind: what it runs.
+            guided: int64 [n], the rows that are guided, in order, where these are some and not all;
+                ``kind.gradient`` is then their :meth:`gradient_size`, and what the gradient takes of them
+                besides x has been sent.
 
         Raises:
             EngineError: if the library refuses.
         """
-        if self._may_capture and kind in self._warm and kind not in self._graphs:
-            self._capture(kind)
-        if kind in self._graphs:
-            self._graphs[kind].launch(self.main)
+        if guided is None:
+            self._launch((kind.gradient, kind.update))
+            return
+        x, grad = self._arrays["x"], self._arrays["grad"]
+        if kind.gradient == self.batch:
+            self._launch((kind.gradient, None))
+            for first, count in _runs(np.setdiff1d(np.arange(self.batch), guided)):
+                grad.rows(first, count).clear(self.main)
         else:
-            self._enqueue(kind)
-            self._warm.add(kind)  # what the library prepares at a first run cannot be captured
+            self._bind_gradient(kind.gradient)
+            gathered_x, gathered = self._arrays[GATHERED, "x"], self._arrays[GATHERED, "grad"]
+            runs = _runs(guided)
+            places = np.cumsum([0, *(count for _, count in runs)]).tolist()
+            for place, (first, count) in zip(places, runs, strict=False):
+                gathered_x.rows(place, count).copy_from(x.rows(first, count), self.main)
+            self._launch((kind.gradient, None))
+            grad.clear(self.main)
+            for place, (first, count) in zip(places, runs, strict=False):
+                grad.rows(first, count).copy_from(gathered.rows(place, count), self.main)
+        self._launch((None, kind.update))
 
-    def _enqueue(self, kind: StepKind) -> None:
-        arrays, main = self._arrays, self.main
-        if kind.guided:
-            main.record(self._forked)
-            self._side.wait(self._forked)
-            self._bindings["classifier_gradient"].enqueue(self._side)
-            self._side.record(self._joined)
+    def _launch(self, piece: Piece) -> None:
+        if self._may_capture and piece in self._warm and piece not in self._graphs:
+            self._capture(piece)
+        if piece in self._graphs:
+            self._graphs[piece].launch(self.main)
         else:
-            arrays["grad"].clear(main)  # 0 * inf is NaN: clear a stale gradient
+            self._enqueue(piece)
+            self._warm.add(piece)  # what the library prepares at a first run cannot be captured
+
+    def _enqueue(self, piece: Piece) -> None:
+        gradient, update = piece
+        if gradient is not None:
+            self._enqueue_networks(gradient)
+        if update is not None:
+            self._enqueue_update(*update)
+
+    def _enqueue_networks(self, gradient: int) -> None:
+        main, side = self.main, self._side
+        if gradient:
+            binding = self._bindings[GUIDE] if gradient == self.batch else self._gradients[gradient]
+            main.record(self._forked)
+            side.wait(self._forked)
+            binding.enqueue(side)
+            side.record(self._joined)
+        else:
+            self._arrays["grad"].clear(main)  # 0 * inf is NaN: clear a stale gradient
         self._bindings["unet"].enqueue(main)
-        if kind.guided:
+        if gradient:
             main.wait(self._joined)
-        if kind.dynamic:
+
+    def _enqueue_update(self, full: bool, dynamic: bool, edits: tuple[GraphName, ...]) -> None:
+        arrays, main = self._arrays, self.main
+        if dynamic:
             self._bindings["threshold"].enqueue(main)
-        self._bindings["update_full" if kind.full else "update"].enqueue(main)
-        for graph in kind.edits:
+        self._bindings["update_full" if full else "update"].enqueue(main)
+        for graph in edits:
             self._bindings[graph].enqueue(main)
             arrays["x_prev"].copy_from(arrays["x_edited"], main)
         arrays["x"].copy_from(arrays["x_prev"], main)
-        if kind.full:
+        if full:
             for target, source in (("h2", "h1"), ("h1", "pred_x0"), ("saved", "saved_next")):
                 arrays[target].copy_from(arrays[source], main)
 
-    def _capture(self, kind: StepKind) -> None:
+    def _capture(self, piece: Piece) -> None:
         self.main.sync()
         try:
-            graph = self.main.capture(lambda: self._enqueue(kind))
+            self._graphs[piece] = self.main.capture(lambda: self._enqueue(piece))
         except Exception as error:  # whatever cannot be captured still runs
             self._may_capture, self.capture_fault = False, str(error) or type(error).__name__
-            return
-        self._graphs[kind] = self._stack.enter_context(graph)
+
+    def _bound(self, graph: GraphName, batch: int, *, gathered: bool = False) -> Binding:
+        spec = self._sources[graph].spec
+        addresses = {
+            tensor.name: self._arrays[(GATHERED, tensor.name) if gathered else _key(graph, tensor)].address
+            for tensor in (*spec.inputs, *spec.outputs)
+        }
+        return self._engines[graph].bind(batch, addresses, self.main)
+
+    def _bind_gradient(self, size: int) -> None:
+        """A context for the gradient of so many gathered rows; two that nobody prepared are kept."""
+        binding = self._gradients.pop(size, None)
+        if binding is None:
+            sharing = [other for other in self._gradients if other not in self._prepared]
+            if len(sharing) >= _SHARED and size not in self._prepared:
+                self._drop_gradient(sharing[0])
+            binding = self._bound(GUIDE, size, gathered=True)
+            self.fresh = True
+        self._gradients[size] = binding  # the last of the dictionary is the last that was used
+
+    def _drop_gradient(self, size: int) -> None:
+        self.sync()
+        piece: Piece = (size, None)
+        self._warm.discard(piece)
+        if piece in self._graphs:
+            self._graphs.pop(piece).close()
+        del self._gradients[size]
+
+    def _close_graphs(self) -> None:
+        with ExitStack() as stack:
+            for graph in self._graphs.values():
+                stack.push(graph)
+            self._graphs.clear()
 
     def _staged(self, key: Key) -> PinnedArray:
         if key not in self._staging:
@@ -228,3 +351,9 @@ def _key(graph: GraphName, tensor: TensorSpec) -> Key:
     if tensor.name == "coefficients":
         return coefficients_of(graph)
     return tensor.name if tensor.name in _ONE_FOR_ALL else (graph, tensor.name)
+
+
+def _runs(rows: NDArray[np.int64]) -> list[tuple[int, int]]:
+    """First and number of each run of neighbours among rows in order."""
+    parts = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []
+    return [(int(part[0]), len(part)) for part in parts]
