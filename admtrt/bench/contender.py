@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from admtrt.bench.remote import peak_memory
 from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PLAIN, takes_plans
 from admtrt.bundle import Bundle
-from admtrt.runtime.backends.opening import AUTO, open_denoiser
+from admtrt.runtime.backends.choice import AUTO, BackendChoice
+from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.example import example_labels, example_scale, example_slots, held_step
 from admtrt.runtime.pipeline import Pipeline
@@ -156,16 +157,14 @@ class Contender:
 
             return PlainDenoiser(self._bundle, self._exports[batch], self._threads)
         on_cpu = self._row.name == AUTO or BACKENDS[self._row.name].device == "cpu"
-        return open_denoiser(
-            self._bundle,
+        choice = BackendChoice(
             self._row.name,
             self._row.precision,
             threads=self._threads if on_cpu else None,
             plans=self._subject.plans if takes_plans(self._row) else None,
             batch_size=batch,
-            note=self._notes.append,
-            chosen=lambda choice: self._notes.append(str(choice)),
         )
+        return open_denoiser(self._bundle, choice, report=lambda said: self._notes.append(str(said)))
 
     def _watched_step(self) -> tuple[_Stopwatch, float]:
         """One step from host memory, every graph timed by itself, and its seconds."""

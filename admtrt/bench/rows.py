@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from admtrt.contract import PRECISIONS
 from admtrt.errors import MissingDependencyError, RequestError
-from admtrt.runtime.backends.opening import AUTO
+from admtrt.runtime.backends.choice import AUTO
 from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
 
 if TYPE_CHECKING:

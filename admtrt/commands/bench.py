@@ -85,7 +85,7 @@ def bench(
     from admtrt.bench.run import run_bench
     from admtrt.bench.subject import Subject, subject_from_preset
     from admtrt.contract import PRECISIONS
-    from admtrt.runtime.backends.opening import check_threads
+    from admtrt.runtime.backends.choice import checked_threads
     from admtrt.runtime.backends.registry import PLANS_ONLY
     from admtrt.runtime.machine import available_threads
 
@@ -103,7 +103,7 @@ def bench(
     ):
         if value is not None and value < 1:
             raise RequestError(f"{name} is {value}; expected at least 1")
-    check_threads(threads)
+    checked_threads(threads)
     if backend or against is not None:
         rows = parse_rows(backend or _AGAINST_ROWS)
     else:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from admtrt.commands.choices import Choices
+from admtrt.commands.backend_report import BackendReport
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.requirements import require
 from admtrt.console import Output, progress, table
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
     from admtrt.bundle import Bundle
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.sampler import Denoiser
     from admtrt.verify.drift import DriftReport
 
@@ -60,6 +61,7 @@ def drift(
     if engine is None and (backend, precision) == ("onnxruntime", "fp32"):
         raise _compared_with_itself()
     from admtrt.bundle import Bundle
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.schedule.table import sampling_schedule
@@ -69,17 +71,16 @@ def drift(
         from admtrt.verify.plot import require_plotting
 
         require_plotting(plot)
+    choice = BackendChoice(backend, precision, threads, cache)  # type: ignore[arg-type]
     output = Output(json=json)
     opened = Bundle.open(bundle)
-    choices = Choices(output)
+    found = BackendReport(output)
     reference = OnnxRuntimeDenoiser(opened, threads=threads)
     sampler = drift_sampler(Pipeline(opened, reference), steps)
     length = len(sampling_schedule(opened.manifest.diffusion, sampler))
     if engine is None:
-        what = f"{backend}, {precision}"
-        measured = _opened(
-            opened, backend, precision, threads, cache, min(batch_size, images), output, choices
-        )
+        what = str(choice)
+        measured = _opened(opened, choice.for_batches(max(1, min(batch_size, images))), found)
     else:
         if (backend, precision, cache) != ("onnxruntime", "fp32", None):
             raise RequestError(
@@ -105,7 +106,7 @@ def drift(
             "backend": None if engine is not None else backend,
             "precision": engine or precision,
             "emulated": engine is not None,
-            "chosen": choices.to_list(),
+            "chosen": found.to_list(),
             "sampling": sampler.steps,
             "seed": seed,
             **report.to_dict(),
@@ -125,39 +126,21 @@ def _compared_with_itself() -> RequestError:
     )
 
 
-def _opened(
-    bundle: Bundle,
-    backend: str,
-    precision: str,
-    threads: int | None,
-    plans: Path | None,
-    batch_size: int,
-    output: Output,
-    choices: Choices,
-) -> AbstractContextManager[Denoiser]:
+def _opened(bundle: Bundle, choice: BackendChoice, report: BackendReport) -> AbstractContextManager[Denoiser]:
     from admtrt.runtime.backends.opening import open_denoiser
 
-    denoiser = open_denoiser(
-        bundle,
-        backend,
-        precision,  # type: ignore[arg-type]
-        threads=threads,
-        plans=plans,
-        batch_size=batch_size,
-        note=output.note,
-        chosen=choices,
-    )
-    if precision == "fp32" and any(set(one.graphs.values()) == {"onnxruntime"} for one in choices.taken):
+    denoiser = open_denoiser(bundle, choice, report=report)
+    if choice.precision == "fp32" and any(
+        set(one.graphs.values()) == {"onnxruntime"} for one in report.found
+    ):
         raise _compared_with_itself()
     return nullcontext(denoiser)
 
 
 def _emulated(bundle: Bundle, engine: str, threads: int | None) -> AbstractContextManager[Denoiser]:
     from admtrt.contract import precision_named
-    from admtrt.runtime.backends.opening import check_request
 
     chosen = precision_named(engine, "--engine")
-    check_request("onnxruntime", "fp32", threads)
     require("onnx", "onnxscript", extra="export", purpose="Emulating engine graphs")
     from admtrt.verify.emulation import emulated
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
-from admtrt.commands.choices import Choices
+from admtrt.commands.backend_report import BackendReport
 from admtrt.commands.evaluate_features import features_app
 from admtrt.commands.evaluate_samples import reference, samples
 from admtrt.commands.evaluate_sweep import sweep
@@ -105,28 +105,19 @@ def nll(
     output = Output(json=json)
     require("torch", "safetensors", extra="train", purpose="Evaluation, of a bundle as well,")
     from admtrt.bundle import Bundle
-    from admtrt.runtime.backends.opening import check_request, open_denoiser
+    from admtrt.runtime.backends.choice import BackendChoice
+    from admtrt.runtime.backends.opening import open_denoiser
     from admtrt.schedule.process import retained_timesteps
     from admtrt.verify.nll import evaluate_nll
     from admtrt.verify.nll_images import load_images
 
-    choices = Choices(output)
+    found_backends = BackendReport(output)
     if bundle is not None:
-        check_request(backend, precision, threads, cache)
+        choice = BackendChoice(backend, precision, threads, cache)  # type: ignore[arg-type]
         opened = Bundle.open(bundle)
 
         def open_graph(batch: int) -> Denoiser:
-            return open_denoiser(
-                opened,
-                backend,
-                precision,  # type: ignore[arg-type]
-                threads=threads,
-                plans=cache,
-                batch_size=batch,
-                graphs=["unet"],
-                note=output.note,
-                chosen=choices,
-            )
+            return open_denoiser(opened, choice.for_batches(batch), graphs=["unet"], report=found_backends)
 
         manifest = opened.manifest
         diffusion = manifest.discrete(_BOUND)
@@ -166,7 +157,7 @@ def nll(
             "data": data_config.to_dict(),
             "seed": seed,
             "steps": length,
-            "chosen": choices.to_list(),
+            "chosen": found_backends.to_list(),
             **found.to_dict(),
         },
         table(f"{subject} on {data_config.source}", ["quantity", "value"], rows),

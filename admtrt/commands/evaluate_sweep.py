@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from admtrt.commands.choices import Choices
+from admtrt.commands.backend_report import BackendReport
 from admtrt.commands.evaluate_samples import FeatureNames, Floor, Json, Metrics, NoError, Parts, Seed
 from admtrt.commands.options import BackendName, PlanFolder, Threads
 from admtrt.commands.requirements import require
@@ -84,14 +84,13 @@ def sweep(
     from admtrt.evaluate.network import open_networks
     from admtrt.evaluate.sets import open_reference, open_set
     from admtrt.evaluate.sweep import RESULT, Sweep, labels_of, points, run_sweep
-    from admtrt.runtime.backends.opening import check_request
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.pipeline import Pipeline
 
     output = Output(json=json)
     check_backend(features_backend, "fp32")
     precisions = _list(precision, "--precision", str) or ["fp32"]
-    for one in precisions:
-        check_request(backend, one, threads, cache)
+    choices = {one: BackendChoice(backend, one, threads, cache) for one in precisions}  # type: ignore[arg-type]
     chosen = points(
         _list(method, "--method", str) or [None],
         _list(steps, "--steps", str) or [None],
@@ -110,19 +109,10 @@ def sweep(
     theirs = open_reference(reference)
     real = None if floor is None else open_set(floor, "floor")
     opened = Bundle.open(bundle)
-    choices = Choices(output)
+    found_backends = BackendReport(output)
     pipelines = {
-        one: Pipeline.from_bundle(
-            opened,
-            backend=backend,
-            precision=one,  # type: ignore[arg-type]
-            threads=threads,
-            plans=cache,
-            batch_size=min(batch_size, count),
-            note=output.note,
-            chosen=choices,
-        )
-        for one in precisions
+        one: Pipeline.open(opened, choice.for_batches(min(batch_size, count)), report=found_backends)
+        for one, choice in choices.items()
     }
     labels = labels_of(count, opened.manifest.num_classes)
     swept = Sweep(pipelines, chosen, labels, count, seed, batch_size, solver_options)
@@ -151,7 +141,7 @@ def sweep(
     output.result(
         {
             **about,
-            "chosen": choices.to_list(),
+            "chosen": found_backends.to_list(),
             "rows": [row.to_dict() for row in rows],
             "files": [str(out / RESULT), *map(str, figures)],
         },

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from admtrt.commands.choices import Choices
+from admtrt.commands.backend_report import BackendReport
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.sample import requested_labels
 from admtrt.console import Output, progress
@@ -40,14 +40,14 @@ def invert(
     """Turn images into latents (latents.npz) for sample --latents, and report how well they come back."""
     from admtrt.bundle import Bundle
     from admtrt.contract import event_shape
-    from admtrt.runtime.backends.opening import check_request
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.bulk import recorded_shard_size
     from admtrt.runtime.images_in import read_images
     from admtrt.runtime.inversion import InversionRequest, finished_images, invert_into
     from admtrt.runtime.pipeline import Pipeline
 
     output = Output(json=json)
-    check_request(backend, precision, threads, cache)
+    choice = BackendChoice(backend, precision, threads, cache)  # type: ignore[arg-type]
     opened = Bundle.open(bundle)
     given, own_labels = read_images(images, event_shape(opened.manifest.network), "--images")
     labels = None if own_labels is None else own_labels.tolist()
@@ -55,17 +55,9 @@ def invert(
         labels = requested_labels(classes, len(given), opened.manifest)
     elif opened.manifest.num_classes is None:
         labels = None
-    choices = Choices(output)
-    pipeline = Pipeline.from_bundle(
-        opened,
-        backend=backend,
-        precision=precision,  # type: ignore[arg-type]
-        threads=threads,
-        plans=cache,
-        batch_size=max(1, min(batch_size, len(given))),
-        note=output.note,
-        chosen=choices,
-    )
+    found_backends = BackendReport(output)
+    choice = choice.for_batches(max(1, min(batch_size, len(given))))
+    pipeline = Pipeline.open(opened, choice, report=found_backends)
     request = InversionRequest.checked(
         pipeline,
         given,
@@ -93,7 +85,7 @@ def invert(
             "round_trip": found,
             "backend": backend,
             "precision": precision,
-            "chosen": choices.to_list(),
+            "chosen": found_backends.to_list(),
         },
         f"{len(request)} image{'s' * (len(request) > 1)} to level {len(request.schedule)} of "
         f"{request.sampler.steps!r}: {path}; and back, a pixel is off by {average} levels of 255 on average "

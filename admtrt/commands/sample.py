@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from admtrt.commands.choices import Choices
+from admtrt.commands.backend_report import BackendReport
 from admtrt.commands.image_options import ImageOptions, takes_image_options
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
@@ -99,7 +99,7 @@ def sample(
 ) -> None:
     """Draw guided or unguided samples from a bundle, without PyTorch."""
     from admtrt.bundle import Bundle
-    from admtrt.runtime.backends.opening import check_request
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.bulk import LOW_STAGE, BulkRequest, recorded_shard_size
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.shards import Shards
@@ -112,21 +112,9 @@ def sample(
             "--upsample-steps and --upsample-scale belong to a second stage", hint="Name it with --upsample."
         )
     interval = None if guidance_interval is None else interval_of(guidance_interval)
-    choices = Choices(output)
+    found_backends = BackendReport(output)
 
-    def opened(source: Path | Bundle) -> Pipeline:
-        return Pipeline.from_bundle(
-            source,
-            backend=backend,
-            precision=precision,  # type: ignore[arg-type]
-            threads=threads,
-            plans=cache,
-            batch_size=max(1, min(batch_size, kept, count)),
-            note=output.note,
-            chosen=choices,
-        )
-
-    check_request(backend, precision, threads, cache)
+    choice = BackendChoice(backend, precision, threads, cache)  # type: ignore[arg-type]
     first = Bundle.open(bundle)
     small = None if low_res is None else _SmallImages.read(low_res, first)
     if small is not None and num not in (None, len(small)):
@@ -135,7 +123,8 @@ def sample(
     source = images if small is None else small
     asked = _asked_labels(classes, num, source, first.manifest)
     count = next((len(given) for given in (asked, source) if given is not None), num or 1)
-    pipeline = opened(first)
+    choice = choice.for_batches(max(1, min(batch_size, kept, count)))
+    pipeline = Pipeline.open(first, choice, report=found_backends)
     sampler = pipeline.sampler(
         **image_options.choices(
             images,
@@ -168,7 +157,8 @@ def sample(
     else:
         from admtrt.runtime.two_stage import UNGUIDED, TwoStage
 
-        stages = TwoStage(pipeline, opened(upsample))
+        second = Pipeline.open(Bundle.open(upsample), choice, report=found_backends)
+        stages = TwoStage(pipeline, second)
         upsampler = stages.high.sampler(
             steps=upsample_steps, scale=UNGUIDED if upsample_scale is None else upsample_scale
         )
@@ -183,7 +173,7 @@ def sample(
             "first_seed": seed,
             "backend": backend,
             "precision": precision,
-            "chosen": choices.to_list(),
+            "chosen": found_backends.to_list(),
         },
         f"{request.count} sample{'s' * (request.count > 1)}: " + ", ".join(result["files"]),
     )

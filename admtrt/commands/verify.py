@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from admtrt.commands.choices import Choices
+from admtrt.commands.backend_report import BackendReport
 from admtrt.commands.options import (
     BackendName,
     ClassifierPreset,
@@ -80,7 +80,7 @@ def verify(
     """
     from admtrt.bundle import Bundle
     from admtrt.commands.checkpoints import load_pair
-    from admtrt.runtime.backends.opening import check_request
+    from admtrt.runtime.backends.choice import BackendChoice
 
     require("torch", "safetensors", extra="export", purpose="Verification")
     from admtrt.verify.plot import plot_drift, require_plotting
@@ -88,7 +88,7 @@ def verify(
 
     if plot is not None:
         require_plotting(plot)
-    check_request(backend, "fp32", threads, cache)
+    choice = BackendChoice(backend, "fp32", threads, cache)
     recorder = None
     if polygraphy is not None:
         require("polygraphy", extra="debug", purpose="--polygraphy")
@@ -111,7 +111,7 @@ def verify(
         null_class=null_class,
         note=output.note,
     )
-    choices = Choices(output)
+    found = BackendReport(output)
     report = verify_bundle(
         opened,
         generator,
@@ -119,12 +119,9 @@ def verify(
         steps=steps,
         every=all_solvers,
         seed=seed,
-        backend=backend,
-        threads=threads,
-        plans=cache,
+        backend=choice,
         report=lambda name: output.note(f"verifying {name}"),
-        note=output.note,
-        chosen=choices,
+        backend_report=found,
         record=None if recorder is None else recorder.add,
     )
     saved = [] if recorder is None else recorder.write()
@@ -132,7 +129,7 @@ def verify(
         **report.to_dict(),
         "seed": seed,
         "backend": backend,
-        "chosen": choices.to_list(),
+        "chosen": found.to_list(),
         "saved": list(map(str, saved)),
     }
     output.result(data, *_shown(report, backend))

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.contract import Precision
-    from admtrt.runtime.backends.auto import Choice
+    from admtrt.runtime.backends.auto import Fastest
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.image_inputs import Known
     from admtrt.runtime.sampler import Denoiser, HeldSlots
     from admtrt.runtime.slots import Images, Labels, Slots
@@ -186,36 +187,44 @@ class Pipeline:
         threads: int | None = None,
         plans: str | Path | None = None,
         batch_size: int = 1,
-        note: Callable[[str], None] = lambda _: None,
-        chosen: Callable[[Choice], None] = lambda _: None,
+        report: Callable[[str | Fastest], None] = lambda _: None,
     ) -> Self:
         """Open a bundle.
 
         Args:
             path: the bundle's directory, or the bundle where it is open already.
-            backend, precision, threads, plans, batch_size, note, chosen: as for
-                :func:`admtrt.runtime.backends.opening.open_denoiser`.
+            backend, precision, threads, plans, batch_size: as of
+                :class:`~admtrt.runtime.backends.choice.BackendChoice`.
+            report: told what the backend ``auto`` measures, and what it has found.
 
         Raises:
             BundleError: if the bundle is incomplete or altered.
             RequestError: if the backend is unknown or cannot do this, or ``threads`` is out of range.
             UserError: if the backend cannot run here.
         """
-        from admtrt.runtime.backends.opening import check_request, open_denoiser
+        from admtrt.runtime.backends.choice import BackendChoice
 
-        check_request(backend, precision, threads, plans)
+        plans = None if plans is None else Path(plans)
+        choice = BackendChoice(backend, precision, threads, plans, batch_size)
         bundle = path if isinstance(path, Bundle) else Bundle.open(Path(path))
-        denoiser = open_denoiser(
-            bundle,
-            backend,
-            precision,
-            threads=threads,
-            plans=plans,
-            batch_size=batch_size,
-            note=note,
-            chosen=chosen,
-        )
-        return cls(bundle, denoiser, computed=f"{backend}, {precision}")
+        return cls.open(bundle, choice, report=report)
+
+    @classmethod
+    def open(
+        cls,
+        bundle: Bundle,
+        choice: BackendChoice,
+        *,
+        report: Callable[[str | Fastest], None] = lambda _: None,
+    ) -> Self:
+        """A bundle that is open on the backend of a choice.
+
+        Raises:
+            RequestError, UserError: as :meth:`from_bundle`.
+        """
+        from admtrt.runtime.backends.opening import open_denoiser
+
+        return cls(bundle, open_denoiser(bundle, choice, report=report), computed=str(choice))
 
     def __call__(
         self,

@@ -14,7 +14,7 @@ from admtrt.errors import BundleError, CheckpointError, RequestError
 from admtrt.images import to_uint8
 from admtrt.models.pair import in_units_of
 from admtrt.models.solvers import STEPS
-from admtrt.runtime.backends.opening import open_denoiser
+from admtrt.runtime.backends.opening import DEFAULT, open_denoiser
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.sampler import advance, step_inputs
 from admtrt.runtime.slots import GUIDE, conditions_for
@@ -31,14 +31,14 @@ from admtrt.verify.tolerances import TOLERANCES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName
     from admtrt.models.checkpoint import LoadedNetwork
-    from admtrt.runtime.backends.auto import Choice
+    from admtrt.runtime.backends.auto import Fastest
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.slots import Images, Labels, Slots
     from admtrt.schedule.sampler import SamplerConfig
 
@@ -55,12 +55,9 @@ def verify_bundle(
     steps: int | None = None,
     every: bool = False,
     seed: int = 0,
-    backend: str = "onnxruntime",
-    threads: int | None = None,
-    plans: Path | None = None,
+    backend: BackendChoice = DEFAULT,
     report: Callable[[str], None] = lambda _: None,
-    note: Callable[[str], None] = lambda _: None,
-    chosen: Callable[[Choice], None] = lambda _: None,
+    backend_report: Callable[[str | Fastest], None] = lambda _: None,
     record: Record | None = None,
 ) -> VerificationReport:
     """Compare a bundle on a backend with the networks in PyTorch: graphs, steps, trajectories, images.
@@ -72,16 +69,16 @@ def verify_bundle(
         steps: of the samples; None for 10, or all of a shorter process.
         every: compare all solvers and options, see :func:`~admtrt.verify.inputs.samplers`.
         seed: of all inputs and noise.
-        backend, threads, plans: as for :func:`~admtrt.runtime.backends.opening.open_denoiser`, in fp32.
+        backend: that runs the bundle, in fp32, at batches of any size.
         report: called with the name of each stage as it starts.
-        note, chosen: told what ``auto`` measures, and what it chooses.
+        backend_report: told what ``auto`` measures, and what it has found.
         record: called with a graph, its inputs and PyTorch's outputs for every batch that graphs are given.
 
     Raises:
         CheckpointError: if the networks have other inputs or outputs than the bundle, so that there is
             nothing to compare.
         RequestError: if the seed or the number of steps is out of range.
-        UserError: if the backend is unknown or cannot run here.
+        UserError: if the backend cannot run here.
     """
     _check_comparable(bundle, unet, classifier)
     if classifier is not None:
@@ -92,15 +89,7 @@ def verify_bundle(
     report("sessions")
     sessions = "sessions of the graphs"
     try:
-        denoiser = open_denoiser(
-            bundle,
-            backend,
-            threads=threads,
-            plans=plans,
-            batch_size=max(BATCHES),
-            note=note,
-            chosen=chosen,
-        )
+        denoiser = open_denoiser(bundle, backend.for_batches(max(BATCHES)), report=backend_report)
     except BundleError as error:
         return VerificationReport(str(bundle.path), (Row("build", sessions, "build", detail=error.message),))
 

@@ -19,6 +19,7 @@ from admtrt.contract import PRECISIONS
 from admtrt.errors import EngineError, UserError
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import load_network
+from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.runtime.backends.providers import PROVIDERS
 from admtrt.runtime.backends.registry import BACKENDS
@@ -195,7 +196,7 @@ def test_providers_at_several_batch_sizes(backend: str, precision: Precision) ->
         pytest.skip(chosen.available().reason)
     bundle, labels = typed_bundle(), [0, 1, 2, 1, 0]
     try:
-        denoiser = chosen.open(bundle, precision)
+        denoiser = chosen.open(bundle, BackendChoice(chosen.name, precision))
     except EngineError as error:  # ONNX Runtime lists a provider whose libraries are not there
         if "could not load" not in error.message:
             raise

@@ -17,6 +17,7 @@ from goldens import relative_error
 from image_goldens import META, PROCESS, image, normal, probed, stored
 
 from admtrt.runtime import sampler as step_core
+from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.low_pass import low_pass_matrix
 from admtrt.runtime.sampler import Denoiser, advance
@@ -35,7 +36,7 @@ CLAMPED = 2e-3
 
 @cache
 def opened(name: str, backend: str) -> Denoiser:
-    return open_denoiser(goldens.bundle(name), backend, threads=1)
+    return open_denoiser(goldens.bundle(name), BackendChoice(backend, threads=1))
 
 
 Noise = Callable[[int], np.ndarray]

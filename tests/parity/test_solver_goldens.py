@@ -27,6 +27,7 @@ from admtrt.models.classifier import log_prob_gradient
 from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.solvers import trajectory
 from admtrt.runtime import sampler as step_core
+from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.sampler import Denoiser, advance
 from admtrt.runtime.slots import Slots
@@ -113,7 +114,7 @@ def run(names: list[str], denoiser: Denoiser) -> None:
 @pytest.mark.parametrize("kind", ["unet", "cm"])
 def test_exported_graphs(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_core, "draw_noise", drawn_by_goldens)
-    denoiser = open_denoiser(Bundle.open(bundle(kind)), backend, threads=1)
+    denoiser = open_denoiser(Bundle.open(bundle(kind)), BackendChoice(backend, threads=1))
     for names in by_length(CONTINUOUS if kind == "cm" else DISCRETE):
         run(names, denoiser)
 

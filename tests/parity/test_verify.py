@@ -26,7 +26,7 @@ from admtrt.errors import CheckpointError, MissingDependencyError, RequestError,
 from admtrt.export.graphs import EXAMPLE_BATCH
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import CheckpointConfig, LoadedNetwork, build_network, save_checkpoint
-from admtrt.runtime.backends.auto import Choice
+from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.schedule.sampler import SamplerConfig
 from admtrt.verify.inputs import BATCHES
 from admtrt.verify.record import Recorder
@@ -205,9 +205,12 @@ def unguided(
     return bundle_from_checkpoints(generator, None, path), generator
 
 
-def test_amplified_rounding_is_judged_by_float64(unguided: tuple[Bundle, LoadedNetwork]) -> None:
+@pytest.mark.parametrize("seeds", [(0,), pytest.param((100, 200, 300), marks=pytest.mark.slow)])
+def test_amplified_rounding_is_judged_by_float64(
+    unguided: tuple[Bundle, LoadedNetwork], seeds: tuple[int, ...]
+) -> None:
     """Bundles of both schedules are faithful, whatever the seed; one draw of rounding may exceed the bar."""
-    reports = [run(*unguided, None, steps=2, seed=seed) for seed in (0, 100, 200, 300)]
+    reports = [run(*unguided, None, steps=2, seed=seed) for seed in seeds]
     assert not [row for report in reports for row in report.failures]
     rows = [row for report in reports for row in report.rows if row.stage in ("step", "trajectory")]
     judged = [row for row in rows if row.what.endswith(", against float64")]
@@ -242,7 +245,13 @@ def test_float64_is_asked_only_where_the_bar_is_exceeded(
 
 
 # Every parameter that reaches an output may be the altered one; these lie at either end and in the middle.
-@pytest.mark.parametrize("key", ["input_blocks.0.0.weight", "middle_block.1.qkv.weight", "out.2.bias"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "middle_block.1.qkv.weight",
+        *(pytest.param(key, marks=pytest.mark.slow) for key in ("input_blocks.0.0.weight", "out.2.bias")),
+    ],
+)
 def test_altered_unet_weight_fails(
     good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork, key: str
 ) -> None:
@@ -268,7 +277,12 @@ def test_altered_classifier_weight_fails(
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("schedule", "cosine"), ("steps", 999), ("variance_type", "learned"), ("mean_type", "x_0")],
+    [
+        ("variance_type", "learned"),
+        ("mean_type", "x_0"),
+        pytest.param("schedule", "cosine", marks=pytest.mark.slow),  # of a command's exit codes as well
+        pytest.param("steps", 999, marks=pytest.mark.slow),
+    ],
 )
 def test_altered_schedule_fails(
     altered: Path, unet: LoadedNetwork, classifier: LoadedNetwork, key: str, value: Any
@@ -486,15 +500,16 @@ def test_impossible_steps_are_refused_before_any_work(
 
 
 def test_another_backend(good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork) -> None:
-    report = run(good, unet, classifier, backend="openvino")
+    report = run(good, unet, classifier, backend=BackendChoice("openvino"))
     assert report.passed, report.failures
-    taken: list[Choice] = []
-    assert run(good, unet, classifier, backend="auto", chosen=taken.append).passed
-    assert [str(choice).startswith("auto: unet on ") for choice in taken] == [True]
+    said: list[Any] = []
+    assert run(good, unet, classifier, backend=BackendChoice("auto"), backend_report=said.append).passed
+    assert str(said[-1]).startswith("auto: unet on ")
 
 
+@pytest.mark.parametrize("graphs", [["update_full"], pytest.param([], marks=pytest.mark.slow, id="all")])
 def test_what_polygraphy_is_given(
-    good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork, tmp_path: Path
+    good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork, tmp_path: Path, graphs: list[str]
 ) -> None:
     """Its own command compares every graph with PyTorch's saved outputs, and tells an altered graph."""
     recorder = Recorder(tmp_path)
@@ -509,7 +524,7 @@ def test_what_polygraphy_is_given(
         command += ["--rtol", "1e-4", "--load-inputs", files[0], "--load-outputs", files[1]]
         return subprocess.run(command, capture_output=True, check=False).returncode
 
-    for graph in good.manifest.graphs:
+    for graph in graphs or good.manifest.graphs:
         assert compared(graph, good.graph_path(graph)) == 0, graph
     altered = Path(shutil.copytree(good.path, tmp_path / "altered"))
     append_ops(altered, "classifier_gradient", "grad", "Neg")

@@ -18,7 +18,8 @@ from admtrt.bundle import Bundle
 from admtrt.cli import run
 from admtrt.errors import EngineError
 from admtrt.runtime.backends import auto, registry
-from admtrt.runtime.backends.auto import Choice, Measured, choose, fastest
+from admtrt.runtime.backends.auto import Fastest, Measured, fastest, find_fastest
+from admtrt.runtime.backends.choice import AUTO, BackendChoice
 from admtrt.runtime.backends.composite import Composite
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.runtime.backends.opening import open_denoiser
@@ -76,8 +77,9 @@ def chosen(
     threads: int | None = 1,
     batch_size: int = 2,
     plans: Path | None = None,
-) -> Choice:
-    return choose(bundle, precision, threads=threads, plans=plans, batch_size=batch_size, note=lambda _: None)
+) -> Fastest:
+    choice = BackendChoice(AUTO, precision, threads, plans, batch_size)
+    return find_fastest(bundle, choice, report=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_the_choice_is_measured_once_and_remembered(bundle: Bundle, probes: Prob
     assert first.graphs == {"unet": "openvino", "classifier_gradient": "onnxruntime"}
     assert not first.remembered
     assert [request.backend for request in probes.requests] == ["onnxruntime", "openvino"]
-    assert {(request.threads, request.batch_size) for request in probes.requests} == {(1, 2)}
+    assert {(request.choice.threads, request.choice.batch_size) for request in probes.requests} == {(1, 2)}
     again = chosen(bundle)
     assert again.remembered
     assert again.graphs == first.graphs
@@ -162,11 +164,12 @@ def test_another_bundle_and_new_plans_are_measured_again(
     put_plan(PlanStore.of(moved), b"one")
     assert not chosen(moved).remembered
     elsewhere = tmp_path / "plans"
-    assert chosen(bundle, plans=elsewhere).remembered  # no plans there either
-    assert probes.requests[-1].plans is None
+    chosen(bundle, "bf16")
+    assert chosen(bundle, "bf16", plans=elsewhere).remembered  # no plans there either
+    assert probes.requests[-1].choice.plans is None
     put_plan(PlanStore(elsewhere), b"another")
-    assert not chosen(bundle, plans=elsewhere).remembered
-    assert probes.requests[-1].plans == str(elsewhere)
+    assert not chosen(bundle, "bf16", plans=elsewhere).remembered
+    assert probes.requests[-1].choice.plans == elsewhere
     monkeypatch.setattr(auto.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4})
     assert not chosen(bundle).remembered
 
@@ -243,19 +246,19 @@ def test_fp32_admits_exact_backends_only(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_is_opened(bundle: Bundle, probes: Probes) -> None:
-    choices: list[Choice] = []
-    opened = open_denoiser(bundle, "auto", threads=1, chosen=choices.append)
+    said: list[Any] = []
+    opened = open_denoiser(bundle, BackendChoice(AUTO, threads=1), report=said.append)
     assert isinstance(opened, Composite)
     assert isinstance(opened._generator, OpenVinoDenoiser)
     assert isinstance(opened._guide, OnnxRuntimeDenoiser)
-    assert choices[0].graphs == {"unet": "openvino", "classifier_gradient": "onnxruntime"}
+    assert said[-1].graphs == {"unet": "openvino", "classifier_gradient": "onnxruntime"}
     x = np.random.default_rng(0).standard_normal((1, 1, 8, 8), dtype=np.float32)
     t, y = np.array([5.0], dtype=np.float32), np.array([1])
     expected = pipeline("guided").denoiser
     assert np.allclose(unet_out(opened, x, t), unet_out(expected, x, t), atol=1e-5)
     assert np.allclose(gradient(opened, x, t, y), gradient(expected, x, t, y), atol=1e-5)
     probes.seconds["openvino"] = {"unet": 0.1, "classifier_gradient": 0.1}
-    assert isinstance(open_denoiser(bundle, "auto", threads=1, batch_size=7), OpenVinoDenoiser)
+    assert isinstance(open_denoiser(bundle, BackendChoice(AUTO, threads=1, batch_size=7)), OpenVinoDenoiser)
 
 
 def test_the_command_says_which_and_why(
@@ -272,13 +275,14 @@ def test_the_command_says_which_and_why(
     assert choice["measured"]["seconds"] == MIXED
 
 
-def request(backend: str = "onnxruntime", bundle: str = "guided") -> ProbeRequest:
+def request(backend: str = "onnxruntime", bundle: str = "guided", plans: Path | None = None) -> ProbeRequest:
+    choice = BackendChoice(AUTO, threads=1, batch_size=2)
+    if plans is not None:
+        choice = BackendChoice(backend, plans=plans, batch_size=2)
     return ProbeRequest(
         bundle=str(exported_bundle(bundle)),
         backend=backend,
-        precision="fp32",
-        threads=1,
-        batch_size=2,
+        choice=choice,
         graphs=("unet", "classifier_gradient") if bundle == "guided" else ("unet",),
     )
 
@@ -298,7 +302,7 @@ def test_steps_on_a_device_are_measured_as_they_are_sampled(
     monkeypatch.setattr(registry, "_is_installed", lambda _: True)
     rig = Rig(monkeypatch, tmp_path)
     rig.build()
-    found = measure(request("tensorrt").model_copy(update={"plans": str(rig.folder)}))
+    found = measure(request("tensorrt", plans=rig.folder))
     assert found.error == ""
     assert all(0 < found.seconds[name] < 5 for name in ("unet", "classifier_gradient"))
     assert cuda_stub.log().count("s0: graph") > 10

@@ -24,10 +24,11 @@ from admtrt.contract import GraphName, bundle_specs
 from admtrt.errors import BundleError, EngineError, MissingDependencyError, RequestError
 from admtrt.installing import install_extra
 from admtrt.runtime.backends import providers, registry
+from admtrt.runtime.backends.choice import AUTO, BackendChoice
 from admtrt.runtime.backends.composite import Composite
 from admtrt.runtime.backends.graphs import GraphDenoiser
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
-from admtrt.runtime.backends.opening import AUTO, open_denoiser
+from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.backends.providers import Provider, ProviderDenoiser
 from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.engines.device import Driver, Gpu
@@ -70,20 +71,20 @@ def test_the_help_names_every_backend() -> None:
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"backend": "tensorflow"}, f"backend 'tensorflow' is unknown; expected one of {NAMES}"),
+        ({"name": "tensorflow"}, f"backend 'tensorflow' is unknown; expected one of {NAMES}"),
         ({"precision": "int8"}, "precision 'int8' is unknown; expected fp32, fp16, bf16"),
         ({"precision": "bf16"}, "backend 'onnxruntime' computes in fp32, not in bf16"),
-        ({"backend": "openvino", "precision": "fp16"}, "computes in fp32 or bf16, not in fp16"),
+        ({"name": "openvino", "precision": "fp16"}, "computes in fp32 or bf16, not in fp16"),
         ({"plans": Path("kept")}, "backend 'onnxruntime' runs no plans, but kept was given as their folder"),
-        ({"backend": "tensorrt", "threads": 2}, "threads is 2, but backend 'tensorrt' does not run on the"),
+        ({"name": "tensorrt", "threads": 2}, "threads is 2, but backend 'tensorrt' does not run on the"),
         ({"threads": 0}, "threads is 0; expected 1 to 1024"),
-        ({"batch_size": 0, "backend": "auto"}, "batch_size is 0; expected at least 1"),
+        ({"batch_size": 0, "name": "auto"}, "batch_size is 0; expected at least 1"),
         ({"batch_size": 1.5}, "batch_size is 1.5; expected a whole number"),
     ],
 )
-def test_refused_requests(bundle: Bundle, given: dict[str, Any], message: str) -> None:
+def test_refused_requests(given: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        open_denoiser(bundle, **given)
+        BackendChoice(**given)
 
 
 def test_a_wrong_name_is_refused_before_the_bundle_is_read(tmp_path: Path) -> None:
@@ -93,7 +94,7 @@ def test_a_wrong_name_is_refused_before_the_bundle_is_read(tmp_path: Path) -> No
 
 def test_the_other_backends_of_a_precision_are_named(bundle: Bundle) -> None:
     with pytest.raises(RequestError) as raised:
-        open_denoiser(bundle, "onnxruntime", "bf16")
+        open_denoiser(bundle, BackendChoice("onnxruntime", "bf16"))
     assert (
         raised.value.hint == "Backends with bf16: openvino, onnxruntime-tensorrt, onnxruntime-rtx, tensorrt."
     )
@@ -104,7 +105,7 @@ def test_a_machine_without_a_driver(bundle: Bundle, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(registry, "_is_installed", lambda _: True)
     monkeypatch.setattr(registry, "query_driver", lambda: Driver(None, (), "no driver here"))
     with pytest.raises(EngineError, match=f"backend '{name}' needs an NVIDIA GPU: no driver here"):
-        open_denoiser(bundle, name)
+        open_denoiser(bundle, BackendChoice(name))
     assert not BACKENDS[name].available()
     assert "no driver" in BACKENDS[name].available().reason
 
@@ -113,7 +114,7 @@ def test_a_machine_without_a_driver(bundle: Bundle, monkeypatch: pytest.MonkeyPa
 def test_a_package_that_is_missing(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setattr(registry, "_is_installed", lambda _: False)
     with pytest.raises(MissingDependencyError) as raised:
-        open_denoiser(bundle, name)
+        open_denoiser(bundle, BackendChoice(name))
     assert f"'{name}' needs the package" in raised.value.message
     commands = map(install_extra, BACKENDS[name].extra.split(" or "))
     assert raised.value.hint == "Install it with: " + " or ".join(commands)
@@ -245,7 +246,7 @@ def library(monkeypatch: pytest.MonkeyPatch, driver: None) -> Library:
 
 
 def test_bound_arrays_give_what_the_cpu_gives(bundle: Bundle, library: Library) -> None:
-    denoiser = open_denoiser(bundle, "onnxruntime-cuda")
+    denoiser = open_denoiser(bundle, BackendChoice("onnxruntime-cuda"))
     expected = pipeline("guided").denoiser
     for rows in (
         slice(0, 3),
@@ -260,7 +261,7 @@ def test_bound_arrays_give_what_the_cpu_gives(bundle: Bundle, library: Library) 
 
 
 def test_the_last_batch_sizes_are_kept(bundle: Bundle, library: Library) -> None:
-    denoiser: Any = open_denoiser(bundle, "onnxruntime-cuda")
+    denoiser: Any = open_denoiser(bundle, BackendChoice("onnxruntime-cuda"))
     for count in (1, 2, 1, 3):
         unet_out(denoiser, X[:count], T[:count])
     gradient(denoiser, X, T, Y)
@@ -271,7 +272,7 @@ def test_the_last_batch_sizes_are_kept(bundle: Bundle, library: Library) -> None
 def test_prepared_batch_sizes_are_kept_and_others_share_two_places(
     bundle: Bundle, library: Library, backend: str
 ) -> None:
-    denoiser: Any = open_denoiser(bundle, backend)
+    denoiser: Any = open_denoiser(bundle, BackendChoice(backend))
     per_batch = denoiser._bound if backend == "onnxruntime-cuda" else denoiser._compiled
 
     def sizes(graph: str) -> list[int]:
@@ -320,7 +321,7 @@ def test_a_size_that_comes_again_replays_no_old_graph(
     bundle: Bundle, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(globals(), "_Renamed", _Replaying)
-    denoiser = open_denoiser(bundle, "onnxruntime-cuda")
+    denoiser = open_denoiser(bundle, BackendChoice("onnxruntime-cuda"))
     for count in (1, 2, 3, 1, 1):
         out = unet_out(denoiser, X[:count], T[:count])
         expected = unet_out(pipeline("guided").denoiser, X[:count], T[:count])
@@ -335,7 +336,7 @@ def test_a_library_that_fails_while_it_runs(
 
     monkeypatch.setattr(_Renamed, "run_with_iobinding", full, raising=False)
     with pytest.raises(EngineError) as raised:
-        unet_out(open_denoiser(bundle, "onnxruntime-cuda"), X, T)
+        unet_out(open_denoiser(bundle, BackendChoice("onnxruntime-cuda")), X, T)
     assert raised.value.message == (
         "CUDAExecutionProvider cannot run graph 'unet' for a batch of 3: "
         "cudaErrorMemoryAllocation: out of memory at line 3"
@@ -373,23 +374,23 @@ def test_inputs_that_are_not_the_graph_s(
 ) -> None:
     feeds = {name: given for name, given in ({"x": X, "t": T} | changes).items() if given is not None}
     with pytest.raises(ValueError, match=f"graph 'unet' .*{message}"):
-        open_denoiser(bundle, backend).run("unet", feeds)
+        open_denoiser(bundle, BackendChoice(backend)).run("unet", feeds)
 
 
 def test_numbers_of_numpy_and_folders_as_text(bundle: Bundle, tmp_path: Path) -> None:
     given = {"threads": np.int64(1), "batch_size": np.int64(1)}
     assert Pipeline.from_bundle(bundle, backend="auto", **given).computed == "auto, fp32"  # type: ignore[arg-type]
     with contextlib.suppress(EngineError):  # of a processor without bf16
-        open_denoiser(bundle, AUTO, "bf16", plans=str(tmp_path))
+        open_denoiser(bundle, BackendChoice(AUTO, "bf16", plans=str(tmp_path)))
 
 
 def test_auto_takes_no_plans_in_fp32(bundle: Bundle, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match="'auto' runs no plans in fp32"):
-        open_denoiser(bundle, AUTO, plans=tmp_path)
+        open_denoiser(bundle, BackendChoice(AUTO, plans=tmp_path))
 
 
 def test_outputs_belong_to_the_caller(bundle: Bundle, library: Library) -> None:
-    denoiser = open_denoiser(bundle, "onnxruntime-cuda")
+    denoiser = open_denoiser(bundle, BackendChoice("onnxruntime-cuda"))
     first = unet_out(denoiser, X, T)
     kept = first.copy()
     unet_out(denoiser, -X, T)
@@ -397,7 +398,7 @@ def test_outputs_belong_to_the_caller(bundle: Bundle, library: Library) -> None:
 
 
 def test_arrays_that_are_not_contiguous(bundle: Bundle, library: Library) -> None:
-    denoiser = open_denoiser(bundle, "onnxruntime-cuda")
+    denoiser = open_denoiser(bundle, BackendChoice("onnxruntime-cuda"))
     assert np.array_equal(unet_out(denoiser, X[:, :, ::-1], T), unet_out(denoiser, X[:, :, ::-1].copy(), T))
 
 
@@ -409,7 +410,7 @@ def test_images_through_a_provider(library: Library) -> None:
 
 
 def test_cuda_is_asked_for_exact_products_and_graphs(bundle: Bundle, library: Library) -> None:
-    open_denoiser(bundle, "onnxruntime-cuda")
+    open_denoiser(bundle, BackendChoice("onnxruntime-cuda"))
     assert all(options["use_tf32"] == "0" for options in library.opened)
     assert all(options["enable_cuda_graph"] == "1" for options in library.opened)
     assert len(library.opened) == len(pipeline("guided").bundle.manifest.graphs)
@@ -417,7 +418,7 @@ def test_cuda_is_asked_for_exact_products_and_graphs(bundle: Bundle, library: Li
 
 def test_a_graph_that_cannot_be_captured_runs_without(bundle: Bundle, library: Library) -> None:
     library.refused = "enable_cuda_graph"
-    unet_out(open_denoiser(bundle, "onnxruntime-cuda"), X, T)
+    unet_out(open_denoiser(bundle, BackendChoice("onnxruntime-cuda")), X, T)
     assert ["enable_cuda_graph" in options for options in library.opened] == [True, False] * len(
         pipeline("guided").bundle.manifest.graphs
     )
@@ -426,19 +427,19 @@ def test_a_graph_that_cannot_be_captured_runs_without(bundle: Bundle, library: L
 def test_a_graph_that_is_refused(bundle: Bundle, library: Library) -> None:
     library.refused = "everything"
     with pytest.raises(BundleError, match=r"CUDAExecutionProvider refuses .*unet.onnx: .* cannot do that"):
-        open_denoiser(bundle, "onnxruntime-cuda")
+        open_denoiser(bundle, BackendChoice("onnxruntime-cuda"))
 
 
 def test_a_provider_that_is_not_loaded_is_no_silent_cpu(bundle: Bundle, library: Library) -> None:
     library.loaded = False
     with pytest.raises(EngineError, match="could not load CUDAExecutionProvider, and would run on the CPU"):
-        open_denoiser(bundle, "onnxruntime-cuda")
+        open_denoiser(bundle, BackendChoice("onnxruntime-cuda"))
 
 
 def test_engines_are_kept_apart_by_weights_and_graph(
     bundle: Bundle, library: Library, tmp_path: Path, cache: Path
 ) -> None:
-    open_denoiser(bundle, "onnxruntime-tensorrt")
+    open_denoiser(bundle, BackendChoice("onnxruntime-tensorrt"))
     first = [options["trt_engine_cache_path"] for options in library.opened]
     assert len(set(first)) == len(pipeline("guided").bundle.manifest.graphs)
     assert all(Path(path).is_relative_to(cache) for path in first)
@@ -448,7 +449,7 @@ def test_engines_are_kept_apart_by_weights_and_graph(
     )  # one graph for all sizes
     assert not any("trt_fp16_enable" in options for options in library.opened)
     with pytest.raises(BundleError, match="has no engine graphs in fp16"):
-        open_denoiser(bundle, "onnxruntime-tensorrt", "fp16")
+        open_denoiser(bundle, BackendChoice("onnxruntime-tensorrt", "fp16"))
     other = json.loads((bundle.path / "manifest.json").read_text()) | {"made_with": {"other": "weights"}}
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -522,7 +523,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch, driver: None) -> Plugin:
 
 
 def test_a_plugin_is_registered_once_and_runs(bundle: Bundle, plugin: Plugin, cache: Path) -> None:
-    denoiser = open_denoiser(bundle, "onnxruntime-rtx")
+    denoiser = open_denoiser(bundle, BackendChoice("onnxruntime-rtx"))
     assert plugin.registered == ["NvTensorRTRTXExecutionProvider plugin.so"]
     graphs = pipeline("guided").bundle.manifest.graphs
     assert len({options["nv_runtime_cache_path"] for options in plugin.opened}) == len(graphs)
@@ -543,7 +544,7 @@ def test_a_gpu_that_the_plugin_takes_and_its_library_does_not(
 def test_a_graph_that_a_plugin_refuses_is_tried_once(bundle: Bundle, plugin: Plugin) -> None:
     plugin.InferenceSession = plugin.refuse  # type: ignore[method-assign]
     with pytest.raises(BundleError, match=r"NvTensorRTRTXExecutionProvider refuses .*: no"):
-        open_denoiser(bundle, "onnxruntime-rtx")
+        open_denoiser(bundle, BackendChoice("onnxruntime-rtx"))
     assert len(plugin.opened) == 1
 
 

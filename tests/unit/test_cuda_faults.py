@@ -225,7 +225,7 @@ def test_a_lane_closes_behind_what_was_enqueued_before_a_fault(
             ),
         )
         with pytest.raises(EngineError, match="lost"):
-            opened.step(StepKind(guided=True, full=False, dynamic=False))
+            opened.step(StepKind(gradient=opened.batch, full=False, dynamic=False))
     denoiser.close()
     assert cuda_stub.counts() == before
 

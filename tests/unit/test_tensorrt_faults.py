@@ -16,6 +16,7 @@ from engine_rig import GPU, Rig
 from graph_calls import unet_out
 
 from admtrt.errors import EngineError, MissingDependencyError, PlanError, RequestError, UserError
+from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.engines.device import Driver, Gpu
 from admtrt.runtime.engines.library import Library, logger_of
@@ -280,7 +281,7 @@ def test_an_older_plan_is_used_where_the_newest_is_damaged(monkeypatch: Patch, t
 def test_a_batch_that_is_too_large_shows_when_the_plans_are_opened(rig: Rig, monkeypatch: Patch) -> None:
     monkeypatch.setattr("admtrt.runtime.backends.registry._is_installed", lambda _: True)
     with pytest.raises(RequestError, match="a batch of 9 is larger than the largest that the plans take"):
-        open_denoiser(rig.bundle, "tensorrt", plans=rig.folder, batch_size=9)
+        open_denoiser(rig.bundle, BackendChoice("tensorrt", plans=rig.folder, batch_size=9))
 
 
 def test_a_closed_backend_gives_everything_back(rig: Rig) -> None:

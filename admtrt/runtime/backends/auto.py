@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from admtrt.bundle import Bundle
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.backends.graphs import GraphDenoiser
     from admtrt.runtime.backends.registry import Backend
 
@@ -62,7 +63,7 @@ class Measured(Config):
     failed: dict[str, str] = Field(default_factory=dict)
 
 
-class Choice(Config):
+class Fastest(Config):
     """Which backend runs each graph, and why.
 
     Attributes:
@@ -91,50 +92,29 @@ class Choice(Config):
 
 def open_fastest(
     bundle: Bundle,
-    precision: Precision,
+    choice: BackendChoice,
     *,
-    threads: int | None,
-    plans: Path | None,
-    batch_size: int,
     graphs: Collection[GraphName] | None,
-    note: Callable[[str], None],
-    chosen: Callable[[Choice], None],
+    report: Callable[[str | Fastest], None],
 ) -> GraphDenoiser:
     """The bundle's graphs, each on the backend that is fastest for it here.
 
     Args:
         bundle: a verified bundle.
-        precision: fp32 admits only backends that compute in float32 throughout.
-        threads: of CPU backends; None takes every core.
-        plans: folder of plans; None for the bundle's own.
-        batch_size: for which to choose.
+        choice: what was asked for; fp32 admits only backends that compute in float32 throughout.
         graphs: those that are needed; None for all.
-        note: told what is measured.
-        chosen: told what was chosen.
+        report: told what is measured, and what was found.
 
     Raises:
         EngineError: if no backend works.
     """
-    choice = choose(bundle, precision, threads=threads, plans=plans, batch_size=batch_size, note=note)
-    chosen(choice)
-    return open_choice(bundle, choice, precision, threads=threads, plans=plans, graphs=graphs)
-
-
-def open_choice(
-    bundle: Bundle,
-    choice: Choice,
-    precision: Precision,
-    *,
-    threads: int | None,
-    plans: Path | None,
-    graphs: Collection[GraphName] | None = None,
-) -> GraphDenoiser:
-    """The backends of a choice, as one denoiser."""
-    unet = choice.graphs["unet"]
-    guide = choice.graphs.get("classifier_gradient", unet)
+    found = find_fastest(bundle, choice, report=report)
+    report(found)
+    unet = found.graphs["unet"]
+    guide = found.graphs.get("classifier_gradient", unet)
 
     def opened(name: str, graphs: Collection[GraphName] | None) -> GraphDenoiser:
-        return BACKENDS[name].open(bundle, precision, threads=threads, plans=plans, graphs=graphs)
+        return BACKENDS[name].open(bundle, choice, graphs=graphs)
 
     if guide == unet or (graphs is not None and "classifier_gradient" not in graphs):
         return opened(unet, graphs)
@@ -142,22 +122,15 @@ def open_choice(
     return Composite(opened(unet, others), opened(guide, ["classifier_gradient"]))
 
 
-def choose(
-    bundle: Bundle,
-    precision: Precision,
-    *,
-    threads: int | None,
-    plans: Path | None,
-    batch_size: int,
-    note: Callable[[str], None],
-) -> Choice:
-    """The choice of an earlier process for the same graphs, machine and request, else a new one.
+def find_fastest(bundle: Bundle, choice: BackendChoice, *, report: Callable[[str], None]) -> Fastest:
+    """What an earlier process found for the same graphs, machine and request, else a new measurement.
 
     Raises:
         EngineError: if no backend works.
     """
+    precision = choice.precision
     candidates = _candidates(precision)
-    key = _key(bundle, candidates, precision, threads, plans, batch_size)
+    key = _key(bundle, candidates, choice)
     memo = Memo(_MEMO)
     measured = _remembered(memo.get(key), candidates, _measured_graphs(bundle))
     remembered = measured is not None
@@ -166,15 +139,12 @@ def choose(
             ProbeRequest(
                 bundle=str(bundle.path),
                 backend=backend.name,
-                precision=precision,
-                threads=threads,
-                plans=None if plans is None else str(plans),
-                batch_size=batch_size,
+                choice=choice,
                 graphs=_measured_graphs(bundle),
             )
             for backend in candidates
         ]
-        measured = _measure(requests, note)
+        measured = _measure(requests, report)
     if not measured.seconds:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in measured.failed.items())
         known = [backend.name for backend in BACKENDS.values() if precision in backend.precisions]
@@ -185,8 +155,11 @@ def choose(
         )
     if not remembered:
         memo.update({key: measured.to_dict()})
-    return Choice(
-        graphs=fastest(measured.seconds), measured=measured, batch_size=batch_size, remembered=remembered
+    return Fastest(
+        graphs=fastest(measured.seconds),
+        measured=measured,
+        batch_size=choice.batch_size,
+        remembered=remembered,
     )
 
 
@@ -209,11 +182,12 @@ def _candidates(precision: Precision) -> list[Backend]:
     ]
 
 
-def _measure(requests: Sequence[ProbeRequest], note: Callable[[str], None]) -> Measured:
+def _measure(requests: Sequence[ProbeRequest], report: Callable[[str], None]) -> Measured:
     seconds: dict[str, dict[GraphName, float]] = {}
     failed: dict[str, str] = {}
     for request in requests:
-        note(f"measuring {request.backend} in {request.precision} at a batch of {request.batch_size}")
+        choice = request.choice
+        report(f"measuring {request.backend} in {choice.precision} at a batch of {choice.batch_size}")
         found = _probe(request)
         if found.error:
             failed[request.backend] = found.error
@@ -265,16 +239,9 @@ def _remembered(
     return measured if whole and measured.seconds and fresh else None
 
 
-def _key(
-    bundle: Bundle,
-    candidates: Sequence[Backend],
-    precision: Precision,
-    threads: int | None,
-    plans: Path | None,
-    batch_size: int,
-) -> str:
+def _key(bundle: Bundle, candidates: Sequence[Backend], choice: BackendChoice) -> str:
     """Everything that decides which backend is fastest."""
-    store = PlanStore.of(bundle, plans)
+    store = PlanStore.of(bundle, choice.plans)
     facts = {
         "bundle": bundle.digest,
         "plans": sorted(record.plan.sha256 for record in store.records()[0] if not store.fault(record)),
@@ -285,9 +252,9 @@ def _key(
         "admtrt": __version__,
         "candidates": [backend.name for backend in candidates],
         "versions": {name: _version(name) for name in _PACKAGES},
-        "precision": precision,
-        "threads": threads,
-        "batch_size": batch_size,
+        "precision": choice.precision,
+        "threads": choice.threads,
+        "batch_size": choice.batch_size,
     }
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from admtrt.bundle import Bundle
-from admtrt.config import Config, Positive
-from admtrt.contract import GraphName, Precision
+from admtrt.config import Config
+from admtrt.contract import GraphName
 from admtrt.errors import AdmtrtError
+from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.example import example_slots, held_step
 from admtrt.runtime.sampler import ResidentDenoiser, step_inputs
@@ -34,14 +34,11 @@ _LEAST = 1e-9  # seconds: what runs beside something longer takes none
 
 
 class ProbeRequest(Config):
-    """What is to be measured."""
+    """What is to be measured: graphs on one backend, as the choice of :mod:`.auto` asks."""
 
     bundle: str
     backend: str
-    precision: Precision
-    threads: Positive | None
-    plans: str | None = None
-    batch_size: Positive
+    choice: BackendChoice
     graphs: tuple[GraphName, ...]
 
 
@@ -58,14 +55,8 @@ def measure(request: ProbeRequest) -> ProbeResult:
     seconds: dict[GraphName, float] = {}
     for name in request.graphs:
         try:
-            denoiser = BACKENDS[request.backend].open(
-                bundle,
-                request.precision,
-                threads=request.threads,
-                plans=None if request.plans is None else Path(request.plans),
-                graphs=(name,),
-            )
-            slots = example_slots(bundle.manifest, request.batch_size)
+            denoiser = BACKENDS[request.backend].open(bundle, request.choice, graphs=(name,))
+            slots = example_slots(bundle.manifest, request.choice.batch_size)
             if isinstance(denoiser, ResidentDenoiser):  # it has opened all graphs
                 return ProbeResult(seconds=_seconds_on_device(denoiser, slots, request.graphs))
             seconds[name] = _fastest_run(denoiser, name, slots)

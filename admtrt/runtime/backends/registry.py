@@ -13,11 +13,15 @@ from admtrt.runtime.engines.device import query_driver
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
-    from pathlib import Path
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, Precision
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.backends.graphs import GraphDenoiser
+
+    Graphs = Collection[GraphName] | None
+    Opener = Callable[[Bundle, BackendChoice, Graphs], GraphDenoiser]
+    """Opens one backend, which takes of the choice what it needs."""
 
 PLANS_ONLY = "tensorrt"
 """The backend that runs plans, and so takes a folder of them."""
@@ -97,23 +101,17 @@ class Backend:
         return self.precisions if computes_bf16() else ("fp32",)
 
     def open(
-        self,
-        bundle: Bundle,
-        precision: Precision,
-        *,
-        threads: int | None = None,
-        plans: Path | None = None,
-        graphs: Collection[GraphName] | None = None,
+        self, bundle: Bundle, choice: BackendChoice, *, graphs: Collection[GraphName] | None = None
     ) -> GraphDenoiser:
         """Open a bundle's graphs, or only those that are named where the backend can open some alone.
 
-        ``threads`` is for CPU backends and ``plans`` for those that run plans; the others ignore them.
+        The choice may be that of ``auto``: threads are for CPU backends and plans for those that run them.
 
         Raises:
             UserError: if the backend cannot run here, or the bundle lacks what it needs.
         """
         self.require()
-        return _OPENERS[self.name](_Wanted(bundle, precision, threads, plans, graphs))
+        return _OPENERS[self.name](bundle, choice, graphs)
 
 
 def _is_installed(name: str) -> bool:
@@ -123,40 +121,29 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-@dataclass(frozen=True, eq=False)
-class _Wanted:
-    """What is to be opened; every backend takes of it what it needs. Fields as of :meth:`Backend.open`."""
-
-    bundle: Bundle
-    precision: Precision
-    threads: int | None
-    plans: Path | None
-    graphs: Collection[GraphName] | None
-
-
-def _onnxruntime(wanted: _Wanted) -> GraphDenoiser:
+def _onnxruntime(bundle: Bundle, choice: BackendChoice, graphs: Graphs) -> GraphDenoiser:
     from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 
-    return OnnxRuntimeDenoiser(wanted.bundle, threads=wanted.threads, graphs=wanted.graphs)
+    return OnnxRuntimeDenoiser(bundle, threads=choice.threads, graphs=graphs)
 
 
-def _openvino(wanted: _Wanted) -> GraphDenoiser:
+def _openvino(bundle: Bundle, choice: BackendChoice, graphs: Graphs) -> GraphDenoiser:
     from admtrt.runtime.backends.openvino import OpenVinoDenoiser
 
-    return OpenVinoDenoiser(wanted.bundle, wanted.precision, threads=wanted.threads, graphs=wanted.graphs)
+    return OpenVinoDenoiser(bundle, choice.precision, threads=choice.threads, graphs=graphs)
 
 
-def _tensorrt(wanted: _Wanted) -> GraphDenoiser:
+def _tensorrt(bundle: Bundle, choice: BackendChoice, _: Graphs) -> GraphDenoiser:
     from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
 
-    return TensorRTDenoiser(wanted.bundle, wanted.precision, cache=wanted.plans)
+    return TensorRTDenoiser(bundle, choice.precision, cache=choice.plans)
 
 
-def _provider(name: str) -> Callable[[_Wanted], GraphDenoiser]:
-    return lambda wanted: ProviderDenoiser(wanted.bundle, name, wanted.precision, graphs=wanted.graphs)
+def _provider(name: str) -> Opener:
+    return lambda bundle, choice, graphs: ProviderDenoiser(bundle, name, choice.precision, graphs=graphs)
 
 
-_OPENERS: dict[str, Callable[[_Wanted], GraphDenoiser]] = {
+_OPENERS: dict[str, Opener] = {
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
     PLANS_ONLY: _tensorrt,

@@ -1,0 +1,107 @@
+"""A request for a backend: one object, checked where it is made and carried whole."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from admtrt.contract import Precision, precision_named
+from admtrt.errors import RequestError
+from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
+from admtrt.runtime.request import whole_number
+
+AUTO = "auto"
+_MAX_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class BackendChoice:
+    """Which backend is to run a bundle's graphs, and how.
+
+    Args:
+        name: one of :data:`~admtrt.runtime.backends.registry.BACKENDS`, or ``auto`` for the fastest here.
+        precision: what the networks compute in.
+        threads: of a CPU backend; None takes every core.
+        plans: folder of the plans of ``tensorrt``; None for the bundle's own.
+        batch_size: the largest that will come; ``auto`` chooses for it.
+
+    Raises:
+        RequestError: for an unknown name, a precision that the backend has not, numbers out of range, or
+            plans for a backend that runs none: whatever no machine could open.
+    """
+
+    name: str = "onnxruntime"
+    precision: Precision = "fp32"
+    threads: int | None = None
+    plans: Path | None = None
+    batch_size: int = 1
+
+    def __post_init__(self) -> None:
+        threads = checked_threads(self.threads)
+        plans = None if self.plans is None else Path(self.plans)
+        batch_size = whole_number(self.batch_size, "batch_size")
+        if batch_size < 1:
+            raise RequestError(f"batch_size is {batch_size}; expected at least 1")
+        for name, value in {"threads": threads, "plans": plans, "batch_size": batch_size}.items():
+            object.__setattr__(self, name, value)
+        if self.name != AUTO and self.name not in BACKENDS:
+            known = ", ".join([*BACKENDS, AUTO])
+            raise RequestError(f"backend {self.name!r} is unknown; expected one of {known}")
+        precision_named(self.precision, "precision")
+        if self.name == AUTO:
+            self._check_auto()
+        else:
+            self._check_named()
+
+    def for_batches(self, batch_size: int) -> BackendChoice:
+        """The same for batches of another size.
+
+        Raises:
+            RequestError: if it is none.
+        """
+        return replace(self, batch_size=batch_size)
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.precision}"
+
+    def _check_auto(self) -> None:
+        if self.plans is not None and self.precision == "fp32":
+            raise RequestError(
+                f"backend {AUTO!r} runs no plans in fp32, where TensorRT may round products to TF32, "
+                f"but {self.plans} was given as their folder",
+                hint=f"Leave it out, or use the backend {PLANS_ONLY}.",
+            )
+
+    def _check_named(self) -> None:
+        backend = BACKENDS[self.name]
+        if self.precision not in backend.precisions:
+            others = [other.name for other in BACKENDS.values() if self.precision in other.precisions]
+            raise RequestError(
+                f"backend {self.name!r} computes in {' or '.join(backend.precisions)}, "
+                f"not in {self.precision}",
+                hint=f"Backends with {self.precision}: {', '.join(others)}.",
+            )
+        if self.threads is not None and backend.device != "cpu":
+            raise RequestError(
+                f"threads is {self.threads}, but backend {self.name!r} does not run on the CPU",
+                hint="Leave the threads out.",
+            )
+        if self.plans is not None and self.name != PLANS_ONLY:
+            raise RequestError(
+                f"backend {self.name!r} runs no plans, but {self.plans} was given as their folder",
+                hint=f"Leave it out, or use the backend {PLANS_ONLY}.",
+            )
+
+
+def checked_threads(threads: int | None) -> int | None:
+    """A number of CPU threads; None stays.
+
+    Raises:
+        RequestError: if it is no whole number from 1 to 1024.
+    """
+    if threads is None:
+        return None
+    number = whole_number(threads, "threads")
+    if not 1 <= number <= _MAX_THREADS:
+        raise RequestError(f"threads is {number}; expected 1 to {_MAX_THREADS}")
+    return number
