@@ -89,6 +89,36 @@ def test_small_versions_keep_the_settings_of_their_presets() -> None:
     assert len(names_by_config()) == len({preset.network for preset in PRESETS.values()}) == 12 + 4
 
 
+def traits(config: UNetConfig | ClassifierConfig) -> set[tuple[str, object]]:
+    """What makes a graph another one, beside its sizes."""
+    return {
+        ("kind", type(config)),
+        ("heads by width", config.num_head_channels is not None),
+        ("scale and shift", config.scale_shift_norm),
+        *((name, getattr(config, name, None) is None) for name in ("num_classes", "low_res_size")),
+        ("learn_sigma", getattr(config, "learn_sigma", None)),
+    }
+
+
+def cases() -> Iterator[object]:
+    """All small versions; those that bring no trait which earlier ones have not are slow tests."""
+    left = names_by_config()
+    seen: set[tuple[str, object]] = set()
+    while left:
+        config = min(left, key=lambda config: (-len(traits(config) - seen), config.image_size))
+        slow = [] if traits(config) - seen else [pytest.mark.slow]
+        seen |= traits(config)
+        yield pytest.param(config, id=left.pop(config), marks=slow)
+
+
+def test_every_trait_is_exported_by_default() -> None:
+    default = [case.values[0] for case in cases() if not case.marks]  # type: ignore[attr-defined]
+    assert {trait for config in default for trait in traits(config)} == {
+        trait for config in names_by_config() for trait in traits(config)
+    }
+    assert len(default) < 6
+
+
 @pytest.fixture
 def _no_collection() -> Iterator[None]:
     """PyTorch's exporter makes millions of objects; looking for garbage takes a fifth of its time."""
@@ -98,9 +128,7 @@ def _no_collection() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_no_collection")
-@pytest.mark.parametrize(
-    "config", [pytest.param(config, id=ids) for config, ids in names_by_config().items()]
-)
+@pytest.mark.parametrize("config", list(cases()))
 def test_small_version(config: UNetConfig | ClassifierConfig, tmp_path: Path) -> None:
     """The form for CPUs and the form for engines, both against PyTorch; the latter also becomes an engine."""
     spec = unet_spec(config) if isinstance(config, UNetConfig) else classifier_gradient_spec(config)
