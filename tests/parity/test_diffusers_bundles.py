@@ -15,16 +15,12 @@ from admtrt.bundle import Bundle
 from admtrt.cli import run
 from admtrt.runtime.pipeline import Pipeline
 
-ZERO_SNR = {
+SCHEDULER = {
     "prediction_type": "v_prediction",
     "rescale_betas_zero_snr": True,
     "beta_schedule": "sigmoid",
-    "clip_sample_range": 0.5,
-    "variance_type": "fixed_large",
-}
-THRESHOLD = {
-    "prediction_type": "sample",
     "num_train_timesteps": 200,
+    "variance_type": "fixed_large",
     "thresholding": True,
     "sample_max_value": 1.2,
     "dynamic_thresholding_ratio": 0.9,
@@ -40,52 +36,63 @@ def no_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "create_connection", refuse)
 
 
-def test_folder_and_converted_file_give_one_bundle(tmp_path: Path) -> None:
-    folder = goldens.write_tiny(tmp_path / "folder", scheduler=THRESHOLD)
-    converted = tmp_path / "unet.safetensors"
-    assert run(["convert", str(folder), str(converted)]) == 0
-    for source, name in ((folder, "a"), (converted, "b")):
-        assert run(["export", str(source), "--out", str(tmp_path / name)]) == 0
-    first, second = (json.loads((tmp_path / name / "manifest.json").read_text()) for name in "ab")
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder, its converted file and the bundles of both."""
+    path = tmp_path_factory.mktemp("exported")
+    goldens.write_tiny(path / "folder", scheduler=SCHEDULER)
+    assert run(["convert", str(path / "folder"), str(path / "unet.safetensors")]) == 0
+    for source, name in (("folder", "bundle"), ("unet.safetensors", "converted")):
+        assert run(["export", str(path / source), "--out", str(path / name)]) == 0
+    return path
+
+
+def test_folder_and_converted_file_give_one_bundle(exported: Path) -> None:
+    first, second = (
+        json.loads((exported / name / "manifest.json").read_text()) for name in ("bundle", "converted")
+    )
     assert first == second  # with the hash of every file
     assert first["threshold_quantile"] == 0.9
     assert first["sampler"] | {"threshold": "dynamic", "threshold_max": 1.2} == first["sampler"]
     assert first["network"]["downsample_padding"] == "after"
-    assert run(["verify", str(tmp_path / "a"), "--unet", str(folder), "--steps", "4"]) == 0
-    assert run(["inspect", str(tmp_path / "a")]) == 0
+    assert first["diffusion"]["zero_terminal_snr"] is True
 
 
-def test_process_without_last_signal(tmp_path: Path) -> None:
-    folder = goldens.write_tiny(tmp_path / "folder", scheduler=ZERO_SNR)
-    bundle = tmp_path / "bundle"
-    assert run(["export", str(folder), "--out", str(bundle)]) == 0
-    assert run(["verify", str(bundle), "--unet", str(folder), "--steps", "4"]) == 0
-    samples = tmp_path / "samples"
-    drawn = ["sample", str(bundle), "--out", str(samples), "--num", "2", "--steps", "trailing:5"]
-    assert run([*drawn, "--method", "ddim", "--direction", "network"]) == 0
+def test_bundle_agrees_with_its_folder(exported: Path) -> None:
+    arguments = ["verify", str(exported / "bundle"), "--unet", str(exported / "folder"), "--steps", "4"]
+    assert run(arguments) == 0
+
+
+def test_samples(exported: Path, tmp_path: Path) -> None:
+    bundle, out = str(exported / "bundle"), str(tmp_path / "samples")
+    drawn = ["sample", bundle, "--out", out, "--num", "2", "--steps", "trailing:5", "--method", "ddim"]
+    assert run([*drawn, "--direction", "network"]) == 0
     pipeline = Pipeline.from_bundle(bundle)
-    made = pipeline(seeds=[0, 1], steps="trailing:5", method="ddim", direction="network")
-    np.testing.assert_array_equal(np.load(samples / "samples.npz")["arr_0"], made.images)
-    other = pipeline(seeds=[0, 1], steps="trailing:5", method="ddim")
-    assert np.abs(made.x - other.x).max() > 0.01
-    assert np.abs(made.x).max() <= 0.5 + 1e-6  # the folder's range
+    chosen: dict[str, Any] = {"seeds": [0, 1], "steps": "trailing:5", "method": "ddim"}
+    made = pipeline(**chosen, direction="network")
+    np.testing.assert_array_equal(np.load(tmp_path / "samples/samples.npz")["arr_0"], made.images)
+    assert np.abs(made.x - pipeline(**chosen).x).max() > 0.01
+    bounded = pipeline(**chosen, clip=0.5)
+    assert np.abs(bounded.x).max() <= 0.5 + 1e-6
+    largest = [pipeline(seeds=[0, 1], steps="5", threshold_max=most).x for most in (1.2, 1.0)]
+    assert np.abs(largest[0] - largest[1]).max() > 0.01
 
 
-def test_verify_sees_another_quantile(tmp_path: Path) -> None:
-    folder = goldens.write_tiny(tmp_path / "folder", scheduler=THRESHOLD)
-    bundle = tmp_path / "bundle"
-    assert run(["export", str(folder), "--out", str(bundle)]) == 0
-    file = folder / "scheduler/scheduler_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"dynamic_thresholding_ratio": 0.8}))
-    assert run(["verify", str(bundle), "--unet", str(folder), "--steps", "4"]) == 1
-    assert Bundle.open(bundle).manifest.threshold_quantile == 0.9
+def test_verify_sees_another_process(exported: Path, tmp_path: Path) -> None:
+    folder = goldens.write_tiny(
+        tmp_path / "folder", scheduler=SCHEDULER | {"dynamic_thresholding_ratio": 0.8, "beta_end": 0.03}
+    )
+    arguments = ["verify", str(exported / "bundle"), "--unet", str(folder), "--steps", "2"]
+    assert run(arguments) == 1
+    assert Bundle.open(exported / "bundle").manifest.threshold_quantile == 0.9
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scheduler", [ZERO_SNR, THRESHOLD, {}])
+@pytest.mark.parametrize(
+    "scheduler", [{}, SCHEDULER, {"prediction_type": "sample", "clip_sample_range": 0.5}]
+)
 def test_every_solver(scheduler: dict[str, Any], tmp_path: Path) -> None:
     folder = goldens.write_tiny(tmp_path / "folder", scheduler=scheduler)
     bundle = tmp_path / "bundle"
     assert run(["export", str(folder), "--out", str(bundle)]) == 0
-    verify = ["verify", str(bundle), "--unet", str(folder), "--steps", "5", "--all-solvers"]
-    assert run(verify) == 0
+    assert run(["verify", str(bundle), "--unet", str(folder), "--steps", "5", "--all-solvers"]) == 0

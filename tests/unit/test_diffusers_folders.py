@@ -438,6 +438,27 @@ def test_faulty_folders(spoil: Callable[[Path], Any], expected: str, folder: Pat
     assert not target.exists()
 
 
+def test_depth_is_compared_before_anything_is_built(folder: Path) -> None:
+    deep = {"layers_per_block": 32, "sample_size": 8192, "block_out_channels": [32] * 14}
+    kinds = {"down_block_types": ["DownBlock2D"] * 14, "up_block_types": ["UpBlock2D"] * 14}
+    change(folder, UNET, **deep, **kinds)
+    assert "too few for 14 levels of 32 residual blocks" in refusal(folder)
+
+
+def test_consistency_models(tmp_path: Path) -> None:
+    said = {
+        "_class_name": "CMStochasticIterativeScheduler",
+        "num_train_timesteps": 151,
+        "clip_denoised": False,
+    }
+    config = opened(goldens.write_tiny(tmp_path / "folder", scheduler=said | {"sigma_max": 60.0}))
+    assert config.diffusion == EdmConfig(boundary=True, sigma_max=60.0)
+    expected = {"method": "consistency", "steps": "1", "levels_of": 151, "clip": False, "scale": 0.0}
+    assert config.sampler == SamplerConfig.from_dict(expected)
+    change(tmp_path / "folder", SCHEDULER, s_noise=1.1)
+    assert "s_noise is 1.1; ADM has 1.0 alone" in refusal(tmp_path / "folder")
+
+
 def test_latent_models_are_refused_from_inside(folder: Path) -> None:
     change(folder, "model_index.json", vqvae=["diffusers", "VQModel"])
     with pytest.raises(CheckpointError, match="vqvae is 'VQModel'"):

@@ -56,11 +56,19 @@ def read(opened: Opened) -> StoredCheckpoint:
         )
     folder = _network_folder(path)
     config_file = folder / _CONFIG
-    _check_pipeline(path if folder != path else folder.parent, None if folder == path else folder.name, path)
+    if folder == path:
+        _check_pipeline(path.resolve().parent, None, path)
+    else:
+        _check_pipeline(path, folder.name, path)
     data = _object(config_file)
     weights, notes = _weights(folder)
     tensors = with_new_spelling(folder, weights)
     network = read_network(config_file, data, tensors)
+    if network.config.num_blocks > len(tensors):  # before a network of any depth is built to compare them
+        raise CheckpointError(
+            f"{folder} has {len(tensors)} tensors, too few for {len(network.config.channel_mult)} levels of "
+            f"{network.config.num_res_blocks} residual blocks, which {config_file} says"
+        )
     scheduler_file = _scheduler_file(path, folder)
     scheduler = read_scheduler(scheduler_file, _object(scheduler_file), network.config)
     embedded = CheckpointConfig(
@@ -125,7 +133,7 @@ def _check_pipeline(root: Path, own: str | None, path: Path) -> None:
     if file is None:
         return
     index = _object(file)
-    name = own or ("unet" if file.parent == path else path.name)
+    name = own or ("unet" if file.parent == path else path.resolve().name)
     if name == "unet_ema":  # which no index lists
         name = "unet"
     if file.parent != path and name not in index:
