@@ -62,7 +62,7 @@ def _identified(stored: StoredCheckpoint, config: RunConfig, note: Callable[[str
     try:
         found = identify(stored, kinds=("unet",), config=given)
     except CheckpointError as error:
-        hint = f"Describe it in [unet], or first convert it: admtrt convert {stored.path} start.safetensors"
+        hint = "Describe it in [unet], or first convert it: admtrt convert CHECKPOINT start.safetensors"
         raise CheckpointError(error.message, hint=hint) from None
     if found.note:
         note(f"{stored.path}: {found.note}")

@@ -9,10 +9,20 @@ from typing import Any
 
 import diffusers_goldens as goldens
 import numpy as np
+import onnx
 import pytest
+import torch
+from goldens import generated_weights, relative_error
+from onnx_graphs import proto
+from onnx_graphs import session as session_of
 
 from admtrt.bundle import Bundle
 from admtrt.cli import run
+from admtrt.config import ClassifierConfig
+from admtrt.export.cpu_form import cpu_form
+from admtrt.export.engine_form import engine_form
+from admtrt.export.graphs import classifier_gradient_graph
+from admtrt.models.classifier import Classifier, log_prob_gradient
 from admtrt.runtime.pipeline import Pipeline
 
 SCHEDULER = {
@@ -96,3 +106,48 @@ def test_every_solver(scheduler: dict[str, Any], tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
     assert run(["export", str(folder), "--out", str(bundle)]) == 0
     assert run(["verify", str(bundle), "--unet", str(folder), "--steps", "5", "--all-solvers"]) == 0
+
+
+@pytest.mark.parametrize("form", ["cpu", "engine"])
+def test_gradient_of_a_classifier_with_the_same_options(form: str) -> None:
+    """Its odd size is rounded down where zeros stand behind the image alone."""
+    config = ClassifierConfig(
+        image_size=7,
+        in_channels=1,
+        model_channels=8,
+        num_res_blocks=1,
+        channel_mult=(1, 2),
+        attention_resolutions=(3,),
+        num_head_channels=8,
+        resblock_updown=False,
+        downsample_padding="after",
+        frequency_shift=1,
+        norm_eps=1e-3,
+        norm_groups=4,
+        num_classes=5,
+    )
+    assert config.level_sizes == (7, 3)
+    classifier = generated_weights(Classifier(config))
+    model = classifier_gradient_graph(classifier)
+    session = session_of(proto(cpu_form(model) if form == "cpu" else engine_form(model)))
+    rng = np.random.default_rng(0)
+    x = (rng.standard_normal((3, 1, 7, 7)) * np.array([1, 1, 0.01]).reshape(3, 1, 1, 1)).astype(np.float32)
+    t, y = np.array([0, 421, 999], np.float32), np.array([4, 0, 2])
+    grad, _ = session.run(["grad", "log_prob"], {"x": x, "t": t, "y": y})
+    exact = classifier.double()
+    exact.timestep_embedding.frequencies = exact.timestep_embedding.frequencies.double()
+    expected = log_prob_gradient(
+        exact, *map(torch.from_numpy, (x.astype(np.float64), t.astype(np.float64), y))
+    )
+    assert relative_error(grad, expected.numpy()) < 2e-5
+
+
+def test_padding_behind_the_image_is_no_node(exported: Path) -> None:
+    graph = onnx.load(exported / "bundle/unet.onnx", load_external_data=False).graph
+    assert "Pad" not in {node.op_type for node in graph.node}
+    strided = [
+        {attribute.name: list(attribute.ints) for attribute in node.attribute}
+        for node in graph.node
+        if node.op_type == "Conv"
+    ]
+    assert [0, 0, 1, 1] in [one["pads"] for one in strided if one.get("strides") == [2, 2]]
