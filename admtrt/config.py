@@ -164,7 +164,7 @@ class BackboneConfig(Config):
 
     @property
     def strided(self) -> bool:
-        """Whether strided convolutions halve the feature maps, and no pooling or residual blocks."""
+        """True where strided convolutions halve the feature maps, not pooling or residual blocks."""
         return self.conv_resample and not self.resblock_updown
 
     def _head_counts(self) -> tuple[int, ...]:
@@ -303,7 +303,7 @@ class ClassifierConfig(BackboneConfig):
 
 
 class NoiseConfig(Config):
-    """How noise grows over the steps of a discrete process; :func:`admtrt.schedule.process.betas` makes it.
+    """Growth of the noise over the steps of a process, which :func:`admtrt.schedule.process.betas` makes.
 
     ``beta_start`` and ``beta_end`` are the betas of the first and the last step, whatever their number;
     without them a linear schedule has those of ADM, scaled by 1000 / steps. ``zero_terminal_snr`` shifts and

@@ -121,7 +121,7 @@ def quantile_of(size: int, chosen: float | None = None) -> float:
 
 
 def largest_values(size: int, quantile: float) -> int:
-    """How many of ``size`` values, the largest ones, tell their quantile."""
+    """Number of the largest of ``size`` values that tell a quantile of them."""
     return size - math.floor(quantile * (size - 1))
 
 

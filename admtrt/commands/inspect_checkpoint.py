@@ -1,4 +1,4 @@
-"""What ``admtrt inspect`` shows of a checkpoint: a file, or a folder of diffusers'."""
+"""Checkpoints in ``admtrt inspect``: files, and folders of diffusers'."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _CONFIGS = ("unet/config.json", "config.json")
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a checkpoint and no bundle, by its name and what lies in it."""
+    """True for a checkpoint, which is no bundle, by its name and what lies in it."""
     if path.is_dir():
         return not (path / "manifest.json").exists() and any((path / name).is_file() for name in _CONFIGS)
     return path.suffix.lower() in _SUFFIXES

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from admtrt.presets import Kind
 
 METADATA_KEY = "admtrt"
-"""Where a safetensors header holds the JSON of its :class:`CheckpointConfig`."""
+"""Name of the JSON of a :class:`CheckpointConfig` in a safetensors header."""
 
 PREFIX_KEY = "admtrt.key_prefix"
-"""Where it holds what stood before every key in the file that it was converted from."""
+"""Name there of the text that stood before every key in the file that it was converted from."""
 
 _FORMAT_VERSION = 1
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -76,7 +76,7 @@ class StoredCheckpoint:
         return tensor[..., 0] if key in self.convolved else tensor
 
     def kind(self, given: Mapping[str, Any] = _NOTHING) -> Kind | None:
-        """What the network is for, by what the file says of itself, else by its shapes; None if unknown."""
+        """The kind of network that the file says it holds, else that of its shapes; None if unknown."""
         if self.embedded is not None:
             return self.embedded.kind
         try:
@@ -86,7 +86,7 @@ class StoredCheckpoint:
 
 
 def read_checkpoint_config(path: Path) -> CheckpointConfig | None:
-    """What a file says of itself, from its header alone; None if it says nothing.
+    """The configuration in a file's header; None if there is none.
 
     Raises:
         CheckpointError: if the file is missing or damaged, or says something that cannot be used.

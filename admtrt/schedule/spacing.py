@@ -17,7 +17,7 @@ _FORM = re.compile(r"(leading|linspace|trailing):([0-9]{1,9})(?:\+([0-9]{1,9}))?
 
 
 def is_spacing(respacing: str) -> bool:
-    """Whether a respacing names a spacing, and so goes with DDPM and DDIM alone."""
+    """True for a respacing that names a spacing, and so goes with DDPM and DDIM alone."""
     return respacing.strip().partition(":")[0] in _KINDS
 
 

@@ -110,7 +110,7 @@ def test_every_number_of_timesteps(spacing: str) -> None:
 
 
 def test_ddim_pipeline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What ``--direction network`` gives is what DDIMPipeline gives, here with a schedule of float64."""
+    """``--direction network`` gives DDIMPipeline's samples, here with a schedule of float64."""
     config = goldens.TINY | {"in_channels": 3, "out_channels": 3}
     network = saved(tmp_path / "folder", config)
     # From v no small weight divides the network's rounding, as from eps of an untrained network.

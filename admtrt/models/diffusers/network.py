@@ -63,7 +63,7 @@ _RESAMPLING = {"conv": False, None: False, "resnet": True}
 
 @dataclass(frozen=True)
 class Network:
-    """What a file says of its network.
+    """A network as a file tells it.
 
     Attributes:
         config: as ADM has it.
@@ -74,6 +74,20 @@ class Network:
     config: UNetConfig
     sines_first: bool
     notes: tuple[str, ...]
+
+
+def check_class(file: Path, data: Mapping[str, Any]) -> None:
+    """Refuse the file of another class.
+
+    Raises:
+        CheckpointError: naming the file and the class.
+    """
+    name = data.get("_class_name", CLASS)
+    if name != CLASS:
+        raise CheckpointError(
+            f"{file} is of the class {str(name)[:60]!r}; expected {CLASS}",
+            hint="Only unconditional and class-conditional image models are ADM networks.",
+        )
 
 
 def read_network(file: Path, data: Mapping[str, Any], names: Collection[str]) -> Network:
@@ -87,12 +101,6 @@ def read_network(file: Path, data: Mapping[str, Any], names: Collection[str]) ->
     Raises:
         CheckpointError: naming the file, a key and its value.
     """
-    name = data.get("_class_name", CLASS)
-    if name != CLASS:
-        raise CheckpointError(
-            f"{file} is of the class {str(name)[:60]!r}; expected {CLASS}",
-            hint="Only unconditional and class-conditional image models are ADM networks.",
-        )
     values = Values(file, data, _DEFAULTS)
     values.check_unknown(_OF_AVERAGES)
     _check_fixed(values)
@@ -191,7 +199,7 @@ def _types(values: Values, key: str, levels: int) -> list[str]:
 
 
 def _halved_by_blocks(values: Values, down: list[str], up: list[str]) -> bool:
-    """Whether residual blocks halve and double, and no convolutions; the last level does neither."""
+    """True where residual blocks halve and double, not convolutions; the last level does neither."""
     ways = {key: values.choice(key, _RESAMPLING) for key in ("downsample_type", "upsample_type")}
 
     def way(kind: str, key: str) -> bool:

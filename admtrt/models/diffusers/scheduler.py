@@ -88,7 +88,7 @@ _ONE_STEP = 1  # of consistency models
 
 @dataclass(frozen=True)
 class Scheduler:
-    """What a file says.
+    """A process and its sampler as a file tells them.
 
     Attributes:
         process: of the network.

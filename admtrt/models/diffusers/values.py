@@ -60,7 +60,7 @@ class Values:
         return value
 
     def choice(self, key: str, known: Mapping[Any, Any], *, hint: str = "") -> Any:
-        """What one of several values means."""
+        """The meaning of one of several values."""
         value = self[key]
         hashable = value is None or isinstance(value, str | int | float)
         if not hashable or value not in known or isinstance(value, bool):

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class Reader(Protocol):
-    """What knows one layout of checkpoints."""
+    """A module that knows one layout of checkpoints."""
 
     def recognises(self, opened: Opened, /) -> bool:
-        """Whether a file or folder is of this layout."""
+        """True for a file or folder of this layout."""
         ...
 
     def read(self, opened: Opened, /) -> StoredCheckpoint:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from admtrt.config_files import toml_of
 from admtrt.errors import CheckpointError
 from admtrt.models.diffusers.keys import adm_tensors, with_new_spelling
-from admtrt.models.diffusers.network import CLASS, read_network
+from admtrt.models.diffusers.network import CLASS, check_class, read_network
 from admtrt.models.diffusers.scheduler import read_scheduler
 from admtrt.models.diffusers.values import shown
 from admtrt.models.settings import CheckpointConfig, shapes_of_network
@@ -61,6 +61,7 @@ def read(opened: Opened) -> StoredCheckpoint:
     else:
         _check_pipeline(path, folder.name, path)
     data = _object(config_file)
+    check_class(config_file, data)
     weights, notes = _weights(folder)
     tensors = with_new_spelling(folder, weights)
     network = read_network(config_file, data, tensors)
@@ -81,11 +82,10 @@ def read(opened: Opened) -> StoredCheckpoint:
     made, names = adm_tensors(
         config_file, tensors, network.config, shapes_of_network(embedded), sines_first=network.sines_first
     )
-    said = [*_in_words(network), *network.notes, *notes, *scheduler.notes]
-    process = toml_of(embedded.diffusion, "diffusion").rstrip()
-    note = (
-        f"{CLASS} read as ADM's UNet: {'; '.join(said)}. Its process, for training a classifier:\n{process}"
-    )
+    said = "; ".join([*_in_words(network), *network.notes, *notes, *scheduler.notes])
+    use = ", for training a classifier" if scheduler.process.kind == "discrete" else ""
+    process = toml_of(scheduler.process, "diffusion").rstrip()
+    note = f"{CLASS} read as ADM's UNet: {said}. Its process{use}:\n{process}"
     return StoredCheckpoint(
         path=path, tensors=made, prefix="", embedded=embedded, made_from="diffusers", names=names, note=note
     )
@@ -101,7 +101,7 @@ def _in_words(network: Network) -> list[str]:
 
 
 def _network_folder(path: Path) -> Path:
-    """Where the network's configuration is: in ``unet``, or in the folder itself.
+    """The folder of the network's configuration: ``unet`` in it, or the folder itself.
 
     Raises:
         CheckpointError: if there is none, or two that differ.
