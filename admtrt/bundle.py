@@ -115,7 +115,7 @@ class Manifest(Config):
             f"{sampler.method}, steps {steps}, scale {sampler.scale:g}"
             + ("" if interval is None else f" at noise levels from {interval[0]:g} to {interval[1]:g}")
             + "".join(f", {name} {value}" for name, value in sampler.chosen_options.items())
-            + ("" if sampler.clip else ", x_0 not clipped")
+            + {1.0: "", None: ", x_0 not clipped"}.get(sampler.bound, f", x_0 within {sampler.bound}")
         )
 
     @model_validator(mode="before")

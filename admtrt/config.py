@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import difflib
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -19,47 +18,24 @@ from pydantic import (
     model_validator,
 )
 
-from admtrt.errors import ConfigError, OutputError
-from admtrt.reading import read_small
+from admtrt.config_errors import explain
+from admtrt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
+    from collections.abc import Mapping
 
     import numpy as np
     from numpy.typing import NDArray
 
-GROUPS = 32
-"""Groups of every group normalisation in ADM; channel counts are multiples of it."""
-
-_TOML_NONE = "none"
-_ORIGINAL_FLAGS = {
-    "channels": "in_channels",
-    "class_cond": "num_classes",
-    "classifier_attention_resolutions": "attention_resolutions",
-    "classifier_depth": "num_res_blocks",
-    "classifier_pool": "pool",
-    "classifier_resblock_updown": "resblock_updown",
-    "classifier_use_scale_shift_norm": "scale_shift_norm",
-    "classifier_width": "model_channels",
-    "diffusion_steps": "steps",
-    "large_size": "image_size",
-    "noise_schedule": "schedule",
-    "num_channels": "model_channels",
-    "predict_xstart": "mean_type",
-    "sigma_small": "variance_type",
-    "small_size": "low_res_size",
-    "use_new_attention_order": "new_attention_order",
-    "use_scale_shift_norm": "scale_shift_norm",
-}
-_LARGEST_FILE = 2**20  # bytes
+NONE_IN_TOML = "none"
+"""Stands for None where there is no null."""
 _WRITTEN = {"later": False}  # context of what is written to files
 _LATER: dict[str, Any] = {"later": True}  # marks fields
 
 
 def none_from_text(value: Any) -> Any:
     """None for the words that stand for it where there is no null; anything else as it is."""
-    return None if value in (_TOML_NONE, "None") else value
+    return None if value in (NONE_IN_TOML, "None") else value
 
 
 def _none_from_flag(value: Any) -> Any:
@@ -81,6 +57,7 @@ ImageSize = Annotated[int, Field(ge=1, le=8192)]
 _OptionalPositive = Annotated[Positive | None, BeforeValidator(none_from_text)]
 _OptionalSize = Annotated[ImageSize | None, BeforeValidator(none_from_text)]
 _OptionalHeads = Annotated[Positive | None, BeforeValidator(_none_from_flag)]
+_Beta = Annotated[float, Field(gt=0.0, lt=1.0)]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 NoiseLevel = Annotated[float, Field(ge=0.0)]
 _Multipliers = Annotated[tuple[Annotated[float, Field(gt=0, le=1024)], ...], BeforeValidator(_list_from_text)]
@@ -107,7 +84,7 @@ class Config(BaseModel):
         try:
             return cls.model_validate(data)
         except ValidationError as error:
-            raise ConfigError(f"{source}: {_explain(error, cls)}") from None
+            raise ConfigError(f"{source}: {explain(error, cls)}") from None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready data that :meth:`from_dict` turns back into an equal object.
@@ -124,86 +101,6 @@ class Config(BaseModel):
                 if field.json_schema_extra is _LATER and getattr(self, name) == field.default:
                     del data[name]
         return data
-
-
-def _explain(error: ValidationError, cls: type[BaseModel]) -> str:
-    lines = []
-    for item in error.errors(include_url=False):
-        names, model = _place(item["loc"], cls)
-        path = ".".join(names)
-        if item["type"] == "extra_forbidden":
-            lines.append(f"unknown key '{path}'" + _suggestion(names[-1], model))
-        elif item["type"] == "missing":
-            lines.append(f"'{path}' is required")
-        elif item["type"] == "value_error":
-            text = item["msg"].removeprefix("Value error, ")
-            lines.append(f"'{path}': {text}" if path else text)
-        elif item["type"] == "union_tag_invalid":
-            kind, kinds = item["input"]["kind"], item["ctx"]["expected_tags"]
-            near = nearest_name(str(kind), kinds.replace("'", "").split(", "))
-            meant = f"; did you mean '{near}'?" if near else ""
-            lines.append(f"'{path}.kind' is {_shown(kind)}; expected one of {kinds}{meant}")
-        elif item["type"] == "union_tag_not_found":
-            lines.append(f"'{path}' is {_shown(item['input'])}; input should be a table")
-        else:
-            lines.append(f"'{path}' is {_shown(item['input'])}; {item['msg'][0].lower()}{item['msg'][1:]}")
-    return "; ".join(lines)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _place(loc: tuple[int | str, ...], cls: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
-    """The names that lead to a fault, and the model that has the last of them, if one is known.
-
-    Between the name of a field that takes several models and the names in it stands the chosen one's kind,
-    which nobody wrote.
-    """
-    names: list[str] = []
-    model: type[BaseModel] | None = cls
-    choices: list[type[BaseModel]] = []
-    for part in loc:
-        chosen = next((one for one in choices if len(choices) > 1 and _kind_default(one) == part), None)
-        if chosen is not None:
-            model, choices = chosen, []
-            continue
-        if choices:
-            model, choices = choices[0], []
-        names.append(str(part))
-        field = None if model is None else model.model_fields.get(str(part))
-        if field is not None:
-            choices = list(_models_in(field.annotation))
-        # Otherwise a position in a list, or a name in a table, of what came before.
-    return names, model
-
-
-def _kind_default(model: type[BaseModel]) -> Any:
-    field = model.model_fields.get("kind")
-    return None if field is None else field.default
-
-
-def _suggestion(name: str, model: type[BaseModel] | None) -> str:
-    if model is None:
-        return ""
-    names = sorted(model.model_fields)
-    near = nearest_name(name, names)
-    return f"; did you mean '{near}'?" if near else f" (known: {', '.join(names)})"
-
-
-def nearest_name(name: str, known: Sequence[str]) -> str | None:
-    """The key meant by an unknown one: its name in the original's flags, else the most similar known key."""
-    if _ORIGINAL_FLAGS.get(name) in known:
-        return _ORIGINAL_FLAGS[name]
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from _models_in(argument)
 
 
 def level_sizes(image_size: int, levels: int, *, rounds_up: bool) -> tuple[int, ...]:
@@ -223,6 +120,10 @@ class BackboneConfig(Config):
     ``attention_resolutions`` are sizes in pixels (32 = attention where feature maps are 32x32), as in the
     paper. ``num_head_channels`` takes precedence over ``num_heads``; in TOML, which has no null, ``"none"``
     stands for None. Lists may be written as the original's flags are, ``"1,2,4"``.
+
+    The last four are ADM's own unless they say otherwise, as diffusers' networks do: whether a strided
+    convolution pads on both sides or ``after`` the image alone, the shift of the time embedding's
+    frequencies exp(-ln(1e4) i / (half - shift)), and the epsilon and the groups of the normalisations.
     """
 
     image_size: ImageSize
@@ -240,6 +141,10 @@ class BackboneConfig(Config):
     scale_shift_norm: bool = True
     rescale_residuals: bool = False
     dropout: Fraction = 0.0
+    downsample_padding: Literal["both", "after"] = later("both")
+    frequency_shift: Literal[0, 1] = later(0)
+    norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] = later(1e-5)
+    norm_groups: Annotated[int, Field(ge=1, le=8192)] = later(32)
 
     @property
     def level_channels(self) -> tuple[int, ...]:
@@ -254,8 +159,13 @@ class BackboneConfig(Config):
     @property
     def level_sizes(self) -> tuple[int, ...]:
         """Height and width of the feature maps of each level, finest first."""
-        rounds_up = self.conv_resample and not self.resblock_updown
+        rounds_up = self.strided and self.downsample_padding == "both"
         return level_sizes(self.image_size, len(self.channel_mult), rounds_up=rounds_up)
+
+    @property
+    def strided(self) -> bool:
+        """True where strided convolutions halve the feature maps, not pooling or residual blocks."""
+        return self.conv_resample and not self.resblock_updown
 
     def _head_counts(self) -> tuple[int, ...]:
         return (self.num_heads,)
@@ -284,13 +194,20 @@ class BackboneConfig(Config):
                 f"{halvings + 1} levels of channel_mult; use a multiple of {1 << halvings} or fewer levels"
             )
         for channels in self.level_channels:
-            if channels < 1 or channels % GROUPS:
+            if channels < 1 or channels % self.norm_groups:
                 raise ValueError(
                     f"a level has {channels} channels (model_channels {self.model_channels} x channel_mult "
-                    f"{list(self.channel_mult)}); group normalisation needs multiples of {GROUPS}"
+                    f"{list(self.channel_mult)}); group normalisation needs multiples of {self.norm_groups}"
                 )
         if self.model_channels % 2:
             raise ValueError("model_channels must be even: half of the time embedding is sines, half cosines")
+        if self.model_channels // 2 <= self.frequency_shift:
+            raise ValueError(f"frequency_shift {self.frequency_shift} leaves no frequency of one")
+        if self.downsample_padding == "after" and not self.strided:
+            raise ValueError(
+                "downsample_padding 'after' is of strided convolutions; conv_resample is "
+                f"{self.conv_resample}, resblock_updown {self.resblock_updown}"
+            )
         unused = sorted(set(self.attention_resolutions) - set(self.level_sizes))
         if unused:
             raise ValueError(
@@ -385,25 +302,56 @@ class ClassifierConfig(BackboneConfig):
         return self
 
 
-class DiffusionConfig(Config):
+class NoiseConfig(Config):
+    """Growth of the noise over the steps of a process, which :func:`admtrt.schedule.process.betas` makes.
+
+    ``beta_start`` and ``beta_end`` are the betas of the first and the last step, whatever their number;
+    without them a linear schedule has those of ADM, scaled by 1000 / steps. ``zero_terminal_snr`` shifts and
+    scales the signal so that none of it is left at the last step (Lin et al. 2024, algorithm 1).
+    """
+
+    steps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000
+    schedule: Literal["linear", "cosine", "scaled_linear", "sigmoid"] = "linear"
+    beta_start: Annotated[_Beta | None, BeforeValidator(none_from_text)] = later(None)
+    beta_end: Annotated[_Beta | None, BeforeValidator(none_from_text)] = later(None)
+    zero_terminal_snr: bool = later(False)
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> Self:
+        ends = (self.beta_start, self.beta_end)
+        if (ends[0] is None) != (ends[1] is None):
+            missing = "beta_start" if ends[0] is None else "beta_end"
+            raise ValueError(f"beta_start and beta_end belong together; there is no {missing}")
+        if self.schedule == "cosine" and ends[0] is not None:
+            raise ValueError("a cosine schedule has no beta_start and beta_end; leave them out")
+        if self.schedule in ("scaled_linear", "sigmoid") and ends[0] is None:
+            raise ValueError(f"schedule '{self.schedule}' needs beta_start and beta_end")
+        if self.schedule == "linear" and ends[0] is None and self.steps <= 20:
+            raise ValueError(
+                f"a linear schedule of {self.steps} steps has beta >= 1; use 21 steps or more, or 'cosine'"
+            )
+        return self
+
+
+class DiffusionConfig(NoiseConfig):
     """The diffusion process and what the network's output means.
 
+    ``mean_type`` ``v`` is sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022).
     ``variance_type`` ``learned_range`` interpolates between beta~ and beta (IDDPM eq. 15).
     ``rescale_timesteps`` gives the network t * 1000 / steps, as IDDPM forks with T = 4000 were trained.
     """
 
     kind: Literal["discrete"] = later("discrete")
-    steps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000
-    schedule: Literal["linear", "cosine"] = "linear"
-    mean_type: Literal["eps", "x_0", "previous_x"] = "eps"
+    mean_type: Literal["eps", "x_0", "previous_x", "v"] = "eps"
     variance_type: Literal["learned_range", "learned", "fixed_small", "fixed_large"] = "learned_range"
     rescale_timesteps: bool = False
 
     @model_validator(mode="after")
-    def _check_betas(self) -> Self:
-        if self.schedule == "linear" and self.steps <= 20:
+    def _check_signal(self) -> Self:
+        if self.zero_terminal_snr and self.mean_type not in ("v", "x_0"):
             raise ValueError(
-                f"a linear schedule of {self.steps} steps has beta >= 1; use 21 steps or more, or 'cosine'"
+                f"zero_terminal_snr leaves nothing of x_0 at the last step, where mean_type "
+                f"'{self.mean_type}' says nothing of it; it goes with 'v' and 'x_0'"
             )
         return self
 
@@ -477,101 +425,3 @@ ProcessConfig = Annotated[
     Annotated[DiffusionConfig, Tag("discrete")] | Annotated[EdmConfig, Tag("edm")], Discriminator(_kind_of)
 ]
 """The process of a network by its ``kind``; one without, as older files have it, is discrete."""
-
-ConfigT = TypeVar("ConfigT", bound=Config)
-
-
-def load_config(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -> ConfigT:
-    """Read a TOML file and apply ``section.key=value`` overrides (values in TOML notation, or plain text).
-
-    Raises:
-        ConfigError: if the file is missing or no TOML, or as :meth:`Config.from_dict`.
-    """
-    data = read_toml(path)
-    apply_overrides(data, overrides)
-    return cls.from_dict(data, source=str(path) if not overrides else f"{path} with overrides")
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """The content of a TOML file.
-
-    Raises:
-        ConfigError: if it is missing or no TOML.
-    """
-    import tomllib
-
-    try:
-        return tomllib.loads(read_small(path, _LARGEST_FILE).decode("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
-
-
-def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
-    """Put ``section.key=value`` overrides into plain data.
-
-    Raises:
-        ConfigError: for one that is not of this form, or goes through a value.
-    """
-    for override in overrides:
-        _apply_override(data, override)
-
-
-def _apply_override(data: dict[str, Any], override: str) -> None:
-    import tomllib
-
-    key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text.strip()
-    for part in parts[:-1]:
-        data = data.setdefault(part, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"override {override!r}: '{part}' is a value, not a section")
-    data[parts[-1]] = value
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Write a configuration as TOML that :func:`load_config` reads back; unset optional keys are left out."""
-    try:
-        path.write_text(_to_toml(_set_values(config)), encoding="utf-8")
-    except OSError as error:
-        raise OutputError(f"cannot write {path}: {error.strerror}") from None
-
-
-def _set_values(config: Config) -> dict[str, Any]:
-    """Plain data without the keys that are None by default."""
-    data = config.to_dict()
-    for name, field in type(config).model_fields.items():
-        value = getattr(config, name)
-        if isinstance(value, Config):
-            data[name] = _set_values(value)
-        elif value is None and field.default is None:
-            data.pop(name, None)
-    return data
-
-
-def _to_toml(data: Mapping[str, Any], section: str = "") -> str:
-    values = [f"{key} = {_toml_value(value)}" for key, value in data.items() if not isinstance(value, dict)]
-    text = (f"[{section}]\n" if section else "") + "".join(f"{line}\n" for line in values)
-    for key, value in data.items():
-        if isinstance(value, dict):
-            text += "\n" + _to_toml(value, f"{section}.{key}" if section else key)
-    return text.lstrip("\n")
-
-
-def _toml_value(value: Any) -> str:
-    import json
-
-    if isinstance(value, list):
-        return f"[{', '.join(_toml_value(item) for item in value)}]"
-    if isinstance(value, float):
-        return repr(value)
-    # JSON's strings are TOML's, but for escaped halves of characters and for DEL, which TOML does not allow.
-    text = json.dumps(_TOML_NONE if value is None else value, ensure_ascii=False)
-    return text.replace("\x7f", "\\u007f")

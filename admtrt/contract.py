@@ -32,7 +32,8 @@ NETWORKS: tuple[GraphName, ...] = ("unet", "classifier_gradient")
 """Graphs of networks; the others are the small ones, which compute in float32 whatever the precision."""
 QUANTILE = 0.995
 """Of a sample's |x_0|, to which dynamic thresholding bounds it (Imagen)."""
-_MOST_TOP_K = 3840  # of TensorRT
+MOST_TOP_K = 3840
+"""Of TensorRT's TopK."""
 DType = Literal["float32", "int64"]
 Precision = Literal["fp32", "fp16", "bf16"]
 """What a graph computes in; inputs and outputs are float32 whatever it is."""
@@ -102,16 +103,26 @@ def event_shape(config: UNetConfig) -> tuple[int, ...]:
     return (config.in_channels, config.image_size, config.image_size)
 
 
-def threshold_quantile(config: UNetConfig) -> float:
-    """The quantile of the graph ``threshold`` for samples of a network."""
-    return quantile_of(math.prod(event_shape(config)))
+def threshold_quantile(config: UNetConfig, chosen: float | None = None) -> float:
+    """The quantile of the graph ``threshold`` for samples of a network, see :func:`quantile_of`."""
+    return quantile_of(math.prod(event_shape(config)), chosen)
 
 
-def quantile_of(size: int) -> float:
-    """The quantile of samples of ``size`` values: 0.995, or the least that TensorRT takes of large ones."""
-    if size - math.floor(QUANTILE * (size - 1)) <= _MOST_TOP_K:
+def quantile_of(size: int, chosen: float | None = None) -> float:
+    """The quantile of samples of ``size`` values.
+
+    That chosen for the network, else 0.995, or the least that TensorRT takes of large ones.
+    """
+    if chosen is not None:
+        return chosen
+    if largest_values(size, QUANTILE) <= MOST_TOP_K:
         return QUANTILE
-    return math.ceil((size - _MOST_TOP_K) / (size - 1) * 1e4) / 1e4
+    return math.ceil((size - MOST_TOP_K) / (size - 1) * 1e4) / 1e4
+
+
+def largest_values(size: int, quantile: float) -> int:
+    """Number of the largest of ``size`` values that tell a quantile of them."""
+    return size - math.floor(quantile * (size - 1))
 
 
 def update_spec(config: UNetConfig) -> GraphSpec:

@@ -144,6 +144,12 @@ class TrainingConfig(Config):
     sigma_std: PositiveFloat = later(1.2)
 
 
+class UNetTrainingConfig(TrainingConfig):
+    """The same for a UNet, which may start from the weights of ``init``, a file or diffusers' folder."""
+
+    init: str | None = later(None)
+
+
 class ConsistencyTrainingConfig(TrainingConfig):
     """The same for a consistency model (Song et al. 2023), with its defaults for distillation.
 
@@ -188,7 +194,7 @@ class RunConfig(Config):
     unet: UNetConfig | None = None
     classifier: ClassifierConfig | None = None
     upsampler: UNetConfig | None = None
-    train_unet: TrainingConfig = TrainingConfig()
+    train_unet: UNetTrainingConfig = UNetTrainingConfig()
     train_classifier: ClassifierTrainingConfig = ClassifierTrainingConfig()
     train_upsampler: TrainingConfig = TrainingConfig()
     train_consistency: ConsistencyTrainingConfig = later(ConsistencyTrainingConfig())

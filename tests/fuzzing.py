@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 import admtrt
 from admtrt.commands.checkpoints import CheckpointSettings
-from admtrt.config import save_config
+from admtrt.config_files import save_config
 from admtrt.models.checkpoint import save_checkpoint
 
 Arguments = list[str | Path]

@@ -29,6 +29,7 @@ def walk(
     x_T: Tensor,
     noise: Callable[[int], Tensor],
     image: Tensor | None = None,
+    quantile: float | None = None,
 ) -> Iterator[Tensor]:
     """What the networks are given, then the end; arguments as of :func:`admtrt.models.solvers.trajectory`."""
     table = float64_table(rows, process, sampler)
@@ -48,7 +49,8 @@ def walk(
         r = torch.full((len(x),), c["clip"], dtype=x.dtype)
         if c["bound"] > c["clip"]:
             values = y.abs().flatten(1)
-            r = torch.maximum(r, torch.quantile(values, quantile_of(values.shape[1]), dim=1))
+            found = torch.quantile(values, quantile_of(values.shape[1], quantile), dim=1)
+            r = torch.maximum(r, found).clamp(max=c["bound"])
         r = r.view(-1, 1, 1, 1)
         d = torch.maximum(torch.minimum(y, r), -r) * (c["clip"] / r)
         m = d + c["x0_shift"] * g

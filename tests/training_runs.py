@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import admtrt
-from admtrt.config import load_config
+from admtrt.config_files import load_config
 from admtrt.console import Output
 from admtrt.run_config import RunConfig
 from admtrt.training.engine import leave_engine

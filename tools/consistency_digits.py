@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from admtrt.config import load_config
+from admtrt.config_files import load_config
 from admtrt.console import Output
 from admtrt.demo.judge import Judge
 from admtrt.export.pack import bundle_from_checkpoints

@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Literal
 
-from admtrt.config import load_config
+from admtrt.config_files import load_config
 from admtrt.errors import AdmtrtError, ConfigError
 from admtrt.models.checkpoint import (
     build_network,

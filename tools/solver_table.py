@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from admtrt.config import load_config
+from admtrt.config_files import load_config
 from admtrt.console import progress
 from admtrt.demo.judge import Judge
 from admtrt.demo.run import demo_config

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from admtrt.config import load_config
+from admtrt.config_files import load_config
 from admtrt.errors import AdmtrtError, RequestError
 from admtrt.images import save_grid, to_uint8
 from admtrt.run_config import RunConfig

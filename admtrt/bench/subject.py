@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from admtrt.contract import Precision
-    from admtrt.models.checkpoint import CheckpointConfig, Kind, StoredCheckpoint
+    from admtrt.models.checkpoint import CheckpointConfig, Kind
     from admtrt.models.classifier import Classifier
+    from admtrt.models.stored import StoredCheckpoint
     from admtrt.models.unet import UNet
 
 _AGAIN = "Give the checkpoints from which the bundle was exported."

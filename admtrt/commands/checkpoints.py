@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, ProcessConfig, UNetConfig, load_config
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, ProcessConfig, UNetConfig
+from admtrt.config_files import load_config
 from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.models.option_names import OptionNames
 from admtrt.run_config import FittedSampler, RunConfig
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
     from pathlib import Path
 
-    from admtrt.models.checkpoint import CheckpointConfig, Kind, LoadedNetwork, StoredCheckpoint
+    from admtrt.models.checkpoint import CheckpointConfig, Kind, LoadedNetwork
+    from admtrt.models.stored import StoredCheckpoint
 
 
 _NO_FACTS = frozenset({"sampler", "class_names"})
@@ -143,7 +145,7 @@ def describes_networks(config: Path) -> bool:
     """True if a TOML file has a section of a network.
 
     Raises:
-        ConfigError: as :func:`admtrt.config.load_config`.
+        ConfigError: as :func:`admtrt.config_files.load_config`.
     """
     said = load_config(CheckpointSettings, config)
     return any((said.unet, said.upsampler, said.classifier))

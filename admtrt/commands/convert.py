@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
 
 def convert(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Checkpoint (.safetensors, .pt or .pth).")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="Checkpoint: .safetensors, .pt, .pth, or diffusers' folder.")
+    ],
     target: Annotated[
         Path, typer.Argument(metavar="DST", help="File to write; its suffix decides the layout.")
     ],
@@ -37,7 +39,7 @@ def convert(
 ) -> None:
     """Write a checkpoint as .safetensors with its configuration inside, or as the original's .pt.
 
-    Names, types and bytes of the tensors stay as they are.
+    Names, types and bytes of the tensors stay as they are; those of diffusers' folders get ADM's names.
     """
     require("torch", "safetensors", extra="export", purpose="Converting")
     from admtrt.commands.checkpoints import Description, identify_checkpoint

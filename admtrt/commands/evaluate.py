@@ -179,7 +179,7 @@ def _from_checkpoint(
     from admtrt.schedule.process import require_discrete
 
     # It may be another network's file, given for its data: what the checkpoint says of itself stands.
-    said = preset is not None or read_checkpoint_config(path) is not None
+    said = preset is not None or path.is_dir() or read_checkpoint_config(path) is not None
     loaded, _ = load_pair(
         path,
         None,
@@ -199,7 +199,7 @@ def _from_checkpoint(
 def _data_config(
     source: str | None, file: Path | None, settings: Sequence[str], network: UNetConfig
 ) -> DataConfig:
-    from admtrt.config import apply_overrides, load_config, read_toml
+    from admtrt.config_files import apply_overrides, load_config, read_toml
     from admtrt.run_config import DataConfig, RunConfig
 
     other = next((item for item in settings if not item.startswith("data.")), None)

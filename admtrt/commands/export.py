@@ -33,7 +33,10 @@ if TYPE_CHECKING:
 
 @takes_solver_options
 def export(
-    unet: Annotated[Path, typer.Argument(help="Checkpoint of the UNet or upsampler (.safetensors or .pt).")],
+    unet: Annotated[
+        Path,
+        typer.Argument(help="Checkpoint of the UNet or upsampler: .safetensors, .pt, or diffusers' folder."),
+    ],
     out: Annotated[Path, typer.Option(help="Directory of the bundle to write.")],
     classifier: Annotated[
         Path | None, typer.Option(help="Checkpoint of the noisy classifier; without it, plain sampling only.")

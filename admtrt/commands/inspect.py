@@ -1,4 +1,4 @@
-"""``admtrt inspect``: what a bundle holds, and where its plans run."""
+"""``admtrt inspect``: what a bundle holds, and where its plans run; or what a checkpoint is."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ if TYPE_CHECKING:
 
 
 def inspect(
-    bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
+    bundle: Annotated[
+        Path,
+        typer.Argument(help="Directory of the bundle; or a checkpoint, which diffusers' folders are too."),
+    ],
     cache: Annotated[
         Path | None, typer.Option(help="Folder of plans to look into; the bundle's own where left out.")
     ] = None,
@@ -34,7 +37,17 @@ def inspect(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Check a bundle and its plans (schema, hashes, paths); show graphs, plans and recommended sampler."""
+    """Check a bundle and its plans (schema, hashes, paths); show graphs, plans and recommended sampler.
+
+    Of a checkpoint: its network, process and recommended sampler.
+    """
+    from admtrt.commands.inspect_checkpoint import is_checkpoint, show_checkpoint
+
+    if is_checkpoint(bundle):
+        if cache is not None or layers is not None:
+            raise RequestError(f"{bundle} is a checkpoint, which has no plans", hint="Leave out the options.")
+        show_checkpoint(bundle, Output(json=json))
+        return
     from admtrt.bundle import Bundle
     from admtrt.runtime.engines.plans import PlanStore
     from admtrt.runtime.trt.layers import plan_layers

@@ -95,6 +95,7 @@ def _churn(text: str) -> tuple[float, ...]:
 _EVERY_LEVEL = (0.0, 1e9, 1.0)
 _READERS: dict[str, Callable[[str], Any]] = {
     "eta": float,
+    "threshold_max": float,
     "churn": _churn,
     "levels": lambda text: tuple(int(part) for part in text.split(",")),
     "levels_of": int,

@@ -56,8 +56,18 @@ _Teacher = Annotated[
         "consistency training.",
     ),
 ]
+_Init = Annotated[
+    str | None,
+    typer.Option(
+        metavar="CHECKPOINT",
+        help="Start from the weights of a file or of diffusers' folder (train_unet.init); its network and "
+        "process are taken where [unet] and [diffusion] are absent.",
+    ),
+]
 _Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out, if there is one.")]
+_OF_TASKS = {"teacher": "consistency", "init": "unet"}
+"""Options of one task alone."""
 _Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON document.")]
 
 
@@ -83,6 +93,7 @@ def _command(task: Task) -> Callable[..., None]:
         precision: _Precision = None,
         seed: _Seed = None,
         teacher: _Teacher = None,
+        init: _Init = None,
         set_: _Set = None,
         resume: _Resume = False,
         overwrite: _Overwrite = False,
@@ -95,8 +106,9 @@ def _command(task: Task) -> Callable[..., None]:
             "precision": precision,
             "seed": seed,
             "teacher": teacher,
+            "init": init,
         }
-        from admtrt.config import load_config
+        from admtrt.config_files import load_config
         from admtrt.run_config import RunConfig
 
         run_config = load_config(RunConfig, config, _overrides(task, set_, data, settings))
@@ -128,7 +140,7 @@ def _command(task: Task) -> Callable[..., None]:
         leave_engine()
 
     signature = inspect.signature(command, eval_str=True)
-    taken = [one for one in signature.parameters.values() if one.name != "teacher" or task == "consistency"]
+    taken = [one for one in signature.parameters.values() if _OF_TASKS.get(one.name, task) == task]
     command.__signature__ = signature.replace(parameters=taken)  # type: ignore[attr-defined]
     return command
 

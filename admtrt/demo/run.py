@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from admtrt.bundle import Bundle
-from admtrt.config import load_config
+from admtrt.config_files import load_config
 from admtrt.demo.judge import Judge, Verdict
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.images import save_grid

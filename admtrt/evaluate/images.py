@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ImageOps
 
-from admtrt.config import load_config
+from admtrt.config_files import load_config
 from admtrt.data.image_set import ImageSet, in_threads, load_data, split, stream_of
 from admtrt.data.sources import DIGITS, open_image, read_image, read_source
 from admtrt.errors import DataError, RequestError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
@@ -12,12 +13,14 @@ from admtrt import __version__
 from admtrt.bundle import Bundle, GraphEntry, write_bundle
 from admtrt.config import DiffusionConfig
 from admtrt.contract import (
+    MOST_TOP_K,
     NETWORKS,
     GraphName,
     GraphSpec,
     Precision,
     bundle_specs,
     event_shape,
+    largest_values,
     threshold_quantile,
 )
 from admtrt.errors import ExportError
@@ -26,7 +29,7 @@ from admtrt.export.cpu_form import cpu_form
 from admtrt.export.engine_form import engine_form
 from admtrt.export.graphs import EXAMPLE_BATCH, classifier_gradient_graph, unet_graph
 from admtrt.export.precision import DEFAULT_ISLANDS, Island, lower
-from admtrt.export.small_graphs import FOR_ENGINES, SMALL_GRAPHS
+from admtrt.export.small_graphs import FOR_ENGINES, SMALL_GRAPHS, threshold_graph
 from admtrt.export.write import write_graph
 from admtrt.models.classifier import Classifier
 from admtrt.models.pair import check_pair, in_units_of
@@ -90,6 +93,14 @@ def bundle_from_checkpoints(
         own_unit = process.rescale_timesteps
     recommended = sampler or unet.config.sampler
     specs = bundle_specs(generator.config, None if guide is None else guide.config)
+    quantile = threshold_quantile(generator.config, unet.config.threshold_quantile)
+    values = math.prod(event_shape(generator.config))
+    if engines and largest_values(values, quantile) > MOST_TOP_K:
+        raise ExportError(
+            f"the quantile {quantile:g} of dynamic thresholds takes the largest "
+            f"{largest_values(values, quantile)} of {values} values; engines take at most {MOST_TOP_K}",
+            hint="Export without --engine.",
+        )
 
     engine_graphs: dict[Precision, dict[GraphName, GraphEntry]] = {precision: {} for precision in engines}
 
@@ -97,7 +108,7 @@ def bundle_from_checkpoints(
         graphs: dict[GraphName, GraphEntry] = {}
         for name, spec in specs.items():
             report(name)
-            for engine, model in _forms(name, generator, guide, engine_graphs, islands):
+            for engine, model in _forms(name, generator, guide, engine_graphs, islands, quantile):
                 if engine is None:
                     graphs[name] = _written(model, directory, f"{name}.onnx", spec)
                 else:
@@ -110,7 +121,7 @@ def bundle_from_checkpoints(
     fields = {
         "network": generator.config,
         "event_shape": event_shape(generator.config),
-        "threshold_quantile": threshold_quantile(generator.config),
+        "threshold_quantile": quantile,
         "classifier": None if guide is None else guide.config,
         "diffusion": unet.config.diffusion,
         "sampler": recommended if guide is not None else recommended.model_copy(update={"scale": 0.0}),
@@ -129,8 +140,13 @@ def _forms(
     classifier: Classifier | None,
     engines: Collection[Precision],
     islands: Collection[Island],
+    quantile: float,
 ) -> Iterator[tuple[Precision | None, ir.Model]]:
     """The form of a graph for CPUs, with None, then that for engines in each precision."""
+    if name == "threshold":
+        yield None, cpu_form(threshold_graph(unet.config, quantile))
+        yield from ((precision, engine_form(threshold_graph(unet.config, quantile))) for precision in engines)
+        return
     if name in SMALL_GRAPHS:  # x itself is never rounded
         yield None, cpu_form(SMALL_GRAPHS[name](unet.config))
         yield from ((precision, engine_form(FOR_ENGINES[name](unet.config))) for precision in engines)

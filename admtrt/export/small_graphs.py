@@ -18,6 +18,7 @@ from admtrt.contract import (
     edit_low_pass_spec,
     edit_spec,
     event_shape,
+    largest_values,
     threshold_quantile,
     threshold_spec,
     update_full_spec,
@@ -169,26 +170,30 @@ def update_full_graph(config: UNetConfig) -> ir.Model:
     return write.model(write.within(x_prev, c["state_clip"]), m, saved)
 
 
-def threshold_graph(config: UNetConfig) -> ir.Model:
+def threshold_graph(config: UNetConfig, quantile: float | None = None) -> ir.Model:
     """The threshold of dynamic thresholding: the quantile of |y| over a sample, interpolated as NumPy does.
 
     Only the values from the quantile on are needed: TopK of a fixed number of them.
+
+    Args:
+        config: of the network.
+        quantile: as for :func:`~admtrt.contract.threshold_quantile`.
     """
     write = _Writer(threshold_spec(config), "threshold", UPDATE_FULL)
     size = math.prod(event_shape(config))
-    position = threshold_quantile(config) * (size - 1)
-    largest = size - math.floor(position)
+    chosen = threshold_quantile(config, quantile)
+    position, largest = chosen * (size - 1), largest_values(size, chosen)
     value, _ = _value_and_log_weight(config, write)
     flat = write.op("Reshape", write.op("Abs", _unbounded(write, value)), write.ints("flat", [0, size]))
     top, _ = write.split("TopK", [flat, write.ints("largest", [largest])], 2, axis=1, largest=1, sorted=1)
-    quantile = _entry(write, top, "below", largest - 1)
+    found = _entry(write, top, "below", largest - 1)
     if largest > 1:
         above = _entry(write, top, "above", largest - 2)
         fraction = write.number("fraction", position - math.floor(position))
-        quantile = write.add(quantile, write.mul(fraction, write.op("Sub", above, quantile)))
+        found = write.add(found, write.mul(fraction, write.op("Sub", above, found)))
     column = write.ints("column", [-1])
     clip, bound = (write.op("Reshape", write.columns[name], column) for name in ("clip", "bound"))
-    return write.model(write.op("Min", write.op("Max", clip, write.op("Reshape", quantile, column)), bound))
+    return write.model(write.op("Min", write.op("Max", clip, write.op("Reshape", found, column)), bound))
 
 
 def _unbounded(write: _Writer, value: ir.Value) -> ir.Value:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from admtrt.config import load_config
+from admtrt.config_files import load_config
 from admtrt.errors import CheckpointError, RequestError
 from admtrt.evaluate.extract import Extractor
 from admtrt.evaluate.network import GRAPH, MANIFEST, SEEN, FeatureManifest, FeatureNetwork, Weights

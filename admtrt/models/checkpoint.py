@@ -5,7 +5,6 @@ Reading never runs code from a file, and every fault of a file becomes a :class:
 
 from __future__ import annotations
 
-import functools
 import json
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,24 +15,21 @@ from torch import Tensor
 
 from admtrt.config import UNetConfig
 from admtrt.errors import CheckpointError, ConfigError, OutputError
-from admtrt.models.infer import traits_of
-from admtrt.models.layouts import choose_weights, convolved_attention, partial_prefix
+from admtrt.models.layouts import partial_prefix
 from admtrt.models.matching import Identified, check_tensors, identify_tensors, listing, shapes_of_network
 from admtrt.models.option_names import OptionNames
+from admtrt.models.readers import READERS
+from admtrt.models.readers.opened import Opened
 from admtrt.models.settings import CheckpointConfig as CheckpointConfig
 from admtrt.models.settings import build_network as build_network
 from admtrt.models.settings import check_names, with_settings
 from admtrt.models.settings import checkpoint_config_from_preset as checkpoint_config_from_preset
-from admtrt.models.weights import (
-    SUFFIXES,
-    check_weights,
-    read_metadata,
-    read_state_dicts,
-    write_pickle,
-    write_safetensors,
-)
+from admtrt.models.stored import METADATA_KEY as METADATA_KEY
+from admtrt.models.stored import PREFIX_KEY as PREFIX_KEY
+from admtrt.models.stored import StoredCheckpoint as StoredCheckpoint
+from admtrt.models.stored import read_checkpoint_config as read_checkpoint_config
+from admtrt.models.weights import SUFFIXES, check_weights, write_pickle, write_safetensors
 from admtrt.presets import Kind as Kind
-from admtrt.reading import parse_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -43,14 +39,6 @@ if TYPE_CHECKING:
     from admtrt.models.infer import Shapes
     from admtrt.models.unet import UNet
 
-METADATA_KEY = "admtrt"
-"""Where a safetensors header holds the JSON of its :class:`CheckpointConfig`."""
-
-PREFIX_KEY = "admtrt.key_prefix"
-"""Where it holds what stood before every key in the file that it was converted from."""
-
-_FORMAT_VERSION = 1
-_LONGEST_PREFIX = 100  # characters
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _OPTIONS = OptionNames()
 
@@ -61,49 +49,6 @@ class LoadedNetwork:
 
     module: UNet | Classifier
     config: CheckpointConfig
-
-
-@dataclass(frozen=True)
-class StoredCheckpoint:
-    """An opened file: its tensors are mapped, their bytes not yet read.
-
-    Attributes:
-        path: the file.
-        tensors: by bare name, as they are stored.
-        prefix: what stood before every name.
-        embedded: what the file says of itself, if anything.
-        convolved: attention's weights that are stored as 1x1 convolutions of images, [.., .., 1, 1].
-    """
-
-    path: Path
-    tensors: Mapping[str, Tensor]
-    prefix: str
-    embedded: CheckpointConfig | None
-    convolved: frozenset[str] = frozenset()
-
-    @functools.cached_property
-    def shapes(self) -> Shapes:
-        """The shape of every tensor in the network."""
-        return {key: tuple(self.in_network(key).shape) for key in self.tensors}
-
-    def in_network(self, key: str) -> Tensor:
-        """A tensor as the network has it."""
-        tensor = self.tensors[key]
-        return tensor[..., 0] if key in self.convolved else tensor
-
-    @property
-    def told(self) -> Mapping[str, Any]:
-        """Settings that the layout tells: attention made of convolutions has its heads in the new order."""
-        return {"new_attention_order": True} if self.convolved else {}
-
-    def kind(self, given: Mapping[str, Any] = _NOTHING) -> Kind | None:
-        """What the network is for, by what the file says of itself, else by its shapes; None if unknown."""
-        if self.embedded is not None:
-            return self.embedded.kind
-        try:
-            return traits_of(self.shapes, given).kind
-        except CheckpointError:  # which whoever needs more than the kind is told
-            return None
 
 
 def save_checkpoint(
@@ -130,60 +75,24 @@ def save_checkpoint(
     write_safetensors(path, state, metadata, replace=replace)
 
 
-def read_checkpoint_config(path: Path) -> CheckpointConfig | None:
-    """What a file says of itself, from its header alone; None if it says nothing.
-
-    Raises:
-        CheckpointError: if the file is missing or damaged, or says something that cannot be used.
-    """
-    text = read_metadata(path).get(METADATA_KEY)
-    if text is None:
-        return None
-    try:
-        data = parse_json(text)
-    except ValueError:
-        data = None
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path}: the configuration in its header is no JSON object")
-    version = data.get("format_version")
-    if version != _FORMAT_VERSION:
-        raise CheckpointError(
-            f"{path} has format_version {version!r}; this version of admtrt reads {_FORMAT_VERSION}",
-            hint="Update admtrt, or write the checkpoint again with this version.",
-        )
-    try:
-        return CheckpointConfig.from_dict(data, source=f"{path} (its header)")
-    except ConfigError as error:
-        raise CheckpointError(error.message) from None
-
-
 def open_checkpoint(
     path: Path, weights: str | None = None, *, options: OptionNames = _OPTIONS
 ) -> StoredCheckpoint:
-    """Open a ``.safetensors`` file, or a ``.pt`` or ``.pth`` file with a state dict, without reading weights.
+    """Open a checkpoint without reading weights.
 
     Args:
-        path: the file.
+        path: a ``.safetensors`` file, a ``.pt`` or ``.pth`` file with a state dict, or diffusers' folder.
         weights: which to take of a file that holds several: the name of a state dict in it, or what stands
             before the names of its tensors.
         options: what the command line's options for this file are called, for advice.
 
     Raises:
         CheckpointError: if the file is missing, damaged, no state dict or wants to run code, or holds the
-            weights of several networks, or of others than were asked for.
+            weights of several networks, or of others than were asked for; for a folder that is none of
+            diffusers', or of a network or a process that ADM has not.
     """
-    embedded = read_checkpoint_config(path)
-    chosen = choose_weights(path, read_state_dicts(path), weights, f"{options.prefix}weights")
-    prefix = chosen.prefix or read_metadata(path).get(PREFIX_KEY, "")
-    if len(prefix) > _LONGEST_PREFIX:  # it comes before every key where the file is converted back
-        raise CheckpointError(f"{path} has a header that puts {len(prefix)} characters before every key")
-    return StoredCheckpoint(
-        path=path,
-        tensors=chosen.tensors,
-        prefix=prefix,
-        embedded=embedded,
-        convolved=convolved_attention(chosen.tensors),
-    )
+    opened = Opened(path, weights, options)
+    return next(reader for reader in READERS if reader.recognises(opened)).read(opened)
 
 
 def identify(
@@ -235,6 +144,7 @@ def identify(
                 given=settings,
                 options=options,
                 told=stored.told,
+                asks=stored.asks,
                 shared=shared,
             )
         except CheckpointError as error:
@@ -259,7 +169,7 @@ def identify(
             "new_attention_order is False in its configuration",
             hint=f"Set {options.prefix}set new_attention_order=true, or correct it in {options.config}.",
         )
-    return Identified(known, "" if stored.embedded else _layout_in_words(stored))
+    return Identified(known, stored.note if stored.embedded else _layout_in_words(stored))
 
 
 def _layout_in_words(stored: StoredCheckpoint) -> str:
@@ -278,7 +188,7 @@ def load_stored(stored: StoredCheckpoint, config: CheckpointConfig) -> LoadedNet
     """
     with torch.device("meta"):
         module = build_network(config)
-    check_weights(stored.path, stored.tensors)
+    check_weights(stored.path, stored.by_stored_name)
     weights = {key: stored.in_network(key).float() for key in stored.tensors}
     module.load_state_dict(weights, assign=True)
     return LoadedNetwork(module=module.eval().requires_grad_(False), config=config)
@@ -314,7 +224,12 @@ def convert_checkpoint(
         OutputError: if the target exists, has another suffix or cannot be written.
     """
     check_target(target, overwrite=overwrite)
-    check_weights(stored.path, stored.tensors)
+    if stored.made_from is not None and target.suffix.lower() != ".safetensors":
+        raise OutputError(
+            f"{stored.path} is in {stored.made_from}' layout; the original's has no place for its settings",
+            hint=f"Convert it to {target.with_suffix('.safetensors')}.",
+        )
+    check_weights(stored.path, stored.by_stored_name)
     if target.suffix.lower() == ".safetensors":
         assert config is not None
         save_checkpoint(target, stored.tensors, config, prefix=stored.prefix, replace=overwrite)

@@ -14,7 +14,7 @@ from admtrt.models.unet import Encoder
 if TYPE_CHECKING:
     from admtrt.config import ClassifierConfig
 
-_HIDDEN = 2048  # width of the two spatial heads
+_HIDDEN, _GROUPS = 2048, 32  # width of the two spatial heads; groups of the second, whatever norm_groups is
 
 
 class Classifier(Encoder):
@@ -27,7 +27,7 @@ class Classifier(Encoder):
         features = sum(self.stage_channels) + channels
         if config.pool == "adaptive":
             self.out = nn.Sequential(
-                group_norm(channels),
+                group_norm(channels, config),
                 nn.SiLU(),
                 nn.AdaptiveAvgPool2d((1, 1)),
                 zeroed(nn.Conv2d(channels, config.num_classes, 1)),
@@ -36,7 +36,7 @@ class Classifier(Encoder):
         elif config.pool == "attention":
             assert config.num_head_channels is not None  # the configuration refuses it
             self.out = nn.Sequential(
-                group_norm(channels),
+                group_norm(channels, config),
                 nn.SiLU(),
                 AttentionPool(size, channels, config.num_head_channels, config.num_classes),
             )
@@ -47,7 +47,7 @@ class Classifier(Encoder):
         else:
             self.out = nn.Sequential(
                 nn.Linear(features, _HIDDEN),
-                group_norm(_HIDDEN),
+                nn.GroupNorm(_GROUPS, _HIDDEN),
                 nn.SiLU(),
                 nn.Linear(_HIDDEN, config.num_classes),
             )

@@ -29,6 +29,7 @@ class TorchDenoiser:
         classifier: called with x and t, gives logits; None without guidance.
         device: on which they run.
         dtype: of the computation; others than float32 by autocast.
+        quantile: of dynamic thresholds, as for :func:`~admtrt.contract.threshold_quantile`.
     """
 
     def __init__(
@@ -37,7 +38,9 @@ class TorchDenoiser:
         classifier: nn.Module | None = None,
         device: torch.device = _CPU,
         dtype: torch.dtype = torch.float32,
+        quantile: float | None = None,
     ) -> None:
+        self._quantile = quantile
         self._unet = unet.eval().to(device)
         self._classifier = None if classifier is None else classifier.eval().to(device)
         self._device = device
@@ -54,6 +57,8 @@ class TorchDenoiser:
             return {"out": self._evaluate(**given)}
         if graph == "classifier_gradient":
             return self._gradient(**given)
+        if graph == "threshold":
+            return threshold(**given, quantile=self._quantile)
         return SMALL_GRAPHS[graph](**given)
 
     @torch.no_grad()
@@ -119,13 +124,16 @@ def update_full(
     return {"x_prev": x_prev, "pred_x0": m, "saved_next": kept}
 
 
-def threshold(x: Tensor, out: Tensor, grad: Tensor, coefficients: Tensor) -> dict[str, Tensor]:
+def threshold(
+    x: Tensor, out: Tensor, grad: Tensor, coefficients: Tensor, *, quantile: float | None = None
+) -> dict[str, Tensor]:
     """The graph ``threshold``."""
     c, value, _ = _given(UPDATE_FULL, x, out, coefficients)
     size = out[0].numel() * x.shape[1] // out.shape[1]
-    quantile = torch.quantile(_unbounded(c, x, value, grad).abs().flatten(1), quantile_of(size), dim=1)
+    values = _unbounded(c, x, value, grad).abs().flatten(1)
+    found = torch.quantile(values, quantile_of(size, quantile), dim=1)
     clip, bound = c["clip"].flatten(), c["bound"].flatten()
-    return {"r": torch.minimum(torch.maximum(clip, quantile), bound)}
+    return {"r": torch.minimum(torch.maximum(clip, found), bound)}
 
 
 def edit(

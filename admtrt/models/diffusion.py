@@ -17,7 +17,10 @@ from admtrt.schedule.parameterisation import log_variance_bounds
 from admtrt.schedule.process import Process
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from admtrt.config import DiffusionConfig
+    from admtrt.schedule.sampler import SamplerConfig
 
 
 class Network(Protocol):
@@ -69,20 +72,24 @@ class Diffusion:
         )
         return mean, self.at(self.process.posterior_log_variance, step)
 
-    def predict(self, out: Tensor, x_t: Tensor, step: Tensor, *, clip: bool) -> Prediction:
-        """Interpret a network's output as p(x_{t-1} | x_t)."""
+    def predict(
+        self, out: Tensor, x_t: Tensor, step: Tensor, bound: Callable[[Tensor], Tensor] | None = None
+    ) -> Prediction:
+        """Interpret a network's output as p(x_{t-1} | x_t), x_0 bounded where ``bound`` says how."""
         variance, log_variance = self._variance(out, x_t, step)
         value = out[:, : x_t.shape[1]]
         if self.config.mean_type == "eps":
             x_0 = self.x_0_from_eps(x_t, step, value)
         elif self.config.mean_type == "x_0":
             x_0 = value
+        elif self.config.mean_type == "v":
+            x_0 = self.q_mean(x_t, step) - self.at(np.sqrt(1 - self.process.alpha_bar), step) * value
         else:
             weight_x0 = self.at(1 / self.process.posterior_mean_x0, step)
             weight_xt = self.at(self.process.posterior_mean_xt / self.process.posterior_mean_x0, step)
             x_0 = weight_x0 * value - weight_xt * x_t
-        if clip:
-            x_0 = x_0.clamp(-1, 1)
+        if bound is not None:
+            x_0 = bound(x_0)
         mean = value if self.config.mean_type == "previous_x" else self.q_posterior(x_0, x_t, step)[0]
         return Prediction(mean=mean, variance=variance, log_variance=log_variance, x_0=x_0)
 
@@ -102,14 +109,41 @@ class Diffusion:
     def x_0_from_eps(self, x_t: Tensor, step: Tensor, eps: Tensor) -> Tensor:
         """x_0 = x_t / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) * eps."""
         a = self.process.alpha_bar
-        return self.at(np.sqrt(1 / a), step) * x_t - self.at(np.sqrt(1 / a - 1), step) * eps
+        with np.errstate(divide="ignore"):  # infinite where no signal is left
+            return self.at(np.sqrt(1 / a), step) * x_t - self.at(np.sqrt(1 / a - 1), step) * eps
 
     def eps_from_x_0(self, x_t: Tensor, step: Tensor, x_0: Tensor) -> Tensor:
-        """Inverse of :meth:`x_0_from_eps`."""
-        a = self.process.alpha_bar
-        return (self.at(np.sqrt(1 / a), step) * x_t - x_0) / self.at(np.sqrt(1 / a - 1), step)
+        """Inverse of :meth:`x_0_from_eps`, also where alpha_bar is 0."""
+        return (x_t - self.q_mean(x_0, step)) / self.at(np.sqrt(1 - self.process.alpha_bar), step)
+
+    def v(self, x_0: Tensor, step: Tensor, eps: Tensor) -> Tensor:
+        """v = sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022, appendix D)."""
+        return self.q_mean(eps, step) - self.at(np.sqrt(1 - self.process.alpha_bar), step) * x_0
 
     def at(self, table: np.ndarray[tuple[int], np.dtype[np.float64]], step: Tensor) -> Tensor:
         """Entries of a float64 table in the process's type, [N, 1, 1, 1], on the device of ``step``."""
         entries = torch.from_numpy(np.ascontiguousarray(table)).to(step.device)[step]
         return entries.to(self.dtype).view(-1, 1, 1, 1)
+
+
+def clipped(x_0: Tensor) -> Tensor:
+    """x_0 within [-1, 1]."""
+    return x_0.clamp(-1, 1)
+
+
+def bounded(x_0: Tensor, sampler: SamplerConfig, quantile: float) -> Tensor:
+    """x_0 as a sampler bounds it: within +-c, or dynamically (Saharia et al. 2022, section 2.3).
+
+    Args:
+        x_0: [N, C, H, W].
+        sampler: its ``clip`` is c, its ``threshold_max`` the largest dynamic threshold.
+        quantile: of each sample's |x_0| that is its threshold, where it is above c.
+    """
+    c = sampler.bound
+    if c is None:
+        return x_0
+    if sampler.option("threshold") != "dynamic":
+        return x_0.clamp(-c, c)
+    s = torch.quantile(x_0.abs().flatten(1), quantile, dim=1).clamp(c, sampler.option("threshold_max"))
+    s = s.view(-1, 1, 1, 1)
+    return c * (torch.minimum(torch.maximum(x_0, -s), s) / s)

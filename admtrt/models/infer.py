@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
-from admtrt.config import DiffusionConfig, EdmConfig, level_sizes
+from admtrt.config import DiffusionConfig, EdmConfig, UNetConfig, level_sizes
 from admtrt.errors import CheckpointError, ConfigError
 from admtrt.models.settings import CheckpointConfig, check_names, checkpoint_config_from_settings, parsed
 from admtrt.presets import Kind
@@ -44,6 +44,10 @@ UNTOLD = (
     "conv_resample",
     "rescale_residuals",
     "dropout",
+    "downsample_padding",
+    "frequency_shift",
+    "norm_eps",
+    "norm_groups",
     *(name for name in DiffusionConfig.model_fields if name != "kind"),
 )
 """Settings that shapes do not tell, or not of every network."""
@@ -70,17 +74,23 @@ class Traits:
         settings: values of its configuration.
         attends: for each level, finest first, whether it has attention.
         side: height and width of the coarsest level, where a classifier's pooling tells it.
+        pads_after: whether ``downsample_padding`` was given as ``after``, which rounds odd sizes down.
     """
 
     kind: Kind
     settings: Mapping[str, Any]
     attends: tuple[bool, ...]
     side: int | None = None
+    pads_after: bool = False
+
+    @property
+    def _rounds_up(self) -> bool:
+        # The first is told where neither a block nor pooling halves.
+        return bool(self.settings.get("conv_resample")) and not self.pads_after
 
     def level_sizes(self, image_size: int) -> tuple[int, ...]:
         """Sizes of the levels for images of a size."""
-        rounds_up = bool(self.settings.get("conv_resample"))  # told where neither a block nor pooling halves
-        return level_sizes(image_size, len(self.attends), rounds_up=rounds_up)
+        return level_sizes(image_size, len(self.attends), rounds_up=self._rounds_up)
 
     @property
     def image_sizes(self) -> tuple[int, int] | None:
@@ -88,7 +98,7 @@ class Traits:
         if self.side is None:
             return None
         count = 1 << (len(self.attends) - 1)
-        if self.settings.get("conv_resample"):
+        if self._rounds_up:
             return (self.side - 1) * count + 1, self.side * count
         return self.side * count, (self.side + 1) * count - 1
 
@@ -99,6 +109,7 @@ def infer_config(
     given: Mapping[str, Any],
     assumed: Mapping[str, Any] = _NOTHING,
     told: Mapping[str, Any] = _NOTHING,
+    asks: Collection[str] = (),
 ) -> CheckpointConfig:
     """The configuration of the network whose tensors have these shapes.
 
@@ -107,6 +118,7 @@ def infer_config(
         given: settings of the network and the process that are known; they may not contradict the shapes.
         assumed: values of :data:`UNTOLD` settings, used where neither the shapes nor ``given`` say.
         told: settings that the file tells otherwise.
+        asks: settings that are asked for although they have defaults; of ``kind``, unless it is plain.
 
     Raises:
         CheckpointError: if these are not the tensors of an ADM network, or ``given`` contradicts them.
@@ -125,10 +137,9 @@ def infer_config(
         known = {"attention_resolutions": resolutions} | known
         _check_given(given, {"attention_resolutions": resolutions})
     _check_given(given, traits.settings)
-    # Files of this layout hold processes of either kind, unless something of a discrete one is known.
-    either = (
-        bool(told) and not traits.settings.get("learn_sigma") and not any(key in known for key in _PROCESS)
-    )
+    # Such files hold processes of either kind, unless something of a discrete one is known.
+    plain = traits.settings.get("learn_sigma") or any(key in known for key in _PROCESS)
+    either = "kind" in asks and not plain
     missing = _missing(traits, known, kind_untold=either)
     if missing:
         doubt = f"{_CONDITION}; " if "low_res_size" in missing else ""
@@ -149,6 +160,7 @@ def stand_in(shapes: Shapes, given: Mapping[str, Any] = _NOTHING) -> CheckpointC
         "image_size": size,
         "attention_resolutions": _resolutions(traits, size),
         "num_head_channels": 1,
+        "norm_groups": parsed(given).get("norm_groups", UNetConfig.model_fields["norm_groups"].default),
         "variance_type": "learned_range" if learned else "fixed_large",
     }
     if traits.kind == "upsampler":
@@ -200,7 +212,7 @@ def _traits(shapes: Shapes, given: Mapping[str, Any]) -> Traits:
     settings: dict[str, Any] = {
         "model_channels": width,
         "num_res_blocks": layout.num_res_blocks,
-        "channel_mult": tuple(_multiplier(level.width, width) for level in layout.levels),
+        "channel_mult": tuple(multiplier(level.width, width) for level in layout.levels),
         "scale_shift_norm": embedded == 2 * _axis(shapes, f"{block}out_layers.0.weight", 0),
     }
     if layout.resampling is not None:
@@ -213,7 +225,8 @@ def _traits(shapes: Shapes, given: Mapping[str, Any]) -> Traits:
         head, side = _classifier_head(shapes)
         if side is not None and len(attends) == 1:
             head["image_size"] = side
-        return Traits("classifier", settings | head | {"in_channels": first}, attends, side)
+        after = given.get("downsample_padding") == "after"
+        return Traits("classifier", settings | head | {"in_channels": first}, attends, side, after)
     kind, ends = _ends(first, _axis(shapes, "out.2.weight", 0), given)
     key = "label_emb.weight"
     classes = _axis(shapes, key, 0) if key in shapes else None
@@ -234,7 +247,7 @@ def _axis(shapes: Shapes, key: str, axis: int) -> int:
     return shape[axis]
 
 
-def _multiplier(width: int, model_channels: int) -> float:
+def multiplier(width: int, model_channels: int) -> float:
     """The multiplier whose product, rounded down, is a level's width."""
     multiplier = width / max(model_channels, 1)
     return multiplier if int(multiplier * model_channels) == width else math.nextafter(multiplier, math.inf)

@@ -12,22 +12,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from admtrt.config import GROUPS
-
 if TYPE_CHECKING:
     from admtrt.config import BackboneConfig
 
 MAX_PERIOD = 10_000.0
 
 
-def embedding_frequencies(count: int) -> Tensor:
-    """``MAX_PERIOD ** (-i / count)``, float32 [count] on the CPU: the same bits on every machine.
+def embedding_frequencies(count: int, shift: int = 0) -> Tensor:
+    """``MAX_PERIOD ** (-i / (count - shift))``, float32 [count] on the CPU: the same bits on every machine.
 
     The exponents are float32, as in the original that networks were trained with: products and quotients are
     rounded correctly everywhere. The last bit of an exponential of PyTorch, NumPy or C depends on the
     processor; Decimal's is rounded correctly by its specification.
     """
-    exponents = np.float32(-math.log(MAX_PERIOD)) * np.arange(count, dtype=np.float32) / np.float32(count)
+    exponents = (
+        np.float32(-math.log(MAX_PERIOD)) * np.arange(count, dtype=np.float32) / np.float32(count - shift)
+    )
     wide = Context(prec=30)
     return torch.tensor(
         [float(wide.exp(Decimal(e))) for e in exponents.tolist()], dtype=torch.float32, device="cpu"
@@ -42,10 +42,10 @@ class TimestepEmbedding(nn.Module):
 
     frequencies: Tensor
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, shift: int = 0) -> None:
         super().__init__()
         # Real even where a module is built on the meta device: no checkpoint would fill them in.
-        self.register_buffer("frequencies", embedding_frequencies(dim // 2), persistent=False)
+        self.register_buffer("frequencies", embedding_frequencies(dim // 2, shift), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
         """Embed ``t`` float32 [N]."""
@@ -53,14 +53,14 @@ class TimestepEmbedding(nn.Module):
         return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """ADM's normalisation: 32 groups, eps 1e-5."""
-    return nn.GroupNorm(GROUPS, channels)
+def group_norm(channels: int, config: BackboneConfig) -> nn.GroupNorm:
+    """A network's normalisation."""
+    return nn.GroupNorm(config.norm_groups, channels, config.norm_eps)
 
 
-def conv3x3(in_channels: int, out_channels: int, *, stride: int = 1) -> nn.Conv2d:
-    """A 3x3 convolution that keeps (or halves) the size."""
-    return nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+def conv3x3(in_channels: int, out_channels: int) -> nn.Conv2d:
+    """A 3x3 convolution that keeps the size."""
+    return nn.Conv2d(in_channels, out_channels, 3, padding=1)
 
 
 def zeroed(module: nn.Conv2d | nn.Conv1d) -> nn.Conv2d | nn.Conv1d:
@@ -84,15 +84,21 @@ class Upsample(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halving by a strided 3x3 convolution or by 2x2 average pooling."""
+    """Halving by a strided 3x3 convolution or by 2x2 average pooling.
 
-    def __init__(self, channels: int, *, use_conv: bool) -> None:
+    The convolution has zeros on both sides of the image or, with ``after``, right and below of it alone.
+    """
+
+    def __init__(self, channels: int, *, use_conv: bool, after: bool = False) -> None:
         super().__init__()
-        self.op = conv3x3(channels, channels, stride=2) if use_conv else nn.AvgPool2d(2)
+        self.after = after
+        self.op: nn.Module = nn.AvgPool2d(2)
+        if use_conv:
+            self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if after else 1)
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, H/2, W/2]."""
-        out: Tensor = self.op(x)
+        out: Tensor = self.op(F.pad(x, (0, 1, 0, 1)) if self.after else x)
         return out
 
 
@@ -116,14 +122,16 @@ class ResBlock(nn.Module):
         self.scale_shift_norm = config.scale_shift_norm
         self.rescale = config.rescale_residuals
         self.gradient_checkpointing = False
-        self.in_layers = nn.Sequential(group_norm(channels), nn.SiLU(), conv3x3(channels, out_channels))
+        self.in_layers = nn.Sequential(
+            group_norm(channels, config), nn.SiLU(), conv3x3(channels, out_channels)
+        )
         self.resample: nn.Module | None = None
         if resample:
             self.resample = {"up": Upsample, "down": Downsample}[resample](channels, use_conv=False)
         width = 2 * out_channels if config.scale_shift_norm else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, width))
         self.out_layers = nn.Sequential(
-            group_norm(out_channels),
+            group_norm(out_channels, config),
             nn.SiLU(),
             nn.Dropout(config.dropout),
             zeroed(conv3x3(out_channels, out_channels)),
@@ -194,7 +202,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         heads = num_heads if config.num_head_channels is None else channels // config.num_head_channels
         self.gradient_checkpointing = False
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, config)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.attention = SelfAttention(heads, new_order=config.new_attention_order)
         self.proj_out = zeroed(nn.Conv1d(channels, channels, 1))

@@ -15,7 +15,7 @@ from admtrt.models.settings import shapes_of_network as shapes_of_network
 from admtrt.presets import PRESETS, Kind, Preset
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from admtrt.config import ClassifierConfig, UNetConfig
     from admtrt.models.infer import Shapes, Traits
@@ -56,6 +56,7 @@ def identify_tensors(
     given: Mapping[str, Any],
     options: OptionNames,
     told: Mapping[str, Any] = _NOTHING,
+    asks: Collection[str] = (),
     shared: Mapping[str, Any] = _NOTHING,
 ) -> Identified:
     """The configuration of tensors that come with none.
@@ -71,6 +72,7 @@ def identify_tensors(
         given: settings that are known.
         options: what the command line's options for this file are called, for advice.
         told: settings that the file tells otherwise.
+        asks: as for :func:`~admtrt.models.infer.infer_config`.
         shared: settings of the network that it goes with, which stand above a published model's.
 
     Raises:
@@ -84,9 +86,9 @@ def identify_tensors(
         traits = traits_of(shapes, given, told=told)
         presets, changed = _kin(traits, name, given.get("kind", "discrete"))
         assumed = {**_common_settings(presets), **shared}
-        config = infer_config(shapes, given=given, assumed=assumed, told=told)
+        config = infer_config(shapes, given=given, assumed=assumed, told=told, asks=asks)
     except UntoldSettingError as error:
-        same = [name for name in _CONVOLVED if told and _preset_shapes(name) == shapes]
+        same = [name for name in _CONVOLVED if asks and _preset_shapes(name) == shapes]
         published = f", or with {options.prefix}preset which of {_listed(same)} it is" if same else ""
         raise CheckpointError(
             error.message,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 import torch
-from pydantic import TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from admtrt.config import (
     ClassifierConfig,
@@ -16,8 +16,9 @@ from admtrt.config import (
     EdmConfig,
     ProcessConfig,
     UNetConfig,
-    nearest_name,
+    later,
 )
+from admtrt.config_errors import nearest_name
 from admtrt.errors import ConfigError
 from admtrt.models.classifier import Classifier
 from admtrt.models.unet import UNet
@@ -37,7 +38,8 @@ class CheckpointConfig(Config):
     """What a checkpoint says of itself.
 
     ``unet`` is set for the kinds ``unet`` and ``upsampler``, ``classifier`` for ``classifier``. ``sampler``
-    is a recommendation. ``run``, ``step`` and ``ema_rate`` tell how the weights came about.
+    is a recommendation, ``threshold_quantile`` that of its dynamic thresholds where it is not the usual one.
+    ``run``, ``step`` and ``ema_rate`` tell how the weights came about.
     """
 
     format_version: Literal[1] = 1
@@ -50,6 +52,7 @@ class CheckpointConfig(Config):
     run: RunConfig | None = None
     step: int = 0
     ema_rate: float | None = None
+    threshold_quantile: Annotated[float, Field(gt=0.0, lt=1.0)] | None = later(None)
 
     @property
     def network(self) -> UNetConfig | ClassifierConfig:

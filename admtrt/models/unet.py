@@ -30,7 +30,7 @@ class Encoder(nn.Module):
     def __init__(self, config: BackboneConfig, in_channels: int) -> None:
         super().__init__()
         self.emb_channels = 4 * config.model_channels
-        self.timestep_embedding = TimestepEmbedding(config.model_channels)
+        self.timestep_embedding = TimestepEmbedding(config.model_channels, config.frequency_shift)
         self.time_embed = nn.Sequential(
             nn.Linear(config.model_channels, self.emb_channels),
             nn.SiLU(),
@@ -61,7 +61,8 @@ class Encoder(nn.Module):
     def _downsample(self, channels: int, config: BackboneConfig) -> nn.Module:
         if config.resblock_updown:
             return ResBlock(channels, self.emb_channels, channels, config, resample="down")
-        return Downsample(channels, use_conv=config.conv_resample)
+        after = config.downsample_padding == "after"
+        return Downsample(channels, use_conv=config.conv_resample, after=after)
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Embed t [N] -> [N, 4 * model_channels]."""
@@ -103,7 +104,7 @@ class UNet(Encoder):
                 blocks.append(Stage(*stage))
         self.output_blocks = nn.ModuleList(blocks)
         self.out = nn.Sequential(
-            group_norm(channels), nn.SiLU(), zeroed(conv3x3(channels, config.out_channels))
+            group_norm(channels, config), nn.SiLU(), zeroed(conv3x3(channels, config.out_channels))
         )
 
     def _upsample(self, channels: int, config: UNetConfig) -> nn.Module:

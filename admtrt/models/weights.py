@@ -18,6 +18,7 @@ from torch import Tensor
 from admtrt.errors import CheckpointError
 from admtrt.files import atomic_file
 from admtrt.models.torch_files import UnneededGlobalError, check_torch_file
+from admtrt.reading import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,6 +67,27 @@ def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
     for tensors in found.values():
         _check_extent(path, tensors)
     return found
+
+
+def read_part(path: Path) -> dict[str, Tensor]:
+    """The tensors of one of the files that a folder's weights are in, a ``.safetensors`` file or a pickle.
+
+    Raises:
+        CheckpointError: as :func:`read_state_dicts`, or if it holds several state dicts.
+    """
+    try:
+        open_regular(path).close()
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from None
+    if path.suffix == ".safetensors":
+        tensors = _read_safetensors(path)
+    else:
+        found = _state_dicts(path, _read_pickle(path))
+        if list(found) != [""]:
+            raise CheckpointError(f"{path} holds state dicts called {', '.join(found)}; expected one alone")
+        tensors = found[""]
+    _check_extent(path, tensors)
+    return tensors
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -125,7 +125,7 @@ class InversionRequest:
             x=x,
             levels=len(self.schedule),
             steps=self.sampler.steps,
-            clip=self.sampler.clip,
+            clip=bool(self.sampler.clip),
             labels=None if self.labels is None else self.labels[rows],
             images=self.images[rows],
         )

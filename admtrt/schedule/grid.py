@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from admtrt.errors import RequestError
 from admtrt.schedule.process import retained_timesteps
+from admtrt.schedule.spacing import is_spacing
 
 if TYPE_CHECKING:
     from admtrt.schedule.levels import Level, NoiseLevels
@@ -119,5 +120,15 @@ def _respaced(levels: NoiseLevels, sampler: SamplerConfig) -> list[Level | None]
     from admtrt.schedule.levels import DiscreteLevels
 
     assert isinstance(levels, DiscreteLevels)  # the only kind that has this grid
+    if is_spacing(sampler.steps):
+        raise RequestError(
+            f"steps {sampler.steps!r} are of ddpm and ddim, not of {sampler.method}",
+            hint="Write e.g. 'ddim25', or give a number of evaluations and another grid.",
+        )
     retained = retained_timesteps(levels.config.steps, sampler.steps)
+    if levels.config.zero_terminal_snr and retained[-1] == levels.config.steps - 1:
+        raise RequestError(
+            f"grid 'respaced' begins where no signal is left, and {sampler.method} cannot step from there",
+            hint="Use another grid, ddpm or ddim.",
+        )
     return [*(levels.at_timestep(float(timestep)) for timestep in reversed(retained)), None]

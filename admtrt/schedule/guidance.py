@@ -19,13 +19,15 @@ if TYPE_CHECKING:
 def guidance_scales(sigma: Float64, sampler: SamplerConfig) -> Float64:
     """The guidance scale at each noise level S, float64 [R]: 0 outside the sampler's interval.
 
+    0 too where S is infinite: no classifier sees anything in pure noise.
+
     Raises:
         RequestError: if no level lies in the interval.
     """
     if sampler.guidance_interval is None or not sampler.scale:
-        return np.full(len(sigma), sampler.scale)
+        return np.where(np.isfinite(sigma), sampler.scale, 0.0)
     low, high = sampler.guidance_interval
-    inside = (low < sigma) & (sigma <= high)
+    inside = (low < sigma) & (sigma <= high) & np.isfinite(sigma)
     if not inside.any():
         raise RequestError(
             f"the guidance interval {low:g} to {high:g} holds none of the {len(sigma)} steps, "

@@ -125,7 +125,8 @@ class DiscreteLevels(NoiseLevels):
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
-        self._log_alpha = 0.5 * np.cumsum(np.log1p(-betas(config.schedule, config.steps)))
+        with np.errstate(divide="ignore"):  # where no signal is left at the last step
+            self._log_alpha = 0.5 * np.cumsum(np.log1p(-betas(config)))
         self._timesteps = np.arange(config.steps, dtype=np.float64)
         self._lambdas = _lambda_of(self._log_alpha)
         self._t_factor = config.time_factor

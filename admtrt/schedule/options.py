@@ -18,6 +18,7 @@ Threshold = Literal["static", "dynamic"]
 ThresholdOrder = Literal["before_guide", "after_guide"]
 FinalOrder = Literal["falling", "dpm-solver", "diffusers", "full"]
 Levels = Literal["interpolated", "rounded"]
+Direction = Literal["clipped", "network"]
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,11 @@ class Option:
 
 _ALL = (
     Option("eta", "Noise of ddim, 0 to 1.", metavar="FLOAT"),
+    Option(
+        "direction",
+        "ddim goes on along eps of the bounded x_0, or along the network's own.",
+        get_args(Direction),
+    ),
     Option("order", "Order of the solver.", get_args(Order)),
     Option("form", "Keep predictions of earlier steps, or evaluate inside of each step.", get_args(Form)),
     Option("sde", "Add noise at every step."),
@@ -53,9 +59,10 @@ _ALL = (
     Option("denoise_to_zero", "Spend the last evaluation at the smallest noise level."),
     Option(
         "threshold",
-        "Bound x_0 by [-1, 1], or by the 99.5% quantile of its own values.",
+        "Bound x_0 by [-1, 1], or by a quantile of its own values, 99.5% unless the bundle has another.",
         get_args(Threshold),
     ),
+    Option("threshold_max", "Largest dynamic threshold.", metavar="FLOAT"),
     Option("threshold_order", "Bound x_0 before or after the guide moves it.", get_args(ThresholdOrder)),
     Option("final_order", "How the order falls in the last steps.", get_args(FinalOrder)),
     Option("sigma", "Noise levels between those of the training, or the nearest of them.", get_args(Levels)),

@@ -39,6 +39,8 @@ def x0_weights(config: DiffusionConfig | EdmConfig, levels: Sequence[Level]) -> 
         return np.hypot(1.0, S), -S
     if config.mean_type == "x_0":
         return np.zeros_like(S), np.ones_like(S)
+    if config.mean_type == "v":
+        return 1 / np.hypot(1.0, S), -S / np.hypot(1.0, S)
     raise RequestError(
         "this network predicts x_{t-1} (mean_type previous_x), which depends on the steps of ddpm and ddim",
         hint="Use --method ddpm or ddim.",
@@ -51,6 +53,8 @@ def process_x0_weights(mean_type: str, process: Process) -> tuple[Float64, Float
         return 1 / np.sqrt(process.alpha_bar), -np.sqrt(1 / process.alpha_bar - 1)
     if mean_type == "x_0":
         return np.zeros(len(process)), np.ones(len(process))
+    if mean_type == "v":
+        return np.sqrt(process.alpha_bar), -np.sqrt(1 - process.alpha_bar)
     return -process.posterior_mean_xt / process.posterior_mean_x0, 1 / process.posterior_mean_x0
 
 
@@ -67,5 +71,6 @@ def log_variance_weights(variance_type: str, process: Process) -> tuple[Float64,
 
 def log_variance_bounds(process: Process) -> tuple[Float64, Float64, Float64]:
     """Log of beta~ (clipped), of beta, and of the fixed-large variance (beta~ of step 1 at step 0)."""
-    fixed_large = np.append(process.posterior_variance[1], process.beta[1:])
-    return process.posterior_log_variance, np.log(process.beta), np.log(fixed_large)
+    log_beta = np.log(process.beta)
+    fixed_large = np.append(process.posterior_log_variance[0], log_beta[1:])
+    return process.posterior_log_variance, log_beta, fixed_large

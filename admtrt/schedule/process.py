@@ -16,11 +16,12 @@ import numpy as np
 
 from admtrt.config import EdmConfig
 from admtrt.errors import RequestError
+from admtrt.schedule.spacing import is_spacing, spaced_timesteps
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from admtrt.config import DiffusionConfig
+    from admtrt.config import DiffusionConfig, NoiseConfig
 
     Float64 = NDArray[np.float64]
 
@@ -39,20 +40,38 @@ def require_discrete(process: DiffusionConfig | EdmConfig, what: str, whose: str
     return process
 
 
-def betas(schedule: str, steps: int) -> Float64:
-    """Variances of the forward process, float64 [steps] in (0, 1).
+def betas(config: NoiseConfig) -> Float64:
+    """Variances of the forward process, float64 [steps] in (0, 1); the last is 1 where no signal is left.
 
     ``linear`` runs from 1e-4 to 0.02 for 1000 steps (Ho et al. 2020) and is scaled by 1000 / steps
-    otherwise; ``cosine`` is IDDPM eq. 17.
+    otherwise, unless its ends are given; ``cosine`` is IDDPM eq. 17; ``scaled_linear`` is linear in the
+    square root (Rombach et al. 2022), and ``sigmoid`` the logistic function between -6 and 6.
     """
-    if schedule == "linear":
+    steps, start, end = config.steps, config.beta_start, config.beta_end
+    if config.schedule == "cosine":
+        grid = [
+            math.cos((i / steps + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2
+            for i in range(steps + 1)
+        ]
+        made = np.array([min(1 - grid[i + 1] / grid[i], _MAX_BETA) for i in range(steps)])
+    elif start is None or end is None:  # both, and only of linear
         scale = 1000 / steps
-        return np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
-    grid = [
-        math.cos((i / steps + _COSINE_OFFSET) / (1 + _COSINE_OFFSET) * math.pi / 2) ** 2
-        for i in range(steps + 1)
-    ]
-    return np.array([min(1 - grid[i + 1] / grid[i], _MAX_BETA) for i in range(steps)])
+        made = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
+    elif config.schedule == "scaled_linear":
+        made = np.linspace(math.sqrt(start), math.sqrt(end), steps) ** 2
+    elif config.schedule == "sigmoid":
+        made = (end - start) / (1 + np.exp(-np.linspace(-6.0, 6.0, steps))) + start
+    else:
+        made = np.linspace(start, end, steps)
+    return _without_last_signal(made) if config.zero_terminal_snr else made
+
+
+def _without_last_signal(made: Float64) -> Float64:
+    """Betas whose sqrt(alpha_bar) runs from the same first value to 0 (Lin et al. 2024, algorithm 1)."""
+    signal = np.sqrt(np.cumprod(1 - made))
+    first, last = signal[0], signal[-1]
+    alpha_bar = ((signal - last) * (first / (first - last))) ** 2
+    return 1 - np.append(alpha_bar[0], alpha_bar[1:] / alpha_bar[:-1])
 
 
 def retained_timesteps(steps: int, respacing: str) -> tuple[int, ...]:
@@ -61,7 +80,8 @@ def retained_timesteps(steps: int, respacing: str) -> tuple[int, ...]:
     Args:
         steps: length of the base process.
         respacing: ``""`` (all), ``"250"`` (that many, evenly spaced), ``"90,60,60,20,20"`` (so many in each
-            of equal sections) or ``"ddim25"`` (the integer stride that gives 25 steps, DDIM App. D).
+            of equal sections), ``"ddim25"`` (the integer stride that gives 25 steps, DDIM App. D), or one of
+            diffusers' spacings, see :func:`~admtrt.schedule.spacing.spaced_timesteps`.
 
     Raises:
         RequestError: if the text is none of these, or the process cannot be divided so.
@@ -69,6 +89,8 @@ def retained_timesteps(steps: int, respacing: str) -> tuple[int, ...]:
     text = respacing.strip()
     if not text:
         return tuple(range(steps))
+    if is_spacing(text):
+        return spaced_timesteps(steps, text)
     if text.startswith("ddim"):
         retained = _strided_timesteps(steps, text)
     else:
@@ -161,19 +183,21 @@ class Process:
 
     @property
     def sigma(self) -> Float64:
-        """The noise level S = sqrt((1 - alpha_bar) / alpha_bar) of each step."""
-        return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
+        """The noise level S = sqrt((1 - alpha_bar) / alpha_bar) of each step; infinite without signal."""
+        with np.errstate(divide="ignore"):
+            return np.sqrt((1 - self.alpha_bar) / self.alpha_bar)
 
 
 def process_from_config(config: DiffusionConfig, respacing: str = "") -> Process:
     """Tables for a diffusion configuration, respaced as :func:`retained_timesteps` says."""
     retained = retained_timesteps(config.steps, respacing)
-    base_alpha_bar: Float64 = np.cumprod(1.0 - betas(config.schedule, config.steps), dtype=np.float64)
+    base_alpha_bar: Float64 = np.cumprod(1.0 - betas(config), dtype=np.float64)
     timesteps = np.array(retained, dtype=np.int64)
     alpha_bar: Float64 = base_alpha_bar[timesteps]
     alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
     beta = 1.0 - alpha_bar / alpha_bar_prev
     posterior_variance = beta * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar)
+    first_variance = posterior_variance[1] if len(beta) > 1 else beta[0]  # of a step that adds no noise
     return Process(
         timesteps=timesteps,
         model_t=timesteps.astype(np.float64) * config.time_factor,
@@ -181,7 +205,7 @@ def process_from_config(config: DiffusionConfig, respacing: str = "") -> Process
         alpha_bar=alpha_bar,
         alpha_bar_prev=alpha_bar_prev,
         posterior_variance=posterior_variance,
-        posterior_log_variance=np.log(np.append(posterior_variance[1], posterior_variance[1:])),
+        posterior_log_variance=np.log(np.append(first_variance, posterior_variance[1:])),
         posterior_mean_x0=beta * np.sqrt(alpha_bar_prev) / (1.0 - alpha_bar),
         posterior_mean_xt=(1.0 - alpha_bar_prev) * np.sqrt(1.0 - beta) / (1.0 - alpha_bar),
     )

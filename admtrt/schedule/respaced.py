@@ -38,7 +38,7 @@ def rows_of_process(
     x0_from_x, x0_from_out = process_x0_weights(config.mean_type, process)
     columns = {"x0_from_x": x0_from_x, "x0_from_out": x0_from_out, **columns}
     lambdas = -np.log(process.sigma)
-    count = len(process) if start is None else int(np.abs(lambdas - start.lam).argmin()) + 1
+    count = len(process) if start is None else process.timesteps.tolist().index(start.timestep) + 1
     levels = [
         Level(lam, t, float(timestep))
         for lam, t, timestep in zip(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any, Self, TypedDict
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from admtrt.config import Config, EdmConfig, NoiseLevel, Positive, PositiveFloat, later
 from admtrt.schedule.options import (
     OPTIONS,
+    Direction,
     End,
     FinalOrder,
     Form,
@@ -22,11 +23,18 @@ from admtrt.schedule.options import (
 )
 from admtrt.schedule.solvers import SOLVERS, solver_named
 from admtrt.schedule.solvers.registry import AUTO, takers
+from admtrt.schedule.spacing import is_spacing
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from admtrt.config import DiffusionConfig
+
+
+def _bound(value: Any) -> Any:
+    """A bound of x_0 as it is stored: True for 1, False for 0."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return bool(value) if number and value in (0, 1) else value
 
 
 class SamplerConfig(Config):
@@ -35,17 +43,17 @@ class SamplerConfig(Config):
     ``method`` names a solver of :data:`~admtrt.schedule.solvers.SOLVERS`. ``steps`` is a respacing for ddpm
     and ddim (see :func:`admtrt.schedule.process.retained_timesteps`), of which a number may be given as one,
     and a number of network evaluations for every other. ``scale`` multiplies the classifier's gradient, 0 =
-    unguided; ``clip`` bounds x_0 to [-1, 1]. ``guidance_interval`` (low, high) guides only the evaluations at
-    a noise level sigma = sqrt((1 - alpha_bar) / alpha_bar) with low < sigma <= high (Kynkaanniemi et al.
-    2024); None guides all. The other fields are those of :mod:`admtrt.schedule.options`; None is the solver's
-    own default.
+    unguided; ``clip`` bounds x_0 to [-1, 1], a number to another range. ``guidance_interval`` (low, high)
+    guides only the evaluations at a noise level sigma = sqrt((1 - alpha_bar) / alpha_bar) with
+    low < sigma <= high (Kynkaanniemi et al. 2024); None guides all. The other fields are those of
+    :mod:`admtrt.schedule.options`; None is the solver's own default.
     """
 
     method: str = "ddpm"
     steps: Annotated[str, Field(coerce_numbers_to_str=True)] = "250"
     scale: float = 1.0
     eta: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    clip: bool = True
+    clip: Annotated[bool | PositiveFloat, BeforeValidator(_bound)] = True
     guidance_interval: tuple[NoiseLevel, NoiseLevel] | None = None
     order: Order | None = later(None)
     form: Form | None = later(None)
@@ -55,12 +63,14 @@ class SamplerConfig(Config):
     to: End | None = later(None)
     denoise_to_zero: bool | None = later(None)
     threshold: Threshold | None = later(None)
+    threshold_max: PositiveFloat | None = later(None)
     threshold_order: ThresholdOrder | None = later(None)
     final_order: FinalOrder | None = later(None)
     sigma: Levels | None = later(None)
     churn: tuple[NoiseLevel, NoiseLevel, NoiseLevel, PositiveFloat] | None = later(None)
     levels: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2)] | None = later(None)
     levels_of: Annotated[Positive, Field(ge=2, le=100_000)] | None = later(None)
+    direction: Direction | None = later(None)
 
     def option(self, name: str) -> Any:
         """An option of the solver: what was chosen, else its default; None if it takes no such option."""
@@ -74,6 +84,11 @@ class SamplerConfig(Config):
         fields = type(self).model_fields
         values = {name: getattr(self, name) for name in OPTIONS}
         return {name: value for name, value in values.items() if value not in (None, fields[name].default)}
+
+    @property
+    def bound(self) -> float | None:
+        """The bound of |x_0|; None where there is none."""
+        return 1.0 if self.clip is True else self.clip or None
 
     @property
     def unguided(self) -> SamplerConfig:
@@ -135,6 +150,11 @@ class SamplerConfig(Config):
                 )
         if self.threshold is not None and not self.clip:
             raise ValueError(f"threshold '{self.threshold}' bounds x_0, but clip is False")
+        if self.threshold_max is not None:
+            if self.option("threshold") != "dynamic":
+                raise ValueError("threshold_max bounds the dynamic threshold; threshold is 'static'")
+            if self.threshold_max < (self.bound or 0.0):
+                raise ValueError(f"threshold_max {self.threshold_max:g} is below the bound {self.bound:g}")
         return self
 
 
@@ -145,7 +165,7 @@ class SamplerChoices(TypedDict, total=False):
     steps: str | int | None
     scale: float | None
     eta: float | None
-    clip: bool | None
+    clip: bool | float | None
     guidance_interval: tuple[float, float] | None
     order: Order | None
     form: Form | None
@@ -155,12 +175,14 @@ class SamplerChoices(TypedDict, total=False):
     to: End | None
     denoise_to_zero: bool | None
     threshold: Threshold | None
+    threshold_max: float | None
     threshold_order: ThresholdOrder | None
     final_order: FinalOrder | None
     sigma: Levels | None
     churn: tuple[float, float, float, float] | None
     levels: tuple[int, ...] | None
     levels_of: int | None
+    direction: Direction | None
 
 
 def with_choices(
@@ -168,9 +190,10 @@ def with_choices(
 ) -> SamplerConfig:
     """A recommended sampler with each choice that is not None in place of its own.
 
-    On a discrete process, plain ``steps`` imply a method: ``ddim`` for "ddimN", else ``ddpm``; the method
-    :data:`AUTO` keeps the recommended one. A method other than the recommended one begins with its own
-    defaults, and with its own number of steps where the recommended ones mean something else to it.
+    On a discrete process, plain ``steps`` imply a method: ``ddim`` for "ddimN", else ``ddpm``; diffusers'
+    spacings leave a recommended ddim. The method :data:`AUTO` keeps the recommended one. A method other than
+    the recommended one begins with its own defaults, and with its own number of steps where the recommended
+    ones mean something else to it.
 
     Raises:
         ConfigError: if the result is impossible.
@@ -179,10 +202,16 @@ def with_choices(
     if "steps" in chosen:
         chosen["steps"] = str(chosen["steps"])
     if "method" not in chosen and "steps" in chosen and not isinstance(process, EdmConfig):
-        chosen["method"] = "ddim" if chosen["steps"].strip().startswith("ddim") else "ddpm"
+        kept_ddim = is_spacing(chosen["steps"]) and sampler.method == "ddim"
+        implied = chosen["steps"].strip().startswith("ddim")
+        chosen["method"] = "ddim" if kept_ddim or implied else "ddpm"
     if chosen.get("method") == AUTO:
         del chosen["method"]
     kept = sampler.to_dict()
+    if chosen.get("clip") is False:
+        kept = {name: value for name, value in kept.items() if not name.startswith("threshold")}
+    elif chosen.get("threshold") == "static":
+        kept.pop("threshold_max", None)
     if isinstance(chosen.get("levels"), list | tuple):
         chosen.setdefault("steps", str(len(chosen["levels"]) - 1))
     elif chosen.get("steps", sampler.steps) != sampler.steps:

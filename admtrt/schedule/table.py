@@ -222,10 +222,11 @@ def float64_table(
     zeros = np.zeros(len(rows))
     table = dict.fromkeys(UPDATE_FULL, zeros) | rows.columns
     sigma = np.array([level.sigma for level in rows.levels])
-    clip = 1.0 if sampler.clip else _LARGEST
+    clip = _LARGEST if sampler.bound is None else sampler.bound
     dynamic = sampler.option("threshold") == "dynamic"
+    largest = sampler.option("threshold_max") or _LARGEST
     table["clip"] = np.full(len(rows), clip)
-    table["bound"] = np.full(len(rows), _LARGEST if dynamic else clip)
+    table["bound"] = np.full(len(rows), largest if dynamic else clip)
     table["state_clip"] = np.full(len(rows), _LARGEST)
     if "x0_from_out" not in rows.columns:
         table["x0_from_x"], table["x0_from_out"] = x0_weights(process, rows.levels)

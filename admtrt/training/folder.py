@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from filelock import FileLock, Timeout
 
-from admtrt.config import load_config, save_config
+from admtrt.config_files import load_config, save_config
 from admtrt.errors import OutputError
 from admtrt.files import atomic_file, remove_stale
 from admtrt.run_config import RunConfig, network_section

@@ -26,6 +26,7 @@ from admtrt.training.folder import RunFolder
 from admtrt.training.learner import Learner, learning_rate
 from admtrt.training.metrics import MetricsLog, Window, summary_writer
 from admtrt.training.sampling import draw_grid
+from admtrt.training.start import with_start
 from admtrt.training.state import load_state, save_state
 from admtrt.training.stopping import stop_requests
 from admtrt.training.tasks import make_objective, settle_losses
@@ -86,6 +87,7 @@ def train(
     SIGINT and SIGTERM are heard at the end of a step, whose state is saved before they take effect.
 
     Raises:
+        CheckpointError: if the checkpoint that it starts from cannot be used.
         ConfigError: if the configuration lacks the network or holds a setting that cannot be used here.
         DataError: if the images cannot be used.
         OutputError: if ``out`` holds another run, or cannot be written.
@@ -94,6 +96,8 @@ def train(
         SystemExit: outside the main process, if the folder was refused there.
     """
     section = network_section(task)
+    notes: list[str] = []
+    config, start = with_start(task, config, notes.append)
     shape = config.network(task)
     if shape is None:
         raise ConfigError(
@@ -106,6 +110,8 @@ def train(
         summary_writer()
     sampler = _checked_sampler(task, config)
     accelerator, division = start_engine(task, settings)
+    for note in notes if accelerator.is_main_process else ():
+        output.note(note)
     objective = make_objective(task, config, accelerator.device)
     _check_memory(task, config, shape, accelerator, division)
     data = load_data(config.data)
@@ -117,6 +123,8 @@ def train(
         on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
         torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))
         network = build_network(described)
+        if start is not None:
+            network.load_state_dict(start.module.state_dict())
         objective.begin(network)
         learner = Learner(network, objective, settings, accelerator, division)
         if folder.state.exists():

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from admtrt.models.diffusion import clipped
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -59,7 +61,7 @@ def bound_term(
     The decoder's negative log likelihood at step 0, KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) elsewhere.
     """
     mean, log_variance = diffusion.q_posterior(x_0, x_t, step)
-    prediction = diffusion.predict(out, x_t, step, clip=clip)
+    prediction = diffusion.predict(out, x_t, step, clipped if clip else None)
     kl = flat_mean(gaussian_kl(mean, log_variance, prediction.mean, prediction.log_variance))
     log_scale = (0.5 * prediction.log_variance).expand_as(x_0)
     nll = -flat_mean(discretized_gaussian_log_likelihood(x_0, prediction.mean, log_scale))
@@ -100,6 +102,7 @@ def training_loss(
     target = {
         "eps": lambda: noise,
         "x_0": lambda: x_0,
+        "v": lambda: diffusion.v(x_0, step, noise),
         "previous_x": lambda: diffusion.q_posterior(x_0, x_t, step)[0],
     }[diffusion.config.mean_type]()
     mse = flat_mean((target - value).square())

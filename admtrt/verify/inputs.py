@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 _EDM_LEVELS = 40
 BATCHES = (1, 3)
 """Batch sizes compared; the traced one is not among them, since a graph that remembers it would pass."""
+_FULL = ("threshold", "threshold_max")
+"""Options with which solvers that have no memory run the graphs of those that have."""
 _EXAMPLES: dict[str, Any] = {"eta": 0.5, "churn": (4.0, 0.0, 100.0, 1.0)}
 """Of options that are numbers."""
 
@@ -48,6 +50,7 @@ class Inputs:
         unet = manifest.network
         self.image_shape = (unet.in_channels, unet.image_size, unet.image_size)
         self.out_shape = (unet.out_channels, unet.image_size, unet.image_size)
+        self.quantile = manifest.threshold_quantile
 
     def normal(self, *shape: int) -> Images:
         """Standard normal values."""
@@ -102,7 +105,10 @@ def samplers(
             SOLVERS[one.method].steps == solver.steps for one in found.values()
         ):
             continue
-        for name, options in _variants(solver) if every or respaced else [_named(solver, {})]:
+        variants = _variants(solver) if every or respaced else [_named(solver, {})]
+        for name, options in variants:
+            if not every and any(option in options for option in _FULL):
+                continue
             sampler = _fitted(manifest, process, {"method": method, **guide, **options}, steps)
             if sampler is not None:
                 found[name] = sampler
@@ -112,6 +118,9 @@ def samplers(
 def _variants(solver: Solver) -> list[tuple[str, dict[str, Any]]]:
     changed: list[dict[str, Any]] = [{}]
     for name, default in solver.options.items():
+        if name == "threshold_max":
+            changed.append({"threshold": "dynamic", name: 1.5})
+            continue
         option = OPTIONS[name]
         values = (True,) if option.flag else solver.narrower.get(name, option.values)
         changed += [{name: value} for value in values if value != default]

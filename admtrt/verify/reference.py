@@ -52,11 +52,12 @@ class Reference:
         self._classifier = None if classifier is None else _in_type(classifier.module, dtype)
         self._dtype = dtype
         self.diffusion = unet.config.diffusion
+        self.quantile = unet.config.threshold_quantile
 
     @property
     def denoiser(self) -> Denoiser:
         """The networks as the runtime takes them."""
-        return TorchDenoiser(self._unet, self._classifier)
+        return TorchDenoiser(self._unet, self._classifier, quantile=self.quantile)
 
     @torch.no_grad()
     def unet(self, x: Images, t: NDArray[np.float32], conditions: Mapping[str, Array]) -> Images:
@@ -141,6 +142,7 @@ class Reference:
             lambda left: torch.from_numpy(noise(left)).double(),
             start=start,
             image=None if image is None else torch.from_numpy(image).double(),
+            quantile=self.quantile,
         )
         return (state.x.numpy() for state in states)
 

@@ -43,7 +43,7 @@ def cases(
             row[:, state_clip] = np.where(np.arange(batch) % 3, _LARGEST, 1.0)
         if "r" in feeds:
             feeds["r"] = (1.0 + 0.5 * np.abs(feeds["r"])).astype(np.float32)
-        expected = FORMULAS[name](_wide(feeds))
+        expected = FORMULAS[name]({**_wide(feeds), "quantile": inputs.quantile})
         yield feeds, {output: values.astype(np.float32) for output, values in expected.items()}
 
 
@@ -77,7 +77,7 @@ def _update_full(given: Given) -> dict[str, Values]:
 def _threshold(given: Given) -> dict[str, Values]:
     y = np.abs(_unbounded(given)).reshape(len(given["x"]), -1)
     clip, bound = (given["c"][name].reshape(-1) for name in ("clip", "bound"))
-    quantile = np.quantile(y, quantile_of(y.shape[1]), axis=1)
+    quantile = np.quantile(y, quantile_of(y.shape[1], given["quantile"]), axis=1)
     return {"r": np.minimum(np.maximum(quantile, clip), bound)}
 
 

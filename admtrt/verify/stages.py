@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from admtrt.config import DiffusionConfig, EdmConfig
-from admtrt.contract import bundle_specs
+from admtrt.contract import bundle_specs, threshold_quantile
 from admtrt.errors import BundleError, CheckpointError, RequestError
 from admtrt.images import to_uint8
 from admtrt.models.pair import in_units_of
@@ -201,6 +201,10 @@ class _Comparison:
         ours, theirs = self.manifest.diffusion.model_dump(), self.reference.diffusion.model_dump()
         if self.manifest.diffusion.time_factor == self.reference.diffusion.time_factor:
             ours.pop("rescale_timesteps", None)  # nothing, at 1000 steps
+        quantile = self.manifest.threshold_quantile
+        if quantile is not None:  # schema 1 has none
+            ours["threshold_quantile"] = quantile
+            theirs["threshold_quantile"] = threshold_quantile(self.manifest.network, self.reference.quantile)
         different = [
             f"{key} is {ours[key]!r} in the bundle, {theirs[key]!r} in the checkpoint"
             for key in ours
@@ -250,7 +254,7 @@ class _Comparison:
         rows = []
         for name, sampler in self._samplers(guided=True).items():
             schedule = sampling_schedule(self.manifest.diffusion, sampler)
-            if sampler.method not in STEPS:
+            if sampler.method not in STEPS or schedule.full:
                 continue
             process = process_from_config(self._discrete, sampler.steps)
             tallies = _graph_tallies(f"update ({name})", "x_prev", "pred_x0")

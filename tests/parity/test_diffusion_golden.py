@@ -10,7 +10,7 @@ import torch
 from goldens import arrays, golden_classifier, golden_input, golden_unet, metadata, relative_error
 from schedules import step_coefficients
 
-from admtrt.config import DiffusionConfig
+from admtrt.config import DiffusionConfig, NoiseConfig
 from admtrt.models.classifier import log_prob_gradient
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.solvers import sample_step
@@ -24,7 +24,9 @@ GOLD = arrays("diffusion")
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_betas(schedule: str) -> None:
-    np.testing.assert_allclose(betas(schedule, 1000), GOLD[f"betas.{schedule}"], rtol=1e-12)
+    np.testing.assert_allclose(
+        betas(NoiseConfig.from_dict({"schedule": schedule})), GOLD[f"betas.{schedule}"], rtol=1e-12
+    )
 
 
 @pytest.mark.parametrize("spec", META["respacing"])

@@ -14,7 +14,8 @@ from bundles import CLASS_NAMES, UNET, network
 from images import save
 
 from admtrt.cli import run
-from admtrt.config import DiffusionConfig, UNetConfig, save_config
+from admtrt.config import DiffusionConfig, UNetConfig
+from admtrt.config_files import save_config
 from admtrt.data.image_set import ImageSet, load_data
 from admtrt.errors import AdmtrtError, DataError, RequestError
 from admtrt.export.pack import bundle_from_checkpoints

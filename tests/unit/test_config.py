@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig, load_config, save_config
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig
+from admtrt.config_files import load_config, save_config
 from admtrt.errors import ConfigError, OutputError
 from admtrt.run_config import DataConfig, RunConfig, TrainingConfig
 from admtrt.schedule.sampler import SamplerConfig, with_choices
@@ -21,6 +22,9 @@ SMALL = {
     "num_head_channels": 16,
 }
 RUN = {"data": {"source": "digits", "image_size": 8}, "unet": SMALL}
+
+
+BETAS = {"beta_start": 1e-4, "beta_end": 0.02}
 
 
 def refusal(cls: type[Config], data: Any) -> str:
@@ -56,7 +60,11 @@ def changed(cls: type[Config], **changes: Any) -> Config:
             {**RUN, "train_classifier": {"batchsize": 1}},
             "unknown key 'train_classifier.batchsize'; did you mean 'batch_size'?",
         ),
-        (DiffusionConfig, {"xyz": 1}, "unknown key 'xyz' (known: kind, mean_type, rescale_timesteps, "),
+        (
+            DiffusionConfig,
+            {"xyz": 1},
+            "unknown key 'xyz' (known: beta_end, beta_start, kind, mean_type, rescale_timesteps, ",
+        ),
     ],
 )
 def test_unknown_keys_name_the_nearest(cls: type[Config], data: Any, expected: str) -> None:
@@ -97,9 +105,10 @@ def test_wrong_types_and_missing_keys_name_the_path(cls: type[Config], data: Any
 
 
 def test_every_fault_is_named_at_once() -> None:
-    message = refusal(DiffusionConfig, {"steps": 1, "schedule": "sigmoid", "stps": 3})
+    message = refusal(DiffusionConfig, {"steps": 1, "schedule": "quadratic", "stps": 3})
     assert "'steps' is 1; input should be greater than or equal to 2" in message
-    assert "'schedule' is 'sigmoid'; input should be 'linear' or 'cosine'" in message
+    known = "'linear', 'cosine', 'scaled_linear' or 'sigmoid'"
+    assert f"'schedule' is 'quadratic'; input should be {known}" in message
     assert "unknown key 'stps'; did you mean 'steps'?" in message
 
 
@@ -133,7 +142,12 @@ def test_the_source_is_named() -> None:
         (ClassifierConfig, {"num_classes": 1}),
         (ClassifierConfig, {"pool": "max"}),
         (DiffusionConfig, {"steps": 1_000_001}),
-        (DiffusionConfig, {"mean_type": "v"}),
+        (DiffusionConfig, {"mean_type": "w"}),
+        *[(DiffusionConfig, {"beta_start": bad, "beta_end": 0.02}) for bad in (0, 1, -0.1, "little")],
+        *[(UNetConfig, {name: 0}) for name in ("norm_eps", "norm_groups")],
+        (UNetConfig, {"norm_eps": 1.5}),
+        (UNetConfig, {"frequency_shift": 2}),
+        (UNetConfig, {"downsample_padding": "before"}),
         (DiffusionConfig, {"variance_type": "fixed"}),
         (SamplerConfig, {"method": "plms"}),
         (SamplerConfig, {"scale": float("nan")}),
@@ -222,6 +236,24 @@ def test_values_out_of_range(cls: type[Config], changes: dict[str, Any]) -> None
         (UNetConfig, {"image_size": 6, "channel_mult": [1, 1, 1]}, "cannot be halved 2 times"),
         (ClassifierConfig, {"image_size": 3, "channel_mult": [1, 1, 1]}, "cannot be halved 2 times"),
         (DiffusionConfig, {"steps": 20}, "a linear schedule of 20 steps has beta >= 1; use 21 steps or more"),
+        (
+            DiffusionConfig,
+            {"beta_start": 1e-4},
+            "beta_start and beta_end belong together; there is no beta_end",
+        ),
+        (DiffusionConfig, {"beta_end": 0.02}, "there is no beta_start"),
+        (DiffusionConfig, {"schedule": "cosine", **BETAS}, "a cosine schedule has no beta_start"),
+        (DiffusionConfig, {"schedule": "sigmoid"}, "schedule 'sigmoid' needs beta_start and beta_end"),
+        (DiffusionConfig, {"schedule": "scaled_linear"}, "schedule 'scaled_linear' needs beta_start"),
+        (DiffusionConfig, {"zero_terminal_snr": True}, "zero_terminal_snr leaves nothing of x_0"),
+        (UNetConfig, {"norm_groups": 48}, "group normalisation needs multiples of 48"),
+        (
+            UNetConfig,
+            {"model_channels": 2, "norm_groups": 2, "frequency_shift": 1},
+            "frequency_shift 1 leaves",
+        ),
+        (UNetConfig, {"downsample_padding": "after", "conv_resample": False}, "is of strided convolutions"),
+        (UNetConfig, {"downsample_padding": "after", "resblock_updown": True}, "is of strided convolutions"),
         (SamplerConfig, {"eta": 0.5}, "eta belongs to ddim"),
         (SamplerConfig, {"scale": -2e6}, "'scale': -2000000.0 is out of range"),
         (
@@ -446,3 +478,18 @@ def test_a_file_of_any_size_is_not_read(tmp_path: Path) -> None:
         opened.truncate(2**30)
     with pytest.raises(ConfigError, match="it is larger than"):
         load_config(RunConfig, tmp_path / "run.toml")
+
+
+def test_newer_options_are_written_where_they_are_not_the_defaults() -> None:
+    network, process = UNetConfig.from_dict(SMALL), DiffusionConfig()
+    newer = ("downsample_padding", "frequency_shift", "norm_eps", "norm_groups")
+    assert not set(newer) & network.to_dict().keys()
+    assert not {"beta_start", "beta_end", "zero_terminal_snr"} & process.to_dict().keys()
+    assert list(process.to_dict()) == ["steps", "schedule", "mean_type", "variance_type", "rescale_timesteps"]
+    changed = {"downsample_padding": "after", "frequency_shift": 1, "norm_eps": 1e-6, "norm_groups": 16}
+    other = UNetConfig.from_dict(SMALL | changed)
+    assert {name: other.to_dict()[name] for name in newer} == changed
+    assert UNetConfig.from_dict(other.to_dict()) == other
+    scaled = DiffusionConfig.from_dict(BETAS | {"mean_type": "v", "zero_terminal_snr": True, "steps": 10})
+    assert DiffusionConfig.from_dict(scaled.to_dict()) == scaled
+    assert scaled.to_dict()["beta_end"] == 0.02

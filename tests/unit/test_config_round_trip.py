@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from admtrt.config import load_config, save_config
+from admtrt.config_files import load_config, save_config
 from admtrt.errors import ConfigError
 from admtrt.run_config import RunConfig
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from admtrt.bundle import Bundle, check_networks
 from admtrt.cli import run
 from admtrt.commands.checkpoints import load_pair
-from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig, save_config
+from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
+from admtrt.config_files import save_config
 from admtrt.errors import CheckpointError, ConfigError
 from admtrt.models.checkpoint import LoadedNetwork, load_network, open_checkpoint, save_checkpoint
 from admtrt.models.matching import identify_tensors

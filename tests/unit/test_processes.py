@@ -22,7 +22,10 @@ PLAIN, BOUND = EdmConfig(boundary=False), EdmConfig(boundary=True)
     ("diffusion", "message"),
     [
         ({"stepz": 5}, "unknown key 'diffusion.stepz'; did you mean 'steps'?"),
-        ({"sigma_min": 1}, "unknown key 'diffusion.sigma_min' (known: kind, mean_type, "),
+        (
+            {"sigma_min": 1},
+            "unknown key 'diffusion.sigma_min' (known: beta_end, beta_start, kind, mean_type, ",
+        ),
         ({"steps": "many"}, "'diffusion.steps' is 'many'; input should be a valid integer"),
         ({"steps": 4}, "'diffusion': a linear schedule of 4 steps"),
         ({"kind": "edm"}, "'diffusion.boundary' is required"),

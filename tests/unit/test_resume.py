@@ -13,7 +13,7 @@ import torch
 import training_runs
 from training_runs import in_python, lines, run, same, tiny_config, weights
 
-from admtrt.config import save_config
+from admtrt.config_files import save_config
 from admtrt.errors import CheckpointError, ConfigError, OutputError, TrainingDivergedError
 from admtrt.training import learner as learner_module
 
@@ -51,7 +51,7 @@ WRITER_THAT_DIES = """
 import os, sys
 from pathlib import Path
 sys.path.append(sys.argv[4])
-from admtrt.config import load_config
+from admtrt.config_files import load_config
 from admtrt.run_config import RunConfig
 from admtrt.models import weights
 from training_runs import run

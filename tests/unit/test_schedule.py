@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from schedules import step_coefficients
 
-from admtrt.config import DiffusionConfig
+from admtrt.config import DiffusionConfig, NoiseConfig
 from admtrt.schedule.parameterisation import log_variance_bounds
 from admtrt.schedule.process import betas, process_from_config, retained_timesteps
 from admtrt.schedule.sampler import SamplerConfig
@@ -34,7 +34,7 @@ def column(config: DiffusionConfig, respacing: str, name: str, **sampler: Any) -
 
 @pytest.mark.parametrize("steps", [21, 100, 1000, 4000])
 def test_linear_betas_are_equally_spaced_between_scaled_ends(steps: int) -> None:
-    beta = betas("linear", steps)
+    beta = betas(NoiseConfig(steps=steps))
     assert beta.dtype == np.float64
     assert len(beta) == steps
     assert beta[0] == pytest.approx(0.1 / steps, rel=EXACT)
@@ -44,7 +44,7 @@ def test_linear_betas_are_equally_spaced_between_scaled_ends(steps: int) -> None
 
 @pytest.mark.parametrize("steps", [2, 50, 4000])
 def test_cosine_betas_multiply_to_the_squared_cosine(steps: int) -> None:
-    beta = betas("cosine", steps)
+    beta = betas(NoiseConfig(schedule="cosine", steps=steps))
     position = (np.arange(steps + 1) / steps + 0.008) / 1.008 * np.pi / 2
     expected = np.cos(position) ** 2 / np.cos(position[0]) ** 2
     # The last beta is cut to 0.999, all products before it are the function itself.
@@ -58,7 +58,7 @@ def test_cosine_betas_multiply_to_the_squared_cosine(steps: int) -> None:
 def test_a_respaced_process_has_the_alpha_bar_of_the_base(schedule: Any, respacing: str) -> None:
     config = DiffusionConfig(schedule=schedule)
     process = process_from_config(config, respacing)
-    base = np.cumprod(1 - betas(schedule, 1000))
+    base = np.cumprod(1 - betas(NoiseConfig.from_dict({"schedule": schedule})))
     assert process.timesteps.tolist() == list(retained_timesteps(1000, respacing))
     np.testing.assert_allclose(process.alpha_bar, base[process.timesteps], rtol=EXACT)
     # A beta near 1 is rounded by 1e-16, whatever is left of 1 - beta.

@@ -17,7 +17,7 @@ from bundles import CLASSIFIER, exported_bundle, network
 from PIL import Image
 
 from admtrt import demo
-from admtrt.config import load_config
+from admtrt.config_files import load_config
 from admtrt.models.checkpoint import load_network
 from admtrt.models.generated import generated_weight
 from admtrt.run_config import RunConfig

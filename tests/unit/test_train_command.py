@@ -10,7 +10,7 @@ from training_runs import tiny_config, weights
 from typer.testing import CliRunner
 
 from admtrt.commands.train import train_app
-from admtrt.config import load_config, save_config
+from admtrt.config_files import load_config, save_config
 from admtrt.errors import ConfigError, UserError
 from admtrt.run_config import RunConfig
 from admtrt.training.learner import Learner

@@ -15,7 +15,8 @@ from schedules import step_coefficients
 from torch.nn import functional as F
 from training_runs import in_python, lines, run, tiny_config, weights
 
-from admtrt.config import DiffusionConfig, save_config
+from admtrt.config import DiffusionConfig
+from admtrt.config_files import save_config
 from admtrt.errors import ConfigError, DataError, MissingDependencyError
 from admtrt.models.checkpoint import load_network
 from admtrt.models.denoiser import TorchDenoiser

@@ -16,7 +16,7 @@ from PIL import Image
 from training_runs import NETWORK, TRAINING, lines, run, tiny_config, weights
 
 import admtrt
-from admtrt.config import load_config, save_config
+from admtrt.config_files import load_config, save_config
 from admtrt.errors import ConfigError, OutputError, TrainingDivergedError
 from admtrt.run_config import RunConfig
 from admtrt.training import metrics as metrics_module

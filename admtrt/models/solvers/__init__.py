@@ -52,6 +52,7 @@ def trajectory(
     *,
     start: int | None = None,
     image: Tensor | None = None,
+    quantile: float | None = None,
 ) -> Iterator[State]:
     """The states that the networks are given, then the image; nothing is computed before it is asked for.
 
@@ -61,6 +62,7 @@ def trajectory(
         x_T: standard normal, [N, C, H, W], float64 for a reference.
         noise: standard normal noise by the number of evaluations that are still to come.
         image: where the samples start with ``start``, [N, C, H, W] in [-1, 1].
+        quantile: of dynamic thresholds, as for :func:`~admtrt.contract.threshold_quantile`.
 
     Raises:
         RequestError: if the process cannot be sampled so.
@@ -69,7 +71,7 @@ def trajectory(
     if start is not None:
         visited = SOLVERS[sampler.method].rows(levels_of(process), sampler, None).levels
         level = visited[len(visited) - start]
-    problem = Problem(process, sampler, networks, x_T, noise, level, image)
+    problem = Problem(process, sampler, networks, x_T, noise, level, image, quantile)
     return PAPER_FORMS[sampler.method](problem)
 
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from admtrt.config import EdmConfig
 from admtrt.contract import quantile_of
+from admtrt.models.diffusion import bounded
 from admtrt.schedule.levels import levels_of
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Problem:
         x_T: standard normal, [N, C, H, W]; its dtype and device are those of the computation.
         noise: standard normal noise by the number of evaluations that are still to come.
         start: where the samples start at ``image``, [N, C, H, W] in [-1, 1]; None at pure noise.
+        quantile: of dynamic thresholds; None for the usual one.
     """
 
     process: DiffusionConfig | EdmConfig
@@ -67,6 +68,7 @@ class Problem:
     noise: Callable[[int], Tensor]
     start: Level | None = None
     image: Tensor | None = None
+    quantile: float | None = None
 
     def __post_init__(self) -> None:
         self.levels = levels_of(self.process)
@@ -129,18 +131,14 @@ class Problem:
             return data**2 / (above**2 + data**2) * x_t + above * data / math.hypot(sigma, data) * value
         if process.mean_type == "eps":
             return (x_t - sigma * value) / self.alpha(level)
+        if process.mean_type == "v":
+            return self.alpha(level) * x_t - sigma * value
         assert process.mean_type == "x_0"  # the other depends on the steps of ddpm and ddim
         return value
 
     def bounded(self, x_0: Tensor) -> Tensor:
-        """Static thresholding to [-1, 1], or dynamic (Saharia et al. 2022, section 2.3)."""
-        if not self.sampler.clip:
-            return x_0
-        if self.sampler.option("threshold") != "dynamic":
-            return x_0.clamp(-1, 1)
-        values = x_0.abs().flatten(1)
-        s = torch.quantile(values, quantile_of(values.shape[1]), dim=1).clamp(min=1).view(-1, 1, 1, 1)
-        return torch.minimum(torch.maximum(x_0, -s), s) / s
+        """See :func:`~admtrt.models.diffusion.bounded`."""
+        return bounded(x_0, self.sampler, quantile_of(x_0[0].numel(), self.quantile))
 
     def end(self, x_t: Tensor, level: Level | None) -> State:
         """The last state: the image, or x_t at the level where the sample ends."""
@@ -152,8 +150,7 @@ class Problem:
 
 
 def guidance_scale(S: float | NDArray[np.float64], sampler: SamplerConfig) -> NDArray[np.float64]:
-    """The guidance scale at noise levels S = sigma / alpha: 0 outside the interval (low, high]."""
-    if sampler.guidance_interval is None:
-        return np.full(np.shape(S), sampler.scale)
-    low, high = sampler.guidance_interval
-    return np.where((low < np.asarray(S)) & (np.asarray(S) <= high), sampler.scale, 0.0)
+    """The guidance scale at noise levels S = sigma / alpha: 0 outside (low, high], and in pure noise."""
+    low, high = sampler.guidance_interval or (-np.inf, np.inf)
+    levels = np.asarray(S)
+    return np.where((low < levels) & (levels <= high) & np.isfinite(levels), sampler.scale, 0.0)

@@ -5,7 +5,9 @@ The guide moves eps, and with it the predicted x_0::
     eps^    = eps(x_0) - scale sqrt(1 - a) g
     x_{t-1} = sqrt(a') x_0(eps^) + sqrt(1 - a' - sigma^2) eps^ + sigma z
 
-with a and a' the alpha_bar of the step and of the one it leads to.
+with a and a' the alpha_bar of the step and of the one it leads to. With ``direction`` ``network``, which is
+diffusers' default, the step goes along the network's own eps, not that of the bounded x_0; the two differ
+where the bound acts.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from typing import TYPE_CHECKING
 from admtrt.schedule.solvers.registry import solver
 
 if TYPE_CHECKING:
+    from admtrt.config import DiffusionConfig
     from admtrt.schedule.levels import Level, NoiseLevels
+    from admtrt.schedule.process import Process
     from admtrt.schedule.rows import Rows
     from admtrt.schedule.sampler import SamplerConfig
 
@@ -25,27 +29,43 @@ if TYPE_CHECKING:
     source="Dhariwal & Nichol 2021, Algorithm 2",
     steps="respacing",
     default_steps="25",
-    options={"eta": 0.0},
+    options={"eta": 0.0, "direction": "clipped", "threshold": "static", "threshold_max": None},
 )
 def ddim(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
     """Rows of DDIM, one for each retained timestep."""
+    from admtrt.schedule.respaced import respaced
+
+    return ddim_rows(*respaced(levels, sampler), sampler, start)
+
+
+def ddim_rows(
+    config: DiffusionConfig, process: Process, sampler: SamplerConfig, start: Level | None = None
+) -> Rows:
+    """The same of a process, whose steps lead from each ``alpha_bar`` to its ``alpha_bar_prev``."""
     import numpy as np
 
     from admtrt.schedule.guidance import guidance_scales
-    from admtrt.schedule.respaced import respaced, rows_of_process
+    from admtrt.schedule.parameterisation import process_x0_weights
+    from admtrt.schedule.respaced import rows_of_process
 
-    config, process = respaced(levels, sampler)
     a, a_prev = process.alpha_bar, process.alpha_bar_prev
     scale = guidance_scales(process.sigma, sampler)
     sigma = sampler.eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
     from_eps = np.sqrt(np.maximum(1 - a_prev - sigma**2, 0.0))
-    shift = scale * (1 - a) / np.sqrt(a)
+    # Where no signal is left, a = 0, nothing is guided.
+    shift = np.divide(scale * (1 - a), np.sqrt(a), out=np.zeros(len(a)), where=scale != 0)
     columns = {
         "prev_from_x": from_eps / np.sqrt(1 - a),
         "prev_from_x0": np.sqrt(a_prev) - from_eps * np.sqrt(a / (1 - a)),
         "x0_shift": shift,
         # Equal to prev_from_x0 * x0_shift but for rounding; the bits of earlier versions are kept.
         "guidance": np.sqrt(a_prev) * shift - scale * from_eps * np.sqrt(1 - a),
-        "noise": sigma * (np.arange(len(process)) > 0),
+        "noise": sigma,
     }
+    if sampler.option("direction") == "network":
+        # eps is (x - sqrt(a) y) / sqrt(1 - a), and y, x_0 before its bound, is linear in x and the output.
+        y_from_x, y_from_out = process_x0_weights(config.mean_type, process)
+        columns["prev_from_x0"] = np.sqrt(a_prev)
+        columns["prev_from_x"] = from_eps * (1 - np.sqrt(a) * y_from_x) / np.sqrt(1 - a)
+        columns["prev_from_out"] = -from_eps * np.sqrt(a) * y_from_out / np.sqrt(1 - a)
     return rows_of_process(config, process, columns, start)

@@ -43,8 +43,8 @@ _INNER_GRIDS = ("time_uniform", "logsnr", "quadratic", "karras")
     processes=("discrete", "edm"),
     options={
         "order": 2, "form": "multi", "sde": False, "grid": None, "to": "zero", "denoise_to_zero": False,
-        "threshold": "static", "threshold_order": "after_guide", "final_order": "falling",
-        "sigma": "interpolated",
+        "threshold": "static", "threshold_max": None, "threshold_order": "after_guide",
+        "final_order": "falling", "sigma": "interpolated",
     },
 )  # fmt: skip
 def dpmpp(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:

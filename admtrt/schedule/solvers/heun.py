@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from admtrt.schedule.sampler import SamplerConfig
 
 _OPTIONS = {
-    "grid": "karras", "to": "zero", "threshold": "static", "threshold_order": "after_guide",
-    "sigma": "interpolated", "churn": None,
+    "grid": "karras", "to": "zero", "threshold": "static", "threshold_max": None,
+    "threshold_order": "after_guide", "sigma": "interpolated", "churn": None,
 }  # fmt: skip
 _SOURCE = "Karras et al. 2022, arXiv 2206.00364, Algorithm 2"
 _MOST_CHURN = math.sqrt(2) - 1  # of a step, as published

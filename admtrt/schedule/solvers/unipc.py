@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     processes=("discrete", "edm"),
     options={
         "order": 2, "variant": "bh2", "grid": None, "to": "zero", "denoise_to_zero": False,
-        "threshold": "static",
+        "threshold": "static", "threshold_max": None,
         "threshold_order": "after_guide", "final_order": "falling", "sigma": "interpolated",
     },
 )  # fmt: skip

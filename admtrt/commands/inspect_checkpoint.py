@@ -1,0 +1,69 @@
+"""Checkpoints in ``admtrt inspect``: files, and folders of diffusers'."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from admtrt.commands.requirements import require
+from admtrt.console import table
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from admtrt.console import Output
+
+_SUFFIXES = (".safetensors", ".pt", ".pth")
+_CONFIGS = ("unet/config.json", "config.json")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """True for a checkpoint, which is no bundle, by its name and what lies in it."""
+    if path.is_dir():
+        return not (path / "manifest.json").exists() and any((path / name).is_file() for name in _CONFIGS)
+    return path.suffix.lower() in _SUFFIXES
+
+
+def show_checkpoint(path: Path, output: Output) -> None:
+    """Show the settings of a checkpoint that says them, or whose tensors tell them.
+
+    Raises:
+        CheckpointError: if it cannot be used, or does not tell its settings.
+    """
+    require("torch", "safetensors", extra="export", purpose="Inspecting a checkpoint")
+    from admtrt.commands.checkpoints import Description, identify_checkpoint
+    from admtrt.models.checkpoint import open_checkpoint
+
+    stored = open_checkpoint(path)
+    notes: list[str] = []
+    found = identify_checkpoint(
+        stored, kinds=("unet", "upsampler", "classifier"), description=Description(), note=notes.append
+    )
+    for note in notes:
+        output.note(note)
+    parameters = sum(value.numel() for value in stored.tensors.values())
+    dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in stored.tensors.values()})
+    data: dict[str, Any] = {
+        "checkpoint": str(path),
+        "made_from": stored.made_from,
+        "tensors": len(stored.tensors),
+        "parameters": parameters,
+        "dtypes": dtypes,
+        "notes": notes,
+        "config": found.to_dict(),
+    }
+    sections = {"network": found.network, "process": found.diffusion, "sampler": found.sampler}
+    rows = [
+        [section, key, _text(value)]
+        for section, config in sections.items()
+        for key, value in config.to_dict().items()
+        if value is not None
+    ]
+    output.result(
+        data,
+        table(f"{path}: {found.kind}", ("section", "setting", "value"), rows),
+        f"{len(stored.tensors)} tensors, {parameters / 1e6:.1f} M parameters, {', '.join(dtypes)}",
+    )
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -1,0 +1,1 @@
+"""Networks and processes of diffusers' files, told in ADM's terms; nothing of theirs is imported."""

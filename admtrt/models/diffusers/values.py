@@ -1,0 +1,103 @@
+"""Values of a JSON file of diffusers', each checked for its type; what cannot be used is refused by name."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from admtrt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+    from pathlib import Path
+
+
+@dataclass
+class Values:
+    """The content of a file over the defaults of its class.
+
+    Attributes:
+        file: of it, for messages.
+        data: its content.
+        defaults: of the class, by every key that it has.
+        notes: what people should know of it.
+    """
+
+    file: Path
+    data: Mapping[str, Any]
+    defaults: Mapping[str, Any]
+    notes: list[str] = field(default_factory=list)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.data.get(key, self.defaults[key])
+
+    def refused(self, key: str, reason: str, *, hint: str = "") -> CheckpointError:
+        """An error that names the file, a key, its value and why it cannot be used."""
+        value = f"{key} is {shown(self[key])}"
+        missing = "" if key in self.data else " (missing, so the default)"
+        return CheckpointError(f"{self.file}: {value}{missing}; {reason}", hint=hint)
+
+    def whole(self, key: str, least: int, most: int = 2**31 - 1) -> int:
+        """A whole number within bounds."""
+        value = self[key]
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise self.refused(key, f"expected a whole number, {least} to {most}")
+        return value
+
+    def number(self, key: str) -> float:
+        """A finite number."""
+        value = self[key]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.refused(key, "expected a number")
+        return float(value)
+
+    def flag(self, key: str) -> bool:
+        """True or false."""
+        value = self[key]
+        if not isinstance(value, bool):
+            raise self.refused(key, "expected true or false")
+        return value
+
+    def choice(self, key: str, known: Mapping[Any, Any], *, hint: str = "") -> Any:
+        """The meaning of one of several values."""
+        value = self[key]
+        hashable = value is None or isinstance(value, str | int | float)
+        if not hashable or value not in known or isinstance(value, bool):
+            raise self.refused(key, f"ADM has {_listed(list(known))} alone", hint=hint)
+        return known[value]
+
+    def fixed(self, key: str, *expected: Any, reason: str = "") -> None:
+        """Refuse a key that has another value than ADM has always."""
+        value = self[key]
+        same = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in expected)
+        if not same:
+            raise self.refused(key, reason or f"ADM has {_listed(expected)} alone")
+
+    def check_unknown(self, ignored: Collection[str] = ()) -> None:
+        """Refuse keys that the class does not have: they may be options of a newer one."""
+        for key, value in self.data.items():
+            if key in self.defaults or key in ignored or key.startswith("_"):
+                continue
+            if value is not None and value is not False:
+                raise CheckpointError(
+                    f"{self.file}: {key[:100]} is {shown(value)}; admtrt does not know this key, which may "
+                    "be an option of a newer diffusers"
+                )
+            self.notes.append(f"{key[:100]} is {shown(value)}, a key that is not known")
+
+
+def shown(value: Any) -> str:
+    """A value as JSON has it, shortened."""
+    text = {None: "null", True: "true", False: "false"}.get(value) if _plain(value) else None
+    text = text or repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _listed(values: Sequence[Any]) -> str:
+    names = [shown(value) for value in values]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

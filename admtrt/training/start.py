@@ -1,0 +1,90 @@
+"""Training that starts from the weights of a checkpoint: fine-tuning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from admtrt.errors import CheckpointError, ConfigError
+from admtrt.models.checkpoint import CheckpointConfig, identify, load_stored, open_checkpoint
+from admtrt.models.matching import listing
+from admtrt.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from admtrt.models.checkpoint import LoadedNetwork, StoredCheckpoint
+    from admtrt.run_config import Task
+
+_FREE = frozenset({"dropout"})
+"""Settings of a network that do not change what its weights mean."""
+
+
+def with_start(
+    task: Task, config: RunConfig, note: Callable[[str], None]
+) -> tuple[RunConfig, LoadedNetwork | None]:
+    """The configuration with what it leaves to the checkpoint that it starts from, and that checkpoint.
+
+    Its network, process and sampler are taken where the sections are absent; a network that is given must be
+    the same.
+
+    Args:
+        task: the network that is trained.
+        config: as it was read.
+        note: told what the checkpoint is, and where its process is another than that of the configuration.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be used.
+        ConfigError: if its network is another, or does not fit the images.
+    """
+    if task != "unet" or config.train_unet.init is None:
+        return config, None
+    stored = open_checkpoint(Path(config.train_unet.init))
+    found = _identified(stored, config, note)
+    assert found.unet is not None  # its kind says so
+    taken = {name: getattr(config, name) for name in config.model_fields_set}
+    if config.unet is None:
+        taken["unet"] = found.unet
+    else:
+        _check_same(stored.path, found, config)
+    for name in ("diffusion", "sampler"):
+        if name not in config.model_fields_set:
+            taken[name] = getattr(found, name)
+    if taken["diffusion"] != found.diffusion:
+        note(f"{stored.path} was trained on another process than that of [diffusion], which is used")
+    return RunConfig.from_dict(taken), load_stored(stored, found)
+
+
+def _identified(stored: StoredCheckpoint, config: RunConfig, note: Callable[[str], None]) -> CheckpointConfig:
+    given = None
+    if stored.embedded is None and config.unet is not None:
+        given = CheckpointConfig(kind="unet", unet=config.unet, diffusion=config.diffusion)
+    try:
+        found = identify(stored, kinds=("unet",), config=given)
+    except CheckpointError as error:
+        hint = "Describe it in [unet], or first convert it: admtrt convert CHECKPOINT start.safetensors"
+        raise CheckpointError(error.message, hint=hint) from None
+    if found.note:
+        note(f"{stored.path}: {found.note}")
+    return found.config
+
+
+def _check_same(path: Path, found: CheckpointConfig, config: RunConfig) -> None:
+    """Refuse a network in the configuration that is not the checkpoint's.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    assert found.unet is not None
+    ours = found.model_copy(update={"unet": config.unet}).facts
+    theirs = found.facts
+    different = [
+        f"unet.{key} is {ours[key]}, {theirs[key]} in the checkpoint"
+        for key in ours
+        if key not in _FREE and ours[key] != theirs[key]
+    ]
+    if different:
+        raise ConfigError(
+            f"train_unet.init is {path}, whose network is another: {listing(different)}",
+            hint="Leave [unet] out to take the checkpoint's.",
+        )
