@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from admtrt.contract import precision_named
+from admtrt.contract import FURTHER, precision_named
 from admtrt.errors import BundleError, RequestError
 from admtrt.runtime.backends.auto import open_fastest
 from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
@@ -44,7 +44,7 @@ def open_denoiser(
         threads: of a CPU backend; None takes every core.
         plans: folder of the plans of ``tensorrt``; None for the bundle's own.
         batch_size: the largest that will come; ``auto`` chooses for it.
-        graphs: those that are needed; None for all.
+        graphs: those that are needed; None for all that sampling runs.
         note: told what ``auto`` measures.
         chosen: told what ``auto`` chooses.
 
@@ -61,6 +61,8 @@ def open_denoiser(
     if batch_size < 1:
         raise RequestError(f"batch_size is {batch_size}; expected at least 1")
     _check_path(bundle)
+    if graphs is None:
+        graphs = [name for name in bundle.manifest.graphs if name not in FURTHER]
     if backend == AUTO:
         return open_fastest(
             bundle,
