@@ -10,14 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from admtrt.bundle import Bundle as Bundle
+    from admtrt.export.gradient import export_hessian_vector as export_hessian_vector
     from admtrt.export.gradient import export_input_gradient as export_input_gradient
+    from admtrt.export.gradient import export_vector_jacobian as export_vector_jacobian
     from admtrt.runtime.image_inputs import Known as Known
     from admtrt.runtime.latents import Latents as Latents
     from admtrt.runtime.pipeline import Pipeline as Pipeline
     from admtrt.runtime.two_stage import TwoStage as TwoStage
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Known", "Latents", "Pipeline", "TwoStage", "__version__", "export_input_gradient"]
+__all__ = [
+    "Bundle", "Known", "Latents", "Pipeline", "TwoStage", "__version__",
+    "export_hessian_vector", "export_input_gradient", "export_vector_jacobian",
+]  # fmt: skip
 
 _HOMES = {
     "Bundle": "admtrt.bundle",
@@ -25,7 +30,9 @@ _HOMES = {
     "Latents": "admtrt.runtime.latents",
     "Pipeline": "admtrt.runtime.pipeline",
     "TwoStage": "admtrt.runtime.two_stage",
+    "export_hessian_vector": "admtrt.export.gradient",
     "export_input_gradient": "admtrt.export.gradient",
+    "export_vector_jacobian": "admtrt.export.gradient",
 }
 
 
@@ -37,7 +44,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
-        if name != "export_input_gradient" or error.name is None:
+        if not name.startswith("export_") or error.name is None:
             raise
         from admtrt.errors import MissingDependencyError
 

@@ -28,7 +28,7 @@ from admtrt.config import (
     UNetConfig,
     later,
 )
-from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs, event_shape
+from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs, event_shape, further_specs
 from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import atomic_directory, sha256_of
 from admtrt.memo import Memo
@@ -136,11 +136,12 @@ class Manifest(Config):
         if self.schema_version > 1 and self.event_shape != event:
             raise ValueError(f"event_shape is {list(self.event_shape)}, expected {list(event)}")
         specs = bundle_specs(self.network, self.classifier, schema=self.schema_version)
+        further = further_specs(self.network)
         for where, graphs in (("graphs", self.graphs), *self.engine_graphs.items()):
-            if set(graphs) != set(specs):
+            if set(graphs) - set(further if where == "graphs" else ()) != set(specs):
                 raise ValueError(f"{where} are {sorted(graphs)}, expected {sorted(specs)}")
-            for name, spec in specs.items():
-                self._check_graph(f"{where}: '{name}'", graphs[name], spec)
+            for name, graph in graphs.items():
+                self._check_graph(f"{where}: '{name}'", graph, (specs | further)[name])
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
         return self
@@ -234,7 +235,13 @@ class Bundle:
             )
         graphs = manifest.graphs if engine is None else manifest.engine_graphs[engine]
         if name not in graphs:
-            raise BundleError(f"{self.path} has no graph '{name}'")
+            raise BundleError(
+                f"{self.path} has no graph '{name}'"
+                + ("" if engine is None else f" for engines in {engine}"),
+                hint="Export the checkpoint again with: --likelihood"
+                if name == "unet_vector_jacobian"
+                else "",
+            )
         return graphs[name]
 
     def graph_path(self, name: GraphName, engine: Precision | None = None) -> Path:
@@ -247,7 +254,8 @@ class Bundle:
         Raises:
             BundleError: if it has none.
         """
-        graphs = {name: self.graph_entry(name, engine) for name in self.manifest.graphs}
+        self.graph_entry("unet", engine)
+        graphs = self.manifest.engine_graphs[engine]
         manifest = self.manifest.model_copy(update={"graphs": graphs})
         return type(self)(self.path, manifest, self.digest, self._verified)
 

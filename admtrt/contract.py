@@ -16,8 +16,6 @@ from admtrt.schedule.edits import EDIT
 from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from admtrt.config import ClassifierConfig, UNetConfig
 
 BATCH = "N"
@@ -26,10 +24,13 @@ NODE_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node: the PyTorch modules that it comes from, the outermost first."""
 
 GraphName = Literal[
-    "unet", "classifier_gradient", "update", "update_full", "threshold", "edit", "edit_low_pass"
-]
+    "unet", "classifier_gradient", "update", "update_full", "threshold", "edit", "edit_low_pass",
+    "unet_vector_jacobian",
+]  # fmt: skip
 NETWORKS: tuple[GraphName, ...] = ("unet", "classifier_gradient")
 """Graphs of networks; the others are the small ones, which compute in float32 whatever the precision."""
+FURTHER: tuple[GraphName, ...] = ("unet_vector_jacobian",)
+"""Graphs that a bundle holds only where they were asked for, in the form for CPUs; sampling runs none."""
 QUANTILE = 0.995
 """Of a sample's |x_0|, to which dynamic thresholding bounds it (Imagen)."""
 MOST_TOP_K = 3840
@@ -96,6 +97,14 @@ def classifier_gradient_spec(config: ClassifierConfig) -> GraphSpec:
         inputs=(_tensor("x", *image), _tensor("t"), _tensor("y", dtype="int64")),
         outputs=(_tensor("grad", *image), _tensor("log_prob")),
     )
+
+
+def unet_vector_jacobian_spec(config: UNetConfig) -> GraphSpec:
+    """The UNet's inputs and ``cotangent``; ``grad`` = d sum(out cotangent) / dx, and ``out``."""
+    unet = unet_spec(config)
+    (out,) = unet.outputs
+    cotangent = out.model_copy(update={"name": "cotangent"})
+    return GraphSpec(inputs=(*unet.inputs, cotangent), outputs=(_tensor("grad", *event_shape(config)), out))
 
 
 def event_shape(config: UNetConfig) -> tuple[int, ...]:
@@ -201,9 +210,14 @@ def edit_low_pass_spec(config: UNetConfig) -> GraphSpec:
     )
 
 
+def further_specs(unet: UNetConfig) -> dict[GraphName, GraphSpec]:
+    """Of :data:`FURTHER`."""
+    return {"unet_vector_jacobian": unet_vector_jacobian_spec(unet)}
+
+
 def bundle_specs(
     unet: UNetConfig, classifier: ClassifierConfig | None, *, schema: int = 2
-) -> Mapping[GraphName, GraphSpec]:
+) -> dict[GraphName, GraphSpec]:
     """The graphs that a bundle of these networks holds; one of schema 1 has no more than ``update``."""
     specs: dict[GraphName, GraphSpec] = {"unet": unet_spec(unet), "update": update_spec(unet)}
     if schema >= 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
@@ -29,7 +29,9 @@ from admtrt.errors import RequestError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from admtrt.config import DiffusionConfig, UNetConfig
+    from admtrt.config import ProcessConfig, UNetConfig
+    from admtrt.contract import GraphName
+    from admtrt.data.image_set import ImageSet
     from admtrt.run_config import DataConfig
     from admtrt.runtime.sampler import Denoiser
 
@@ -46,7 +48,7 @@ class _Judged(NamedTuple):
 
     open: Callable[[int], Denoiser]
     config: UNetConfig
-    diffusion: DiffusionConfig
+    diffusion: ProcessConfig
     class_names: tuple[str, ...]
 
 
@@ -78,13 +80,24 @@ def nll(
             "--set", metavar="data.KEY=VALUE", help="Set any key of the section data; may be repeated."
         ),
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            metavar="bound|ode",
+            help="The variational bound, or the likelihood of the probability-flow ODE, of a bundle that was "
+            "exported with --likelihood.",
+        ),
+    ] = "bound",
+    tolerance: Annotated[
+        float | None, typer.Option(help="Of the solver of --method ode; 1e-5 where left out.")
+    ] = None,
     images: Annotated[int | None, typer.Option(help="Images to take at random; all where left out.")] = None,
     steps: Annotated[str | None, steps_option("Fewer steps, e.g. 250; all where left out.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the choice of images.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Negative log likelihood in bits per dim: the whole variational bound.
+    """Negative log likelihood in bits per dim: the whole variational bound, or by the probability-flow ODE.
 
     Images that the data holds out are taken, or all where it holds out none. A checkpoint and its bundle are
     given the same images and noise by the same data and seed. Either needs the extra train, PyTorch with it:
@@ -102,66 +115,127 @@ def nll(
         raise RequestError(
             "--backend, --precision, --threads and --cache are for a bundle; a checkpoint runs in PyTorch"
         )
+    if method not in ("bound", "ode"):
+        raise RequestError(f"--method {method!r} is unknown; expected bound or ode")
+    flow = method == "ode"
+    if flow and bundle is None:
+        raise RequestError(
+            "--method ode runs an exported graph, and this is a checkpoint",
+            hint="Export it, and evaluate the bundle: admtrt export CHECKPOINT --likelihood --out BUNDLE",
+        )
+    if flow and steps is not None:
+        raise RequestError("--steps is of the bound; the solver of --method ode chooses its own")
+    if flow and (backend == "auto" or precision != "fp32"):
+        raise RequestError(
+            "--method ode needs a named backend and --precision fp32",
+            hint="A likelihood is a difference of large numbers, which narrower types round away.",
+        )
+    if not flow and tolerance is not None:
+        raise RequestError("--tolerance is of the solver of --method ode; the bound has none")
     output = Output(json=json)
     require("torch", "safetensors", extra="train", purpose="Evaluation, of a bundle as well,")
     from admtrt.bundle import Bundle
     from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.backends.opening import open_denoiser
-    from admtrt.schedule.process import retained_timesteps
-    from admtrt.verify.nll import evaluate_nll
     from admtrt.verify.nll_images import load_images
 
     found_backends = BackendReport(output)
+    graph: GraphName = "unet_vector_jacobian" if flow else "unet"
     if bundle is not None:
         choice = BackendChoice(backend, precision, threads, cache)  # type: ignore[arg-type]
         opened = Bundle.open(bundle)
+        opened.graph_entry(graph)
 
         def open_graph(batch: int) -> Denoiser:
-            return open_denoiser(opened, choice.for_batches(batch), graphs=["unet"], report=found_backends)
+            return open_denoiser(opened, choice.for_batches(batch), graphs=[graph], report=found_backends)
 
         manifest = opened.manifest
-        diffusion = manifest.discrete(_BOUND)
-        judged = _Judged(open_graph, manifest.network, diffusion, manifest.class_names)
+        judged = _Judged(open_graph, manifest.network, manifest.diffusion, manifest.class_names)
     else:
         assert unet is not None
         judged = _from_checkpoint(unet, unet_preset, unet_set or (), unet_weights, config, output)
-    respacing = steps or ""
-    length = len(retained_timesteps(judged.diffusion.steps, respacing))  # refuses an impossible respacing now
+    if not flow:
+        _evaluations(judged.diffusion, steps)  # refuses an impossible respacing now
     data_config = _data_config(data, config, set_ or (), judged.config)
     chosen = load_images(data_config, judged.config, judged.class_names)
-    count = len(chosen) if images is None else images
-    denoiser = judged.open(max(1, min(batch_size, count)))
-    with progress("evaluating", count * length) as advance:
+    subject = str(bundle if bundle is not None else unet)
+    title = f"{subject} on {data_config.source}"
+    about = {"network": subject, "data": data_config.to_dict(), "seed": seed, "method": method}
+    common = {"count": images, "batch_size": batch_size, "seed": seed}
+    if flow:
+        found, shown = _flow(judged, chosen, tolerance or 1e-5, common)
+    else:
+        found, shown = _bound(judged, chosen, steps, common)
+    output.result(
+        {**about, "chosen": found_backends.to_list(), **found}, table(title, ["quantity", "value"], shown)
+    )
+
+
+def _evaluations(process: ProcessConfig, steps: str | None) -> int:
+    """How often the bound asks the network about an image."""
+    from admtrt.schedule.process import require_discrete, retained_timesteps
+
+    return len(retained_timesteps(require_discrete(process, _BOUND, "network").steps, steps or ""))
+
+
+def _bound(
+    judged: _Judged, data: ImageSet, steps: str | None, common: dict[str, Any]
+) -> tuple[dict[str, Any], list[list[str]]]:
+    """The variational bound: for JSON, and rows for people."""
+    from admtrt.schedule.process import require_discrete
+    from admtrt.verify.nll import evaluate_nll
+
+    length = _evaluations(judged.diffusion, steps)
+    denoiser = judged.open(_largest_batch(data, common))
+    with progress("evaluating", _images(data, common) * length) as advance:
         found = evaluate_nll(
             denoiser,
             judged.config,
-            judged.diffusion,
-            chosen,
-            count=images,
-            steps=respacing,
-            batch_size=batch_size,
-            seed=seed,
+            require_discrete(judged.diffusion, _BOUND, "network"),
+            data,
+            steps=steps or "",
             report=lambda count: advance(count, ""),
+            **common,
         )
-    error = "" if found.standard_error is None else f" ± {found.standard_error:.4f}"
     rows = [
-        ["bits per dim", f"{found.bits_per_dim:.4f}{error}"],
+        ["bits per dim", _with_error(found.bits_per_dim, found.standard_error)],
         ["of which the prior", f"{found.prior:.6f}"],
         ["of which the decoder (last step)", f"{found.terms[-1]:.4f}"],
         ["images, steps", f"{found.images}, {length}"],
     ]
-    subject = str(bundle if bundle is not None else unet)
-    output.result(
-        {
-            "network": subject,
-            "data": data_config.to_dict(),
-            "seed": seed,
-            "steps": length,
-            "chosen": found_backends.to_list(),
-            **found.to_dict(),
-        },
-        table(f"{subject} on {data_config.source}", ["quantity", "value"], rows),
-    )
+    return {"steps": length, **found.to_dict()}, rows
+
+
+def _flow(
+    judged: _Judged, data: ImageSet, tolerance: float, common: dict[str, Any]
+) -> tuple[dict[str, Any], list[list[str]]]:
+    """The likelihood of the probability-flow ODE, in the same way."""
+    from admtrt.verify.nll_ode import evaluate_flow
+
+    denoiser = judged.open(_largest_batch(data, common))
+    with progress("evaluating", _images(data, common)) as advance:
+        found = evaluate_flow(
+            denoiser, judged.config, judged.diffusion, data, tolerance=tolerance, report=advance, **common
+        )
+    rows = [
+        ["bits per dim", _with_error(found.bits_per_dim, found.standard_error)],
+        ["of which the prior", f"{found.prior:.4f}"],
+        ["error of the solver", f"{found.solver_error:.1e}, tolerance {found.tolerance:g}"],
+        ["images, evaluations of each", f"{found.images}, {found.evaluations:.0f}"],
+    ]
+    return found.to_dict(), rows
+
+
+def _images(data: ImageSet, common: dict[str, Any]) -> int:
+    return len(data) if common["count"] is None else int(common["count"])
+
+
+def _largest_batch(data: ImageSet, common: dict[str, Any]) -> int:
+    return max(1, min(int(common["batch_size"]), _images(data, common)))
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
 
 
 def _from_checkpoint(
@@ -176,7 +250,6 @@ def _from_checkpoint(
     from admtrt.models.checkpoint import read_checkpoint_config
     from admtrt.models.denoiser import TorchDenoiser
     from admtrt.models.unet import UNet
-    from admtrt.schedule.process import require_discrete
 
     # It may be another network's file, given for its data: what the checkpoint says of itself stands.
     said = preset is not None or path.is_dir() or read_checkpoint_config(path) is not None
@@ -192,8 +265,9 @@ def _from_checkpoint(
     )
     assert isinstance(loaded.module, UNet)
     denoiser = TorchDenoiser(loaded.module)
-    diffusion = require_discrete(loaded.config.diffusion, _BOUND, "network")
-    return _Judged(lambda _: denoiser, loaded.module.config, diffusion, loaded.config.class_names)
+    return _Judged(
+        lambda _: denoiser, loaded.module.config, loaded.config.diffusion, loaded.config.class_names
+    )
 
 
 def _data_config(

@@ -66,6 +66,13 @@ def export(
             "(these three by default), embedding, activation, residual; or none.",
         ),
     ] = None,
+    likelihood: Annotated[
+        bool,
+        typer.Option(
+            "--likelihood",
+            help="Add the UNet's vector-Jacobian product for evaluate nll --method ode; over twice its size.",
+        ),
+    ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")
     ] = False,
@@ -104,6 +111,7 @@ def export(
         sampler=sampler,
         engines=engines,
         islands=islands,
+        likelihood=likelihood,
         overwrite=overwrite,
         report=lambda name: output.note(f"exporting {name}"),
     )

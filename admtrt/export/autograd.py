@@ -1,11 +1,13 @@
-"""An exported gradient beside PyTorch's own, on rows that the graph was not made with."""
+"""Exported derivatives beside PyTorch's own, on rows that the graph was not made with."""
 
 from __future__ import annotations
 
 import copy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from admtrt.errors import ExportError
 from admtrt.export.capture import RANDOM_HINT
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     Draw = Callable[[Tensor, Tensor], Tensor]
+    _Results = dict[str, Tensor]  # by output, on the CPU in float64
 
 _TOLERANCE = 1e-3
 """Of a sample's largest value: float32 in another order moves deep networks by 1e-6 to 1e-5; a wrong rule, or
@@ -46,15 +49,34 @@ _HINT = (
 )
 
 
-class _Result(NamedTuple):
-    """Of a module or a graph, on the CPU in float64: the scalar [N] and its gradient [N, ...]."""
+@dataclass(frozen=True)
+class Derivative:
+    """What a graph adds to the outputs of its module, all of it by name.
 
-    value: Tensor
-    grad: Tensor
+    Attributes:
+        wrt: the input that is differentiated.
+        outputs: of the module, in order.
+        of: the output that is differentiated.
+        cotangent: the input that weighs the elements of ``of``; None where each counts once.
+        vector: the input that the second derivative is multiplied by; None where there is none.
+    """
+
+    wrt: str
+    outputs: tuple[str, ...] = ("value",)
+    of: str = "value"
+    cotangent: str | None = None
+    vector: str | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Outputs of the graph, in order."""
+        return (*(() if self.vector is None else ("product",)), "grad", *self.outputs)
 
 
-def check_against_autograd(path: Path, scalar: nn.Module, inputs: Mapping[str, Tensor], wrt: str) -> None:
-    """Run a written gradient graph and autograd on rows near the example, near 0, at 0 and far from both.
+def check_against_autograd(
+    path: Path, module: nn.Module, inputs: Mapping[str, Tensor], derivative: Derivative
+) -> None:
+    """Run a written graph and autograd on rows near the example, near 0, at 0 and far from both.
 
     Autograd runs in float64 where the module allows it: in float32 it loses the gradient of a log-probability
     near 0, which the graph keeps. A row on which its results are not finite says nothing. One that differs is
@@ -63,32 +85,33 @@ def check_against_autograd(path: Path, scalar: nn.Module, inputs: Mapping[str, T
     than float32.
 
     Args:
-        path: the graph, with the outputs ``grad`` and ``value``.
-        scalar: module whose sum over the batch is differentiated.
-        inputs: the example, by name in the order of ``forward``.
-        wrt: the input that is differentiated.
+        path: the graph.
+        module: returns a tuple of the tensors that ``derivative`` names; it is given the inputs but for the
+            cotangent and the vector.
+        inputs: the example, by name, in the order of the graph.
+        derivative: what is differentiated.
 
     Raises:
         ExportError: if ONNX Runtime refuses the graph, the two differ, the module gives another result each
             time, or no row has a finite one.
     """
-    if any(t.is_floating_point() and t.dtype.itemsize < 4 for t in (*inputs.values(), *scalar.parameters())):
+    if any(t.is_floating_point() and t.dtype.itemsize < 4 for t in (*inputs.values(), *module.parameters())):
         return
     session = _session(path)
-    reference = _reference(scalar, wrt)
+    reference = _reference(module, derivative)
     compared, fault = False, ""
     for seed in range(_DRAWS):
-        rows = _drawn(inputs, wrt, seed)
+        rows = _drawn(inputs, derivative.wrt, seed)
         expected = reference(rows)
         if seed == 0:
             _refuse_randomness(expected, reference(rows))
-        finite = torch.isfinite(_flat(expected.value)).all(1) & torch.isfinite(_flat(expected.grad)).all(1)
-        found = _run(session, rows)
+        finite = torch.stack([torch.isfinite(_flat(part)).all(1) for part in expected.values()]).all(0)
+        found = _run(session, rows, derivative)
         compared |= bool(finite.any())
-        differing = _differing(expected, found, finite, None)
+        differing = _differing(derivative, expected, found, finite, None)
         if differing:
-            own = [_differentiated(scalar, rows, wrt), *map(reference, _neighbours(rows, seed))]
-            differing = _differing(expected, found, finite, own)
+            own = [_differentiated(module, rows, derivative), *map(reference, _neighbours(rows, seed))]
+            differing = _differing(derivative, expected, found, finite, own)
         if compared and not differing:
             return
         fault = differing
@@ -110,12 +133,13 @@ def _session(path: Path) -> Any:
         raise ExportError(f"ONNX Runtime does not run the exported graph: {error}") from None
 
 
-def _run(session: Any, rows: Mapping[str, Tensor]) -> _Result:
+def _run(session: Any, rows: Mapping[str, Tensor], derivative: Derivative) -> _Results:
+    names = list(derivative.names)
     try:
-        outputs = session.run(["value", "grad"], {name: given.cpu().numpy() for name, given in rows.items()})
+        outputs = session.run(names, {name: given.cpu().numpy() for name, given in rows.items()})
     except Exception as error:
         raise ExportError(f"ONNX Runtime does not run the exported graph: {error}") from None
-    return _Result(*(torch.from_numpy(output).double() for output in outputs))
+    return {name: torch.from_numpy(made).double() for name, made in zip(names, outputs, strict=True)}
 
 
 def _drawn(inputs: Mapping[str, Tensor], wrt: str, seed: int) -> dict[str, Tensor]:
@@ -144,37 +168,59 @@ def _neighbours(rows: Mapping[str, Tensor], seed: int) -> Iterator[dict[str, Ten
         yield moved
 
 
-def _reference(scalar: nn.Module, wrt: str) -> Callable[[Mapping[str, Tensor]], _Result]:
+def _reference(module: nn.Module, derivative: Derivative) -> Callable[[Mapping[str, Tensor]], _Results]:
     """PyTorch's result, in float64 where the module allows it."""
     try:
-        wide = copy.deepcopy(scalar).double()
+        wide = copy.deepcopy(module).double()
     except Exception:  # a module may refuse to be copied
-        wide = scalar
+        wide = module
 
-    def result(rows: Mapping[str, Tensor]) -> _Result:
+    def result(rows: Mapping[str, Tensor]) -> _Results:
         widened = {
             name: given.double() if given.is_floating_point() else given for name, given in rows.items()
         }
         try:
-            return _differentiated(wide, widened, wrt)
+            return _differentiated(wide, widened, derivative)
         except Exception:  # or hold anything to float32
-            return _differentiated(scalar, rows, wrt)
+            return _differentiated(module, rows, derivative)
 
     return result
 
 
-def _differentiated(scalar: nn.Module, rows: Mapping[str, Tensor], wrt: str) -> _Result:
-    leaf = rows[wrt].clone().requires_grad_()
-    with torch.enable_grad():
-        value: Tensor = scalar(*(leaf if name == wrt else given for name, given in rows.items()))
-        if not value.requires_grad:
-            raise ExportError("in PyTorch the scalar has no gradient: it is held back", hint=_HINT)
-        (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True, materialize_grads=True)
-    return _Result(value.detach().cpu().double(), grad.cpu().double())
+def _differentiated(module: nn.Module, rows: Mapping[str, Tensor], derivative: Derivative) -> _Results:
+    leaf = rows[derivative.wrt].clone().requires_grad_()
+    given = dict(rows) | {derivative.wrt: leaf}
+    cotangent, vector = (
+        None if name is None else given.pop(name) for name in (derivative.cotangent, derivative.vector)
+    )
+    # PyTorch's fused attention has no second derivative on a CPU.
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        results = dict(zip(derivative.outputs, module(*given.values()), strict=True))
+        target = results[derivative.of]
+        if not target.requires_grad:
+            raise ExportError(
+                f"in PyTorch the output '{derivative.of}' has no gradient: it is held back", hint=_HINT
+            )
+        grad = _gradient(target, leaf, cotangent, again=vector is not None)
+        if vector is not None:
+            results["product"] = _gradient(grad, leaf, vector)
+    results["grad"] = grad
+    return {name: results[name].detach().cpu().double() for name in derivative.names}
 
 
-def _refuse_randomness(first: _Result, second: _Result) -> None:
-    for one, other in zip(first, second, strict=True):
+def _gradient(of: Tensor, leaf: Tensor, weights: Tensor | None, *, again: bool = False) -> Tensor:
+    if not of.requires_grad:
+        return torch.zeros_like(leaf)
+    weights = torch.ones_like(of) if weights is None else weights
+    (grad,) = torch.autograd.grad(
+        of, leaf, weights, create_graph=again, allow_unused=True, materialize_grads=True
+    )
+    return grad
+
+
+def _refuse_randomness(first: _Results, second: _Results) -> None:
+    for name, one in first.items():
+        other = second[name]
         difference, largest = _flat(one - other).abs().amax(1), _flat(one).abs().amax(1)
         if (difference > _REPEATED * largest).any():  # never so where they are not finite
             raise ExportError(
@@ -182,10 +228,17 @@ def _refuse_randomness(first: _Result, second: _Result) -> None:
             )
 
 
-def _differing(expected: _Result, found: _Result, finite: Tensor, own: Sequence[_Result] | None) -> str:
+def _differing(
+    derivative: Derivative,
+    expected: _Results,
+    found: _Results,
+    finite: Tensor,
+    own: Sequence[_Results] | None,
+) -> str:
     """Say which output differs by more than is allowed on a row; empty where none does.
 
     Args:
+        derivative: what was differentiated.
         expected: of PyTorch.
         found: of the graph.
         finite: the rows to compare, [N].
@@ -193,16 +246,17 @@ def _differing(expected: _Result, found: _Result, finite: Tensor, own: Sequence[
     """
     # A log-probability near 0 is a difference of numbers near 1: float32 rounds it to 1e-7 of these. What is
     # left of a gradient that cancels is noise, far below what float32 can tell of the value.
-    seen = expected.value.abs().nan_to_num(0, 0).clamp_min(1e-2)
-    for name, least in (("value", seen), ("grad", 1e-7 * seen)):
-        right, made = getattr(expected, name), getattr(found, name)
+    seen = _flat(expected[derivative.of]).abs().amax(1).nan_to_num(0, 0).clamp_min(1e-2)
+    for name in reversed(derivative.names):  # derivatives of what is wrong are wrong, too
+        right, made = expected[name], found[name]
         if right.shape != made.shape:
             return f"'{name}' has shape {[*made.shape]}, PyTorch's has {[*right.shape]}"
         difference = _flat(made - right).abs().amax(1).nan_to_num(torch.inf)
+        least = torch.full_like(seen, 1e-2) if name in derivative.outputs else 1e-7 * seen
         largest = torch.maximum(_flat(right).abs().amax(1), least)
         allowed = _TOLERANCE * largest
         for other in own or ():
-            moved = _flat(getattr(other, name) - right).abs().amax(1).nan_to_num(torch.inf)
+            moved = _flat(other[name] - right).abs().amax(1).nan_to_num(torch.inf)
             allowed = torch.maximum(allowed, _AS_FAR_AS_PYTORCH * moved)
         bad = finite & ~(difference <= allowed)
         if bad.any():

@@ -18,6 +18,7 @@ from admtrt.export.fold import fold
 from admtrt.export.nodes import ATEN, module_of
 from admtrt.export.passes import simplify
 from admtrt.export.plain import plain
+from admtrt.export.sizes import compute_sizes
 from admtrt.export.tidy import tidy
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class _Positional(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        out: Tensor = self.module(*inputs)
+    def forward(self, *inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        out: Tensor | tuple[Tensor, ...] = self.module(*inputs)
         return out
 
 
@@ -51,6 +52,8 @@ def graph_from_module(
     opset: int = OPSET,
 ) -> ir.Model:
     """Export ``module(*inputs.values())``, the first axis of every input being the dynamic batch ``N``.
+
+    The module returns a tensor, or a tuple of several.
 
     Args:
         module: any module, all of it in evaluation mode.
@@ -96,7 +99,10 @@ def graph_from_module(
     assert program is not None  # it is where the dynamo exporter returns
     model: ir.Model = program.model
     if len(model.graph.outputs) != len(outputs):
-        raise ExportError(f"the module returns {len(model.graph.outputs)} tensors; expected {len(outputs)}")
+        raise ExportError(
+            f"the module returns {len(model.graph.outputs)} tensors; expected {len(outputs)}: "
+            f"{', '.join(outputs)}"
+        )
     InlinePass()(model)
     _refuse_randomness(model.graph)
     _note_sources(model.graph)
@@ -104,6 +110,8 @@ def graph_from_module(
     _check_batch_free(model.graph)
     _name_batch_axis(model)
     tidy(model)
+    while compute_sizes(model):
+        tidy(model)
     plain(model)
     simplify(model)
     fold(model)

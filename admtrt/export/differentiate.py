@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 from admtrt.errors import ExportError
 from admtrt.export.nodes import module_of
-from admtrt.export.passes import simplify
+from admtrt.export.passes import free_name, simplify
 from admtrt.export.tape import ConvBackward, Tape
 from admtrt.export.vjp import RULES
 
@@ -42,34 +42,56 @@ _MOST = 10  # gaps that a message lists
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
+class NothingToDifferentiateError(ExportError):
+    """The derivative is 0 everywhere."""
+
+
 def add_input_gradient(
-    model: ir.Model, *, wrt: str, of: str, name: str, conv_backward: ConvBackward = "flipped"
+    model: ir.Model,
+    *,
+    wrt: str,
+    of: str,
+    name: str,
+    cotangent: str | None = None,
+    conv_backward: ConvBackward = "flipped",
 ) -> None:
-    """Add d sum(``of``) / d ``wrt`` to a graph, in place, as the first output, called ``name``.
+    """Add d sum(``of`` * ``cotangent``) / d ``wrt`` to a graph, in place, as the first output.
+
+    Its own result can be differentiated in turn: with ``of`` a gradient, the new output is the product of the
+    Hessian and the cotangent.
 
     Args:
         model: a forward graph with known shapes.
         wrt: name of a floating-point input.
-        of: name of an output that holds one number for each sample, [N].
+        of: name of an output.
         name: name of the new output; it has the shape of the input.
+        cotangent: name of a new input, shaped as ``of``, that weighs its elements; None weighs all by 1.
         conv_backward: see :data:`ConvBackward`.
 
     Raises:
-        ExportError: if the output does not depend on the input, an operator on the way has no rule, or the
+        ExportError: if the output does not depend on the input, an operator on the way has no rule, or a
             name is taken.
     """
     graph = model.graph
     source = _named(graph.inputs, wrt, "input")
     target = _named(graph.outputs, of, "output")
-    if any(value.name == name for value in (*graph.inputs, *graph.outputs)):
-        raise ExportError(f"the graph already has an input or output '{name}'", hint="Rename it.")
+    taken = {value.name for value in (*graph.inputs, *graph.outputs)} & {name, cotangent}
+    if taken or name == cotangent:
+        raise ExportError(
+            f"the graph already has an input or output '{(*taken, name)[0]}'", hint="Rename it."
+        )
     tape = Tape(graph, conv_backward=conv_backward)
     tape.active = _depends_on(graph, source)
     if target not in tape.active:
-        raise ExportError(f"output '{of}' does not depend on input '{wrt}'")
+        raise NothingToDifferentiateError(f"output '{of}' does not depend on input '{wrt}'")
     gaps: list[ExportError] = []
     gradients = tape.gradients
-    gradients[target] = _ones_like(tape, target)
+    if cotangent is None:
+        gradients[target] = _ones_like(tape, target)
+    else:
+        cotangent = free_name(graph, cotangent)
+        gradients[target] = ir.Value(name=cotangent, shape=target.shape, type=target.type)
+        graph.inputs.append(gradients[target])
     for node in reversed(list(graph)):
         incoming = [gradients.get(output) for output in node.outputs]
         if all(gradient is None for gradient in incoming):
@@ -90,8 +112,12 @@ def add_input_gradient(
     _refuse(gaps)
     result = gradients.get(source)
     if result is None:
-        raise ExportError(f"output '{of}' depends on input '{wrt}' by nothing that has a gradient")
-    result.name, result.shape = name, source.shape
+        raise NothingToDifferentiateError(
+            f"output '{of}' depends on input '{wrt}' by nothing that has a gradient"
+        )
+    if result.is_graph_input() or result.is_graph_output():
+        result = tape.op("Identity", result)
+    result.name, result.shape = free_name(graph, name), source.shape
     graph.outputs.insert(0, result)
     simplify(model)
 

@@ -1,4 +1,4 @@
-"""The public exporter of input gradients, for any module: d scalar(module(inputs)) / d input as ONNX."""
+"""The public exporters of derivatives, for any module: gradients and products with Jacobians and Hessians."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
+import torch
 from torch import Tensor, nn
 
 from admtrt.contract import BATCH
 from admtrt.errors import ExportError
-from admtrt.export.autograd import check_against_autograd
+from admtrt.export.autograd import Derivative, check_against_autograd
 from admtrt.export.capture import OPSET, graph_from_module
-from admtrt.export.differentiate import add_input_gradient, refuse_unknown
+from admtrt.export.differentiate import NothingToDifferentiateError, add_input_gradient, refuse_unknown
 from admtrt.export.tape import ConvBackward
 from admtrt.export.write import write_graph
 
@@ -24,12 +25,17 @@ if TYPE_CHECKING:
 
     ScalarFunction = Callable[..., Tensor]
 
-_OUTPUTS = ("grad", "value")
+_DTYPES = {
+    ir.DataType.FLOAT: torch.float32,
+    ir.DataType.DOUBLE: torch.float64,
+    ir.DataType.FLOAT16: torch.float16,
+    ir.DataType.BFLOAT16: torch.bfloat16,
+}
 
 
 @dataclass(frozen=True)
 class GradientGraph:
-    """An exported gradient: its file and the names and shapes of what goes in and out."""
+    """An exported derivative: its file and the names and shapes of what goes in and out."""
 
     path: Path
     inputs: tuple[str, ...]
@@ -37,16 +43,22 @@ class GradientGraph:
     nodes: int
 
 
-class _Scalar(nn.Module):
-    def __init__(self, module: nn.Module, scalar: ScalarFunction | None) -> None:
+class _Outputs(nn.Module):
+    """A module whose result is a tuple: the scalar where one is formed, then what it returns."""
+
+    def __init__(self, module: nn.Module, scalar: ScalarFunction | None, *, alone: bool = False) -> None:
         super().__init__()
         self.module = module
         self.scalar = scalar
+        self.alone = alone  # the scalar is all that is asked for
         self.training = module.training  # it has no mode of its own
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        out: Tensor = self.module(*inputs)
-        return out if self.scalar is None else self.scalar(out, *inputs)
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        out: Tensor | tuple[Tensor, ...] = self.module(*inputs)
+        returned = (out,) if isinstance(out, Tensor) else tuple(out)
+        if self.scalar is None:
+            return returned
+        return (self.scalar(out, *inputs), *(() if self.alone else returned))
 
 
 def export_input_gradient(
@@ -56,13 +68,15 @@ def export_input_gradient(
     *,
     wrt: str = "x",
     scalar: ScalarFunction | None = None,
+    further: Sequence[str] = (),
     conv_backward: ConvBackward = "flipped",
     opset: int = OPSET,
     check: bool = True,
 ) -> GradientGraph:
     """Export the gradient of a per-sample scalar with respect to one input, for any batch size.
 
-    The graph has the module's inputs, and the outputs ``grad`` (shaped as ``wrt``) and ``value`` [N].
+    The graph has the module's inputs, and the outputs ``grad`` (shaped as ``wrt``), ``value`` [N] and those
+    of the module that ``further`` names, all from one forward pass.
     It is the derivative of what is computed: ``detach()`` and ``no_grad()`` leave no trace in a graph, so
     nothing is held constant by them. Where ONNX Runtime is installed, the written graph is run beside
     autograd on rows near the example, near 0, at 0 and far away before it takes its place, unless a type is
@@ -75,8 +89,10 @@ def export_input_gradient(
             in its domain.
         path: file to write; weights of more than 64 MiB go to ``<path>.data``.
         wrt: name of the floating-point input to differentiate.
-        scalar: ``scalar(module(*inputs), *inputs)`` -> [N]; None where the module returns [N] itself. Each
-            sample's scalar must depend on that sample alone.
+        scalar: ``scalar(module(*inputs), *inputs)`` -> [N]; None where the module returns [N] itself, alone
+            or before further tensors. Each sample's scalar must depend on that sample alone.
+        further: names for the tensors [N, ...] that the module returns, in order: for all of them where
+            ``scalar`` is given, else for those behind the scalar.
         conv_backward: ``flipped`` (fast on CPUs) or ``transposed`` (shares the weights).
         opset: of the default ONNX domain.
         check: compare with autograd; False for a module in which gradients are held back on purpose.
@@ -86,32 +102,124 @@ def export_input_gradient(
             operators have no gradient rule (the message names them and their modules), or the graph and
             autograd differ.
     """
-    if wrt not in inputs:
-        raise ExportError(f"there is no input '{wrt}'; the inputs are {list(inputs)}")
-    other = next((name for name, value in inputs.items() if not isinstance(value, Tensor)), None)
-    if other is not None:
-        raise ExportError(
-            f"the example input '{other}' is a {type(inputs[other]).__name__}; expected a tensor of PyTorch"
-        )
-    taken = next((name for name in inputs if name in ("", *_OUTPUTS)), None)
-    if taken is not None:
-        raise ExportError(f"an input cannot be called {taken!r}", hint="Give it another name.")
-    if not inputs[wrt].is_floating_point():
-        raise ExportError(f"input '{wrt}' is {inputs[wrt].dtype}; only floating-point inputs have a gradient")
-    wrapper = _Scalar(module, scalar)
-    model = graph_from_module(wrapper, inputs, ["value"], opset=opset)
-    shape = model.graph.outputs[0].shape
-    if shape is None or len(shape) != 1 or shape[0] != BATCH:
-        refuse_unknown(model)  # of whose results the exporter may not know the shape
-        raise ExportError(
-            f"the scalar has shape {shape}, expected [{BATCH}]: one number for each sample",
-            hint="Pass scalar=..., for instance scalar=lambda out, x: out.sum(dim=1).",
-        )
-    add_input_gradient(model, wrt=wrt, of="value", name="grad", conv_backward=conv_backward)
+    derivative = Derivative(wrt, ("value", *further))
+    wrapper = _Outputs(module, scalar, alone=not further)
+    return _export(wrapper, inputs, path, derivative, conv_backward, opset, check=check)
+
+
+def export_vector_jacobian(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    wrt: str = "x",
+    outputs: Sequence[str] = ("out",),
+    of: str | None = None,
+    cotangent: str = "cotangent",
+    conv_backward: ConvBackward = "flipped",
+    opset: int = OPSET,
+    check: bool = True,
+) -> GradientGraph:
+    """Export the product of a vector and the Jacobian of any output, for any batch size.
+
+    The graph has the module's inputs and ``cotangent``, shaped as the output ``of``, and the outputs ``grad``
+    = d sum(``of`` * ``cotangent``) / d ``wrt`` (shaped as ``wrt``) and those of the module. A one-hot
+    cotangent gives a row of the Jacobian; noise gives Hutchinson's estimate of its trace.
+
+    Args:
+        module: as in :func:`export_input_gradient`; returns a tensor [N, ...] or several.
+        inputs: as there.
+        path: as there.
+        wrt: name of the floating-point input to differentiate.
+        outputs: names for all that the module returns, in order.
+        of: the one to differentiate; None for the first. A sample's must depend on that sample alone.
+        cotangent: name of the new input.
+        conv_backward: as there.
+        opset: as there.
+        check: as there.
+
+    Raises:
+        ExportError: as there.
+    """
+    if not outputs or (of is not None and of not in outputs):
+        raise ExportError(f"there is no output '{of or ''}'; the outputs are {list(outputs)}")
+    derivative = Derivative(wrt, tuple(outputs), of or outputs[0], cotangent=cotangent)
+    return _export(_Outputs(module, None), inputs, path, derivative, conv_backward, opset, check=check)
+
+
+def export_hessian_vector(
+    module: nn.Module,
+    inputs: Mapping[str, Tensor],
+    path: str | Path,
+    *,
+    wrt: str = "x",
+    scalar: ScalarFunction | None = None,
+    further: Sequence[str] = (),
+    vector: str = "vector",
+    conv_backward: ConvBackward = "flipped",
+    opset: int = OPSET,
+    check: bool = True,
+) -> GradientGraph:
+    """Export the product of the Hessian of a per-sample scalar and a vector, for any batch size.
+
+    The graph has the module's inputs and ``vector``, shaped as ``wrt``, and the outputs ``product`` = H
+    ``vector`` (shaped as ``wrt``), ``grad``, ``value`` and those of ``further``. It is the derivative of the
+    gradient graph, so kinks have no second derivative in it: that of a ReLU is 0.
+
+    Args:
+        module: as in :func:`export_input_gradient`.
+        inputs: as there.
+        path: as there.
+        wrt: name of the floating-point input to differentiate twice.
+        scalar: as there.
+        further: as there.
+        vector: name of the new input.
+        conv_backward: as there.
+        opset: as there.
+        check: as there; autograd differentiates twice.
+
+    Raises:
+        ExportError: as there, and if the Hessian is 0 everywhere.
+    """
+    derivative = Derivative(wrt, ("value", *further), vector=vector)
+    wrapper = _Outputs(module, scalar, alone=not further)
+    return _export(wrapper, inputs, path, derivative, conv_backward, opset, check=check)
+
+
+def _export(
+    module: _Outputs,
+    inputs: Mapping[str, Tensor],
+    path: str | Path,
+    derivative: Derivative,
+    conv_backward: ConvBackward,
+    opset: int,
+    *,
+    check: bool,
+) -> GradientGraph:
+    _check_inputs(inputs, derivative)
+    model = graph_from_module(module, inputs, derivative.outputs, opset=opset)
+    _check_outputs(model, derivative)
+    examples = dict(inputs)
+    if derivative.cotangent is not None:
+        of = model.graph.outputs[derivative.outputs.index(derivative.of)]
+        examples[derivative.cotangent] = _ones_like(of, len(inputs[derivative.wrt]))
+    add = partial(add_input_gradient, model, wrt=derivative.wrt, conv_backward=conv_backward)
+    add(of=derivative.of, name="grad", cotangent=derivative.cotangent)
+    if derivative.vector is not None:
+        examples[derivative.vector] = torch.ones_like(inputs[derivative.wrt])
+        try:
+            add(of="grad", name="product", cotangent=derivative.vector)
+        except NothingToDifferentiateError as error:
+            raise ExportError(
+                f"the Hessian of the scalar is 0 everywhere: {error.message}",
+                hint="ReLU and maxima have slopes but no curvature; SiLU, GELU and Softplus have.",
+            ) from None
     target = Path(path)
     beside_autograd = None
     if check and find_spec("onnxruntime") is not None:
-        beside_autograd = partial(check_against_autograd, scalar=wrapper, inputs=inputs, wrt=wrt)
+        beside_autograd = partial(
+            check_against_autograd, module=module, inputs=examples, derivative=derivative
+        )
     write_graph(model, target, beside_autograd)
     return GradientGraph(
         path=target,
@@ -119,6 +227,55 @@ def export_input_gradient(
         outputs=_names(model.graph.outputs),
         nodes=len(list(model.graph)),
     )
+
+
+def _check_inputs(inputs: Mapping[str, Tensor], derivative: Derivative) -> None:
+    wrt = derivative.wrt
+    if wrt not in inputs:
+        raise ExportError(f"there is no input '{wrt}'; the inputs are {list(inputs)}")
+    other = next((name for name, value in inputs.items() if not isinstance(value, Tensor)), None)
+    if other is not None:
+        raise ExportError(
+            f"the example input '{other}' is a {type(inputs[other]).__name__}; expected a tensor of PyTorch"
+        )
+    added = [name for name in (derivative.cotangent, derivative.vector) if name is not None]
+    names = [*inputs, *added, *derivative.names]
+    taken = next((name for index, name in enumerate(names) if not name or name in names[index + 1 :]), None)
+    if taken is not None:
+        reserved = ("grad", "product", "value")
+        what = "an input" if taken in added or (taken in inputs and taken in (*reserved, "")) else "an output"
+        raise ExportError(f"{what} cannot be called {taken!r}", hint="Give it another name.")
+    if not inputs[wrt].is_floating_point():
+        raise ExportError(f"input '{wrt}' is {inputs[wrt].dtype}; only floating-point inputs have a gradient")
+
+
+def _check_outputs(model: ir.Model, derivative: Derivative) -> None:
+    for name, value in zip(derivative.outputs, model.graph.outputs, strict=True):
+        shape = value.shape
+        scalar = name == derivative.of and derivative.cotangent is None
+        if shape is not None and len(shape) and shape[0] == BATCH and (len(shape) == 1 or not scalar):
+            continue
+        refuse_unknown(model)  # of whose results the exporter may not know the shape
+        if scalar:
+            raise ExportError(
+                f"the scalar has shape {shape}, expected [{BATCH}]: one number for each sample",
+                hint="Pass scalar=..., for instance scalar=lambda out, x: out.sum(dim=1).",
+            )
+        raise ExportError(f"output '{name}' has shape {shape}; its first axis must be the batch, {BATCH}")
+
+
+def _ones_like(value: ir.Value, batch: int) -> Tensor:
+    """An example of a tensor of the graph.
+
+    Raises:
+        ExportError: if another axis than the batch has no fixed size, or it is of whole numbers.
+    """
+    sizes = [size for size in (value.shape or ())[1:] if isinstance(size, int)]
+    if value.dtype not in _DTYPES or len(sizes) + 1 != len(value.shape or ()):
+        raise ExportError(
+            f"output '{value.name}' is {value.dtype} {value.shape}; expected floats, of fixed sizes but for N"
+        )
+    return torch.ones(batch, *sizes, dtype=_DTYPES[value.dtype])
 
 
 def _names(values: Sequence[ir.Value]) -> tuple[str, ...]:

@@ -61,6 +61,14 @@ def unet_graph(unet: UNet) -> ir.Model:
     return graph_from_module(PositionalUNet(unet).eval(), example_inputs(spec), ["out"])
 
 
+def unet_vector_jacobian_graph(unet: UNet) -> ir.Model:
+    """The UNet, and the product of a cotangent of its output and its Jacobian with respect to x."""
+    spec = unet_spec(unet.config)
+    model = graph_from_module(PositionalUNet(unet).eval(), example_inputs(spec), ["out"])
+    add_input_gradient(model, wrt="x", of="out", name="grad", cotangent="cotangent")
+    return model
+
+
 def classifier_gradient_graph(classifier: Classifier, *, conv_backward: ConvBackward = "flipped") -> ir.Model:
     """d log p(y | x_t, t) / dx_t and log p of every sample."""
     spec = classifier_gradient_spec(classifier.config)

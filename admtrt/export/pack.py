@@ -20,6 +20,7 @@ from admtrt.contract import (
     Precision,
     bundle_specs,
     event_shape,
+    further_specs,
     largest_values,
     threshold_quantile,
 )
@@ -27,7 +28,12 @@ from admtrt.errors import ExportError
 from admtrt.export.check import check_graph, rtx_parser_errors
 from admtrt.export.cpu_form import cpu_form
 from admtrt.export.engine_form import engine_form
-from admtrt.export.graphs import EXAMPLE_BATCH, classifier_gradient_graph, unet_graph
+from admtrt.export.graphs import (
+    EXAMPLE_BATCH,
+    classifier_gradient_graph,
+    unet_graph,
+    unet_vector_jacobian_graph,
+)
 from admtrt.export.precision import DEFAULT_ISLANDS, Island, lower
 from admtrt.export.small_graphs import FOR_ENGINES, SMALL_GRAPHS, threshold_graph
 from admtrt.export.write import write_graph
@@ -60,6 +66,7 @@ def bundle_from_checkpoints(
     sampler: SamplerConfig | None = None,
     engines: Collection[Precision] = (),
     islands: Collection[Island] = DEFAULT_ISLANDS,
+    likelihood: bool = False,
     overwrite: bool = False,
     report: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
@@ -72,6 +79,7 @@ def bundle_from_checkpoints(
         sampler: what to recommend; None takes the UNet checkpoint's. Without a classifier its scale is 0.
         engines: precisions in which to add the graphs in the form that inference engines like.
         islands: what stays float32 in those; see :mod:`admtrt.export.precision`.
+        likelihood: add the graph ``unet_vector_jacobian``, of more than twice the UNet's size.
         overwrite: replace a bundle that stands there.
         report: called with the name of each stage as it starts.
 
@@ -116,6 +124,11 @@ def bundle_from_checkpoints(
                     written = _written(model, directory, f"engine-{engine}/{name}.onnx", spec)
                     precision = engine if name in NETWORKS else "fp32"
                     engine_graphs[engine][name] = written.model_copy(update={"precision": precision})
+        if likelihood:
+            name = "unet_vector_jacobian"
+            report(name)
+            model = cpu_form(unet_vector_jacobian_graph(generator))
+            graphs[name] = _written(model, directory, f"{name}.onnx", further_specs(generator.config)[name])
         return graphs
 
     fields = {

@@ -143,6 +143,18 @@ def _constant_ints(value: ir.Value | None) -> list[int] | None:
     return [int(number) for number in value.const_value.numpy().ravel()]
 
 
+def free_name(graph: ir.Graph, name: str) -> str:
+    """The name, which no value within the graph has from here on; inputs and outputs keep theirs."""
+    values = {value.name: value for node in graph for value in node.outputs} | dict(graph.initializers)
+    inner = values.get(name)
+    if inner is not None and not inner.is_graph_output():
+        other = f"inner_{name}"
+        while other in values:
+            other = f"inner_{other}"
+        inner.name = other
+    return name
+
+
 def pass_by(value: ir.Value, source: ir.Value) -> bool:
     """Have the readers of a value read its source; an output of the graph stays as it is."""
     if value.is_graph_output() or not value.uses():

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
-
 import numpy as np
 import onnx_ir as ir
 
+from admtrt.export.einsum import nodes_of_einsum
 from admtrt.export.kinks import is_clamp
 from admtrt.export.nodes import ATEN
 from admtrt.export.passes import constant, insert_in_place_of, only_user, pass_by
+from admtrt.export.recurrent import unroll
 from admtrt.export.vjp.rule import input_of
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 
 def plain(model: ir.Model) -> None:
-    """Run every pass of this module once."""
-    for one in (clamps_as_clips, einsums_as_products, drop_restriding, drop_whole_assignments):
+    """Run every pass once."""
+    for one in (
+        clamps_as_clips,
+        einsums_as_products,
+        vectors_as_matrices,
+        losses_as_selections,
+        drop_restriding,
+        drop_whole_assignments,
+        unroll,
+    ):
         one(model)
 
 
@@ -70,73 +74,69 @@ def drop_whole_assignments(model: ir.Model) -> bool:
 
 
 def einsums_as_products(model: ir.Model) -> bool:
-    """An Einsum of two operands -> MatMul, with the Transpose and Reshape around it that it needs."""
+    """An Einsum -> MatMul of two operands after another, with what they need around them."""
     changed = False
     for node in list(model.graph):
-        nodes = _product(model.graph, node) if node.op_type == "Einsum" and len(node.inputs) == 2 else []
+        nodes = nodes_of_einsum(model.graph, node) if node.op_type == "Einsum" else []
         if nodes:
             _replace(model, node, nodes)
             changed = True
     return changed
 
 
-def _product(graph: ir.Graph, einsum: ir.Node) -> list[ir.Node]:
-    """Nodes of an Einsum; none where a label repeats, is summed in one operand alone, or differs in size."""
-    given, _, out = einsum.attributes["equation"].as_string().replace(" ", "").partition("->")
-    labels = given.split(",")
-    sizes: dict[str, int | ir.SymbolicDim] = {}
-    for own, operand in zip(labels, einsum.inputs, strict=True):
-        if (
-            operand is None
-            or operand.shape is None
-            or len(operand.shape) != len(own)
-            or len({*own}) != len(own)
-        ):
-            return []
-        if any(sizes.setdefault(label, size) != size for label, size in zip(own, operand.shape, strict=True)):
-            return []
-    a, b = labels
-    if not {*a} ^ {*b} <= {*out} <= {*a, *b} or len({*out}) != len(out):
-        return []
-    operands = [input_of(einsum, 0), input_of(einsum, 1)]
-    if out and out[-1] in a and out[-1] not in b:  # the columns of the result are those of the right operand
-        a, b, operands = b, a, operands[::-1]
-    batch = [[label] for label in out if label in a and label in b]
-    shared = [label for label in a if label in b and label not in out]
-    rows, columns = ([label for label in out if label in own and [label] not in batch] for own in (a, b))
-    tape = ir.tape.Tape()
+def vectors_as_matrices(model: ir.Model) -> bool:
+    """A MatMul with a vector on the right -> with a matrix of one column."""
+    changed = False
+    for node in list(model.graph):
+        left, right = (*node.inputs, None, None)[:2]
+        if node.op_type != "MatMul" or left is None or left.shape is None or len(left.shape) < 2:
+            continue
+        if right is None or right.shape is None or len(right.shape) != 1:
+            continue
+        tape = ir.tape.Tape()
+        column = tape.op("Unsqueeze", [right, constant(model.graph, np.array([1]))])
+        product = tape.op("MatMul", [left, column])
+        tape.op("Squeeze", [product, constant(model.graph, np.array([len(left.shape) - 1]))])
+        _replace(model, node, list(tape.nodes))
+        changed = True
+    return changed
 
-    def arranged(value: ir.Value, own: Sequence[str], groups: Sequence[Sequence[str]]) -> ir.Value:
-        """A value's axes in the order of the groups, each group as one axis."""
-        order = [label for group in groups for label in group]
-        if order != list(own):
-            value = tape.op("Transpose", [value], attributes={"perm": [own.index(label) for label in order]})
-        return value if all(len(group) == 1 for group in groups) else reshaped(value, groups)
 
-    def reshaped(value: ir.Value, groups: Sequence[Sequence[str]]) -> ir.Value:
-        merged = [[sizes[label] for label in group] for group in groups]
-        target = [math.prod(s for s in group if isinstance(s, int)) for group in merged]
-        for index, group in enumerate(merged):
-            if not all(isinstance(size, int) for size in group):
-                target[index] = -1
-        return tape.op("Reshape", [value, constant(graph, np.array(target, np.int64))])
-
-    if sum(not isinstance(size, int) for size in sizes.values()) > 1:
-        return []  # a Reshape has room for one unknown size
-    left = arranged(operands[0], a, [*batch, rows, shared])
-    right = arranged(operands[1], b, [*batch, shared, columns])
-    product = tape.op("MatMul", [left, right])
-    every = [*(label for group in batch for label in group), *rows, *columns]
-    if len(rows) != 1 or len(columns) != 1:
-        product = reshaped(product, every)
-    arranged(product, every, list(out))
-    return list(tape.nodes)
+def losses_as_selections(model: ir.Model) -> bool:
+    """Cross entropies that are not summed over samples -> minus the selected log-probabilities."""
+    changed = False
+    for node in list(model.graph):
+        if node.op_type not in ("SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss"):
+            continue
+        reduction = node.attributes.get("reduction")
+        weighed = len(node.inputs) > 2 and node.inputs[2] is not None
+        read = any(output.uses() or output.is_graph_output() for output in node.outputs[1:])
+        if reduction is None or reduction.as_string() != "none" or weighed or read:
+            continue
+        tape, one = ir.tape.Tape(), constant(model.graph, np.array([1]))
+        log_p, labels = input_of(node, 0), input_of(node, 1)
+        if node.op_type == "SoftmaxCrossEntropyLoss":
+            log_p = tape.op("LogSoftmax", [log_p], attributes={"axis": 1})
+        dtype, float_dtype = labels.dtype, input_of(node, 0).dtype
+        if dtype is None or float_dtype is None:
+            continue
+        ignored = None
+        if "ignore_index" in node.attributes:
+            index = np.array(node.attributes["ignore_index"].as_int(), dtype.numpy())
+            ignored = tape.op("Equal", [labels, constant(model.graph, index)])
+            labels = tape.op("Where", [ignored, constant(model.graph, np.zeros_like(index)), labels])
+        places = tape.op("Unsqueeze", [labels, one])
+        taken = tape.op("GatherElements", [log_p, places], attributes={"axis": 1})
+        loss = tape.op("Neg", [tape.op("Squeeze", [taken, one])])
+        if ignored is not None:
+            tape.op("Where", [ignored, constant(model.graph, np.array(0, float_dtype.numpy())), loss])
+        _replace(model, node, list(tape.nodes))
+        changed = True
+    return changed
 
 
 def _replace(model: ir.Model, node: ir.Node, nodes: list[ir.Node]) -> None:
     for made in nodes:
         made.metadata_props.update(node.metadata_props)
         made.meta[ATEN] = node.meta.get(ATEN, "")
-        for output in made.outputs:
-            output.type = node.outputs[0].type
     insert_in_place_of(model.graph, node, nodes, node.outputs[0])

@@ -19,7 +19,7 @@ the weights) or a ConvTranspose that shares them (engines)."""
 
 
 _RESULT_TYPES = dict.fromkeys(("Shape", "ArgMax", "ArgMin"), ir.DataType.INT64) | dict.fromkeys(
-    ("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal"), ir.DataType.BOOL
+    ("Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "And", "Or"), ir.DataType.BOOL
 )
 
 

@@ -96,7 +96,7 @@ def evaluate_nll(
     if batch_size < 1:
         raise RequestError(f"batch_size is {batch_size}; expected at least 1")
     seeds = consecutive_seeds(seed, len(data))
-    rows = _chosen_rows(data, count, seed)
+    rows = chosen_rows(data, count, seed)
     model = Diffusion(diffusion, process_from_config(diffusion, steps))
     bounds = []
     for first in range(0, len(rows), batch_size):
@@ -120,7 +120,7 @@ def evaluate_nll(
     )
 
 
-def _chosen_rows(data: ImageSet, count: int | None, seed: int) -> list[int]:
+def chosen_rows(data: ImageSet, count: int | None, seed: int) -> list[int]:
     """Ascending indices of the images, every one as likely."""
     if count is None:
         return list(range(len(data)))
@@ -135,6 +135,22 @@ def _chosen_rows(data: ImageSet, count: int | None, seed: int) -> list[int]:
     return chosen
 
 
+def images_of(data: ImageSet, rows: list[int]) -> NDArray[np.float32]:
+    """Images in [-1, 1], float32 [N, C, H, W]; never augmented."""
+    unused = np.random.default_rng()
+    return np.stack([data.image(row, unused) for row in rows])
+
+
+def conditions_of(
+    config: UNetConfig, data: ImageSet, rows: list[int], x_0: Tensor
+) -> dict[str, NDArray[Any]]:
+    """What the network takes besides x and t: labels, and for an upsampler the images averaged down."""
+    assert config.num_classes is None or data.labels is not None  # refused when they were loaded
+    y = None if data.labels is None else config.own_labels(data.labels[rows])
+    low_res = None if config.low_res_size is None else shrink(x_0, config.low_res_size).numpy()
+    return conditions_for(config, None, labels=y, low_res=low_res, guided=False)["unet"]
+
+
 def _bound(
     denoiser: Denoiser,
     config: UNetConfig,
@@ -145,12 +161,8 @@ def _bound(
     report: Callable[[int], None],
 ) -> Bound:
     """The bound of one batch."""
-    unused = np.random.default_rng()  # the images are not augmented
-    x_0 = torch.from_numpy(np.stack([data.image(row, unused) for row in rows]))
-    assert config.num_classes is None or data.labels is not None  # refused when they were loaded
-    y = None if data.labels is None else config.own_labels(data.labels[rows])
-    low_res = None if config.low_res_size is None else shrink(x_0, config.low_res_size).numpy()
-    given = conditions_for(config, None, labels=y, low_res=low_res, guided=False)["unet"]
+    x_0 = torch.from_numpy(images_of(data, rows))
+    given = conditions_of(config, data, rows, x_0)
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         out = denoiser.run("unet", {"x": x.numpy(), "t": t.numpy(), **given})["out"]

@@ -101,7 +101,10 @@ def test_public_names() -> None:
         "import admtrt, json\nfrom admtrt.errors import UserError\n"
         "print(json.dumps([sorted(admtrt.__all__), admtrt.Pipeline.__module__, admtrt.Bundle.__module__]))"
     )
-    names = ["Bundle", "Known", "Latents", "Pipeline", "TwoStage", "__version__", "export_input_gradient"]
+    names = [
+        "Bundle", "Known", "Latents", "Pipeline", "TwoStage", "__version__",
+        "export_hessian_vector", "export_input_gradient", "export_vector_jacobian",
+    ]  # fmt: skip
     assert json.loads(shown) == [names, "admtrt.runtime.pipeline", "admtrt.bundle"]
     assert callable(admtrt.export_input_gradient)
     with pytest.raises(AttributeError, match="module 'admtrt' has no attribute 'Sampler'"):

@@ -11,38 +11,21 @@ import torch
 from goldens import relative_error
 from onnx_graphs import differentiated, op_types, parse, run
 from torch.nn import functional as F
-from vjp_cases import CASES, SCORES4, VECTOR, Case, attend, ints, normal, weights_of
+from vjp_cases import CASES, Case
+from vjp_cases.case import VECTOR, ints, normal
+from vjp_cases.graphs import value_of, weighted
+from vjp_cases.normalisation import SCORES4, attend, weights_of
 
 from admtrt.errors import ExportError
 from admtrt.export.differentiate import add_input_gradient
 from admtrt.export.vjp import RULES
 
 if TYPE_CHECKING:
-    import onnx
+    pass
 
 # One operator in float32 against float64: some 10 roundings of 6e-8.
 TOLERANCE = 2e-6
 BATCHES = (1, 3)
-
-
-def weighted(case: Case) -> onnx.ModelProto:
-    """The case's graph, its scalar being the sum of y times the input w."""
-    x = torch.from_numpy(normal(2, *case.shape))
-    y_type = ", ".join(["N", *map(str, _reference(case, x.double()).shape[1:])])
-    text = f"""
-        g (float[N, {", ".join(map(str, case.shape))}] x, float[{y_type}] w)
-            => (float[N] value) <float[{y_type}] y> {{
-            {case.body}
-            weighted = Mul (y, w)
-            flat = Flatten <axis = 1> (weighted)
-            value = ReduceSum <keepdims = 0> (flat, last)
-        }}"""
-    return parse(text, case.constants | {"last": ints(1)}, opset=case.opset)
-
-
-def _reference(case: Case, x: torch.Tensor) -> torch.Tensor:
-    constants = {name: torch.from_numpy(np.asarray(value)) for name, value in case.constants.items()}
-    return case.reference(x, **{k: v.double() if v.is_floating_point() else v for k, v in constants.items()})
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -52,7 +35,7 @@ def test_rule(case: Case) -> None:
         x = normal(batch, *case.shape, seed=batch)
         x = np.abs(x) + np.float32(0.5) if case.positive else x
         leaf = torch.from_numpy(x).double().requires_grad_()
-        y = _reference(case, leaf)
+        y = value_of(case, leaf)
         w = normal(*y.shape, seed=10 + batch)
         (expected,) = torch.autograd.grad((y * torch.from_numpy(w)).sum(), leaf)
         out = run(model, x=x, w=w)
@@ -133,7 +116,7 @@ def test_conv(
     for batch in BATCHES:
         x = normal(batch, *case.shape, seed=batch)
         leaf = torch.from_numpy(x).double().requires_grad_()
-        y = _reference(case, leaf)
+        y = value_of(case, leaf)
         w = normal(*y.shape, seed=7)
         (expected,) = torch.autograd.grad((y * torch.from_numpy(w)).sum(), leaf)
         assert relative_error(run(model, x=x, w=w)["grad"], expected) <= TOLERANCE
@@ -150,7 +133,7 @@ def test_every_rule_has_a_case() -> None:
 def test_bounds_of_clip_and_zeros_as_in_pytorch() -> None:
     """It passes at the ends of Clip; at 0 those of Relu, Abs, the norm are 0; of equals the first has it."""
     x = np.float32([[-1, 0, 1], [0, 0, 0]])
-    for body, reference in (
+    for body, function in (
         ("y = Clip (x, low, high)", lambda v: v.clamp(-1, 1)),
         ("y = Relu (x)", torch.relu),
         ("y = Abs (x)", torch.abs),
@@ -165,7 +148,7 @@ def test_bounds_of_clip_and_zeros_as_in_pytorch() -> None:
             {"low": np.float32(-1), "high": np.float32(1), "one": ints(1)},
         )
         leaf = torch.from_numpy(x).requires_grad_()
-        (expected,) = torch.autograd.grad(reference(leaf).sum(), leaf)
+        (expected,) = torch.autograd.grad(function(leaf).sum(), leaf)
         np.testing.assert_array_equal(run(differentiated(model), x=x)["grad"], expected, err_msg=body)
 
 

@@ -59,11 +59,43 @@ def test_einsums_as_products(equation: str, a: np.ndarray, b: np.ndarray) -> Non
 
 
 @pytest.mark.parametrize(
+    ("equation", "operands"),
+    [
+        ("nij,nk->ni", (X[:, 0], Y[:, 0, 0])),  # summed in one operand alone
+        ("nij->jn", (X[:, 0],)),
+        ("nij", (X[:, 0],)),
+        ("ni,nj", (X[:, 0, 0], Y[:, 0, 0])),  # the result's labels in alphabetical order
+        ("n...j,nj->n...", (X, Y[:, 0, 0])),
+        ("...ij,...kj->...ki", (X, Y)),
+        ("nchw,cd,hw->nd", (X, Y[0, 0, :3], Y[0, 0])),
+        ("ni,nj,nk->nijk", (X[:, 0, 0], Y[:, 0, 0], X[:, 1, 1])),
+    ],
+)
+def test_einsums_of_any_number(equation: str, operands: tuple[np.ndarray, ...]) -> None:
+    names = [f"a{index}" for index in range(len(operands))]
+    expected = torch.einsum(equation, *map(torch.from_numpy, operands)).numpy()
+    inputs = ", ".join(
+        f"float[N{''.join(f', {size}' for size in operand.shape[1:])}] {name}"
+        for name, operand in zip(names, operands, strict=True)
+        if len(operand) == 2
+    )
+    given = {name: operand for name, operand in zip(names, operands, strict=True) if len(operand) == 2}
+    constants = {name: operand for name, operand in zip(names, operands, strict=True) if name not in given}
+    rank = ", ".join("?" for _ in expected.shape)
+    body = f'out = Einsum <equation = "{equation}"> ({", ".join(names)})'
+    model = ir.serde.deserialize_model(parse(f"g ({inputs}) => (float[{rank}] out) {{ {body} }}", constants))
+    infer_shapes(model)
+    assert einsums_as_products(model)
+    simplify(model)
+    assert "Einsum" not in op_types(proto(model))
+    np.testing.assert_allclose(run(proto(model), **given)["out"], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
     ("equation", "a", "b"),
     [
         ("nij,nij->ni", X[:, 0], Y[:, 0, :1]),  # broadcast
         ("nii,ni->n", X[:, 0, :, :4], Y[:, 0, 0, :4]),
-        ("nij,nk->ni", X[:, 0], Y[:, 0, 0]),
     ],
 )
 def test_other_einsums_are_left(equation: str, a: np.ndarray, b: np.ndarray) -> None:

@@ -5,7 +5,20 @@ returns the gradients of its inputs (None where there is none, or where the inpu
 use the forward node's inputs and outputs; what it does not use is dropped from the graph afterwards.
 """
 
-from admtrt.export.vjp import elementwise, layout, normalisation, pooling, products, reductions, sampling
+from admtrt.export.vjp import (
+    elementwise,
+    layout,
+    normalisation,
+    pooling,
+    products,
+    reductions,
+    sampling,
+    selection,
+    transforms,
+)
 from admtrt.export.vjp.rule import RULES
 
-__all__ = ["RULES", "elementwise", "layout", "normalisation", "pooling", "products", "reductions", "sampling"]
+__all__ = [
+    "RULES", "elementwise", "layout", "normalisation", "pooling", "products", "reductions", "sampling",
+    "selection", "transforms",
+]  # fmt: skip

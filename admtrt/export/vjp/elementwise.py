@@ -190,13 +190,20 @@ _unary("Sigmoid", lambda tape, x, y: tape.op("Mul", y, _one_minus(tape, y)))
 _unary("Tanh", lambda tape, x, y: _one_minus(tape, tape.op("Mul", y, y)))
 # exp(x - y) is the sigmoid, with all its digits far below 0: there it is the whole gradient of log p.
 _unary("Softplus", lambda tape, x, y: tape.op("Exp", tape.op("Sub", x, y)))
-_unary("Relu", lambda tape, x, y: tape.op("Sign", y))
 _unary(
     "Erf",
     lambda tape, x, y: tape.op(
         "Mul", tape.scalar(2 / math.sqrt(math.pi), x), tape.op("Exp", tape.op("Neg", tape.op("Mul", x, x)))
     ),
 )
+
+
+@rule("Relu")
+def _relu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """A choice, not a product: an infinite gradient at 0, as of a root behind it, is 0 in PyTorch."""
+    y, g = node.outputs[0], only(incoming)
+    zero = tape.scalar(0.0, y)
+    return [tape.op("Where", tape.op("Greater", y, zero), g, zero)]
 
 
 @rule("Mod")

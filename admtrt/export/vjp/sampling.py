@@ -1,4 +1,4 @@
-"""Linear maps along axes: resizing, padding, selection of constant places. Backwards, matrix products."""
+"""Linear maps along axes: resizing and padding. Backwards, matrix products."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from admtrt.errors import ExportError
-from admtrt.export.nodes import int_attribute, ints_attribute
+from admtrt.export.nodes import ints_attribute
 from admtrt.export.vjp.rule import constant_of, dims_of, input_of, ints_of, only, rule
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _resizing(node: ir.Node, size: int, out_size: int, scale: float | None) -> N
         # In float32, as libraries compute it: which of two places a quotient near a whole number takes.
         factor = np.float32(out_size / size if scale is None else scale)
         places = np.floor(np.arange(out_size, dtype=np.float32) / factor).astype(np.int64)
-        return _selection(np.minimum(places, size - 1), size)
+        return selection(np.minimum(places, size - 1), size)
     attributes: dict[str, Any] = {
         name: attribute.as_string() if attribute.type == ir.AttributeType.STRING else attribute.value
         for name, attribute in node.attributes.items()
@@ -152,56 +152,13 @@ def _pad(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
         if mode == "constant" and min(before, after) >= 0:
             cut.append((before, before + size, axis))
         else:
-            g = along(tape, g, axis, rank, _selection(places, size))
+            g = along(tape, g, axis, rank, selection(places, size))
     if cut:
         starts, ends, at = zip(*cut, strict=True)
         g = tape.op("Slice", g, tape.ints(*starts), tape.ints(*ends), tape.ints(*at))
     return [g, *([None] * (len(node.inputs) - 1))]
 
 
-def _selection(places: NDArray[Any], size: int) -> NDArray[Any]:
+def selection(places: NDArray[Any], size: int) -> NDArray[Any]:
     """1 where the entry of a row is taken from the place of a column; a row of -1 is taken from none."""
     return np.asarray(places.reshape(-1, 1) == np.arange(size), np.float64)
-
-
-def _constant_places(node: ir.Node) -> NDArray[Any]:
-    places = input_of(node, 1).const_value
-    if places is None:
-        raise ExportError(
-            f"no gradient rule for the operator '{node.op_type}' (node '{node.name}') at computed places"
-        )
-    return places.numpy()
-
-
-@rule("Gather")
-def _gather(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Selection of constant places: zero padding around a single one, else a matrix."""
-    g, x, indices = only(incoming), input_of(node, 0), _constant_places(node)
-    dims, rank = dims_of(x), len(dims_of(x))
-    axis = int_attribute(node, "axis", 0) % rank
-    size = dims[axis]
-    if size is None:
-        raise ExportError(f"Gather '{node.name}' selects along an axis of unknown size")
-    places = indices.reshape(-1) % size
-    if indices.ndim != 1:
-        merged = [*dims[:axis], len(places), *dims[axis + 1 :]]
-        g = tape.op("Reshape", g, tape.ints(*[-1 if length is None else length for length in merged]))
-    if len(places) == 1:
-        before, after = [0] * rank, [0] * rank
-        before[axis], after[axis] = int(places[0]), size - 1 - int(places[0])
-        return [tape.padded(g, before, after), None]
-    return [along(tape, g, axis, rank, _selection(places, size)), None]
-
-
-@rule("GatherND")
-def _gather_nd(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Selection of constant places along the first axes: they count as one axis, as in a Gather."""
-    g, x, indices = only(incoming), input_of(node, 0), _constant_places(node)
-    first = dims_of(x)[: indices.shape[-1]]
-    sizes = [size for size in first if size is not None]
-    if int_attribute(node, "batch_dims", 0) or len(sizes) != len(first):
-        raise ExportError(f"GatherND '{node.name}' selects along an axis of unknown size")
-    wrapped = np.moveaxis(indices % np.array(sizes), -1, 0).reshape(len(sizes), -1)
-    places = np.ravel_multi_index(tuple(wrapped), sizes)
-    flat = tape.op("Reshape", g, tape.ints(len(places), -1))
-    return [tape.reshape_like(along(tape, flat, 0, 2, _selection(places, math.prod(sizes))), x), None]

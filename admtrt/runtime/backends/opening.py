@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from admtrt.contract import FURTHER
 from admtrt.errors import BundleError
 from admtrt.runtime.backends.auto import open_fastest
 from admtrt.runtime.backends.choice import AUTO, BackendChoice
@@ -33,7 +34,7 @@ def open_denoiser(
     Args:
         bundle: a verified bundle.
         choice: of the backend.
-        graphs: those that are needed; None for all.
+        graphs: those that are needed; None for all that sampling runs.
         report: told what ``auto`` measures, and what it has found.
 
     Raises:
@@ -42,6 +43,8 @@ def open_denoiser(
             takes the path of the bundle.
     """
     _check_path(bundle)
+    if graphs is None:
+        graphs = [name for name in bundle.manifest.graphs if name not in FURTHER]
     if choice.name == AUTO:
         return open_fastest(bundle, choice, graphs=graphs, report=report)
     opened = BACKENDS[choice.name].open(bundle, choice, graphs=graphs)

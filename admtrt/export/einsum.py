@@ -1,0 +1,134 @@
+"""Einsum as the plain operators that it is made of: sums, transposes, reshapes and matrix products."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from admtrt.export.passes import constant
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    Sizes = dict[str, "int | ir.SymbolicDim"]
+
+
+class _Term(NamedTuple):
+    """A value and a label for each of its axes."""
+
+    value: ir.Value
+    labels: tuple[str, ...]
+
+
+def nodes_of_einsum(graph: ir.Graph, einsum: ir.Node) -> list[ir.Node]:
+    """Nodes that compute the same; none where a label repeats in an operand, or stands for two sizes."""
+    parsed = _parsed(einsum)
+    if parsed is None:
+        return []
+    terms, out, sizes = parsed
+    if sum(not isinstance(size, int) for size in sizes.values()) > 1:
+        return []  # a Reshape has room for one unknown size
+    writer = _Writer(graph, sizes)
+    terms = [
+        writer.summed(
+            term, {*out, *(label for other in terms if other is not term for label in other.labels)}
+        )
+        for term in terms
+    ]
+    while len(terms) > 1:
+        a, b, *rest = terms
+        wanted = {*out, *(label for term in rest for label in term.labels)}
+        kept = out if not rest else [label for label in dict.fromkeys(a.labels + b.labels) if label in wanted]
+        terms = [_Term(writer.product(a, b, kept), tuple(kept)), *rest]
+    last = writer.arranged(terms[0], [[label] for label in out])
+    if not writer.tape.nodes:
+        writer.tape.op("Identity", [last])
+    return list(writer.tape.nodes)
+
+
+def _parsed(einsum: ir.Node) -> tuple[list[_Term], list[str], Sizes] | None:
+    """The operands, the labels of the result and the size of each; None where the form is another."""
+    equation = einsum.attributes["equation"].as_string().replace(" ", "")
+    given, arrow, out = equation.partition("->")
+    sizes: Sizes = {}
+    terms = []
+    for own, operand in zip(given.split(","), einsum.inputs, strict=True):
+        if operand is None or operand.shape is None:
+            return None
+        labels = _labels(own, len(operand.shape))
+        if len(labels) != len(operand.shape) or len({*labels}) != len(labels):
+            return None
+        for label, size in zip(labels, operand.shape, strict=True):
+            if sizes.setdefault(label, size) != size:
+                return None
+        terms.append(_Term(operand, labels))
+    every = [label for term in terms for label in term.labels]
+    hidden = sorted({label for label in every if label.isdigit()}, key=int, reverse=True)
+    if arrow:
+        wanted = [part for label in out.replace("...", ".") for part in (hidden if label == "." else [label])]
+    else:
+        wanted = hidden + sorted(label for label in {*every} if every.count(label) == 1 and label.isalpha())
+    return (terms, wanted, sizes) if len({*wanted}) == len(wanted) and {*wanted} <= {*every} else None
+
+
+def _labels(own: str, rank: int) -> tuple[str, ...]:
+    """Labels of an operand; axes of an ellipsis are numbers, counted from the last."""
+    hidden = [str(number) for number in range(rank - len(own.replace("...", "")))]
+    return tuple(
+        part for label in own.replace("...", ".") for part in (hidden[::-1] if label == "." else [label])
+    )
+
+
+class _Writer:
+    """Collects the nodes."""
+
+    def __init__(self, graph: ir.Graph, sizes: Sizes) -> None:
+        self.graph, self.sizes = graph, sizes
+        self.tape = ir.tape.Tape()
+
+    def summed(self, term: _Term, kept: set[str]) -> _Term:
+        """Without the axes that nothing else has."""
+        axes = [axis for axis, label in enumerate(term.labels) if label not in kept]
+        if not axes:
+            return term
+        total = self.tape.op("ReduceSum", [term.value, self._ints(axes)], attributes={"keepdims": 0})
+        return _Term(total, tuple(label for label in term.labels if label in kept))
+
+    def product(self, a: _Term, b: _Term, out: Sequence[str]) -> ir.Value:
+        """The sum over the labels that both have and ``out`` has not."""
+        if out and out[-1] in a.labels and out[-1] not in b.labels:
+            a, b = b, a  # the columns of the result are those of the right operand
+        batch = [[label] for label in out if label in a.labels and label in b.labels]
+        shared = [label for label in a.labels if label in b.labels and label not in out]
+        rows, columns = (
+            [label for label in out if label in term.labels and [label] not in batch] for term in (a, b)
+        )
+        left = self.arranged(a, [*batch, rows, shared])
+        right = self.arranged(b, [*batch, shared, columns])
+        product = self.tape.op("MatMul", [left, right])
+        every = (*(label for group in batch for label in group), *rows, *columns)
+        if len(rows) != 1 or len(columns) != 1:
+            product = self._reshaped(product, every)
+        return self.arranged(_Term(product, every), [[label] for label in out])
+
+    def arranged(self, term: _Term, groups: Sequence[Sequence[str]]) -> ir.Value:
+        """A value's axes in the order of the groups, each group as one axis."""
+        value, order = term.value, [label for group in groups for label in group]
+        if order != list(term.labels):
+            perm = [term.labels.index(label) for label in order]
+            value = self.tape.op("Transpose", [value], attributes={"perm": perm})
+        return value if all(len(group) == 1 for group in groups) else self._reshaped(value, groups)
+
+    def _reshaped(self, value: ir.Value, groups: Sequence[Sequence[str]]) -> ir.Value:
+        merged = [[self.sizes[label] for label in group] for group in groups]
+        target = [math.prod(size for size in group if isinstance(size, int)) for group in merged]
+        for index, group in enumerate(merged):
+            if not all(isinstance(size, int) for size in group):
+                target[index] = -1
+        return self.tape.op("Reshape", [value, self._ints(target)])
+
+    def _ints(self, values: Sequence[int]) -> ir.Value:
+        return constant(self.graph, np.array(values, np.int64))

@@ -1,0 +1,25 @@
+"""The worked examples of docs/gradients.md, run as they stand there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+PAGE = Path(__file__).parents[2] / "docs" / "gradients.md"
+EXAMPLES = dict(
+    re.findall(r"^## ([^\n]+)\n(?:(?!^## ).*\n)*?```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
+)
+
+
+def test_the_page_has_its_examples() -> None:
+    assert len(EXAMPLES) == 4
+    assert all(code.count("assert ") for code in EXAMPLES.values())
+
+
+@pytest.mark.parametrize("title", EXAMPLES)
+def test_an_example_runs(title: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exec(compile(EXAMPLES[title], f"{PAGE.name}: {title}", "exec"), {"__name__": "example"})
+    assert list(tmp_path.glob("*.onnx"))
