@@ -106,6 +106,7 @@ class DataConfig(Config):
 
 
 Weighting = Literal["karras", "snr", "snr+1", "truncated-snr", "uniform", "inverse-step"]
+SnrWeighting = Literal["none", "min-snr", "p2"]
 
 
 class TrainingConfig(Config):
@@ -113,7 +114,14 @@ class TrainingConfig(Config):
 
     ``loss`` applies to UNets: ``simple`` (MSE), ``hybrid`` (IDDPM's L_hybrid), ``vlb`` (the bound itself,
     rescaled by the number of steps) or ``kl`` (the bound in bits per dim). ``ema_rates`` are averaged
-    side by side; the first is the one that is exported. ``lr_schedule`` ``linear`` anneals to 0.
+    side by side; the first is the one that is exported; with ``ema_warmup`` none remembers more than about
+    the last tenth of the steps. ``lr_schedule`` ``linear`` and ``cosine`` anneal to 0. ``snr_weighting``
+    weights the squared error by the signal-to-noise ratio: ``min-snr`` as Hang et al. 2023, ``p2`` as Choi
+    et al. 2022.
+
+    ``compile`` has torch.compile fuse the network, ``channels_last`` lays images out as convolutions like
+    them, and ``tf32`` lets devices that have it round the inputs of float32 matrix products: each changes
+    speed, and the last bits.
 
     On a process of kind ``edm`` the log of the noise level S is normal with ``sigma_mean`` and ``sigma_std``,
     and the squared error of x_0 is weighted as Karras et al. 2022 do, (S^2 + d^2) / (S d)^2 with
@@ -124,7 +132,7 @@ class TrainingConfig(Config):
     batch_size: BatchSize = 128
     accumulate: BatchSize = 1
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    lr_schedule: Literal["constant", "linear"] = "constant"
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     ema_rates: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.9999,)
@@ -132,7 +140,7 @@ class TrainingConfig(Config):
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     gradient_checkpointing: bool = False
     loss: Literal["simple", "hybrid", "vlb", "kl"] = "hybrid"
-    timestep_sampler: Literal["uniform", "loss_second_moment"] = "uniform"
+    timestep_sampler: Literal["uniform", "loss_second_moment", "stratified"] = "uniform"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     log_every: Positive = 50
     checkpoint_every: Positive = 1000
@@ -142,6 +150,11 @@ class TrainingConfig(Config):
     weighting: Weighting = later("karras")
     sigma_mean: float = later(-1.2)
     sigma_std: PositiveFloat = later(1.2)
+    snr_weighting: SnrWeighting = later("none")
+    ema_warmup: bool = later(False)
+    compile: bool = later(False)
+    channels_last: bool = later(False)
+    tf32: bool = later(False)
 
 
 class UNetTrainingConfig(TrainingConfig):

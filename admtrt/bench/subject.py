@@ -53,7 +53,7 @@ class Subject:
             RequestError: if the checkout of the original holds no networks.
         """
         manifest = Bundle.open(self.bundle).manifest
-        _check_original(self.original)
+        check_original(self.original)
         if self.unet is None and self.classifier is not None:
             raise CheckpointError("a classifier was given without its UNet", hint=_AGAIN)
         if self.unet is not None:
@@ -110,7 +110,7 @@ def subject_from_preset(
     if name not in PRESETS or PRESETS[name].kind == "classifier":
         names = ", ".join(name for name, preset in PRESETS.items() if preset.kind != "classifier")
         raise RequestError(f"there is no preset '{name}' to sample from", hint=f"There are: {names}.")
-    _check_original(original)
+    check_original(original)
     guide = PRESETS[name].guided_by
     subject = Subject(
         name=name,
@@ -132,7 +132,12 @@ def subject_from_preset(
     return subject
 
 
-def _check_original(path: Path | None) -> None:
+def check_original(path: Path | None) -> None:
+    """Hold a folder, where one was given, for a checkout of the original.
+
+    Raises:
+        RequestError: if it holds no networks.
+    """
     if path is not None and not (path / "guided_diffusion" / "unet.py").is_file():
         raise RequestError(
             f"{path} is no checkout of the original: it has no guided_diffusion/unet.py",

@@ -118,21 +118,25 @@ def _original_networks(subject: Subject) -> tuple[nn.Module, nn.Module | None]:
     if subject.original is None:
         raise RequestError("there is no original implementation", hint="Give its checkout with --original.")
     ours = subject.networks()
-    original = _import_original(subject.original)
-    unet = _with_weights(_original_unet(original, ours[0].config), ours[0])
+    with importing_from(subject.original):
+        original = import_module("guided_diffusion.unet")
+    unet = _with_weights(original_unet(original, ours[0].config), ours[0])
     guide = ours[1]
-    return unet, None if guide is None else _with_weights(_original_classifier(original, guide.config), guide)
+    return unet, None if guide is None else _with_weights(original_classifier(original, guide.config), guide)
 
 
-def _import_original(path: Path) -> Any:
-    sys.path.insert(0, str(path))
+@contextlib.contextmanager
+def importing_from(checkout: Path) -> Iterator[None]:
+    """Modules of a checkout can be imported in this block."""
+    sys.path.insert(0, str(checkout))
     try:
-        return import_module("guided_diffusion.unet")
+        yield
     finally:
-        sys.path.remove(str(path))
+        sys.path.remove(str(checkout))
 
 
-def _original_unet(original: Any, config: UNetConfig) -> nn.Module:
+def original_unet(original: Any, config: UNetConfig) -> nn.Module:
+    """The network of a configuration by the checkout's module ``unet``, with weights of its own."""
     kind = original.UNetModel if config.low_res_size is None else original.SuperResModel
     heads = config.num_heads_upsample
     made: nn.Module = kind(
@@ -144,7 +148,8 @@ def _original_unet(original: Any, config: UNetConfig) -> nn.Module:
     return made
 
 
-def _original_classifier(original: Any, config: ClassifierConfig) -> nn.Module:
+def original_classifier(original: Any, config: ClassifierConfig) -> nn.Module:
+    """The same of a classifier."""
     made: nn.Module = original.EncoderUNetModel(
         **_shared(config), out_channels=config.num_classes, pool=config.pool
     )

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from admtrt.bench.torch_rows import DTYPES, configure_torch
+from admtrt.config import UNetConfig
 from admtrt.contract import unet_spec
 from admtrt.models.classifier import Classifier
 from admtrt.models.unet import UNet
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from admtrt.bench.rows import Device
-    from admtrt.config import ClassifierConfig, UNetConfig
+    from admtrt.config import ClassifierConfig
     from admtrt.contract import Precision
 
 _SIZES: dict[Device, tuple[int, tuple[int, int, int]]] = {
@@ -52,6 +53,10 @@ class Yardstick:
     def count_operations(self, unet: UNetConfig, classifier: ClassifierConfig | None) -> dict[str, int]:
         """See :func:`count_operations`."""
         return count_operations(unet, classifier)
+
+    def count_training(self, network: UNetConfig | ClassifierConfig) -> int:
+        """See :func:`count_training`."""
+        return count_training(network)
 
     def gpu(self) -> str | None:
         """The name of the accelerator, None on a CPU."""
@@ -114,3 +119,23 @@ def count_operations(unet: UNetConfig, classifier: ClassifierConfig | None) -> d
                 torch.autograd.grad(network(x, given["t"]).sum(), x)
             counts["gradient"] = counted.total
     return counts
+
+
+def count_training(config: UNetConfig | ClassifierConfig) -> int:
+    """Operations of one image in a training step, forwards and backwards, counted as above."""
+    with torch.device("meta"):
+        network: UNet | Classifier
+        if isinstance(config, UNetConfig):
+            network = UNet(config).to("meta")
+            given = {
+                tensor.name: torch.zeros(tensor.sized(1), dtype=getattr(torch, tensor.dtype))
+                for tensor in unet_spec(config).inputs
+            }
+        else:
+            network = Classifier(config).to("meta")
+            size = config.image_size
+            given = {"x": torch.zeros((1, config.in_channels, size, size)), "t": torch.zeros(1)}
+        with _OperationCounter() as counted:
+            torch.autograd.grad(network(**given).sum(), list(network.parameters()))
+        total: int = counted.total
+    return total

@@ -6,7 +6,7 @@ import contextlib
 import json as json_
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -57,12 +57,23 @@ def bench(
         list[str] | None,
         typer.Option(
             metavar="NAME[:PRECISION]",
-            help="Row to measure: a backend, torch, torch-compile, plain-onnx or original; may be repeated.",
+            help="Row to measure: a backend, torch, torch-compile, plain-onnx or original; may be repeated. "
+            "With --training: original, eager or admtrt[:PRECISION[+channels-last][+compile]]; with "
+            "--features: a backend or torch-fidelity.",
         ),
     ] = None,
-    batch: Annotated[list[int] | None, typer.Option(help="Batch size; may be repeated. 1 if none.")] = None,
+    batch: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Batch size; may be repeated. 1 if none, with --training the file's, with --features 16."
+        ),
+    ] = None,
     repeat: Annotated[
-        int | None, typer.Option(help="Steps timed of every row, 7 if left out; pairs with --against, 30.")
+        int | None,
+        typer.Option(
+            help="Steps timed of every row: 7 if left out, 15 with --training or --features; pairs with "
+            "--against, 30."
+        ),
     ] = None,
     sampling: Annotated[
         int | None, typer.Option(metavar="STEPS", help="Time a whole run of so many steps as well.")
@@ -72,12 +83,28 @@ def bench(
     ] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads of every row; all where left out.")] = None,
     cache: PlanFolder = None,
+    training: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CONFIG.toml", help="In place of a bundle: how fast this file's networks train."
+        ),
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER|NAME=FILE.onnx",
+            help="In place of a bundle: how fast a network of admtrt evaluate features looks.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for bench.json, bench.md and the chart bench.png.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Measure guided steps on every backend and in PyTorch: speed, parity and memory of the same weights.
+
+    With --training: images a second of training steps, ours, the original's and a plain loop's; with
+    --features: of a network of features on every library.
 
     Exit codes: 0 at least one row was measured, 1 none, or with --against one was slower.
     """
@@ -89,21 +116,52 @@ def bench(
     from admtrt.runtime.backends.registry import PLANS_ONLY
     from admtrt.runtime.machine import available_threads
 
-    if (bundle is None) == (preset is None):
-        raise RequestError("give either a bundle or --preset")
+    if sum(one is not None for one in (bundle, preset, training, features)) != 1:
+        raise RequestError("give a bundle, --preset, --training or --features, and one of them only")
     if preset is not None and (unet is not None or classifier is not None or cache is not None):
         raise RequestError(
             "--unet, --classifier and --cache belong to a bundle; a preset has generated weights and no plans"
         )
-    batches = tuple(dict.fromkeys(batch or (1,)))
     for name, value in (
-        *(("--batch", size) for size in batches),
+        *(("--batch", size) for size in batch or ()),
         ("--repeat", repeat),
         ("--sampling", sampling),
     ):
         if value is not None and value < 1:
             raise RequestError(f"{name} is {value}; expected at least 1")
     checked_threads(threads)
+    output = Output(json=json)
+    if bundle is None and preset is None:
+        given: dict[str, object] = {
+            "--unet": unet, "--classifier": classifier, "--against": against, "--sampling": sampling,
+            "--cache": cache,
+        }  # fmt: skip
+        if features is not None:
+            given |= {"--original": original, "--device": None if device == "cpu" else device}
+        unfit = [name for name, value in given.items() if value is not None]
+        if unfit:
+            mode = "--training" if features is None else "--features"
+            raise RequestError(f"{unfit[0]} is nothing of {mode}", hint="Leave it out.")
+        for folder in filter(None, (out, work)):
+            check_place(folder, folder=True)
+        if device == "cuda":
+            _check_cuda()
+        from admtrt.commands.bench_throughput import bench_features, bench_training
+
+        with _scratch(work) as scratch:
+            shared: dict[str, Any] = {
+                "rows": backend or (), "batches": tuple(dict.fromkeys(batch or ())), "repeat": repeat,
+                "threads": threads or available_threads(), "scratch": scratch, "out": out, "output": output,
+            }  # fmt: skip
+            if training is not None:
+                measured = bench_training(training, original=original, device=device, **shared)
+            else:
+                assert features is not None  # one of the four is given
+                measured = bench_features(features, **shared)
+        if not measured:
+            raise typer.Exit(1)
+        return
+    batches = tuple(dict.fromkeys(batch or (1,)))
     if backend or against is not None:
         rows = parse_rows(backend or _AGAINST_ROWS)
     else:
@@ -126,7 +184,6 @@ def bench(
         check_place(out, folder=True)
     if work is not None:
         check_place(work, folder=True)
-    output = Output(json=json)
     with _scratch(work) as scratch:
         if preset is not None:
             engines = PRECISIONS if device == "cuda" else ()

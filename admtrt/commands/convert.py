@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -34,16 +34,22 @@ def convert(
         str | None,
         typer.Option(metavar="NAME", help="Which weights to take of a file that has several, e.g. ema."),
     ] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None,
+        typer.Option(help="Round the weights to this type; they stay as they are where left out."),
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that stands there.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write a checkpoint as .safetensors with its configuration inside, or as the original's .pt.
 
-    Names, types and bytes of the tensors stay as they are; those of diffusers' folders get ADM's names.
+    Names, types and bytes of the tensors stay as they are, unless --dtype makes a smaller file; those of
+    diffusers' folders get ADM's names.
     """
     require("torch", "safetensors", extra="export", purpose="Converting")
     from admtrt.commands.checkpoints import Description, identify_checkpoint
-    from admtrt.models.checkpoint import check_target, convert_checkpoint, open_checkpoint
+    from admtrt.models.checkpoint import check_target, convert_checkpoint, open_checkpoint, rounded
+    from admtrt.models.weights import DTYPES
 
     output = Output(json=json)
     if preset is not None and config is not None:
@@ -55,6 +61,8 @@ def convert(
     found = None
     if target.suffix.lower() == ".safetensors" or stored.embedded is not None or description:
         found = identify_checkpoint(stored, kinds=kinds, description=description, note=output.note)
+    if dtype is not None:
+        stored = rounded(stored, DTYPES[dtype])
     convert_checkpoint(stored, target, found, overwrite=overwrite)
     dtypes = sorted({str(value.dtype).removeprefix("torch.") for value in stored.tensors.values()})
     parameters = sum(value.numel() for value in stored.tensors.values())

@@ -6,7 +6,7 @@ Reading never runs code from a file, and every fault of a file becomes a :class:
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -237,6 +237,23 @@ def convert_checkpoint(
     # Safetensors files are sorted; the original's order is that of the network.
     keys = stored.shapes if config is None else shapes_of_network(config)
     write_pickle(target, {stored.prefix + key: stored.tensors[key] for key in keys}, replace=overwrite)
+
+
+def rounded(stored: StoredCheckpoint, dtype: torch.dtype) -> StoredCheckpoint:
+    """An opened file whose tensors are rounded to a floating-point type, in memory.
+
+    Raises:
+        CheckpointError: if a weight is too large for it.
+    """
+    check_weights(stored.path, stored.tensors)
+    tensors = {key: tensor.to(dtype) for key, tensor in stored.tensors.items()}
+    for key, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{stored.path}: {key} has weights too large for {str(dtype).removeprefix('torch.')}",
+                hint="Use bf16, which reaches as far as fp32, or keep the type.",
+            )
+    return replace(stored, tensors=tensors)
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:

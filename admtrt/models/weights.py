@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 SUFFIXES = (".safetensors", ".pt", ".pth")
 """Of the files that are read and written."""
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Types of weights by the name of their precision."""
+
 _LONGEST_HEADER = 2**23  # bytes: 50,000 tensors and more
 _MOST_SHARING = 4  # times the file that its tensors may have together: some networks tie weights
 _DEEPEST = 3  # dictionaries in dictionaries around a state dict

@@ -17,19 +17,24 @@ class Averages:
     Args:
         rates: one average is kept for each; none where the process keeps no averages.
         state: the weights to start from, as ``module.state_dict()`` gives them.
+        warmup: after n steps no rate is above (1 + n) / (10 + n): untrained weights are soon forgotten.
     """
 
-    def __init__(self, rates: Sequence[float], state: Mapping[str, Tensor]) -> None:
+    def __init__(self, rates: Sequence[float], state: Mapping[str, Tensor], *, warmup: bool = False) -> None:
+        self._warmup = warmup
         self.states = {
             rate: {name: value.detach().float().clone() for name, value in state.items()} for rate in rates
         }
 
     @torch.no_grad()
-    def update(self, state: Mapping[str, Tensor]) -> None:
-        """Take in the weights after an optimiser step."""
+    def update(self, state: Mapping[str, Tensor], step: int) -> None:
+        """Take in the weights after the optimiser step from ``step`` to ``step + 1``."""
+        most = (1 + step) / (10 + step) if self._warmup else 1.0
         for rate, averages in self.states.items():
             torch._foreach_lerp_(
-                list(averages.values()), [state[name].detach().float() for name in averages], 1 - rate
+                list(averages.values()),
+                [state[name].detach().float() for name in averages],
+                1 - min(rate, most),
             )
 
     @torch.no_grad()

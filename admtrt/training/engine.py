@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,7 +11,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import TorchDynamoPlugin, broadcast_object_list, parse_flag_from_env
 
 from admtrt.errors import AdmtrtError, ConfigError
 
@@ -74,15 +76,26 @@ def start_engine(task: Task, settings: TrainingConfig) -> tuple[Accelerator, Div
             f"processes of {settings.accumulate} micro-batches",
             hint=f"Use a multiple of {division.shards}: batch_size counts all images of one step.",
         )
+    if settings.compile and state.device.type == "cpu" and not _has_cpp_compiler():
+        raise ConfigError(
+            f"train_{task}.compile is true, but torch.compile finds no C++ compiler here",
+            hint="Install g++ or clang++, or leave it out: training is slower then, and as good.",
+        )
+    torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
+    compiled = TorchDynamoPlugin(backend="inductor" if settings.compile else "no", dynamic=False)
     # A second training in the same process may use another precision; there is no public way to say so.
     AcceleratorState._reset_state()  # noqa: SLF001
     try:
         precision = "no" if settings.precision == "fp32" else settings.precision
-        return Accelerator(mixed_precision=precision, cpu=cpu), division
+        return Accelerator(mixed_precision=precision, cpu=cpu, dynamo_plugin=compiled), division
     except ValueError as error:
         raise ConfigError(
             f"train_{task}.precision '{settings.precision}' cannot be used here: {error}"
         ) from None
+
+
+def _has_cpp_compiler() -> bool:
+    return any(map(shutil.which, (os.environ.get("CXX", "g++"), "g++", "clang++")))
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:

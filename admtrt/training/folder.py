@@ -26,7 +26,7 @@ _FREE_KEYS = frozenset(
 )
 """Training settings that a resumed run may change: they do not alter what a step computes.
 
-Only where ``lr_schedule`` is ``linear``, or noise levels grow, does what a step does depend on ``steps``.
+Only where ``lr_schedule`` anneals, or noise levels grow, does what a step does depend on ``steps``.
 """
 
 
@@ -189,7 +189,7 @@ class RunFolder:
         """What decides the weights of this network, flattened to ``section.key``."""
         sections = config.model_dump(mode="json")
         settings = sections[f"train_{self.task}"]
-        by_length = settings["lr_schedule"] == "linear" or settings.get("first_levels") is not None
+        by_length = settings["lr_schedule"] != "constant" or settings.get("first_levels") is not None
         free = _FREE_KEYS - {"steps"} if by_length else _FREE_KEYS
         return {
             f"{section}.{key}": value

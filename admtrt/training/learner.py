@@ -34,6 +34,8 @@ def learning_rate(settings: TrainingConfig, step: int) -> float:
         rate *= min(1.0, (step + 1) / settings.warmup_steps)
     if settings.lr_schedule == "linear":
         rate *= 1 - step / settings.steps
+    if settings.lr_schedule == "cosine":
+        rate *= (1 + math.cos(math.pi * step / settings.steps)) / 2
     return rate
 
 
@@ -73,10 +75,12 @@ class Learner:
         optimizer = torch.optim.AdamW(
             network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
+        self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
+        network.to(memory_format=self._layout)  # type: ignore[call-overload]  # which PyTorch's stubs forgot
         self._network, self._optimizer = accelerator.prepare(network.train(), optimizer)
         self._plain_network = network
         rates = settings.ema_rates if accelerator.is_main_process else ()
-        self.averages = Averages(rates, network.state_dict())
+        self.averages = Averages(rates, network.state_dict(), warmup=settings.ema_warmup)
 
     def update(self, data: ImageSet) -> None:
         """Take one optimiser step; where loss or gradient is not finite, every process skips the change."""
@@ -130,7 +134,7 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate(self._settings, self.step)
         self._optimizer.step()
-        self.averages.update(self._plain_network.state_dict())
+        self.averages.update(self._plain_network.state_dict(), self.step)
         self._objective.levels.record(drawn.levels, values["loss"])
         self.window.add(values, drawn)
         self.window.add_scalar("grad_norm", norm)
@@ -163,10 +167,10 @@ class Learner:
         noise = draw_noise(noise_stream, seed, self.step, places, tuple(x_0.shape[1:]))
         return self._objective(
             self._network,
-            x_0.to(device),
+            x_0.to(device, memory_format=self._layout),
             None if y is None else y.to(device),
             torch.from_numpy(drawn.levels[places]).to(device),
-            noise.to(device),
+            noise.to(device, memory_format=self._layout),
         )
 
     def _gather(self, collected: list[dict[str, Tensor]]) -> dict[str, NDArray[np.float32]]:

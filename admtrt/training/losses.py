@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,9 +15,13 @@ from admtrt.models.diffusion import clipped
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from numpy.typing import NDArray
+
     from admtrt.models.diffusion import Diffusion, Network
+    from admtrt.schedule.process import Process
 
 _NATS_PER_BIT = math.log(2.0)
+_SNR_CAP = 5.0  # gamma of min-SNR weighting, as in the paper
 _SMALLEST_MASS = 1e-12  # keeps log() finite where the discretised mass underflows
 
 
@@ -78,7 +83,14 @@ class Loss:
 
 
 def training_loss(
-    diffusion: Diffusion, network: Network, x_0: Tensor, step: Tensor, noise: Tensor, *, kind: str
+    diffusion: Diffusion,
+    network: Network,
+    x_0: Tensor,
+    step: Tensor,
+    noise: Tensor,
+    *,
+    kind: str,
+    mse_weight: Tensor | None = None,
 ) -> Loss:
     """The objective of one batch at the given steps.
 
@@ -91,6 +103,7 @@ def training_loss(
         kind: ``simple``: mean squared error of the predicted quantity. ``hybrid``: that plus T/1000 times
             the bound's term, through which only the variance is learned (IDDPM eq. 16). ``kl``: the
             bound's term. ``vlb``: the same times T, an unbiased estimate of the whole bound.
+        mse_weight: [N], of the squared error in the total.
     """
     x_t = diffusion.q_sample(x_0, step, noise)
     out = network(x_t, diffusion.model_t(step))
@@ -106,12 +119,24 @@ def training_loss(
         "previous_x": lambda: diffusion.q_posterior(x_0, x_t, step)[0],
     }[diffusion.config.mean_type]()
     mse = flat_mean((target - value).square())
+    weighted = mse if mse_weight is None else mse * mse_weight
     if kind == "simple" or not diffusion.config.learns_sigma:
-        return Loss(total=mse, mse=mse)
+        return Loss(total=weighted, mse=mse)
     frozen = torch.cat([value.detach(), out[:, channels:]], dim=1)
     bound, _ = bound_term(diffusion, frozen, x_0, x_t, step, clip=False)
     bound = bound * (len(diffusion) / 1000)
-    return Loss(total=mse + bound, mse=mse, bound=bound)
+    return Loss(total=weighted + bound, mse=mse, bound=bound)
+
+
+def snr_weights(name: str, process: Process, mean_type: str) -> NDArray[np.float64]:
+    """Weights [T] of the squared error of eps or x_0 by the signal-to-noise ratio of each timestep.
+
+    ``min-snr``: min(SNR, 5) of the error of x_0 (Hang et al. 2023). ``p2``: 1 / (1 + SNR) of the error of eps
+    (Choi et al. 2022, k = gamma = 1).
+    """
+    snr = process.alpha_bar / (1 - process.alpha_bar)
+    of_eps = {"min-snr": np.minimum(snr, _SNR_CAP) / snr, "p2": 1 / (1 + snr)}[name]
+    return of_eps * snr if mean_type == "x_0" else of_eps  # |x_0 error|^2 = |eps error|^2 / SNR
 
 
 @dataclass(frozen=True)

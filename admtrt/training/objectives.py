@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch.nn.functional import cross_entropy, interpolate
 
 from admtrt.models.edm import add_noise, denoise
-from admtrt.training.losses import flat_mean, training_loss
+from admtrt.training.losses import flat_mean, snr_weights, training_loss
 from admtrt.training.timesteps import LevelSampler, LogNormalSampler, UniformSampler
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from admtrt.config import EdmConfig
     from admtrt.models.diffusion import Diffusion
-    from admtrt.run_config import TrainingConfig
+    from admtrt.run_config import SnrWeighting, TrainingConfig
 
 
 class Objective:
@@ -68,7 +68,13 @@ class DenoisingObjective(Objective):
         class_conditional: bool,
         low_res_size: int | None,
         levels: LevelSampler | None = None,
+        snr_weighting: SnrWeighting = "none",
     ) -> None:
+        self._weights = (
+            None
+            if snr_weighting == "none"
+            else snr_weights(snr_weighting, diffusion.process, diffusion.config.mean_type)
+        )
         self.levels = UniformSampler(len(diffusion)) if levels is None else levels
         self.diffusion = diffusion
         self.loss = loss
@@ -82,7 +88,13 @@ class DenoisingObjective(Objective):
         labels = y if self.class_conditional else None
         low_res = None if self.low_res_size is None else shrink(x_0, self.low_res_size)
         loss = training_loss(
-            self.diffusion, lambda x, t: network(x, t, labels, low_res), x_0, step, noise, kind=self.loss
+            self.diffusion,
+            lambda x, t: network(x, t, labels, low_res),
+            x_0,
+            step,
+            noise,
+            kind=self.loss,
+            mse_weight=None if self._weights is None else self.diffusion.at(self._weights, step).flatten(),
         )
         parts = {"loss": loss.total, "mse": loss.mse, "vb": loss.bound}
         return {name: value for name, value in parts.items() if value is not None}
@@ -138,8 +150,8 @@ def edm_weights(weighting: str, sigma: Tensor, sigma_data: float) -> Tensor:
 class ClassifierObjective(Objective):
     """Cross-entropy and accuracy of a classifier on noisy images."""
 
-    def __init__(self, diffusion: Diffusion) -> None:
-        self.levels = UniformSampler(len(diffusion))
+    def __init__(self, diffusion: Diffusion, levels: LevelSampler | None = None) -> None:
+        self.levels = UniformSampler(len(diffusion)) if levels is None else levels
         self.diffusion = diffusion
 
     def __call__(

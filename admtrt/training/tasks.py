@@ -64,7 +64,9 @@ def make_objective(task: Task, config: RunConfig, device: torch.device) -> Objec
                 f"train_{task}.loss is '{settings.loss}', but a process of kind 'edm' has the loss 'simple'",
                 hint="Leave it out; weighting says how it is weighted.",
             )
-        _refuse(task, settings, ("timestep_sampler",), "is nothing of a process of kind 'edm'")
+        _refuse(
+            task, settings, ("timestep_sampler", "snr_weighting"), "is nothing of a process of kind 'edm'"
+        )
         if settings.weighting == "inverse-step":
             raise ConfigError(
                 f"train_{task}.weighting is 'inverse-step', which belongs to consistency models",
@@ -92,9 +94,15 @@ def make_objective(task: Task, config: RunConfig, device: torch.device) -> Objec
             hint="Use the loss 'simple', or learn the variance: 'learned_range' with "
             f"{task}.learn_sigma = true.",
         )
+    if settings.snr_weighting != "none" and (loss in ("vlb", "kl") or process.mean_type == "previous_x"):
+        raise ConfigError(
+            f"train_{task}.snr_weighting is '{settings.snr_weighting}', which weights the squared error of "
+            f"eps or x_0, but the loss is '{loss}' and diffusion.mean_type '{process.mean_type}'",
+            hint="Leave it out.",
+        )
     diffusion = Diffusion(process, process_from_config(process))
     levels = make_sampler(settings.timestep_sampler, len(diffusion))
-    return DenoisingObjective(diffusion, loss, levels=levels, **takes)
+    return DenoisingObjective(diffusion, loss, levels=levels, snr_weighting=settings.snr_weighting, **takes)
 
 
 def _refuse(task: Task, settings: TrainingConfig, names: tuple[str, ...], why: str) -> None:
@@ -111,7 +119,7 @@ def _consistency_objective(config: RunConfig, device: torch.device) -> Objective
             "consistency models are trained on a process of kind 'edm', and diffusion.kind is 'discrete'",
             hint='Set in [diffusion]: kind = "edm", boundary = true',
         )
-    names = ("loss", "timestep_sampler", "sigma_mean", "sigma_std")
+    names = ("loss", "timestep_sampler", "sigma_mean", "sigma_std", "snr_weighting")
     _refuse("consistency", config.train_consistency, names, "is nothing of a consistency model")
     return ConsistencyObjective(config, device)
 
@@ -127,11 +135,11 @@ def _classifier_objective(config: RunConfig) -> Objective:
             f"train_classifier.sample_every is {settings.sample_every}, but a classifier draws no images",
             hint="Set it to 0, or leave it out.",
         )
-    if settings.timestep_sampler != "uniform":
+    if settings.timestep_sampler == "loss_second_moment":
         raise ConfigError(
             f"train_classifier.timestep_sampler is '{settings.timestep_sampler}', but a classifier "
             "is trained on every timestep alike",
-            hint="Set it to 'uniform', or leave it out.",
+            hint="Set it to 'uniform' or 'stratified', or leave it out.",
         )
     if settings.loss != type(settings).model_fields["loss"].default:
         raise ConfigError(
@@ -139,4 +147,6 @@ def _classifier_objective(config: RunConfig) -> Objective:
             hint="Leave it out.",
         )
     _refuse("classifier", settings, _OF_EDM, "belongs to processes of kind 'edm'")
-    return ClassifierObjective(Diffusion(config.diffusion, process_from_config(config.diffusion)))
+    _refuse("classifier", settings, ("snr_weighting",), "weights the loss of a UNet")
+    diffusion = Diffusion(config.diffusion, process_from_config(config.diffusion))
+    return ClassifierObjective(diffusion, make_sampler(settings.timestep_sampler, len(diffusion)))

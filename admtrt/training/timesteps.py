@@ -157,9 +157,27 @@ class LossSecondMomentSampler(UniformSampler):
         self._losses, self._counts = state["losses"].numpy().copy(), state["counts"].numpy().copy()
 
 
-def make_sampler(name: Literal["uniform", "loss_second_moment"], steps: int) -> UniformSampler:
+class StratifiedSampler(UniformSampler):
+    """Every timestep is equally likely, and a batch of N has one in each of N equal parts of the process.
+
+    Gradients of different batches then differ less (the low-discrepancy sampler of Kingma et al. 2021).
+    """
+
+    def draw(self, stream: Stream, seed: int, step: int, size: int) -> Drawn:
+        """Timesteps; their order is drawn as well, so that no place in the batch has a part of its own."""
+        rng = _generator(stream, seed, step)
+        timesteps = ((rng.permutation(size) + rng.random(size)) * self.steps / size).astype(np.int64)
+        timesteps = np.minimum(timesteps, self.steps - 1)  # a sum may be rounded up to the end
+        return Drawn(timesteps, np.ones(size, dtype=np.float32), timesteps * QUARTILES // self.steps)
+
+
+def make_sampler(name: Literal["uniform", "loss_second_moment", "stratified"], steps: int) -> UniformSampler:
     """The sampler that a configuration names, over ``steps`` timesteps."""
-    return {"uniform": UniformSampler, "loss_second_moment": LossSecondMomentSampler}[name](steps)
+    return {
+        "uniform": UniformSampler,
+        "loss_second_moment": LossSecondMomentSampler,
+        "stratified": StratifiedSampler,
+    }[name](steps)
 
 
 class LogNormalSampler(LevelSampler):

@@ -72,8 +72,8 @@ def test_a_bundle_that_cannot_run_gives_a_table_of_reasons(tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
-        ([], "give either a bundle or --preset"),
-        (["BUNDLE", "--preset", "64x64_diffusion"], "give either a bundle or --preset"),
+        ([], "give a bundle, --preset, --training or --features"),
+        (["BUNDLE", "--preset", "64x64_diffusion"], "give a bundle, --preset, --training or --features"),
         (["--preset", "65x65_diffusion"], "there is no preset '65x65_diffusion'"),
         (["--preset", "64x64_classifier"], "there is no preset '64x64_classifier' to sample from"),
         (["--preset", "64x64_diffusion", "--unet", "x"], "a preset has generated weights"),

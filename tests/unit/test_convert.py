@@ -130,6 +130,28 @@ def test_a_mixture_of_types_and_a_prefix_come_back(tmp_path: Path) -> None:
     assert same_bytes(torch.load(back, weights_only=True), mixed)
 
 
+@pytest.mark.parametrize("name", ["fp16", "bf16", "fp32"])
+def test_weights_are_rounded_where_asked(tmp_path: Path, name: str) -> None:
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    state = state_of(UNET)
+    source, target = tmp_path / "a.pt", tmp_path / "b.safetensors"
+    torch.save(state, source)
+    assert run(["convert", str(source), str(target), *options_of(UNET), "--dtype", name]) == 0
+    assert same_bytes(
+        dict(open_checkpoint(target).tensors), {key: value.to(dtype) for key, value in state.items()}
+    )
+
+
+def test_weights_too_large_for_a_type_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    state = state_of(UNET)
+    state["out.2.bias"] = torch.full_like(state["out.2.bias"], 1e6)
+    source, target = tmp_path / "a.pt", tmp_path / "b.safetensors"
+    torch.save(state, source)
+    said = refused(capsys, "convert", source, target, *options_of(UNET), "--dtype", "fp16")
+    assert "out.2.bias has weights too large for float16" in " ".join(said.split())
+    assert not target.exists()
+
+
 def test_tensors_that_share_a_storage(tmp_path: Path) -> None:
     """Averaged weights are often views of one long vector."""
     state = state_of(UNET)

@@ -9,6 +9,7 @@ import torch
 from admtrt.training.timesteps import (
     HISTORY,
     LossSecondMomentSampler,
+    StratifiedSampler,
     Stream,
     UniformSampler,
     draw_noise,
@@ -91,10 +92,28 @@ def test_state_is_a_snapshot():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("uniform", UniformSampler), ("loss_second_moment", LossSecondMomentSampler)]
+    ("name", "kind"),
+    [
+        ("uniform", UniformSampler),
+        ("loss_second_moment", LossSecondMomentSampler),
+        ("stratified", StratifiedSampler),
+    ],
 )
 def test_samplers_by_name(name, kind):
     assert type(make_sampler(name, 5)) is kind
+
+
+def test_stratified_timesteps_spread_over_the_process_in_any_order():
+    drawn = [StratifiedSampler(1000).draw(Stream.TIMESTEPS, 0, step, 8) for step in range(500)]
+    levels = np.stack([one.levels for one in drawn])
+    assert (np.sort(levels, axis=1) // 125 == np.arange(8)).all()
+    # Each place in the batch sees the whole process: the standard error of its mean is 13.
+    assert (abs(levels.mean(axis=0) - 499.5) < 60).all()
+    assert levels.min() < 5
+    assert levels.max() > 994
+    assert all((one.weights == 1).all() and (one.quartiles == one.levels // 250).all() for one in drawn)
+    many = StratifiedSampler(3).draw(Stream.TIMESTEPS, 0, 0, 9).levels
+    assert np.bincount(many).tolist() == [3, 3, 3]
 
 
 def test_timesteps_depend_on_seed_step_and_stream_alone():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import socket
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from admtrt.training import learner as learner_module
 from admtrt.training import loop as loop_module
 from admtrt.training.engine import Division
 from admtrt.training.learner import learning_rate
+from admtrt.training.losses import snr_weights
 from admtrt.training.metrics import MetricsLog, Window
 from admtrt.training.objectives import ClassifierObjective, DenoisingObjective, shrink
 from admtrt.training.timesteps import Drawn
@@ -57,6 +59,7 @@ def base(tmp_path_factory):
         {"batch_size": 7},
         {"lr": 2e-3},
         {"lr_schedule": "linear"},
+        {"lr_schedule": "cosine"},
         {"warmup_steps": 3},
         {"weight_decay": 0.5},
         {"grad_clip": 1e-4},
@@ -64,6 +67,9 @@ def base(tmp_path_factory):
         {"loss": "vlb"},
         {"loss": "kl"},
         {"timestep_sampler": "loss_second_moment", "batch_size": 64},
+        {"timestep_sampler": "stratified"},
+        {"snr_weighting": "min-snr"},
+        {"snr_weighting": "p2"},
         {"seed": 1},
     ],
     ids=str,
@@ -101,10 +107,26 @@ def assert_same_training(one, two):
             )
 
 
+def test_the_layout_in_memory_changes_nothing_but_rounding(base, tmp_path):
+    saved = final(tiny_config(steps=12, channels_last=True), tmp_path)
+    torch.testing.assert_close(model_of(saved), model_of(base), rtol=0, atol=2e-3)  # two steps of Adam
+
+
 def test_micro_batches_give_what_the_whole_batch_gives(tmp_path):
     whole = final(tiny_config(steps=12, lr=1e-4), tmp_path / "whole")
     parts = final(tiny_config(steps=12, lr=1e-4, accumulate=4), tmp_path / "parts")
     assert_same_training(whole, parts)
+
+
+@pytest.mark.slow
+def test_compiled_training_is_the_same_but_for_rounding(base, tmp_path, monkeypatch):
+    saved = final(tiny_config(steps=12, compile=True), tmp_path / "compiled")
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+    torch.testing.assert_close(model_of(saved), model_of(base), rtol=0, atol=2e-3)  # two steps of Adam
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(ConfigError, match=r"train_unet\.compile .* no C\+\+ compiler"):
+        run(tiny_config(compile=True), tmp_path / "refused")
+    assert not (tmp_path / "refused").exists()
 
 
 def test_gradient_checkpointing_is_on_and_changes_nothing(base, tmp_path, monkeypatch):
@@ -212,6 +234,8 @@ def test_learning_rate_warms_up_and_anneals():
     expected = [min(1, (step + 1) / 4) * (1 - step / 10) for step in range(10)]
     assert rates == pytest.approx(expected)
     assert learning_rate(TrainingConfig(steps=10, lr=0.5), 9) == 0.5
+    cosine = TrainingConfig(steps=12, lr=2.0, lr_schedule="cosine")
+    assert [learning_rate(cosine, step) for step in (0, 4, 6, 8)] == pytest.approx([2.0, 1.5, 1.0, 0.5])
 
 
 def test_the_optimiser_uses_the_rate_of_each_step(tmp_path):
@@ -313,6 +337,32 @@ def test_the_denoising_objective_is_conditioned_as_configured():
     torch.testing.assert_close(seen["low_res"], F.avg_pool2d(x_0, 2))
 
 
+@pytest.mark.parametrize("mean_type", ["eps", "x_0"])
+def test_snr_weights_are_those_of_the_papers(mean_type):
+    """By hand, for alpha_bar of 0.5 (SNR 1) and 0.9 (SNR 9), where min-SNR cuts at 5."""
+    process = SimpleNamespace(alpha_bar=np.array([0.9, 0.5]))
+    min_snr, p2 = (snr_weights(name, process, mean_type).tolist() for name in ("min-snr", "p2"))
+    if mean_type == "eps":
+        assert (min_snr, p2) == (pytest.approx([5 / 9, 1]), pytest.approx([0.1, 0.5]))
+    else:
+        assert (min_snr, p2) == (pytest.approx([5, 1]), pytest.approx([0.9, 0.5]))
+
+
+def test_snr_weights_change_the_total_and_no_part():
+    config = DiffusionConfig(steps=8, schedule="cosine")
+    diffusion = Diffusion(config, process_from_config(config))
+    x_0, noise, step = torch.rand(3, 1, 8, 8), torch.randn(3, 1, 8, 8), torch.tensor([0, 4, 7])
+    plain, weighted = (
+        DenoisingObjective(
+            diffusion, "hybrid", class_conditional=False, low_res_size=None, snr_weighting=name
+        )(lambda x, *_: torch.cat([x, x], dim=1), x_0, None, step, noise)
+        for name in ("none", "min-snr")
+    )
+    weights = torch.from_numpy(snr_weights("min-snr", diffusion.process, "eps"))[step].float()
+    assert torch.equal(plain["mse"], weighted["mse"])
+    torch.testing.assert_close(weighted["loss"], weights * plain["mse"] + plain["vb"])
+
+
 def test_the_classifier_sees_noisy_images():
     config = DiffusionConfig(steps=8, schedule="cosine")
     diffusion = Diffusion(config, process_from_config(config))
@@ -400,7 +450,14 @@ def test_a_missing_network_names_its_section(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "setting", [{"sample_every": 5}, {"timestep_sampler": "loss_second_moment"}, {"loss": "vlb"}], ids=str
+    "setting",
+    [
+        {"sample_every": 5},
+        {"timestep_sampler": "loss_second_moment"},
+        {"loss": "vlb"},
+        {"snr_weighting": "p2"},
+    ],
+    ids=str,
 )
 def test_settings_that_a_classifier_cannot_have_are_refused(tmp_path, setting):
     with pytest.raises(ConfigError, match=f"train_classifier.{next(iter(setting))}"):

@@ -1,0 +1,239 @@
+"""Images a second of several ways to do one thing, each in a process of its own, all of them in turn."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from admtrt.bench.machine import describe_machine, machine_lines
+from admtrt.bench.remote import Remote, RemoteError
+from admtrt.bench.report import Spread, shown, spread_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from pathlib import Path
+
+    from admtrt.bench.rows import Device
+    from admtrt.config import ClassifierConfig, UNetConfig
+    from admtrt.contract import Precision
+
+COLUMNS = ("images/s", "spread", "speed", "peak", "GiB", "ready s")
+
+
+@dataclass(frozen=True)
+class ThroughputRow:
+    """One way.
+
+    Attributes:
+        name: of the row.
+        precision: in which it computes, for its share of the peak.
+        factory, arguments: make, in the row's process, an object with the methods ``step``, ``ready`` and
+            ``memory`` of :class:`admtrt.bench.training_rows.Trainer`.
+    """
+
+    name: str
+    precision: Precision
+    factory: Callable[..., object]
+    arguments: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class ThroughputMeasurement:
+    """One row.
+
+    Attributes:
+        row: which.
+        precision: in which its networks ran.
+        batch: images of a step.
+        reason: why nothing was measured; empty where something was.
+        step: seconds.
+        memory: largest resident memory of its process, bytes.
+        ready: seconds from nothing to the first step's end.
+    """
+
+    row: str
+    precision: Precision
+    batch: int
+    reason: str = ""
+    step: Spread | None = None
+    memory: int | None = None
+    ready: float | None = None
+
+    @property
+    def images_per_second(self) -> float | None:
+        """Of the median step."""
+        return None if self.step is None else self.batch / self.step.median
+
+
+@dataclass(frozen=True)
+class ThroughputReport:
+    """A run of the bench.
+
+    Attributes:
+        subject: what was measured.
+        machine: device, versions, threads.
+        measurements: the rows; speeds are relative to the first that was measured.
+        operations: of one image; None where they could not be counted.
+        peaks: by precision, operations a second of the largest products.
+    """
+
+    subject: str
+    machine: Mapping[str, Any]
+    measurements: tuple[ThroughputMeasurement, ...]
+    operations: int | None
+    peaks: Mapping[Precision, float]
+
+    def ratio(self, one: ThroughputMeasurement) -> float | None:
+        """How many times faster a row is than the first that was measured."""
+        base = next((m.images_per_second for m in self.measurements if m.step is not None), None)
+        return None if base is None or one.images_per_second is None else one.images_per_second / base
+
+    def of_peak(self, one: ThroughputMeasurement) -> float | None:
+        """A row's speed as part of the peak in its precision."""
+        peak = self.peaks.get(one.precision)
+        speed = one.images_per_second
+        if peak is None or speed is None or self.operations is None:
+            return None
+        return speed * self.operations / peak
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data; seconds, bytes, and operations a second."""
+        return {
+            "subject": self.subject,
+            "machine": dict(self.machine),
+            "operations": self.operations,
+            "peaks": dict(self.peaks),
+            "rows": [
+                {
+                    **asdict(m),
+                    "images_per_second": m.images_per_second,
+                    "of_peak": self.of_peak(m),
+                    "ratio": self.ratio(m),
+                }
+                for m in self.measurements
+            ],
+        }
+
+    def cells(self) -> list[list[str]]:
+        """The rows as text, under ``row`` and :data:`COLUMNS`."""
+        return [[m.row, *self._cells(m)] for m in self.measurements]
+
+    def _cells(self, m: ThroughputMeasurement) -> list[str]:
+        if m.step is None:
+            return [""] * len(COLUMNS)
+        return [
+            shown(m.images_per_second),
+            f"{(m.step.upper - m.step.lower) / m.step.median:.0%}",
+            shown(self.ratio(m), "{:.2f}x"),
+            shown(self.of_peak(m), "{:.0%}"),
+            shown(m.memory and m.memory / 2**30, "{:.2f}"),
+            shown(m.ready, "{:.1f}"),
+        ]
+
+    def footnotes(self) -> list[str]:
+        """Why rows are empty, the machine, the peaks and what a step takes."""
+        peaks = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in self.peaks.items())
+        return [
+            *(f"{m.row}: {m.reason}" for m in self.measurements if m.reason),
+            *machine_lines(self.machine),
+            *([f"peak: {peaks}"] if peaks else []),
+            *([f"an image takes {self.operations / 1e9:,.2f} GFLOP"] if self.operations else []),
+        ]
+
+    def markdown(self) -> str:
+        """The table for a document."""
+        heads = ["row", *COLUMNS]
+        lines = [heads, ["---"] * len(heads), *self.cells()]
+        return "\n".join(
+            [
+                f"**{self.subject}**",
+                "",
+                *("| " + " | ".join(line) + " |" for line in lines),
+                "",
+                *(f"- {line}" for line in self.footnotes()),
+                "",
+            ]
+        )
+
+
+def measure_rows(
+    subject: str,
+    rows: Sequence[ThroughputRow],
+    *,
+    batch: int,
+    counted: UNetConfig | ClassifierConfig | int | None,
+    scratch: Path,
+    repeat: int,
+    device: Device,
+    threads: int,
+    note: Callable[[str], None],
+) -> ThroughputReport:
+    """Measure rows, one step of each in turn, so that what slows the machine for a while meets all alike.
+
+    Args:
+        subject: for the report.
+        rows: in the order of the table.
+        batch: images of a step.
+        counted: a network, whose training step is counted; or operations of one image; or None.
+        scratch: folder for logs.
+        repeat: steps timed of every row.
+        device: of the peak.
+        threads: of the peak on a CPU.
+        note: told what goes on.
+    """
+    reasons, ready = dict[str, str](), dict[str, float]()
+    memory, remotes = dict[str, int](), dict[str, Remote]()
+    times: dict[str, list[float]] = {row.name: [] for row in rows}
+    peaks: dict[Precision, float] = {}
+    yardstick, gpu = None, None
+    operations = counted if isinstance(counted, int) else None
+    try:
+        if find_spec("torch") is not None:
+            from admtrt.bench.yardstick import Yardstick
+
+            yardstick = Remote(Yardstick, device, threads, log=scratch / "yardstick.log")
+            gpu = yardstick.call("gpu")
+            if counted is not None and not isinstance(counted, int):
+                operations = yardstick.call("count_training", counted)
+        for index, row in enumerate(rows):
+            note(f"preparing {row.name}")
+            try:
+                remote = Remote(row.factory, *row.arguments, log=scratch / f"row-{index}.log")
+                remotes[row.name] = remote
+                ready[row.name] = remote.call("ready")
+            except RemoteError as error:
+                reasons[row.name] = str(error)
+        for repetition in range(repeat):
+            note(f"repetition {repetition + 1} of {repeat}")
+            working = [row for row in rows if row.name not in reasons]
+            first = repetition % max(1, len(working))
+            for row in (*working[first:], *working[:first]):
+                try:
+                    times[row.name].append(remotes[row.name].call("step"))
+                except RemoteError as error:
+                    reasons[row.name] = str(error)
+            if yardstick is None:
+                continue
+            for precision in sorted({row.precision for row in working}):
+                speed = yardstick.call("measure", precision)
+                peaks[precision] = max(peaks.get(precision, 0.0), speed)
+        for name, remote in remotes.items():
+            if name not in reasons:
+                memory[name] = remote.call("memory")
+    finally:
+        for each in (*remotes.values(), *([] if yardstick is None else [yardstick])):
+            each.close()
+    measurements = tuple(
+        ThroughputMeasurement(
+            row.name,
+            row.precision,
+            batch,
+            reasons.get(row.name, ""),
+            spread_of(times[row.name]) if times[row.name] else None,
+            memory.get(row.name),
+            ready.get(row.name),
+        )
+        for row in rows
+    )
+    return ThroughputReport(subject, describe_machine(threads, gpu), measurements, operations, peaks)
