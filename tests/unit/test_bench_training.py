@@ -20,7 +20,8 @@ from admtrt.bench.training import (
 )
 from admtrt.bench.yardstick import count_training
 from admtrt.cli import run
-from admtrt.config import ClassifierConfig, UNetConfig, save_config
+from admtrt.config import ClassifierConfig, UNetConfig
+from admtrt.config_files import save_config
 from admtrt.errors import RequestError
 from admtrt.models.classifier import Classifier
 from admtrt.models.unet import UNet
