@@ -21,7 +21,7 @@ from admtrt.schedule.options import (
     Variant,
 )
 from admtrt.schedule.solvers import SOLVERS, solver_named
-from admtrt.schedule.solvers.registry import AUTO, takers
+from admtrt.schedule.solvers.registry import AUTO, implied_solver, takers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -179,7 +179,7 @@ def with_choices(
     if "steps" in chosen:
         chosen["steps"] = str(chosen["steps"])
     if "method" not in chosen and "steps" in chosen and not isinstance(process, EdmConfig):
-        chosen["method"] = "ddim" if chosen["steps"].strip().startswith("ddim") else "ddpm"
+        chosen["method"] = implied_solver(chosen["steps"]).name
     if chosen.get("method") == AUTO:
         del chosen["method"]
     kept = sampler.to_dict()

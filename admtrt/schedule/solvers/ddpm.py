@@ -19,7 +19,13 @@ if TYPE_CHECKING:
     from admtrt.schedule.sampler import SamplerConfig
 
 
-@solver("ddpm", source="Dhariwal & Nichol 2021, Algorithm 1", steps="respacing", default_steps="250")
+@solver(
+    "ddpm",
+    source="Dhariwal & Nichol 2021, Algorithm 1",
+    steps="respacing",
+    default_steps="250",
+    implied_by="",
+)
 def ddpm(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
     """Rows of DDPM, one for each retained timestep."""
     import numpy as np
