@@ -23,11 +23,10 @@ from admtrt.config import (
 )
 from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.solvers import SOLVERS
+from admtrt.schedule.solvers.registry import own_solver
 
 Task = Literal["unet", "classifier", "upsampler", "consistency"]
 """What is trained; a consistency model is a UNet."""
-_EDM_EVALUATIONS = {"consistency": "2", "heun": "35"}
-"""Of Song et al. 2023 (table 1) and Karras et al. 2022 (18 levels)."""
 
 
 def network_section(task: Task) -> Literal["unet", "classifier", "upsampler"]:
@@ -38,18 +37,17 @@ def network_section(task: Task) -> Literal["unet", "classifier", "upsampler"]:
 def sampler_for(process: DiffusionConfig | EdmConfig, sampler: SamplerConfig | None = None) -> SamplerConfig:
     """A sampler with what was not given of it fitted to a process.
 
-    Of a process of kind ``edm`` that is the method, consistency where the network is held to its boundary and
-    heun otherwise, its evaluations and no guidance; of a discrete one that is shorter than the default
-    number of steps, every step.
+    Of a process of kind ``edm`` that is the network's own method, its evaluations and no guidance; of a
+    discrete one that is shorter than the default number of steps, every step.
     """
     sampler = SamplerConfig() if sampler is None else sampler
     given = sampler.model_fields_set
     fitted: dict[str, str | float] = {}
     if isinstance(process, EdmConfig):
         if "method" not in given:
-            fitted["method"] = "consistency" if process.boundary else "heun"
-        method = fitted.get("method", sampler.method)
-        fitted["steps"] = _EDM_EVALUATIONS.get(str(method), SOLVERS[str(method)].default_steps)
+            fitted["method"] = own_solver(process).name
+        solver = SOLVERS[str(fitted.get("method", sampler.method))]
+        fitted["steps"] = solver.edm_steps or solver.default_steps
         if sampler.levels is not None:
             fitted["steps"] = str(len(sampler.levels) - 1)
         fitted["scale"] = 0.0

@@ -12,14 +12,18 @@ from typing import Any
 
 import numpy as np
 import torch
+import unoffered_rows
 from goldens import arrays, classifier_config, metadata, unet_config
 
 from admtrt.config import DiffusionConfig, EdmConfig
 from admtrt.models.classifier import Classifier
 from admtrt.models.generated import generate_weights, standard_normal
 from admtrt.models.unet import UNet
+from admtrt.schedule.levels import levels_of
+from admtrt.schedule.rows import Rows
 from admtrt.schedule.sampler import SamplerConfig
-from admtrt.schedule.table import SamplingSchedule, sampling_schedule
+from admtrt.schedule.solvers import SOLVERS
+from admtrt.schedule.table import SamplingSchedule, lower, sampling_schedule
 
 META = metadata("solvers")
 CASES: dict[str, dict[str, Any]] = META["cases"]
@@ -43,7 +47,7 @@ OFFERED = [name for name, case in CASES.items() if _offered(name, case)]
 
 
 def sampler_of(name: str) -> SamplerConfig:
-    """The case as a sampler of ours."""
+    """The case as a sampler of ours; of forms that are not offered, all but the rows."""
     case = CASES[name]
     family, threshold = case["family"], case.get("threshold")
     chosen: dict[str, Any] = {"scale": META["scale"] if case.get("guided") else 0.0}
@@ -92,8 +96,9 @@ def sampler_of(name: str) -> SamplerConfig:
         if case["sampler"] == "multistep":
             chosen |= {"levels": tuple(case["ts"]), "levels_of": case["steps"]}
     else:
-        chosen |= {"method": case["sampler"], "steps": str(case["nfe"])}
-    if case.get("churn"):
+        method = case["sampler"] if name in OFFERED else "euler"  # whose bound and guide are theirs
+        chosen |= {"method": method, "steps": str(case["nfe"])}
+    if name in OFFERED and case.get("churn"):
         chosen["churn"] = (case["churn"], case["s_min"], case["s_max"], case["s_noise"])
     return SamplerConfig.from_dict(chosen)
 
@@ -106,9 +111,21 @@ def process_of(name: str) -> DiffusionConfig | EdmConfig:
     return DiffusionConfig(schedule=case["schedule"], mean_type=case["mean"])
 
 
+def rows_of(name: str) -> Rows:
+    """The rows of the case, of a solver of ours or of a form that is not offered."""
+    sampler, levels = sampler_of(name), levels_of(process_of(name))
+    if name in OFFERED:
+        return SOLVERS[sampler.method].rows(levels, sampler, None)
+    return unoffered_rows.rows_of(CASES[name], levels, sampler)
+
+
+@cache
 def schedule_of(name: str) -> SamplingSchedule:
     """The table of the case."""
-    return sampling_schedule(process_of(name), sampler_of(name))
+    process, sampler = process_of(name), sampler_of(name)
+    if name in OFFERED:
+        return sampling_schedule(process, sampler)
+    return lower(rows_of(name), levels_of(process), process, sampler)
 
 
 @cache

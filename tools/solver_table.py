@@ -1,7 +1,7 @@
 """What solvers are worth: class accuracy, diversity and distance from the converged result, by evaluations.
 
 admtrt demo --out OUT
-python tools/solver_table.py OUT/bundle > table.md
+python tools/solver_table.py OUT/bundle --picture solvers.png > table.md
 python tools/solver_table.py fashion.bundle --config configs/fashion-mnist.toml --samples 200
 
 Every cell is accuracy in percent / diversity / distance in grey levels. Accuracy and diversity are those of
@@ -18,24 +18,49 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
+from admtrt.bundle import Bundle
 from admtrt.config_files import load_config
 from admtrt.console import progress
 from admtrt.demo.judge import Judge
 from admtrt.demo.run import demo_config
 from admtrt.errors import AdmtrtError
-from admtrt.images import save_grid
+from admtrt.files import atomic_file
+from admtrt.images import to_pillow
 from admtrt.run_config import RunConfig
+from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.runtime.pipeline import Pipeline, Samples
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from numpy.typing import NDArray
+
+    Images = NDArray[np.uint8]
 
 EVALUATIONS = (5, 8, 10, 15, 25)
 ODD = {8: 7, 10: 9}
 """What a solver spends that takes odd numbers alone."""
 CONVERGED: dict[str, Any] = {"method": "dpmpp", "steps": 100}
 BATCH = 100
+TIMED = 10  # evaluations whose seconds are shown
+SHOWN, ACROSS = 9, 3
+"""Samples in each cell of the picture, and in each of their rows."""
+MARGIN, HEADER, GAP = 34, 40, 8  # pixels
+PICTURED = {
+    "DDPM": ("DDPM",),
+    "DDIM": ("DDIM",),
+    "Heun, Karras (5, 7, 9, 15, 25)": ("Heun", "(5, 7, 9, 15, 25)"),
+    "DPM-Solver++(2M)": ("2M",),
+    "2M, logSNR": ("2M", "logSNR"),
+    "UniPC-2": ("UniPC-2",),
+    "SDE-2M": ("SDE-2M",),
+}
+"""Columns of the picture, with the lines of their heads."""
 
 
 @dataclass(frozen=True)
@@ -75,54 +100,75 @@ def main(arguments: argparse.Namespace) -> None:
     """Draw and judge the same seeds with every solver."""
     config = demo_config() if arguments.config is None else load_config(RunConfig, arguments.config)
     judge = Judge(config.data)
-    pipeline = Pipeline.from_bundle(arguments.bundle, backend=arguments.backend, batch_size=BATCH)
+    choice = BackendChoice(arguments.backend, batch_size=BATCH)
+    pipeline = Pipeline.open(Bundle.open(arguments.bundle), choice)
     count = arguments.samples
     labels = np.arange(count) % 10
+    lines = [line for line in LINES if not arguments.only or line.name in arguments.only]
 
     def drawn(**choices: Any) -> tuple[Samples, float]:
         start = time.perf_counter()
         samples = pipeline(labels.tolist(), range(count), batch_size=BATCH, **choices)
         return samples, (time.perf_counter() - start) / count
 
-    total = len(arguments.scale) * len(LINES) * len(EVALUATIONS)
-    with progress("solvers", total) as advance:
+    with progress("solvers", len(arguments.scale) * len(lines) * len(EVALUATIONS)) as advance:
         for scale in arguments.scale:
             reference, _ = drawn(scale=scale, **CONVERGED)
-            verdict = judge(reference.images, labels)
-            print(
-                f"\n| scale {scale:g}, evaluations | "
-                + " | ".join(map(str, EVALUATIONS))
-                + " | ms an image at 10 |"
-            )
-            print("|---" * (len(EVALUATIONS) + 2) + "|")
-            shown: list[np.ndarray] = []
-            for line in LINES:
+            heads = [f"scale {scale:g}, evaluations", *map(str, EVALUATIONS), "ms an image at 10"]
+            print(f"\n| {' | '.join(heads)} |\n{'|---' * len(heads)}|")
+            shown: dict[str, list[Images]] = {}
+            for line in lines:
                 cells, seconds = [], 0.0
                 for evaluations in EVALUATIONS:
                     samples, spent = drawn(scale=scale, **line.at(evaluations))
-                    found = judge(samples.images, labels)
-                    cell = f"{100 * found.accuracy:.1f} / {found.diversity:.2f}"
+                    cell = _cell(judge, samples, labels)
                     if not line.stochastic:
                         cell += f" / {_distance(samples, reference):.1f}"
                     cells.append(cell)
-                    seconds = spent if evaluations == 10 else seconds
-                    if evaluations == 10:
-                        shown.append(samples.images[:10])
+                    seconds = spent if evaluations == TIMED else seconds
+                    shown.setdefault(line.name, []).append(samples.images[:SHOWN])
                     advance(1, f"{line.name}, {evaluations}")
-                print(f"| {line.name} | " + " | ".join(cells) + f" | {1000 * seconds:.1f} |", flush=True)
-            print(
-                f"| converged | {100 * verdict.accuracy:.1f} / {verdict.diversity:.2f}"
-                + " |" * (len(EVALUATIONS) + 1)
-            )
+                print(f"| {line.name} | {' | '.join(cells)} | {1000 * seconds:.1f} |", flush=True)
             longest, _ = drawn(scale=scale, method="ddpm", steps=250)
-            verdict = judge(longest.images, labels)
-            print(
-                f"| DDPM, 250 steps | {100 * verdict.accuracy:.1f} / {verdict.diversity:.2f}"
-                + " |" * (len(EVALUATIONS) + 1)
-            )
-            if arguments.grid is not None:
-                rows = np.concatenate([*shown, reference.images[:10]])
-                save_grid(rows, arguments.grid.with_stem(f"{arguments.grid.stem}-scale{scale:g}"), columns=10)
+            empty = " |" * (len(EVALUATIONS) + 1)
+            print(f"| converged | {_cell(judge, reference, labels)}{empty}")
+            print(f"| DDPM, 250 steps | {_cell(judge, longest, labels)}{empty}", flush=True)
+            if arguments.picture is not None:
+                several = len(arguments.scale) > 1
+                path: Path = arguments.picture
+                path = path.with_stem(f"{path.stem}-scale{scale:g}") if several else path
+                save_picture(path, shown, reference.images[:SHOWN])
+
+
+def save_picture(path: Path, shown: Mapping[str, Sequence[Images]], converged: Images) -> None:
+    """Columns by solver, rows by evaluations, each cell the same seeds; the last column is converged."""
+    factor = max(1, 32 // converged.shape[1])
+    block = factor * converged.shape[1] * ACROSS
+    columns = {name: list(cells) for name, cells in shown.items() if name in PICTURED}
+    columns["converged"] = [converged] * len(EVALUATIONS)
+    size = (MARGIN + len(columns) * (block + GAP), HEADER + len(EVALUATIONS) * (block + GAP))
+    sheet = Image.new("L", size, 255)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+    for row, evaluations in enumerate(EVALUATIONS):
+        middle = HEADER + row * (block + GAP) + block // 2
+        draw.text((MARGIN - GAP, middle), str(evaluations), fill=0, font=font, anchor="rm")
+    for column, (name, cells) in enumerate(columns.items()):
+        left = MARGIN + column * (block + GAP)
+        for line, words in enumerate(PICTURED.get(name, (name,))):
+            draw.text((left + block // 2, 10 + 15 * line), words, fill=0, font=font, anchor="mm")
+        for row, images in enumerate(cells):
+            top = HEADER + row * (block + GAP)
+            for place, pixels in enumerate(images):
+                edge = factor * pixels.shape[0]
+                tile = to_pillow(pixels).convert("L").resize((edge, edge), Image.Resampling.NEAREST)
+                sheet.paste(tile, (left + place % ACROSS * edge, top + place // ACROSS * edge))
+    with atomic_file(path) as temporary:
+        sheet.save(temporary, format="PNG", optimize=True)
+
+
+def _cell(judge: Judge, samples: Samples, labels: NDArray[np.int64]) -> str:
+    found = judge(samples.images, labels)
+    return f"{100 * found.accuracy:.1f} / {found.diversity:.2f}"
 
 
 def _distance(samples: Samples, reference: Samples) -> float:
@@ -140,7 +186,10 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--scale", type=float, action="append", help="may be repeated; 2 and 4 if left out")
     parser.add_argument("--backend", default="openvino")
-    parser.add_argument("--grid", type=Path, help="write pictures of 10 evaluations, a row each solver")
+    parser.add_argument("--only", action="append", help="a line of the table alone; may be repeated")
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE.png", help="columns by solver, rows by evaluations"
+    )
     given = parser.parse_args()
     given.scale = given.scale or [2.0, 4.0]
     try:

@@ -14,7 +14,9 @@ from admtrt.config_files import load_config
 from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.models.option_names import OptionNames
 from admtrt.run_config import FittedSampler, RunConfig
+from admtrt.schedule.recommended import recommended_choices
 from admtrt.schedule.sampler import SamplerConfig, with_choices
+from admtrt.schedule.solvers.registry import AUTO
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
@@ -243,10 +245,15 @@ def _given_config(
 def recommended_sampler(checkpoint: CheckpointConfig, choices: Mapping[str, Any]) -> SamplerConfig:
     """The sampler that a generator's checkpoint recommends, with some choices replaced.
 
+    The method ``auto`` is that of :mod:`admtrt.schedule.recommended`, with its steps and options.
+
     Raises:
         ConfigError: if the result is impossible.
         RequestError: if the checkpoint's process cannot be respaced so.
     """
+    if choices.get("method") == AUTO:
+        given = {name: value for name, value in choices.items() if value is not None and name != "method"}
+        choices = {**recommended_choices(checkpoint.diffusion), **given}
     sampler = with_choices(checkpoint.sampler, checkpoint.diffusion, choices)
     sampling_schedule(checkpoint.diffusion, sampler)  # refuses an impossible one now
     return sampler

@@ -49,7 +49,9 @@ def export(
     unet_weights: UnetWeights = None,
     classifier_weights: ClassifierWeights = None,
     null_class: NullClass = None,
-    method: Annotated[str | None, method_option("Recommended solver")] = None,
+    method: Annotated[
+        str | None, method_option("Recommended solver", auto="the best of our measurements, docs/solvers.md")
+    ] = None,
     steps: Annotated[str | None, steps_option("Recommended steps, e.g. 250 or ddim25.")] = None,
     scale: Annotated[float | None, typer.Option(help="Recommended guidance scale.")] = None,
     engine: Annotated[

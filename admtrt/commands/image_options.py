@@ -213,7 +213,6 @@ class ImageOptions:
         """The latents of the file, those between two of them, or between those of two seeds."""
         from admtrt.contract import event_shape
         from admtrt.runtime.latents import Latents
-        from admtrt.runtime.noise import check_seed, initial_noise
 
         event = event_shape(manifest.network)
         latents = None if self.latents is None else Latents.read(self.latents, event)
@@ -221,8 +220,7 @@ class ImageOptions:
             return latents
         first, second = _two_numbers(self.interpolate, "--interpolate", "A:B", "0:1")
         if latents is None:
-            seeds = [check_seed(first), check_seed(second)]
-            latents = Latents(initial_noise(seeds, event, stage=manifest.network.low_res_size or 0))
+            latents = Latents.of_seeds([first, second], manifest.network)
             first, second = 0, 1
         return latents.between(first, second, _STEPS_BETWEEN if num is None else num)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from admtrt.console import Output, table
+from admtrt.schedule.solvers.registry import implied_solver
 
 if TYPE_CHECKING:
     from admtrt.presets import Preset
@@ -33,13 +34,14 @@ def presets(
 
 def _row(preset: Preset) -> list[str]:
     fast, sampler = preset.fast_sampler, preset.sampler
+    implied = implied_solver(sampler.steps).name
     return [
         preset.name,
         str(preset.network.image_size),
         f"{preset.parameters / 1e6:.0f} M",
         f"{preset.weight_bytes / 2**30:.2f} GiB",
         f"{preset.step_flops / 1e9:,.0f}",
-        sampler.steps if sampler.method == "ddpm" else f"{sampler.method} {sampler.steps}",
+        sampler.steps if implied == sampler.method else f"{sampler.method} {sampler.steps}",
         f"{sampler.scale:g}" if sampler.scale else "-",
         "-" if fast is None else f"{fast.scale:g}",
     ]

@@ -25,11 +25,14 @@ SolverOptions = dict[str, Any]
 """Options of solvers that were given, by name."""
 
 
-def method_option(purpose: str) -> Any:
-    """The option ``--method``."""
+def method_option(purpose: str, *, auto: str = "what the bundle recommends") -> Any:
+    """The option ``--method``; ``auto`` says what is taken for the word."""
+    implied = [one for one in SOLVERS.values() if one.implied_by is not None]
+    named = ", ".join(f"{one.name} for {one.implied_by}N" for one in implied if one.implied_by)
+    other = next(one.name for one in implied if not one.implied_by)
     return typer.Option(
-        help=f"{purpose}: {', '.join(SOLVERS)}; {AUTO} is what the bundle recommends. Where steps are given "
-        "alone, ddim for ddimN, else ddpm."
+        help=f"{purpose}: {', '.join(SOLVERS)}; {AUTO} is {auto}. Where steps are given "
+        f"alone, {named}, else {other}."
     )
 
 

@@ -7,16 +7,20 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from admtrt.contract import event_shape
 from admtrt.errors import RequestError
 from admtrt.files import atomic_file
 from admtrt.runtime.images_in import check_sizes, checked_images, read_npz
+from admtrt.runtime.noise import check_seed, initial_noise
 from admtrt.runtime.request import whole_number
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
 
+    from admtrt.config import UNetConfig
     from admtrt.npz import Header
     from admtrt.runtime.images_in import Check
     from admtrt.runtime.slots import Images, Labels
@@ -46,6 +50,16 @@ class Latents:
     clip: bool | None = None
     labels: Labels | None = None
     images: NDArray[Any] | None = None
+
+    @classmethod
+    def of_seeds(cls, seeds: Sequence[int], network: UNetConfig) -> Self:
+        """The noise at which samples of these seeds begin.
+
+        Raises:
+            RequestError: for what is no seed.
+        """
+        checked = [check_seed(seed) for seed in seeds]
+        return cls(initial_noise(checked, event_shape(network), stage=network.low_res_size or 0))
 
     def __len__(self) -> int:
         return len(self.x)

@@ -1,15 +1,24 @@
-"""Steps and orders that the multistep solvers share."""
+"""Steps, orders and rows that the multistep solvers share."""
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from admtrt.errors import RequestError
-from admtrt.schedule.grid import evaluations, path
+from admtrt.schedule.grid import check_distinct, evaluations, path
+from admtrt.schedule.rows import RowBuilder
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
     from admtrt.schedule.levels import Level, NoiseLevels
+    from admtrt.schedule.rows import Rows
     from admtrt.schedule.sampler import SamplerConfig
+
+    Weights = Callable[[Sequence[Level], Level, int], Mapping[str, float]]
+    """Of a step: what :meth:`RowBuilder.add` takes, by the levels evaluated so far, newest first, the level
+    where the step leads, and its order."""
 
 _FEW_DPM_SOLVER, _FEW_DIFFUSERS = 10, 15
 """Below these numbers of steps DPM-Solver's code and diffusers let the order fall at the end."""
@@ -56,3 +65,27 @@ def orders_of(sampler: SamplerConfig, steps: int, *, to_zero: bool) -> list[int]
     if rule == "diffusers" and to_zero and rising:
         rising[-1] = 1
     return rising
+
+
+def multistep_rows(
+    levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, weights: Weights
+) -> Rows:
+    """Rows of a solver that remembers the predictions of its last evaluations, one a step.
+
+    Raises:
+        RequestError: as :func:`steps_of`; or for levels that repeat.
+    """
+    passed, last = steps_of(levels, sampler, start)
+    check_distinct(passed, sampler)
+    orders = orders_of(sampler, len(passed) - 1, to_zero=passed[-1] is None)
+    builder = RowBuilder(levels)
+    visited: list[Level] = []
+    for (level, to), order in zip(pairwise(passed), orders, strict=True):
+        assert level is not None  # only the last may be the image
+        visited.insert(0, level)
+        builder.add(level, to, {"x0": 1.0} if to is None else weights(visited, to, order))
+    if last is not None:
+        builder.add(last, None, {"x0": 1.0})
+    first = passed[0]
+    assert first is not None
+    return builder.rows(init_scale=levels.start_scale(first, start))

@@ -22,7 +22,7 @@ from admtrt.schedule.options import (
     Variant,
 )
 from admtrt.schedule.solvers import SOLVERS, solver_named
-from admtrt.schedule.solvers.registry import AUTO, takers
+from admtrt.schedule.solvers.registry import AUTO, implied_solver, takers
 from admtrt.schedule.spacing import is_spacing
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ def with_choices(
     """A recommended sampler with each choice that is not None in place of its own.
 
     On a discrete process, plain ``steps`` imply a method: ``ddim`` for "ddimN", else ``ddpm``; diffusers'
-    spacings leave a recommended ddim. The method :data:`AUTO` keeps the recommended one. A method other than
+    spacings leave a recommended method that respaces. The method :data:`AUTO` keeps the recommended one. A method other than
     the recommended one begins with its own defaults, and with its own number of steps where the recommended
     ones mean something else to it.
 
@@ -202,9 +202,8 @@ def with_choices(
     if "steps" in chosen:
         chosen["steps"] = str(chosen["steps"])
     if "method" not in chosen and "steps" in chosen and not isinstance(process, EdmConfig):
-        kept_ddim = is_spacing(chosen["steps"]) and sampler.method == "ddim"
-        implied = chosen["steps"].strip().startswith("ddim")
-        chosen["method"] = "ddim" if kept_ddim or implied else "ddpm"
+        kept = is_spacing(chosen["steps"]) and solver_named(sampler.method).steps == "respacing"
+        chosen["method"] = sampler.method if kept else implied_solver(chosen["steps"]).name
     if chosen.get("method") == AUTO:
         del chosen["method"]
     kept = sampler.to_dict()

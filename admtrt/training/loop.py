@@ -20,6 +20,7 @@ from admtrt.models.matching import shapes_of_network
 from admtrt.models.unet import UNet
 from admtrt.run_config import network_section, sampler_for
 from admtrt.runtime.machine import physical_memory
+from admtrt.schedule.solvers import SOLVERS
 from admtrt.schedule.table import sampling_schedule
 from admtrt.training.engine import on_main_process, start_engine
 from admtrt.training.folder import RunFolder
@@ -162,9 +163,10 @@ def _checked_sampler(task: Task, config: RunConfig) -> SamplerConfig:
         ConfigError: for one that only the export would find impossible, hours later.
     """
     process, sampler = config.process(task), config.sampler
-    if isinstance(process, EdmConfig) and process.boundary != (sampler.method == "consistency"):
+    of_consistency = SOLVERS[sampler.method].own_of == "consistency"
+    if isinstance(process, EdmConfig) and process.boundary != of_consistency:
         sampler = sampler_for(process)
-    if sampler.method == "consistency" and sampler.levels_of is None:
+    if "levels_of" in SOLVERS[sampler.method].options and sampler.levels_of is None:
         sampler = sampler.model_copy(update={"levels_of": config.train_consistency.levels})
     try:
         sampling_schedule(process, sampler.unguided)

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from admtrt.schedule.options import OPTIONS
+from admtrt.schedule.solvers import SOLVERS
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
@@ -41,3 +44,11 @@ def test_commands_in_the_documentation_exist() -> None:
             for option in re.findall(r"(?<=\s)--[a-z][a-z-]*", line):
                 known = f"`{option}" in reference or f"/{option}" in reference
                 assert known, f"{page.name}: {option} in: {line}"
+
+
+def test_every_solver_and_option_stands_on_its_page() -> None:
+    page = (ROOT / "docs" / "solvers.md").read_text()
+    for name in SOLVERS:
+        assert re.search(rf"^\|[^|]*`{name}`", page, re.MULTILINE), name
+    for name in OPTIONS:
+        assert f"`{name}`" in page, name

@@ -31,14 +31,13 @@ from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.sampler import Denoiser, advance
 from admtrt.runtime.slots import Slots
-from admtrt.schedule.levels import levels_of
-from admtrt.schedule.solvers import SOLVERS
 
 PATH = 4e-4
 """Of a sample's largest probe: errors grow where a threshold cuts, and shrink towards the end."""
 LABELS = np.array(META["labels"], dtype=np.int64)
-DISCRETE = [name for name in OFFERED if CASES[name]["family"] != "consistency"]
-CONTINUOUS = [name for name in OFFERED if CASES[name]["family"] == "consistency"]
+NAMES = list(CASES)
+DISCRETE = [name for name in CASES if CASES[name]["family"] != "consistency"]
+CONTINUOUS = [name for name in CASES if CASES[name]["family"] == "consistency"]
 
 
 def by_length(names: list[str]) -> Iterator[list[str]]:
@@ -70,7 +69,7 @@ def drawn_by_goldens(slots: Slots, inputs: Any) -> np.ndarray | None:
         return None
     rows = []
     for seed, position in zip(slots.seeds, slots.position.tolist(), strict=True):
-        name, row = OFFERED[seed // COUNT], seed % COUNT
+        name, row = NAMES[seed // COUNT], seed % COUNT
         rows.append(goldens.noise(name, position + 1)[row])
     return np.stack(rows)
 
@@ -86,7 +85,7 @@ def slots_of(names: list[str]) -> Slots:
         x=np.concatenate(first).astype(np.float32),
         schedules=schedules,
         position=np.zeros(len(schedules), dtype=np.int64),
-        seeds=[OFFERED.index(name) * COUNT + row for name in names for row in range(COUNT)],
+        seeds=[NAMES.index(name) * COUNT + row for name in names for row in range(COUNT)],
         conditions={"unet": {"y": labels}, "classifier_gradient": {"y": labels}},
     )
 
@@ -128,7 +127,7 @@ def test_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
         run(names, TorchDenoiser(cm))
 
 
-CLOSE = dict.fromkeys(OFFERED, 1e-11) | {
+CLOSE = dict.fromkeys(CASES, 1e-11) | {
     # The original adds noise of sqrt(S'^2 - S_min^2) behind its last evaluation, where both are equal but for
     # rounding: 1e-8 of S_min, not 0.
     name: 2e-9 for name in OFFERED if name.startswith("cm.multistep")
@@ -156,10 +155,9 @@ def drawn_in_float64(name: str) -> tuple[torch.Tensor, Callable[[int], torch.Ten
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", OFFERED)
+@pytest.mark.parametrize("name", CASES)
 def test_tables_in_float64(name: str) -> None:
-    sampler, process = goldens.sampler_of(name), goldens.process_of(name)
-    rows = SOLVERS[sampler.method].rows(levels_of(process), sampler, None)
+    sampler, process, rows = goldens.sampler_of(name), goldens.process_of(name), goldens.rows_of(name)
     networks = float64_networks(name, guided=bool(sampler.scale))
     (*_, x) = walk(rows, process, sampler, networks, *drawn_in_float64(name))
     assert relative_error(x.numpy(), goldens.stored(name, "final")) < CLOSE[name]

@@ -133,7 +133,8 @@ def test_one_command_equals_two(
 ) -> None:
     """With the labels in the file in between."""
     both, low, high = (tmp_path / name for name in ("both", "low", "high"))
-    first = ["--classes", "2,cat,ant", "--num", 5, "--seed", 3, "--steps", 4, "--shard-size", 2]
+    first = ["--classes", "2,cat,ant", "--num", 5, "--seed", 3, "--shard-size", 2]
+    first += ["--method", "unipc", "--steps", 10]
     second = ["--low-res", low / "samples.npz", "--shard-size", 2, "--seed", 3, "--steps", "ddim5"]
     result = sample(capsys, small, "--out", both, *first, "--upsample", large, "--upsample-steps", "ddim5")
     sample(capsys, small, "--out", low, *first)

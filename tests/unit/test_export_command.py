@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bundles import CLASSIFIER, UNET, network, pipeline
 
 from admtrt.cli import run
+from admtrt.commands.checkpoints import recommended_sampler
 from admtrt.config import ClassifierConfig, UNetConfig
 from admtrt.errors import CheckpointError, ConfigError
 from admtrt.export.pack import bundle_from_checkpoints
-from admtrt.models.checkpoint import save_checkpoint
+from admtrt.models.checkpoint import CheckpointConfig, save_checkpoint
 from admtrt.schedule.sampler import SamplerConfig
 
 HEADS = {
@@ -67,6 +69,31 @@ def test_the_recommendation_is_shown_whole() -> None:
     assert manifest.model_copy(update={"sampler": chosen}).recommendation == (
         "ddim, steps 1000, scale 1.5 at noise levels from 0.3 to 3, eta 0.5, x_0 not clipped"
     )
+
+
+EDM = {"kind": "edm", "boundary": False}
+
+
+@pytest.mark.parametrize(
+    ("process", "choices", "expected"),
+    [
+        ({}, {}, ("ddpm", "250", None)),
+        ({}, {"method": "auto"}, ("dpmpp", "10", "logsnr")),
+        ({}, {"method": "auto", "steps": "20", "grid": "karras"}, ("dpmpp", "20", "karras")),
+        (EDM, {"method": "auto"}, ("heun", "35", None)),
+        (EDM | {"boundary": True}, {"method": "auto"}, ("consistency", "2", None)),
+    ],
+)
+def test_the_measured_recommendation(
+    process: dict[str, Any], choices: dict[str, Any], expected: tuple[str, str, str | None]
+) -> None:
+    """Scale and bound stay the checkpoint's."""
+    sampler = {"scale": 0.0, "clip": False}
+    unet = UNET.to_dict() | {"learn_sigma": not process}
+    described = {"kind": "unet", "unet": unet, "diffusion": process, "sampler": sampler}
+    found = recommended_sampler(CheckpointConfig.from_dict(described), choices)
+    assert (found.method, found.steps, found.grid) == expected
+    assert (found.scale, found.clip) == (0.0, False)
 
 
 @pytest.mark.parametrize(("name", "guided"), [("guided", True), ("upsampler", False)])

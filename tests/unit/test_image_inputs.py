@@ -259,6 +259,15 @@ def test_slerp_of_states_without_an_angle_is_a_straight_line(factor: float) -> N
     np.testing.assert_allclose(way[1], (1 + factor) / 2 * a, rtol=0, atol=1e-6)
 
 
+def test_latents_of_seeds_are_where_they_begin() -> None:
+    given = pipeline("guided")
+    latents = Latents.of_seeds([7, 2, 3], given.bundle.manifest.network)
+    expected = given(LABELS, [7, 2, 3], method="ddim", steps="4").x
+    np.testing.assert_array_equal(given(LABELS, latents=latents, method="ddim", steps="4").x, expected)
+    with pytest.raises(RequestError, match="seed"):
+        Latents.of_seeds([-1], given.bundle.manifest.network)
+
+
 def test_between_latents() -> None:
     latents = Latents(initial_noise([1, 2, 3], (1, 8, 8)), labels=np.array([4, 4, 5]))
     assert latents.between(0, 1, 4).labels.tolist() == [4] * 4

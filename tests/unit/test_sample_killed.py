@@ -23,8 +23,8 @@ COUNT = 120  # long enough for a signal to arrive while it runs, on a fast machi
 
 def command(bundle: Path, out: Path) -> list[str]:
     options = {
-        "--out": out, "--num": COUNT, "--seed": 5, "--steps": "20", "--scale": 3.0, "--shard-size": SHARD,
-        "--batch-size": 3, "--threads": 1, "--format": "npz",
+        "--out": out, "--num": COUNT, "--seed": 5, "--method": "unipc", "--steps": 10, "--scale": 3.0,
+        "--shard-size": SHARD, "--batch-size": 3, "--threads": 1, "--format": "npz",
     }  # fmt: skip
     flat = [str(part) for pair in options.items() for part in pair]
     return [sys.executable, "-m", "admtrt", "sample", str(bundle), *flat, "--format", "png", "--json"]

@@ -33,7 +33,8 @@ _LEVELS = 40
     processes=("edm",),
     options={"levels": None, "levels_of": _LEVELS, "threshold": "static"},
     narrower={"threshold": ("static",)},
-    default_steps="2",
+    default_steps="2",  # table 1 of the paper
+    own_of="consistency",
 )
 def consistency(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
     """Rows of a consistency model's sampler."""

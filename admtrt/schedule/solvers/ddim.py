@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     "ddim",
     source="Dhariwal & Nichol 2021, Algorithm 2",
     steps="respacing",
+    implied_by="ddim",
     default_steps="25",
     options={"eta": 0.0, "direction": "clipped", "threshold": "static", "threshold_max": None},
 )

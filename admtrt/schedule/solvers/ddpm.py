@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     source="Dhariwal & Nichol 2021, Algorithm 1",
     steps="respacing",
     default_steps="250",
+    implied_by="",
     options={"threshold": "static", "threshold_max": None},
 )
 def ddpm(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:

@@ -49,14 +49,15 @@ _INNER_GRIDS = ("time_uniform", "logsnr", "quadratic", "karras")
 )  # fmt: skip
 def dpmpp(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
     """Rows of DPM-Solver++."""
+    from admtrt.schedule.multistep import multistep_rows
     from admtrt.schedule.rows import RowBuilder
 
     _check(sampler)
+    if sampler.option("form") == "multi":
+        weights = _sde_weights if sampler.option("sde") else _weights
+        return multistep_rows(levels, sampler, start, weights)
     builder = RowBuilder(levels)
-    if sampler.option("form") == "single":
-        first = _single(levels, sampler, start, builder)
-    else:
-        first = _multi(levels, sampler, start, builder)
+    first = _single(levels, sampler, start, builder)
     return builder.rows(init_scale=levels.start_scale(first, start))
 
 
@@ -70,26 +71,6 @@ def _check(sampler: SamplerConfig) -> None:
         )
     if single and order == 1:
         raise RequestError("order 1 has no singlestep form", hint="Leave out --form, or use order 2 or 3.")
-
-
-def _multi(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, builder: RowBuilder) -> Level:
-    from admtrt.schedule.grid import check_distinct
-    from admtrt.schedule.multistep import orders_of, steps_of
-
-    passed, last = steps_of(levels, sampler, start)
-    check_distinct(passed, sampler)
-    weights = _sde_weights if sampler.option("sde") else _weights
-    orders = orders_of(sampler, len(passed) - 1, to_zero=passed[-1] is None)
-    first = passed[0]
-    visited: list[Level] = []
-    for (level, to), order in zip(pairwise(passed), orders, strict=True):
-        assert level is not None  # only the last may be the image
-        visited.insert(0, level)
-        builder.add(level, to, {"x0": 1.0} if to is None else weights(visited, to, order))
-    if last is not None:
-        builder.add(last, None, {"x0": 1.0})
-    assert first is not None
-    return first
 
 
 def _weights(visited: Sequence[Level], to: Level, order: int) -> dict[str, float]:

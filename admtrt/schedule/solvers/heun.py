@@ -31,7 +31,15 @@ _SOURCE = "Karras et al. 2022, arXiv 2206.00364, Algorithm 2"
 _MOST_CHURN = math.sqrt(2) - 1  # of a step, as published
 
 
-@solver("heun", source=_SOURCE, processes=("discrete", "edm"), options=_OPTIONS, default_steps="25")
+@solver(
+    "heun",
+    source=_SOURCE,
+    processes=("discrete", "edm"),
+    options=_OPTIONS,
+    default_steps="25",
+    edm_steps="35",  # 18 levels, as Karras et al. 2022
+    own_of="diffusion",
+)
 def heun(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
     """Rows of Heun's method: two a step, one for a step to the image."""
     from admtrt.schedule.grid import evaluations

@@ -11,12 +11,15 @@ from admtrt.schedule.options import OPTIONS
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from admtrt.config import EdmConfig
     from admtrt.schedule.levels import Level, NoiseLevels
     from admtrt.schedule.rows import Rows
     from admtrt.schedule.sampler import SamplerConfig
 
 Kind = Literal["discrete", "edm"]
 Steps = Literal["respacing", "evaluations"]
+EdmNetwork = Literal["diffusion", "consistency"]
+"""Of kind ``edm``: a diffusion model, or one that is held to the boundary of consistency models."""
 
 
 class RowsOf(Protocol):
@@ -47,9 +50,12 @@ class Solver:
         narrower: the values of an option that it takes, where those are not all.
         processes: kinds of process that it samples.
         steps: what a number of steps means: a respacing, in which the networks run once a step, or a number
-            of
-            evaluations of the networks.
+            of evaluations of the networks.
         default_steps: where a sampler comes from another method without a number of steps that fits.
+        edm_steps: the same of networks of kind ``edm``, where it is another.
+        own_of: networks of kind ``edm`` whose own method it is.
+        implied_by: how steps begin that imply it where they come without a method, to a discrete process; the
+            longest such beginning counts. None where no steps do.
         source: of its equations.
     """
 
@@ -61,6 +67,9 @@ class Solver:
     processes: tuple[Kind, ...] = ("discrete",)
     steps: Steps = "evaluations"
     default_steps: str = "10"
+    edm_steps: str | None = None
+    own_of: EdmNetwork | None = None
+    implied_by: str | None = None
 
 
 AUTO = "auto"
@@ -93,6 +102,20 @@ def solver_named(name: str) -> Solver:
     nearest = f"; did you mean '{near[0]}'?" if near else ""
     shown = name if len(name) <= 60 else f"{name[:57]}..."
     raise ValueError(f"'{shown}' is unknown; expected one of {', '.join(SOLVERS)}{nearest}")
+
+
+def own_solver(process: EdmConfig) -> Solver:
+    """The method that networks of kind ``edm`` are made for."""
+    network: EdmNetwork = "consistency" if process.boundary else "diffusion"
+    (own,) = (one for one in SOLVERS.values() if one.own_of == network)
+    return own
+
+
+def implied_solver(steps: str) -> Solver:
+    """The method of steps that are given without one, to a discrete process."""
+    begins = steps.strip().startswith
+    implied = {one.implied_by: one for one in SOLVERS.values() if one.implied_by is not None}
+    return implied[max(filter(begins, implied), key=len)]
 
 
 def takers(option: str) -> str:
