@@ -108,7 +108,7 @@ def test_every_solver(scheduler: dict[str, Any], tmp_path: Path) -> None:
     assert run(["verify", str(bundle), "--unet", str(folder), "--steps", "5", "--all-solvers"]) == 0
 
 
-@pytest.mark.parametrize("form", ["cpu", "engine"])
+@pytest.mark.parametrize("form", ["cpu", pytest.param("engine", marks=pytest.mark.slow)])
 def test_gradient_of_a_classifier_with_the_same_options(form: str) -> None:
     """Its odd size is rounded down where zeros stand behind the image alone."""
     config = ClassifierConfig(
