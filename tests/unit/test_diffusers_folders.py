@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,12 +14,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers_goldens import META
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from admtrt.cli import run
 from admtrt.config import EdmConfig
 from admtrt.errors import CheckpointError, OutputError
 from admtrt.models.checkpoint import build_network, convert_checkpoint, identify, open_checkpoint
+from admtrt.models.diffusers import network as network_module
+from admtrt.models.diffusers import scheduler as scheduler_module
 from admtrt.models.diffusers.keys import adm_tensors
 from admtrt.models.diffusers.network import read_network
 from admtrt.models.diffusers.scheduler import read_scheduler
@@ -362,7 +367,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (SCHEDULER, {"brand_new": 3}, "brand_new is 3"),
     (SCHEDULER, {"_class_name": "CMStochasticIterativeScheduler"}, "variance_type is 'learned_range'; "),
     ("model_index.json", {"vqvae": ["diffusers", "VQModel"]}, "vqvae is 'VQModel'"),
-    ("model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}, "unet is 'UNet2DConditionModel'"),
+    ("model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}, "unet is ['diffusers', 'UNet2DC"),
+    ("model_index.json", {"unet": "UNet2DModel"}, "unet is 'UNet2DModel'; expected a UNet2DModel"),
+    ("model_index.json", {"unet": None}, "unet is null"),
 ]  # fmt: skip
 
 
@@ -372,6 +379,30 @@ def test_refused_options(file: str, values: dict[str, Any], expected: str, folde
     found = refusal(folder)
     assert expected in found
     assert str(folder / file) in found
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["linear", "DownBlock2D", "AttnUpBlock2D", "DDIMScheduler", "learned_range"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@given(data=st.data())
+def test_any_value_is_taken_or_refused(data: st.DataObject) -> None:
+    """No content of the two files is more than an error of ours."""
+    network = META["networks"][NAME]["config"] | {"_class_name": "UNet2DModel"}
+    scheduler = dict.fromkeys([*network_module._DEFAULTS, *scheduler_module._DEFAULTS, "_class_name", "new"])
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(scheduler)), ANYTHING, max_size=3))
+    config = read_network(Path("c.json"), network, ()).config
+    for read in (
+        lambda: read_network(Path("c.json"), network | changes, ()),
+        lambda: read_scheduler(Path("s.json"), changes, config),
+        lambda: read_scheduler(Path("s.json"), {"variance_type": "learned_range"} | changes, config),
+    ):
+        with contextlib.suppress(CheckpointError):
+            read()
 
 
 def spoil_tensor(change_tensors: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
