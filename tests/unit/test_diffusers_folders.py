@@ -490,6 +490,15 @@ def test_consistency_models(tmp_path: Path) -> None:
     assert "s_noise is 1.1; ADM has 1.0 alone" in refusal(tmp_path / "folder")
 
 
+def test_engines_take_no_low_quantile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.5}
+    changes = {"sample_size": 64, "in_channels": 3, "out_channels": 3}
+    folder = goldens.write_tiny(tmp_path / "folder", scheduler=said, **changes)
+    assert run(["export", str(folder), "--out", str(tmp_path / "bundle"), "--engine", "fp16"]) == 2
+    assert "takes the largest 6145 of 12288 values; engines take at most 3840" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_latent_models_are_refused_from_inside(folder: Path) -> None:
     change(folder, "model_index.json", vqvae=["diffusers", "VQModel"])
     with pytest.raises(CheckpointError, match="vqvae is 'VQModel'"):
