@@ -490,6 +490,15 @@ def test_consistency_models(tmp_path: Path) -> None:
     assert "s_noise is 1.1; ADM has 1.0 alone" in refusal(tmp_path / "folder")
 
 
+def test_inspect_shows_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert_checkpoint(open_checkpoint(folder), tmp_path / "a.safetensors", opened(folder))
+    assert run(["inspect", str(tmp_path / "a.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["unet"]["norm_groups"] == 8
+    save_file(dict(open_checkpoint(folder).tensors), tmp_path / "b.safetensors")
+    assert run(["inspect", str(tmp_path / "b.safetensors")]) == 2
+    assert "admtrt convert CHECKPOINT unet.safetensors --set KEY=VALUE" in capsys.readouterr().err
+
+
 def test_engines_take_no_low_quantile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.5}
     changes = {"sample_size": 64, "in_channels": 3, "out_channels": 3}
