@@ -6,11 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 from admtrt.commands.requirements import require
 from admtrt.console import table
+from admtrt.errors import CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from admtrt.console import Output
+    from admtrt.presets import Kind
 
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 _CONFIGS = ("unet/config.json", "config.json")
@@ -35,9 +37,14 @@ def show_checkpoint(path: Path, output: Output) -> None:
 
     stored = open_checkpoint(path)
     notes: list[str] = []
-    found = identify_checkpoint(
-        stored, kinds=("unet", "upsampler", "classifier"), description=Description(), note=notes.append
-    )
+    kinds: tuple[Kind, ...] = ("unet", "upsampler", "classifier")
+    try:
+        found = identify_checkpoint(stored, kinds=kinds, description=Description(), note=notes.append)
+    except CheckpointError as error:
+        if stored.embedded is not None:
+            raise
+        hint = "Say what it is, and keep it: admtrt convert CHECKPOINT unet.safetensors --set KEY=VALUE"
+        raise CheckpointError(error.message, hint=hint) from None
     for note in notes:
         output.note(note)
     parameters = sum(value.numel() for value in stored.tensors.values())

@@ -24,7 +24,7 @@ from admtrt.contract import (
     largest_values,
     threshold_quantile,
 )
-from admtrt.errors import ExportError
+from admtrt.errors import ExportError, RequestError
 from admtrt.export.check import check_graph, rtx_parser_errors
 from admtrt.export.cpu_form import cpu_form
 from admtrt.export.engine_form import engine_form
@@ -35,7 +35,7 @@ from admtrt.export.graphs import (
     unet_vector_jacobian_graph,
 )
 from admtrt.export.precision import DEFAULT_ISLANDS, Island, lower
-from admtrt.export.small_graphs import FOR_ENGINES, SMALL_GRAPHS, threshold_graph
+from admtrt.export.small_graphs import FOR_ENGINES, SMALL_GRAPHS
 from admtrt.export.write import write_graph
 from admtrt.models.classifier import Classifier
 from admtrt.models.pair import check_pair, in_units_of
@@ -87,6 +87,7 @@ def bundle_from_checkpoints(
         CheckpointError: if the two networks do not fit together.
         ExportError: if a graph fails a check.
         OutputError: if the place is taken or cannot be written.
+        RequestError: if engines do not take a graph that is asked for.
     """
     assert isinstance(unet.module, UNet)
     generator = unet.module
@@ -104,7 +105,7 @@ def bundle_from_checkpoints(
     quantile = threshold_quantile(generator.config, unet.config.threshold_quantile)
     values = math.prod(event_shape(generator.config))
     if engines and largest_values(values, quantile) > MOST_TOP_K:
-        raise ExportError(
+        raise RequestError(
             f"the quantile {quantile:g} of dynamic thresholds takes the largest "
             f"{largest_values(values, quantile)} of {values} values; engines take at most {MOST_TOP_K}",
             hint="Export without --engine.",
@@ -156,13 +157,10 @@ def _forms(
     quantile: float,
 ) -> Iterator[tuple[Precision | None, ir.Model]]:
     """The form of a graph for CPUs, with None, then that for engines in each precision."""
-    if name == "threshold":
-        yield None, cpu_form(threshold_graph(unet.config, quantile))
-        yield from ((precision, engine_form(threshold_graph(unet.config, quantile))) for precision in engines)
-        return
     if name in SMALL_GRAPHS:  # x itself is never rounded
-        yield None, cpu_form(SMALL_GRAPHS[name](unet.config))
-        yield from ((precision, engine_form(FOR_ENGINES[name](unet.config))) for precision in engines)
+        own = {"quantile": quantile} if name == "threshold" else {}
+        yield None, cpu_form(SMALL_GRAPHS[name](unet.config, **own))
+        yield from ((precision, engine_form(FOR_ENGINES[name](unet.config, **own))) for precision in engines)
         return
     captured = {_FOR_CPUS: _graph(name, unet, classifier, _FOR_CPUS)}
     yield None, cpu_form(captured[_FOR_CPUS])

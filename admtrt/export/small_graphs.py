@@ -264,15 +264,15 @@ def _renoised(write: _Writer) -> tuple[ir.Value, ir.Value]:
     return state, write.op("Sub", noised, state)
 
 
-SMALL_GRAPHS: Mapping[GraphName, Callable[[UNetConfig], ir.Model]] = {
+SMALL_GRAPHS: Mapping[GraphName, Callable[..., ir.Model]] = {
     "update": update_graph,
     "update_full": update_full_graph,
     "threshold": threshold_graph,
     "edit": edit_graph,
     "edit_low_pass": edit_low_pass_graph,
 }
-"""The makers of the small graphs, by name."""
-FOR_ENGINES: Mapping[GraphName, Callable[[UNetConfig], ir.Model]] = {
+"""The makers of the small graphs from a network's configuration, by name."""
+FOR_ENGINES: Mapping[GraphName, Callable[..., ir.Model]] = {
     **SMALL_GRAPHS,
     "edit_low_pass": functools.partial(edit_low_pass_graph, products=False),
 }

@@ -191,9 +191,9 @@ def with_choices(
     """A recommended sampler with each choice that is not None in place of its own.
 
     On a discrete process, plain ``steps`` imply a method: ``ddim`` for "ddimN", else ``ddpm``; diffusers'
-    spacings leave a recommended method that respaces. The method :data:`AUTO` keeps the recommended one. A method other than
-    the recommended one begins with its own defaults, and with its own number of steps where the recommended
-    ones mean something else to it.
+    spacings leave a recommended method that respaces. The method :data:`AUTO` keeps the recommended one. A
+    method other than the recommended one begins with its own defaults, and with its own number of steps
+    where the recommended ones mean something else to it.
 
     Raises:
         ConfigError: if the result is impossible.
@@ -202,8 +202,8 @@ def with_choices(
     if "steps" in chosen:
         chosen["steps"] = str(chosen["steps"])
     if "method" not in chosen and "steps" in chosen and not isinstance(process, EdmConfig):
-        kept = is_spacing(chosen["steps"]) and solver_named(sampler.method).steps == "respacing"
-        chosen["method"] = sampler.method if kept else implied_solver(chosen["steps"]).name
+        stays = is_spacing(chosen["steps"]) and solver_named(sampler.method).steps == "respacing"
+        chosen["method"] = sampler.method if stays else implied_solver(chosen["steps"]).name
     if chosen.get("method") == AUTO:
         del chosen["method"]
     kept = sampler.to_dict()

@@ -108,7 +108,20 @@ def test_every_solver(scheduler: dict[str, Any], tmp_path: Path) -> None:
     assert run(["verify", str(bundle), "--unet", str(folder), "--steps", "5", "--all-solvers"]) == 0
 
 
-@pytest.mark.parametrize("form", ["cpu", "engine"])
+@pytest.mark.slow
+def test_consistency_model(tmp_path: Path) -> None:
+    folder = goldens.write_tiny(
+        tmp_path / "folder", scheduler={"_class_name": "CMStochasticIterativeScheduler"}
+    )
+    bundle = str(tmp_path / "bundle")
+    assert run(["export", str(folder), "--out", bundle]) == 0
+    assert run(["verify", bundle, "--unet", str(folder)]) == 0
+    for steps in ("1", "2"):
+        out = str(tmp_path / steps)
+        assert run(["sample", bundle, "--out", out, "--num", "2", "--steps", steps]) == 0
+
+
+@pytest.mark.parametrize("form", ["cpu", pytest.param("engine", marks=pytest.mark.slow)])
 def test_gradient_of_a_classifier_with_the_same_options(form: str) -> None:
     """Its odd size is rounded down where zeros stand behind the image alone."""
     config = ClassifierConfig(

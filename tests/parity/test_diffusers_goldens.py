@@ -47,6 +47,10 @@ OF_OURS = [
 """Whose steps lead to the next timestep of the list."""
 
 
+QUICK = ("ddpm.threshold", "ddim.clipped", "ddim.linspace", "ddim.zero_snr")
+"""Of the default tests in float64; in float32 all are."""
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("folders")
@@ -92,7 +96,10 @@ def float64_network(path: Path) -> UNet:
     return goldens.in_float64(goldens.load(path)[0])
 
 
-@pytest.mark.parametrize("name", TRAJECTORIES)
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in TRAJECTORIES],
+)
 def test_rows_in_float64(name: str, folders: Path) -> None:
     process, sampler, quantile = goldens.process_and_sampler(name)
     unet = float64_network(folders / TRAJECTORIES[name]["network"])
@@ -171,7 +178,9 @@ def bundle(folder: Path, quantile: float | None) -> Bundle:
     return bundle_from_checkpoints(LoadedNetwork(unet, described), None, path)
 
 
-def compare_graphs(network: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("network", NETWORKS)
+def test_graphs(network: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     x, t, y = goldens.inputs_of(network)
     feeds = {"x": x.numpy(), "t": t.numpy()} | ({} if y is None else {"y": y.numpy()})
     for backend in ("onnxruntime", "openvino"):
@@ -185,13 +194,3 @@ def compare_graphs(network: str, folders: Path, monkeypatch: pytest.MonkeyPatch)
             if quantile is not None:
                 own = open_denoiser(bundle(folders / network, quantile), backend, threads=1)
                 draw([name], own, monkeypatch)
-
-
-def test_graphs_of_cifar(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare_graphs("cifar", folders, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("network", [name for name in NETWORKS if name != "cifar"])
-def test_graphs(network: str, folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare_graphs(network, folders, monkeypatch)

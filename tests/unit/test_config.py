@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, UNetConfig
+from admtrt.config import ClassifierConfig, Config, DiffusionConfig, EdmConfig, UNetConfig
 from admtrt.config_files import load_config, save_config
 from admtrt.errors import ConfigError, OutputError
 from admtrt.run_config import DataConfig, RunConfig, TrainingConfig
@@ -494,3 +494,8 @@ def test_newer_options_are_written_where_they_are_not_the_defaults() -> None:
     scaled = DiffusionConfig.from_dict(BETAS | {"mean_type": "v", "zero_terminal_snr": True, "steps": 10})
     assert DiffusionConfig.from_dict(scaled.to_dict()) == scaled
     assert scaled.to_dict()["beta_end"] == 0.02
+
+
+def test_no_name_is_both_a_network_s_and_a_process_s() -> None:
+    networks = UNetConfig.model_fields.keys() | ClassifierConfig.model_fields.keys()
+    assert not networks & (DiffusionConfig.model_fields.keys() | EdmConfig.model_fields.keys())

@@ -20,6 +20,7 @@ UNET = {
     "attention_resolutions": [4],
     "num_head_channels": 16,
 }
+ENDS = {"beta_start": 1e-4, "beta_end": 0.02}
 RUN = {"data": {"source": "digits", "image_size": 8}, "unet": UNET}
 
 
@@ -41,6 +42,9 @@ def backbones(draw: st.DrawFn) -> dict[str, Any]:
         "num_heads": draw(st.sampled_from([1, 2, 4])),
         "num_head_channels": draw(st.sampled_from([None, 8, 16])),
         "dropout": draw(fractions()),
+        "frequency_shift": draw(st.sampled_from([0, 1])),
+        "norm_eps": draw(st.sampled_from([1e-6, 1e-5, 0.1])),
+        "norm_groups": draw(st.sampled_from([8, 16, 32])),
         **draw(
             st.fixed_dictionaries(
                 {
@@ -99,6 +103,8 @@ def runs(draw: st.DrawFn) -> RunConfig:
             },
             "diffusion": {
                 "steps": draw(st.integers(21, 10**6)),
+                **draw(st.sampled_from([{}, ENDS, {"schedule": "sigmoid", **ENDS}, {"schedule": "cosine"}])),
+                **draw(st.sampled_from([{}, {"mean_type": "v", "zero_terminal_snr": True}])),
                 "variance_type": draw(
                     st.sampled_from(
                         ["learned", "learned_range"] if learned else ["fixed_small", "fixed_large"]
@@ -109,6 +115,7 @@ def runs(draw: st.DrawFn) -> RunConfig:
                 "method": "ddpm" if eta is None else "ddim",
                 "eta": eta or 0.0,
                 "scale": draw(st.floats(-1e6, 1e6)),
+                "clip": draw(st.booleans() | st.floats(0.01, 9)),
                 "steps": draw(st.text(st.characters(exclude_categories=["Cs"]), max_size=10)),
             },
             **{f"train_{name}": draw(training) for name in networks},

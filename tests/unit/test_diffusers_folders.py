@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable
@@ -13,12 +14,16 @@ import numpy as np
 import pytest
 import torch
 from diffusers_goldens import META
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from admtrt.cli import run
 from admtrt.config import EdmConfig
 from admtrt.errors import CheckpointError, OutputError
 from admtrt.models.checkpoint import build_network, convert_checkpoint, identify, open_checkpoint
+from admtrt.models.diffusers import network as network_module
+from admtrt.models.diffusers import scheduler as scheduler_module
 from admtrt.models.diffusers.keys import adm_tensors
 from admtrt.models.diffusers.network import read_network
 from admtrt.models.diffusers.scheduler import read_scheduler
@@ -362,7 +367,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (SCHEDULER, {"brand_new": 3}, "brand_new is 3"),
     (SCHEDULER, {"_class_name": "CMStochasticIterativeScheduler"}, "variance_type is 'learned_range'; "),
     ("model_index.json", {"vqvae": ["diffusers", "VQModel"]}, "vqvae is 'VQModel'"),
-    ("model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}, "unet is 'UNet2DConditionModel'"),
+    ("model_index.json", {"unet": ["diffusers", "UNet2DConditionModel"]}, "unet is ['diffusers', 'UNet2DC"),
+    ("model_index.json", {"unet": "UNet2DModel"}, "unet is 'UNet2DModel'; expected a UNet2DModel"),
+    ("model_index.json", {"unet": None}, "unet is null"),
 ]  # fmt: skip
 
 
@@ -372,6 +379,30 @@ def test_refused_options(file: str, values: dict[str, Any], expected: str, folde
     found = refusal(folder)
     assert expected in found
     assert str(folder / file) in found
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["linear", "DownBlock2D", "AttnUpBlock2D", "DDIMScheduler", "learned_range"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=5,
+)  # fmt: skip
+
+
+@given(data=st.data())
+def test_any_value_is_taken_or_refused(data: st.DataObject) -> None:
+    """No content of the two files is more than an error of ours."""
+    network = META["networks"][NAME]["config"] | {"_class_name": "UNet2DModel"}
+    scheduler = dict.fromkeys([*network_module._DEFAULTS, *scheduler_module._DEFAULTS, "_class_name", "new"])
+    changes = data.draw(st.dictionaries(st.sampled_from(sorted(scheduler)), ANYTHING, max_size=3))
+    config = read_network(Path("c.json"), network, ()).config
+    for read in (
+        lambda: read_network(Path("c.json"), network | changes, ()),
+        lambda: read_scheduler(Path("s.json"), changes, config),
+        lambda: read_scheduler(Path("s.json"), {"variance_type": "learned_range"} | changes, config),
+    ):
+        with contextlib.suppress(CheckpointError):
+            read()
 
 
 def spoil_tensor(change_tensors: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
@@ -457,6 +488,24 @@ def test_consistency_models(tmp_path: Path) -> None:
     assert config.sampler == SamplerConfig.from_dict(expected)
     change(tmp_path / "folder", SCHEDULER, s_noise=1.1)
     assert "s_noise is 1.1; ADM has 1.0 alone" in refusal(tmp_path / "folder")
+
+
+def test_inspect_shows_files(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    convert_checkpoint(open_checkpoint(folder), tmp_path / "a.safetensors", opened(folder))
+    assert run(["inspect", str(tmp_path / "a.safetensors"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["config"]["unet"]["norm_groups"] == 8
+    save_file(dict(open_checkpoint(folder).tensors), tmp_path / "b.safetensors")
+    assert run(["inspect", str(tmp_path / "b.safetensors")]) == 2
+    assert "admtrt convert CHECKPOINT unet.safetensors --set KEY=VALUE" in capsys.readouterr().err
+
+
+def test_engines_take_no_low_quantile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = {"thresholding": True, "sample_max_value": 1.5, "dynamic_thresholding_ratio": 0.5}
+    changes = {"sample_size": 64, "in_channels": 3, "out_channels": 3}
+    folder = goldens.write_tiny(tmp_path / "folder", scheduler=said, **changes)
+    assert run(["export", str(folder), "--out", str(tmp_path / "bundle"), "--engine", "fp16"]) == 2
+    assert "takes the largest 6145 of 12288 values; engines take at most 3840" in capsys.readouterr().err
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_latent_models_are_refused_from_inside(folder: Path) -> None:

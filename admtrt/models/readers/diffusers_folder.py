@@ -138,19 +138,16 @@ def _check_pipeline(root: Path, own: str | None, path: Path) -> None:
         name = "unet"
     if file.parent != path and name not in index:
         return  # of something else
+    unet = index.get(name)
+    if not isinstance(unet, list) or unet[-1:] != [CLASS]:
+        raise CheckpointError(f"{file}: {name} is {shown(unet)}; expected a {CLASS}")
     for part, value in index.items():
-        if part.startswith("_") or not isinstance(value, list) or value in ([None, None], []):
-            continue
-        if part == name:
-            if value[-1] != CLASS:
-                raise CheckpointError(f"{file}: {part} is {shown(value[-1])}; expected {CLASS}")
-        elif part != "scheduler":
+        used = isinstance(value, list) and any(one is not None for one in value)
+        if used and part not in (name, "scheduler") and not part.startswith("_"):
             raise CheckpointError(
                 f"{file}: {part} is {shown(value[-1])}; where a pipeline has more than unet and scheduler, "
                 "the unet alone makes no images"
             )
-    if name not in index:
-        raise CheckpointError(f"{file} has no unet")
 
 
 def _scheduler_file(path: Path, folder: Path) -> Path:
