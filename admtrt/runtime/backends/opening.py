@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from admtrt.contract import FURTHER, precision_named
+from admtrt.contract import precision_named
 from admtrt.errors import BundleError, RequestError
 from admtrt.runtime.backends.auto import open_fastest
 from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
@@ -62,7 +62,7 @@ def open_denoiser(
         raise RequestError(f"batch_size is {batch_size}; expected at least 1")
     _check_path(bundle)
     if graphs is None:
-        graphs = [name for name in bundle.manifest.graphs if name not in FURTHER]
+        graphs = bundle.manifest.sampled_graphs
     if backend == AUTO:
         return open_fastest(
             bundle,
