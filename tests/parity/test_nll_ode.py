@@ -27,6 +27,7 @@ from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.schedule.levels import levels_of
 from admtrt.verify.nll_ode import BIN, evaluate_flow, uniform
 from admtrt.verify.ode import integrate
+from admtrt.verify.stages import verify_bundle
 
 RNG = np.random.default_rng(5)
 COUNT = 4
@@ -212,6 +213,14 @@ def test_sampling_leaves_the_further_graph_alone(bundle: Path) -> None:
     changed["graphs"]["unet_vector_jacobian"]["spec"]["inputs"].pop()
     with pytest.raises(ConfigError, match="'unet_vector_jacobian' declares other inputs"):
         Manifest.from_dict(changed)
+
+
+def test_verify_compares_the_further_graph(bundle: Path) -> None:
+    config = UNetConfig.from_dict(UNET.to_dict() | {"num_classes": 4, "low_res_size": 4})
+    report = verify_bundle(Bundle.open(bundle), network(config), None, steps=2)
+    rows = {row.what: row for row in report.rows if "unet_vector_jacobian" in row.what}
+    assert set(rows) == {"unet_vector_jacobian: grad", "unet_vector_jacobian: out"}
+    assert all(row.status == "pass" for row in rows.values())
 
 
 def test_what_the_command_refuses(
