@@ -28,7 +28,15 @@ from admtrt.config import (
     UNetConfig,
     later,
 )
-from admtrt.contract import GraphName, GraphSpec, Precision, bundle_specs, event_shape, further_specs
+from admtrt.contract import (
+    FURTHER,
+    GraphName,
+    GraphSpec,
+    Precision,
+    bundle_specs,
+    event_shape,
+    further_specs,
+)
 from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import atomic_directory, sha256_of
 from admtrt.memo import Memo
@@ -96,6 +104,11 @@ class Manifest(Config):
         if self.network.classes is not None:
             return self.network.classes
         return None if self.classifier is None else self.classifier.num_classes
+
+    @property
+    def sampled_graphs(self) -> tuple[GraphName, ...]:
+        """The graphs that sampling may run: all but :data:`admtrt.contract.FURTHER`."""
+        return tuple(name for name in self.graphs if name not in FURTHER)
 
     def discrete(self, what: str) -> DiffusionConfig:
         """The process, for what needs the timesteps of a discrete one.

@@ -79,7 +79,7 @@ class PlainDenoiser(GraphDenoiser):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         small: dict[GraphName, Path] = {
-            name: bundle.graph_path(name) for name in bundle.manifest.graphs if name not in NETWORKS
+            name: bundle.graph_path(name) for name in bundle.manifest.sampled_graphs if name not in NETWORKS
         }
         paths = {**small, **exported.paths}
         self.specs = {name: bundle.graph_entry(name).spec for name in paths}

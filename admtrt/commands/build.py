@@ -142,7 +142,7 @@ def _sources(bundle: Bundle, graphs: Sequence[str], precision: str) -> list[Grap
     from admtrt.contract import precision_named
     from admtrt.runtime.engines.sources import graph_source
 
-    held: list[GraphName] = list(bundle.manifest.graphs)
+    held: list[GraphName] = list(bundle.manifest.sampled_graphs)
     for name in graphs:
         if name not in held:
             raise RequestError(f"graph {name!r} is unknown; the bundle has {', '.join(held)}")

@@ -182,7 +182,13 @@ def _reference(module: nn.Module, derivative: Derivative) -> Callable[[Mapping[s
         try:
             return _differentiated(wide, widened, derivative)
         except Exception:  # or hold anything to float32
-            return _differentiated(module, rows, derivative)
+            try:
+                return _differentiated(module, rows, derivative)
+            except RuntimeError as error:  # a function without a second derivative, for instance
+                raise ExportError(
+                    f"PyTorch cannot differentiate the module: {error}",
+                    hint="There is nothing to compare with; check=False exports the graph unchecked.",
+                ) from None
 
     return result
 

@@ -50,15 +50,15 @@ class _Outputs(nn.Module):
         super().__init__()
         self.module = module
         self.scalar = scalar
-        self.alone = alone  # the scalar is all that is asked for
+        self.alone = alone and scalar is not None  # it is all that is asked for
         self.training = module.training  # it has no mode of its own
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         out: Tensor | tuple[Tensor, ...] = self.module(*inputs)
-        returned = (out,) if isinstance(out, Tensor) else tuple(out)
-        if self.scalar is None:
-            return returned
-        return (self.scalar(out, *inputs), *(() if self.alone else returned))
+        first = () if self.scalar is None else (self.scalar(out, *inputs),)
+        if self.alone:  # then what the module returns may be of any type
+            return first
+        return (*first, *((out,) if isinstance(out, Tensor) else out))
 
 
 def export_input_gradient(

@@ -66,6 +66,17 @@ class Reference:
         out: Images = self._unet(self._given(x), self._given(t), **given).numpy()
         return out
 
+    def unet_vector_jacobian(
+        self, x: Images, t: NDArray[np.float32], cotangent: Images, conditions: Mapping[str, Array]
+    ) -> Images:
+        """d sum(out * cotangent) / dx by autograd, [N, C, H, W]."""
+        given = {name: self._given(values) for name, values in conditions.items()}
+        leaf = self._given(x).requires_grad_()
+        out = self._unet(leaf, self._given(t), **given)
+        (grad,) = torch.autograd.grad(out, leaf, self._given(cotangent))
+        product: Images = grad.numpy()
+        return product
+
     def classifier_gradient(self, x: Images, t: NDArray[np.float32], y: Labels) -> Images:
         """d log p(y | x_t) / dx_t by autograd, [N, C, H, W]."""
         assert self._classifier is not None

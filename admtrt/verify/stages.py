@@ -15,6 +15,7 @@ from admtrt.images import to_uint8
 from admtrt.models.pair import in_units_of
 from admtrt.models.solvers import STEPS
 from admtrt.runtime.backends.opening import DEFAULT, open_denoiser
+from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.sampler import advance, step_inputs
 from admtrt.runtime.slots import GUIDE, conditions_for
@@ -86,10 +87,14 @@ def verify_bundle(
     seeds = list(consecutive_seeds(seed, max(BATCHES)))
     reference = Reference(unet, classifier)
     steps = _checked_steps(steps, bundle.manifest.diffusion, reference.diffusion)
+    on_cpu = backend.name in BACKENDS and BACKENDS[backend.name].device == "cpu"
+    graphs = list(bundle.manifest.graphs) if on_cpu else None  # further ones have no form for engines
     report("sessions")
     sessions = "sessions of the graphs"
     try:
-        denoiser = open_denoiser(bundle, backend.for_batches(max(BATCHES)), report=backend_report)
+        denoiser = open_denoiser(
+            bundle, backend.for_batches(max(BATCHES)), graphs=graphs, report=backend_report
+        )
     except BundleError as error:
         return VerificationReport(str(bundle.path), (Row("build", sessions, "build", detail=error.message),))
 
@@ -104,6 +109,8 @@ def verify_bundle(
     rows = [Row("build", sessions, "pass"), comparison.manifest_row()]
     report("graphs")
     rows += [*comparison.unet_rows(), *comparison.classifier_rows()]
+    if "unet_vector_jacobian" in (graphs or ()):
+        rows += comparison.unet_rows("unet_vector_jacobian")
     if isinstance(reference.diffusion, EdmConfig):
         report("trajectories")
         drift, trajectory_rows = comparison.recommended()
@@ -212,9 +219,10 @@ class _Comparison:
         ]
         return Row("manifest", "diffusion", "compare" if different else "pass", detail="; ".join(different))
 
-    def unet_rows(self) -> list[Row]:
-        """The UNet graph, over the base process."""
-        tallies = _graph_tallies("unet", "out")
+    def unet_rows(self, graph: GraphName = "unet") -> list[Row]:
+        """The UNet's graph, or that of its vector-Jacobian product, over the base process."""
+        product = graph == "unet_vector_jacobian"
+        tallies = _graph_tallies(graph, *(("grad",) if product else ()), "out")
         for shift, steps in enumerate(step_batches(len(self.base))):
             x, t = self._state(steps), self.base.t[steps]
             given = conditions_for(
@@ -224,8 +232,11 @@ class _Comparison:
                 low_res=self.inputs.low_res(len(x)),
                 guided=False,
             )["unet"]
-            expected = {"out": self.reference.unet(x, t, given)}
-            self._compare("unet", tallies, {"x": x, "t": t, **given}, expected, _places(t, given.get("y")))
+            expected, feeds = {"out": self.reference.unet(x, t, given)}, {"x": x, "t": t, **given}
+            if product:
+                feeds["cotangent"] = self.inputs.normal(*expected["out"].shape)
+                expected["grad"] = self.reference.unet_vector_jacobian(x, t, feeds["cotangent"], given)
+            self._compare(graph, tallies, feeds, expected, _places(t, given.get("y")))
         return [tally.row() for tally in tallies.values()]
 
     def classifier_rows(self) -> list[Row]:

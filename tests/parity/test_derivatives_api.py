@@ -176,6 +176,10 @@ LINEAR = nn.Linear(4, 3)
             r"Hessian of the scalar is 0 everywhere(.|\n)*SiLU",
         ),
         (export_hessian_vector, LINEAR, {"scalar": lambda out, x: out.sum(1)}, "Hessian of the scalar is 0"),
+        (
+            export_hessian_vector, LINEAR, {"scalar": lambda out, x: (out.sin() * F.hardsigmoid(out)).sum(1)},
+            r"hardsigmoid_backward is not implemented(.|\n)*check=False",
+        ),
     ],
 )  # fmt: skip
 def test_refusals(

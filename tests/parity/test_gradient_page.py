@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
 
 PAGE = Path(__file__).parents[2] / "docs" / "gradients.md"
-EXAMPLES = dict(
-    re.findall(r"^## ([^\n]+)\n(?:(?!^## ).*\n)*?```python\n(.*?)^```$", PAGE.read_text(), re.M | re.S)
-)
+SECTIONS = dict(section.split("\n", 1) for section in PAGE.read_text().split("\n## ")[1:])
+EXAMPLES = {
+    title: text.split("```python\n")[1].split("```\n")[0]
+    for title, text in SECTIONS.items()
+    if "```python" in text
+}
 
 
 def test_the_page_has_its_examples() -> None:

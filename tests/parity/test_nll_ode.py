@@ -15,16 +15,19 @@ from bundles import UNET, network
 from onnx_graphs import session
 from torch import Tensor, nn
 
+from admtrt.bundle import Bundle, Manifest
 from admtrt.cli import run
 from admtrt.config import DiffusionConfig, UNetConfig
 from admtrt.data.image_set import ImageSet
-from admtrt.errors import AdmtrtError, RequestError
+from admtrt.errors import AdmtrtError, ConfigError, RequestError
 from admtrt.export.gradient import export_vector_jacobian
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.run_config import DataConfig
+from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.schedule.levels import levels_of
 from admtrt.verify.nll_ode import BIN, evaluate_flow, uniform
 from admtrt.verify.ode import integrate
+from admtrt.verify.stages import verify_bundle
 
 RNG = np.random.default_rng(5)
 COUNT = 4
@@ -200,6 +203,24 @@ def test_the_command(bundle: Path, data: Path, capsys: pytest.CaptureFixture[str
     assert found["solver_error"] > 0
     assert run(["evaluate", "nll", *map(str, options)]) == 0
     assert "error of the solver" in capsys.readouterr().out
+
+
+def test_sampling_leaves_the_further_graph_alone(bundle: Path) -> None:
+    opened = Bundle.open(bundle)
+    assert "unet_vector_jacobian" in opened.manifest.graphs
+    assert set(open_denoiser(opened).specs) == set(opened.manifest.graphs) - {"unet_vector_jacobian"}
+    changed = opened.manifest.to_dict()
+    changed["graphs"]["unet_vector_jacobian"]["spec"]["inputs"].pop()
+    with pytest.raises(ConfigError, match="'unet_vector_jacobian' declares other inputs"):
+        Manifest.from_dict(changed)
+
+
+def test_verify_compares_the_further_graph(bundle: Path) -> None:
+    config = UNetConfig.from_dict(UNET.to_dict() | {"num_classes": 4, "low_res_size": 4})
+    report = verify_bundle(Bundle.open(bundle), network(config), None, steps=2)
+    rows = {row.what: row for row in report.rows if "unet_vector_jacobian" in row.what}
+    assert set(rows) == {"unet_vector_jacobian: grad", "unet_vector_jacobian: out"}
+    assert all(row.status == "pass" for row in rows.values())
 
 
 def test_what_the_command_refuses(

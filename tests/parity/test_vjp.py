@@ -1,15 +1,16 @@
-"""Every gradient rule against PyTorch's autograd in float64, at batch sizes that no graph was made for."""
+"""Every rule and its derivatives beside float64 autograd, at batch sizes that no graph was made for."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 import torch
 from goldens import relative_error
-from onnx_graphs import differentiated, op_types, parse, run
+from onnx_graphs import differentiated, op_types, parse, proto, run, session
 from torch.nn import functional as F
 from vjp_cases import CASES, Case
 from vjp_cases.case import VECTOR, ints, normal
@@ -17,32 +18,65 @@ from vjp_cases.graphs import value_of, weighted
 from vjp_cases.normalisation import SCORES4, attend, weights_of
 
 from admtrt.errors import ExportError
-from admtrt.export.differentiate import add_input_gradient
+from admtrt.export.differentiate import NothingToDifferentiateError, add_input_gradient
+from admtrt.export.passes import simplify
 from admtrt.export.vjp import RULES
 
-if TYPE_CHECKING:
-    pass
-
-# One operator in float32 against float64: some 10 roundings of 6e-8.
-TOLERANCE = 2e-6
+# One operator in float32 against float64: some 10 roundings of 6e-8; derivatives of derivatives have more terms.
+TOLERANCE, SECOND = 2e-6, 1e-5
 BATCHES = (1, 3)
+GRAPHS: dict[int, ir.Model] = {}
+
+
+def graph_of_gradient(case: Case) -> ir.Model:
+    """J' w of the case's y as the output ``grad``; made once."""
+    if id(case) not in GRAPHS:
+        model = GRAPHS[id(case)] = ir.serde.deserialize_model(weighted(case))
+        simplify(model)
+        add_input_gradient(model, wrt="x", of="value", name="grad")
+        onnx.checker.check_model(proto(model), full_check=True)
+    return GRAPHS[id(case)].clone()
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_rule(case: Case) -> None:
-    model = differentiated(weighted(case))
+    """J' w, and its gradients with respect to x and to w: the latter is J v, the directional derivative."""
+    graphs = {"along": graph_of_gradient(case), "product": graph_of_gradient(case)}
+    add_input_gradient(graphs["along"], wrt="w", of="grad", name="along", cotangent="v")
+    try:
+        add_input_gradient(graphs["product"], wrt="x", of="grad", name="product", cotangent="v")
+    except NothingToDifferentiateError:
+        del graphs["product"]
+    sessions = {name: session(proto(graph)) for name, graph in graphs.items()}
     for batch in BATCHES:
         x = normal(batch, *case.shape, seed=batch)
         x = np.abs(x) + np.float32(0.5) if case.positive else x
         leaf = torch.from_numpy(x).double().requires_grad_()
         y = value_of(case, leaf)
-        w = normal(*y.shape, seed=10 + batch)
-        (expected,) = torch.autograd.grad((y * torch.from_numpy(w)).sum(), leaf)
-        out = run(model, x=x, w=w)
-        assert relative_error(out["grad"], expected) <= TOLERANCE
-        np.testing.assert_allclose(
-            out["value"], (y * torch.from_numpy(w)).reshape(batch, -1).sum(1).detach(), rtol=1e-4, atol=1e-5
-        )
+        w = torch.from_numpy(normal(*y.shape, seed=10 + batch)).double().requires_grad_()
+        v = normal(*x.shape, seed=20 + batch)
+        (grad,) = torch.autograd.grad((y * w).sum(), leaf, create_graph=True)
+        found: dict[str, np.ndarray] = {}
+        for opened in sessions.values():
+            found |= run(opened, x=x, w=w.detach().float(), v=v)
+        value = (y * w).reshape(batch, -1).sum(1).detach()
+        np.testing.assert_allclose(found["value"], value, rtol=1e-4, atol=1e-5)
+        assert relative_error(found["grad"], grad.detach()) <= TOLERANCE
+        for name, wrt in (("along", w), ("product", leaf)):
+            (expected,) = torch.autograd.grad(
+                grad, wrt, torch.from_numpy(v).double(), retain_graph=True, materialize_grads=True
+            )
+            if name in found:
+                assert relative_error(found[name], expected) <= SECOND, name
+            else:
+                assert not expected.any(), "the graph has no curvature, PyTorch's function has"
+
+
+def test_what_a_rule_writes_has_a_rule() -> None:
+    """Or gives no floating-point numbers, so that no derivative passes through it."""
+    nodes = [node for case in CASES for node in graph_of_gradient(case).graph]
+    written = {node.op_type for node in nodes if node.outputs[0].dtype.is_floating_point()}
+    assert written <= set(RULES)
 
 
 @pytest.mark.parametrize(

@@ -72,6 +72,15 @@ CASES = [
         {"c": np.float32(3)},
     ),
     unary("Mish", F.mish),
+    unary("Softsign", F.softsign),
+    Case(
+        "ThresholdedRelu",
+        (3, 4),
+        "y = ThresholdedRelu <alpha = 0.3> (x)",
+        lambda x: F.threshold(x, 0.3, 0.0),
+    ),
+    Case("Sum", (3, 4), "e = Exp (x) y = Sum (x, c, e)", lambda x, c: x + c + x.exp(), {"c": VECTOR}),
+    Case("Mean", (3, 4), "e = Exp (x) y = Mean (x, c, e)", lambda x, c: (x + c + x.exp()) / 3, {"c": VECTOR}),
     Case(
         "PRelu",
         (4, 3),

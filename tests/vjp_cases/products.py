@@ -7,6 +7,19 @@ from torch.nn import functional as F
 from vjp_cases.case import MATRIX, MEAN, VECTOR, Case, ints, mean_of, normal
 
 CASES = [
+    *(
+        Case(
+            "Conv",
+            (4, 5, 6),
+            f"k = Exp (c) y = Conv <{options}> (x, k)",
+            lambda x, c, given=given: F.conv2d(x, c.exp(), **given),
+            {"c": normal(6, 4 // given.get("groups", 1), 3, 2)},
+        )
+        for options, given in (
+            ("pads = [1, 1, 1, 1]", {"padding": 1}),
+            ("strides = [2, 2], group = 2", {"stride": 2, "groups": 2}),
+        )
+    ),  # weights that are computed, though not from x
     Case("MatMul", (3, 4), "y = MatMul (x, c)", lambda x, c: x @ c, {"c": MATRIX}),
     Case("MatMul", (4, 2), "y = MatMul (c, x)", lambda x, c: c @ x, {"c": MATRIX.T.copy()}),
     Case(

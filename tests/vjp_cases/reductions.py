@@ -37,6 +37,18 @@ CASES = [
         {"axis": ints(2)},
     ),  # zeros share,
     Case("ReduceSum", (4,), "s = ReduceSum (x) y = Mul (x, s)", lambda x: x * x.sum()),
+    *(
+        Case(
+            "ReduceLogSum",
+            (3, 4),
+            f"y = ReduceLogSum <keepdims = {keep}> (x, axis)",
+            lambda x, axis, keep=bool(keep): x.sum(2, keepdim=keep).log(),
+            {"axis": ints(2)},
+            positive=True,
+        )
+        for keep in (0, 1)
+    ),
+    Case("GlobalMaxPool", (2, 3, 4), "y = GlobalMaxPool (x)", lambda x: x.amax((2, 3), keepdim=True)),
     Case("GlobalAveragePool", (2, 3, 4), "y = GlobalAveragePool (x)", lambda x: x.mean((2, 3), keepdim=True)),
     *(
         Case(

@@ -41,6 +41,15 @@ def _cast(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     return [tape.cast(only(incoming), dtype)]
 
 
+@rule("Sum", "Mean")
+def _sum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Of any number of values."""
+    g = only(incoming)
+    if node.op_type == "Mean":
+        g = tape.op("Mul", g, tape.scalar(1 / len(node.inputs), g))
+    return [tape.sum_to(g, input_of(node, index), node.outputs[0]) for index in range(len(node.inputs))]
+
+
 @rule("Add")
 def _add(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     g = only(incoming)
@@ -187,6 +196,7 @@ _unary("Asinh", lambda tape, x, y: _reciprocal_root(tape, _square_plus(tape, x, 
 _unary("Acosh", lambda tape, x, y: _reciprocal_root(tape, _square_plus(tape, x, -1.0)))
 _unary("Atanh", lambda tape, x, y: tape.op("Reciprocal", _one_minus(tape, _square(tape, x))))
 _unary("Sigmoid", lambda tape, x, y: tape.op("Mul", y, _one_minus(tape, y)))
+_unary("Softsign", lambda tape, x, y: _square(tape, _one_minus(tape, tape.op("Abs", y))))
 _unary("Tanh", lambda tape, x, y: _one_minus(tape, tape.op("Mul", y, y)))
 # exp(x - y) is the sigmoid, with all its digits far below 0: there it is the whole gradient of log p.
 _unary("Softplus", lambda tape, x, y: tape.op("Exp", tape.op("Sub", x, y)))
@@ -257,6 +267,13 @@ def _gelu_tanh_slope(tape: Tape, x: ir.Value) -> ir.Value:
 
 def _where_positive(tape: Tape, x: ir.Value, positive: ir.Value, other: ir.Value) -> ir.Value:
     return tape.op("Where", tape.op("Greater", x, tape.scalar(0.0, x)), positive, other)
+
+
+@rule("ThresholdedRelu")
+def _thresholded_relu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    x, g = input_of(node, 0), only(incoming)
+    above = tape.op("Greater", x, tape.scalar(float_attribute(node, "alpha", 1.0), x))
+    return [tape.op("Where", above, g, tape.scalar(0.0, x))]
 
 
 @rule("LeakyRelu", "PRelu")

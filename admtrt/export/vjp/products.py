@@ -10,7 +10,6 @@ import onnx_ir as ir
 from admtrt.errors import ExportError
 from admtrt.export.nodes import float_attribute, int_attribute, ints_attribute
 from admtrt.export.vjp.rule import (
-    constant_of,
     dims_of,
     input_of,
     only,
@@ -67,16 +66,17 @@ def _gemm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Conv")
 def _conv(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """The input's gradient; weights and bias must be constants.
+    """The input's gradient; weights and bias must not depend on x.
 
     Stride 1: the correlation with the flipped kernel, as a Conv. Other strides, groups, or where weights
-    are to be shared: a ConvTranspose, whose layout of the weights is the one they have.
+    are to be shared or are computed: a ConvTranspose, whose layout of the weights is the one they have.
     """
     g, x = only(incoming), input_of(node, 0)
-    refuse_active(tape, node, 2)
-    weights = constant_of(node, 1)
-    assert weights is not None
-    kernel = list(weights.shape[2:])
+    refuse_active(tape, node, 1, 2)
+    weights = input_of(node, 1).const_value
+    kernel = [size or 0 for size in dims_of(input_of(node, 1))[2:]]
+    if not all(kernel):
+        raise ExportError(f"Conv '{node.name}' has a kernel of unknown size")
     rank = len(kernel)
     _require_pads(node)
     strides, dilations = (
@@ -87,8 +87,9 @@ def _conv(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     reach = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
     others: list[ir.Value | None] = [None] * (len(node.inputs) - 1)
     flipped_pads = [r - p for r, p in zip(reach * 2, pads, strict=True)]
-    if set(strides) == {1} and group == 1 and tape.conv_backward == "flipped" and min(flipped_pads) >= 0:
-        flipped = tape.array(_flipped(weights))
+    plain = set(strides) == {1} and group == 1 and min(flipped_pads) >= 0
+    if plain and weights is not None and tape.conv_backward == "flipped":
+        flipped = tape.array(_flipped(weights.numpy()))
         return [
             tape.op(
                 "Conv",

@@ -89,12 +89,31 @@ def _reduce_squares(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients
     return [tape.op("Mul", g, x), *([None] * (len(node.inputs) - 1))]
 
 
+@rule("ReduceLogSum")
+def _reduce_log_sum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """1 / sum, to each."""
+    x = input_of(node, 0)
+    share = tape.op("Mul", only(incoming), tape.op("Exp", tape.op("Neg", node.outputs[0])))
+    back = _expand(tape, _spread(tape, node, share), x, axes_of(node))
+    return [back, *([None] * (len(node.inputs) - 1))]
+
+
 @rule("ReduceLogSumExp")
 def _reduce_log_sum_exp(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     x = input_of(node, 0)
     weights = tape.op("Exp", tape.op("Sub", x, _spread(tape, node, node.outputs[0])))
     g = _spread(tape, node, only(incoming))
     return [tape.op("Mul", weights, g), *([None] * (len(node.inputs) - 1))]
+
+
+@rule("GlobalMaxPool")
+def _global_max_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """To all that equal the largest evenly."""
+    x = input_of(node, 0)
+    assert x.dtype is not None
+    taken = tape.cast(tape.op("Equal", x, node.outputs[0]), x.dtype)
+    count = tape.op("ReduceSum", taken, tape.ints(*range(2, len(dims_of(x)))), keepdims=1)
+    return [tape.op("Mul", taken, tape.op("Div", only(incoming), count))]
 
 
 @rule("GlobalAveragePool")

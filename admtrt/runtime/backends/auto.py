@@ -118,7 +118,7 @@ def open_fastest(
 
     if guide == unet or (graphs is not None and "classifier_gradient" not in graphs):
         return opened(unet, graphs)
-    others: list[GraphName] = [name for name in bundle.manifest.graphs if name != "classifier_gradient"]
+    others = [name for name in bundle.manifest.sampled_graphs if name != "classifier_gradient"]
     return Composite(opened(unet, others), opened(guide, ["classifier_gradient"]))
 
 

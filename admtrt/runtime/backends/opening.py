@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from admtrt.contract import FURTHER
 from admtrt.errors import BundleError
 from admtrt.runtime.backends.auto import open_fastest
 from admtrt.runtime.backends.choice import AUTO, BackendChoice
@@ -44,7 +43,7 @@ def open_denoiser(
     """
     _check_path(bundle)
     if graphs is None:
-        graphs = [name for name in bundle.manifest.graphs if name not in FURTHER]
+        graphs = bundle.manifest.sampled_graphs
     if choice.name == AUTO:
         return open_fastest(bundle, choice, graphs=graphs, report=report)
     opened = BACKENDS[choice.name].open(bundle, choice, graphs=graphs)

@@ -67,7 +67,7 @@ class TensorRTDenoiser(GraphDenoiser):
         cache: Path | None = None,
     ) -> None:
         self._sources: Sources = {
-            graph: graph_source(bundle, graph, precision) for graph in bundle.manifest.graphs
+            graph: graph_source(bundle, graph, precision) for graph in bundle.manifest.sampled_graphs
         }
         libraries = find_libraries()
         self._device = CudaDevice()  # before the libraries do anything, which without a driver crash
