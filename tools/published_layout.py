@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -125,6 +125,16 @@ def write_reference(path: Path, features: Path, count: int, size: int) -> None:
     write_images(path, count, size, 1, **further)
 
 
+def make(given: argparse.Namespace, folder: Path, features: Path) -> None:
+    """Write what is not there yet."""
+    if not features.exists():
+        write_features(features, given.size)
+    if not (folder / "samples.npz").exists():
+        write_images(folder / "samples.npz", given.images, given.size, 2)
+    if not (folder / "reference.npz").exists():
+        write_reference(folder / "reference.npz", features, given.reference, given.size)
+
+
 def evaluate(folder: Path, features: Path, kills: int, longest: float) -> dict[str, Any]:
     """Run the self-check, undisturbed or after so many kills at random moments; what came of it."""
     command = [sys.executable, "-m", "admtrt", "evaluate", "samples", str(folder / "samples.npz")]
@@ -149,15 +159,18 @@ def evaluate(folder: Path, features: Path, kills: int, longest: float) -> dict[s
             process.send_signal(signal.SIGKILL)
             process.wait()
     began = time.monotonic()
-    with subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    ) as process:
-        said, complaint = process.communicate()
-    if process.returncode not in (0, 1) or not said:
-        raise SystemExit(complaint.decode())
-    # Of all children so far: those that were killed do the same, and have less.
-    memory = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    return {"document": said, "seconds": round(time.monotonic() - began, 1), "memory": memory}
+    said, complaint = folder / "stdout", folder / "stderr"
+    with said.open("wb") as stdout, complaint.open("wb") as stderr:
+        process = subprocess.Popen(command, env=environment, stdout=stdout, stderr=stderr)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, 1) or not said.stat().st_size:
+        raise SystemExit(complaint.read_text())
+    return {
+        "document": said.read_bytes(),
+        "seconds": round(time.monotonic() - began, 1),
+        "memory": 1024 * usage.ru_maxrss,
+    }
 
 
 def main() -> int:
@@ -174,12 +187,12 @@ def main() -> int:
     given = parser.parse_args()
     folder, features = given.folder, given.features or given.folder / "small.features"
     folder.mkdir(parents=True, exist_ok=True)
-    if not features.exists():
-        write_features(features, given.size)
-    if not (folder / "samples.npz").exists():
-        write_images(folder / "samples.npz", given.images, given.size, 2)
-    if not (folder / "reference.npz").exists():
-        write_reference(folder / "reference.npz", features, given.reference, given.size)
+    # In a process of its own: what this one ever held would count as memory of those that it starts.
+    maker = multiprocessing.get_context("spawn").Process(target=make, args=(given, folder, features))
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        return 1
     shape = NpzFile.open(folder / "samples.npz")["arr_0"].shape
     whole = evaluate(folder, features, 0, 0)
     found = json.loads(whole["document"].splitlines()[-1])
