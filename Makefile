@@ -10,10 +10,20 @@ WORKERS ?= 2
 # More for the tests of a GPU: PYTEST='-k "not speed"'.
 PYTEST ?=
 
-.PHONY: demo test test-slow test-gpu check format lint types imports docs clean
+.PHONY: demo models test test-slow test-gpu check format lint types imports docs clean
 
 demo: $(VENV)/.ready  ## train, export, verify and sample on real images; writes demo/report.html
 	$(BIN)/admtrt demo --out demo
+
+MODELS := models/fashion-mnist
+models: $(VENV)/.ready  ## train the models of Fashion-MNIST, or go on with it; writes models/fashion-mnist
+	$(BIN)/admtrt train classifier configs/fashion-mnist.toml --out runs/fashion --resume
+	$(BIN)/admtrt train unet configs/fashion-mnist.toml --out runs/fashion --resume
+	$(BIN)/admtrt train unet configs/fashion-mnist-unconditional.toml --out runs/fashion-unconditional --resume
+	$(BIN)/admtrt convert runs/fashion/classifier.safetensors $(MODELS)/classifier.safetensors --dtype fp16 --overwrite
+	$(BIN)/admtrt convert runs/fashion/unet.safetensors $(MODELS)/unet.safetensors --dtype fp16 --overwrite
+	$(BIN)/admtrt convert runs/fashion-unconditional/unet.safetensors $(MODELS)/unconditional.safetensors \
+		--dtype fp16 --overwrite
 
 test: $(VENV)/.ready-dev  ## the default tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder

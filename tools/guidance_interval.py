@@ -1,4 +1,4 @@
-"""Class accuracy and diversity of the demo's digits, guided at some noise levels only.
+"""Class accuracy, diversity and distances of the demo's digits, guided at some noise levels only.
 
 admtrt demo --out OUT
 python tools/guidance_interval.py OUT > table.md
@@ -9,53 +9,50 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import numpy as np
-
+from admtrt.bundle import Bundle
 from admtrt.demo.judge import Judge
-from admtrt.demo.run import SAMPLES, demo_config
+from admtrt.demo.run import demo_config, sweep_digits
 from admtrt.errors import AdmtrtError
-from admtrt.runtime.pipeline import Pipeline
+from admtrt.evaluate.sweep import points
 from admtrt.schedule.table import UPDATE, sampling_schedule
 
-SAMPLERS = ("ddim25", "50")
+if TYPE_CHECKING:
+    from admtrt.demo.run import SweepPoint
+
+SAMPLERS = {"ddim": "ddim25", "ddpm": "50"}
 SCALES = (1.0, 2.0, 4.0, 8.0)
 INTERVALS = (None, (0.0, 0.3), (0.3, 3.0), (0.3, 1e6), (3.0, 1e6))
-BATCH = 100
 GUIDED = [UPDATE.index("guidance"), UPDATE.index("x0_shift")]
 
 
 def main(out: Path) -> None:
     """Draw and judge the same seeds under every choice."""
-    judge = Judge(demo_config().data)
-    pipeline = Pipeline.from_bundle(out / "bundle", backend="auto", batch_size=BATCH)
-    labels = np.arange(SAMPLES) % 10
-    print("| sampler | scale | guided at sigma | guided steps | judged their class | diversity |")
-    print("|---|---|---|---|---|---|")
-    for steps in SAMPLERS:
-        for scale in SCALES:
-            for interval in INTERVALS:
-                sampler = pipeline.sampler(steps=steps, scale=scale, guidance_interval=interval)
-                schedule = sampling_schedule(pipeline.bundle.manifest.diffusion, sampler)
-                samples = pipeline(
-                    labels.tolist(),
-                    range(SAMPLES),
-                    steps=steps,
-                    scale=scale,
-                    guidance_interval=interval,
-                    batch_size=BATCH,
-                )
-                verdict = judge(samples.images, labels)
-                guided = schedule.coefficients[:, GUIDED].any(axis=1).sum()
-                cells = [
-                    f"{sampler.method.upper()}, {len(schedule)} steps",
-                    f"{scale:g}",
-                    _shown(interval),
-                    str(guided),
-                    f"{verdict.accuracy:.1%}",
-                    f"{verdict.diversity:.2f}",
-                ]
-                print("| " + " | ".join(cells) + " |", flush=True)
+    bundle = Bundle.open(out / "bundle")
+    print("| sampler | scale | guided at sigma | guided steps | judged their class | diversity | FD | KID |")
+    print("|---|---|---|---|---|---|---|---|")
+
+    def show(point: SweepPoint, _: object) -> None:
+        sampler = point.row.sampler
+        schedule = sampling_schedule(bundle.manifest.diffusion, sampler)
+        cells = [
+            f"{sampler.method.upper()}, {len(schedule)} steps",
+            f"{sampler.scale:g}",
+            _shown(sampler.guidance_interval),
+            str(schedule.coefficients[:, GUIDED].any(axis=1).sum()),
+            f"{point.verdict.accuracy:.1%}",
+            f"{point.verdict.diversity:.2f}",
+            *(f"{value.value:.3g}" for value in point.distances.values()),
+        ]
+        print("| " + " | ".join(cells) + " |", flush=True)
+
+    chosen = [
+        point
+        for method, steps in SAMPLERS.items()
+        for point in points([method], [steps], SCALES, ["fp32"], INTERVALS)
+    ]
+    sweep_digits(bundle, chosen, out, Judge(demo_config().data), backend="auto", seen=show)
 
 
 def _shown(interval: tuple[float, float] | None) -> str:

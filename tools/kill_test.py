@@ -2,11 +2,12 @@
 
     python tools/kill_test.py --kills 1000
 
-Tiny networks on the digits. Each command (train, sample, export, convert, build, evaluate) runs to its end
-once, undisturbed. Then it is started and killed (SIGKILL) again and again, a few times in one folder; after
-each kill what had been finished must still be there, and in the end the command runs to its end once more.
-Its files must then be byte for byte those of the undisturbed run, with no temporary file beside them. Exit
-code 1 if they are not. Every process is forked from this one, which has imported everything and run nothing.
+Tiny networks on the digits. Each command (train, sample, export, convert, build, evaluate for `evaluate
+nll`, judge for `evaluate samples`) runs to its end once, undisturbed. Then it is started and killed
+(SIGKILL) again and again, a few times in one folder; after each kill what had been finished must still be
+there, and in the end the command runs to its end once more. Its files, or the JSON document that it prints,
+must then be byte for byte those of the undisturbed run, with no temporary file beside them. Exit code 1 if
+they are not. Every process is forked from this one, which has imported everything and run nothing.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ from typing import TYPE_CHECKING, Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
+import numpy as np
+import onnx
 import onnxruntime
 import torch
+from onnx import TensorProto, helper, numpy_helper
 
 import admtrt.cli
 import admtrt.commands.checkpoints
+import admtrt.evaluate.judging
 import admtrt.export.pack
 import admtrt.runtime.backends.opening
 import admtrt.training.loop
@@ -44,7 +49,13 @@ from admtrt.runtime.engines.plans import PlanStore
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-IMPORTED = (onnxruntime, admtrt.verify.nll, admtrt.export.pack, admtrt.runtime.backends.opening)
+IMPORTED = (
+    onnxruntime,
+    admtrt.evaluate.judging,
+    admtrt.verify.nll,
+    admtrt.export.pack,
+    admtrt.runtime.backends.opening,
+)
 CONFIG = """
 [data]
 source = "digits"
@@ -174,6 +185,11 @@ def trained(folder: Path) -> Snapshot:
     return {"step": load_state(state)[1]["step"]} if state.exists() else {}
 
 
+def kept(folder: Path) -> Snapshot:
+    """The blocks of features that are kept beside a run."""
+    return {str(path.relative_to(folder)): digest(path) for path in folder.glob("features/*/*.npz")}
+
+
 def printed(folder: Path) -> Snapshot:
     """The document that was printed."""
     return {"stdout": stream(folder, "stdout").read_text()}
@@ -206,6 +222,22 @@ def scenes(root: Path) -> list[Scene]:
     def evaluate(_: Path, __: int) -> list[str]:
         return ["evaluate", "nll", "--bundle", str(made), *threads, *data]
 
+    def judge(out: Path, _: int) -> list[str]:
+        if not out.exists():
+            shutil.copytree(root / "drawn", out)  # features are kept beside the samples
+        network = ["--features", f"tiny={root / 'features.onnx'}"]
+        return [
+            "evaluate",
+            "samples",
+            str(out),
+            "--reference",
+            "digits",
+            *network,
+            "--nearest",
+            "digits",
+            "--json",
+        ]
+
     return [
         Scene("train", train, trained, files),
         Scene("sample", sample, shards, files),
@@ -213,6 +245,7 @@ def scenes(root: Path) -> list[Scene]:
         Scene("convert", convert, converted, converted, variants=2),
         Scene("build", build, plans, plans),
         Scene("evaluate", evaluate, lambda _: {}, printed),
+        Scene("judge", judge, kept, printed),
     ]
 
 
@@ -230,6 +263,26 @@ def prepare(root: Path) -> None:
     classifier = ["--classifier", str(root / "classifier.safetensors")]
     export = ["export", str(root / "unet-0.safetensors"), *classifier, "--out", str(root / "bundle")]
     finish([*export, "--engine", "fp32"], root / "log")
+    drawing = ["--num", "1200", "--steps", "ddim4", "--batch-size", "200", "--threads", "1"]
+    finish(["sample", str(root / "bundle"), "--out", str(root / "drawn"), *drawing], root / "log")
+    write_features(root / "features.onnx")
+
+
+def write_features(path: Path) -> None:
+    """A network of features: 24 products of the pixels with generated weights."""
+    weights = np.random.default_rng(0).standard_normal((8 * 8 * 3, 24)).astype(np.float32) / 255
+    graph = helper.make_graph(
+        [
+            helper.make_node("Cast", ["images"], ["pixels"], to=TensorProto.FLOAT),
+            helper.make_node("Flatten", ["pixels"], ["flat"]),
+            helper.make_node("MatMul", ["flat", "weights"], ["pool"]),
+        ],
+        "features",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, ["N", 8, 8, 3])],
+        [helper.make_tensor_value_info("pool", TensorProto.FLOAT, ["N", 24])],
+        [numpy_helper.from_array(weights, "weights")],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), path)
 
 
 def random_weights(config: CheckpointConfig) -> dict[str, torch.Tensor]:

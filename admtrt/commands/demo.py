@@ -33,12 +33,15 @@ def demo(
             f"{result.best(method).scale:g}",
             f"{result.best(method).verdict.accuracy:.1%}",
             f"{result.best(method).verdict.diversity:.2f}",
+            *(f"{value.value:.3g}" for value in result.best(method).distances.values()),
         ]
         for method, steps in SAMPLERS.items()
     ]
     output.result(
         demo_numbers(result) | {"report": str(page)},
-        table("best guidance scale", ("sampler", "scale", "judged their class", "diversity"), rows),
+        table(
+            "best guidance scale", ("sampler", "scale", "judged their class", "diversity", "FD", "KID"), rows
+        ),
         f"parity with PyTorch: {'passed' if result.verification.passed else 'FAILED'}",
         f"{'passed' if result.passed else 'FAILED'}: target {TARGET:.0%} in both samplers. Report: {page}",
     )

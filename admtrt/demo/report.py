@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from admtrt import __version__
 from admtrt.demo.run import SAMPLERS, SAMPLES, TARGET, DemoResult
+from admtrt.evaluate.figure import save_figure
 from admtrt.files import atomic_file
 from admtrt.verify.plot import plot_drift
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-_SWEEP_COLUMNS = ("sampler", "scale", "judged their class", "diversity (real = 1)", "seconds")
+    from admtrt.evaluate.compare import Value
+
+_SWEEP_COLUMNS = ("sampler", "scale", "judged their class", "diversity (real = 1)", "FD", "KID")
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; color: #222 }
 table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .25rem .75rem; text-align: right }
@@ -37,28 +40,35 @@ def demo_numbers(result: DemoResult) -> dict[str, Any]:
         "sweep": [
             {
                 "method": point.method,
-                "steps": point.steps,
+                "steps": point.row.sampler.steps,
                 "scale": point.scale,
                 "accuracy": point.verdict.accuracy,
                 "diversity": point.verdict.diversity,
-                "seconds": round(point.seconds, 2),
+                **{name: value.to_dict() for name, value in point.distances.items()},
             }
             for point in result.points
         ],
+        "floor": {name: value.to_dict() for name, value in result.floor.items()},
         "verification": result.verification.to_dict(),
         "seconds": {stage: round(value, 1) for stage, value in result.seconds.items()},
     }
 
 
-def _point(result: DemoResult, method: str) -> dict[str, float]:
+def _point(result: DemoResult, method: str) -> dict[str, Any]:
     best = result.best(method)
-    return {"scale": best.scale, "accuracy": best.verdict.accuracy, "diversity": best.verdict.diversity}
+    return {
+        "scale": best.scale,
+        "accuracy": best.verdict.accuracy,
+        "diversity": best.verdict.diversity,
+        **{name: value.value for name, value in best.distances.items()},
+    }
 
 
 def write_report(result: DemoResult, out: Path) -> Path:
-    """Write ``report.html``, ``report.json``, ``sweep.png`` and ``drift.png`` into ``out``."""
+    """Write ``report.html``, ``report.json`` and the pictures into ``out``."""
     plot_drift(result.verification, out / "drift.png")
     _plot_sweep(result, out / "sweep.png")
+    save_figure([point.row for point in result.points], 0, out / "quality.png")
     with atomic_file(out / "report.json") as temporary:
         temporary.write_text(json.dumps(demo_numbers(result), indent=1), encoding="utf-8")
     page = out / "report.html"
@@ -78,14 +88,15 @@ def _page(result: DemoResult) -> str:
     )
     sweep = [
         [
-            f"{point.method.upper()} {point.steps}",
+            f"{point.method.upper()} {point.row.sampler.steps}",
             f"{point.scale:g}",
             f"{point.verdict.accuracy:.1%}",
             f"{point.verdict.diversity:.2f}",
-            f"{point.seconds:.1f}",
+            *(_shown(value) for value in point.distances.values()),
         ]
         for point in result.points
     ]
+    sweep.append(["real images", "", "", "", *(_shown(value) for value in result.floor.values())])
     parity = [
         [
             f"{row.stage}: {row.what}",
@@ -107,7 +118,11 @@ network saw; it is {result.judge_accuracy:.1%} right on other real digits. The t
 Best: {best}.</p>
 <h2>Guidance: class accuracy against diversity</h2>
 {_figure("sweep.png", "A larger scale trades diversity for fidelity (figure 4 of the paper).")}
+{_figure("quality.png", "Distances from the real digits, with their errors; dashed: other real digits.")}
 {_table(_SWEEP_COLUMNS, sweep)}
+<p>FD and KID are distances from the networks' training images in the features of a classifier of clean images
+that was trained for this; real images are {result.floor["kid"].samples} that nobody learned from. The best
+scale is that of the highest accuracy; the distances say what it costs.</p>
 <h2>Samples</h2>
 {figures}
 <h2>Parity with PyTorch</h2>
@@ -118,6 +133,11 @@ Best: {best}.</p>
 <p>admtrt {__version__}, Python {platform.python_version()}, {html.escape(platform.machine())}.</p>
 </html>
 """
+
+
+def _shown(value: Value) -> str:
+    number = "-" if value.value is None else f"{value.value:.3g}"
+    return number if value.error is None else f"{number} ± {value.error:.1g}"
 
 
 def _figure(name: str, caption: str) -> str:

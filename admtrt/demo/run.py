@@ -9,22 +9,35 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from admtrt.bundle import Bundle
 from admtrt.config_files import load_config
+from admtrt.data.image_set import load_data
 from admtrt.demo.judge import Judge, Verdict
+from admtrt.evaluate.compare import Asked
+from admtrt.evaluate.images import training_images, training_part
+from admtrt.evaluate.judging import Computing, Evaluator
+from admtrt.evaluate.network import open_network
+from admtrt.evaluate.sets import OpenedSet
+from admtrt.evaluate.sweep import Row, Sweep, labels_of, points, run_sweep
 from admtrt.export.pack import bundle_from_checkpoints
+from admtrt.features.folder import make_judge
 from admtrt.images import save_grid
 from admtrt.models.checkpoint import load_network
 from admtrt.run_config import RunConfig
 from admtrt.runtime.pipeline import Pipeline
+from admtrt.runtime.shards import Shards
 from admtrt.training.loop import train
 from admtrt.verify.stages import verify_bundle
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from admtrt.bundle import Bundle
     from admtrt.console import Output
+    from admtrt.data.sources import Pixels
+    from admtrt.evaluate.compare import Value
+    from admtrt.evaluate.sweep import Point
     from admtrt.verify.report import VerificationReport
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
@@ -33,19 +46,39 @@ SAMPLES = 200
 TARGET = 0.95
 """Fraction of guided samples that must be judged their class at the best scale, in both samplers."""
 SAMPLERS = {"ddpm": "50", "ddim": "ddim25"}
+FEATURES = "judge.features"
 _BATCH = 100
 _GRID_ROWS = 4
+_GRID_SCALES = (0.0, 1.0, 4.0)
+_JUDGE_STEPS = 400
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class SweepPoint:
-    """The verdict on one sampler at one guidance scale, and the seconds that drawing took."""
+    """One sampler at one guidance scale.
 
-    method: str
-    steps: str
-    scale: float
+    Attributes:
+        row: of the sweep, judged in the features of a classifier.
+        verdict: of the support vector machine.
+    """
+
+    row: Row
     verdict: Verdict
-    seconds: float
+
+    @property
+    def method(self) -> str:
+        """Of the sampler."""
+        return self.row.sampler.method
+
+    @property
+    def scale(self) -> float:
+        """Of the guidance."""
+        return self.row.sampler.scale
+
+    @property
+    def distances(self) -> dict[str, Value]:
+        """``fd`` and ``kid``."""
+        return self.row.judged[0].metrics
 
 
 @dataclass(frozen=True)
@@ -57,6 +90,7 @@ class DemoResult:
         judge_accuracy: of the judge on real images that it was not fitted on.
         judge_images: real images that it was fitted on.
         points: the sweep.
+        floor: ``fd`` and ``kid`` of as many real images that neither networks nor judges saw, or fewer.
         verification: the parity of the bundle with the trained networks.
         grids: pictures by file name and caption.
     """
@@ -65,6 +99,7 @@ class DemoResult:
     judge_accuracy: float
     judge_images: int
     points: tuple[SweepPoint, ...]
+    floor: dict[str, Value]
     verification: VerificationReport
     grids: dict[str, str]
 
@@ -83,8 +118,12 @@ class DemoResult:
 
 def demo_config() -> RunConfig:
     """The configuration shipped with the package."""
-    with resources.as_file(resources.files("admtrt.demo") / "digits.toml") as path:
+    with _config_file() as path:
         return load_config(RunConfig, path)
+
+
+def _config_file() -> AbstractContextManager[Path]:
+    return resources.as_file(resources.files("admtrt.demo") / "digits.toml")
 
 
 def run_demo(out: Path, *, output: Output) -> DemoResult:
@@ -109,44 +148,91 @@ def run_demo(out: Path, *, output: Output) -> DemoResult:
     )
     seconds["verify"] = time.perf_counter() - start
     start = time.perf_counter()
-    judge = Judge(config.data)
-    points, grids = _sweep(bundle, judge, out, output)
+    output.note("training the judge's features")
+    with _config_file() as file:
+        make_judge(file, out / FEATURES, steps=_JUDGE_STEPS, overwrite=True)
+    seconds["train the judge"] = time.perf_counter() - start
+    start = time.perf_counter()
+    judge, grids = Judge(config.data), dict[str, str]()
+
+    def seen(point: SweepPoint, images: Pixels) -> None:
+        text = f"scale {point.scale:g}: {point.verdict.accuracy:.1%} judged their class"
+        output.note(f"{point.method} {point.row.sampler.steps} steps, {text}")
+        if point.scale in _GRID_SCALES:
+            name = f"grid-{point.method}-scale-{point.scale:g}.png"
+            shown = images[: 10 * _GRID_ROWS]
+            save_grid(shown, out / name, columns=10, labels=[str(row % 10) for row in range(len(shown))])
+            grids[name] = f"{point.method.upper()}, {point.row.sampler.steps} steps, {text}"
+
+    chosen = [
+        point
+        for method, steps in SAMPLERS.items()
+        for point in points([method], [steps], SCALES, ["fp32"], [None])
+    ]
+    swept = sweep_digits(bundle, chosen, out, judge, seen=seen)
+    floor = swept[0].row.judged[0].floor
+    assert floor is not None  # the evaluator has one
     seconds["sample and judge"] = time.perf_counter() - start
     return DemoResult(
         seconds=seconds,
         judge_accuracy=judge.accuracy,
         judge_images=judge.images,
-        points=points,
+        points=tuple(swept),
+        floor=floor,
         verification=verification,
         grids=grids,
     )
 
 
-def _sweep(
-    bundle: Bundle, judge: Judge, out: Path, output: Output
-) -> tuple[tuple[SweepPoint, ...], dict[str, str]]:
-    """Every sampler at every scale, from the same seeds."""
-    pipeline = Pipeline.from_bundle(bundle.path)
-    labels = np.arange(SAMPLES) % 10
-    points, grids = [], {}
-    for method, steps, scale in _choices():
-        start = time.perf_counter()
-        samples = pipeline(labels.tolist(), range(SAMPLES), steps=steps, scale=scale, batch_size=_BATCH)
-        elapsed = time.perf_counter() - start
-        verdict = judge(samples.images, labels)
-        output.note(f"{method} {steps} steps, scale {scale:g}: {verdict.accuracy:.1%} judged their class")
-        points.append(SweepPoint(method=method, steps=steps, scale=scale, verdict=verdict, seconds=elapsed))
-        if scale in (0.0, 1.0, 4.0):
-            name = f"grid-{method}-scale-{scale:g}.png"
-            shown = samples.images[: 10 * _GRID_ROWS]
-            save_grid(shown, out / name, columns=10, labels=[str(label) for label in labels[: len(shown)]])
-            grids[name] = (
-                f"{method.upper()}, {steps} steps, scale {scale:g}: {verdict.accuracy:.1%} judged their class"
-            )
-    return tuple(points), grids
+def sweep_digits(
+    bundle: Bundle,
+    chosen: Sequence[Point],
+    out: Path,
+    judge: Judge,
+    *,
+    backend: str = "onnxruntime",
+    seen: Callable[[SweepPoint, Pixels], None],
+) -> list[SweepPoint]:
+    """Draw the same seeds at every point, and judge them; what was drawn and seen before is kept.
+
+    Args:
+        bundle: of the demo.
+        chosen: the points.
+        out: folder of the demo, which has the judge's features.
+        judge: the support vector machine.
+        backend: what draws.
+        seen: called with each point and its images uint8 [N, H, W, C].
+    """
+    swept = Sweep(
+        pipelines={"fp32": Pipeline.from_bundle(bundle.path, backend=backend, batch_size=_BATCH)},
+        points=chosen,
+        labels=labels_of(SAMPLES, 10),
+        count=SAMPLES,
+        seed=0,
+        batch_size=_BATCH,
+        options={},
+    )
+    folder = out / f"sweep-{bundle.digest[:8]}"  # other networks draw into another
+    found = []
+
+    def add(row: Row) -> None:
+        shards = Shards(folder / row.point.name, swept.request(row.point), bundle.manifest)
+        images = np.concatenate(list(shards.images()))
+        found.append(SweepPoint(row, judge(images, np.asarray(swept.labels))))
+        seen(found[-1], images)
+
+    evaluators = [_evaluator(out / FEATURES)]
+    run_sweep(swept, evaluators, folder, {"bundle": bundle.digest}, drawing=lambda *_: None, seen=add)
+    return found
 
 
-def _choices() -> Iterator[tuple[str, str, float]]:
-    for method, steps in SAMPLERS.items():
-        for scale in SCALES:
-            yield method, steps, scale
+def _evaluator(features: Path) -> Evaluator:
+    """Distances in the features of a classifier that learned from neither side's images."""
+    data = demo_config().data.model_copy(update={"random_crop": False, "random_flip": False})
+    images = load_data(data)
+    reference, floor = (
+        OpenedSet(name, images=training_images(training_part(images, part)))
+        for name, part in (("reference", "train"), ("floor", "floor"))
+    )
+    network = open_network(str(features))
+    return Evaluator(network, reference, Asked(("fid", "kid")), Computing(), floor=floor)

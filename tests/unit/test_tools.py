@@ -58,7 +58,7 @@ def test_commands_that_are_killed_lose_leave_and_change_nothing() -> None:
     assert (done.returncode, found["faults"]) == (0, 0), found
     assert found["kills"] == 30
     assert {name for name, tally in found["commands"].items() if tally["repeats"]} == {
-        "train", "sample", "export", "convert", "build", "evaluate",
+        "train", "sample", "export", "convert", "build", "evaluate", "judge",
     }  # fmt: skip
 
 
