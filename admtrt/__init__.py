@@ -11,19 +11,26 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from admtrt.bundle import Bundle as Bundle
     from admtrt.export.gradient import export_input_gradient as export_input_gradient
+    from admtrt.export.guides.guide import Guide as Guide
+    from admtrt.export.guides.guide import Reference as Reference
     from admtrt.runtime.image_inputs import Known as Known
     from admtrt.runtime.latents import Latents as Latents
     from admtrt.runtime.pipeline import Pipeline as Pipeline
     from admtrt.runtime.two_stage import TwoStage as TwoStage
 
 __version__ = "0.1.0"
-__all__ = ["Bundle", "Known", "Latents", "Pipeline", "TwoStage", "__version__", "export_input_gradient"]
+__all__ = [
+    "Bundle", "Guide", "Known", "Latents", "Pipeline", "Reference", "TwoStage", "__version__",
+    "export_input_gradient",
+]  # fmt: skip
 
 _HOMES = {
     "Bundle": "admtrt.bundle",
+    "Guide": "admtrt.export.guides.guide",
     "Known": "admtrt.runtime.image_inputs",
     "Latents": "admtrt.runtime.latents",
     "Pipeline": "admtrt.runtime.pipeline",
+    "Reference": "admtrt.export.guides.guide",
     "TwoStage": "admtrt.runtime.two_stage",
     "export_input_gradient": "admtrt.export.gradient",
 }
@@ -37,7 +44,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
-        if name != "export_input_gradient" or error.name is None:
+        if not _HOMES[name].startswith("admtrt.export") or error.name is None:
             raise
         from admtrt.errors import MissingDependencyError
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from admtrt.commands.choices import Choices
+from admtrt.commands.guide_options import GuideOptions, takes_guide_options
 from admtrt.commands.image_options import ImageOptions, takes_image_options
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _FORMATS = ("npz", "png", "grid")
 
 
+@takes_guide_options
 @takes_image_options
 @takes_solver_options
 def sample(
@@ -96,6 +98,7 @@ def sample(
     *,
     solver_options: SolverOptions,
     image_options: ImageOptions,
+    guide_options: GuideOptions,
 ) -> None:
     """Draw guided or unguided samples from a bundle, without PyTorch."""
     from admtrt.bundle import Bundle
@@ -122,6 +125,7 @@ def sample(
             threads=threads,
             plans=cache,
             batch_size=max(1, min(batch_size, kept, count)),
+            guides=guide_options.names,
             note=output.note,
             chosen=choices,
         )
@@ -131,7 +135,10 @@ def sample(
     small = None if low_res is None else _SmallImages.read(low_res, first)
     if small is not None and num not in (None, len(small)):
         raise RequestError(f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out.")
-    images = image_options.read(first.manifest, num)
+    guide_options.check_known(first.manifest, bundle)
+    mask = image_options.mask if image_options.known is None and guide_options.names else None
+    targets = guide_options.targets(first.manifest, mask)
+    images = image_options.read(first.manifest, num, targets, own_mask=mask is None)
     source = images if small is None else small
     asked = _asked_labels(classes, num, source, first.manifest)
     count = next((len(given) for given in (asked, source) if given is not None), num or 1)
@@ -145,6 +152,7 @@ def sample(
                 "scale": scale,
                 "clip": clip,
                 "guidance_interval": interval,
+                "guided_by": guide_options.choices(pipeline),
                 **solver_options,  # type: ignore[typeddict-item]
             },
         )
@@ -161,6 +169,9 @@ def sample(
         low_res=None if small is None else small.images,
         inputs=inputs,
     )
+    if guide_options.names:
+        evaluations = count * len(inputs.schedule(first.manifest.diffusion, sampler))
+        output.note(guide_options.cost(first.manifest, evaluations))
     if upsample is None:
         if request.labels is not None and first.manifest.network.num_classes is None and not sampler.scale:
             output.note("the labels have no effect: the UNet knows no classes, at scale 0 nothing guides it")

@@ -7,7 +7,6 @@ whatever the precision of the networks: x itself is never rounded.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,11 @@ import onnx_ir as ir
 
 from admtrt.contract import (
     BATCH,
+    NO_GUIDES,
     edit_low_pass_spec,
     edit_spec,
     event_shape,
+    guide_input,
     threshold_quantile,
     threshold_spec,
     update_full_spec,
@@ -25,13 +26,14 @@ from admtrt.contract import (
 )
 from admtrt.export.capture import OPSET
 from admtrt.schedule.edits import EDIT
+from admtrt.schedule.guides import columns_with_guides
 from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from admtrt.config import UNetConfig
-    from admtrt.contract import GraphName, GraphSpec, TensorSpec
+    from admtrt.contract import GraphName, GraphSpec, Guides, TensorSpec
 
 
 class _Writer:
@@ -141,19 +143,21 @@ def update_graph(config: UNetConfig) -> ir.Model:
     return write.model(x_prev, add(x_0, mul(c["x0_shift"], given["grad"])))
 
 
-def update_full_graph(config: UNetConfig) -> ir.Model:
-    """One evaluation's update with memory, for every solver.
+def update_full_graph(config: UNetConfig, guides: Guides = NO_GUIDES) -> ir.Model:
+    """One evaluation's update with memory, for every solver and guide.
 
     The terms of ``update`` come first and in its order, so that a row of it gives the same bits here.
     """
-    write = _Writer(update_full_spec(config), "update_full", UPDATE_FULL)
+    columns = columns_with_guides(UPDATE_FULL, tuple(guides))
+    write = _Writer(update_full_spec(config, guides), "update_full", columns)
     c, given, mul, add = write.columns, write.inputs, write.mul, write.add
     half = write.number("half", 0.5)
     value, log_weight = _value_and_log_weight(config, write)
     r = write.op("Reshape", given["r"], _column_shape(config, write))
-    d = write.within(_unbounded(write, value), r)
+    tensors = _guide_tensors(config, guides, write)
+    d = write.within(_unbounded(write, value, tensors), r)
     d = mul(d, write.op("Div", c["clip"], r))
-    m = add(d, mul(c["x0_shift"], given["grad"]))
+    m = add(d, mul(c["x0_shift"], given["grad"]), *_weighted(write, "x0_shift", tensors))
     weight, std = write.op("Exp", log_weight), write.op("Exp", mul(half, log_weight))
     x_prev = add(
         mul(c["prev_from_x0"], d),
@@ -163,23 +167,27 @@ def update_full_graph(config: UNetConfig) -> ir.Model:
         mul(mul(c["noise"], std), given["noise"]),
         *(mul(c[f"prev_from_{name}"], given[name]) for name in ("saved", "h1", "h2")),
         mul(c["shift"], given["grad"]),
+        *(mul(mul(c[f"guidance.{name}"], weight), tensor) for name, tensor in tensors.items()),
+        *_weighted(write, "shift", tensors),
     )
     memory = {"x": given["x"], "saved": given["saved"], "x0": m, "h1": given["h1"], "h2": given["h2"]}
     saved = add(*(mul(c[f"saved_from_{name}"], tensor) for name, tensor in memory.items()))
     return write.model(write.within(x_prev, c["state_clip"]), m, saved)
 
 
-def threshold_graph(config: UNetConfig) -> ir.Model:
+def threshold_graph(config: UNetConfig, guides: Guides = NO_GUIDES) -> ir.Model:
     """The threshold of dynamic thresholding: the quantile of |y| over a sample, interpolated as NumPy does.
 
     Only the values from the quantile on are needed: TopK of a fixed number of them.
     """
-    write = _Writer(threshold_spec(config), "threshold", UPDATE_FULL)
+    columns = columns_with_guides(UPDATE_FULL, tuple(guides))
+    write = _Writer(threshold_spec(config, guides), "threshold", columns)
     size = math.prod(event_shape(config))
     position = threshold_quantile(config) * (size - 1)
     largest = size - math.floor(position)
     value, _ = _value_and_log_weight(config, write)
-    flat = write.op("Reshape", write.op("Abs", _unbounded(write, value)), write.ints("flat", [0, size]))
+    unbounded = _unbounded(write, value, _guide_tensors(config, guides, write))
+    flat = write.op("Reshape", write.op("Abs", unbounded), write.ints("flat", [0, size]))
     top, _ = write.split("TopK", [flat, write.ints("largest", [largest])], 2, axis=1, largest=1, sorted=1)
     quantile = _entry(write, top, "below", largest - 1)
     if largest > 1:
@@ -191,14 +199,31 @@ def threshold_graph(config: UNetConfig) -> ir.Model:
     return write.model(write.op("Min", write.op("Max", clip, write.op("Reshape", quantile, column)), bound))
 
 
-def _unbounded(write: _Writer, value: ir.Value) -> ir.Value:
+def _unbounded(write: _Writer, value: ir.Value, tensors: Mapping[str, ir.Value]) -> ir.Value:
     """The prediction of x_0 before any bound."""
     c, given = write.columns, write.inputs
     return write.add(
         write.mul(c["x0_from_x"], given["x"]),
         write.mul(c["x0_from_out"], value),
         write.mul(c["x0_from_grad"], given["grad"]),
+        *_weighted(write, "x0_from_grad", tensors),
     )
+
+
+def _guide_tensors(config: UNetConfig, guides: Guides, write: _Writer) -> dict[str, ir.Value]:
+    """What each guide weighs, in the shape of x: a gradient, or the value channels of a reference."""
+    tensors = {}
+    for name, guide in guides.items():
+        tensor = write.inputs[guide_input(name, guide)]
+        if guide.kind == "reference" and (guide.network or config).learn_sigma:
+            sizes = write.ints(f"channels.{name}", [config.in_channels] * 2)
+            tensor, _ = write.split("Split", [tensor, sizes], 2, axis=1)
+        tensors[name] = tensor
+    return tensors
+
+
+def _weighted(write: _Writer, column: str, tensors: Mapping[str, ir.Value]) -> list[ir.Value]:
+    return [write.mul(write.columns[f"{column}.{name}"], tensor) for name, tensor in tensors.items()]
 
 
 def _entry(write: _Writer, sorted_values: ir.Value, name: str, index: int) -> ir.Value:
@@ -259,16 +284,16 @@ def _renoised(write: _Writer) -> tuple[ir.Value, ir.Value]:
     return state, write.op("Sub", noised, state)
 
 
-SMALL_GRAPHS: Mapping[GraphName, Callable[[UNetConfig], ir.Model]] = {
-    "update": update_graph,
+SMALL_GRAPHS: Mapping[GraphName, Callable[..., ir.Model]] = {
+    "update": lambda config, _=NO_GUIDES: update_graph(config),
     "update_full": update_full_graph,
     "threshold": threshold_graph,
-    "edit": edit_graph,
-    "edit_low_pass": edit_low_pass_graph,
+    "edit": lambda config, _=NO_GUIDES: edit_graph(config),
+    "edit_low_pass": lambda config, _=NO_GUIDES: edit_low_pass_graph(config),
 }
-"""The makers of the small graphs, by name."""
-FOR_ENGINES: Mapping[GraphName, Callable[[UNetConfig], ir.Model]] = {
+"""The makers of the small graphs, by name, for a network and the guides beside it."""
+FOR_ENGINES: Mapping[GraphName, Callable[..., ir.Model]] = {
     **SMALL_GRAPHS,
-    "edit_low_pass": functools.partial(edit_low_pass_graph, products=False),
+    "edit_low_pass": lambda config, _=NO_GUIDES: edit_low_pass_graph(config, products=False),
 }
 """The same in the form that inference engines take."""

@@ -1,4 +1,4 @@
-"""Images that samples start at or are held to: what may be asked for together, and what it means."""
+"""What samples start at, are held to or are led to: what may be asked for together, and what it means."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from admtrt.errors import RequestError
+from admtrt.runtime.guide_targets import NO_TARGETS, GuideTargets
 from admtrt.runtime.images_in import as_states, checked_images, checked_mask
 from admtrt.runtime.latents import Latents
 from admtrt.runtime.low_pass import low_pass_matrix
@@ -33,7 +34,9 @@ if TYPE_CHECKING:
 DIGESTS = ("init", "known", "mask", "reference", "latents")
 """Of an identity: arrays, by their digests."""
 NUMBERS = ("strength", "jump", "known_as_sampled", "low_pass", "levels_up")
-"""Of an identity: everything else."""
+"""Of an identity: everything else but :data:`TARGETS`."""
+TARGETS = "targets"
+"""Of an identity: digests of the targets of guides, by guide and name."""
 _BLOCK = 256  # images of which a digest reads at once
 
 
@@ -64,6 +67,7 @@ class ImageInputs:
         reference: images whose low frequencies are kept, otherwise as ``init``.
         low_pass: by what factor they are reduced, or that and the step down to which they hold.
         latents: float32 [N, C, H, W] in place of noise drawn from the seeds, or those of an inversion.
+        targets: of the guides.
     """
 
     init: Any = None
@@ -73,6 +77,7 @@ class ImageInputs:
     reference: Any = None
     low_pass: int | tuple[int, int] | None = None
     latents: Images | Latents | None = None
+    targets: GuideTargets = NO_TARGETS
 
     def checked(self, event: tuple[int, ...]) -> Self:
         """Themselves, with arrays in place of what they were made of.
@@ -122,7 +127,8 @@ class ImageInputs:
             "reference": self.reference,
             "latents": self.latents,
         }
-        return {name: len(one) for name, one in arrays.items() if one is not None}
+        lengths = {name: len(one) for name, one in arrays.items() if one is not None}
+        return lengths | self.targets.lengths
 
     def schedule(self, process: DiffusionConfig | EdmConfig, sampler: SamplerConfig) -> SamplingSchedule:
         """The schedule of samples with these inputs, which are checked.
@@ -163,6 +169,7 @@ class ImageInputs:
             known=known,
             reference=taken(self.reference),
             latents=taken(self.latents),
+            targets=self.targets.part(rows),
         )
 
     def of_slots(self, count: int) -> dict[str, Any]:
@@ -201,7 +208,9 @@ class ImageInputs:
             None if latents is None else latents.levels,
         )
         named = zip((*DIGESTS, *NUMBERS), (*digests, *numbers), strict=True)
-        return {name: one for name, one in named if one is not None}
+        identity = {name: one for name, one in named if one is not None}
+        targets = {name: digest_of(one) for name, one in self.targets.arrays.items()}
+        return identity | ({TARGETS: targets} if targets else {})
 
     @property
     def _edit(self) -> Edit | None:

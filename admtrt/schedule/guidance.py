@@ -17,14 +17,25 @@ if TYPE_CHECKING:
 
 
 def guidance_scales(sigma: Float64, sampler: SamplerConfig) -> Float64:
-    """The guidance scale at each noise level S, float64 [R]: 0 outside the sampler's interval.
+    """The classifier's guidance scale at each noise level S, float64 [R]: 0 outside the sampler's interval.
 
     Raises:
         RequestError: if no level lies in the interval.
     """
-    if sampler.guidance_interval is None or not sampler.scale:
-        return np.full(len(sigma), sampler.scale)
-    low, high = sampler.guidance_interval
+    return scales_in(sigma, sampler.scale, sampler.guidance_interval)
+
+
+def scales_in(
+    sigma: Float64, scale: float, interval: tuple[float, float] | None, *, off: float = 0.0
+) -> Float64:
+    """A scale at each noise level S, float64 [R]; ``off`` outside of the interval.
+
+    Raises:
+        RequestError: if no level lies in the interval.
+    """
+    if interval is None or scale == off:
+        return np.full(len(sigma), scale)
+    low, high = interval
     inside = (low < sigma) & (sigma <= high)
     if not inside.any():
         raise RequestError(
@@ -32,7 +43,7 @@ def guidance_scales(sigma: Float64, sampler: SamplerConfig) -> Float64:
             f"whose noise levels are {sigma.min():.4g} to {sigma.max():.4g}",
             hint="Widen the interval, or use scale 0 for samples without guidance.",
         )
-    return np.where(inside, sampler.scale, 0.0)
+    return np.where(inside, scale, off)
 
 
 def x0_shifts(sigma: Float64, sampler: SamplerConfig) -> Float64:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, TypedDict
 from pydantic import Field, field_validator, model_validator
 
 from admtrt.config import Config, EdmConfig, NoiseLevel, Positive, PositiveFloat, later
+from admtrt.schedule.guides import GuideChoice, check_choices
 from admtrt.schedule.options import (
     OPTIONS,
     End,
@@ -37,8 +38,8 @@ class SamplerConfig(Config):
     and a number of network evaluations for every other. ``scale`` multiplies the classifier's gradient, 0 =
     unguided; ``clip`` bounds x_0 to [-1, 1]. ``guidance_interval`` (low, high) guides only the evaluations at
     a noise level sigma = sqrt((1 - alpha_bar) / alpha_bar) with low < sigma <= high (Kynkaanniemi et al.
-    2024); None guides all. The other fields are those of :mod:`admtrt.schedule.options`; None is the solver's
-    own default.
+    2024); None guides all. ``guided_by`` are those of the bundle's guides that guide besides. The other
+    fields are those of :mod:`admtrt.schedule.options`; None is the solver's own default.
     """
 
     method: str = "ddpm"
@@ -61,6 +62,7 @@ class SamplerConfig(Config):
     churn: tuple[NoiseLevel, NoiseLevel, NoiseLevel, PositiveFloat] | None = later(None)
     levels: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2)] | None = later(None)
     levels_of: Annotated[Positive, Field(ge=2, le=100_000)] | None = later(None)
+    guided_by: tuple[GuideChoice, ...] = later(())
 
     def option(self, name: str) -> Any:
         """An option of the solver: what was chosen, else its default; None if it takes no such option."""
@@ -77,8 +79,8 @@ class SamplerConfig(Config):
 
     @property
     def unguided(self) -> SamplerConfig:
-        """The same without guidance."""
-        return self.model_copy(update={"scale": 0.0, "guidance_interval": None})
+        """The same without the classifier's guidance."""
+        return self.model_copy(update={"scale": 0.0, "guidance_interval": None})  # its guides stay
 
     @field_validator("method")
     @classmethod
@@ -135,6 +137,7 @@ class SamplerConfig(Config):
                 )
         if self.threshold is not None and not self.clip:
             raise ValueError(f"threshold '{self.threshold}' bounds x_0, but clip is False")
+        check_choices(self.guided_by, self.method, respaced=chosen.steps == "respacing")
         return self
 
 
@@ -161,6 +164,7 @@ class SamplerChoices(TypedDict, total=False):
     churn: tuple[float, float, float, float] | None
     levels: tuple[int, ...] | None
     levels_of: int | None
+    guided_by: tuple[GuideChoice, ...] | None
 
 
 def with_choices(
