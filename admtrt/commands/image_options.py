@@ -87,6 +87,9 @@ class ImageOptions:
         str | None,
         _option("Of --reference: images reduced by N are kept, down to step UNTIL.", "N[:UNTIL]"),
     ] = None
+    recurrence: Annotated[
+        int | None, _option("Evaluate each level N times, with noise back to it in between.", "N")
+    ] = None
     latents: Annotated[
         Path | None, _option("Start at latents: latents.npz of admtrt invert, or noise.", "FILE")
     ] = None
@@ -152,6 +155,7 @@ class ImageOptions:
             None if self.low_pass is None else _low_pass(self.low_pass),
             latents,
             targets,
+            self.recurrence,
         ).checked(event)
         compared = given["init"] if latents is None else latents.images
         if self.difference and compared is None:
@@ -178,6 +182,7 @@ class ImageOptions:
     def checked(
         self,
         images: ReadImages | None,
+        targets: GuideTargets,
         pipeline: Pipeline,
         sampler: SamplerConfig,
         note: Callable[[str], None],
@@ -187,9 +192,10 @@ class ImageOptions:
         Raises:
             RequestError: for what these cannot do.
         """
-        from admtrt.runtime.image_inputs import NOTHING
+        from admtrt.runtime.image_inputs import ImageInputs
 
-        inputs = pipeline.check_inputs(sampler, NOTHING if images is None else images.inputs)
+        without = ImageInputs(targets=targets, recurrence=self.recurrence)
+        inputs = pipeline.check_inputs(sampler, without if images is None else images.inputs)
         if inputs.known is not None:
             note(f"{inputs.known.mask.mean():.1%} of the pixels are known and kept (white of the mask)")
         if self.interpolate is not None:

@@ -157,7 +157,7 @@ def sample(
             },
         )
     )
-    inputs = image_options.checked(images, pipeline, sampler, output.note)
+    inputs = image_options.checked(images, targets, pipeline, sampler, output.note)
     pipeline.check_low_res(None if small is None else small.images[:1])
     request = BulkRequest(
         count=count,

@@ -107,7 +107,10 @@ class GuideTargets:
 
     def _arrays(self) -> list[tuple[str, Array]]:
         return [
-            (f"{guide}.{name}", one) for guide, targets in self.given.items() for name, one in targets.items()
+            (f"{guide}.{name}", one)
+            for guide, targets in self.given.items()
+            for name, one in targets.items()
+            if name != OPERATOR
         ]
 
 

@@ -236,6 +236,7 @@ class Pipeline:
         jump: tuple[int, int] | None = None,
         reference: NDArray[np.uint8] | Images | None = None,
         low_pass: int | tuple[int, int] | None = None,
+        recurrence: int | None = None,
         guides: Mapping[str, Mapping[str, Any]] | None = None,
         guide_scale: Mapping[str, float] | None = None,
         guide_interval: Mapping[str, tuple[float, float]] | None = None,
@@ -251,7 +252,7 @@ class Pipeline:
                 scale is not 0.
             seeds: of each sample, 0 to 2**64 - 1; 0, 1, 2, ... where left out.
             low_res: conditioning of an upsampler: uint8 [N, h, w, C], or float32 [N, C, h, w] in [-1, 1].
-            latents, init, strength, known, jump, reference, low_pass: as
+            latents, init, strength, known, jump, reference, low_pass, recurrence: as
                 :class:`~admtrt.runtime.image_inputs.ImageInputs`; samples of inverted latents take the
                 inversion's steps, method and clip where none are chosen.
             guides: the bundle's guides that guide, with the targets of each, as
@@ -265,7 +266,7 @@ class Pipeline:
             RequestError: for anything that the bundle cannot do.
         """
         inputs = ImageInputs(
-            init, strength, known, jump, reference, low_pass, latents, GuideTargets(guides or {})
+            init, strength, known, jump, reference, low_pass, latents, GuideTargets(guides or {}), recurrence
         )
         if guides or guide_scale or guide_interval or guide_place:
             choices["guided_by"] = self.guide_choices(
@@ -467,7 +468,7 @@ class Pipeline:
             guided=bool(sampler.scale),
             guides=manifest.guides,
             targets=given.inputs.targets.of_slots(len(given.seeds), given.labels, manifest.guides),
-            **given.inputs.of_slots(len(given.seeds)),
+            **given.inputs.of_slots(len(given.seeds), event_shape(manifest.network)),
         )
         self.drive(slots, first, callback)
         if not np.isfinite(slots.x).all():
