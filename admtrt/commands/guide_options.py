@@ -11,7 +11,6 @@ import typer
 
 from admtrt.commands.groups import takes_group
 from admtrt.errors import RequestError
-from admtrt.schedule.guides import GUIDE_GRAPH
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -159,6 +158,8 @@ class GuideOptions:
 
     def cost(self, manifest: Manifest, evaluations: int) -> str:
         """What the guides add to the networks' work, for people; empty where it is not known."""
+        from admtrt.schedule.guides import GUIDE_GRAPH
+
         unet = manifest.graphs["unet"]
         entries = [manifest.graphs.get(f"{GUIDE_GRAPH}{name}", unet) for name in self.names]
         counts = [entry.operations for entry in entries]

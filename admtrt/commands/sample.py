@@ -173,7 +173,7 @@ def sample(
         evaluations = count * len(inputs.schedule(first.manifest.diffusion, sampler))
         output.note(guide_options.cost(first.manifest, evaluations))
     if upsample is None:
-        if request.labels is not None and first.manifest.network.num_classes is None and not sampler.scale:
+        if request.labels is not None and not _uses_labels(first.manifest, sampler):
             output.note("the labels have no effect: the UNet knows no classes, at scale 0 nothing guides it")
         result = _draw_one(pipeline, request, out, chosen)
     else:
@@ -266,6 +266,14 @@ def _asked_labels(
     if classes is None:
         return None
     return requested_labels(classes, len(images) if len(images) > 1 else num, manifest)
+
+
+def _uses_labels(manifest: Manifest, sampler: SamplerConfig) -> bool:
+    """Whether the UNet or any guide looks at the samples' classes."""
+    from admtrt.schedule.guides import LABELLED
+
+    labelled = any(manifest.guides[choice.name].loss in LABELLED for choice in sampler.guided_by)
+    return manifest.network.num_classes is not None or bool(sampler.scale) or labelled
 
 
 def _labels(

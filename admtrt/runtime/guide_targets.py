@@ -39,6 +39,7 @@ class GuideTargets:
     """
 
     given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    ready: bool = field(default=False, init=False, repr=False)  # checked, with all that graphs take
 
     def checked(self, manifest: Manifest, chosen: Sequence[GuideChoice]) -> Self:
         """Themselves as arrays that the graphs take.
@@ -51,6 +52,8 @@ class GuideTargets:
             RequestError: for a target that is missing, unknown, of another shape or type, or not finite.
         """
         names = [choice.name for choice in chosen]
+        if self.ready and list(self.given) == names:
+            return self
         unused = next((name for name in self.given if name not in names), None)
         if unused is not None:
             raise RequestError(f"targets were given of the guide '{unused}', which does not guide")
@@ -59,7 +62,7 @@ class GuideTargets:
             if name not in manifest.guides:
                 raise unknown_guide(name, manifest.guides, "the bundle")
             checked[name] = _checked(name, manifest.guides[name], self.given.get(name, {}), event)
-        return type(self)(checked)
+        return self._made(checked, ready=True)
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -68,12 +71,11 @@ class GuideTargets:
 
     def part(self, rows: slice) -> Self:
         """Some of the samples' targets."""
-        return type(self)(
-            {
-                guide: {name: one if len(one) == 1 else one[rows] for name, one in targets.items()}
-                for guide, targets in self.given.items()
-            }
-        )
+        taken = {
+            guide: {name: one if len(one) == 1 else one[rows] for name, one in targets.items()}
+            for guide, targets in self.given.items()
+        }
+        return self._made(taken, ready=self.ready)
 
     def of_slots(
         self, count: int, labels: Labels | None, guides: Mapping[str, GuideConfig]
@@ -104,6 +106,11 @@ class GuideTargets:
     def arrays(self) -> dict[str, Array]:
         """All of them, by guide and name."""
         return dict(self._arrays())
+
+    def _made(self, given: Mapping[str, Mapping[str, Any]], *, ready: bool) -> Self:
+        made = type(self)(given)
+        object.__setattr__(made, "ready", ready)
+        return made
 
     def _arrays(self) -> list[tuple[str, Array]]:
         return [

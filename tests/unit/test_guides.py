@@ -267,6 +267,18 @@ def test_classes_may_come_from_a_guide(pipeline: Pipeline) -> None:
     np.testing.assert_array_equal(weights, [[0, 0, 1], [1, 0, 0]])
 
 
+def test_checked_targets_may_be_checked_again(pipeline: Pipeline) -> None:
+    """A run checks them before it begins, and every shard once more."""
+    sampler = pipeline.sampler(guided_by=pipeline.guide_choices(["linear"]))
+    once = pipeline.check_inputs(
+        sampler, ImageInputs(targets=GuideTargets({"linear": {"measurement": IMAGES}}))
+    )
+    assert once.targets.lengths["rows of the target linear.measurement"] == 2
+    assert pipeline.check_inputs(sampler, once.part(slice(1))).identity["targets"].keys() == {
+        "linear.measurement", "linear.mask", "linear.rows", "linear.columns"
+    }  # fmt: skip
+
+
 def test_targets_belong_to_the_identity_of_a_run(pipeline: Pipeline) -> None:
     sampler = pipeline.sampler(guided_by=pipeline.guide_choices(["linear"]))
 

@@ -101,6 +101,7 @@ class Lane:
                         )
                         array.clear(self.main)  # what was never written must at least be finite
                         self._arrays[key] = array
+            self._led = [key for key in self._arrays if isinstance(key, tuple) and "." in key[1]]
             stack.callback(self._bindings.clear)
             for graph, engine in engines.items():
                 spec = sources[graph].spec
@@ -177,6 +178,9 @@ class Lane:
         self._bindings["unet"].enqueue(main)
         if kind.guided:
             main.wait(self._joined)
+        if kind.full:
+            for key in self._led:  # tensors of guides, which an earlier run of a graph may have left
+                arrays[key].clear(main)
         if kind.dynamic:
             self._bindings["threshold"].enqueue(main)
         self._bindings["update_full" if kind.full else "update"].enqueue(main)
