@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from admtrt.export.gradient import export_hessian_vector as export_hessian_vector
     from admtrt.export.gradient import export_input_gradient as export_input_gradient
     from admtrt.export.gradient import export_vector_jacobian as export_vector_jacobian
+    from admtrt.export.guides.guide import Guide as Guide
+    from admtrt.export.guides.guide import Reference as Reference
     from admtrt.runtime.image_inputs import Known as Known
     from admtrt.runtime.latents import Latents as Latents
     from admtrt.runtime.pipeline import Pipeline as Pipeline
@@ -20,15 +22,17 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "Bundle", "Known", "Latents", "Pipeline", "TwoStage", "__version__",
+    "Bundle", "Guide", "Known", "Latents", "Pipeline", "Reference", "TwoStage", "__version__",
     "export_hessian_vector", "export_input_gradient", "export_vector_jacobian",
 ]  # fmt: skip
 
 _HOMES = {
     "Bundle": "admtrt.bundle",
+    "Guide": "admtrt.export.guides.guide",
     "Known": "admtrt.runtime.image_inputs",
     "Latents": "admtrt.runtime.latents",
     "Pipeline": "admtrt.runtime.pipeline",
+    "Reference": "admtrt.export.guides.guide",
     "TwoStage": "admtrt.runtime.two_stage",
     "export_hessian_vector": "admtrt.export.gradient",
     "export_input_gradient": "admtrt.export.gradient",
@@ -44,7 +48,7 @@ def __getattr__(name: str) -> Any:
     try:
         return getattr(import_module(_HOMES[name]), name)
     except ModuleNotFoundError as error:
-        if not name.startswith("export_") or error.name is None:
+        if not _HOMES[name].startswith("admtrt.export") or error.name is None:
             raise
         from admtrt.errors import MissingDependencyError
 

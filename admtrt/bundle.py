@@ -42,6 +42,7 @@ from admtrt.files import atomic_directory, sha256_of
 from admtrt.memo import Memo
 from admtrt.onnx_wire import check_operators, external_locations
 from admtrt.reading import open_regular, parse_json, read_small
+from admtrt.schedule.guides import LABELLED, WEIGHTS, GuideConfig, GuideName
 from admtrt.schedule.process import require_discrete
 from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import sampling_schedule
@@ -66,13 +67,18 @@ class FileEntry(Config):
 
 
 class GraphEntry(Config):
-    """One exported graph: its file, contract and how it was made."""
+    """One exported graph: its file, contract and how it was made.
+
+    ``operations`` of its products and ``peak_bytes`` of its values are for one sample, of networks alone.
+    """
 
     file: str
     spec: GraphSpec
     precision: Precision = "fp32"
     opset: Annotated[int, Field(ge=1)]
     nodes: Annotated[int, Field(ge=0)]
+    operations: int | None = later(None)
+    peak_bytes: int | None = later(None)
 
 
 class Manifest(Config):
@@ -81,7 +87,8 @@ class Manifest(Config):
     ``event_shape`` is that of one sample, ``threshold_quantile`` that of the graph ``threshold``.
     ``graphs`` are the fp32 graphs in the form that CPUs like; ``engine_graphs`` hold, for each precision that
     was exported, the same graphs in the form that inference engines like. ``classifier_rescale_timesteps`` is
-    the classifier's own unit of t where it is not the UNet's; its graphs take the UNet's.
+    the classifier's own unit of t where it is not the UNet's; its graphs take the UNet's. ``guides`` are
+    those besides the classifier, in the order in which the small graphs take them.
     """
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
@@ -97,13 +104,17 @@ class Manifest(Config):
     files: dict[str, FileEntry]
     made_with: dict[str, str] = Field(default_factory=dict)
     classifier_rescale_timesteps: bool | None = later(None)
+    guides: dict[GuideName, GuideConfig] = later({})
 
     @property
     def num_classes(self) -> int | None:
-        """Classes that can be asked for: the UNet's, else the classifier's, else None."""
+        """Classes that can be asked for: the UNet's, else the classifier's, else a guide's, else None."""
         if self.network.classes is not None:
             return self.network.classes
-        return None if self.classifier is None else self.classifier.num_classes
+        if self.classifier is not None:
+            return self.classifier.num_classes
+        labelled = (guide for guide in self.guides.values() if guide.loss in LABELLED)
+        return next((guide.targets[WEIGHTS][0] for guide in labelled), None)
 
     @property
     def sampled_graphs(self) -> tuple[GraphName, ...]:
@@ -148,7 +159,8 @@ class Manifest(Config):
         event = event_shape(self.network)
         if self.schema_version > 1 and self.event_shape != event:
             raise ValueError(f"event_shape is {list(self.event_shape)}, expected {list(event)}")
-        specs = bundle_specs(self.network, self.classifier, schema=self.schema_version)
+        self._check_guides()
+        specs = bundle_specs(self.network, self.classifier, self.guides, schema=self.schema_version)
         further = further_specs(self.network)
         for where, graphs in (("graphs", self.graphs), *self.engine_graphs.items()):
             if set(graphs) - set(further if where == "graphs" else ()) != set(specs):
@@ -158,6 +170,23 @@ class Manifest(Config):
         if self.class_names and len(self.class_names) != self.num_classes:
             raise ValueError(f"{len(self.class_names)} class names for {self.num_classes} classes")
         return self
+
+    def _check_guides(self) -> None:
+        if self.guides and self.schema_version < 2:
+            raise ValueError("a bundle of schema 1 has no guides")
+        for name, guide in self.guides.items():
+            if guide.kind != "reference":
+                continue
+            if guide.network is None and self.network.null_class is None:
+                raise ValueError(f"guide '{name}' needs a null class, and the network has none")
+            if guide.network is not None:
+                self._check_reference(name, guide.network)
+
+    def _check_reference(self, name: str, other: UNetConfig) -> None:
+        for field in ("image_size", "in_channels", "classes", "low_res_size"):
+            ours, theirs = getattr(self.network, field), getattr(other, field)
+            if ours != theirs and not (field == "classes" and other.num_classes is None):
+                raise ValueError(f"the UNet has {field} {ours} but the reference '{name}' {theirs}")
 
     def _check_graph(self, what: str, graph: GraphEntry, spec: GraphSpec) -> None:
         if graph.spec != spec:

@@ -6,6 +6,7 @@ Dummy inputs, checks, engine profiles and documentation all derive from here.
 from __future__ import annotations
 
 import math
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field
@@ -13,32 +14,60 @@ from pydantic import Field
 from admtrt.config import Config
 from admtrt.errors import RequestError
 from admtrt.schedule.edits import EDIT
+from admtrt.schedule.guides import GUIDE_GRAPH, columns_with_guides
 from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from admtrt.config import ClassifierConfig, UNetConfig
+    from admtrt.schedule.guides import GuideConfig
+
+    Guides = Mapping[str, GuideConfig]
 
 BATCH = "N"
 """Name of the dynamic axis."""
 NODE_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata of a node: the PyTorch modules that it comes from, the outermost first."""
 
-GraphName = Literal[
-    "unet", "classifier_gradient", "update", "update_full", "threshold", "edit", "edit_low_pass",
-    "unet_vector_jacobian",
-]  # fmt: skip
-NETWORKS: tuple[GraphName, ...] = ("unet", "classifier_gradient")
-"""Graphs of networks; the others are the small ones, which compute in float32 whatever the precision."""
+GraphName = Annotated[
+    str,
+    Field(
+        pattern=r"^(unet|classifier_gradient|update|update_full|threshold|edit|edit_low_pass"
+        r"|unet_vector_jacobian|guide\.[a-z][a-z0-9_]{0,31})$"
+    ),
+]
+"""A guide's graph is ``guide.`` and its name."""
+_NETWORKS = ("unet", "classifier_gradient", "unet_vector_jacobian")
 FURTHER: tuple[GraphName, ...] = ("unet_vector_jacobian",)
 """Graphs that a bundle holds only where they were asked for, in the form for CPUs; sampling runs none."""
 QUANTILE = 0.995
 """Of a sample's |x_0|, to which dynamic thresholding bounds it (Imagen)."""
 MOST_TOP_K = 3840
 """Of TensorRT's TopK."""
+X0_WEIGHTS = ("x0_from_x", "x0_from_out")
+"""Inputs of guides by a loss of x_0: the weights of the state and of the network's output in it."""
+GUIDE_CLIP, LEVEL_INPUT = "guide_clip", "sqrt_one_minus_alpha_bar"
+"""Further ones: the bound of that x_0; and the square root of 1 - alpha_bar, for losses that ask for it."""
 DType = Literal["float32", "int64"]
 Precision = Literal["fp32", "fp16", "bf16"]
 """What a graph computes in; inputs and outputs are float32 whatever it is."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+
+
+def is_network(graph: str) -> bool:
+    """Whether a graph is a network's; the small ones compute in float32 whatever the precision."""
+    return graph in _NETWORKS or graph.startswith(GUIDE_GRAPH)
+
+
+def graph_of(name: str, guide: GuideConfig) -> GraphName:
+    """The graph that a guide runs: one of its own, or the UNet's with the null class."""
+    return "unet" if guide.kind == "reference" and guide.network is None else f"{GUIDE_GRAPH}{name}"
+
+
+def guide_input(name: str, guide: GuideConfig) -> str:
+    """What ``update_full`` and ``threshold`` call the tensor of a guide."""
+    return f"{'out' if guide.kind == 'reference' else 'grad'}.{name}"
 
 
 def precision_named(name: str, what: str) -> Precision:
@@ -107,6 +136,28 @@ def unet_vector_jacobian_spec(config: UNetConfig) -> GraphSpec:
     return GraphSpec(inputs=(*unet.inputs, cotangent), outputs=(_tensor("grad", *event_shape(config)), out))
 
 
+def guide_spec(unet: UNetConfig, guide: GuideConfig) -> GraphSpec:
+    """Inputs and outputs of a guide's graph.
+
+    A loss of x_0 takes what the UNet takes, the weights of x_0, its bound and its targets; it gives ``grad``
+    = - d loss / dx_t of each sample, the UNet's ``out``, and ``value`` = - loss. One of x_t gives no ``out``.
+    A reference is another UNet.
+    """
+    if guide.kind == "reference":
+        return unet_spec(guide.network or unet)
+    event = event_shape(unet)
+    targets = [_tensor(name, *sizes) for name, sizes in guide.targets.items()]
+    grad, value = _tensor("grad", *event), _tensor("value")
+    if guide.kind == "noisy":
+        return GraphSpec(inputs=(_tensor("x", *event), _tensor("t"), *targets), outputs=(grad, value))
+    network = unet_spec(unet)
+    numbers = [*X0_WEIGHTS, GUIDE_CLIP, *([LEVEL_INPUT] if guide.level_input else [])]
+    return GraphSpec(
+        inputs=(*network.inputs, *map(_tensor, numbers), *targets),
+        outputs=(grad, *network.outputs, value),
+    )
+
+
 def event_shape(config: UNetConfig) -> tuple[int, ...]:
     """Shape of one sample, (C, H, W)."""
     return (config.in_channels, config.image_size, config.image_size)
@@ -153,27 +204,45 @@ def _state_inputs(config: UNetConfig) -> tuple[TensorSpec, ...]:
     return _tensor("x", *event), _tensor("out", config.out_channels, *event[1:]), _tensor("grad", *event)
 
 
-def update_full_spec(config: UNetConfig) -> GraphSpec:
-    """As ``update``, with the memory ``saved``, ``h1``, ``h2``, the threshold ``r`` and ``saved_next``."""
+def _guide_inputs(config: UNetConfig, guides: Guides) -> tuple[TensorSpec, ...]:
+    """The tensor of each guide: a gradient, or the output of another network."""
+    event = event_shape(config)
+    inputs = []
+    for name, guide in guides.items():
+        channels = (guide.network or config).out_channels if guide.kind == "reference" else event[0]
+        inputs.append(_tensor(guide_input(name, guide), channels, *event[1:]))
+    return tuple(inputs)
+
+
+NO_GUIDES: Guides = MappingProxyType({})
+
+
+def update_full_spec(config: UNetConfig, guides: Guides = NO_GUIDES) -> GraphSpec:
+    """As ``update``, with the memory ``saved``, ``h1``, ``h2``, the threshold ``r`` and ``saved_next``.
+
+    Each guide adds its tensor and its columns.
+    """
     event = event_shape(config)
     return GraphSpec(
         inputs=(
             *_state_inputs(config),
+            *_guide_inputs(config, guides),
             _tensor("noise", *event),
             *(_tensor(name, *event) for name in ("saved", "h1", "h2")),
             _tensor("r"),
-            _tensor("coefficients", len(UPDATE_FULL)),
+            _tensor("coefficients", len(columns_with_guides(UPDATE_FULL, tuple(guides)))),
         ),
         outputs=(_tensor("x_prev", *event), _tensor("pred_x0", *event), _tensor("saved_next", *event)),
     )
 
 
-def threshold_spec(config: UNetConfig) -> GraphSpec:
+def threshold_spec(config: UNetConfig, guides: Guides = NO_GUIDES) -> GraphSpec:
     """``r``, the threshold of every sample, from what ``update_full`` bounds by it."""
     return GraphSpec(
         inputs=(
             *_state_inputs(config),
-            _tensor("coefficients", len(UPDATE_FULL)),
+            *_guide_inputs(config, guides),
+            _tensor("coefficients", len(columns_with_guides(UPDATE_FULL, tuple(guides)))),
         ),
         outputs=(_tensor("r"),),
     )
@@ -216,15 +285,18 @@ def further_specs(unet: UNetConfig) -> dict[GraphName, GraphSpec]:
 
 
 def bundle_specs(
-    unet: UNetConfig, classifier: ClassifierConfig | None, *, schema: int = 2
+    unet: UNetConfig, classifier: ClassifierConfig | None, guides: Guides = NO_GUIDES, *, schema: int = 2
 ) -> dict[GraphName, GraphSpec]:
     """The graphs that a bundle of these networks holds; one of schema 1 has no more than ``update``."""
     specs: dict[GraphName, GraphSpec] = {"unet": unet_spec(unet), "update": update_spec(unet)}
     if schema >= 2:
-        specs["update_full"] = update_full_spec(unet)
-        specs["threshold"] = threshold_spec(unet)
+        specs["update_full"] = update_full_spec(unet, guides)
+        specs["threshold"] = threshold_spec(unet, guides)
         specs["edit"] = edit_spec(unet)
         specs["edit_low_pass"] = edit_low_pass_spec(unet)
     if classifier is not None:
         specs["classifier_gradient"] = classifier_gradient_spec(classifier)
+    for name, guide in guides.items():
+        if graph_of(name, guide) != "unet":
+            specs[graph_of(name, guide)] = guide_spec(unet, guide)
     return specs

@@ -58,6 +58,7 @@ def sham_bundle(
         "diffusion": DiffusionConfig(),
         "sampler": SAMPLER,
         "class_names": CLASS_NAMES,
+        "guides": {},
     } | fields
     given["event_shape"] = event_shape(given["network"])
 
@@ -66,7 +67,7 @@ def sham_bundle(
             (directory / file).parent.mkdir(exist_ok=True)
             (directory / file).write_bytes(content)
         entries: dict[GraphName, GraphEntry] = {}
-        for name, spec in bundle_specs(given["network"], given["classifier"]).items():
+        for name, spec in bundle_specs(given["network"], given["classifier"], given["guides"]).items():
             (directory / f"{name}.onnx").write_bytes(graph)
             entries[name] = GraphEntry(file=f"{name}.onnx", spec=spec, opset=18, nodes=0)
         return entries

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from admtrt.contract import NETWORKS, GraphName, classifier_gradient_spec, unet_spec
+from admtrt.contract import GraphName, classifier_gradient_spec, is_network, unet_spec
 from admtrt.export.graphs import PositionalUNet, example_inputs
 from admtrt.runtime.backends.graphs import GraphDenoiser
 from admtrt.runtime.backends.onnxruntime import import_onnxruntime
@@ -79,7 +79,7 @@ class PlainDenoiser(GraphDenoiser):
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         small: dict[GraphName, Path] = {
-            name: bundle.graph_path(name) for name in bundle.manifest.sampled_graphs if name not in NETWORKS
+            name: bundle.graph_path(name) for name in bundle.manifest.sampled_graphs if not is_network(name)
         }
         paths = {**small, **exported.paths}
         self.specs = {name: bundle.graph_entry(name).spec for name in paths}

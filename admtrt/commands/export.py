@@ -49,6 +49,16 @@ def export(
     unet_weights: UnetWeights = None,
     classifier_weights: ClassifierWeights = None,
     null_class: NullClass = None,
+    guide: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GUIDE",
+            help="A guide besides the classifier; may be repeated. Built in: linear, fourier, tv, range and "
+            "null (with --null-class); with a file: convolution=KERNEL.npz, classifier=CLEAN, "
+            "noisy=CLASSIFIER, weak=UNET. NAME=BUILT_IN[:FILE] gives another name; "
+            "NAME=package.module:factory imports and runs a module of yours.",
+        ),
+    ] = None,
     method: Annotated[
         str | None, method_option("Recommended solver", auto="the best of our measurements, docs/solvers.md")
     ] = None,
@@ -85,11 +95,12 @@ def export(
     """Export a UNet and the input gradient of its classifier as ONNX graphs, packed as a bundle."""
     require("torch", "onnx", "onnxscript", "safetensors", extra="export", purpose="Exporting")
     from admtrt.commands.checkpoints import load_pair, recommended_sampler
+    from admtrt.export.guides.named import guides_named
     from admtrt.export.pack import bundle_from_checkpoints
 
     output = Output(json=json)
     engines, islands = _precisions(engine or ()), _islands(fp32, engine or ())
-    generator, guide = load_pair(
+    generator, noisy = load_pair(
         unet,
         classifier,
         unet_preset=unet_preset,
@@ -104,12 +115,13 @@ def export(
     )
     choices = {"method": method, "steps": steps, "scale": scale, **solver_options}
     sampler = recommended_sampler(generator.config, choices)
-    if scale and guide is None:
+    if scale and noisy is None:
         raise RequestError(f"--scale {scale:g} recommends guidance without a --classifier")
     bundle = bundle_from_checkpoints(
         generator,
-        guide,
+        noisy,
         out,
+        guides=guides_named(guide or (), generator),
         sampler=sampler,
         engines=engines,
         islands=islands,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from admtrt.commands.groups import takes_group
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
@@ -18,14 +17,13 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Manifest
+    from admtrt.runtime.guide_targets import GuideTargets
     from admtrt.runtime.image_inputs import ImageInputs
     from admtrt.runtime.latents import Latents
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.shards import Shards
     from admtrt.runtime.slots import Labels
     from admtrt.schedule.sampler import SamplerChoices, SamplerConfig
-
-Command = TypeVar("Command", bound="Callable[..., None]")
 
 _PANEL = "Images as a start and as a frame"
 _PARAMETER = "image_options"
@@ -89,6 +87,9 @@ class ImageOptions:
         str | None,
         _option("Of --reference: images reduced by N are kept, down to step UNTIL.", "N[:UNTIL]"),
     ] = None
+    recurrence: Annotated[
+        int | None, _option("Evaluate each level N times, with noise back to it in between.", "N")
+    ] = None
     latents: Annotated[
         Path | None, _option("Start at latents: latents.npz of admtrt invert, or noise.", "FILE")
     ] = None
@@ -108,12 +109,16 @@ class ImageOptions:
         ),
     ] = False
 
-    def read(self, manifest: Manifest, num: int | None) -> ReadImages | None:
+    def read(
+        self, manifest: Manifest, num: int | None, targets: GuideTargets, *, own_mask: bool
+    ) -> ReadImages | None:
         """Everything that is named; None where nothing is.
 
         Args:
             manifest: of the bundle.
             num: of samples, where it was given.
+            targets: of the guides, which belong to the samples as images do.
+            own_mask: whether ``--mask`` is of ``--known``; else it is a guide's.
 
         Raises:
             RequestError: if something cannot be read, or is not what it should be.
@@ -122,7 +127,7 @@ class ImageOptions:
         from admtrt.runtime.image_inputs import ImageInputs, Known
         from admtrt.runtime.images_in import read_images, read_mask
 
-        if (self.known is None) != (self.mask is None):
+        if own_mask and (self.known is None) != (self.mask is None):
             missing = "--mask" if self.mask is None else "--known"
             raise RequestError(f"--known and --mask belong together; there is no {missing}")
         if self.known_as_sampled and self.known is None:
@@ -139,7 +144,7 @@ class ImageOptions:
                 given[name], theirs = read_images(path, event, f"--{name}")
                 labels = theirs if labels is None else labels
         known = None
-        if self.mask is not None:
+        if self.mask is not None and own_mask:
             known = Known(given["known"], read_mask(self.mask, event), self.known_as_sampled)
         inputs = ImageInputs(
             given["init"],
@@ -149,6 +154,8 @@ class ImageOptions:
             given["reference"],
             None if self.low_pass is None else _low_pass(self.low_pass),
             latents,
+            targets,
+            self.recurrence,
         ).checked(event)
         compared = given["init"] if latents is None else latents.images
         if self.difference and compared is None:
@@ -175,6 +182,7 @@ class ImageOptions:
     def checked(
         self,
         images: ReadImages | None,
+        targets: GuideTargets,
         pipeline: Pipeline,
         sampler: SamplerConfig,
         note: Callable[[str], None],
@@ -184,9 +192,10 @@ class ImageOptions:
         Raises:
             RequestError: for what these cannot do.
         """
-        from admtrt.runtime.image_inputs import NOTHING
+        from admtrt.runtime.image_inputs import ImageInputs
 
-        inputs = pipeline.check_inputs(sampler, NOTHING if images is None else images.inputs)
+        without = ImageInputs(targets=targets, recurrence=self.recurrence)
+        inputs = pipeline.check_inputs(sampler, without if images is None else images.inputs)
         if inputs.known is not None:
             note(f"{inputs.known.mask.mean():.1%} of the pixels are known and kept (white of the mask)")
         if self.interpolate is not None:
@@ -225,25 +234,8 @@ class ImageOptions:
         return latents.between(first, second, _STEPS_BETWEEN if num is None else num)
 
 
-def takes_image_options(command: Command) -> Command:
-    """Give a command the options of :class:`ImageOptions`: they arrive as its parameter ``image_options``."""
-    names = [field.name for field in fields(ImageOptions)]
-
-    @functools.wraps(command)
-    def wrapped(**given: Any) -> None:
-        options = ImageOptions(**{name: given.pop(name) for name in names})
-        command(**given, **{_PARAMETER: options})
-
-    hints = get_type_hints(ImageOptions, include_extras=True)
-    keyword = inspect.Parameter.KEYWORD_ONLY
-    added = [
-        inspect.Parameter(field.name, keyword, default=field.default, annotation=hints[field.name])
-        for field in fields(ImageOptions)
-    ]
-    own = inspect.signature(command, eval_str=True).parameters.values()
-    kept = [one.replace(kind=keyword) for one in own if one.name != _PARAMETER]
-    wrapped.__signature__ = inspect.Signature([*kept, *added])  # type: ignore[attr-defined]
-    return cast("Command", wrapped)
+takes_image_options = takes_group(ImageOptions, _PARAMETER)
+"""Gives a command the options of :class:`ImageOptions`: they arrive as its parameter ``image_options``."""
 
 
 def _two_numbers(text: str, option: str, form: str, example: str) -> tuple[int, int]:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from admtrt.bundle import Bundle, GraphEntry
+    from admtrt.bundle import Bundle, GraphEntry, Manifest
     from admtrt.contract import GraphName
     from admtrt.runtime.engines.plans import PlanRecord
 
@@ -155,10 +155,26 @@ def _shown(
     return [
         table(str(bundle.path), ("graph", "inputs", "outputs"), tensors),
         table("forms", ("graph", "form", "opset", "nodes", "size"), graphs),
+        *([_guide_table(manifest)] if manifest.guides else []),
         *([_plan_table(plans)] if plans else [f"no plans; build them with: admtrt build {bundle.path}"]),
         f"recommended: {manifest.recommendation}; classes: {manifest.num_classes or 'none'}; "
         f"{len(manifest.files)} files, {_size(size)}",
     ]
+
+
+def _guide_table(manifest: Manifest) -> RenderableType:
+    rows = [
+        [
+            name,
+            guide.loss,
+            guide.place,
+            f"{guide.scale:g}",
+            guide.normalise,
+            "\n".join(f"{target} [{', '.join(map(str, sizes))}]" for target, sizes in guide.targets.items()),
+        ]
+        for name, guide in manifest.guides.items()
+    ]
+    return table("guides", ("guide", "loss", "place", "scale", "normalised", "targets"), rows)
 
 
 def _plan_table(plans: Sequence[tuple[PlanRecord, bool, str]]) -> RenderableType:

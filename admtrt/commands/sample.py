@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self
 import typer
 
 from admtrt.commands.backend_report import BackendReport
+from admtrt.commands.guide_options import GuideOptions, takes_guide_options
 from admtrt.commands.image_options import ImageOptions, takes_image_options
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _FORMATS = ("npz", "png", "grid")
 
 
+@takes_guide_options
 @takes_image_options
 @takes_solver_options
 def sample(
@@ -96,6 +98,7 @@ def sample(
     *,
     solver_options: SolverOptions,
     image_options: ImageOptions,
+    guide_options: GuideOptions,
 ) -> None:
     """Draw guided or unguided samples from a bundle, without PyTorch."""
     from admtrt.bundle import Bundle
@@ -119,12 +122,15 @@ def sample(
     small = None if low_res is None else _SmallImages.read(low_res, first)
     if small is not None and num not in (None, len(small)):
         raise RequestError(f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out.")
-    images = image_options.read(first.manifest, num)
+    guide_options.check_known(first.manifest, bundle)
+    mask = image_options.mask if image_options.known is None and guide_options.names else None
+    targets = guide_options.targets(first.manifest, mask)
+    images = image_options.read(first.manifest, num, targets, own_mask=mask is None)
     source = images if small is None else small
     asked = _asked_labels(classes, num, source, first.manifest)
     count = next((len(given) for given in (asked, source) if given is not None), num or 1)
     choice = choice.for_batches(max(1, min(batch_size, kept, count)))
-    pipeline = Pipeline.open(first, choice, report=found_backends)
+    pipeline = Pipeline.open(first, choice, guides=guide_options.names, report=found_backends)
     sampler = pipeline.sampler(
         **image_options.choices(
             images,
@@ -134,11 +140,12 @@ def sample(
                 "scale": scale,
                 "clip": clip,
                 "guidance_interval": interval,
+                "guided_by": guide_options.choices(pipeline),
                 **solver_options,  # type: ignore[typeddict-item]
             },
         )
     )
-    inputs = image_options.checked(images, pipeline, sampler, output.note)
+    inputs = image_options.checked(images, targets, pipeline, sampler, output.note)
     pipeline.check_low_res(None if small is None else small.images[:1])
     request = BulkRequest(
         count=count,
@@ -150,14 +157,19 @@ def sample(
         low_res=None if small is None else small.images,
         inputs=inputs,
     )
+    if guide_options.names:
+        evaluations = count * len(inputs.schedule(first.manifest.diffusion, sampler))
+        output.note(guide_options.cost(first.manifest, evaluations))
     if upsample is None:
-        if request.labels is not None and first.manifest.network.num_classes is None and not sampler.scale:
+        if request.labels is not None and not _uses_labels(first.manifest, sampler):
             output.note("the labels have no effect: the UNet knows no classes, at scale 0 nothing guides it")
         result = _draw_one(pipeline, request, out, chosen)
     else:
         from admtrt.runtime.two_stage import UNGUIDED, TwoStage
 
-        second = Pipeline.open(Bundle.open(upsample), choice, report=found_backends)
+        second = Pipeline.open(
+            Bundle.open(upsample), choice, guides=guide_options.names, report=found_backends
+        )
         stages = TwoStage(pipeline, second)
         upsampler = stages.high.sampler(
             steps=upsample_steps, scale=UNGUIDED if upsample_scale is None else upsample_scale
@@ -245,6 +257,14 @@ def _asked_labels(
     if classes is None:
         return None
     return requested_labels(classes, len(images) if len(images) > 1 else num, manifest)
+
+
+def _uses_labels(manifest: Manifest, sampler: SamplerConfig) -> bool:
+    """Whether the UNet or any guide looks at the samples' classes."""
+    from admtrt.schedule.guides import LABELLED
+
+    labelled = any(manifest.guides[choice.name].loss in LABELLED for choice in sampler.guided_by)
+    return manifest.network.num_classes is not None or bool(sampler.scale) or labelled
 
 
 def _labels(

@@ -46,6 +46,12 @@ def verify(
     unet_weights: UnetWeights = None,
     classifier_weights: ClassifierWeights = None,
     null_class: NullClass = None,
+    guide: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GUIDE", help="A guide as it was exported; those that need no file may be left out."
+        ),
+    ] = None,
     steps: Annotated[
         int | None,
         typer.Option(help="Steps of the compared trajectories. Default: 10, or all of a shorter process."),
@@ -83,6 +89,7 @@ def verify(
     from admtrt.runtime.backends.choice import BackendChoice
 
     require("torch", "safetensors", extra="export", purpose="Verification")
+    from admtrt.export.guides.named import guides_named
     from admtrt.verify.plot import plot_drift, require_plotting
     from admtrt.verify.stages import verify_bundle
 
@@ -98,7 +105,7 @@ def verify(
         recorder = Recorder(polygraphy)
     output = Output(json=json)
     opened = Bundle.open(bundle, memo=False)
-    generator, guide = load_pair(
+    generator, noisy = load_pair(
         unet,
         classifier,
         unet_preset=unet_preset,
@@ -115,7 +122,8 @@ def verify(
     report = verify_bundle(
         opened,
         generator,
-        guide,
+        noisy,
+        guides=guides_named(guide or (), generator),
         steps=steps,
         every=all_solvers,
         seed=seed,

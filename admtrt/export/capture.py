@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from admtrt.contract import BATCH, NODE_SCOPES
 from admtrt.errors import ExportError
 from admtrt.export.fold import fold
+from admtrt.export.inside import TRANSLATIONS, insert_files
 from admtrt.export.nodes import ATEN, module_of
 from admtrt.export.passes import simplify
 from admtrt.export.plain import plain
@@ -92,6 +93,7 @@ def graph_from_module(
                 output_names=list(outputs),
                 opset_version=opset,
                 optimize=False,
+                custom_translation_table=TRANSLATIONS,
                 verbose=False,
             )
     except Exception as error:  # torch raises many unrelated types here
@@ -103,6 +105,7 @@ def graph_from_module(
             f"the module returns {len(model.graph.outputs)} tensors; expected {len(outputs)}: "
             f"{', '.join(outputs)}"
         )
+    insert_files(model)
     InlinePass()(model)
     _refuse_randomness(model.graph)
     _note_sources(model.graph)

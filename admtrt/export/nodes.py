@@ -19,6 +19,10 @@ ATEN = "aten"
 """Key of a node's ``meta``: the function of PyTorch that a captured node is from, such as ``max.dim``."""
 
 
+LOSS = "admtrt.loss"
+"""Metadata of a node that belongs to a guide's loss, forward or backward; it computes in float32."""
+
+
 def module_of(node: ir.Node) -> str:
     """`` in the module '0.conv'`` for messages; empty where nothing is known."""
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import platform
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
@@ -14,18 +15,20 @@ from admtrt.bundle import Bundle, GraphEntry, write_bundle
 from admtrt.config import DiffusionConfig
 from admtrt.contract import (
     MOST_TOP_K,
-    NETWORKS,
     GraphName,
     GraphSpec,
     Precision,
     bundle_specs,
     event_shape,
     further_specs,
+    graph_of,
+    is_network,
     largest_values,
     threshold_quantile,
 )
 from admtrt.errors import ExportError, RequestError
 from admtrt.export.check import check_graph, rtx_parser_errors
+from admtrt.export.cost import operations, peak_bytes
 from admtrt.export.cpu_form import cpu_form
 from admtrt.export.engine_form import engine_form
 from admtrt.export.graphs import (
@@ -34,7 +37,11 @@ from admtrt.export.graphs import (
     unet_graph,
     unet_vector_jacobian_graph,
 )
+from admtrt.export.guides.check import check_loss
+from admtrt.export.guides.graphs import guide_graph
+from admtrt.export.guides.guide import Guide
 from admtrt.export.precision import DEFAULT_ISLANDS, Island, lower
+from admtrt.export.shared import SharedWeights
 from admtrt.export.small_graphs import FOR_ENGINES, SMALL_GRAPHS
 from admtrt.export.write import write_graph
 from admtrt.models.classifier import Classifier
@@ -42,9 +49,10 @@ from admtrt.models.pair import check_pair, in_units_of
 from admtrt.models.unet import UNet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator, Mapping
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
+    from admtrt.export.guides.guide import AnyGuide
     from admtrt.export.tape import ConvBackward
     from admtrt.models.checkpoint import LoadedNetwork
     from admtrt.schedule.sampler import SamplerConfig
@@ -63,6 +71,7 @@ def bundle_from_checkpoints(
     classifier: LoadedNetwork | None,
     path: Path,
     *,
+    guides: Sequence[AnyGuide] = (),
     sampler: SamplerConfig | None = None,
     engines: Collection[Precision] = (),
     islands: Collection[Island] = DEFAULT_ISLANDS,
@@ -76,6 +85,7 @@ def bundle_from_checkpoints(
         unet: the loaded generator.
         classifier: the noisy classifier, or None for plain sampling.
         path: the bundle's directory.
+        guides: besides the classifier, each with a name of its own.
         sampler: what to recommend; None takes the UNet checkpoint's. Without a classifier its scale is 0.
         engines: precisions in which to add the graphs in the form that inference engines like.
         islands: what stays float32 in those; see :mod:`admtrt.export.precision`.
@@ -85,7 +95,7 @@ def bundle_from_checkpoints(
 
     Raises:
         CheckpointError: if the two networks do not fit together.
-        ExportError: if a graph fails a check.
+        ExportError: if a graph or a guide's loss fails a check.
         OutputError: if the place is taken or cannot be written.
         RequestError: if engines do not take a graph that is asked for.
     """
@@ -93,15 +103,17 @@ def bundle_from_checkpoints(
     generator = unet.module
     check_pair(unet.config, None if classifier is None else classifier.config)
     adapted = None if classifier is None else in_units_of(unet.config.diffusion, classifier)
-    guide = None if adapted is None else adapted.module
-    assert guide is None or isinstance(guide, Classifier)
+    noisy = None if adapted is None else adapted.module
+    assert noisy is None or isinstance(noisy, Classifier)
+    networks = _Networks(generator, noisy, _by_name(guides, event_shape(generator.config)))
     own_unit = None
     if classifier is not None and adapted is not classifier:
         process = classifier.config.diffusion
         assert isinstance(process, DiffusionConfig)  # no other has a unit
         own_unit = process.rescale_timesteps
     recommended = sampler or unet.config.sampler
-    specs = bundle_specs(generator.config, None if guide is None else guide.config)
+    described = {name: guide.config for name, guide in networks.guides.items()}
+    specs = bundle_specs(generator.config, None if noisy is None else noisy.config, described)
     quantile = threshold_quantile(generator.config, unet.config.threshold_quantile)
     values = math.prod(event_shape(generator.config))
     if engines and largest_values(values, quantile) > MOST_TOP_K:
@@ -114,83 +126,115 @@ def bundle_from_checkpoints(
     engine_graphs: dict[Precision, dict[GraphName, GraphEntry]] = {precision: {} for precision in engines}
 
     def write_graphs(directory: Path) -> dict[GraphName, GraphEntry]:
+        shared = SharedWeights()
         graphs: dict[GraphName, GraphEntry] = {}
         for name, spec in specs.items():
             report(name)
-            for engine, model in _forms(name, generator, guide, engine_graphs, islands, quantile):
+            for engine, model in networks.forms(name, engine_graphs, islands, quantile):
                 if engine is None:
-                    graphs[name] = _written(model, directory, f"{name}.onnx", spec)
+                    graphs[name] = _written(model, directory, f"{name}.onnx", spec, shared)
                 else:
                     report(f"{name} for engines, {engine}")
-                    written = _written(model, directory, f"engine-{engine}/{name}.onnx", spec)
-                    precision = engine if name in NETWORKS else "fp32"
+                    written = _written(model, directory, f"engine-{engine}/{name}.onnx", spec, shared)
+                    precision = engine if is_network(name) else "fp32"
                     engine_graphs[engine][name] = written.model_copy(update={"precision": precision})
         if likelihood:
             name = "unet_vector_jacobian"
             report(name)
             model = cpu_form(unet_vector_jacobian_graph(generator))
-            graphs[name] = _written(model, directory, f"{name}.onnx", further_specs(generator.config)[name])
+            spec = further_specs(generator.config)[name]
+            graphs[name] = _written(model, directory, f"{name}.onnx", spec, shared)
         return graphs
 
     fields = {
         "network": generator.config,
         "event_shape": event_shape(generator.config),
         "threshold_quantile": quantile,
-        "classifier": None if guide is None else guide.config,
+        "classifier": None if noisy is None else noisy.config,
         "diffusion": unet.config.diffusion,
-        "sampler": recommended if guide is not None else recommended.model_copy(update={"scale": 0.0}),
+        "sampler": recommended if noisy is not None else recommended.model_copy(update={"scale": 0.0}),
         "class_names": unet.config.class_names
         or (() if classifier is None else classifier.config.class_names),
         "made_with": _versions() | ({"fp32 in engines": ", ".join(islands) or "none"} if engines else {}),
         "engine_graphs": engine_graphs,  # filled while the graphs are written
         "classifier_rescale_timesteps": own_unit,
+        "guides": described,
     }
     return write_bundle(path, write_graphs, fields, overwrite=overwrite)
 
 
-def _forms(
-    name: GraphName,
-    unet: UNet,
-    classifier: Classifier | None,
-    engines: Collection[Precision],
-    islands: Collection[Island],
-    quantile: float,
-) -> Iterator[tuple[Precision | None, ir.Model]]:
-    """The form of a graph for CPUs, with None, then that for engines in each precision."""
-    if name in SMALL_GRAPHS:  # x itself is never rounded
-        own = {"quantile": quantile} if name == "threshold" else {}
-        yield None, cpu_form(SMALL_GRAPHS[name](unet.config, **own))
-        yield from ((precision, engine_form(FOR_ENGINES[name](unet.config, **own))) for precision in engines)
-        return
-    captured = {_FOR_CPUS: _graph(name, unet, classifier, _FOR_CPUS)}
-    yield None, cpu_form(captured[_FOR_CPUS])
-    for precision in engines:
-        backward = _FOR_ENGINES[precision] if name == "classifier_gradient" else _FOR_CPUS
-        if backward not in captured:
-            captured[backward] = _graph(name, unet, classifier, backward)
-        model = engine_form(captured[backward])
-        lower(model, precision, islands)
-        yield precision, model
+def _by_name(guides: Sequence[AnyGuide], event: tuple[int, ...]) -> dict[str, AnyGuide]:
+    """The guides by name, their losses checked on images of a shape.
+
+    Raises:
+        ExportError: if a name comes twice, or a loss is none.
+    """
+    named: dict[str, AnyGuide] = {}
+    for guide in guides:
+        if guide.name in named:
+            raise ExportError(f"two guides are called '{guide.name}'", hint="Give one another name.")
+        named[guide.name] = guide
+        if isinstance(guide, Guide):
+            check_loss(guide, event)
+    return named
 
 
-def _graph(
-    name: GraphName, unet: UNet, classifier: Classifier | None, conv_backward: ConvBackward
-) -> ir.Model:
-    if name == "unet":
-        return unet_graph(unet)
-    assert classifier is not None
-    return classifier_gradient_graph(classifier, conv_backward=conv_backward)
+@dataclass(frozen=True, eq=False)
+class _Networks:
+    """What graphs are made of."""
+
+    unet: UNet
+    classifier: Classifier | None
+    guides: Mapping[str, AnyGuide]
+
+    def forms(
+        self, name: GraphName, engines: Collection[Precision], islands: Collection[Island], quantile: float
+    ) -> Iterator[tuple[Precision | None, ir.Model]]:
+        """The form of a graph for CPUs, with None, then that for engines in each precision."""
+        if name in SMALL_GRAPHS:  # x itself is never rounded
+            described = {guide.name: guide.config for guide in self.guides.values()}
+            given = (self.unet.config, described, quantile)
+            yield None, cpu_form(SMALL_GRAPHS[name](*given))
+            yield from ((precision, engine_form(FOR_ENGINES[name](*given))) for precision in engines)
+            return
+        captured = {(_FOR_CPUS, False): self._graph(name, _FOR_CPUS, boosted=False)}
+        yield None, cpu_form(captured[_FOR_CPUS, False])
+        for precision in engines:
+            form = (_FOR_ENGINES[precision], precision == "fp16") if name != "unet" else (_FOR_CPUS, False)
+            if form not in captured:
+                captured[form] = self._graph(name, form[0], boosted=form[1])
+            model = engine_form(captured[form])
+            lower(model, precision, islands)
+            yield precision, model
+
+    def _graph(self, name: GraphName, conv_backward: ConvBackward, *, boosted: bool) -> ir.Model:
+        if name == "unet":
+            return unet_graph(self.unet)
+        for guide in self.guides.values():
+            if graph_of(guide.name, guide.config) == name:
+                return guide_graph(self.unet, guide, conv_backward=conv_backward, boosted=boosted)
+        assert self.classifier is not None
+        return classifier_gradient_graph(self.classifier, conv_backward=conv_backward)
 
 
-def _written(model: ir.Model, directory: Path, name: str, spec: GraphSpec) -> GraphEntry:
+def _written(
+    model: ir.Model, directory: Path, name: str, spec: GraphSpec, shared: SharedWeights
+) -> GraphEntry:
     """Write a graph as a file of the bundle and check it."""
     file = directory / name
-    write_graph(model, file)
+    write_graph(model, file, shared=shared)
     check_graph(file, spec, example_batch=EXAMPLE_BATCH)
     errors = rtx_parser_errors(file)
     if errors:
         raise ExportError(f"{name}: the parser of TensorRT-RTX rejects the graph: {'; '.join(errors)}")
-    return GraphEntry(file=name, spec=spec, opset=model.opset_imports[""], nodes=len(model.graph))
+    return GraphEntry(
+        file=name,
+        spec=spec,
+        opset=model.opset_imports[""],
+        nodes=len(model.graph),
+        operations=operations(model) or None,
+        peak_bytes=peak_bytes(model) if operations(model) else None,
+    )
 
 
 def _versions() -> dict[str, str]:

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
+from admtrt.export.nodes import LOSS
 from admtrt.export.passes import remove_unused
 
 if TYPE_CHECKING:
@@ -53,8 +54,9 @@ def lower(model: ir.Model, precision: Precision, islands: Collection[Island] = D
     Args:
         model: a graph of float32 with the shapes of its values.
         precision: fp16 or bf16 for the torso; fp32 changes nothing.
-        islands: what stays float32. Sines and cosines of timesteps, the sums behind them, and operators that
-            this pass does not know always do; in bf16 so do transposed convolutions, which engines lack.
+        islands: what stays float32. Sines and cosines of timesteps, the sums behind them, the losses of
+            guides and operators that this pass does not know always do; in bf16 so do transposed
+            convolutions, which engines lack.
 
     Raises:
         ExportError: if a constant exceeds the range of fp16.
@@ -72,7 +74,7 @@ def lower(model: ir.Model, precision: Precision, islands: Collection[Island] = D
 def _wide_nodes(graph: ir.Graph, islands: frozenset[Island]) -> set[ir.Node]:
     """The nodes that compute in float32."""
     nodes = [node for node in graph if any(map(_is_float, (*node.inputs, *node.outputs)))]
-    wide = {node for node in nodes if node.op_type not in _NARROWED}
+    wide = {node for node in nodes if node.op_type not in _NARROWED or LOSS in node.metadata_props}
     wide |= _upstream([node for node in nodes if node.op_type in ("Cos", "Sin")], stop=frozenset())
     if "group_norm" in islands:
         wide |= {node for node in nodes if node.op_type in _STATISTICS}

@@ -7,7 +7,6 @@ whatever the precision of the networks: x itself is never rounded.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import TYPE_CHECKING
 
@@ -15,9 +14,11 @@ import onnx_ir as ir
 
 from admtrt.contract import (
     BATCH,
+    NO_GUIDES,
     edit_low_pass_spec,
     edit_spec,
     event_shape,
+    guide_input,
     largest_values,
     threshold_quantile,
     threshold_spec,
@@ -26,13 +27,14 @@ from admtrt.contract import (
 )
 from admtrt.export.capture import OPSET
 from admtrt.schedule.edits import EDIT
+from admtrt.schedule.guides import columns_with_guides
 from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
     from admtrt.config import UNetConfig
-    from admtrt.contract import GraphName, GraphSpec, TensorSpec
+    from admtrt.contract import GraphName, GraphSpec, Guides, TensorSpec
 
 
 class _Writer:
@@ -142,19 +144,21 @@ def update_graph(config: UNetConfig) -> ir.Model:
     return write.model(x_prev, add(x_0, mul(c["x0_shift"], given["grad"])))
 
 
-def update_full_graph(config: UNetConfig) -> ir.Model:
-    """One evaluation's update with memory, for every solver.
+def update_full_graph(config: UNetConfig, guides: Guides = NO_GUIDES) -> ir.Model:
+    """One evaluation's update with memory, for every solver and guide.
 
     The terms of ``update`` come first and in its order, so that a row of it gives the same bits here.
     """
-    write = _Writer(update_full_spec(config), "update_full", UPDATE_FULL)
+    columns = columns_with_guides(UPDATE_FULL, tuple(guides))
+    write = _Writer(update_full_spec(config, guides), "update_full", columns)
     c, given, mul, add = write.columns, write.inputs, write.mul, write.add
     half = write.number("half", 0.5)
     value, log_weight = _value_and_log_weight(config, write)
     r = write.op("Reshape", given["r"], _column_shape(config, write))
-    d = write.within(_unbounded(write, value), r)
+    tensors = _guide_tensors(config, guides, write)
+    d = write.within(_unbounded(write, value, tensors), r)
     d = mul(d, write.op("Div", c["clip"], r))
-    m = add(d, mul(c["x0_shift"], given["grad"]))
+    m = add(d, mul(c["x0_shift"], given["grad"]), *_weighted(write, "x0_shift", tensors))
     weight, std = write.op("Exp", log_weight), write.op("Exp", mul(half, log_weight))
     x_prev = add(
         mul(c["prev_from_x0"], d),
@@ -164,13 +168,17 @@ def update_full_graph(config: UNetConfig) -> ir.Model:
         mul(mul(c["noise"], std), given["noise"]),
         *(mul(c[f"prev_from_{name}"], given[name]) for name in ("saved", "h1", "h2")),
         mul(c["shift"], given["grad"]),
+        *(mul(mul(c[f"guidance.{name}"], weight), tensor) for name, tensor in tensors.items()),
+        *_weighted(write, "shift", tensors),
     )
     memory = {"x": given["x"], "saved": given["saved"], "x0": m, "h1": given["h1"], "h2": given["h2"]}
     saved = add(*(mul(c[f"saved_from_{name}"], tensor) for name, tensor in memory.items()))
     return write.model(write.within(x_prev, c["state_clip"]), m, saved)
 
 
-def threshold_graph(config: UNetConfig, quantile: float | None = None) -> ir.Model:
+def threshold_graph(
+    config: UNetConfig, guides: Guides = NO_GUIDES, quantile: float | None = None
+) -> ir.Model:
     """The threshold of dynamic thresholding: the quantile of |y| over a sample, interpolated as NumPy does.
 
     Only the values from the quantile on are needed: TopK of a fixed number of them.
@@ -179,12 +187,14 @@ def threshold_graph(config: UNetConfig, quantile: float | None = None) -> ir.Mod
         config: of the network.
         quantile: as for :func:`~admtrt.contract.threshold_quantile`.
     """
-    write = _Writer(threshold_spec(config), "threshold", UPDATE_FULL)
+    columns = columns_with_guides(UPDATE_FULL, tuple(guides))
+    write = _Writer(threshold_spec(config, guides), "threshold", columns)
     size = math.prod(event_shape(config))
     chosen = threshold_quantile(config, quantile)
     position, largest = chosen * (size - 1), largest_values(size, chosen)
     value, _ = _value_and_log_weight(config, write)
-    flat = write.op("Reshape", write.op("Abs", _unbounded(write, value)), write.ints("flat", [0, size]))
+    unbounded = _unbounded(write, value, _guide_tensors(config, guides, write))
+    flat = write.op("Reshape", write.op("Abs", unbounded), write.ints("flat", [0, size]))
     top, _ = write.split("TopK", [flat, write.ints("largest", [largest])], 2, axis=1, largest=1, sorted=1)
     found = _entry(write, top, "below", largest - 1)
     if largest > 1:
@@ -196,14 +206,31 @@ def threshold_graph(config: UNetConfig, quantile: float | None = None) -> ir.Mod
     return write.model(write.op("Min", write.op("Max", clip, write.op("Reshape", found, column)), bound))
 
 
-def _unbounded(write: _Writer, value: ir.Value) -> ir.Value:
+def _unbounded(write: _Writer, value: ir.Value, tensors: Mapping[str, ir.Value]) -> ir.Value:
     """The prediction of x_0 before any bound."""
     c, given = write.columns, write.inputs
     return write.add(
         write.mul(c["x0_from_x"], given["x"]),
         write.mul(c["x0_from_out"], value),
         write.mul(c["x0_from_grad"], given["grad"]),
+        *_weighted(write, "x0_from_grad", tensors),
     )
+
+
+def _guide_tensors(config: UNetConfig, guides: Guides, write: _Writer) -> dict[str, ir.Value]:
+    """What each guide weighs, in the shape of x: a gradient, or the value channels of a reference."""
+    tensors = {}
+    for name, guide in guides.items():
+        tensor = write.inputs[guide_input(name, guide)]
+        if guide.kind == "reference" and (guide.network or config).learn_sigma:
+            sizes = write.ints(f"channels.{name}", [config.in_channels] * 2)
+            tensor, _ = write.split("Split", [tensor, sizes], 2, axis=1)
+        tensors[name] = tensor
+    return tensors
+
+
+def _weighted(write: _Writer, column: str, tensors: Mapping[str, ir.Value]) -> list[ir.Value]:
+    return [write.mul(write.columns[f"{column}.{name}"], tensor) for name, tensor in tensors.items()]
 
 
 def _entry(write: _Writer, sorted_values: ir.Value, name: str, index: int) -> ir.Value:
@@ -265,15 +292,15 @@ def _renoised(write: _Writer) -> tuple[ir.Value, ir.Value]:
 
 
 SMALL_GRAPHS: Mapping[GraphName, Callable[..., ir.Model]] = {
-    "update": update_graph,
-    "update_full": update_full_graph,
+    "update": lambda config, *_: update_graph(config),
+    "update_full": lambda config, guides=NO_GUIDES, *_: update_full_graph(config, guides),
     "threshold": threshold_graph,
-    "edit": edit_graph,
-    "edit_low_pass": edit_low_pass_graph,
+    "edit": lambda config, *_: edit_graph(config),
+    "edit_low_pass": lambda config, *_: edit_low_pass_graph(config),
 }
-"""The makers of the small graphs from a network's configuration, by name."""
+"""The makers of the small graphs by name: of a network, the guides beside it, the quantile of thresholds."""
 FOR_ENGINES: Mapping[GraphName, Callable[..., ir.Model]] = {
     **SMALL_GRAPHS,
-    "edit_low_pass": functools.partial(edit_low_pass_graph, products=False),
+    "edit_low_pass": lambda config, *_: edit_low_pass_graph(config, products=False),
 }
 """The same in the form that inference engines take."""

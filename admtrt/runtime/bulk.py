@@ -20,7 +20,7 @@ from admtrt.errors import ConfigError, OutputError, RequestError
 from admtrt.files import TakenError, atomic_file, is_temporary, remove_stale
 from admtrt.images import save_grid, to_pillow
 from admtrt.reading import read_json
-from admtrt.runtime.image_inputs import DIGESTS, NOTHING, NUMBERS, digest_of
+from admtrt.runtime.image_inputs import DIGESTS, NOTHING, NUMBERS, TARGETS, digest_of
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.request import whole_number
 from admtrt.runtime.shards import Shards
@@ -45,10 +45,10 @@ LOW_STAGE = "low"
 """Folder of the first stage's run within that of a two-stage run."""
 REQUEST, LARGEST_REQUEST = "request.json", 2**26
 """What a run says of itself, and the most bytes of that: earlier versions wrote every label."""
-_LATER = {*DIGESTS, *NUMBERS}
+_LATER = {*DIGESTS, *NUMBERS, TARGETS}
 """What a request has only where it was asked for: absent is None."""
 _UNSHOWN = {"bundle": "bundle differs", "labels": "labels differ"} | {
-    name: f"{name} differs" for name in ("low_res", "images", *DIGESTS)
+    name: f"{name} differs" for name in ("low_res", "images", TARGETS, *DIGESTS)
 }
 """What is said of hashes and long lists, whose values tell nobody anything."""
 

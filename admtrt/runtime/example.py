@@ -14,7 +14,8 @@ from admtrt.schedule.table import sampling_schedule
 if TYPE_CHECKING:
     from admtrt.bundle import Manifest
     from admtrt.runtime.sampler import ResidentDenoiser
-    from admtrt.runtime.slots import Labels, Slots
+    from admtrt.runtime.slots import Images, Labels, Slots
+    from admtrt.schedule.guides import GuideConfig
 
 _STEPS = 10  # at once on a device: waiting for one alone would be counted as its cost
 
@@ -54,6 +55,15 @@ def example_labels(manifest: Manifest, batch: int) -> Labels | None:
         return None
     labels: Labels = np.arange(batch, dtype=np.int64) * max(1, classes // batch) % classes
     return labels
+
+
+def example_targets(guide: GuideConfig, batch: int, seed: int = 0) -> dict[str, Images]:
+    """Targets of a guide that its loss was checked with: uniform in [0, 1], float32 [N, ...] each."""
+    generator = np.random.default_rng(seed)
+    return {
+        name: generator.uniform(0, 1, (batch, *sizes)).astype(np.float32)
+        for name, sizes in guide.targets.items()
+    }
 
 
 def example_scale(manifest: Manifest) -> float:

@@ -1,4 +1,4 @@
-"""Images that samples start at or are held to: what may be asked for together, and what it means."""
+"""What samples start at, are held to or are led to: what may be asked for together, and what it means."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from admtrt.errors import RequestError
+from admtrt.runtime.guide_targets import NO_TARGETS, GuideTargets
 from admtrt.runtime.images_in import as_states, checked_images, checked_mask
 from admtrt.runtime.latents import Latents
 from admtrt.runtime.low_pass import low_pass_matrix
 from admtrt.runtime.request import whole_number
-from admtrt.schedule.edits import KnownRegion, LowPass
+from admtrt.schedule.edits import KnownRegion, LowPass, Recurrence
 from admtrt.schedule.inversion import decoding_schedule
 from admtrt.schedule.process import retained_timesteps
 from admtrt.schedule.table import check_respaced, sampling_schedule
@@ -32,8 +33,10 @@ if TYPE_CHECKING:
 
 DIGESTS = ("init", "known", "mask", "reference", "latents")
 """Of an identity: arrays, by their digests."""
-NUMBERS = ("strength", "jump", "known_as_sampled", "low_pass", "levels_up")
-"""Of an identity: everything else."""
+NUMBERS = ("strength", "jump", "known_as_sampled", "low_pass", "levels_up", "recurrence")
+"""Of an identity: everything else but :data:`TARGETS`."""
+TARGETS = "targets"
+"""Of an identity: digests of the targets of guides, by guide and name."""
 _BLOCK = 256  # images of which a digest reads at once
 
 
@@ -64,6 +67,9 @@ class ImageInputs:
         reference: images whose low frequencies are kept, otherwise as ``init``.
         low_pass: by what factor they are reduced, or that and the step down to which they hold.
         latents: float32 [N, C, H, W] in place of noise drawn from the seeds, or those of an inversion.
+        targets: of the guides.
+        recurrence: how often each level is evaluated, with noise back to it in between; see
+            :class:`~admtrt.schedule.edits.Recurrence`.
     """
 
     init: Any = None
@@ -73,6 +79,8 @@ class ImageInputs:
     reference: Any = None
     low_pass: int | tuple[int, int] | None = None
     latents: Images | Latents | None = None
+    targets: GuideTargets = NO_TARGETS
+    recurrence: int | None = None
 
     def checked(self, event: tuple[int, ...]) -> Self:
         """Themselves, with arrays in place of what they were made of.
@@ -97,6 +105,11 @@ class ImageInputs:
             raise RequestError(
                 "a jump resamples around known pixels, and there are none", hint="Give --known with --mask."
             )
+        if self.recurrence is not None:
+            _recurrence(self.recurrence)
+            for other in ("known", "reference"):
+                if getattr(self, other) is not None:
+                    raise RequestError(f"recurrence and {other} exclude each other", hint="Leave one out.")
         known = self.known
         if known is not None:
             images = checked_images(known.images, event, "known")
@@ -122,7 +135,8 @@ class ImageInputs:
             "reference": self.reference,
             "latents": self.latents,
         }
-        return {name: len(one) for name, one in arrays.items() if one is not None}
+        lengths = {name: len(one) for name, one in arrays.items() if one is not None}
+        return lengths | self.targets.lengths
 
     def schedule(self, process: DiffusionConfig | EdmConfig, sampler: SamplerConfig) -> SamplingSchedule:
         """The schedule of samples with these inputs, which are checked.
@@ -163,16 +177,17 @@ class ImageInputs:
             known=known,
             reference=taken(self.reference),
             latents=taken(self.latents),
+            targets=self.targets.part(rows),
         )
 
-    def of_slots(self, count: int) -> dict[str, Any]:
-        """What :func:`~admtrt.runtime.slots.slots_for` takes of them, for ``count`` samples."""
+    def of_slots(self, count: int, event: tuple[int, ...]) -> dict[str, Any]:
+        """What :func:`~admtrt.runtime.slots.slots_for` takes of them, for ``count`` samples of a shape."""
         latents = None if self.latents is None else _latents(self.latents).x
         images = None if self.init is None else as_states(self.init)
         return {
             "latents": None if latents is None else _for_all(latents, count),
             "images": None if images is None else _for_all(images, count),
-            "edits": self._edits(count),
+            "edits": self._edits(count, event),
         }
 
     def finished(self, x: Images) -> Images:
@@ -199,9 +214,12 @@ class ImageInputs:
             True if known is not None and known.as_sampled else None,
             list(self.low_pass) if isinstance(self.low_pass, tuple) else None,
             None if latents is None else latents.levels,
+            self.recurrence,
         )
         named = zip((*DIGESTS, *NUMBERS), (*digests, *numbers), strict=True)
-        return {name: one for name, one in named if one is not None}
+        identity = {name: one for name, one in named if one is not None}
+        targets = {name: digest_of(one) for name, one in self.targets.arrays.items()}
+        return identity | ({TARGETS: targets} if targets else {})
 
     @property
     def _edit(self) -> Edit | None:
@@ -209,9 +227,12 @@ class ImageInputs:
             return KnownRegion(self.jump, self.known.as_sampled)
         if isinstance(self.low_pass, tuple):
             return LowPass(self.low_pass[1])
-        return None
+        return None if self.recurrence is None else Recurrence(self.recurrence)
 
-    def _edits(self, count: int) -> Conditions | None:
+    def _edits(self, count: int, event: tuple[int, ...]) -> Conditions | None:
+        if self.recurrence is not None:
+            sizes = {"mask": (1, *event[1:]), "reference": event}
+            return {"edit": {name: np.zeros((count, *size), np.float32) for name, size in sizes.items()}}
         if self.known is not None:
             mask = _for_all(self.known.mask.astype(np.float32), count)
             return {"edit": {"mask": mask, "reference": _for_all(as_states(self.known.images), count)}}
@@ -268,6 +289,14 @@ def _strength(given: Any) -> float:
             hint="1 goes the whole way, small values stay near the image.",
         )
     return float(given)
+
+
+def _recurrence(given: Any) -> None:
+    if whole_number(given, "recurrence") < 2:
+        raise RequestError(
+            f"recurrence is {given}; expected 2 or more evaluations of each level",
+            hint="Universal Guidance uses 2 to 10. For one, leave it out.",
+        )
 
 
 def _jump(given: Any) -> tuple[int, int]:

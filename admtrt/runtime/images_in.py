@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _BEYOND = 1e-3  # outside of [-1, 1], of rounding
 _KNOWN = 128  # of a mask's pixels: lighter ones are known
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _SAVED = "Give the samples.npz of a run, or a file that np.savez wrote."
 _AS_THEY_ARE = "Images are taken as they are: resize or convert them before."
@@ -142,12 +142,12 @@ def read_images(path: Path, event: tuple[int, ...], name: str) -> tuple[NDArray[
         files = sorted(
             file
             for file in path.iterdir()
-            if file.suffix.lower() in _SUFFIXES and not file.name.startswith(".")
+            if file.suffix.lower() in PICTURES and not file.name.startswith(".")
         )
         if not files:
-            raise RequestError(f"{shown} holds no image", hint=f"Images end in {', '.join(_SUFFIXES)}.")
+            raise RequestError(f"{shown} holds no image", hint=f"Images end in {', '.join(PICTURES)}.")
         return np.stack([_read_picture(file, event) for file in files]), None
-    if path.suffix.lower() in _SUFFIXES:
+    if path.suffix.lower() in PICTURES:
         return _read_picture(path, event)[None], None
 
     def check_images(header: Header) -> None:
@@ -170,7 +170,7 @@ def read_mask(path: Path, event: tuple[int, ...]) -> NDArray[np.bool_]:
     Raises:
         RequestError: if it cannot be read or is no mask of these images.
     """
-    if path.suffix.lower() not in _SUFFIXES:
+    if path.suffix.lower() not in PICTURES:
         checks = {"arr_0": lambda header: _check_mask_sizes(header, event[1:])}
         return checked_mask(read_npz(path, "--mask", checks)["arr_0"], event)
     opened = _opened(path, event)

@@ -24,11 +24,14 @@ def low_pass_matrix(size: int, factor: int) -> Float64:
         factor: of the reduction.
     """
     small = size // factor
-    return _resized(small, size) @ _resized(size, small)
+    return bicubic_matrix(small, size) @ bicubic_matrix(size, small)
 
 
-def _resized(size: int, target: int) -> Float64:
-    """Bicubic resizing, [target, size]; reductions widen the kernel, borders repeat in the mirror."""
+def bicubic_matrix(size: int, target: int) -> Float64:
+    """Bicubic resizing of ``size`` values to ``target``, float64 [target, size].
+
+    Reductions widen the kernel; borders repeat in the mirror.
+    """
     scale = target / size
     width = min(scale, 1.0)
     reach = math.ceil(2 / width) + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
@@ -13,26 +13,29 @@ from admtrt.bundle import Bundle
 from admtrt.contract import event_shape
 from admtrt.errors import ConfigError, RequestError
 from admtrt.images import from_uint8, to_uint8
+from admtrt.runtime.guide_targets import GuideTargets
 from admtrt.runtime.image_inputs import NOTHING, ImageInputs
 from admtrt.runtime.latents import Latents
 from admtrt.runtime.noise import MAX_SEED, check_seed
 from admtrt.runtime.request import class_index, one_for_each, whole_number
 from admtrt.runtime.sampler import hold
 from admtrt.runtime.slots import slots_for
+from admtrt.schedule.guides import GUIDE_GRAPH, GuideChoice, unknown_guide
 from admtrt.schedule.sampler import SamplerChoices, with_choices
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from admtrt.contract import Precision
+    from admtrt.contract import GraphName, Precision
     from admtrt.runtime.backends.auto import Fastest
     from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.image_inputs import Known
     from admtrt.runtime.sampler import Denoiser, HeldSlots
     from admtrt.runtime.slots import Images, Labels, Slots
+    from admtrt.schedule.guides import Place
     from admtrt.schedule.sampler import SamplerConfig
 
 DEFAULT_BATCH = 16
@@ -187,6 +190,7 @@ class Pipeline:
         threads: int | None = None,
         plans: str | Path | None = None,
         batch_size: int = 1,
+        guides: Collection[str] | None = None,
         report: Callable[[str | Fastest], None] = lambda _: None,
     ) -> Self:
         """Open a bundle.
@@ -195,6 +199,7 @@ class Pipeline:
             path: the bundle's directory, or the bundle where it is open already.
             backend, precision, threads, plans, batch_size: as of
                 :class:`~admtrt.runtime.backends.choice.BackendChoice`.
+            guides: of the bundle, that may be used; None for all. The graphs of others are not opened.
             report: told what the backend ``auto`` measures, and what it has found.
 
         Raises:
@@ -207,7 +212,7 @@ class Pipeline:
         plans = None if plans is None else Path(plans)
         choice = BackendChoice(backend, precision, threads, plans, batch_size)
         bundle = path if isinstance(path, Bundle) else Bundle.open(Path(path))
-        return cls.open(bundle, choice, report=report)
+        return cls.open(bundle, choice, guides=guides, report=report)
 
     @classmethod
     def open(
@@ -215,6 +220,7 @@ class Pipeline:
         bundle: Bundle,
         choice: BackendChoice,
         *,
+        guides: Collection[str] | None = None,
         report: Callable[[str | Fastest], None] = lambda _: None,
     ) -> Self:
         """A bundle that is open on the backend of a choice.
@@ -224,7 +230,9 @@ class Pipeline:
         """
         from admtrt.runtime.backends.opening import open_denoiser
 
-        return cls(bundle, open_denoiser(bundle, choice, report=report), computed=str(choice))
+        graphs = None if guides is None else _graphs_without(bundle, guides)
+        denoiser = open_denoiser(bundle, choice, graphs=graphs, report=report)
+        return cls(bundle, denoiser, computed=str(choice))
 
     def __call__(
         self,
@@ -239,6 +247,11 @@ class Pipeline:
         jump: tuple[int, int] | None = None,
         reference: NDArray[np.uint8] | Images | None = None,
         low_pass: int | tuple[int, int] | None = None,
+        recurrence: int | None = None,
+        guides: Mapping[str, Mapping[str, Any]] | None = None,
+        guide_scale: Mapping[str, float] | None = None,
+        guide_interval: Mapping[str, tuple[float, float]] | None = None,
+        guide_place: Mapping[str, Place] | None = None,
         batch_size: int = DEFAULT_BATCH,
         callback: Callable[[Step], None] | None = None,
         **choices: Unpack[SamplerChoices],
@@ -250,9 +263,12 @@ class Pipeline:
                 scale is not 0.
             seeds: of each sample, 0 to 2**64 - 1; 0, 1, 2, ... where left out.
             low_res: conditioning of an upsampler: uint8 [N, h, w, C], or float32 [N, C, h, w] in [-1, 1].
-            latents, init, strength, known, jump, reference, low_pass: as
+            latents, init, strength, known, jump, reference, low_pass, recurrence: as
                 :class:`~admtrt.runtime.image_inputs.ImageInputs`; samples of inverted latents take the
                 inversion's steps, method and clip where none are chosen.
+            guides: the bundle's guides that guide, with the targets of each, as
+                :class:`~admtrt.runtime.guide_targets.GuideTargets`.
+            guide_scale, guide_interval, guide_place: as :meth:`guide_choices`.
             batch_size: samples computed at once; it does not change them beyond rounding.
             callback: called after every evaluation of every batch.
             choices: as :meth:`sampler`.
@@ -260,7 +276,13 @@ class Pipeline:
         Raises:
             RequestError: for anything that the bundle cannot do.
         """
-        inputs = ImageInputs(init, strength, known, jump, reference, low_pass, latents)
+        inputs = ImageInputs(
+            init, strength, known, jump, reference, low_pass, latents, GuideTargets(guides or {}), recurrence
+        )
+        if guides or guide_scale or guide_interval or guide_place:
+            choices["guided_by"] = self.guide_choices(
+                guides or {}, scale=guide_scale, interval=guide_interval, place=guide_place
+            )
         return self.draw(
             self.sampler(**(latents.choices(choices) if isinstance(latents, Latents) else choices)),
             labels,
@@ -343,6 +365,45 @@ class Pipeline:
             )
         return sampler
 
+    def guide_choices(
+        self,
+        names: Iterable[str],
+        *,
+        scale: Mapping[str, float] | None = None,
+        interval: Mapping[str, tuple[float, float]] | None = None,
+        place: Mapping[str, Place] | None = None,
+        clip: Mapping[str, bool] | None = None,
+    ) -> tuple[GuideChoice, ...]:
+        """What a sampler does with guides of the bundle, for ``guided_by`` of :meth:`sampler`.
+
+        Args:
+            names: of the guides.
+            scale, interval, place, clip: by guide, in place of the bundle's own; an interval of noise levels,
+                as ``guidance_interval``.
+
+        Raises:
+            RequestError: for a guide that the bundle has not, or an impossible choice.
+        """
+        chosen, known = list(names), self.bundle.manifest.guides
+        given = {"scale": scale or {}, "interval": interval or {}, "place": place or {}, "clip": clip or {}}
+        for what, theirs in given.items():
+            idle = next((name for name in theirs if name not in chosen), None)
+            if idle is not None:
+                raise RequestError(f"{what} was given of the guide '{idle}', which does not guide")
+        choices = []
+        for name in chosen:
+            if name not in known:
+                raise unknown_guide(name, known, str(self.bundle.path))
+            own = {field: getattr(known[name], field) for field in ("scale", "place", "clip")}
+            own |= {what: theirs[name] for what, theirs in given.items() if name in theirs}
+            if (own["place"] == "reference") != (known[name].place == "reference"):
+                raise RequestError(f"guide '{name}' cannot enter in the place '{own['place']}'")
+            try:
+                choices.append(GuideChoice.from_dict({"name": name, **own}, source=f"guide '{name}'"))
+            except ConfigError as error:
+                raise RequestError(error.message) from None
+        return tuple(choices)
+
     def check_labels(self, labels: Sequence[int | str] | None, sampler: SamplerConfig) -> Labels | None:
         """Labels as int64 [N], or None.
 
@@ -390,6 +451,7 @@ class Pipeline:
         """
         manifest = self.bundle.manifest
         checked = inputs.checked(event_shape(manifest.network))
+        checked = replace(checked, targets=checked.targets.checked(manifest, sampler.guided_by))
         graph = checked.schedule(manifest.diffusion, sampler).edit_graph
         if graph is not None and graph not in manifest.graphs:
             raise RequestError(
@@ -415,12 +477,16 @@ class Pipeline:
             labels=given.labels,
             low_res=given.low_res,
             guided=bool(sampler.scale),
-            **given.inputs.of_slots(len(given.seeds)),
+            guides=manifest.guides,
+            targets=given.inputs.targets.of_slots(len(given.seeds), given.labels, manifest.guides),
+            **given.inputs.of_slots(len(given.seeds), event_shape(manifest.network)),
         )
         self.drive(slots, first, callback)
         if not np.isfinite(slots.x).all():
+            guides = "".join(f", guide '{one.name}' at scale {one.scale:g}" for one in sampler.guided_by)
             raise RequestError(
-                f"sampling gave values that are not finite (scale {sampler.scale}, steps {sampler.steps!r})",
+                f"sampling gave values that are not finite (scale {sampler.scale}, steps {sampler.steps!r}"
+                f"{guides})",
                 hint="Use a smaller scale or more steps; if that does not help, the weights may be at fault; "
                 "see: admtrt verify BUNDLE --unet CHECKPOINT",
             )
@@ -482,6 +548,15 @@ class Pipeline:
                         )
                     )
             held.read()
+
+
+def _graphs_without(bundle: Bundle, guides: Collection[str]) -> list[GraphName]:
+    """The graphs that sampling may run, but those of other guides."""
+    return [
+        graph
+        for graph in bundle.manifest.sampled_graphs
+        if not graph.startswith(GUIDE_GRAPH) or graph.removeprefix(GUIDE_GRAPH) in guides
+    ]
 
 
 def consecutive_seeds(first: int, count: int) -> range:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from admtrt.contract import GUIDE_CLIP, LEVEL_INPUT, X0_WEIGHTS, graph_of, guide_input
 from admtrt.runtime.noise import second_noise, step_noise
 from admtrt.runtime.slots import GUIDE
 from admtrt.schedule.edits import EDIT, EDIT_GRAPHS
+from admtrt.schedule.guides import GUIDE_COLUMNS, GUIDE_GRAPH
 from admtrt.schedule.table import UPDATE, UPDATE_FULL
 
 if TYPE_CHECKING:
@@ -45,8 +47,12 @@ class StepInputs:
 
     Attributes:
         t: float32 [N], in the model's units.
-        coefficients: float32 [N, len(UPDATE_FULL)], see :mod:`admtrt.schedule.table`.
+        coefficients: float32 [N, columns], see :mod:`admtrt.schedule.table`; behind :data:`UPDATE_FULL` the
+            columns of every guide of the bundle.
         guided: bool [N], whose evaluation uses the classifier's gradient.
+        guides: of each other guide that any slot's evaluation uses, whose do, bool [N].
+        of_losses: what guides by a loss of x_0 take from the schedules, float32 [N] each, but their bound.
+        guide_clips: that bound of each of them, float32 [N].
         noise_steps: the steps that name each slot's noise, or None where no slot's evaluation adds any.
         full: whether any slot's schedule needs the graph ``update_full``.
         dynamic: whether any slot's evaluation needs the graph ``threshold``.
@@ -62,6 +68,9 @@ class StepInputs:
     dynamic: bool
     edits: dict[EditGraph, NDArray[np.float32]]
     steps: list[int]
+    guides: dict[str, NDArray[np.bool_]]
+    guide_clips: dict[str, NDArray[np.float32]]
+    of_losses: dict[str, NDArray[np.float32]]
 
     @property
     def of_update(self) -> NDArray[np.float32]:
@@ -80,14 +89,51 @@ def step_inputs(slots: Slots) -> StepInputs:
     steps = [int(schedule.step[i]) for schedule, i in rows]
     return StepInputs(
         t=np.array([schedule.model_t[i] for schedule, i in rows], dtype=np.float32),
-        coefficients=np.stack([schedule.coefficients[i] for schedule, i in rows]),
+        coefficients=_coefficients(rows, slots),
         guided=np.array([schedule.guided[i] for schedule, i in rows]) & (GUIDE in slots.conditions),
         noise_steps=steps if any(schedule.stochastic[i] for schedule, i in rows) else None,
         full=slots.full,
         dynamic=any(schedule.dynamic[i] for schedule, i in rows),
         edits=_edit_columns(rows),
         steps=steps,
+        **_of_guides(rows, slots),
     )
+
+
+def _coefficients(rows: list[tuple[SamplingSchedule, int]], slots: Slots) -> NDArray[np.float32]:
+    own = np.stack([schedule.coefficients[i] for schedule, i in rows])
+    if not slots.guides:
+        return own
+    nothing = np.zeros(len(GUIDE_COLUMNS), np.float32)
+    theirs = [
+        np.stack([
+            schedule.guides[name].columns[i] if name in schedule.guides else nothing for schedule, i in rows
+        ])
+        for name in slots.guides
+    ]  # fmt: skip
+    return np.concatenate([own, *theirs], axis=1)
+
+
+def _of_guides(rows: list[tuple[SamplingSchedule, int]], slots: Slots) -> dict[str, Any]:
+    """The fields of :class:`StepInputs` that are of guides besides the classifier."""
+    active, clips = {}, {}
+    for name in slots.guides:
+        used = [schedule.guides.get(name) for schedule, _ in rows]
+        guided = np.array(
+            [one is not None and bool(one.active[i]) for one, (_, i) in zip(used, rows, strict=True)]
+        )
+        if guided.any():
+            active[name] = guided
+            clips[name] = np.array([1.0 if one is None else one.clip for one in used], np.float32)
+    weights = np.stack([schedule.x0_weights[i] for schedule, i in rows])
+    sigma = np.array([schedule.sigma[i] for schedule, i in rows])
+    numbers = (*weights.T, sigma / np.hypot(1.0, sigma))
+    named = zip((*X0_WEIGHTS, LEVEL_INPUT), numbers, strict=True)
+    return {
+        "guides": active,
+        "guide_clips": clips,
+        "of_losses": {name: np.ascontiguousarray(one, np.float32) for name, one in named} if active else {},
+    }
 
 
 def _edit_columns(rows: list[tuple[SamplingSchedule, int]]) -> dict[EditGraph, NDArray[np.float32]]:
@@ -117,14 +163,13 @@ def draw_second_noise(slots: Slots, inputs: StepInputs) -> Images | None:
 def advance(slots: Slots, denoiser: Denoiser) -> None:
     """Take one evaluation of every slot, in place. No slot may be finished.
 
-    The gradient is computed for the slots whose evaluation is guided, noise where any slot's adds some. Slots
+    Gradients are computed for the slots whose evaluation is guided, noise where any slot's adds some. Slots
     of solvers with memory and of others may share a batch, which then runs ``update_full``. States are edited
     where a slot's schedule says so.
     """
     inputs = step_inputs(slots)
-    out = denoiser.run("unet", _feeds(slots, inputs, "unet"))["out"]
+    given = {"x": slots.x, **_evaluated(slots, inputs, denoiser)}
     z = draw_noise(slots, inputs)
-    given = {"x": slots.x, "out": out, "grad": _gradient(slots, inputs, denoiser)}
     noise = {"noise": np.zeros_like(slots.x) if z is None else z}
     if not inputs.full:
         results = denoiser.run("update", {**given, **noise, "coefficients": inputs.of_update})
@@ -137,6 +182,43 @@ def advance(slots: Slots, denoiser: Denoiser) -> None:
     slots.x, slots.x_0, slots.h2 = results["x_prev"], results["pred_x0"], slots.x_0
     slots.x = _edited(slots, inputs, denoiser)
     slots.position += 1
+
+
+def _evaluated(slots: Slots, inputs: StepInputs, denoiser: Denoiser) -> dict[str, Images]:
+    """``out``, ``grad`` and, where ``update_full`` runs, the tensor of every guide of the bundle.
+
+    A loss of x_0 comes with the UNet's output: the UNet runs for the other samples alone.
+    """
+    results = {
+        name: _on_rows(graph_of(name, slots.guides[name]), guide_feeds(slots, inputs, name), rows, denoiser)
+        for name, rows in inputs.guides.items()
+    }
+    out, left = None, np.ones(len(slots), dtype=bool)
+    for name, rows in inputs.guides.items():
+        if slots.guides[name].kind == "denoiser" and (rows & left).any():
+            theirs = results[name]["out"]
+            out = theirs if out is None else np.where(_column(left), theirs, out)
+            left &= ~rows
+    if left.any():
+        rest = _on_rows("unet", _feeds(slots, inputs, "unet"), left, denoiser)["out"]
+        out = rest if out is None else np.where(_column(left), rest, out)
+    assert out is not None
+    evaluated = {"out": out, "grad": np.zeros_like(slots.x)}
+    if inputs.guided.any():
+        evaluated["grad"] = _on_rows(GUIDE, _feeds(slots, inputs, GUIDE), inputs.guided, denoiser)["grad"]
+    for name, guide in slots.guides.items() if inputs.full else ():
+        tensor = guide_input(name, guide)
+        if name in results:
+            evaluated[tensor] = results[name][tensor.partition(".")[0]]
+        else:
+            channels = out.shape[1] if guide.network is None else guide.network.out_channels
+            like = np.zeros((len(slots), channels, *out.shape[2:]), np.float32)
+            evaluated[tensor] = like if guide.kind == "reference" else np.zeros_like(slots.x)
+    return evaluated
+
+
+def _column(rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    return rows[:, None, None, None]
 
 
 def _edited(slots: Slots, inputs: StepInputs, denoiser: Denoiser) -> Images:
@@ -160,24 +242,36 @@ def gathered_size(count: int, batch: int) -> int:
     return min(1 << (count - 1).bit_length(), batch)
 
 
-def _gradient(slots: Slots, inputs: StepInputs, denoiser: Denoiser) -> Images:
-    """The gradient of the slots whose step is guided, zeros for the others.
+def guide_feeds(slots: Slots, inputs: StepInputs, name: str) -> dict[str, Array]:
+    """What the graph of a guide takes in an evaluation that it guides."""
+    guide, feeds = slots.guides[name], _feeds(slots, inputs, f"{GUIDE_GRAPH}{name}")
+    if guide.kind == "denoiser":
+        feeds |= {weight: inputs.of_losses[weight] for weight in X0_WEIGHTS}
+        feeds[GUIDE_CLIP] = inputs.guide_clips[name]
+        if guide.level_input:
+            feeds[LEVEL_INPUT] = inputs.of_losses[LEVEL_INPUT]
+    return feeds
 
-    Where some are not, the guided ones are gathered, and filled up to a power of two by copies of the last
-    one: backends compile each size, and so meet few.
+
+def _on_rows(
+    graph: GraphName, feeds: Mapping[str, Array], chosen: NDArray[np.bool_], denoiser: Denoiser
+) -> dict[str, Array]:
+    """The outputs of a graph for some rows, zeros for the others.
+
+    Where they are not all, they are gathered, and filled up to a power of two by copies of the last one:
+    backends compile each size, and so meet few.
     """
-    rows = np.flatnonzero(inputs.guided)
-    grad = np.zeros_like(slots.x)
-    if len(rows) == 0:
-        return grad
-    feeds = _feeds(slots, inputs, GUIDE)
-    if len(rows) == len(slots):
-        return denoiser.run(GUIDE, feeds)["grad"]
-    size = gathered_size(len(rows), len(slots))
+    rows, count = np.flatnonzero(chosen), len(chosen)
+    if len(rows) == count:
+        return denoiser.run(graph, feeds)
+    size = gathered_size(len(rows), count)
     gathered = np.pad(rows, (0, size - len(rows)), mode="edge")
-    results = denoiser.run(GUIDE, {name: values[gathered] for name, values in feeds.items()})
-    grad[rows] = results["grad"][: len(rows)]
-    return grad
+    results = denoiser.run(graph, {name: values[gathered] for name, values in feeds.items()})
+    spread = {}
+    for name, values in results.items():
+        spread[name] = np.zeros((count, *values.shape[1:]), values.dtype)
+        spread[name][rows] = values[: len(rows)]
+    return spread
 
 
 class HeldSlots(Protocol):
@@ -230,7 +324,10 @@ class _HostSlots:
 
 
 def hold(slots: Slots, denoiser: Denoiser) -> AbstractContextManager[HeldSlots]:
-    """The slots on the denoiser's device where it can keep them there, else in host memory."""
-    if isinstance(denoiser, ResidentDenoiser):
+    """The slots on the denoiser's device where it can keep them there, else in host memory.
+
+    The steps of samples that guides beside the classifier guide are put together in host memory.
+    """
+    if isinstance(denoiser, ResidentDenoiser) and not any(one.guides for one in slots.schedules):
         return denoiser.hold(slots)
     return nullcontext(_HostSlots(slots, denoiser))

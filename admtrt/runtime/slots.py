@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from admtrt.contract import GraphName, classifier_gradient_spec, event_shape, unet_spec
+from admtrt.contract import (
+    GUIDE_CLIP,
+    LEVEL_INPUT,
+    NO_GUIDES,
+    X0_WEIGHTS,
+    GraphName,
+    classifier_gradient_spec,
+    event_shape,
+    graph_of,
+    guide_spec,
+    unet_spec,
+)
 from admtrt.runtime.noise import initial_noise, step_noise
+from admtrt.schedule.guides import GUIDE_GRAPH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from admtrt.config import ClassifierConfig, UNetConfig
-    from admtrt.contract import GraphSpec
+    from admtrt.contract import GraphSpec, Guides
     from admtrt.schedule.table import SamplingSchedule
 
 Array = NDArray[Any]
@@ -27,7 +40,7 @@ Conditions = dict[GraphName, dict[str, Array]]
 GUIDE: GraphName = "classifier_gradient"
 """The graph whose conditions only those samples have that may be guided."""
 
-_OF_A_STEP = ("x", "t")
+_OF_A_STEP = ("x", "t", *X0_WEIGHTS, GUIDE_CLIP, LEVEL_INPUT)
 _MEMORY = ("x_0", "saved", "h2")
 
 
@@ -43,6 +56,8 @@ class Slots:
         conditions: further inputs of each graph; :data:`GUIDE` is among them if and only if samples may be
             guided.
         stage: of a cascade, see :mod:`admtrt.runtime.noise`.
+        guides: all of the bundle besides the classifier; ``guide.NAME`` is among the conditions of those that
+            may guide a sample, with all that its graph takes.
         x_0: the data prediction of the last evaluation, zeros before the first.
         saved, h2: further memory of the solvers, see :mod:`admtrt.schedule.table`; their ``h1`` is ``x_0``.
     """
@@ -53,6 +68,7 @@ class Slots:
     seeds: list[int]
     conditions: Conditions
     stage: int = 0
+    guides: Guides = field(default_factory=dict)
     x_0: Images = field(init=False)
     saved: Images = field(init=False)
     h2: Images = field(init=False)
@@ -87,6 +103,7 @@ class Slots:
                 for graph, given in self.conditions.items()
             },
             stage=self.stage,
+            guides=self.guides,
         )
         for name in _MEMORY:
             setattr(taken, name, getattr(self, name)[chosen])
@@ -107,6 +124,8 @@ class Slots:
             raise ValueError("there are no slots to join")
         if len({part.stage for part in parts}) > 1:
             raise ValueError(f"slots of the stages {[part.stage for part in parts]} are not of one network")
+        if any(dict(part.guides) != dict(parts[0].guides) for part in parts):
+            raise ValueError("slots have different guides, and so are not of one bundle")
         joined = Slots(
             x=_joined("x", [part.x for part in parts]),
             schedules=[schedule for part in parts for schedule in part.schedules],
@@ -114,6 +133,7 @@ class Slots:
             seeds=[seed for part in parts for seed in part.seeds],
             conditions=_joined_conditions(parts),
             stage=parts[0].stage,
+            guides=parts[0].guides,
         )
         for name in _MEMORY:
             setattr(joined, name, np.concatenate([getattr(part, name) for part in parts]))
@@ -145,6 +165,8 @@ def slots_for(
     latents: Images | None = None,
     images: Images | None = None,
     edits: Conditions | None = None,
+    guides: Guides = NO_GUIDES,
+    targets: Mapping[str, Mapping[str, Array]] = MappingProxyType({}),
 ) -> Slots:
     """Samples at the start of their schedules.
 
@@ -157,6 +179,8 @@ def slots_for(
         latents: float32 [N, *event], x_T in place of noise drawn from the seeds.
         images: float32 [N, *event] in [-1, 1], at which samples begin whose schedules do.
         edits: inputs of the graphs that edit states, for samples whose schedules are edited.
+        guides: of the bundle, besides the classifier.
+        targets: by guide and name, float32 [N, ...], of every guide that may guide the samples.
 
     Raises:
         ValueError: if something is missing that the networks take, or has another shape.
@@ -172,9 +196,12 @@ def slots_for(
         schedules=list(schedules),
         position=np.zeros(len(seeds), dtype=np.int64),
         seeds=list(seeds),
-        conditions=conditions_for(unet, classifier, labels=labels, low_res=low_res, guided=guided)
+        conditions=conditions_for(
+            unet, classifier, labels=labels, low_res=low_res, guided=guided, guides=guides, targets=targets
+        )
         | (edits or {}),
         stage=stage,
+        guides=guides,
     )
 
 
@@ -210,30 +237,44 @@ def conditions_for(
     labels: Labels | None,
     low_res: Images | None,
     guided: bool,
+    guides: Guides = NO_GUIDES,
+    targets: Mapping[str, Mapping[str, Array]] = MappingProxyType({}),
 ) -> Conditions:
     """The conditions of samples, arguments as of :func:`slots_for`: the one place that knows who takes them.
 
     Raises:
         ValueError: if something is missing that the networks take.
     """
-    specs: dict[GraphName, GraphSpec] = {"unet": unet_spec(unet)}
+    # Labels are the classes that can be asked for; a UNet with a null class counts that one as well.
+    of_unet = {"y": unet.own_labels(labels), "low_res": low_res}
+    conditions: Conditions = {"unet": _taken("unet", unet_spec(unet), of_unet)}
     if guided:
         if classifier is None:
             raise ValueError("samples cannot be guided without a classifier")
-        specs[GUIDE] = classifier_gradient_spec(classifier)
-    conditions: Conditions = {}
-    for graph, spec in specs.items():
-        conditions[graph] = {}
-        # Labels are the classes that can be asked for; a UNet with a null class counts that one as well.
-        given = {"y": unet.own_labels(labels) if graph == "unet" else labels, "low_res": low_res}
-        for tensor in spec.inputs:
-            if tensor.name in _OF_A_STEP:
-                continue
-            values = given[tensor.name]
-            if values is None:
-                raise ValueError(f"graph '{graph}' takes '{tensor.name}', and there is none")
-            conditions[graph][tensor.name] = values
+        conditions[GUIDE] = _taken(GUIDE, classifier_gradient_spec(classifier), {"y": labels})
+    for name, theirs in targets.items():
+        guide, graph = guides[name], f"{GUIDE_GRAPH}{name}"
+        given: dict[str, Array | None] = {**of_unet, **theirs}
+        if guide.kind == "reference":
+            network = guide.network or unet
+            given["y"] = network.own_labels(labels)
+            if graph_of(name, guide) == "unet" and labels is not None:
+                given["y"] = np.full_like(labels, unet.null_class)
+        conditions[graph] = _taken(graph, guide_spec(unet, guide), given)
     return conditions
+
+
+def _taken(graph: GraphName, spec: GraphSpec, given: Mapping[str, Array | None]) -> dict[str, Array]:
+    """What a graph takes besides what every step gives it."""
+    taken = {}
+    for tensor in spec.inputs:
+        if tensor.name in _OF_A_STEP:
+            continue
+        values = given.get(tensor.name)
+        if values is None:
+            raise ValueError(f"graph '{graph}' takes '{tensor.name}', and there is none")
+        taken[tensor.name] = values
+    return taken
 
 
 def _joined_conditions(parts: Sequence[Slots]) -> Conditions:
@@ -260,6 +301,8 @@ def _rows(part: Slots, graph: GraphName, name: str, like: Array) -> Array:
 def _uses(slots: Slots, graph: GraphName) -> bool:
     if graph == GUIDE:
         return any(schedule.guided.any() for schedule in slots.schedules)
+    if graph.startswith(GUIDE_GRAPH):
+        return any(graph.removeprefix(GUIDE_GRAPH) in schedule.guides for schedule in slots.schedules)
     return any(schedule.edit_graph == graph for schedule in slots.schedules)
 
 

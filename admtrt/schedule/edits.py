@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 import numpy as np
 
 from admtrt.errors import RequestError
-from admtrt.schedule.jumps import evaluated_steps
+from admtrt.schedule.jumps import MOST_EVALUATIONS, evaluated_steps
 from admtrt.schedule.rows import in_order
 
 if TYPE_CHECKING:
@@ -64,13 +64,9 @@ class KnownRegion:
         following = np.append(alpha_bar[steps[1:]], 1.0)
         keep = np.ones(len(steps))
         keep[-1] = not self.as_sampled
-        edited = in_order(rows, len(rows) - 1 - steps)
-        columns = {
-            name: column * back if name in _OF_THE_STATE or name.startswith("prev_from") else column
-            for name, column in edited.columns.items()
-        }
+        edited = _scaled(in_order(rows, len(rows) - 1 - steps), back)
         edits = [keep, np.sqrt(following), np.sqrt(1 - following), np.sqrt(1 - back**2)]
-        return replace(edited, columns=columns, edits=np.stack(edits, axis=1), edit_graph=self.graph)
+        return replace(edited, edits=np.stack(edits, axis=1), edit_graph=self.graph)
 
 
 @dataclass(frozen=True)
@@ -104,7 +100,51 @@ class LowPass:
         return replace(rows, edits=np.stack(edits, axis=1), edit_graph=self.graph)
 
 
-Edit = KnownRegion | LowPass
+@dataclass(frozen=True)
+class Recurrence:
+    """Every level is evaluated several times, with noise back to it in between; no image holds the sample.
+
+    The self-recurrence of Universal Guidance (Bansal et al. 2023) and FreeDoM's time travel.
+
+    Attributes:
+        times: evaluations of each level, 2 or more.
+    """
+
+    graph: ClassVar[EditGraph] = "edit"
+    times: int
+
+    def applied(self, rows: Rows) -> Rows:
+        """Rows of a respaced process with these edits.
+
+        Raises:
+            RequestError: if there would be too many evaluations.
+        """
+        total = len(rows) * self.times
+        if total > MOST_EVALUATIONS:
+            raise RequestError(
+                f"{len(rows)} steps taken {self.times} times are {total} evaluations; at most "
+                f"{MOST_EVALUATIONS} are possible"
+            )
+        alpha_bar = _alpha_bar(rows)
+        up = np.sqrt(alpha_bar / np.append(alpha_bar[1:], 1.0))
+        again = (np.arange(total) + 1) % self.times != 0
+        back = np.where(again, np.repeat(up, self.times), 1.0)
+        repeated = _scaled(in_order(rows, np.repeat(np.arange(len(rows)), self.times)), back)
+        zeros = np.zeros(total)
+        edits = np.stack([zeros, zeros, zeros, np.sqrt(1 - back**2)], axis=1)
+        return replace(repeated, edits=edits, edit_graph=self.graph)
+
+
+Edit = KnownRegion | LowPass | Recurrence
+
+
+def _scaled(rows: Rows, back: Float64) -> Rows:
+    """Rows whose next states are multiplied."""
+    columns = {
+        name: column * back if name in _OF_THE_STATE or name.startswith("prev_from") else column
+        for name, column in rows.columns.items()
+    }
+    return replace(rows, columns=columns)
 
 
 def _alpha_bar(rows: Rows) -> Float64:

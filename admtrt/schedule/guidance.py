@@ -17,16 +17,27 @@ if TYPE_CHECKING:
 
 
 def guidance_scales(sigma: Float64, sampler: SamplerConfig) -> Float64:
-    """The guidance scale at each noise level S, float64 [R]: 0 outside the sampler's interval.
+    """The classifier's guidance scale at each noise level S, float64 [R]: 0 outside the sampler's interval.
 
     0 too where S is infinite: no classifier sees anything in pure noise.
 
     Raises:
         RequestError: if no level lies in the interval.
     """
-    if sampler.guidance_interval is None or not sampler.scale:
-        return np.where(np.isfinite(sigma), sampler.scale, 0.0)
-    low, high = sampler.guidance_interval
+    return scales_in(sigma, sampler.scale, sampler.guidance_interval)
+
+
+def scales_in(
+    sigma: Float64, scale: float, interval: tuple[float, float] | None, *, off: float = 0.0
+) -> Float64:
+    """A scale at each noise level S, float64 [R]; ``off`` outside of the interval, and where S is infinite.
+
+    Raises:
+        RequestError: if no level lies in the interval.
+    """
+    if interval is None or scale == off:
+        return np.where(np.isfinite(sigma), scale, off)
+    low, high = interval
     inside = (low < sigma) & (sigma <= high) & np.isfinite(sigma)
     if not inside.any():
         raise RequestError(
@@ -34,7 +45,7 @@ def guidance_scales(sigma: Float64, sampler: SamplerConfig) -> Float64:
             f"whose noise levels are {sigma.min():.4g} to {sigma.max():.4g}",
             hint="Widen the interval, or use scale 0 for samples without guidance.",
         )
-    return np.where(inside, sampler.scale, 0.0)
+    return np.where(inside, scale, off)
 
 
 def x0_shifts(sigma: Float64, sampler: SamplerConfig) -> Float64:

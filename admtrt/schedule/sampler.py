@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, TypedDict
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from admtrt.config import Config, EdmConfig, NoiseLevel, Positive, PositiveFloat, later
+from admtrt.schedule.guides import GuideChoice, check_choices
 from admtrt.schedule.options import (
     OPTIONS,
     Direction,
@@ -45,8 +46,9 @@ class SamplerConfig(Config):
     and a number of network evaluations for every other. ``scale`` multiplies the classifier's gradient, 0 =
     unguided; ``clip`` bounds x_0 to [-1, 1], a number to another range. ``guidance_interval`` (low, high)
     guides only the evaluations at a noise level sigma = sqrt((1 - alpha_bar) / alpha_bar) with
-    low < sigma <= high (Kynkaanniemi et al. 2024); None guides all. The other fields are those of
-    :mod:`admtrt.schedule.options`; None is the solver's own default.
+    low < sigma <= high (Kynkaanniemi et al. 2024); None guides all. ``guided_by`` are those of the bundle's
+    guides that guide besides. The other fields are those of :mod:`admtrt.schedule.options`; None is the
+    solver's own default.
     """
 
     method: str = "ddpm"
@@ -71,6 +73,7 @@ class SamplerConfig(Config):
     levels: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2)] | None = later(None)
     levels_of: Annotated[Positive, Field(ge=2, le=100_000)] | None = later(None)
     direction: Direction | None = later(None)
+    guided_by: tuple[GuideChoice, ...] = later(())
 
     def option(self, name: str) -> Any:
         """An option of the solver: what was chosen, else its default; None if it takes no such option."""
@@ -92,8 +95,8 @@ class SamplerConfig(Config):
 
     @property
     def unguided(self) -> SamplerConfig:
-        """The same without guidance."""
-        return self.model_copy(update={"scale": 0.0, "guidance_interval": None})
+        """The same without the classifier's guidance."""
+        return self.model_copy(update={"scale": 0.0, "guidance_interval": None})  # its guides stay
 
     @field_validator("method")
     @classmethod
@@ -155,6 +158,7 @@ class SamplerConfig(Config):
                 raise ValueError("threshold_max bounds the dynamic threshold; threshold is 'static'")
             if self.threshold_max < (self.bound or 0.0):
                 raise ValueError(f"threshold_max {self.threshold_max:g} is below the bound {self.bound:g}")
+        check_choices(self.guided_by, self.method, respaced=chosen.steps == "respacing")
         return self
 
 
@@ -183,6 +187,7 @@ class SamplerChoices(TypedDict, total=False):
     levels: tuple[int, ...] | None
     levels_of: int | None
     direction: Direction | None
+    guided_by: tuple[GuideChoice, ...] | None
 
 
 def with_choices(

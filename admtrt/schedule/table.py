@@ -13,15 +13,16 @@ bounded::
     h2', h1' = h1, m
 
 ``out`` is (value, v), ``g`` the unscaled gradient of the classifier's log probability, ``z`` standard normal
-noise. The combinations are formed in float64 and rounded once, which avoids the 1 / alpha amplification of
-the textbook order of operations. The graph ``update`` has the first columns (no memory, nothing of the guide
-before the bound), ``update_full`` has them all.
+noise. Each guide of the bundle adds the four terms of g once more, for its own tensor
+(:mod:`admtrt.schedule.guides`). The combinations are formed in float64 and rounded once, which avoids the
+1 / alpha amplification of the textbook order of operations. The graph ``update`` has the first columns (no
+memory, nothing of the guide before the bound), ``update_full`` has them all.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,11 +30,14 @@ import numpy as np
 from admtrt.errors import RequestError
 from admtrt.schedule.edits import EDIT
 from admtrt.schedule.guidance import x0_shifts
+from admtrt.schedule.guides import GUIDE_COLUMNS, guide_columns, reference_factor
 from admtrt.schedule.levels import Level, NoiseLevels, levels_of
 from admtrt.schedule.parameterisation import x0_weights
 from admtrt.schedule.solvers import SOLVERS
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from numpy.typing import NDArray
 
     from admtrt.config import DiffusionConfig, EdmConfig
@@ -73,6 +77,24 @@ _CLIP, _BOUND, _NOISE = (UPDATE_FULL.index(name) for name in ("clip", "bound", "
 
 
 @dataclass(frozen=True, eq=False)
+class GuideRows:
+    """What a guide does in each evaluation of a sample.
+
+    Attributes:
+        columns: float32 [R, 4], see :data:`~admtrt.schedule.guides.GUIDE_COLUMNS`.
+        clip: the bound of the x_0 that its loss sees.
+    """
+
+    columns: Float32
+    clip: float
+
+    @functools.cached_property
+    def active(self) -> NDArray[np.bool_]:
+        """Which evaluations it guides, bool [R]."""
+        return np.asarray(self.columns.any(axis=1))
+
+
+@dataclass(frozen=True, eq=False)
 class SamplingSchedule:
     """What a sample needs of its schedule, in the order of use: entry 0 is the noisiest of R evaluations.
 
@@ -87,6 +109,8 @@ class SamplingSchedule:
             further noise in the first state.
         edits: float32 [R, len(EDIT)], see :mod:`admtrt.schedule.edits`; zeros where nothing is edited.
         edit_graph: the graph that edits; None where none does.
+        guides: those that guide the sample besides the classifier, by name.
+        x0_weights: float32 [R, 2], of the state and of the network's output in x_0, as losses take them.
     """
 
     model_t: Float32
@@ -95,7 +119,9 @@ class SamplingSchedule:
     timesteps: NDArray[np.int64] | Float64
     sigma: Float64
     edits: Float32
+    x0_weights: Float32
     edit_graph: EditGraph | None = None
+    guides: Mapping[str, GuideRows] = field(default_factory=dict)
     init_signal: float = 0.0
     init_scale: float = 1.0
     init_noise: float = 0.0
@@ -124,8 +150,8 @@ class SamplingSchedule:
 
     @functools.cached_property
     def full(self) -> bool:
-        """Whether the sample needs the graph ``update_full``: memory, or a guide before the bound."""
-        return bool(self.coefficients[:, _ONLY_FULL].any() or self.dynamic.any())
+        """Whether the sample needs the graph ``update_full``: memory, guides, or one before the bound."""
+        return bool(self.guides or self.coefficients[:, _ONLY_FULL].any() or self.dynamic.any())
 
 
 @functools.lru_cache(maxsize=256)
@@ -194,6 +220,14 @@ def lower(
 ) -> SamplingSchedule:
     """A solver's rows as a table, with what the parameterisation, the guide and the bound add."""
     table = float64_table(rows, process, sampler)
+    guides = {
+        choice.name: _guide_rows(guide_columns(choice, rows, table, levels, process), clipped=choice.clip)
+        for choice in sampler.guided_by
+    }
+    x0_weights = np.stack([table["x0_from_x"], table["x0_from_out"]], axis=1).astype(np.float32)
+    factor = reference_factor(sampler.guided_by, np.array([level.sigma for level in rows.levels]))
+    for name in ("x0_from_out", "prev_from_out"):
+        table[name] = factor * table[name]
     steps = np.arange(len(rows), dtype=np.int64)[::-1].copy()
     schedule = SamplingSchedule(
         model_t=np.array([level.t for level in rows.levels], dtype=np.float32),
@@ -202,17 +236,25 @@ def lower(
         timesteps=_timesteps(rows.levels),
         sigma=np.array([level.sigma for level in rows.levels]),
         edits=(np.zeros((len(rows), len(EDIT))) if rows.edits is None else rows.edits).astype(np.float32),
+        x0_weights=x0_weights,
         edit_graph=rows.edit_graph,
+        guides=guides,
         init_signal=levels.c_in(rows.levels[0]) if from_image else 0.0,
         init_scale=rows.init_scale,
         init_noise=rows.init_noise,
     )
     for array in (
         schedule.model_t, schedule.coefficients, schedule.step, schedule.timesteps, schedule.sigma,
-        schedule.edits,
+        schedule.edits, schedule.x0_weights,
     ):  # fmt: skip
         array.flags.writeable = False
     return schedule
+
+
+def _guide_rows(columns: dict[str, Float64], *, clipped: bool) -> GuideRows:
+    stacked = np.stack([columns[name] for name in GUIDE_COLUMNS], axis=1).astype(np.float32)
+    stacked.flags.writeable = False
+    return GuideRows(stacked, 1.0 if clipped else _LARGEST)
 
 
 def float64_table(

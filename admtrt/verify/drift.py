@@ -12,10 +12,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from admtrt.config import EdmConfig
+from admtrt.contract import graph_of
 from admtrt.errors import AdmtrtError, RequestError
+from admtrt.runtime.example import example_targets
 from admtrt.runtime.pipeline import Pipeline, consecutive_seeds
-from admtrt.runtime.sampler import advance, hold
+from admtrt.runtime.sampler import advance, guide_feeds, hold, step_inputs
 from admtrt.runtime.slots import slots_for
+from admtrt.schedule.guides import GUIDE_GRAPH, GuideChoice
 from admtrt.schedule.table import sampling_schedule
 from admtrt.verify.inputs import Inputs
 
@@ -24,7 +27,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.bundle import Bundle
+    from admtrt.bundle import Bundle, Manifest
     from admtrt.config import DiffusionConfig
     from admtrt.contract import GraphName
     from admtrt.runtime.sampler import Denoiser
@@ -157,7 +160,8 @@ def measure_drift(
             guided=bool(sampler.scale),
         )
         other = exact.take(range(len(exact)))
-        drifts.append(np.stack(list(_drifts(exact, paired, other, measured, report))))
+        led = _led(bundle.manifest, sampler, exact, inputs, shift=first)
+        drifts.append(np.stack(list(_drifts(exact, paired, other, measured, report, led))))
         psnr.append(_psnr(other.x, exact.x))
         levels = max(levels, float(np.abs(_clipped(other.x) - _clipped(exact.x)).max()) * 127.5)
     each = np.concatenate(drifts, axis=1)
@@ -191,12 +195,47 @@ def drift_sampler(pipeline: Pipeline, steps: str | None) -> SamplerConfig:
     return pipeline.sampler(steps="ddim25" if steps is None and not edm else steps)
 
 
+def _led(
+    manifest: Manifest, sampler: SamplerConfig, samples: Slots, inputs: Inputs, *, shift: int
+) -> Slots | None:
+    """The same samples with every guide of the bundle, on random targets; None where it has none."""
+    if not manifest.guides:
+        return None
+    count = len(samples)
+    choices = tuple(
+        GuideChoice(name=name, scale=2.0, place=guide.place, clip=guide.clip)
+        for name, guide in manifest.guides.items()
+    )
+    # Nothing is updated by these slots, so that the solver needs no place for them.
+    schedule = sampling_schedule(manifest.diffusion, sampler.model_copy(update={"guided_by": choices}))
+    return slots_for(
+        manifest.network,
+        None,
+        [schedule] * count,
+        samples.seeds,
+        labels=inputs.labels(count, shift),
+        low_res=inputs.low_res(count),
+        guided=False,
+        latents=samples.x,
+        guides=manifest.guides,
+        targets={name: example_targets(guide, count) for name, guide in manifest.guides.items()},
+    )
+
+
 def _drifts(
-    exact: Slots, paired: _Paired, other: Slots, measured: Denoiser, report: Callable[[int], None]
+    exact: Slots,
+    paired: _Paired,
+    other: Slots,
+    measured: Denoiser,
+    report: Callable[[int], None],
+    led: Slots | None,
 ) -> Iterator[Values]:
     """Both trajectories to their ends; the relative error of x_t of each sample after each step."""
     schedule = exact.schedules[0]
     for paired.step in range(len(schedule)):
+        if led is not None:
+            led.x, led.position[:] = exact.x, paired.step
+            paired.look(led)
         advance(exact, paired)
         # Step by step: while slots are held on a device, it runs no graph for others.
         with hold(other, measured) as held:
@@ -228,6 +267,15 @@ class _Paired:
             name = _COMPARED[graph]
             self._note(graph, exact[name], self._measured.run(graph, feeds)[name])
         return exact
+
+    def look(self, led: Slots) -> None:
+        """Compare the graphs of all guides at the samples' places; the trajectories stay as they are."""
+        inputs = step_inputs(led)
+        for name, guide in led.guides.items():
+            graph, feeds = graph_of(name, guide), guide_feeds(led, inputs, name)
+            output = "out" if guide.kind == "reference" else "grad"
+            exact, other = (side.run(graph, feeds)[output] for side in (self._reference, self._measured))
+            self._note(f"{GUIDE_GRAPH}{name}", exact, other)
 
     def _note(self, graph: str, exact: Images, other: Images) -> None:
         _check_finite(exact, f"graph '{graph}' in fp32 on ONNX Runtime", self._schedule, self.step, _WEIGHTS)

@@ -48,8 +48,8 @@ class Reference:
     ) -> None:
         assert isinstance(unet.module, UNet)
         assert classifier is None or isinstance(classifier.module, Classifier)
-        self._unet = _in_type(unet.module, dtype)
-        self._classifier = None if classifier is None else _in_type(classifier.module, dtype)
+        self._unet = in_type(unet.module, dtype)
+        self._classifier = None if classifier is None else in_type(classifier.module, dtype)
         self._dtype = dtype
         self.diffusion = unet.config.diffusion
         self.quantile = unet.config.threshold_quantile
@@ -163,5 +163,6 @@ class Reference:
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
 
-def _in_type(module: _Module, dtype: torch.dtype) -> _Module:
+def in_type(module: _Module, dtype: torch.dtype) -> _Module:
+    """The module itself in float32, else a copy."""
     return module if dtype is torch.float32 else copy.deepcopy(module).to(dtype)

@@ -8,6 +8,7 @@ import numpy as np
 
 from admtrt.contract import quantile_of
 from admtrt.schedule.edits import EDIT
+from admtrt.schedule.guides import columns_with_guides
 from admtrt.schedule.table import UPDATE_FULL
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def cases(
         if "mask" in feeds:
             feeds["mask"] = (feeds["mask"] > 0).astype(np.float32)
         row = feeds["coefficients"] = inputs.uniform(*feeds["coefficients"].shape)
-        if row.shape[1] == len(UPDATE_FULL):
+        if row.shape[1] >= len(UPDATE_FULL):
             clip, bound, state_clip = (
                 UPDATE_FULL.index(column) for column in ("clip", "bound", "state_clip")
             )
@@ -51,7 +52,11 @@ def _wide(feeds: Mapping[str, Array]) -> dict[str, Any]:
     """The feeds in float64, the columns by name, the networks' output as value and log w."""
     given: dict[str, Any] = {name: values.astype(np.float64) for name, values in feeds.items()}
     row = given.pop("coefficients")
-    names = UPDATE_FULL if row.shape[1] == len(UPDATE_FULL) else EDIT
+    guides = tuple(name.partition(".")[2] for name in feeds if "." in name)
+    names = columns_with_guides(UPDATE_FULL, guides) if row.shape[1] >= len(UPDATE_FULL) else EDIT
+    given["guides"] = {
+        name.partition(".")[2]: given[name][:, : feeds["x"].shape[1]] for name in feeds if "." in name
+    }
     given["c"] = {name: row[:, index, None, None, None] for index, name in enumerate(names)}
     if "out" in given:
         channels, c = given["x"].shape[1], given["c"]
@@ -65,10 +70,11 @@ def _update_full(given: Given) -> dict[str, Values]:
     c, memory = given["c"], {name: given[name] for name in ("x", "saved", "h1", "h2")}
     r = given["r"].reshape(-1, 1, 1, 1)
     d = np.clip(_unbounded(given), -r, r) * c["clip"] / r
-    m = d + c["x0_shift"] * given["grad"]
+    m = d + c["x0_shift"] * given["grad"] + _of_guides(given, "x0_shift")
     x = sum(c[f"prev_from_{name}"] * values for name, values in memory.items())
     x = x + c["prev_from_x0"] * d + c["prev_from_out"] * given["value"] + c["shift"] * given["grad"]
     x = x + c["guidance"] * np.exp(given["log_w"]) * given["grad"]
+    x = x + np.exp(given["log_w"]) * _of_guides(given, "guidance") + _of_guides(given, "shift")
     x = x + c["noise"] * np.exp(0.5 * given["log_w"]) * given["noise"]
     saved = sum(c[f"saved_from_{name}"] * values for name, values in {**memory, "x0": m}.items())
     return {"x_prev": np.clip(x, -c["state_clip"], c["state_clip"]), "pred_x0": m, "saved_next": saved}
@@ -86,7 +92,13 @@ def _unbounded(given: Given) -> Values:
     y: Values = (
         c["x0_from_x"] * given["x"] + c["x0_from_out"] * given["value"] + c["x0_from_grad"] * given["grad"]
     )
-    return y
+    guided: Values = y + _of_guides(given, "x0_from_grad")
+    return guided
+
+
+def _of_guides(given: Given, column: str) -> Any:
+    """The sum over the guides of a column times their tensor; 0 where there is none."""
+    return sum(given["c"][f"{column}.{name}"] * tensor for name, tensor in given["guides"].items())
 
 
 def _edit(given: Given) -> dict[str, Values]:

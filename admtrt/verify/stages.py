@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from admtrt.config import DiffusionConfig, EdmConfig
-from admtrt.contract import bundle_specs, threshold_quantile
+from admtrt.contract import bundle_specs, event_shape, threshold_quantile
 from admtrt.errors import BundleError, CheckpointError, RequestError
 from admtrt.images import to_uint8
 from admtrt.models.pair import in_units_of
 from admtrt.models.solvers import STEPS
+from admtrt.models.unet import UNet
 from admtrt.runtime.backends.opening import DEFAULT, open_denoiser
 from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.pipeline import consecutive_seeds
@@ -23,6 +24,7 @@ from admtrt.schedule.process import process_from_config, retained_timesteps
 from admtrt.schedule.table import UPDATE, sampling_schedule
 from admtrt.verify.both import BothSides
 from admtrt.verify.checked import CheckedGraphs, GraphRunError
+from admtrt.verify.guides import GuideComparison, TorchGuides, guides_of
 from admtrt.verify.inputs import BATCHES, Inputs, Levels, chosen_steps, samplers, step_batches
 from admtrt.verify.judged import Judged, float64_sides
 from admtrt.verify.reference import Reference
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName
+    from admtrt.export.guides.guide import AnyGuide
     from admtrt.models.checkpoint import LoadedNetwork
     from admtrt.runtime.backends.auto import Fastest
     from admtrt.runtime.backends.choice import BackendChoice
@@ -53,6 +56,7 @@ def verify_bundle(
     unet: LoadedNetwork,
     classifier: LoadedNetwork | None,
     *,
+    guides: Sequence[AnyGuide] = (),
     steps: int | None = None,
     every: bool = False,
     seed: int = 0,
@@ -67,6 +71,7 @@ def verify_bundle(
         bundle: a verified bundle.
         unet: the generator that it was exported from.
         classifier: its noisy classifier, if and only if the bundle has one.
+        guides: its other guides; built-in ones that need no file may be left out.
         steps: of the samples; None for 10, or all of a shorter process.
         every: compare all solvers and options, see :func:`~admtrt.verify.inputs.samplers`.
         seed: of all inputs and noise.
@@ -81,6 +86,8 @@ def verify_bundle(
         RequestError: if the seed or the number of steps is out of range.
         UserError: if the backend cannot run here.
     """
+    assert isinstance(unet.module, UNet)
+    led = guides_of(bundle.manifest, guides, event_shape(unet.module.config))
     _check_comparable(bundle, unet, classifier)
     if classifier is not None:
         classifier = in_units_of(unet.config.diffusion, classifier)
@@ -116,8 +123,14 @@ def verify_bundle(
         drift, trajectory_rows = comparison.recommended()
         return VerificationReport(str(bundle.path), (*rows, *trajectory_rows), drift)
     rows += [*comparison.update_rows(), *comparison.small_rows()]
+    led_rows = comparison.guides(TorchGuides(unet, led)) if led else None
+    if led_rows is not None:
+        report("guides")
+        rows += led_rows.graph_rows()
     report("steps")
     rows += comparison.step_rows()
+    if led_rows is not None:
+        rows += led_rows.step_rows()
     report("trajectories")
     drift, trajectory_rows = comparison.trajectories()
     return VerificationReport(str(bundle.path), (*rows, *trajectory_rows), drift)
@@ -167,7 +180,8 @@ def _check_comparable(bundle: Bundle, unet: LoadedNetwork, classifier: LoadedNet
             hint="Leave out --null-class." if null is None else f"Say --null-class {null}.",
         )
     guide = None if classifier is None else classifier.config.classifier
-    for name, ours in bundle_specs(unet.config.unet, guide, schema=manifest.schema_version).items():
+    specs = bundle_specs(unet.config.unet, guide, manifest.guides, schema=manifest.schema_version)
+    for name, ours in specs.items():
         theirs = manifest.graphs[name].spec
         if ours != theirs:
             listed = [", ".join(map(str, (*spec.inputs, *spec.outputs))) for spec in (theirs, ours)]
@@ -295,6 +309,19 @@ class _Comparison:
                 self._compare(name, tallies, feeds, expected, places)
             rows += [tally.row() for tally in tallies.values()]
         return rows
+
+    def guides(self, guides: TorchGuides) -> GuideComparison:
+        """The checks of the other guides."""
+        return GuideComparison(
+            self.manifest,
+            self._discrete,
+            guides,
+            self.inputs,
+            self.graphs,
+            self._compare,
+            self.steps,
+            self.seeds,
+        )
 
     def step_rows(self) -> list[Row]:
         """One evaluation of the runtime from the same x_t, at several t.

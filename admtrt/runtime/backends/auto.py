@@ -19,7 +19,7 @@ from pydantic import Field
 
 from admtrt import __version__
 from admtrt.config import Config
-from admtrt.contract import NETWORKS, GraphName, Precision
+from admtrt.contract import GraphName, Precision
 from admtrt.errors import ConfigError, EngineError
 from admtrt.memo import Memo
 from admtrt.reading import parse_json
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.backends.graphs import GraphDenoiser
     from admtrt.runtime.backends.registry import Backend
 
+_GRADIENT: GraphName = "classifier_gradient"
 _MEMO = "backends"
 _PACKAGES = (
     "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu12", "tensorrt-cu13",
@@ -111,15 +112,16 @@ def open_fastest(
     found = find_fastest(bundle, choice, report=report)
     report(found)
     unet = found.graphs["unet"]
-    guide = found.graphs.get("classifier_gradient", unet)
+    guide = found.graphs.get(_GRADIENT, unet)
 
     def opened(name: str, graphs: Collection[GraphName] | None) -> GraphDenoiser:
         return BACKENDS[name].open(bundle, choice, graphs=graphs)
 
-    if guide == unet or (graphs is not None and "classifier_gradient" not in graphs):
+    needed = list(bundle.manifest.sampled_graphs) if graphs is None else list(graphs)
+    if guide == unet or _GRADIENT not in needed:
         return opened(unet, graphs)
-    others = [name for name in bundle.manifest.sampled_graphs if name != "classifier_gradient"]
-    return Composite(opened(unet, others), opened(guide, ["classifier_gradient"]))
+    others: list[GraphName] = [name for name in needed if name != _GRADIENT]
+    return Composite(opened(unet, others), opened(guide, [_GRADIENT]))
 
 
 def find_fastest(bundle: Bundle, choice: BackendChoice, *, report: Callable[[str], None]) -> Fastest:
@@ -219,8 +221,8 @@ def _probe(request: ProbeRequest) -> ProbeResult:
 
 
 def _measured_graphs(bundle: Bundle) -> tuple[GraphName, ...]:
-    """All but the update, which takes no time and runs beside the UNet."""
-    return tuple(name for name in bundle.manifest.graphs if name in NETWORKS)
+    """The UNet and the classifier's gradient: the small graphs and the guides run beside the UNet."""
+    return tuple(name for name in ("unet", _GRADIENT) if name in bundle.manifest.graphs)
 
 
 def _remembered(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from admtrt.contract import NETWORKS
+from admtrt.contract import is_network
 from admtrt.errors import BundleError, RequestError
 from admtrt.onnx_wire import external_locations
 from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, batch_of, check_contract, working
@@ -101,7 +101,7 @@ class OpenVinoDenoiser(GraphDenoiser):
         return model
 
     def _compile(self, name: GraphName, batch: int) -> _Compiled:
-        precision = self._precision if name in NETWORKS else "fp32"  # x itself is never rounded
+        precision = self._precision if is_network(name) else "fp32"  # x itself is never rounded
         parts = math.gcd(batch, self._threads)
         with working("OpenVINO", name, batch, what="compile"):
             model = self._read(name)

@@ -135,7 +135,13 @@ class HeldOnDevice:
             self._fresh = True
 
     def replace(self, rows: Sequence[int], slots: Slots) -> None:
-        """See :class:`~admtrt.runtime.sampler.HeldSlots`. Waits for the last step."""
+        """See :class:`~admtrt.runtime.sampler.HeldSlots`. Waits for the last step.
+
+        Raises:
+            ValueError: also if guides besides the classifier guide the others.
+        """
+        if any(schedule.guides for schedule in slots.schedules):
+            raise ValueError("samples with guides besides the classifier are not held on a device")
         if self._pending is not None:
             self._pending.result()  # the thread reads the slots
             self._pending = None  # and what it drew is for those that were there

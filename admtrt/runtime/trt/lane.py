@@ -134,6 +134,7 @@ class Lane:
                     array = stack.enter_context(device.array(tensor.sized(batch), tensor.dtype, self.main))
                     array.clear(self.main)  # what was never written must at least be finite
                     self._arrays[key] = array
+            self._led = [key for key in self._arrays if isinstance(key, tuple) and "." in key[1]]
             for bindings in (self._bindings, self._gradients):
                 stack.callback(bindings.clear)
             stack.push(at_exit(self._close_graphs))
@@ -269,6 +270,9 @@ class Lane:
 
     def _enqueue_update(self, full: bool, dynamic: bool, edits: tuple[GraphName, ...]) -> None:
         arrays, main = self._arrays, self.main
+        if full:
+            for key in self._led:  # tensors of guides, which an earlier run of a graph may have left
+                arrays[key].clear(main)
         if dynamic:
             self._bindings["threshold"].enqueue(main)
         self._bindings["update_full" if full else "update"].enqueue(main)

@@ -1,0 +1,228 @@
+"""Options of ``admtrt sample`` for guides besides the classifier."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from admtrt.commands.groups import takes_group
+from admtrt.errors import RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from admtrt.bundle import Manifest
+    from admtrt.npz import Header
+    from admtrt.runtime.guide_targets import GuideTargets
+    from admtrt.runtime.pipeline import Pipeline
+    from admtrt.schedule.guides import GuideChoice
+
+_PANEL = "Guides besides the classifier"
+_OF = "; GUIDE= may be left out where there is one guide"
+
+
+def _option(help_text: str, metavar: str, *flag: str) -> Any:
+    return typer.Option(*flag, help=help_text, metavar=metavar, rich_help_panel=_PANEL)
+
+
+@dataclass(frozen=True)
+class GuideOptions:
+    """The options as they were given."""
+
+    guide: Annotated[
+        list[str] | None, _option("Guide by this guide of the bundle; may be repeated.", "NAME")
+    ] = None
+    target: Annotated[
+        list[str] | None,
+        _option(
+            "What its loss measures against: an .npz (arr_0), for images also a picture or a folder"
+            + _OF.replace("GUIDE=", "GUIDE."),
+            "[GUIDE.]NAME=FILE",
+        ),
+    ] = None
+    operator: Annotated[
+        list[str] | None,
+        _option(
+            f"Of linear: how the measurement was made: sr:4, pool:2, blur:1.5:9; {_OF[2:]}.",
+            "[GUIDE=]OPERATOR",
+        ),
+    ] = None
+    guide_scale: Annotated[
+        list[str] | None, _option("Its scale; the bundle's own where left out.", "[GUIDE=]SCALE")
+    ] = None
+    guide_interval: Annotated[
+        list[str] | None, _option("Guide only at noise levels in this interval.", "[GUIDE=]LOW:HIGH")
+    ] = None
+    guide_place: Annotated[
+        list[str] | None,
+        _option("Where it enters: variance, score, before_clip or shift.", "[GUIDE=]PLACE"),
+    ] = None
+    guide_clip: Annotated[
+        bool | None,
+        typer.Option(
+            "--guide-clip/--no-guide-clip",
+            help="Whether losses see x_0 within [-1, 1].",
+            rich_help_panel=_PANEL,
+        ),
+    ] = None
+
+    @property
+    def names(self) -> list[str]:
+        """The guides that guide."""
+        return list(self.guide or ())
+
+    def check_known(self, manifest: Manifest, bundle: Path) -> None:
+        """Refuse guides that the bundle has not, and options of guides where none guides.
+
+        Raises:
+            RequestError: naming it.
+        """
+        from admtrt.schedule.guides import unknown_guide
+
+        for name in self.names:
+            if name not in manifest.guides:
+                raise unknown_guide(name, manifest.guides, str(bundle))
+        if not self.names:
+            for option in (
+                "target",
+                "operator",
+                "guide_scale",
+                "guide_interval",
+                "guide_place",
+                "guide_clip",
+            ):
+                if getattr(self, option) is not None:
+                    raise RequestError(
+                        f"--{option.replace('_', '-')} is of a guide, and none guides",
+                        hint="Name one with --guide.",
+                    )
+
+    def choices(self, pipeline: Pipeline) -> tuple[GuideChoice, ...] | None:
+        """What the sampler does with them; None where there are none.
+
+        Raises:
+            RequestError: for what cannot be.
+        """
+        from admtrt.commands.sample import interval_of
+
+        if not self.names:
+            return None
+        scale = {name: _number(text) for name, text in self._by_guide(self.guide_scale, "--guide-scale")}
+        interval = {
+            name: interval_of(text) for name, text in self._by_guide(self.guide_interval, "--guide-interval")
+        }
+        place: Any = dict(self._by_guide(self.guide_place, "--guide-place"))
+        clip = {} if self.guide_clip is None else dict.fromkeys(self.names, self.guide_clip)
+        return pipeline.guide_choices(self.names, scale=scale, interval=interval, place=place, clip=clip)
+
+    def targets(self, manifest: Manifest, mask: Path | None) -> GuideTargets:
+        """What the files hold.
+
+        Args:
+            manifest: of the bundle.
+            mask: of known pixels, which is the mask of the one guide that takes one.
+
+        Raises:
+            RequestError: if a file cannot be read, or it is not said whose it is.
+        """
+        from admtrt.contract import event_shape
+        from admtrt.runtime.guide_targets import OPERATOR, GuideTargets, target_sizes
+        from admtrt.runtime.images_in import read_mask
+
+        event = event_shape(manifest.network)
+        given: dict[str, dict[str, Any]] = {name: {} for name in self.names}
+        for guide, text in self._by_guide(self.operator, "--operator"):
+            given[guide][OPERATOR] = text
+        for text in self.target or ():
+            whole, equals, file = text.partition("=")
+            guide, point, name = whole.rpartition(".")
+            if not equals or not name:
+                raise RequestError(f"--target {text!r} is not of the form [GUIDE.]NAME=FILE")
+            guide = self._one(guide if point else None, "--target")
+            config = manifest.guides[guide]
+            sizes = target_sizes(guide, config, name, given[guide].get(OPERATOR), event)
+            given[guide][name] = _read(Path(file), f"--target {name}", sizes, mask=name == "mask")
+        if mask is not None:
+            masked = [name for name in self.names if "mask" in manifest.guides[name].targets]
+            if len(masked) != 1:
+                raise RequestError(
+                    "--mask is of --known, or of the one guide that takes a mask",
+                    hint="Give it by --target GUIDE.mask=FILE.",
+                )
+            given[masked[0]]["mask"] = read_mask(mask, event)
+        return GuideTargets(given)
+
+    def cost(self, manifest: Manifest, evaluations: int) -> str:
+        """What the guides add to the networks' work, for people; empty where it is not known."""
+        from admtrt.schedule.guides import GUIDE_GRAPH
+
+        unet = manifest.graphs["unet"]
+        entries = [manifest.graphs.get(f"{GUIDE_GRAPH}{name}", unet) for name in self.names]
+        counts = [entry.operations for entry in entries]
+        if unet.operations is None or None in counts or not counts:
+            return ""
+        # A loss of x_0 comes with the UNet's output.
+        alone = any(manifest.guides[name].kind == "denoiser" for name in self.names)
+        total = sum(filter(None, counts)) + (0 if alone else unet.operations)
+        memory = max(entry.peak_bytes or 0 for entry in (unet, *entries))
+        return (
+            f"a guided evaluation of one sample takes {total / 1e9:.3g} GFLOP "
+            f"({total / unet.operations:.2f} times the UNet's) and up to {memory / 2**20:.0f} MiB besides "
+            f"weights; all {evaluations} evaluations {total * evaluations / 1e12:.3g} TFLOP"
+        )
+
+    def _by_guide(self, texts: Sequence[str] | None, option: str) -> list[tuple[str, str]]:
+        """Each value with its guide."""
+        pairs = []
+        for text in texts or ():
+            guide, equals, value = text.partition("=")
+            pairs.append((self._one(guide, option), value) if equals else (self._one(None, option), text))
+        names = [guide for guide, _ in pairs]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise RequestError(f"{option} was given twice for the guide '{twice}'")
+        return pairs
+
+    def _one(self, guide: str | None, option: str) -> str:
+        if guide is None and len(self.names) == 1:
+            return self.names[0]
+        if guide is None:
+            raise RequestError(
+                f"{option} does not say of which guide: {', '.join(self.names)}",
+                hint=f"Write e.g. {option} {self.names[0]}=...",
+            )
+        if guide not in self.names:
+            raise RequestError(f"{option} is of the guide '{guide}', which does not guide")
+        return guide
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise RequestError(f"--guide-scale {text[:60]!r} is no number") from None
+
+
+def _read(file: Path, option: str, sizes: tuple[int, ...], *, mask: bool) -> Any:
+    """The values of a target: pictures or a folder of them where it is an image, else arr_0 of an .npz."""
+    from admtrt.runtime.images_in import PICTURES, read_images, read_mask, read_npz
+
+    if mask and len(sizes) == 3:
+        return read_mask(file, sizes)
+    if len(sizes) == 3 and (file.is_dir() or file.suffix.lower() in PICTURES):
+        return read_images(file, sizes, option)[0]
+
+    def check(header: Header) -> None:
+        if math.prod(header.shape[1:]) != math.prod(sizes):  # before a byte is inflated
+            listed = ", ".join(map(str, sizes))
+            raise RequestError(f"{option} {file}: arr_0 is {header}; expected float32 [N, {listed}]")
+
+    return read_npz(file, option, {"arr_0": check})["arr_0"]
+
+
+takes_guide_options = takes_group(GuideOptions, "guide_options")
+"""Gives a command the options of :class:`GuideOptions`: they arrive as its parameter ``guide_options``."""

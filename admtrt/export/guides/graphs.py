@@ -1,0 +1,139 @@
+"""The graphs of guides: a UNet with a loss of its x_0 behind it, and the gradient through both."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from admtrt.contract import GUIDE_CLIP, X0_WEIGHTS, event_shape, guide_spec, unet_spec
+from admtrt.export.capture import graph_from_module
+from admtrt.export.differentiate import add_input_gradient
+from admtrt.export.graphs import example_inputs, unet_graph
+from admtrt.export.guides.guide import STATE_INPUT, Guide
+from admtrt.export.nodes import LOSS
+from admtrt.export.passes import simplify
+from admtrt.export.tape import ConvBackward, Tape
+
+if TYPE_CHECKING:
+    from admtrt.export.guides.guide import AnyGuide
+    from admtrt.models.unet import UNet
+
+_TINY = 1e-20  # below every root mean square that float32 can square
+
+
+class GuidedUNet(nn.Module):
+    """The UNet's output and - loss of each sample; then that times ``boost``, unless it is 1.
+
+    Called with what the graph takes, in its order.
+    """
+
+    def __init__(self, unet: UNet, guide: Guide, boost: float = 1.0) -> None:
+        super().__init__()
+        self.unet = unet
+        self.loss = guide.loss
+        self.boost = boost
+        self.parameter_names = guide.parameters[1:]
+        self.names = [tensor.name for tensor in guide_spec(unet.config, guide.config).inputs]
+        self.of_unet = [tensor.name for tensor in unet_spec(unet.config).inputs]
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """See the class."""
+        given = dict(zip(self.names, tensors, strict=True))
+        out: Tensor = self.unet(**{name: given[name] for name in self.of_unet})
+        from_x, from_out, clip = (given[name][:, None, None, None] for name in (*X0_WEIGHTS, GUIDE_CLIP))
+        x0 = torch.clamp(from_x * given["x"] + from_out * out[:, : given["x"].shape[1]], -clip, clip)
+        given[STATE_INPUT] = given["x"]
+        value = -self.loss(x0, *(given[name] for name in self.parameter_names))
+        return (out, value) if self.boost == 1 else (out, value, value * self.boost)
+
+
+class NoisyLoss(nn.Module):
+    """- loss of the state; then that times ``boost``, unless it is 1. Called as the graph."""
+
+    def __init__(self, guide: Guide, boost: float = 1.0) -> None:
+        super().__init__()
+        self.loss = guide.loss
+        self.boost = boost
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...] | Tensor:
+        """See the class."""
+        value = -self.loss(*tensors)
+        return value if self.boost == 1 else (value, value * self.boost)
+
+
+def guide_graph(
+    unet: UNet, guide: AnyGuide, *, conv_backward: ConvBackward = "flipped", boosted: bool = False
+) -> ir.Model:
+    """The graph of a guide, typed and named as :func:`admtrt.contract.guide_spec` says.
+
+    Args:
+        unet: of the bundle.
+        guide: with a graph of its own.
+        conv_backward: see :data:`~admtrt.export.tape.ConvBackward`.
+        boosted: start the backward pass from sqrt(CHW) times the loss, and divide at the end, so that the
+            gradient of a norm stays within the range of fp16.
+    """
+    if not isinstance(guide, Guide):
+        assert guide.network is not None  # without one it runs the UNet's graph
+        return unet_graph(guide.network)
+    event = event_shape(unet.config)
+    boost = math.sqrt(math.prod(event)) if boosted else 1.0
+    module = GuidedUNet(unet, guide, boost) if guide.through == "unet" else NoisyLoss(guide, boost)
+    spec = guide_spec(unet.config, guide.config)
+    outputs = [tensor.name for tensor in spec.outputs if tensor.name != "grad"]
+    inputs = example_inputs(spec)
+    model = graph_from_module(module.eval(), inputs, outputs if boost == 1 else [*outputs, "boosted"])
+    _mark_loss(model)
+    of = "value" if boost == 1 else "boosted"
+    add_input_gradient(model, wrt="x", of=of, name="grad", conv_backward=conv_backward)
+    tape = Tape(model.graph, conv_backward=conv_backward)
+    if boost != 1:
+        model.graph.outputs.pop()
+        grad = model.graph.outputs[0]
+        _replace_gradient(model, tape.op("Mul", grad, tape.scalar(1 / boost, grad)))
+    if guide.normalise != "none":
+        _normalise(model, tape, guide.config.normalise, event)
+    simplify(model)
+    return model
+
+
+def _mark_loss(model: ir.Model) -> None:
+    """Say of every node behind the UNet that it is the loss's; its backward will say so too."""
+    behind = {value for value in model.graph.outputs if value.name == "out"}
+    for node in model.graph:
+        if not behind.isdisjoint(node.inputs):
+            behind.update(node.outputs)
+            node.metadata_props[LOSS] = "1"
+
+
+def _normalise(model: ir.Model, tape: Tape, how: str, event: tuple[int, ...]) -> None:
+    """Scale the gradient of each sample by its root mean square."""
+    grad = model.graph.outputs[0]
+    rms = _root_mean_square(tape, grad)
+    safe = tape.op("Max", rms, tape.scalar(_TINY, grad))
+    kind, _, number = how.partition(":")
+    if kind == "unit":
+        factor = tape.op("Div", tape.scalar(1 / math.sqrt(math.prod(event)), grad), safe)
+    elif kind == "cap":
+        factor = tape.op("Div", tape.op("Min", rms, tape.scalar(float(number), grad)), safe)
+    else:
+        out = next(value for value in model.graph.outputs if value.name == "out")
+        ends = (tape.ints(0), tape.ints(event[0]), tape.ints(1))
+        factor = tape.op("Div", _root_mean_square(tape, tape.op("Slice", out, *ends)), safe)
+    _replace_gradient(model, tape.op("Mul", grad, factor))
+
+
+def _root_mean_square(tape: Tape, value: ir.Value) -> ir.Value:
+    mean = tape.op("ReduceMean", tape.op("Mul", value, value), tape.ints(1, 2, 3), keepdims=1)
+    return tape.op("Sqrt", mean)
+
+
+def _replace_gradient(model: ir.Model, made: ir.Value) -> None:
+    grad = model.graph.outputs[0]
+    made.name, made.shape, made.type = "grad", grad.shape, grad.type
+    grad.name = "grad_as_it_is"
+    model.graph.outputs[0] = made

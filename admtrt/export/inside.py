@@ -1,0 +1,250 @@
+"""ONNX files inside PyTorch modules: run by ONNX Runtime, captured as their own nodes, and differentiated."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxscript
+import torch
+from onnxscript.version_converter import convert_version
+from torch import Tensor, nn
+
+from admtrt.contract import BATCH
+from admtrt.errors import ExportError
+from admtrt.runtime.backends.onnxruntime import import_onnxruntime
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+_DOMAIN, _NODE, _HANDLE = "admtrt", "File", "handle"
+_OPSET = 18
+_LARGEST = 2**31  # bytes of a file that protocol buffers can hold
+_HINT = "Export it with a dynamic batch: one image input [N, C, H, W], the features as its first output."
+
+
+@dataclass(frozen=True, eq=False)
+class _File:
+    """An ONNX file with one image as its input, and its first output.
+
+    Attributes:
+        path: of the file.
+        model: with shapes, its batch called N.
+    """
+
+    path: Path
+    model: onnx.ModelProto
+
+    @property
+    def image(self) -> tuple[int, ...]:
+        """(C, H, W) of its input."""
+        return _sizes(self.model.graph.input[0])
+
+    @property
+    def result(self) -> tuple[int, ...]:
+        """Sizes of its output but the batch."""
+        return _sizes(self.model.graph.output[0])
+
+    @cached_property
+    def session(self) -> Any:
+        """It, on ONNX Runtime."""
+        return self._session(self.model)
+
+    @cached_property
+    def gradient(self) -> Any:
+        """Its vector-Jacobian product on ONNX Runtime: ``grad`` from ``x`` and ``cotangent``."""
+        from admtrt.export.differentiate import add_input_gradient
+
+        model = ir.from_proto(self.model)
+        graph = model.graph
+        out, source = graph.outputs[0], graph.inputs[0]
+        given = ir.Value(name="cotangent", shape=out.shape, type=out.type)
+        graph.inputs.append(given)
+        product = ir.node("Mul", [out, given])
+        product.outputs[0].shape, product.outputs[0].type = out.shape, out.type
+        axes = ir.Value(
+            name="cotangent_axes",
+            const_value=ir.tensor(list(range(1, len(self.result) + 1)), dtype=ir.DataType.INT64),
+        )
+        graph.register_initializer(axes)
+        total = ir.node("ReduceSum", [product.outputs[0], axes], attributes={"keepdims": 0})
+        total.outputs[0].shape, total.outputs[0].type = ir.Shape([ir.SymbolicDim(BATCH)]), out.type
+        total.outputs[0].name = "weighted"
+        for node in (product, total):
+            graph.append(node)
+        graph.outputs[:] = [total.outputs[0]]
+        assert source.name is not None
+        add_input_gradient(model, wrt=source.name, of="weighted", name="grad")
+        return self._session(ir.to_proto(model))
+
+    @staticmethod
+    def _session(model: onnx.ModelProto) -> Any:
+        onnxruntime = import_onnxruntime(extra="cpu", purpose="A guide with an ONNX file")
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        return onnxruntime.InferenceSession(
+            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+        )
+
+
+_FILES: list[_File] = []
+_LOCK = threading.Lock()
+
+
+class OnnxFile(nn.Module):
+    """An ONNX file as a module: images [N, C, H, W] to its first output.
+
+    Args:
+        path: of the file; one image input in float32 with a dynamic batch.
+
+    Raises:
+        ExportError: if it cannot be read, or takes something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        loaded = _read(path)
+        with _LOCK:
+            _FILES.append(loaded)
+            self.handle = len(_FILES) - 1
+        self.image, self.result = loaded.image, loaded.result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Its first output."""
+        out: Tensor = torch.ops.admtrt.file(x, self.handle)
+        return out
+
+
+def _read(path: Path) -> _File:
+    try:
+        if path.stat().st_size > _LARGEST:
+            raise ExportError(f"{path} is larger than 2 GiB")
+        model = onnx.load(str(path))
+        onnx.checker.check_model(model)
+    except ExportError:
+        raise
+    except Exception as error:  # onnx raises several unrelated types
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise ExportError(f"cannot read {path} as an ONNX file: {reason}") from None
+    constants = {tensor.name for tensor in model.graph.initializer}
+    inputs = [value for value in model.graph.input if value.name not in constants]
+    if len(inputs) != 1 or len(inputs[0].type.tensor_type.shape.dim) != 4:
+        names = ", ".join(value.name for value in inputs)
+        raise ExportError(f"{path} takes {names or 'nothing'}; expected one image", hint=_HINT)
+    first = inputs[0].type.tensor_type
+    if first.elem_type != onnx.TensorProto.FLOAT:
+        raise ExportError(f"{path} takes no float32 image", hint=_HINT)
+    if first.shape.dim[0].dim_value:
+        raise ExportError(f"{path} is fixed to a batch of {first.shape.dim[0].dim_value}", hint=_HINT)
+    del model.graph.input[:]
+    model.graph.input.append(inputs[0])
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = BATCH
+    del model.graph.value_info[:]
+    del model.graph.output[1:]
+    _forget_batch(model.graph.output[0])
+    converted = ir.from_proto(model)
+    if converted.opset_imports.get("", 0) != _OPSET:
+        convert_version(converted, _OPSET)
+    if converted.opset_imports.get("", 0) != _OPSET:
+        raise ExportError(
+            f"{path} cannot be converted to opset {_OPSET}", hint=f"Export it with opset {_OPSET}."
+        )
+    shaped = onnx.shape_inference.infer_shapes(ir.to_proto(converted), data_prop=True)
+    found = _File(path, shaped)
+    if not found.result or 0 in (*found.image, *found.result):
+        raise ExportError(f"{path}: the sizes of its image or its first output are not fixed", hint=_HINT)
+    return found
+
+
+def _forget_batch(value: onnx.ValueInfoProto) -> None:
+    dims = value.type.tensor_type.shape.dim
+    if dims:
+        dims[0].Clear()
+        dims[0].dim_param = BATCH
+
+
+def _sizes(value: onnx.ValueInfoProto) -> tuple[int, ...]:
+    return tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)[1:]
+
+
+@torch.library.custom_op("admtrt::file", mutates_args=())
+def _run(x: Tensor, handle: int) -> Tensor:
+    file = _FILES[handle]
+    (out,) = file.session.run(None, {file.model.graph.input[0].name: x.detach().float().numpy()})
+    return torch.from_numpy(out).to(x.dtype)
+
+
+@_run.register_fake
+def _(x: Tensor, handle: int) -> Tensor:
+    return x.new_empty((x.shape[0], *_FILES[handle].result))
+
+
+@torch.library.custom_op("admtrt::file_gradient", mutates_args=())
+def _run_backward(x: Tensor, cotangent: Tensor, handle: int) -> Tensor:
+    file = _FILES[handle]
+    feeds = {file.model.graph.input[0].name: x, "cotangent": cotangent}
+    arrays = {name: np.ascontiguousarray(one.detach().float().numpy()) for name, one in feeds.items()}
+    (grad,) = file.gradient.run(["grad"], arrays)
+    return torch.from_numpy(grad).to(x.dtype)
+
+
+@_run_backward.register_fake
+def _(x: Tensor, cotangent: Tensor, handle: int) -> Tensor:  # noqa: ARG001 - one signature
+    return torch.empty_like(x)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - of PyTorch
+    ctx.save_for_backward(inputs[0])
+    ctx.handle = inputs[1]
+
+
+def _backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+    (x,) = ctx.saved_tensors
+    return torch.ops.admtrt.file_gradient(x, cotangent.contiguous(), ctx.handle), None
+
+
+_run.register_autograd(_backward, setup_context=_keep)
+
+_opset = onnxscript.values.Opset(_DOMAIN, 1)
+
+
+def _translated(x: Any, handle: int) -> Any:
+    return onnxscript.values.Op(_opset, _NODE)(x, handle=handle)
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.admtrt.file.default: _translated}
+"""What PyTorch's exporter is told of the operator."""
+
+
+def insert_files(model: ir.Model) -> None:
+    """Put the nodes of each file in the place of the operator that stands for it."""
+    for count, node in enumerate([node for node in model.graph if node.domain == _DOMAIN]):
+        inner = ir.from_proto(_FILES[node.attributes[_HANDLE].as_int()].model).graph
+        for number, value in enumerate([*inner.initializers.values(), *_outputs(inner)]):
+            value.name = f"file{count}.{number}"
+        source, target = node.inputs[0], node.outputs[0]
+        assert source is not None
+        ir.convenience.replace_all_uses_with(inner.inputs[0], source)
+        found = inner.outputs[0]
+        for value in list(inner.initializers.values()):
+            model.graph.register_initializer(value)
+        moved = list(inner)
+        inner.outputs.clear()
+        inner.remove(moved)
+        model.graph.insert_before(node, moved)
+        found.shape, found.type = target.shape, target.type
+        ir.convenience.replace_all_uses_with(target, found)
+        for index, output in enumerate(model.graph.outputs):
+            if output is target:
+                model.graph.outputs[index] = found
+        model.graph.remove(node, safe=True)
+
+
+def _outputs(graph: ir.Graph) -> list[ir.Value]:
+    return [value for node in graph for value in node.outputs]

@@ -1,0 +1,65 @@
+"""Weights that several graphs of a folder have in common, stored in the file of the first that has them."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import onnx_ir as ir
+from onnx_ir import external_data
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+SMALLEST = 1024
+"""Bytes of weights up to which they stay in the graph's own file."""
+
+
+class SharedWeights:
+    """Weights that were written so far, by folder, type and hash: their file and place in it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Path, ir.DataType, str], tuple[str, int, int]] = {}
+
+    def save(self, model: ir.Model, path: Path, data: str, folder: Path) -> None:
+        """Write a graph, and those of its weights that no other graph of the folder has.
+
+        Args:
+            model: the graph, which stays as it is.
+            path: of the graph.
+            data: the file beside it for its own weights; not written where it has none.
+            folder: in which the graph will stand.
+        """
+        values = [value for value in model.graph.initializers.values() if value.const_value is not None]
+        kept = [value.const_value for value in values]
+        own: list[ir.Value] = []
+        keys = {}
+        try:
+            for value in values:
+                tensor: Any = value.const_value
+                if tensor.nbytes <= SMALLEST:
+                    continue
+                key = (folder, tensor.dtype, hashlib.sha256(tensor.tobytes()).hexdigest())
+                if key in self._known:
+                    value.const_value = _external(tensor, *self._known[key])
+                else:
+                    own.append(value)
+                    keys[value] = key
+            tensors = [value.const_value for value in own]
+            if tensors:
+                written = external_data.convert_tensors_to_external(tensors, path.parent, data)  # type: ignore[arg-type]
+                for value, external in zip(own, written, strict=True):
+                    value.const_value = external
+                    assert external.offset is not None
+                    assert external.length is not None
+                    self._known[keys[value]] = (data, external.offset, external.length)
+            ir.save(model, path)
+        finally:
+            for value, tensor in zip(values, kept, strict=True):
+                value.const_value = tensor
+
+
+def _external(tensor: Any, location: str, offset: int, length: int) -> ir.ExternalTensor:
+    return ir.ExternalTensor(
+        location, offset, length, tensor.dtype, shape=tensor.shape, name=tensor.name, base_dir=""
+    )

@@ -1,0 +1,242 @@
+"""Guides by a loss of the predicted x_0, by a noisy network, or by a second one: what is said of each.
+
+A guide gives a tensor g in every evaluation that it guides, and enters the update in one of these places,
+with c = scale (1 - a) / sqrt(a), a = alpha_bar of the evaluation:
+
+=============  ====================================  ======================================================
+place          formula                               who
+=============  ====================================  ======================================================
+variance       x' += scale w g, w the variance       classifier guidance with DDPM (Algorithm 1)
+score          m = d + c g, behind the bound         classifier guidance with DDIM (Algorithm 2)
+before_clip    y += c g, before the bound            Universal Guidance
+shift          x' += scale g                         Diffusion Posterior Sampling, MCG, FreeDoM
+reference      value = value_ref +                   classifier-free guidance, autoguidance
+               scale (value - value_ref)
+=============  ====================================  ======================================================
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
+
+import numpy as np
+from pydantic import AfterValidator, Field, model_validator
+
+from admtrt.config import Config, NoiseLevel, Positive, UNetConfig
+from admtrt.errors import RequestError
+from admtrt.schedule.guidance import scales_in
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from admtrt.config import DiffusionConfig, EdmConfig
+    from admtrt.schedule.levels import NoiseLevels
+    from admtrt.schedule.rows import Rows
+
+    Float64 = NDArray[np.float64]
+
+LossPlace = Literal["variance", "score", "before_clip", "shift"]
+"""Where a gradient may enter."""
+Place = Literal["variance", "score", "before_clip", "shift", "reference"]
+LOSS_PLACES: tuple[LossPlace, ...] = get_args(LossPlace)
+Kind = Literal["denoiser", "noisy", "reference"]
+"""Of a guide: a loss of the x_0 that the UNet predicts, one of x_t itself, or a second network."""
+GUIDE_COLUMNS = ("guidance", "x0_shift", "x0_from_grad", "shift")
+"""What each guide adds to the columns of ``update_full``, with its name behind a point."""
+GUIDE_GRAPH = "guide."
+"""The graph of a guide is called by this and its name."""
+LABELLED = frozenset({"classifier", "noisy"})
+"""Built-in losses whose target :data:`WEIGHTS`, [classes], follows from labels where it is not given."""
+WEIGHTS = "weights"
+_NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
+_TAKEN = frozenset(
+    ("x", "t", "y", "low_res", "out", "grad", "value", "boosted", "x_0", "x_t")  # as the graphs have them
+)
+_LARGEST_SCALE = 1e6
+
+
+def _check_name(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name[:60]!r} is no name of a guide: small letters, digits and _, a letter first, at most 32"
+        )
+    return name
+
+
+def _check_target(name: str) -> str:
+    if not _NAME.fullmatch(name):
+        raise ValueError(
+            f"{name[:60]!r} is no name of a target: small letters, digits and _, a letter first, at most 32"
+        )
+    if name in _TAKEN or name.startswith(("x0", "guide_", "sqrt_one_")):
+        raise ValueError(f"a target cannot be called {name!r}, which the graph has already")
+    return name
+
+
+def _check_scale(scale: float) -> float:
+    if abs(scale) > _LARGEST_SCALE:
+        raise ValueError(f"{scale:g} is out of range; at most {_LARGEST_SCALE:g} either way")
+    return scale
+
+
+def _check_normalise(text: str) -> str:
+    kind, colon, number = text.partition(":")
+    if kind in ("none", "unit", "eps") and not colon:
+        return text
+    try:
+        if kind == "cap" and 0 < float(number) < float("inf"):
+            return text
+    except ValueError:
+        pass
+    raise ValueError(f"{text[:60]!r} is unknown; expected none, unit, eps, or cap:R with R above 0")
+
+
+GuideName = Annotated[str, AfterValidator(_check_name)]
+TargetName = Annotated[str, AfterValidator(_check_target)]
+Scale = Annotated[float, AfterValidator(_check_scale)]
+Normalise = Annotated[str, AfterValidator(_check_normalise)]
+
+
+class GuideConfig(Config):
+    """What a bundle says of a guide.
+
+    Attributes:
+        kind: see :data:`Kind`.
+        loss: the built-in that it is, or ``custom``.
+        place: where it enters unless a sampler asks for another place.
+        scale: that is taken unless a sampler asks for another.
+        clip: whether the loss sees x_0 within [-1, 1]; there a clamped pixel has no gradient.
+        normalise: of the gradient of each sample: ``none``; ``unit`` length; ``eps``, as large as the
+            network's output in the root mean square (FreeDoM); ``cap:R``, at most R of it (Crowson).
+        targets: further inputs of the loss by name, float32 [N, *sizes].
+        level_input: whether the loss takes sqrt(1 - alpha_bar).
+        network: of a reference that is another network; None where it is the UNet with its null class.
+    """
+
+    kind: Kind = "denoiser"
+    loss: str = "custom"
+    place: Place = "shift"
+    scale: Scale = 1.0
+    clip: bool = True
+    normalise: Normalise = "none"
+    targets: dict[TargetName, tuple[Positive, ...]] = Field(default_factory=dict)
+    level_input: bool = False
+    network: UNetConfig | None = None
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        if (self.place == "reference") != (self.kind == "reference"):
+            raise ValueError(f"a guide of kind '{self.kind}' cannot enter in the place '{self.place}'")
+        if self.kind == "reference" and (self.targets or self.normalise != "none"):
+            raise ValueError("a reference takes no targets and is not normalised")
+        if self.kind != "reference" and self.network is not None:
+            raise ValueError(f"a guide of kind '{self.kind}' has no network of its own")
+        return self
+
+
+class GuideChoice(Config):
+    """What a sampler does with a guide; see :class:`GuideConfig`, ``interval`` as of the classifier's."""
+
+    name: GuideName
+    scale: Scale
+    place: Place
+    clip: bool = True
+    interval: tuple[NoiseLevel, NoiseLevel] | None = None
+
+    @model_validator(mode="after")
+    def _check_interval(self) -> Self:
+        if self.interval is not None and not self.interval[0] < self.interval[1]:
+            low, high = self.interval
+            raise ValueError(f"{low:g} to {high:g} is empty; the first is the lower noise level")
+        return self
+
+
+def check_choices(choices: tuple[GuideChoice, ...], method: str, *, respaced: bool) -> None:
+    """Refuse guides in places that a solver has not.
+
+    Raises:
+        ValueError: naming the guide.
+    """
+    names = [choice.name for choice in choices]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"the guide '{twice}' is named twice")
+    if sum(choice.place == "reference" for choice in choices) > 1:
+        raise ValueError("two references at once are not possible")
+    for choice in choices:
+        if choice.place == "variance" and method != "ddpm":
+            raise ValueError(
+                f"guide '{choice.name}' enters by the variance, which ddpm alone has, not {method}; "
+                "use the place score"
+            )
+        if choice.place == "shift" and not respaced:
+            raise ValueError(
+                f"guide '{choice.name}' shifts the state, which goes with ddpm and ddim, not with {method}; "
+                "use the place score or before_clip"
+            )
+
+
+def columns_with_guides(columns: tuple[str, ...], names: tuple[str, ...]) -> tuple[str, ...]:
+    """The columns of ``update_full`` and ``threshold`` in a bundle with these guides, in order."""
+    return (*columns, *(f"{column}.{name}" for name in names for column in GUIDE_COLUMNS))
+
+
+def guide_columns(
+    choice: GuideChoice,
+    rows: Rows,
+    table: dict[str, Float64],
+    levels: NoiseLevels,
+    process: DiffusionConfig | EdmConfig,
+) -> dict[str, Float64]:
+    """The columns of one guide by their name in :data:`GUIDE_COLUMNS`, float64 [R] each.
+
+    Args:
+        choice: of the sampler.
+        rows: of the solver.
+        table: the columns of the other terms.
+        levels: of the process.
+        process: of the networks.
+
+    Raises:
+        RequestError: if its interval holds no evaluation.
+    """
+    sigma = np.array([level.sigma for level in rows.levels])
+    scale = scales_in(sigma, choice.scale, choice.interval, off=1.0 if choice.place == "reference" else 0.0)
+    columns = {name: np.zeros(len(rows)) for name in GUIDE_COLUMNS}
+    # A jump back multiplies the whole state that the row leads to.
+    back = np.ones(len(rows)) if rows.edits is None else np.sqrt(1 - rows.edits[:, -1] ** 2)
+    if choice.place == "reference":
+        columns["x0_from_grad"] = (1 - scale) * table["x0_from_out"]
+        columns["shift"] = (1 - scale) * table["prev_from_out"]
+    elif choice.place == "shift":
+        columns["shift"] = scale * back
+    elif choice.place == "variance":
+        small = getattr(process, "variance_type", None) == "fixed_small"
+        # As the classifier's: the true posterior variance of the last step is 0.
+        columns["guidance"] = scale * back * ((table["noise"] > 0) if small else 1.0)
+    else:
+        c = scale * sigma**2 * np.array([levels.c_in(level) for level in rows.levels])
+        if choice.place == "before_clip":
+            columns["x0_from_grad"] = c
+        else:
+            columns["x0_shift"] = c
+            columns["shift"] = table["prev_from_x0"] * c
+    return columns
+
+
+def reference_factor(choices: tuple[GuideChoice, ...], sigma: Float64) -> Float64:
+    """What multiplies the weights of the network's own output beside a reference, float64 [R]."""
+    for choice in choices:
+        if choice.place == "reference":
+            return scales_in(sigma, choice.scale, choice.interval, off=1.0)
+    return np.ones(len(sigma))
+
+
+def unknown_guide(name: str, known: Any, place: str) -> RequestError:
+    """That a bundle has no such guide."""
+    listed = ", ".join(known)
+    return RequestError(
+        f"{place} has no guide '{name}'" + (f"; it has {listed}" if listed else " and no other"),
+        hint=f"Export the checkpoint again with: --guide {name}",
+    )
