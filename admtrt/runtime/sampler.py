@@ -114,8 +114,14 @@ def draw_second_noise(slots: Slots, inputs: StepInputs) -> Images | None:
     return second_noise(slots.seeds, inputs.steps, slots.x.shape[1:], stage=slots.stage)
 
 
-def advance(slots: Slots, denoiser: Denoiser) -> None:
+def advance(slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int] = ()) -> None:
     """Take one evaluation of every slot, in place. No slot may be finished.
+
+    Args:
+        slots: the samples.
+        denoiser: the graphs.
+        guided_sizes: batches to which the guided slots are filled up where others are not guided; powers of
+            two where none is given or large enough.
 
     The gradient is computed for the slots whose evaluation is guided, noise where any slot's adds some. Slots
     of solvers with memory and of others may share a batch, which then runs ``update_full``. States are edited
@@ -124,7 +130,7 @@ def advance(slots: Slots, denoiser: Denoiser) -> None:
     inputs = step_inputs(slots)
     out = denoiser.run("unet", _feeds(slots, inputs, "unet"))["out"]
     z = draw_noise(slots, inputs)
-    given = {"x": slots.x, "out": out, "grad": _gradient(slots, inputs, denoiser)}
+    given = {"x": slots.x, "out": out, "grad": _gradient(slots, inputs, denoiser, guided_sizes)}
     noise = {"noise": np.zeros_like(slots.x) if z is None else z}
     if not inputs.full:
         results = denoiser.run("update", {**given, **noise, "coefficients": inputs.of_update})
@@ -155,11 +161,11 @@ def _feeds(slots: Slots, inputs: StepInputs, graph: GraphName) -> dict[str, Arra
     return {"x": slots.x, "t": inputs.t, **slots.conditions.get(graph, {})}
 
 
-def _gradient(slots: Slots, inputs: StepInputs, denoiser: Denoiser) -> Images:
+def _gradient(slots: Slots, inputs: StepInputs, denoiser: Denoiser, sizes: Sequence[int]) -> Images:
     """The gradient of the slots whose step is guided, zeros for the others.
 
-    Where some are not, the guided ones are gathered, and filled up to a power of two by copies of the last
-    one: backends compile each size, and so meet few.
+    Where some are not, the guided ones are gathered, and filled up by copies of the last one: backends
+    compile each size, and so meet few.
     """
     rows = np.flatnonzero(inputs.guided)
     grad = np.zeros_like(slots.x)
@@ -168,11 +174,16 @@ def _gradient(slots: Slots, inputs: StepInputs, denoiser: Denoiser) -> Images:
     feeds = _feeds(slots, inputs, GUIDE)
     if len(rows) == len(slots):
         return denoiser.run(GUIDE, feeds)["grad"]
-    size = min(1 << (len(rows) - 1).bit_length(), len(slots))
+    size = min(guided_size(len(rows), sizes), len(slots))
     gathered = np.pad(rows, (0, size - len(rows)), mode="edge")
     results = denoiser.run(GUIDE, {name: values[gathered] for name, values in feeds.items()})
     grad[rows] = results["grad"][: len(rows)]
     return grad
+
+
+def guided_size(count: int, sizes: Sequence[int] = ()) -> int:
+    """The batch that ``count`` guided slots among others are filled up to, see :func:`advance`."""
+    return min((size for size in sizes if size >= count), default=1 << (count - 1).bit_length())
 
 
 class HeldSlots(Protocol):
@@ -210,12 +221,13 @@ class ResidentDenoiser(Denoiser, Protocol):
 class _HostSlots:
     """Slots in host memory, advanced by a denoiser on arrays."""
 
-    def __init__(self, slots: Slots, denoiser: Denoiser) -> None:
+    def __init__(self, slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int]) -> None:
         self._slots = slots
         self._denoiser = denoiser
+        self._guided_sizes = guided_sizes
 
     def advance(self) -> None:
-        advance(self._slots, self._denoiser)
+        advance(self._slots, self._denoiser, self._guided_sizes)
 
     def read(self) -> None:
         """Nothing is left to do: every step ends in host memory."""
@@ -224,8 +236,13 @@ class _HostSlots:
         self._slots.replace(rows, slots)
 
 
-def hold(slots: Slots, denoiser: Denoiser) -> AbstractContextManager[HeldSlots]:
-    """The slots on the denoiser's device where it can keep them there, else in host memory."""
+def hold(
+    slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int] = ()
+) -> AbstractContextManager[HeldSlots]:
+    """The slots on the denoiser's device where it can keep them there, else in host memory.
+
+    ``guided_sizes`` are as for :func:`advance`; on a device a step has one size.
+    """
     if isinstance(denoiser, ResidentDenoiser):
         return denoiser.hold(slots)
-    return nullcontext(_HostSlots(slots, denoiser))
+    return nullcontext(_HostSlots(slots, denoiser, guided_sizes))
