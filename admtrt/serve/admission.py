@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,8 @@ def admit(
         bounds: of the server.
         now: in the engine's clock.
 
+    A request that may take for ever (a job) is refused for the others that are in alone.
+
     Raises:
         RefusedError: if the queue or the client's share of it is full, or the deadline cannot be met.
     """
@@ -91,7 +94,7 @@ def admit(
         first = min(work.values()) if work else 1.0
         raise RefusedError("queue_full", f"{len(flights)} requests are in work; try again later", first)
     total = sum(row_seconds(stations, row) for row in flight.rows)
-    if total > bounds.timeout:
+    if total > bounds.timeout and flight.deadline != math.inf:
         raise RefusedError(
             "queue_full",
             f"the request needs about {total:.0f} s of this machine; {bounds.timeout:.0f} s are allowed",

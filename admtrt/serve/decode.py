@@ -61,8 +61,8 @@ def checked_draw(request: SampleRequest, model: Model) -> Draw:
     if latents is not None:
         choices = latents.choices(choices)
     labels = _labels(request, latents)
-    given = (labels, request.seeds, low_res, *_each(inputs))
-    count = max([request.n or 1, *(len(one) for one in given if one is not None)])
+    given = (labels, low_res, *_each(inputs), request.seeds if request.n is None else None)
+    count = request.n or max((len(one) for one in given if one is not None), default=1)
     return model.draw(
         labels,
         _seeds(request.seeds, count),
@@ -90,6 +90,8 @@ def _labels(request: SampleRequest, latents: Latents | None) -> list[int | str] 
 def _seeds(given: Sequence[int | str] | None, count: int) -> list[int]:
     if given is None:
         return [secrets.randbelow(_SAFE_SEEDS) for _ in range(count)]
+    if len(given) != count:
+        raise RequestError(f"{len(given)} seeds for {count} samples; give one for each")
     return [int(seed) for seed in given]
 
 

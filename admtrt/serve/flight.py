@@ -22,7 +22,7 @@ class Preview:
     """Predictions of x_0 on the way.
 
     Attributes:
-        step: evaluations that the request's last row has done.
+        step: evaluations that the request's rows have done on average.
         images: float32 [C, H, W] of each row; None for one that has not begun.
     """
 
@@ -119,8 +119,8 @@ class Flight:
 
     @property
     def step(self) -> int:
-        """Evaluations that the last of the rows has done."""
-        return min(row.done for row in self.rows)
+        """Evaluations that its rows have done on average, rounded down."""
+        return sum(row.done for row in self.rows) // len(self.rows)
 
     @property
     def drawn(self) -> bool:

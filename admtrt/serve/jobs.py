@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, Response
 
-from admtrt.errors import AdmtrtError, OutputError
+from admtrt.errors import OutputError
 from admtrt.serve.admission import RefusedError
 from admtrt.serve.decode import checked_draw
 from admtrt.serve.flight import Failed
@@ -92,23 +92,19 @@ class Jobs:
 
     async def _draw(self, job: StoredJob) -> None:
         """Draw a job and store its end; a server that stops leaves it to the next one."""
-        request = SampleRequest.model_validate(job.request)
         try:
+            request = SampleRequest.model_validate_json(dump(job.request))
             opened = await self._opened(job, request)
             event = await opened.mailbox.end()
             if isinstance(event, Failed):
-                if event.reason == "cut":
-                    return
-                if event.reason == "cancelled":
+                if event.reason in ("cut", "cancelled"):
                     return
                 raise failure(event)
             answer = await self._service.answer(opened, event)
             result = dump(answer).encode()
             if request.format == "npz":
                 result = await self._service.archive(opened, event)
-        except (AdmtrtError, HttpError) as error:
-            if isinstance(error, OutputError):
-                raise
+        except Exception as error:  # none may end the drawing of the others
             end = {"state": "failed", **as_http_error(error).body}
             await asyncio.to_thread(self._spool.finish, job.id, end)
             return
@@ -132,8 +128,9 @@ class Jobs:
     async def post(self, request: Request) -> Response:
         """Take a job: 202, and where to ask for it."""
         sent = await self._bodies.read(request, SampleRequest)
-        if sent.stream:
-            raise HttpError(422, "invalid_request", "a job is not streamed; leave stream out")
+        for name in ("stream", "timeout"):
+            if getattr(sent, name):
+                raise HttpError(422, "invalid_request", f"a job has no {name}; leave it out")
         if self._spool.full:
             raise HttpError(429, "spool_full", "no further job can be stored", retry_after=60)
         engine = self._service.engine(sent.model)

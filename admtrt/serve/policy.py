@@ -48,7 +48,8 @@ class StepPolicy:
     """Rows join and leave at every step.
 
     Two classes, ``interactive`` before ``batch``; within each, the client that has had the fewest row-steps
-    comes next (start-time fair queueing); within a client, first come, first served.
+    comes next (start-time fair queueing); within a client, first come, first served; the rows of a request go
+    on together, so that all of them can be watched.
 
     Args:
         shortest: the rows with the fewest evaluations left first, in place of clients in turn: better for
@@ -95,7 +96,8 @@ class StepPolicy:
     def _ordered(self, flights: Sequence[Flight], stage: int) -> Iterator[Row]:
         queues: dict[str, deque[Row]] = {}
         for flight in flights:
-            for row in flight.rows:
+            # In step with each other, as far as choosing anew every so often allows.
+            for row in sorted(flight.rows, key=lambda row: row.done // QUANTUM):
                 if row.stage == stage and row.to_go:
                     queues.setdefault(flight.client, deque()).append(row)
         if self._shortest:

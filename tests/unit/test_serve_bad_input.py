@@ -49,6 +49,7 @@ BAD: list[tuple[Any, int, str]] = [
     ({"classes": ["dog"]}, 400, "class 'dog' is neither a number nor a name of the bundle"),
     ({}, 400, "labels are needed"),
     ({"classes": [0], "seeds": [1, 2]}, 400, "2 seeds for 1 samples"),
+    ({"n": 2, "classes": [0], "seeds": [1, 2, 3]}, 400, "3 seeds for 2 samples"),
     ({"classes": [0], "steps": "5000"}, 400, "5000"),
     ({"classes": [0], "method": "dmp"}, 400, "'dmp'"),
     ({"classes": [0], "scale": 1e7}, 400, "out of range"),

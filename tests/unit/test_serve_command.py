@@ -110,6 +110,29 @@ def test_a_server_from_start_to_end(tmp_path: Path) -> None:
         assert "Traceback" not in errors
 
 
+def test_openais_own_client(tmp_path: Path) -> None:
+    openai = pytest.importorskip("openai")
+    with served(tmp_path, "--drain-grace", "0") as server:
+        with openai.OpenAI(base_url=server.told["url"] + "/v1", api_key="none", max_retries=0) as client:
+            assert [model.id for model in client.models.list()] == ["guided"]
+            more = {"seed": 1, "num_inference_steps": "ddim10", "guidance_scale": 2}
+            drawn = client.images.generate(model="guided", prompt="bee", size="8x8", extra_body=more)
+            asked = {"classes": ["bee"], "seeds": [1], "steps": "ddim10", "scale": 2}
+            same = server.ask("/v1/samples", asked)[1]["images"]
+            assert [image.b64_json for image in drawn.data] == same
+            stream = client.images.generate(
+                model="guided", prompt="bee", stream=True, partial_images=2, extra_body=more
+            )
+            events = list(stream)
+            assert events[-1].type == "image_generation.completed"
+            assert events[-1].b64_json == same[0]
+            with pytest.raises(openai.BadRequestError, match="dog"):
+                client.images.generate(model="guided", prompt="dog")
+            with pytest.raises(openai.NotFoundError):
+                client.images.generate(model="other", prompt="bee")
+        assert server.stop()[0] == 0
+
+
 def metrics(server: Server) -> str:
     with urllib.request.urlopen(server.told["url"] + "/metrics", timeout=60) as answer:
         return str(answer.read().decode())

@@ -34,6 +34,9 @@ async def test_jobs_are_answered_later(tmp_path: Path) -> None:
         result = (await client("GET", f"{place}/result")).json
         again = await client("POST", SAMPLES, asked | {"seeds": reply.json["seeds"]})
         assert result["images"] == again.json["images"]
+        more = asked | {"guidance_interval": [0.5, 5], "jump": None}
+        interval = (await client("POST", "/v1/jobs", more)).json
+        assert (await ended(client, interval["url"]))["state"] == "done"
         as_npz = (await client("POST", "/v1/jobs", asked | {"format": "npz"})).json
         await ended(client, as_npz["url"])
         with np.load(io.BytesIO((await client("GET", as_npz["url"] + "/result")).body)) as held:
@@ -42,6 +45,7 @@ async def test_jobs_are_answered_later(tmp_path: Path) -> None:
         assert (await client("GET", place)).status == 404
         for wrong, status in (
             (asked | {"stream": True}, 422),
+            (asked | {"timeout": 5.0}, 422),
             ({"classes": [9]}, 400),
             (asked | {"model": "x"}, 404),
         ):
