@@ -245,8 +245,7 @@ class Engine(threading.Thread):
                 running = [row for row in station.rows if row.to_go and row.stage == stage]
                 running = [row for row in running if row.flight.id in self._flights]
                 chosen = self._policy.choose(flights, running, stage, station.sizes.cap)
-                self._begin(chosen, station)
-                station.change(chosen)
+                station.change(self._begun(chosen, station))
                 self._stale.discard(stage)
                 self._since_choice[stage] = 0
             if station.rows:
@@ -254,11 +253,19 @@ class Engine(threading.Thread):
                 return station
         return None
 
-    def _begin(self, rows: Sequence[Row], station: Station) -> None:
-        running = set(station.rows)
+    def _begun(self, rows: Sequence[Row], station: Station) -> list[Row]:
+        """Rows with their state; a request of which none can be made fails alone."""
+        running, begun = set(station.rows), []
         for row in rows:
             if row.slots is None and row not in running:
-                row.slots = row.flight.draw.slots(station.stage, row.index, row.x_0 if row.stage else None)
+                small = row.x_0 if row.stage else None
+                try:
+                    row.slots = row.flight.draw.slots(station.stage, row.index, small)
+                except (ValueError, MemoryError) as error:
+                    self._fail(row.flight, "fault", f"it cannot begin: {error}")
+                    continue
+            begun.append(row)
+        return begun
 
     def _after_step(self, station: Station, rows: Sequence[Row]) -> None:
         ended = [row for row in rows if not row.to_go]

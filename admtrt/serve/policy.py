@@ -80,7 +80,8 @@ class StepPolicy:
     def charge(self, rows: Sequence[Row]) -> None:
         """See :class:`Policy`."""
         for row in rows:
-            self._served[row.flight.client] += 1
+            client = row.flight.client
+            self._served[client] = self._served.get(client, 0.0) + 1
         if self._contended:
             patient = sum(row.flight.priority == "batch" for row in rows)
             self._owed = max(0.0, self._owed + BATCH_SHARE * len(rows) - patient)

@@ -20,7 +20,7 @@ from admtrt.serve.admission import Bounds, RefusedError
 from admtrt.serve.costs import Costs
 from admtrt.serve.engine import Engine
 from admtrt.serve.flight import Done, Failed, Preview
-from admtrt.serve.model import Model
+from admtrt.serve.model import Draw, Model
 from admtrt.serve.policy import policy_named
 from admtrt.serve.sizes import prepare, weight_bytes
 
@@ -239,6 +239,21 @@ def test_a_fault_of_our_own_leaves_nobody_waiting(model: Model, counting: Counti
     assert failed(Asked(engine)).reason == "fault"
     engine.join(10)
     assert "KeyError" in engine.fault
+
+
+def test_a_request_that_cannot_begin_fails_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Draw.slots
+
+    def slots(self: Draw, stage: int, index: int, small: Any) -> Any:
+        if self.seeds[0] == 7:
+            raise MemoryError("no room")
+        return made(self, stage, index, small)
+
+    monkeypatch.setattr(Draw, "slots", slots)
+    with running(model) as engine:
+        good, bad = (Asked(engine, [0], [seed], steps="5", scale=0.0) for seed in (8, 7))
+        assert failed(bad).message == "it cannot begin: no room"
+        assert isinstance(good.end(), Done)
 
 
 def _quietly(run: Any) -> Any:
