@@ -10,7 +10,7 @@ WORKERS ?= 2
 # More for the tests of a GPU: PYTEST='-k "not speed"'.
 PYTEST ?=
 
-.PHONY: demo models test test-slow test-gpu check format lint types imports docs clean
+.PHONY: demo models test test-slow test-gpu test-page test-ray test-triton chromium check format lint types imports docs clean
 
 demo: $(VENV)/.ready  ## train, export, verify and sample on real images; writes demo/report.html
 	$(BIN)/admtrt demo --out demo
@@ -25,11 +25,34 @@ models: $(VENV)/.ready  ## train the models of Fashion-MNIST, or go on with it; 
 	$(BIN)/admtrt convert runs/fashion-unconditional/unet.safetensors $(MODELS)/unconditional.safetensors \
 		--dtype fp16 --overwrite
 
-test: $(VENV)/.ready-dev  ## the default tests
+test: $(VENV)/.ready-dev chromium  ## the default tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.ready-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
+
+test-page: $(VENV)/.ready-dev chromium  ## the server's page, in a real browser
+	ADMTRT_REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest tests/unit/test_serve_page.py -rs
+
+test-ray: $(VENV)/.ready-dev  ## sampling over a cluster; installs Ray
+	$(PIP_INSTALL) --editable ".[ray]"
+	$(BIN)/python -m pytest tests/on_cluster -m ray -rs -W ignore
+
+# Only the binaries of the first are used, which ask for an older NumPy.
+$(VENV)-triton/.ready: constraints.txt
+	$(PYTHON) -m venv $(VENV)-triton
+	$(VENV)-triton/bin/python -m pip install --quiet --disable-pip-version-check --no-deps nvidia-pytriton==0.7.0
+	$(VENV)-triton/bin/python -m pip install --quiet --disable-pip-version-check "tritonclient[grpc]==2.73.0"
+	touch $@
+
+test-triton: $(VENV)/.ready-dev $(VENV)-triton/.ready  ## a real tritonserver, without a GPU
+	ADMTRT_TRITON=$(abspath $(VENV)-triton) $(BIN)/python -m pytest tests/tritonserver -m triton -rs
+
+# A browser for the tests of the page, where there is none and Debian's can be installed.
+chromium:
+	@command -v chromium chromium-browser google-chrome >/dev/null 2>&1 || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| echo "no browser: the tests of the page are skipped"
 
 test-gpu: $(VENV)/.ready-dev  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST)
@@ -62,7 +85,7 @@ $(VENV)/stubs: $(BIN)/python constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist demo
+	rm -rf $(VENV) $(VENV)-triton build dist demo
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -25,7 +25,9 @@ from admtrt.commands.inspect import inspect
 from admtrt.commands.invert import invert
 from admtrt.commands.presets import presets
 from admtrt.commands.sample import sample
+from admtrt.commands.serve import serve
 from admtrt.commands.train import train_app
+from admtrt.commands.triton import triton
 from admtrt.commands.verify import verify
 from admtrt.console import printable
 from admtrt.errors import AdmtrtError
@@ -63,7 +65,10 @@ app = typer.Typer(
 )
 app.add_typer(train_app, name="train")
 app.add_typer(evaluate_app, name="evaluate")
-for command in (presets, convert, export, inspect, build, verify, drift, sample, invert, demo, bench, doctor):
+for command in (
+    presets, convert, export, inspect, build, verify, drift, sample, invert, serve, triton, demo, bench,
+    doctor,
+):  # fmt: skip
     app.command()(command)
 
 

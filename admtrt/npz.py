@@ -9,6 +9,7 @@ import contextlib
 import math
 import zipfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
@@ -18,7 +19,6 @@ from admtrt.reading import open_regular
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
     from numpy.typing import NDArray
 
@@ -95,14 +95,15 @@ class Archive:
 
 
 @contextlib.contextmanager
-def open_npz(path: Path) -> Iterator[Archive]:
-    """Open an .npz file, of which no array is read yet.
+def open_npz(source: Path | IO[bytes]) -> Iterator[Archive]:
+    """Open an .npz file, or one that is open, of which no array is read yet.
 
     Raises:
         Exception: of any kind, then and from :class:`Archive`, for a file that is no such archive or damaged;
             :func:`reading_fault` words it.
     """
-    with open_regular(path) as opened, zipfile.ZipFile(opened) as archive:
+    given = open_regular(source) if isinstance(source, Path) else contextlib.nullcontext(source)
+    with given as opened, zipfile.ZipFile(opened) as archive:
         yield Archive(archive)
 
 

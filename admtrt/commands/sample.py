@@ -18,14 +18,15 @@ from admtrt.console import Output, progress
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy as np
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle, Manifest
     from admtrt.commands.image_options import ReadImages
-    from admtrt.runtime.bulk import BulkRequest, Format
+    from admtrt.runtime.backends.choice import BackendChoice
+    from admtrt.runtime.bulk import BulkRequest, Elsewhere, Format
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.slots import Labels
     from admtrt.runtime.two_stage import TwoStage
@@ -94,6 +95,14 @@ def sample(
     precision: PrecisionName = "fp32",
     threads: Threads = None,
     cache: PlanFolder = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Draw on the machines of this Ray cluster (auto, HOST:PORT), or on this one (local); --out "
+            "is in a folder that all of them see.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     *,
     solver_options: SolverOptions,
@@ -102,7 +111,7 @@ def sample(
 ) -> None:
     """Draw guided or unguided samples from a bundle, without PyTorch."""
     from admtrt.bundle import Bundle
-    from admtrt.runtime.backends.choice import BackendChoice
+    from admtrt.runtime.backends.choice import AUTO, BackendChoice
     from admtrt.runtime.bulk import LOW_STAGE, BulkRequest, recorded_shard_size
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.shards import Shards
@@ -118,6 +127,14 @@ def sample(
     found_backends = BackendReport(output)
 
     choice = BackendChoice(backend, precision, threads, cache)  # type: ignore[arg-type]
+    if ray is not None and choice.name == AUTO:
+        raise RequestError(
+            "--backend auto chooses for one machine", hint="Name the backend that all machines are to use."
+        )
+
+    def elsewhere(pipeline: Pipeline) -> Elsewhere | None:
+        return None if ray is None else _on_cluster(pipeline, ray, choice)
+
     first = Bundle.open(bundle)
     small = None if low_res is None else _SmallImages.read(low_res, first)
     if small is not None and num not in (None, len(small)):
@@ -163,7 +180,7 @@ def sample(
     if upsample is None:
         if request.labels is not None and not _uses_labels(first.manifest, sampler):
             output.note("the labels have no effect: the UNet knows no classes, at scale 0 nothing guides it")
-        result = _draw_one(pipeline, request, out, chosen)
+        result = _draw_one(pipeline, request, out, chosen, elsewhere(pipeline))
     else:
         from admtrt.runtime.two_stage import UNGUIDED, TwoStage
 
@@ -174,7 +191,8 @@ def sample(
         upsampler = stages.high.sampler(
             steps=upsample_steps, scale=UNGUIDED if upsample_scale is None else upsample_scale
         )
-        result = _draw_two(stages, request, upsampler, out, chosen)
+        places = (elsewhere(stages.low), elsewhere(stages.high))
+        result = _draw_two(stages, request, upsampler, out, chosen, places)
     place = out if upsample is None else out / LOW_STAGE
     shards = Shards(place, request, first.manifest)
     result["files"] += image_options.differences(images, shards, place, grid="grid" in chosen)
@@ -203,18 +221,54 @@ def interval_of(text: str) -> tuple[float, float]:
         ) from None
 
 
-def _draw_one(pipeline: Pipeline, request: BulkRequest, out: Path, formats: list[Format]) -> dict[str, Any]:
+def _on_cluster(pipeline: Pipeline, address: str, choice: BackendChoice) -> Elsewhere:
+    """Have a Ray cluster draw the shards of a run."""
+    from admtrt.cluster.tasks import spread
+    from admtrt.runtime.backends.registry import BACKENDS
+    from admtrt.runtime.shard_work import ShardWork, Source
+
+    on_cpu = BACKENDS[choice.name].device == "cpu"
+
+    def elsewhere(request: BulkRequest, directory: Path, starts: Sequence[int]) -> Iterable[int]:
+        source = Source(
+            bundle=pipeline.bundle.path.resolve(),
+            digest=pipeline.bundle.digest,
+            backend=choice.name,
+            precision=choice.precision,
+            threads=choice.threads or (1 if on_cpu else None),
+            plans=None if choice.plans is None else choice.plans.resolve(),
+            batch_size=min(request.batch_size, request.shard_size, request.count),
+        )
+        work = ShardWork(source, request, directory.resolve())
+        cpus, gpus = choice.threads or 1, 0 if on_cpu else 1
+        return spread(work, starts, address=address, cpus=cpus, gpus=gpus) if starts else ()
+
+    return elsewhere
+
+
+def _draw_one(
+    pipeline: Pipeline,
+    request: BulkRequest,
+    out: Path,
+    formats: list[Format],
+    elsewhere: Elsewhere | None = None,
+) -> dict[str, Any]:
     from admtrt.runtime.bulk import draw
     from admtrt.runtime.shards import Shards
 
     done, steps = Shards(out, request, pipeline.bundle.manifest).finished, _steps(pipeline, request)
     with progress("sampling", request.count * steps, done=done * steps) as advance:
-        written = draw(pipeline, request, out, formats, advance=advance)
+        written = draw(pipeline, request, out, formats, advance=advance, elsewhere=elsewhere)
     return _outcome(request, done, written)
 
 
 def _draw_two(
-    stages: TwoStage, low: BulkRequest, upsampler: SamplerConfig, out: Path, formats: list[Format]
+    stages: TwoStage,
+    low: BulkRequest,
+    upsampler: SamplerConfig,
+    out: Path,
+    formats: list[Format],
+    elsewhere: tuple[Elsewhere | None, Elsewhere | None],
 ) -> dict[str, Any]:
     from admtrt.runtime.bulk import LOW_STAGE
     from admtrt.runtime.shards import Shards
@@ -228,7 +282,7 @@ def _draw_two(
     steps = (_steps(stages.low, low), _steps(stages.high, high))
     finished = done[0] * steps[0] + done[1] * steps[1]
     with progress("sampling", low.count * sum(steps), done=finished) as advance:
-        first, second = draw_two_stage(stages, low, high, out, formats, advance=advance)
+        first, second = draw_two_stage(stages, low, high, out, formats, advance=advance, elsewhere=elsewhere)
     return _outcome(high, done[1], second) | {"first_stage": _outcome(low, done[0], first)}
 
 

@@ -27,7 +27,7 @@ from admtrt.runtime.shards import Shards
 from admtrt.schedule.sampler import SamplerConfig
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from pathlib import Path
 
     from numpy.typing import NDArray
@@ -60,6 +60,14 @@ class SmallImages(Protocol):
 
     def __getitem__(self, rows: slice, /) -> NDArray[np.uint8]:
         """Those rows, uint8 [n, h, w, C]."""
+        ...
+
+
+class Elsewhere(Protocol):
+    """Has other processes write shards of a claimed run."""
+
+    def __call__(self, request: BulkRequest, directory: Path, starts: Sequence[int], /) -> Iterable[int]:
+        """Each of ``starts``, the first samples of shards, when its shard is written."""
         ...
 
 
@@ -109,6 +117,7 @@ def draw(
     *,
     class_names: Sequence[str] = (),
     advance: Callable[[int, str], None] = lambda _count, _text: None,
+    elsewhere: Elsewhere | None = None,
 ) -> list[Path]:
     """Draw every missing shard, then write the results; returns the files written.
 
@@ -120,6 +129,7 @@ def draw(
             (``grid.png``, labelled).
         class_names: for the labels where the bundle has none of its own.
         advance: called with the sample-steps done and a text, for a progress display.
+        elsewhere: has other processes write the shards; None draws them here.
 
     Raises:
         OutputError: if the directory holds another run or a damaged shard, or cannot be written.
@@ -131,11 +141,17 @@ def draw(
     for name, length in request.inputs.lengths.items():
         if length not in (1, request.count):
             raise RequestError(f"{length} {name} for {request.count} samples; give one, or one for each")
-    seeds = consecutive_seeds(request.first_seed, request.count)
+    consecutive_seeds(request.first_seed, request.count)
     claim(directory, _identity(pipeline, request))
     shards = Shards(directory, request, pipeline.bundle.manifest)
-    for start, stop in shards.missing():
-        shards.write(start, _drawn(pipeline, request, seeds, start, stop, advance))
+    if elsewhere is None:
+        for start, stop in shards.missing():
+            shards.write(start, draw_shard(pipeline, request, start, stop, advance))
+    else:
+        missing = dict(shards.missing())
+        steps = len(request.inputs.schedule(pipeline.bundle.manifest.diffusion, request.sampler))
+        for start in elsewhere(request, directory, list(missing)):
+            advance((missing[start] - start) * steps, "shards of all machines")
     names = pipeline.bundle.manifest.class_names or class_names
     return [_write(directory, one, request, shards, names) for one in formats]
 
@@ -263,14 +279,15 @@ def _is_unclaimed(directory: Path) -> bool:
     )
 
 
-def _drawn(
+def draw_shard(
     pipeline: Pipeline,
     request: BulkRequest,
-    seeds: range,
     start: int,
     stop: int,
-    advance: Callable[[int, str], None],
+    advance: Callable[[int, str], None] = lambda _count, _text: None,
 ) -> NDArray[np.uint8]:
+    """Samples ``start`` to ``stop`` of a checked request, uint8 [n, H, W, C]."""
+
     def after_step(step: Step) -> None:
         advance(step.count, f"step {step.index}/{step.total}")
 
@@ -278,7 +295,7 @@ def _drawn(
     return pipeline.draw(
         request.sampler,
         None if labels is None or pipeline.bundle.manifest.num_classes is None else labels.tolist(),
-        list(seeds[start:stop]),
+        [request.first_seed + index for index in range(start, stop)],
         low_res=None if request.low_res is None else request.low_res[start:stop],
         inputs=request.inputs.part(slice(start, stop)),
         batch_size=request.batch_size,

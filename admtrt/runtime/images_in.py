@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from io import BytesIO
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,17 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _SAVED = "Give the samples.npz of a run, or a file that np.savez wrote."
 _AS_THEY_ARE = "Images are taken as they are: resize or convert them before."
+
+
+class Upload(BytesIO):
+    """A file that came with a request, under the name by which messages call it."""
+
+    def __init__(self, content: bytes, name: str) -> None:
+        super().__init__(content)
+        self._name = name
+
+    def __str__(self) -> str:
+        return self._name
 
 
 def checked_images(given: Any, event: tuple[int, ...], name: str) -> NDArray[Any]:
@@ -146,9 +159,9 @@ def read_images(path: Path, event: tuple[int, ...], name: str) -> tuple[NDArray[
         )
         if not files:
             raise RequestError(f"{shown} holds no image", hint=f"Images end in {', '.join(PICTURES)}.")
-        return np.stack([_read_picture(file, event) for file in files]), None
+        return np.stack([read_picture(file, event) for file in files]), None
     if path.suffix.lower() in PICTURES:
-        return _read_picture(path, event)[None], None
+        return read_picture(path, event)[None], None
 
     def check_images(header: Header) -> None:
         check_sizes(header, event, shown)
@@ -173,6 +186,11 @@ def read_mask(path: Path, event: tuple[int, ...]) -> NDArray[np.bool_]:
     if path.suffix.lower() not in PICTURES:
         checks = {"arr_0": lambda header: _check_mask_sizes(header, event[1:])}
         return checked_mask(read_npz(path, "--mask", checks)["arr_0"], event)
+    return read_mask_picture(path, event)
+
+
+def read_mask_picture(path: Path | Upload, event: tuple[int, ...]) -> NDArray[np.bool_]:
+    """A mask of an image file, otherwise as :func:`read_mask`."""
     opened = _opened(path, event)
     if opened.has_transparency_data:
         raise RequestError(
@@ -183,12 +201,15 @@ def read_mask(path: Path, event: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def read_npz(
-    path: Path, name: str, needed: Mapping[str, Check], known: Mapping[str, Check] = MappingProxyType({})
+    path: Path | Upload,
+    name: str,
+    needed: Mapping[str, Check],
+    known: Mapping[str, Check] = MappingProxyType({}),
 ) -> dict[str, NDArray[Any]]:
     """Arrays of an .npz file by name, each after a look at its header: what is refused is never inflated.
 
     Args:
-        path: the file.
+        path: the file, or what came in its place.
         name: the option, for messages.
         needed, known: the arrays that it must have, and those that it may have; each with its check.
 
@@ -213,7 +234,7 @@ def read_npz(
         ) from None
 
 
-def _read_picture(path: Path, event: tuple[int, ...]) -> NDArray[np.uint8]:
+def read_picture(path: Path | Upload, event: tuple[int, ...]) -> NDArray[np.uint8]:
     """uint8 [H, W, C] of a file whose size and channels are those of the network."""
     opened, mode = _opened(path, event), MODES[event[0]]
     plain = {"1": "L", "P": "RGB"}.get(opened.mode, opened.mode)  # ways to store the same
@@ -225,12 +246,13 @@ def _read_picture(path: Path, event: tuple[int, ...]) -> NDArray[np.uint8]:
     return np.asarray(opened.convert(mode), dtype=np.uint8).reshape(*event[1:], event[0])
 
 
-def _opened(path: Path, event: tuple[int, ...]) -> Any:
+def _opened(path: Path | Upload, event: tuple[int, ...]) -> Any:
     """A decoded picture of the network's size."""
     from PIL import Image
 
     try:
-        with open_regular(path) as opened, Image.open(opened, formats=_FORMATS) as picture:
+        given = nullcontext(path) if isinstance(path, Upload) else open_regular(path)
+        with given as opened, Image.open(opened, formats=_FORMATS) as picture:
             size = picture.size
             if size == (event[2], event[1]):
                 picture.load()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from admtrt.config import UNetConfig
     from admtrt.npz import Header
-    from admtrt.runtime.images_in import Check
+    from admtrt.runtime.images_in import Check, Upload
     from admtrt.runtime.slots import Images, Labels
     from admtrt.schedule.sampler import SamplerChoices
 
@@ -130,7 +130,7 @@ class Latents:
             np.savez(opened, latents=self.x, **arrays)  # type: ignore[arg-type]
 
     @classmethod
-    def read(cls, path: Path, event: tuple[int, ...]) -> Self:
+    def read(cls, path: Path | Upload, event: tuple[int, ...]) -> Self:
         """Those of a file that :meth:`save` wrote; ``latents`` alone are states of standard normal noise.
 
         Raises:

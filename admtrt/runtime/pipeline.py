@@ -102,17 +102,22 @@ class Step:
 
 
 @dataclass(frozen=True, eq=False)
-class _Given:
-    """What was checked of a request, rows for its samples."""
+class Given:
+    """What was checked of a request, rows for its samples; :meth:`Pipeline.check` makes it."""
 
+    sampler: SamplerConfig
     labels: Labels | None
     seeds: list[int]
     low_res: Images | None
     inputs: ImageInputs
 
-    def part(self, rows: slice) -> _Given:
+    def __len__(self) -> int:
+        return len(self.seeds)
+
+    def part(self, rows: slice) -> Given:
         """Some of the samples."""
-        return _Given(
+        return Given(
+            sampler=self.sampler,
             labels=None if self.labels is None else self.labels[rows],
             seeds=self.seeds[rows],
             low_res=None if self.low_res is None else self.low_res[rows],
@@ -307,6 +312,27 @@ class Pipeline:
         """Draw samples as a sampler of :meth:`sampler` says; otherwise as calling the pipeline."""
         if whole_number(batch_size, "batch_size") < 1:
             raise RequestError(f"batch_size is {batch_size}; expected at least 1")
+        given = self.check(sampler, labels, seeds, low_res=low_res, inputs=inputs)
+        parts = [
+            self._batch(first, given.part(slice(first, first + batch_size)), callback)
+            for first in range(0, len(given), batch_size)
+        ]
+        return Samples(x=np.concatenate(parts), labels=given.labels, seeds=tuple(given.seeds))
+
+    def check(
+        self,
+        sampler: SamplerConfig,
+        labels: Sequence[int | str] | None = None,
+        seeds: Sequence[int] | None = None,
+        *,
+        low_res: NDArray[np.uint8] | Images | None = None,
+        inputs: ImageInputs = NOTHING,
+    ) -> Given:
+        """A request whose parts fit the bundle and each other; arguments as :meth:`draw`.
+
+        Raises:
+            RequestError: for anything that the bundle cannot do.
+        """
         conditioning, checked_inputs = self.check_low_res(low_res), self.check_inputs(sampler, inputs)
         checked_labels = self.check_labels(labels, sampler)
         given_seeds = None if seeds is None else one_for_each(seeds, "seeds")
@@ -320,12 +346,7 @@ class Pipeline:
                 raise RequestError(f"{length} {name} for {count} samples; give one for each")
         if count < 1:
             raise RequestError("no sample was asked for")
-        all_given = _Given(checked_labels, checked_seeds, conditioning, checked_inputs)
-        parts = [
-            self._batch(sampler, first, all_given.part(slice(first, first + batch_size)), callback)
-            for first in range(0, count, batch_size)
-        ]
-        return Samples(x=np.concatenate(parts), labels=checked_labels, seeds=tuple(checked_seeds))
+        return Given(sampler, checked_labels, checked_seeds, conditioning, checked_inputs)
 
     def sampler(self, **choices: Unpack[SamplerChoices]) -> SamplerConfig:
         """The bundle's recommended sampler with some choices replaced, checked against the bundle.
@@ -460,29 +481,31 @@ class Pipeline:
             )
         return checked
 
-    def _batch(
-        self,
-        sampler: SamplerConfig,
-        first: int,
-        given: _Given,
-        callback: Callable[[Step], None] | None,
-    ) -> Images:
+    def slots(self, given: Given) -> Slots:
+        """The samples of a checked request at the start of their schedule."""
         manifest = self.bundle.manifest
-        schedule = given.inputs.schedule(manifest.diffusion, sampler)
-        slots = slots_for(
+        schedule = given.inputs.schedule(manifest.diffusion, given.sampler)
+        return slots_for(
             manifest.network,
             manifest.classifier,
-            [schedule] * len(given.seeds),
+            [schedule] * len(given),
             given.seeds,
             labels=given.labels,
             low_res=given.low_res,
-            guided=bool(sampler.scale),
+            guided=bool(given.sampler.scale),
             guides=manifest.guides,
-            targets=given.inputs.targets.of_slots(len(given.seeds), given.labels, manifest.guides),
-            **given.inputs.of_slots(len(given.seeds), event_shape(manifest.network)),
+            targets=given.inputs.targets.of_slots(len(given), given.labels, manifest.guides),
+            **given.inputs.of_slots(len(given), event_shape(manifest.network)),
         )
-        self.drive(slots, first, callback)
-        if not np.isfinite(slots.x).all():
+
+    def finished(self, given: Given, x: Images) -> Images:
+        """The samples of a checked request, of their states after the last evaluation, float32 [N, C, H, W].
+
+        Raises:
+            RequestError: if they are not finite.
+        """
+        sampler = given.sampler
+        if not np.isfinite(x).all():
             guides = "".join(f", guide '{one.name}' at scale {one.scale:g}" for one in sampler.guided_by)
             raise RequestError(
                 f"sampling gave values that are not finite (scale {sampler.scale}, steps {sampler.steps!r}"
@@ -490,7 +513,12 @@ class Pipeline:
                 hint="Use a smaller scale or more steps; if that does not help, the weights may be at fault; "
                 "see: admtrt verify BUNDLE --unet CHECKPOINT",
             )
-        return given.inputs.finished(slots.x)
+        return given.inputs.finished(x)
+
+    def _batch(self, first: int, given: Given, callback: Callable[[Step], None] | None) -> Images:
+        slots = self.slots(given)
+        self.drive(slots, first, callback)
+        return self.finished(given, slots.x)
 
     def invert(
         self,

@@ -160,15 +160,21 @@ def draw_second_noise(slots: Slots, inputs: StepInputs) -> Images | None:
     return second_noise(slots.seeds, inputs.steps, slots.x.shape[1:], stage=slots.stage)
 
 
-def advance(slots: Slots, denoiser: Denoiser) -> None:
+def advance(slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int] = ()) -> None:
     """Take one evaluation of every slot, in place. No slot may be finished.
+
+    Args:
+        slots: the samples.
+        denoiser: the graphs.
+        guided_sizes: batches to which guided slots are filled up where others are not guided; powers of two
+            where none is given or large enough.
 
     Gradients are computed for the slots whose evaluation is guided, noise where any slot's adds some. Slots
     of solvers with memory and of others may share a batch, which then runs ``update_full``. States are edited
     where a slot's schedule says so.
     """
     inputs = step_inputs(slots)
-    given = {"x": slots.x, **_evaluated(slots, inputs, denoiser)}
+    given = {"x": slots.x, **_evaluated(slots, inputs, denoiser, guided_sizes)}
     z = draw_noise(slots, inputs)
     noise = {"noise": np.zeros_like(slots.x) if z is None else z}
     if not inputs.full:
@@ -184,13 +190,17 @@ def advance(slots: Slots, denoiser: Denoiser) -> None:
     slots.position += 1
 
 
-def _evaluated(slots: Slots, inputs: StepInputs, denoiser: Denoiser) -> dict[str, Images]:
+def _evaluated(
+    slots: Slots, inputs: StepInputs, denoiser: Denoiser, sizes: Sequence[int]
+) -> dict[str, Images]:
     """``out``, ``grad`` and, where ``update_full`` runs, the tensor of every guide of the bundle.
 
     A loss of x_0 comes with the UNet's output: the UNet runs for the other samples alone.
     """
     results = {
-        name: _on_rows(graph_of(name, slots.guides[name]), guide_feeds(slots, inputs, name), rows, denoiser)
+        name: _on_rows(
+            graph_of(name, slots.guides[name]), guide_feeds(slots, inputs, name), rows, denoiser, sizes
+        )
         for name, rows in inputs.guides.items()
     }
     out, left = None, np.ones(len(slots), dtype=bool)
@@ -200,12 +210,14 @@ def _evaluated(slots: Slots, inputs: StepInputs, denoiser: Denoiser) -> dict[str
             out = theirs if out is None else np.where(_column(left), theirs, out)
             left &= ~rows
     if left.any():
-        rest = _on_rows("unet", _feeds(slots, inputs, "unet"), left, denoiser)["out"]
+        rest = _on_rows("unet", _feeds(slots, inputs, "unet"), left, denoiser, sizes)["out"]
         out = rest if out is None else np.where(_column(left), rest, out)
     assert out is not None
     evaluated = {"out": out, "grad": np.zeros_like(slots.x)}
     if inputs.guided.any():
-        evaluated["grad"] = _on_rows(GUIDE, _feeds(slots, inputs, GUIDE), inputs.guided, denoiser)["grad"]
+        evaluated["grad"] = _on_rows(GUIDE, _feeds(slots, inputs, GUIDE), inputs.guided, denoiser, sizes)[
+            "grad"
+        ]
     for name, guide in slots.guides.items() if inputs.full else ():
         tensor = guide_input(name, guide)
         if name in results:
@@ -237,9 +249,10 @@ def _feeds(slots: Slots, inputs: StepInputs, graph: GraphName) -> dict[str, Arra
     return {"x": slots.x, "t": inputs.t, **slots.conditions.get(graph, {})}
 
 
-def gathered_size(count: int, batch: int) -> int:
-    """The samples that a gradient runs for where ``count`` of a batch are guided: a power of two, or all."""
-    return min(1 << (count - 1).bit_length(), batch)
+def gathered_size(count: int, batch: int, sizes: Sequence[int] = ()) -> int:
+    """The samples that a gradient runs for where ``count`` of a batch are guided, see :func:`advance`."""
+    powers = 1 << (count - 1).bit_length()
+    return min(min((size for size in sizes if size >= count), default=powers), batch)
 
 
 def guide_feeds(slots: Slots, inputs: StepInputs, name: str) -> dict[str, Array]:
@@ -254,7 +267,11 @@ def guide_feeds(slots: Slots, inputs: StepInputs, name: str) -> dict[str, Array]
 
 
 def _on_rows(
-    graph: GraphName, feeds: Mapping[str, Array], chosen: NDArray[np.bool_], denoiser: Denoiser
+    graph: GraphName,
+    feeds: Mapping[str, Array],
+    chosen: NDArray[np.bool_],
+    denoiser: Denoiser,
+    sizes: Sequence[int],
 ) -> dict[str, Array]:
     """The outputs of a graph for some rows, zeros for the others.
 
@@ -264,7 +281,7 @@ def _on_rows(
     rows, count = np.flatnonzero(chosen), len(chosen)
     if len(rows) == count:
         return denoiser.run(graph, feeds)
-    size = gathered_size(len(rows), count)
+    size = gathered_size(len(rows), count, sizes)
     gathered = np.pad(rows, (0, size - len(rows)), mode="edge")
     results = denoiser.run(graph, {name: values[gathered] for name, values in feeds.items()})
     spread = {}
@@ -309,12 +326,13 @@ class ResidentDenoiser(Denoiser, Protocol):
 class _HostSlots:
     """Slots in host memory, advanced by a denoiser on arrays."""
 
-    def __init__(self, slots: Slots, denoiser: Denoiser) -> None:
+    def __init__(self, slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int]) -> None:
         self._slots = slots
         self._denoiser = denoiser
+        self._guided_sizes = guided_sizes
 
     def advance(self) -> None:
-        advance(self._slots, self._denoiser)
+        advance(self._slots, self._denoiser, self._guided_sizes)
 
     def read(self) -> None:
         """Nothing is left to do: every step ends in host memory."""
@@ -323,11 +341,14 @@ class _HostSlots:
         self._slots.replace(rows, slots)
 
 
-def hold(slots: Slots, denoiser: Denoiser) -> AbstractContextManager[HeldSlots]:
+def hold(
+    slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int] = ()
+) -> AbstractContextManager[HeldSlots]:
     """The slots on the denoiser's device where it can keep them there, else in host memory.
 
     The steps of samples that guides beside the classifier guide are put together in host memory.
+    ``guided_sizes`` are as for :func:`advance`; a device has sizes of its own.
     """
     if isinstance(denoiser, ResidentDenoiser) and not any(one.guides for one in slots.schedules):
         return denoiser.hold(slots)
-    return nullcontext(_HostSlots(slots, denoiser))
+    return nullcontext(_HostSlots(slots, denoiser, guided_sizes))

@@ -72,7 +72,7 @@ class Shards:
     @property
     def finished(self) -> int:
         """Samples in the shards that are there."""
-        return sum(stop - start for start, stop in self._parts() if self._path(start).exists())
+        return sum(stop - start for start, stop in self._parts() if self.holds(start))
 
     def missing(self) -> Iterator[tuple[int, int]]:
         """The first sample of each missing shard, and the one behind its last; those there are checked.
@@ -82,10 +82,14 @@ class Shards:
         """
         remove_stale(self._folder)
         for start, stop in self._parts():
-            if self._path(start).exists():
+            if self.holds(start):
                 self._check(start)
             else:
                 yield start, stop
+
+    def holds(self, start: int) -> bool:
+        """Whether the shard that begins with this sample is there."""
+        return self._path(start).exists()
 
     def write(self, start: int, images: NDArray[np.uint8]) -> None:
         """Keep one shard.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from admtrt.bundle import Bundle
-    from admtrt.runtime.bulk import BulkRequest, Format
+    from admtrt.runtime.bulk import BulkRequest, Elsewhere, Format
     from admtrt.runtime.pipeline import Samples, Step
     from admtrt.runtime.slots import Labels
     from admtrt.schedule.sampler import SamplerChoices, SamplerConfig
@@ -179,6 +179,7 @@ def draw_two_stage(
     formats: Sequence[Format],
     *,
     advance: Callable[[int, str], None] = lambda _count, _text: None,
+    elsewhere: tuple[Elsewhere | None, Elsewhere | None] = (None, None),
 ) -> tuple[list[Path], list[Path]]:
     """Draw every missing shard of the first stage, then of the second, and write the results of both.
 
@@ -191,6 +192,7 @@ def draw_two_stage(
         directory: of the run; made, or continued where it holds the same requests.
         formats: of the results, as for :func:`admtrt.runtime.bulk.draw`.
         advance: called with the sample-steps done and a text, for a progress display.
+        elsewhere: of each stage, as for :func:`admtrt.runtime.bulk.draw`.
 
     Returns:
         The files written, of the first stage and of the second.
@@ -206,6 +208,7 @@ def draw_two_stage(
         directory / LOW_STAGE,
         formats,
         advance=lambda count, text: advance(count, f"first stage, {text}"),
+        elsewhere=elsewhere[0],
     )
     second = draw(
         stages.high,
@@ -214,5 +217,6 @@ def draw_two_stage(
         formats,
         class_names=stages.low.bundle.manifest.class_names,
         advance=lambda count, text: advance(count, f"second stage, {text}"),
+        elsewhere=elsewhere[1],
     )
     return first, second

@@ -18,7 +18,8 @@ import admtrt
 ROOT = Path(admtrt.__file__).parents[1]
 HEAVY = (
     "torch", "onnx", "onnxscript", "onnx_ir", "onnxruntime", "tensorrt", "tensorrt_rtx", "matplotlib",
-    "sklearn", "scipy", "accelerate", "safetensors", "PIL", "tensorboard",
+    "sklearn", "scipy", "accelerate", "safetensors", "PIL", "tensorboard", "starlette", "uvicorn",
+    "prometheus_client",
 )  # fmt: skip
 EXPORT_STACK = (
     "torch",
@@ -65,6 +66,7 @@ def test_importing_the_package_loads_nothing_but_itself() -> None:
         "export",
         "verify",
         "sample",
+        "serve",
         "inspect",
         "demo",
         "build",
@@ -157,6 +159,7 @@ def test_evaluating_without_pytorch_scipy_and_onnx(tmp_path: Path) -> None:
     ("missing", "arguments", "extra"),
     [
         (["onnxruntime"], ["sample", "BUNDLE", "--out", "run"], "cpu"),
+        (["uvicorn"], ["serve", "BUNDLE"], "serve"),
         (["torch"], ["export", "BUNDLE/unet.onnx", "--out", "x"], "export"),
         (["torch"], ["verify", "BUNDLE", "--unet", "x"], "export"),
         (["torch"], ["train", "unet", "CONFIG", "--out", "x"], "train"),

@@ -31,8 +31,8 @@ def sources() -> set[str]:
 
 
 def test_the_package_holds_what_is_not_code() -> None:
-    assert {"admtrt/py.typed", "admtrt/demo/digits.toml"} <= sources()
-    assert {Path(name).suffix for name in sources()} == {".py", ".typed", ".toml"}
+    assert {"admtrt/py.typed", "admtrt/demo/digits.toml", "admtrt/serve/page.html"} <= sources()
+    assert {Path(name).suffix for name in sources()} == {".py", ".typed", ".toml", ".html"}
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ class Composite(GraphDenoiser):
         self._generator = generator
         self._guide = guide
         self.specs = {**generator.specs, **guide.specs}
+        self.any_size = generator.any_size and guide.any_size
+        self.copies_weights = generator.copies_weights or guide.copies_weights
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return (self._guide if graph == GUIDE else self._generator).run(graph, feeds)

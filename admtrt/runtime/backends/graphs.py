@@ -24,9 +24,13 @@ class GraphDenoiser(ABC):
 
     Attributes:
         specs: of the graphs that are open.
+        any_size: whether a batch of a size that nobody prepared costs no more than others.
+        copies_weights: whether each prepared size has the weights in the host's memory once more.
     """
 
     specs: Mapping[GraphName, GraphSpec]
+    any_size: bool = True
+    copies_weights: bool = False
 
     def run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Run one graph on arrays by name; every output by name, owned by the caller.

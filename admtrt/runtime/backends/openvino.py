@@ -51,6 +51,9 @@ class OpenVinoDenoiser(GraphDenoiser):
         BundleError: if OpenVINO refuses a graph, or a graph has other inputs or outputs than declared.
     """
 
+    any_size = False
+    copies_weights = True
+
     def __init__(
         self,
         bundle: Bundle,

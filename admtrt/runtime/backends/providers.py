@@ -124,6 +124,7 @@ class ProviderDenoiser(GraphDenoiser):
         self.specs: dict[GraphName, GraphSpec] = {}
         self._sessions: dict[GraphName, Any] = {}
         self._bound = PerBatch[_BoundRun]()
+        self.any_size = not self._provider.memory
         self._captured: set[tuple[GraphName, int]] = set()
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:

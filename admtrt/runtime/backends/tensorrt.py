@@ -59,6 +59,8 @@ class TensorRTDenoiser(GraphDenoiser):
         PlanError: if a plan is missing, damaged, came with the bundle or was made for something else.
     """
 
+    any_size = False
+
     def __init__(
         self,
         bundle: Bundle,

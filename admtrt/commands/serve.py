@@ -1,0 +1,270 @@
+"""``admtrt serve``: bundles behind HTTP, many requests in each step."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from admtrt.commands.backend_report import BackendReport
+from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads
+from admtrt.console import Output
+from admtrt.errors import MissingDependencyError, RequestError
+
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Sequence
+
+    from admtrt.serve.engine import Engine
+    from admtrt.serve.model import Model
+
+_GIB = 2**30
+_DEFAULT_PORT = 8000
+_BACKLOG = 2048
+
+
+def serve(
+    bundles: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="BUNDLE...",
+            help="Directories of bundles; each is named as its directory, or NAME=BUNDLE.",
+        ),
+    ],
+    upsample: Annotated[
+        Path | None,
+        typer.Option(metavar="BUNDLE", help="Enlarge what the one bundle draws: both are one model."),
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = _DEFAULT_PORT,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="Who may ask: NAME TOKEN, one a line. Nobody needs one where left out."),
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="A name by which clients call this server; may be repeated.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="Origin of pages that may ask, e.g. https://a.example; may be repeated."),
+    ] = None,
+    max_rows: Annotated[int, typer.Option(min=1, max=4096, help="The largest batch that is tried.")] = 16,
+    sizes: Annotated[
+        str | None, typer.Option(metavar="N,N,...", help="Batches to prepare, in place of measured ones.")
+    ] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            min=0.001, metavar="GIB", help="Most that copies of the weights take; half of the machine's."
+        ),
+    ] = None,
+    order: Annotated[
+        Literal["fair", "shortest", "static", "static-any"],
+        typer.Option(
+            help="fair: clients take turns at every step. shortest: what is nearly done goes first. static "
+            "and static-any: a batch (of equal settings, of any) runs to its end, to compare with."
+        ),
+    ] = "fair",
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take at most.")] = 300.0,
+    max_requests: Annotated[int, typer.Option(min=1, help="Requests that are in at once.")] = 256,
+    client_share: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="Of the work that the timeout allows, one client's most.")
+    ] = 0.5,
+    max_body: Annotated[int, typer.Option(min=1024, metavar="BYTES", help="Of a request.")] = 8 * 2**20,
+    read_timeout: Annotated[
+        float, typer.Option(min=0.1, help="Seconds in which a request has to come.")
+    ] = 30.0,
+    max_connections: Annotated[int, typer.Option(min=2, help="Most at once.")] = 1024,
+    spool: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where jobs are kept; without it they end with the server."),
+    ] = None,
+    spool_bytes: Annotated[int, typer.Option(min=1, help="Most that the jobs take there.")] = _GIB,
+    keep: Annotated[
+        float, typer.Option(min=0.001, metavar="HOURS", help="For which ended jobs are kept.")
+    ] = 24.0,
+    drain_grace: Annotated[
+        float,
+        typer.Option(min=0, help="Seconds for which a stopped server still answers new requests, by 503."),
+    ] = 5.0,
+    drain_timeout: Annotated[
+        float, typer.Option(min=0, help="Seconds after which a stopped server cuts off what is not done.")
+    ] = 300.0,
+    backend: BackendName = "onnxruntime",
+    precision: PrecisionName = "fp32",
+    threads: Threads = None,
+    cache: PlanFolder = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
+) -> None:
+    """Serve bundles over HTTP, with a page to draw in; without PyTorch."""
+    for package in ("starlette", "uvicorn", "prometheus_client"):
+        _need(package)
+    from admtrt.runtime.machine import physical_memory
+    from admtrt.serve.admission import Bounds
+    from admtrt.serve.app import Access, make_app
+    from admtrt.serve.engine import Engine
+    from admtrt.serve.metrics import Metrics
+    from admtrt.serve.policy import policy_named
+    from admtrt.serve.server import Server
+    from admtrt.serve.service import Service
+    from admtrt.serve.web import Tokens
+
+    output = Output(json=json)
+    tokens = Tokens({}) if token_file is None else Tokens.read(token_file)
+    named = named_bundles(bundles)
+    if upsample is not None and len(named) > 1:
+        raise RequestError(f"--upsample belongs to one bundle; there are {len(named)}")
+    chosen_sizes = _sizes(sizes)
+    budget = physical_memory() // 2 if memory is None else int(memory * _GIB)
+    bounds = Bounds(requests=max_requests, timeout=timeout, client_share=client_share)
+    report = BackendReport(output)
+
+    def opened(path: Path) -> Any:
+        from admtrt.runtime.pipeline import Pipeline
+
+        return Pipeline.from_bundle(
+            path,
+            backend=backend,
+            precision=precision,  # type: ignore[arg-type]
+            threads=threads,
+            plans=cache,
+            batch_size=max_rows if not chosen_sizes else max(chosen_sizes),
+            report=report,
+        )
+
+    with contextlib.ExitStack() as stack:
+        listening = stack.enter_context(_bound(host, port))
+        engines: dict[str, Engine] = {}
+        for name, path in named.items():
+            engine = Engine(
+                _model(name, opened(path), None if upsample is None else opened(upsample)),
+                policy=policy_named(order),
+                bounds=bounds,
+                max_rows=max_rows,
+                memory=budget // len(named),
+                sizes=chosen_sizes,
+            )
+            engine.warm(output.note)
+            engines[name] = engine
+        kept = stack.enter_context(_spool(spool, spool_bytes, keep * 3600))
+        hosts = frozenset(name.lower() for name in (*(allow_host or []), host))
+        access = Access(tokens, hosts, tuple(allow_origin or []), max_body, read_timeout)
+        app = make_app(Service(engines, Metrics(engines)), kept, access)
+        server = Server(
+            app,
+            list(engines.values()),
+            grace=drain_grace,
+            timeout=drain_timeout,
+            connections=max_connections,
+            note=output.note,
+        )
+        address = listening.getsockname()
+        url = f"http://{f'[{address[0]}]' if ':' in address[0] else address[0]}:{address[1]}"
+        if not tokens and address[0] not in ("127.0.0.1", "::1"):
+            output.note("everybody who reaches this address may draw; --token-file asks for a token")
+        listening.listen(_BACKLOG)
+        output.result(
+            {
+                "url": url,
+                "models": {
+                    name: {"cap": engine.stations[0].sizes.cap, "sizes": engine.stations[0].sizes.prepared}
+                    for name, engine in engines.items()
+                },
+                "chosen": report.to_list(),
+            },
+            f"serving {', '.join(engines)} at {url}",
+        )
+        code = server.run_until_done(listening)
+    if code:
+        raise typer.Exit(code)
+
+
+def _need(package: str) -> None:
+    from importlib.util import find_spec
+
+    if find_spec(package) is None:
+        raise MissingDependencyError(package, extra="serve", purpose="Serving")
+
+
+def _model(name: str, pipeline: Any, upsampler: Any) -> Model:
+    from admtrt.serve.model import Model
+
+    return Model(name, pipeline, upsampler)
+
+
+def named_bundles(bundles: Sequence[Path]) -> dict[str, Path]:
+    """The bundles by name: that of NAME=BUNDLE, else of the directory.
+
+    Raises:
+        RequestError: for a name that is empty, not printable or given twice.
+    """
+    named: dict[str, Path] = {}
+    for given in bundles:
+        name, equals, path = str(given).partition("=")
+        if equals and "/" not in name:
+            place = Path(path)
+        else:
+            place = given
+            name = given.resolve().name
+        if not name or not name.isprintable() or "/" in name or len(name) > 200:
+            raise RequestError(f"{str(given)!r} gives no name", hint="Write NAME=BUNDLE.")
+        if name in named:
+            raise RequestError(f"two models are called '{name}'", hint="Write NAME=BUNDLE for one of them.")
+        named[name] = place
+    return named
+
+
+def _sizes(text: str | None) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    parts = text.split(",")
+    if not all(
+        part.strip().isascii() and part.strip().isdigit() and 1 <= int(part) <= 4096 for part in parts
+    ):
+        raise RequestError(f"--sizes {text[:60]!r} is not of the form N,N,...", hint="E.g. --sizes 1,4,16.")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """A socket at the address, which does not listen yet: that it is free shows before anything is compiled.
+
+    Raises:
+        RequestError: if it is not.
+    """
+    import socket
+
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, protocol, _, address = found[0]
+        made = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise RequestError(f"there is no address {host!r}: {error.strerror}") from None
+    try:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+    except OSError as error:
+        made.close()
+        raise RequestError(
+            f"cannot listen at {host}:{port}: {error.strerror}",
+            hint="Choose another --port, or end who has it.",
+        ) from None
+    return made
+
+
+@contextlib.contextmanager
+def _spool(folder: Path | None, largest: int, keep: float) -> Any:
+    from tempfile import TemporaryDirectory
+
+    from admtrt.serve.spool import Spool
+
+    if folder is not None:
+        with Spool(folder, largest=largest, keep=keep) as kept:
+            yield kept
+        return
+    with (
+        TemporaryDirectory(prefix="admtrt-jobs-") as made,
+        Spool(Path(made), largest=largest, keep=keep) as kept,
+    ):
+        yield kept

@@ -1,0 +1,120 @@
+"""Who is let in: by the work that is ahead, not by a count alone; and who comes too late for a deadline."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from admtrt.serve.flight import Flight, Row
+    from admtrt.serve.station import Station
+
+
+class RefusedError(Exception):
+    """A request that is not let in now.
+
+    Attributes:
+        reason: ``draining``, ``not_ready``, ``queue_full``, ``client_share`` or ``deadline``.
+        message: for people.
+        retry_after: seconds after which it might be.
+    """
+
+    def __init__(self, reason: str, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+        self.retry_after = max(1.0, retry_after)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What is let in.
+
+    Attributes:
+        requests: most at once: each holds memory, and most of them a connection.
+        timeout: seconds that a request may take where it does not say so itself.
+        client_share: of the work that a timeout allows, the most that one client may have ahead.
+    """
+
+    requests: int = 256
+    timeout: float = 300.0
+    client_share: float = 0.5
+
+
+def row_seconds(stations: Sequence[Station], row: Row) -> float:
+    """Of the machine's time, what a row has still to come: a share of full steps."""
+    draw, seconds = row.flight.draw, 0.0
+    for stage, station in enumerate(stations[row.stage :], row.stage):
+        cap, costs, steps = station.sizes.cap, station.costs, draw.steps[stage]
+        left = row.to_go if stage == row.stage else steps
+        share = left / steps if steps else 0.0
+        each = costs.seconds("unet", cap) + costs.seconds("update", cap)
+        seconds += left * each / cap
+        seconds += share * draw.guided[stage] * costs.seconds("classifier_gradient", cap) / cap
+    return seconds
+
+
+def own_seconds(stations: Sequence[Station], flight: Flight, beside: int) -> float:
+    """From a request's first step to its last, with so many other rows beside its own."""
+    seconds, draw = 0.0, flight.draw
+    for stage, station in enumerate(stations):
+        cap, costs = station.sizes.cap, station.costs
+        rows = min(beside + len(flight.rows), cap)
+        waves = -(-len(flight.rows) // cap)
+        each = costs.seconds("unet", rows) + costs.seconds("update", rows)
+        guided = draw.guided[stage] * costs.seconds("classifier_gradient", rows)
+        seconds += waves * (draw.steps[stage] * each + guided)
+    return seconds
+
+
+def admit(
+    flight: Flight, flights: Sequence[Flight], stations: Sequence[Station], bounds: Bounds, now: float
+) -> float:
+    """The seconds after which a request is expected to be done.
+
+    Args:
+        flight: that asks.
+        flights: that are in.
+        stations: of the model.
+        bounds: of the server.
+        now: in the engine's clock.
+
+    A request that may take for ever (a job) is refused for the others that are in alone.
+
+    Raises:
+        RefusedError: if the queue or the client's share of it is full, or the deadline cannot be met.
+    """
+    work = {one: sum(row_seconds(stations, row) for row in one.rows if row.result is None) for one in flights}
+    before = [one for one in flights if flight.priority == "batch" or one.priority == "interactive"]
+    ahead = sum(work[one] for one in before)
+    if len(flights) >= bounds.requests:
+        first = min(work.values()) if work else 1.0
+        raise RefusedError("queue_full", f"{len(flights)} requests are in work; try again later", first)
+    total = sum(row_seconds(stations, row) for row in flight.rows)
+    if total > bounds.timeout and flight.deadline != math.inf:
+        raise RefusedError(
+            "queue_full",
+            f"the request needs about {total:.0f} s of this machine; {bounds.timeout:.0f} s are allowed",
+            total,
+        )
+    theirs = sum(work[one] for one in flights if one.client == flight.client)
+    if theirs and theirs + total > bounds.client_share * bounds.timeout:
+        raise RefusedError(
+            "client_share",
+            f"this client has {theirs:.0f} s of work waiting, and {bounds.client_share:.0%} of "
+            f"{bounds.timeout:.0f} s is one client's share",
+            theirs + total - bounds.client_share * bounds.timeout,
+        )
+    beside = sum(len(one.rows) for one in flights)
+    expected = ahead + own_seconds(stations, flight, beside)
+    if flight.deadline is not None and now + expected > flight.deadline:
+        raise RefusedError(
+            "deadline",
+            f"the request would be done in about {expected:.1f} s, and was to be done in "
+            f"{flight.deadline - now:.1f} s",
+            now + expected - flight.deadline,
+        )
+    return expected

@@ -1,0 +1,79 @@
+"""What a step costs: seconds of every graph by batch size, measured at start and ever after."""
+
+from __future__ import annotations
+
+import time
+from bisect import bisect_left
+from collections import deque
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from admtrt.contract import GraphName
+    from admtrt.runtime.sampler import Denoiser
+    from admtrt.runtime.slots import Array
+
+_KEPT = 15  # measurements of a graph and size: a median of them follows a machine that slows down
+_NEAR_BEST = 1.05
+
+
+class Costs:
+    """Running medians of seconds, by graph and batch size."""
+
+    def __init__(self) -> None:
+        self._measured: dict[tuple[GraphName, int], deque[float]] = {}
+        self._seconds: dict[GraphName, dict[int, float]] = {}
+
+    def record(self, graph: GraphName, size: int, seconds: float) -> None:
+        """One more measurement."""
+        kept = self._measured.setdefault((graph, size), deque(maxlen=_KEPT))
+        kept.append(seconds)
+        # Other threads read what stands here whole; a deque could not be read while it grows.
+        self._seconds[graph] = {**self._seconds.get(graph, {}), size: sorted(kept)[len(kept) // 2]}
+
+    def seconds(self, graph: GraphName, size: int) -> float:
+        """Of one run; between sizes that were measured on a straight line, beyond them in proportion."""
+        known = self._seconds.get(graph, {})
+        if not known or size < 1:
+            return 0.0
+        sizes = sorted(known)
+        place = bisect_left(sizes, size)
+        if place == len(sizes):
+            return known[sizes[-1]] * size / sizes[-1]
+        if sizes[place] == size or place == 0:
+            return known[sizes[place]]
+        low, high = sizes[place - 1], sizes[place]
+        return known[low] + (known[high] - known[low]) * (size - low) / (high - low)
+
+
+def best_size(seconds: Mapping[int, float]) -> int:
+    """The smallest size whose rows a second are within 5% of the best: more rows would only wait longer.
+
+    Args:
+        seconds: of a step at each size.
+    """
+    best = min(each / size for size, each in seconds.items())
+    return min(size for size, each in seconds.items() if each / size <= best * _NEAR_BEST)
+
+
+class MeasuredDenoiser:
+    """A denoiser on arrays whose every run is measured.
+
+    Attributes:
+        busy: seconds in graphs so far.
+    """
+
+    def __init__(self, denoiser: Denoiser, costs: Costs) -> None:
+        self._denoiser = denoiser
+        self._costs = costs
+        self.busy = 0.0
+
+    def run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
+        began = time.perf_counter()
+        outputs = self._denoiser.run(graph, feeds)
+        seconds = time.perf_counter() - began
+        self.busy += seconds
+        self._costs.record(graph, len(next(iter(feeds.values()))), seconds)
+        return outputs

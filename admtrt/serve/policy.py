@@ -1,0 +1,148 @@
+"""Whose rows take the next step: functions of what is in flight, without a clock or a thread."""
+
+from __future__ import annotations
+
+import heapq
+from collections import deque
+from itertools import islice
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from admtrt.serve.flight import Flight, Row
+
+Order = Literal["fair", "shortest", "static", "static-any"]
+QUANTUM = 8
+"""Steps after which rows are chosen anew although no request came or went."""
+BATCH_SHARE = 0.1
+"""Of all row-steps, the least that requests of the class ``batch`` get while there are any."""
+
+
+class Policy(Protocol):
+    """Chooses rows.
+
+    Attributes:
+        whole_batches: a request ends when the batch that it ran in does.
+    """
+
+    whole_batches: bool
+
+    def choose(self, flights: Sequence[Flight], running: Sequence[Row], stage: int, cap: int) -> list[Row]:
+        """At most ``cap`` unfinished rows in a stage.
+
+        Args:
+            flights: in the order of their arrival.
+            running: unfinished rows of the last step of this stage.
+            stage: of the model.
+            cap: most rows of a step.
+        """
+        ...
+
+    def charge(self, rows: Sequence[Row]) -> None:
+        """Note that these rows took a step."""
+        ...
+
+
+class StepPolicy:
+    """Rows join and leave at every step.
+
+    Two classes, ``interactive`` before ``batch``; within each, the client that has had the fewest row-steps
+    comes next (start-time fair queueing); within a client, first come, first served; the rows of a request go
+    on together, so that all of them can be watched.
+
+    Args:
+        shortest: the rows with the fewest evaluations left first, in place of clients in turn: better for
+            most, worse for the longest.
+    """
+
+    whole_batches = False
+
+    def __init__(self, *, shortest: bool = False) -> None:
+        self._shortest = shortest
+        self._served: dict[str, float] = {}
+        self._owed = 0.0  # row-steps that the class ``batch`` has not had
+        self._contended = False
+
+    def choose(self, flights: Sequence[Flight], running: Sequence[Row], stage: int, cap: int) -> list[Row]:
+        """See :class:`Policy`."""
+        self._meet(flights)
+        urgent, patient = (
+            list(islice(self._ordered([one for one in flights if one.priority == name], stage), cap))
+            for name in ("interactive", "batch")
+        )
+        self._contended = bool(urgent and patient)
+        beside = sum(row.flight.priority == "batch" for row in running)
+        owed = -int(-self._owed // QUANTUM) if self._owed >= QUANTUM or (beside and self._owed > 0) else 0
+        patient = patient[: max(cap - len(urgent), min(owed, cap))]
+        return urgent[: cap - len(patient)] + patient
+
+    def charge(self, rows: Sequence[Row]) -> None:
+        """See :class:`Policy`."""
+        for row in rows:
+            client = row.flight.client
+            self._served[client] = self._served.get(client, 0.0) + 1
+        if self._contended:
+            patient = sum(row.flight.priority == "batch" for row in rows)
+            self._owed = max(0.0, self._owed + BATCH_SHARE * len(rows) - patient)
+        else:
+            self._owed = 0.0
+
+    def _meet(self, flights: Sequence[Flight]) -> None:
+        """Newcomers begin where those are that have had least: what they did not ask for is not owed."""
+        here = dict.fromkeys(flight.client for flight in flights)
+        least = min((self._served[client] for client in here if client in self._served), default=0.0)
+        self._served = {client: self._served.get(client, least) for client in here}
+
+    def _ordered(self, flights: Sequence[Flight], stage: int) -> Iterator[Row]:
+        queues: dict[str, deque[Row]] = {}
+        for flight in flights:
+            # In step with each other, as far as choosing anew every so often allows.
+            for row in sorted(flight.rows, key=lambda row: row.done // QUANTUM):
+                if row.stage == stage and row.to_go:
+                    queues.setdefault(flight.client, deque()).append(row)
+        if self._shortest:
+            rows = [row for queue in queues.values() for row in queue]
+            yield from sorted(rows, key=lambda row: (row.flight.total - row.done, row.flight.arrived))
+            return
+        heap = [(self._served[client], place, client) for place, client in enumerate(queues)]
+        heapq.heapify(heap)
+        while heap:
+            served, place, client = heap[0]
+            yield queues[client].popleft()
+            if queues[client]:
+                heapq.heapreplace(heap, (served + 1, place, client))
+            else:
+                heapq.heappop(heap)
+
+
+class StaticPolicy:
+    """The usual server, to compare with: a batch of what waits runs to its end before the next begins.
+
+    Args:
+        any_settings: batch requests of different settings, too; a request is answered when its batch ends.
+    """
+
+    def __init__(self, *, any_settings: bool = False) -> None:
+        self.whole_batches = True
+        self._any = any_settings
+
+    def choose(self, flights: Sequence[Flight], running: Sequence[Row], stage: int, cap: int) -> list[Row]:
+        """See :class:`Policy`."""
+        if running:
+            return list(running)
+        waiting = [row for flight in flights for row in flight.rows if row.stage == stage and row.to_go]
+        same = [
+            row for row in waiting if self._any or row.flight.draw.settings == waiting[0].flight.draw.settings
+        ]
+        return same[:cap]
+
+    def charge(self, rows: Sequence[Row]) -> None:
+        """Nobody is owed anything."""
+
+
+def policy_named(name: Order) -> Policy:
+    """The policy of this name."""
+    if name.startswith("static"):
+        return StaticPolicy(any_settings=name == "static-any")
+    return StepPolicy(shortest=name == "shortest")

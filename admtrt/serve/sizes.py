@@ -1,0 +1,156 @@
+"""The batch sizes that are prepared for a model: measured, few, and within the memory that there is."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from admtrt.contract import is_network
+from admtrt.errors import RequestError
+from admtrt.runtime.backends.graphs import GraphDenoiser
+from admtrt.runtime.slots import GUIDE
+from admtrt.serve.costs import Costs, best_size
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from admtrt.bundle import Bundle
+    from admtrt.contract import GraphName
+    from admtrt.runtime.pipeline import Pipeline
+
+_REPEATS, _LONG = 7, 0.5  # runs of a graph that are measured, and seconds after which no more are
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Batches of one network.
+
+    Attributes:
+        prepared: in rising order, the cap last; what does not fit is padded to the next.
+        any_size: nothing is padded: the library takes any size alike.
+    """
+
+    prepared: tuple[int, ...]
+    any_size: bool
+
+    @property
+    def cap(self) -> int:
+        """Most rows of a step."""
+        return self.prepared[-1]
+
+    def padded(self, count: int) -> int:
+        """The batch that so many rows run in."""
+        return count if self.any_size else min(size for size in self.prepared if size >= count)
+
+
+def weight_bytes(bundle: Bundle) -> int:
+    """Bytes of the networks' files, which a compiled graph holds at least."""
+    manifest = bundle.manifest
+    files = {
+        name
+        for graph in manifest.sampled_graphs
+        if is_network(graph)
+        for name in bundle.graph_files(bundle.graph_entry(graph))
+    }
+    return sum(manifest.files[name].size for name in files)
+
+
+def prepare(
+    pipeline: Pipeline,
+    costs: Costs,
+    *,
+    max_rows: int,
+    memory: int,
+    sizes: Sequence[int] = (),
+    note: Callable[[str], None] = lambda _: None,
+) -> Sizes:
+    """Measure every graph, choose the cap, and have the backend compile what will be run.
+
+    Args:
+        pipeline: of the bundle.
+        costs: filled with what was measured.
+        max_rows: the largest batch that is tried.
+        memory: bytes that the copies of the weights may take.
+        sizes: the batches to prepare; where none are given, powers of two up to the cap, or 1 and the cap
+            alone where more would not fit.
+        note: told what is done.
+
+    Raises:
+        RequestError: if the weights do not fit.
+        EngineError: if the library fails.
+    """
+    denoiser, bundle = pipeline.denoiser, pipeline.bundle
+    own = denoiser if isinstance(denoiser, GraphDenoiser) else None
+    any_size = own is None or own.any_size
+    each = weight_bytes(bundle) if own is not None and own.copies_weights else 0
+    once = weight_bytes(bundle) if each == 0 else 0
+    fitting = max_rows if not each else memory // each
+    if once + each > memory or (sizes and len(set(sizes)) > fitting):
+        wanted = max(once, each * max(1, len(set(sizes))))
+        raise RequestError(
+            f"{bundle.path}: the weights take {_gib(wanted)}, more than {_gib(memory)}",
+            hint="Give --memory more, --sizes fewer, or use the backend onnxruntime, which has one copy.",
+        )
+    if sizes:
+        chosen = tuple(sorted(set(sizes)))
+        for size in chosen:
+            _measure(pipeline, costs, size)
+    else:
+        chosen = _powers(_measured_cap(pipeline, costs, max_rows), fitting)
+    if own is not None:
+        own.prepare(dict.fromkeys(bundle.manifest.graphs, chosen))
+    for size in chosen:
+        _measure(pipeline, costs, size)
+    copies = len(chosen) if each else 1
+    note(
+        f"{bundle.path}: at most {chosen[-1]} rows a step"
+        + ("" if any_size else f", batches of {', '.join(map(str, chosen))}")
+        + f", {_gib(max(each, once) * copies)} of weights"
+    )
+    return Sizes(chosen, any_size)
+
+
+def _powers(cap: int, fitting: int) -> tuple[int, ...]:
+    """Powers of two below the cap and the cap, or the first and the last of them, or the first alone."""
+    powers = (*(1 << bit for bit in range(cap.bit_length()) if 1 << bit < cap), cap)
+    return powers if len(powers) <= fitting else tuple(sorted({1, cap if fitting > 1 else 1}))
+
+
+def _measured_cap(pipeline: Pipeline, costs: Costs, max_rows: int) -> int:
+    """Powers of two are tried as long as rows get cheaper."""
+    graphs = [graph for graph in ("unet", GUIDE) if graph in pipeline.bundle.manifest.graphs]
+    seconds: dict[int, float] = {}
+    for size in (*(1 << bit for bit in range(max_rows.bit_length()) if 1 << bit < max_rows), max_rows):
+        _measure(pipeline, costs, size)
+        seconds[size] = sum(costs.seconds(graph, size) for graph in graphs)
+        if best_size(seconds) * 4 <= size:
+            break
+    return best_size(seconds)
+
+
+def _measure(pipeline: Pipeline, costs: Costs, size: int) -> None:
+    """Run every graph at a batch size; the first run of each compiles, where the backend does.
+
+    The shortest of several runs counts: whatever else the machine does only makes them longer.
+    """
+    for graph in pipeline.bundle.manifest.graphs:
+        _run(pipeline, graph, size)
+        runs: list[float] = []
+        while len(runs) < _REPEATS and sum(runs) < _LONG:
+            runs.append(_run(pipeline, graph, size))
+        costs.record(graph, size, min(runs))
+
+
+def _run(pipeline: Pipeline, graph: GraphName, size: int) -> float:
+    spec = pipeline.bundle.graph_entry(graph).spec
+    feeds = {tensor.name: np.zeros(tensor.sized(size), tensor.dtype) for tensor in spec.inputs}
+    began = time.perf_counter()
+    pipeline.denoiser.run(graph, feeds)
+    return time.perf_counter() - began
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB"

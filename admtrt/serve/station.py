@@ -1,0 +1,148 @@
+"""A station: one network's rows on its backend, which all take each step together."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from admtrt.errors import EngineError
+from admtrt.runtime.sampler import ResidentDenoiser, advance, hold
+from admtrt.runtime.slots import Slots
+from admtrt.serve.costs import Costs, MeasuredDenoiser
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from admtrt.runtime.pipeline import Pipeline
+    from admtrt.runtime.sampler import HeldSlots
+    from admtrt.runtime.slots import Images
+    from admtrt.serve.flight import Row
+    from admtrt.serve.sizes import Sizes
+
+
+class Station:
+    """The rows of one stage.
+
+    While the same rows step, their joined slots stay as they are, on the device where the backend keeps them
+    there. Rows that leave take everything that a sample carries along.
+
+    Args:
+        stage: its number in the model.
+        pipeline: of the stage.
+        sizes: batches that are prepared.
+        costs: of its graphs.
+
+    Attributes:
+        rows: that step, without what fills the batch up.
+        size: of the batch.
+    """
+
+    def __init__(self, stage: int, pipeline: Pipeline, sizes: Sizes, costs: Costs) -> None:
+        self.stage = stage
+        self.sizes = sizes
+        self.costs = costs
+        self.rows: list[Row] = []
+        self.size = 0
+        denoiser = pipeline.denoiser
+        self.measured = None if isinstance(denoiser, ResidentDenoiser) else MeasuredDenoiser(denoiser, costs)
+        self._denoiser = self.measured or denoiser
+        self._slots: Slots | None = None
+        self._held: HeldSlots | None = None
+        self._on_device = ExitStack()
+
+    def change(self, rows: Sequence[Row]) -> None:
+        """Have these rows step from now on; those that are not among them keep their state themselves."""
+        wanted = set(rows)
+        if wanted == set(self.rows):
+            return
+        self.read()
+        self._on_device.close()
+        staying = [index for index, row in enumerate(self.rows) if row in wanted]
+        parts = []
+        if self._slots is not None:
+            for index, row in enumerate(self.rows):
+                if row not in wanted and row.stage == self.stage and row.to_go:
+                    row.slots = self._slots.take([index])
+            if staying:
+                parts.append(self._slots.take(staying))
+        joining = [row for row in rows if row.slots is not None]
+        parts += [row.slots for row in joining if row.slots is not None]
+        self.rows = [*(self.rows[index] for index in staying), *joining]
+        for row in joining:
+            row.slots = None
+        self._join(parts)
+
+    def _join(self, parts: list[Slots]) -> None:
+        self._slots = self._held = None
+        self.size = 0
+        if parts:
+            joined = Slots.join(parts)
+            self.size = self.sizes.padded(len(joined))
+            if self.size > len(joined):
+                joined = joined.take(np.minimum(np.arange(self.size), len(joined) - 1))
+            self._slots = joined
+
+    def step(self) -> dict[Row, EngineError]:
+        """Take a step of every row; those are returned that the library cannot compute, with its error."""
+        slots = self._slots
+        assert slots is not None
+        if self._held is None:
+            sizes = () if self.sizes.any_size else self.sizes.prepared
+            self._held = self._on_device.enter_context(hold(slots, self._denoiser, sizes))
+        before = vars(slots).copy()  # a step puts arrays in the place of others
+        try:
+            self._held.advance()
+        except EngineError as error:
+            self._on_device.close()
+            self._held = None
+            if self.measured is None:
+                lost, self.rows, self._slots = self.rows, [], None  # x was on the device
+                return dict.fromkeys(lost, error)
+            vars(slots).update(before)
+            return self._each_alone(slots)
+        for row in self.rows:
+            row.to_go -= 1
+            row.done += 1
+        return {}
+
+    def _each_alone(self, slots: Slots) -> dict[Row, EngineError]:
+        """The same step row by row, to find who is at fault."""
+        parts, failed, well = [], {}, []
+        for index, row in enumerate(self.rows):
+            alone = slots.take([index])
+            try:
+                advance(alone, self._denoiser)
+            except EngineError as error:
+                failed[row] = error
+                continue
+            row.to_go -= 1
+            row.done += 1
+            parts.append(alone)
+            well.append(row)
+        self.rows = well
+        self._join(parts)
+        return failed
+
+    def read(self) -> None:
+        """Bring the rows' state up to date with the device."""
+        if self._held is not None:
+            self._held.read()
+
+    def x(self, row: Row) -> Images:
+        """The state of a row after :meth:`read`, float32 [C, H, W]."""
+        assert self._slots is not None
+        x: Images = self._slots.x[self.rows.index(row)]
+        return x
+
+    def x_0(self, row: Row) -> Images:
+        """Its last prediction, likewise."""
+        assert self._slots is not None
+        x_0: Images = self._slots.x_0[self.rows.index(row)]
+        return x_0
+
+    def close(self) -> None:
+        """Forget the rows."""
+        self._on_device.close()
+        self.rows, self._slots, self._held = [], None, None

@@ -1,0 +1,305 @@
+"""What every route shares: refusals as JSON, bodies of a bounded size, who may ask."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import json
+import logging
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from admtrt.errors import AdmtrtError
+from admtrt.serve.admission import RefusedError
+from admtrt.serve.schema import faults_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Mapping
+    from pathlib import Path
+    from typing import TypeVar
+
+    from pydantic import BaseModel
+    from starlette.types import ASGIApp, Receive, Scope, Send
+
+    Sent = TypeVar("Sent", bound=BaseModel)
+
+_log = logging.getLogger("admtrt.serve")
+_UNAVAILABLE = ("draining", "not_ready")
+CLIENT_LEFT = 499
+"""Nobody sees it but the metrics."""
+_OPEN = ("/v1/", "/metrics")
+"""Paths that need a token where there are tokens."""
+_BODIES = 8  # of the largest size that are read at once
+
+
+class HttpError(Exception):
+    """A request that is answered by an error.
+
+    Attributes:
+        status: of HTTP.
+        code: for programs.
+        message, hint: for people.
+        retry_after: seconds.
+        fields: that are wrong, and why.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        code: str,
+        message: str,
+        *,
+        hint: str = "",
+        retry_after: float | None = None,
+        fields: list[dict[str, str]] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.code, self.message, self.hint = status, code, message, hint
+        self.retry_after, self.fields = retry_after, fields
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The answer."""
+        error: dict[str, Any] = {"code": self.code, "message": self.message, "hint": self.hint or None}
+        error["retry_after"] = self.retry_after
+        return {"error": error if self.fields is None else {**error, "fields": self.fields}}
+
+    @property
+    def response(self) -> Response:
+        """The same with its headers."""
+        headers = {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body, self.status, headers)
+
+
+def as_http_error(error: Exception) -> HttpError:
+    """The answer to any exception; what is not foreseen is logged under an id, and told by it alone."""
+    if isinstance(error, HttpError):
+        return error
+    if isinstance(error, RefusedError):
+        status = 503 if error.reason in _UNAVAILABLE else 429
+        return HttpError(status, error.reason, error.message, retry_after=round(error.retry_after, 1))
+    if isinstance(error, ValidationError):
+        fields = faults_of(error)
+        told = "; ".join(f"{one['field']}: {one['message']}" for one in fields[:3])
+        return HttpError(422, "invalid_request", told, fields=fields)
+    if isinstance(error, AdmtrtError):
+        return HttpError(400, "bad_request", error.message, hint=error.hint)
+    if isinstance(error, HTTPException):
+        return HttpError(error.status_code, "http_error", error.detail)
+    if isinstance(error, ClientDisconnect):
+        return HttpError(CLIENT_LEFT, "client_left", "the client has left")
+    name = secrets.token_hex(4)
+    _log.error("fault %s", name, exc_info=error)
+    return HttpError(500, "fault", f"something failed in the server; its log tells more under {name}")
+
+
+@dataclass
+class Bodies:
+    """Reads bodies: each of a bounded size, in a bounded time, and not too many at once.
+
+    Attributes:
+        largest: bytes of one.
+        timeout: seconds until the last of them.
+    """
+
+    largest: int
+    timeout: float
+    _room: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._room = self.largest * _BODIES
+
+    async def read(self, request: Request, kind: type[Sent]) -> Sent:
+        """The body as a model of the schema.
+
+        Raises:
+            HttpError, ValidationError: if it is no JSON, too large, too slow, or not as the schema says.
+        """
+        given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if given != "application/json":
+            raise HttpError(415, "not_json", "the body's content-type is not application/json")
+        told = request.headers.get("content-length", "")
+        expected = (
+            min(int(told[:18]), self.largest + 1) if told.isascii() and told.isdigit() else self.largest
+        )
+        if expected > self.largest:
+            raise self._too_large()
+        if expected > self._room:
+            raise HttpError(429, "queue_full", "too many bodies are on their way", retry_after=1)
+        self._room -= expected
+        try:
+            async with asyncio.timeout(self.timeout):
+                body = await self._whole(request)
+        except TimeoutError:
+            raise HttpError(
+                408, "too_slow", f"the body did not come within {self.timeout:g} seconds"
+            ) from None
+        finally:
+            self._room += expected
+        return kind.model_validate_json(body)
+
+    async def _whole(self, request: Request) -> bytes:
+        parts, size = [], 0
+        async for part in request.stream():
+            parts.append(part)
+            size += len(part)
+            if size > self.largest:
+                raise self._too_large()
+        return b"".join(parts)
+
+    def _too_large(self) -> HttpError:
+        return HttpError(413, "too_large", f"the body has more than {self.largest} bytes")
+
+
+class Tokens:
+    """Who may ask: the clients' names by their tokens; nobody is asked where there are none."""
+
+    def __init__(self, tokens: Mapping[str, str]) -> None:
+        self._names = {hashlib.sha256(token.encode()).digest(): name for token, name in tokens.items()}
+
+    def __bool__(self) -> bool:
+        return bool(self._names)
+
+    def name(self, header: str) -> str | None:
+        """The client of an ``Authorization`` header. Takes as long whichever token it is, or none."""
+        scheme, _, token = header.partition(" ")
+        digest = hashlib.sha256(token.strip().encode()).digest()
+        found = None
+        for known, name in self._names.items():
+            if hmac.compare_digest(known, digest):
+                found = name
+        return found if scheme.lower() == "bearer" else None
+
+    @classmethod
+    def read(cls, file: Path) -> Tokens:
+        """One a line: ``TOKEN`` or ``NAME TOKEN``; lines with # in front are not read.
+
+        Raises:
+            RequestError: if it cannot be read, holds none, a short one or one twice.
+        """
+        from admtrt.errors import RequestError
+        from admtrt.reading import read_small
+
+        try:
+            lines = read_small(file, 2**20).decode("utf-8").splitlines()
+        except OSError as error:
+            raise RequestError(f"cannot read {file}: {error.strerror}") from None
+        except UnicodeDecodeError:
+            raise RequestError(f"{file} is not in UTF-8") from None
+        tokens: dict[str, str] = {}
+        for number, line in enumerate(lines, 1):
+            words = line.split()
+            if not words or words[0].startswith("#"):
+                continue
+            token = words[-1]
+            if len(words) > 2 or len(token) < 16 or token in tokens:
+                raise RequestError(
+                    f"{file}, line {number}: expected NAME TOKEN, the token of 16 characters or more and "
+                    "nobody else's",
+                    hint="Make one with: python -c 'import secrets; print(secrets.token_urlsafe(24))'",
+                )
+            tokens[token] = words[0] if len(words) == 2 else f"line {number}"
+        if not tokens:
+            raise RequestError(f"{file} holds no token", hint="Write one a line.")
+        return cls(tokens)
+
+
+class Guard:
+    """The first thing that a request meets: the name that it calls the server by, and its token.
+
+    A page elsewhere can have its own name point at this machine (DNS rebinding) and so reach a server that
+    asks for no token; it cannot make the browser send another ``Host``. Addresses are no names.
+
+    Args:
+        app: what follows.
+        tokens: of the clients.
+        hosts: names by which the server may be called, beside localhost and its addresses.
+    """
+
+    def __init__(self, app: ASGIApp, tokens: Tokens, hosts: frozenset[str]) -> None:
+        self._app = app
+        self._tokens = tokens
+        self._hosts = hosts | {"localhost"}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http":
+            request = Request(scope)
+            fault = self._fault(request)
+            if fault is not None:
+                await fault.response(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+    def _fault(self, request: Request) -> HttpError | None:
+        host = request.headers.get("host", "")
+        if not self._is_ours(host):
+            return HttpError(
+                421,
+                "unknown_host",
+                f"this server is not called {host[:100]!r}",
+                hint="Start it with --allow-host NAME.",
+            )
+        preflight = request.method == "OPTIONS"
+        if self._tokens and request.url.path.startswith(_OPEN) and not preflight:
+            name = self._tokens.name(request.headers.get("authorization", ""))
+            if name is None:
+                return HttpError(
+                    401,
+                    "unauthorized",
+                    "there is no token, or it is not known",
+                    hint="Authorization: Bearer TOKEN",
+                )
+            request.scope["client_name"] = name
+        return None
+
+    def _is_ours(self, header: str) -> bool:
+        name = header.lower()
+        if name.startswith("["):
+            name = name[1:].partition("]")[0]
+        elif name.count(":") == 1:
+            name = name.partition(":")[0]
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in self._hosts
+        return True
+
+
+def client_of(request: Request) -> str:
+    """Who asks: the name of a token, else an address."""
+    named = request.scope.get("client_name")
+    if named is not None:
+        return f"token {named}"
+    return request.client.host if request.client is not None else ""
+
+
+def answering(
+    handler: Callable[[Request], Awaitable[Response]], counted: Callable[[Request, int], None]
+) -> Callable[[Request], Awaitable[Response]]:
+    """A handler whose every exception becomes an answer, and whose every answer is counted."""
+
+    async def answer(request: Request) -> Response:
+        try:
+            response = await handler(request)
+        except Exception as error:
+            response = as_http_error(error).response
+        counted(request, response.status_code)
+        return response
+
+    return answer
+
+
+def dump(data: Any) -> str:
+    """JSON on one line."""
+    return json.dumps(data, allow_nan=False, separators=(",", ":"))
