@@ -127,7 +127,8 @@ def _of_guides(rows: list[tuple[SamplingSchedule, int]], slots: Slots) -> dict[s
             clips[name] = np.array([1.0 if one is None else one.clip for one in used], np.float32)
     weights = np.stack([schedule.x0_weights[i] for schedule, i in rows])
     sigma = np.array([schedule.sigma[i] for schedule, i in rows])
-    numbers = (*weights.T, sigma / np.hypot(1.0, sigma))
+    noise = np.divide(sigma, np.hypot(1.0, sigma), out=np.ones_like(sigma), where=np.isfinite(sigma))
+    numbers = (*weights.T, noise)
     named = zip((*X0_WEIGHTS, LEVEL_INPUT), numbers, strict=True)
     return {
         "guides": active,
