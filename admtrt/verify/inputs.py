@@ -113,7 +113,7 @@ def _variants(solver: Solver) -> list[tuple[str, dict[str, Any]]]:
     changed: list[dict[str, Any]] = [{}]
     for name, default in solver.options.items():
         option = OPTIONS[name]
-        values = (True,) if option.flag else solver.narrower.get(name, option.values)
+        values = (not default,) if option.flag else solver.narrower.get(name, option.values)
         changed += [{name: value} for value in values if value != default]
         changed += [{name: _EXAMPLES[name]}] if name in _EXAMPLES else []
     if {"order", "form"} <= solver.options.keys():
