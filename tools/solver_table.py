@@ -86,6 +86,8 @@ LINES = (
     Line("2S", {"method": "dpmpp", "form": "single"}),
     Line("3S", {"method": "dpmpp", "form": "single", "order": 3}),
     Line("SDE-2M", {"method": "dpmpp", "sde": True}, stochastic=True),
+    Line("SA-2", {"method": "sa"}, stochastic=True),
+    Line("SA-3", {"method": "sa", "order": 3}, stochastic=True),
     Line("UniPC-2", {"method": "unipc"}),
     Line("UniPC-2, bh1", {"method": "unipc", "variant": "bh1"}),
     Line("UniPC-3", {"method": "unipc", "order": 3}),
