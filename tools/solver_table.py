@@ -48,9 +48,9 @@ ODD = {8: 7, 10: 9}
 CONVERGED: dict[str, Any] = {"method": "dpmpp", "steps": 100}
 BATCH = 100
 TIMED = 10  # evaluations whose seconds are shown
-SHOWN, ACROSS = 9, 3
+SHOWN, ACROSS = 4, 2
 """Samples in each cell of the picture, and in each of their rows."""
-MARGIN, HEADER, GAP = 34, 40, 8  # pixels
+MARGIN, HEADER, GAP, SEAM, EDGE = 34, 40, 10, 2, 48  # pixels
 PICTURED = {
     "DDPM": ("DDPM",),
     "DDIM": ("DDIM",),
@@ -59,6 +59,7 @@ PICTURED = {
     "2M, logSNR": ("2M", "logSNR"),
     "UniPC-2": ("UniPC-2",),
     "SDE-2M": ("SDE-2M",),
+    "SA-2": ("SA-2",),
 }
 """Columns of the picture, with the lines of their heads."""
 
@@ -86,6 +87,8 @@ LINES = (
     Line("2S", {"method": "dpmpp", "form": "single"}),
     Line("3S", {"method": "dpmpp", "form": "single", "order": 3}),
     Line("SDE-2M", {"method": "dpmpp", "sde": True}, stochastic=True),
+    Line("SA-2", {"method": "sa"}, stochastic=True),
+    Line("SA-3", {"method": "sa", "order": 3}, stochastic=True),
     Line("UniPC-2", {"method": "unipc"}),
     Line("UniPC-2, bh1", {"method": "unipc", "variant": "bh1"}),
     Line("UniPC-3", {"method": "unipc", "order": 3}),
@@ -142,8 +145,8 @@ def main(arguments: argparse.Namespace) -> None:
 
 def save_picture(path: Path, shown: Mapping[str, Sequence[Images]], converged: Images) -> None:
     """Columns by solver, rows by evaluations, each cell the same seeds; the last column is converged."""
-    factor = max(1, 32 // converged.shape[1])
-    block = factor * converged.shape[1] * ACROSS
+    edge = max(1, EDGE // converged.shape[1]) * converged.shape[1]
+    block = (edge + SEAM) * ACROSS - SEAM
     columns = {name: list(cells) for name, cells in shown.items() if name in PICTURED}
     columns["converged"] = [converged] * len(EVALUATIONS)
     size = (MARGIN + len(columns) * (block + GAP), HEADER + len(EVALUATIONS) * (block + GAP))
@@ -159,9 +162,9 @@ def save_picture(path: Path, shown: Mapping[str, Sequence[Images]], converged: I
         for row, images in enumerate(cells):
             top = HEADER + row * (block + GAP)
             for place, pixels in enumerate(images):
-                edge = factor * pixels.shape[0]
                 tile = to_pillow(pixels).convert("L").resize((edge, edge), Image.Resampling.NEAREST)
-                sheet.paste(tile, (left + place % ACROSS * edge, top + place // ACROSS * edge))
+                across, down = place % ACROSS, place // ACROSS
+                sheet.paste(tile, (left + across * (edge + SEAM), top + down * (edge + SEAM)))
     with atomic_file(path) as temporary:
         sheet.save(temporary, format="PNG", optimize=True)
 

@@ -122,7 +122,7 @@ def _variants(solver: Solver) -> list[tuple[str, dict[str, Any]]]:
             changed.append({"threshold": "dynamic", name: 1.5})
             continue
         option = OPTIONS[name]
-        values = (True,) if option.flag else solver.narrower.get(name, option.values)
+        values = (not default,) if option.flag else solver.narrower.get(name, option.values)
         changed += [{name: value} for value in values if value != default]
         changed += [{name: _EXAMPLES[name]}] if name in _EXAMPLES else []
     if {"order", "form"} <= solver.options.keys():

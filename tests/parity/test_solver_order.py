@@ -74,6 +74,14 @@ CASES: dict[str, tuple[Process, dict[str, Any]]] = {
     "UniPC denoise": (LINEAR, {"method": "unipc", "to": "sigma_min", "denoise_to_zero": True}),
     "UniPC edm": (EDM, {"method": "unipc", "order": 3, "scale": 0.0}),
     "UniPC respaced": (LINEAR, {"method": "unipc", "grid": "respaced"}),
+    "SA-1": (LINEAR, {"method": "sa", "order": 1, "grid": "logsnr", **GUIDED}),
+    "SA-2": (EPS, {"method": "sa", **GUIDED}),
+    "SA-3 denoise": (
+        COSINE,
+        {"method": "sa", "order": 3, "final_order": "full", "to": "sigma_min", "denoise_to_zero": True},
+    ),
+    "SA without noise": (EPS, {"method": "sa", "order": 3, "sde": False, **GUIDED}),
+    "SA edm": (EDM, {"method": "sa", "scale": 0.0}),
     "heun": (EPS, {"method": "heun", "steps": "11", **GUIDED}),
     "heun churn": (EPS, {"method": "heun", "steps": "11", "churn": (2.0, 0.0, 1e9, 1.1), **GUIDED}),
     "heun to minimum": (COSINE, {"method": "heun", "churn": (30.0, 0.1, 10.0, 1.0), "to": "sigma_min"}),
@@ -223,6 +231,7 @@ ORDERS: dict[str, tuple[dict[str, Any], float]] = {
     "Heun": ({"method": "heun"}, 2.0),
     "3M": ({"method": "dpmpp", "order": 3, **FULL}, 2.0),
     "3S": ({"method": "dpmpp", "form": "single", "order": 3}, 2.0),
+    "SA-2": ({"method": "sa", "sde": False, **FULL}, 3.0),
     "UniPC-2": ({"method": "unipc", **FULL}, 3.0),
     "UniPC-3": ({"method": "unipc", "order": 3, **FULL}, 3.2),
 }

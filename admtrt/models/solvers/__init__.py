@@ -13,6 +13,7 @@ from admtrt.models.solvers.consistency import consistency
 from admtrt.models.solvers.dpmpp import dpmpp
 from admtrt.models.solvers.heun import euler, heun
 from admtrt.models.solvers.problem import Networks, Problem, State
+from admtrt.models.solvers.sa import sa
 from admtrt.models.solvers.unipc import unipc
 from admtrt.schedule.levels import levels_of
 from admtrt.schedule.solvers import SOLVERS
@@ -34,6 +35,7 @@ PAPER_FORMS: Mapping[str, Callable[[Problem], Iterator[State]]] = {
     "ddim": ancestral.ddim,
     "dpmpp": dpmpp,
     "unipc": unipc,
+    "sa": sa,
     "heun": heun,
     "euler": euler,
     "consistency": consistency,

@@ -9,7 +9,9 @@ declaration.
 
 from __future__ import annotations
 
-from admtrt.schedule.solvers import consistency, ddim, ddpm, dpmpp, heun, unipc
+from admtrt.schedule.solvers import consistency, ddim, ddpm, dpmpp, heun, sa, unipc
 from admtrt.schedule.solvers.registry import SOLVERS, Solver, solver_named
 
-__all__ = ["SOLVERS", "Solver", "consistency", "ddim", "ddpm", "dpmpp", "heun", "solver_named", "unipc"]
+__all__ = [
+    "SOLVERS", "Solver", "consistency", "ddim", "ddpm", "dpmpp", "heun", "sa", "solver_named", "unipc",
+]  # fmt: skip

@@ -1,0 +1,90 @@
+"""SA-Solver (Xue et al. 2023): stochastic Adams methods, a predictor and a corrector that costs nothing.
+
+In x~ = x_0 + S eps and l = -log S, with noise of the amount tau and c = 1 + tau^2, a step of h is
+
+    x~' = exp(-c h) x~ + c int exp(-c (h - u)) P(u) du + S_t sqrt(1 - exp(-2 tau^2 h)) z
+
+where P goes through the last predictions at the predictor, and through that at the predicted state besides
+at the corrector, which keeps z. tau is 1 with ``sde``, where order 1 is that of SDE-DPM-Solver++ but for the
+corrector, and 0 without. ``saved`` is what the corrector adds to the predicted state, its newest term apart.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from admtrt.schedule.solvers.registry import solver
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from admtrt.schedule.levels import Level, NoiseLevels
+    from admtrt.schedule.rows import Rows
+    from admtrt.schedule.sampler import SamplerConfig
+
+_MEMORY = ("x0", "h1", "h2")
+"""The predictions of a row and of the two before it."""
+
+
+@solver(
+    "sa",
+    source="Xue et al. 2023, arXiv 2309.05019",
+    processes=("discrete", "edm"),
+    options={
+        "order": 2, "sde": True, "grid": None, "to": "zero", "denoise_to_zero": False, "threshold": "static",
+        "threshold_order": "after_guide", "final_order": "falling", "sigma": "interpolated",
+    },
+)  # fmt: skip
+def sa(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
+    """Rows of SA-Solver."""
+    from admtrt.schedule.grid import check_distinct
+    from admtrt.schedule.multistep import orders_of, steps_of
+    from admtrt.schedule.rows import RowBuilder
+
+    passed, last = steps_of(levels, sampler, start)
+    check_distinct(passed, sampler)
+    orders = orders_of(sampler, len(passed) - 1, to_zero=passed[-1] is None)
+    tau2 = 1.0 if sampler.option("sde") else 0.0
+    builder, first = RowBuilder(levels), passed[0]
+    visited: list[Level] = []
+    correction = 0.0  # weight of this row's prediction in the state that it corrects
+    for (level, to), order in zip(pairwise(passed), orders, strict=True):
+        assert level is not None  # only the last may be the image
+        visited.insert(0, level)
+        if to is None:
+            builder.add(level, None, {"x0": 1.0})
+            break
+        h = to.lam - level.lam
+        known = [one.lam - level.lam for one in visited[:order]]
+        predicted = _weights(known, h, 1 + tau2)
+        new, *corrected = _weights([h, *known], h, 1 + tau2)
+        kept = math.exp(-(1 + tau2) * h)
+        state = {"x": kept} if len(visited) == 1 else {"x": kept, "saved": kept}
+        weights = dict(zip(_MEMORY, predicted, strict=False))
+        weights["x0"] += kept * correction
+        noise = {"noise": to.sigma * math.sqrt(-math.expm1(-2 * h))} if tau2 else {}
+        added = [one - other for one, other in zip(corrected, predicted, strict=True)]
+        corrects = len(visited) < len(orders)
+        keep = dict(zip(_MEMORY, added, strict=False)) if corrects else None
+        builder.add(level, to, state | weights | noise, keep=keep)
+        correction = new
+    if last is not None:
+        builder.add(last, None, {"x0": 1.0})
+    assert first is not None
+    return builder.rows(init_scale=levels.start_scale(first, start))
+
+
+def _weights(points: Sequence[float], h: float, c: float) -> list[float]:
+    """Weights of predictions at these points of l, by which c int exp(-c (h - u)) u^k du is exact over h."""
+    import numpy as np
+
+    integrals = [-math.expm1(-c * h)]
+    for k in range(1, len(points)):
+        integrals.append(h**k - k / c * integrals[-1])
+    # In units of h, so that the powers are near 1.
+    powers = np.vander(np.array(points) / h, increasing=True).T
+    scaled = [integral / h**k for k, integral in enumerate(integrals)]
+    found: list[float] = np.linalg.solve(powers, scaled).tolist()
+    return found
