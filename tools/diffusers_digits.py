@@ -6,7 +6,7 @@ Needs diffusers. The model is trained as its unconditional training example does
 linear steps, mean squared error, AdamW (lr 1e-4, betas 0.95 and 0.999, weight decay 1e-6), warm-up over 500
 steps and a cosine after it, averaged weights; then written by DDPMPipeline. Its folder is all that admtrt is
 given. Prints a table: sampler, guidance scale, the fraction of 200 samples that the demo's judge finds to be
-of their class, and their diversity. Behind the numbers of docs/diffusers.md.
+of their class, and their diversity.
 """
 
 from __future__ import annotations

@@ -344,6 +344,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (SCHEDULER, {"_class_name": "ScoreSdeVeScheduler"}, "of the class 'ScoreSdeVeScheduler'"),
     (SCHEDULER, {"_class_name": "KarrasVeScheduler"}, "of the class 'KarrasVeScheduler'"),
     (SCHEDULER, {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "'FlowMatchEulerDiscreteScheduler'"),
+    (SCHEDULER, {"_class_name": "CogVideoXDDIMScheduler"}, "of the class 'CogVideoXDDIMScheduler'"),
     (SCHEDULER, {"_class_name": "HeunDiscreteScheduler"}, "lacks num_train_timesteps, beta_start"),
     (SCHEDULER, {"num_train_timesteps": 1}, "num_train_timesteps is 1"),
     (SCHEDULER, {"beta_schedule": "laplace"}, "beta_schedule is 'laplace'"),

@@ -57,7 +57,7 @@ _SAME_DEFAULTS = (
     "RePaintScheduler",
 )  # fmt: skip
 """Classes whose betas are these where a file leaves them out."""
-_OTHER_PROCESSES = ("ScoreSde", "KarrasVe", "FlowMatch", "EDM")
+_OTHER_PROCESSES = ("ScoreSde", "KarrasVe", "FlowMatch", "EDM", "CogVideoX")
 """Beginnings of classes that make no betas, or use them for something else."""
 _OF_SOLVERS = frozenset(
     {
