@@ -22,7 +22,7 @@ from admtrt.export.differentiate import NothingToDifferentiateError, add_input_g
 from admtrt.export.passes import simplify
 from admtrt.export.vjp import RULES
 
-# One operator in float32 against float64: some 10 roundings of 6e-8; derivatives of derivatives have more terms.
+# One operator in float32 against float64: some 10 roundings of 6e-8; second derivatives have more terms.
 TOLERANCE, SECOND = 2e-6, 1e-5
 BATCHES = (1, 3)
 GRAPHS: dict[int, ir.Model] = {}
