@@ -115,6 +115,7 @@ def losses_as_selections(model: ir.Model) -> bool:
             continue
         tape, one = ir.tape.Tape(), constant(model.graph, np.array([1]))
         log_p, labels = input_of(node, 0), input_of(node, 1)
+        node.outputs[0].shape = labels.shape  # PyTorch notes that of a mean
         if node.op_type == "SoftmaxCrossEntropyLoss":
             log_p = tape.op("LogSoftmax", [log_p], attributes={"axis": 1})
         dtype, float_dtype = labels.dtype, input_of(node, 0).dtype

@@ -108,6 +108,6 @@ def _numbers(node: ir.Node, known: dict[ir.Value, Numbers]) -> Numbers | None:
 def _read(value: ir.Value | None, known: dict[ir.Value, Numbers]) -> Numbers | None:
     if value is None:
         return None
-    if value.const_value is not None and value.dtype == ir.DataType.INT64:
+    if value.const_value is not None and value.const_value.dtype == ir.DataType.INT64:
         return value.const_value.numpy().astype(object)
     return known.get(value)

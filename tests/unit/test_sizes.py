@@ -35,7 +35,6 @@ def computed(body: str, rank: int = 1) -> ir.Model:
     [
         ("s = Shape (x) n = Gather (s, two) out = Cast <to = 1> (n)", 6),
         ("s = Shape <start = 1> (x) n = Slice (s, at, first) out = Cast <to = 1> (n)", 4),
-        ("s = Shape (x) a, b, c = Split (s) out = Cast <to = 1> (c)", None),
         ("s = Shape (x) n = Gather (s, pair) m = Mul (n, n) out = Cast <to = 1> (m)", 16),
         (
             "s = Shape (x) n = Gather (s, one) m = Sub (n, minus) d = Div (minus, m) out = Cast <to = 1> (d)",
