@@ -119,6 +119,9 @@ class TrainingConfig(Config):
     weights the squared error by the signal-to-noise ratio: ``min-snr`` as Hang et al. 2023, ``p2`` as Choi
     et al. 2022.
 
+    ``init`` is a checkpoint whose weights training begins with: it has every tensor of the network, and may
+    have others, such as the labels of a class-conditional one.
+
     ``compile`` has torch.compile fuse the network, ``channels_last`` lays images out as convolutions like
     them, and ``tf32`` lets devices that have it round the inputs of float32 matrix products: each changes
     speed, and the last bits.
@@ -152,6 +155,7 @@ class TrainingConfig(Config):
     sigma_std: PositiveFloat = later(1.2)
     snr_weighting: SnrWeighting = later("none")
     ema_warmup: bool = later(False)
+    init: str | None = later(None)
     compile: bool = later(False)
     channels_last: bool = later(False)
     tf32: bool = later(False)

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,8 @@ import torch
 from admtrt.config import ClassifierConfig, EdmConfig, UNetConfig
 from admtrt.console import progress
 from admtrt.data.image_set import ImageSet, load_data, require_classes, split
-from admtrt.errors import ConfigError, RequestError, TrainingDivergedError
-from admtrt.models.checkpoint import CheckpointConfig, build_network, save_checkpoint
+from admtrt.errors import CheckpointError, ConfigError, RequestError, TrainingDivergedError
+from admtrt.models.checkpoint import CheckpointConfig, build_network, open_checkpoint, save_checkpoint
 from admtrt.models.matching import shapes_of_network
 from admtrt.models.unet import UNet
 from admtrt.run_config import network_section, sampler_for
@@ -33,9 +34,9 @@ from admtrt.training.timesteps import Stream, torch_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from accelerate import Accelerator
+    from torch import nn
 
     from admtrt.console import Output
     from admtrt.run_config import RunConfig, Task, TrainingConfig
@@ -117,6 +118,8 @@ def train(
         on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
         torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))
         network = build_network(described)
+        if settings.init is not None:
+            _begin_with(network, Path(settings.init), output)
         objective.begin(network)
         learner = Learner(network, objective, settings, accelerator, division)
         if folder.state.exists():
@@ -143,6 +146,26 @@ def train(
         with contextlib.closing(metrics):
             _run(task, settings, learner, train_set, held_out, recorder)
         return TrainingResult(task, learner.step, metrics.last, recorder.weights, folder.root)
+
+
+def _begin_with(network: nn.Module, path: Path, output: Output) -> None:
+    """Give a network the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: if it cannot be read, or lacks a tensor of the network.
+    """
+    stored, own = open_checkpoint(path), network.state_dict()
+    unlike = [key for key, tensor in own.items() if stored.shapes.get(key) != tuple(tensor.shape)]
+    if unlike:
+        raise CheckpointError(
+            f"{path} cannot be trained on: it has no {unlike[0]} of shape {list(own[unlike[0]].shape)}, nor "
+            f"{len(unlike) - 1} other of the network's {len(own)} tensors",
+            hint="Give a network of the same section, or one with more, in train_*.init.",
+        )
+    network.load_state_dict({key: stored.in_network(key).float() for key in own})
+    left = sorted(stored.shapes.keys() - own.keys())
+    if left:
+        output.note(f"{path}: left out {', '.join(left)}")
 
 
 def _checked_sampler(task: Task, config: RunConfig) -> SamplerConfig:

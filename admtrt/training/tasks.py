@@ -119,6 +119,11 @@ def _consistency_objective(config: RunConfig, device: torch.device) -> Objective
             "consistency models are trained on a process of kind 'edm', and diffusion.kind is 'discrete'",
             hint='Set in [diffusion]: kind = "edm", boundary = true',
         )
+    if config.train_consistency.init is not None and config.train_consistency.teacher is not None:
+        raise ConfigError(
+            "train_consistency has both init and teacher, and begins with the teacher's weights",
+            hint="Leave one of them out.",
+        )
     names = ("loss", "timestep_sampler", "sigma_mean", "sigma_std", "snr_weighting")
     _refuse("consistency", config.train_consistency, names, "is nothing of a consistency model")
     return ConsistencyObjective(config, device)

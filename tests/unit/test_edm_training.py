@@ -308,6 +308,7 @@ def test_teachers_that_cannot_teach(tmp_path: Path) -> None:
             "train_unet.timestep_sampler is",
         ),
         ("unet", {"train_unet": {"snr_weighting": "p2"}}, "train_unet.snr_weighting is 'p2'"),
+        ("consistency", {"train_consistency": {"init": "x", "teacher": "y"}}, "has both init and teacher"),
         ("consistency", {"train_consistency": {"snr_weighting": "p2"}}, "train_consistency.snr_weighting is"),
         ("unet", {"train_unet": {"weighting": "inverse-step"}}, "belongs to consistency models"),
         ("unet", {"sampler": {"method": "ddim", "steps": "25"}}, "[sampler] cannot be used: method 'ddim'"),

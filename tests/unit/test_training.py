@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from training_runs import in_python, lines, run, tiny_config, weights
 
 from admtrt.config import DiffusionConfig, save_config
-from admtrt.errors import ConfigError, DataError, MissingDependencyError
+from admtrt.errors import CheckpointError, ConfigError, DataError, MissingDependencyError
 from admtrt.models.checkpoint import load_network
 from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.diffusion import Diffusion
@@ -240,6 +240,24 @@ def test_learning_rate_warms_up_and_anneals():
 def test_the_optimiser_uses_the_rate_of_each_step(tmp_path):
     run(tiny_config(lr=1e-3, steps=4, log_every=1, lr_schedule="linear", warmup_steps=2), tmp_path)
     assert [line["lr"] for line in lines(tmp_path)] == pytest.approx([5e-4, 7.5e-4, 5e-4, 2.5e-4])
+
+
+def test_training_begins_with_the_weights_of_a_checkpoint(tmp_path, capsys):
+    """An unconditional UNet from a class-conditional one, whose labels are left out."""
+    run(tiny_config(), tmp_path / "first")
+    trained = tmp_path / "first" / "unet.safetensors"
+    plain = {"unet": {"num_classes": None}, "steps": 1, "lr": 1e-9, "ema_rates": [0.9]}
+    run(tiny_config(**plain, init=str(trained)), tmp_path / "second")
+    began, made = weights(trained), weights(tmp_path / "second" / "unet.safetensors")
+    assert began.keys() - made.keys() == {"label_emb.weight"}
+    for key, value in made.items():
+        torch.testing.assert_close(value, began[key], rtol=0, atol=1e-6)
+    assert "left out label_emb.weight" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(
+        CheckpointError, match=r"has no label_emb.weight of shape \[10, 128\], nor 0 other"
+    ):
+        run(tiny_config(init=str(tmp_path / "second" / "unet.safetensors")), tmp_path / "third")
+    assert not (tmp_path / "third" / "unet" / "state.safetensors").exists()
 
 
 def test_each_ema_rate_is_exported_with_the_run_inside(tmp_path):
