@@ -253,9 +253,7 @@ def test_training_begins_with_the_weights_of_a_checkpoint(tmp_path, capsys):
     for key, value in made.items():
         torch.testing.assert_close(value, began[key], rtol=0, atol=1e-6)
     assert "left out label_emb.weight" in " ".join(capsys.readouterr().err.split())
-    with pytest.raises(
-        CheckpointError, match=r"has no label_emb.weight of shape \[10, 128\], nor 0 other"
-    ):
+    with pytest.raises(CheckpointError, match=r"has no label_emb.weight of shape \[10, 128\], nor 0 other"):
         run(tiny_config(init=str(tmp_path / "second" / "unet.safetensors")), tmp_path / "third")
     assert not (tmp_path / "third" / "unet" / "state.safetensors").exists()
 
