@@ -156,7 +156,10 @@ class TrainingConfig(Config):
 
 
 class UNetTrainingConfig(TrainingConfig):
-    """The same for a UNet, which may start from the weights of ``init``, a file or diffusers' folder."""
+    """The same for a UNet, which may start from the weights of ``init``, a file or diffusers' folder.
+
+    An unconditional UNet may start from a class-conditional one, without its labels.
+    """
 
     init: str | None = later(None)
 

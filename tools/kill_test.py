@@ -88,7 +88,7 @@ SHAPE = {
 }  # fmt: skip
 MOST_IN_A_ROW = 12
 """Kills in one folder before the command is left alone."""
-TIMEOUT = 300.0
+TIMEOUT = 1800.0
 """Seconds after which a process that was left alone is taken to hang."""
 
 Snapshot = dict[str, Any]

@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ from admtrt.training.folder import RunFolder
 from admtrt.training.learner import Learner, learning_rate
 from admtrt.training.metrics import MetricsLog, Window, summary_writer
 from admtrt.training.sampling import draw_grid
-from admtrt.training.start import with_start
+from admtrt.training.start import begin_with, with_start
 from admtrt.training.state import load_state, save_state
 from admtrt.training.stopping import stop_requests
 from admtrt.training.tasks import make_objective, settle_losses
@@ -35,7 +36,6 @@ from admtrt.training.timesteps import Stream, torch_seed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from pathlib import Path
 
     from accelerate import Accelerator
 
@@ -125,7 +125,7 @@ def train(
         torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))
         network = build_network(described)
         if start is not None:
-            network.load_state_dict(start.module.state_dict())
+            begin_with(network, start)
         objective.begin(network)
         learner = Learner(network, objective, settings, accelerator, division)
         if folder.state.exists():

@@ -13,11 +13,15 @@ from admtrt.run_config import RunConfig
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch import nn
+
     from admtrt.models.checkpoint import LoadedNetwork, StoredCheckpoint
     from admtrt.run_config import Task
 
 _FREE = frozenset({"dropout"})
 """Settings of a network that do not change what its weights mean."""
+_LABELS = "label_emb."
+"""Prefix of the tensors that a network without classes has no place for."""
 
 
 def with_start(
@@ -55,6 +59,15 @@ def with_start(
     return RunConfig.from_dict(taken), load_stored(stored, found)
 
 
+def begin_with(network: nn.Module, start: LoadedNetwork) -> None:
+    """Give a network the weights of a checkpoint; labels that it has no place for are left out."""
+    own = network.state_dict()
+    weights = start.module.state_dict()
+    network.load_state_dict(
+        {key: value for key, value in weights.items() if key in own or _LABELS not in key}
+    )
+
+
 def _identified(stored: StoredCheckpoint, config: RunConfig, note: Callable[[str], None]) -> CheckpointConfig:
     given = None
     if stored.embedded is None and config.unet is not None:
@@ -78,10 +91,12 @@ def _check_same(path: Path, found: CheckpointConfig, config: RunConfig) -> None:
     assert found.unet is not None
     ours = found.model_copy(update={"unet": config.unet}).facts
     theirs = found.facts
+    assert config.unet is not None  # the caller's condition
+    free = _FREE if config.unet.num_classes is not None else _FREE | {"num_classes"}
     different = [
         f"unet.{key} is {ours[key]}, {theirs[key]} in the checkpoint"
         for key in ours
-        if key not in _FREE and ours[key] != theirs[key]
+        if key not in free and ours[key] != theirs[key]
     ]
     if different:
         raise ConfigError(

@@ -34,7 +34,8 @@ _MEMORY = ("x0", "h1", "h2")
     processes=("discrete", "edm"),
     options={
         "order": 2, "sde": True, "grid": None, "to": "zero", "denoise_to_zero": False, "threshold": "static",
-        "threshold_max": None, "threshold_order": "after_guide", "final_order": "falling", "sigma": "interpolated",
+        "threshold_max": None,
+        "threshold_order": "after_guide", "final_order": "falling", "sigma": "interpolated",
     },
 )  # fmt: skip
 def sa(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
