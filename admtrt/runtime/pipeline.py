@@ -20,7 +20,7 @@ from admtrt.runtime.noise import MAX_SEED, check_seed
 from admtrt.runtime.request import class_index, one_for_each, whole_number
 from admtrt.runtime.sampler import hold
 from admtrt.runtime.slots import slots_for
-from admtrt.schedule.guides import GUIDE_GRAPH, GuideChoice, unknown_guide
+from admtrt.schedule.guides import GUIDE_GRAPH, GuideChoice, guide_choices
 from admtrt.schedule.sampler import SamplerChoices, with_choices
 from admtrt.schedule.table import sampling_schedule
 
@@ -373,25 +373,15 @@ class Pipeline:
         Raises:
             RequestError: for a guide that the bundle has not, or an impossible choice.
         """
-        chosen, known = list(names), self.bundle.manifest.guides
-        given = {"scale": scale or {}, "interval": interval or {}, "place": place or {}, "clip": clip or {}}
-        for what, theirs in given.items():
-            idle = next((name for name in theirs if name not in chosen), None)
-            if idle is not None:
-                raise RequestError(f"{what} was given of the guide '{idle}', which does not guide")
-        choices = []
-        for name in chosen:
-            if name not in known:
-                raise unknown_guide(name, known, str(self.bundle.path))
-            own = {field: getattr(known[name], field) for field in ("scale", "place", "clip")}
-            own |= {what: theirs[name] for what, theirs in given.items() if name in theirs}
-            if (own["place"] == "reference") != (known[name].place == "reference"):
-                raise RequestError(f"guide '{name}' cannot enter in the place '{own['place']}'")
-            try:
-                choices.append(GuideChoice.from_dict({"name": name, **own}, source=f"guide '{name}'"))
-            except ConfigError as error:
-                raise RequestError(error.message) from None
-        return tuple(choices)
+        return guide_choices(
+            self.bundle.manifest.guides,
+            names,
+            str(self.bundle.path),
+            scale=scale,
+            interval=interval,
+            place=place,
+            clip=clip,
+        )
 
     def check_labels(self, labels: Sequence[int | str] | None, sampler: SamplerConfig) -> Labels | None:
         """Labels as int64 [N], or None.
