@@ -55,7 +55,9 @@ class _File:
     @property
     def opset(self) -> int:
         """Of its operators."""
-        return next(one.version for one in self.model.opset_import if one.domain in ("", "ai.onnx"))
+        versions = {one.domain: one.version for one in self.model.opset_import}
+        found: int = versions.get("") or versions["ai.onnx"]
+        return found
 
     @cached_property
     def session(self) -> Any:
@@ -127,7 +129,7 @@ class OnnxFile(nn.Module):
         """Its first output."""
         if torch.onnx.is_in_onnx_export():
             shape = (x.shape[0], *self.result)
-            attributes = {_HANDLE: self.handle}
+            attributes: dict[str, Any] = {_HANDLE: self.handle}
             return torch.onnx.ops.symbolic(
                 f"{_DOMAIN}::{_NODE}", (x,), attributes, dtype=x.dtype, shape=shape, version=1
             )
