@@ -395,7 +395,7 @@ class _SmallImages:
 
         from admtrt.npz import open_npz, reading_fault
         from admtrt.runtime.bulk import MAX_SAMPLES
-        from admtrt.runtime.pipeline import check_conditioning
+        from admtrt.runtime.conditioning import check_conditioning
 
         hint = "Give the samples.npz of a run, or a file that np.savez wrote."
         try:

@@ -10,6 +10,7 @@ from admtrt.errors import BundleError, RequestError
 from admtrt.runtime.backends.auto import open_fastest
 from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
 from admtrt.runtime.request import whole_number
+from admtrt.schedule.guides import GUIDE_GRAPH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -134,3 +135,14 @@ def _check_path(bundle: Bundle) -> None:
             f"the path {str(bundle.path)!r} is not in UTF-8, and no inference library opens such files",
             hint="Rename the folder.",
         ) from None
+
+
+def graphs_with(bundle: Bundle, guides: Collection[str] | None) -> list[GraphName] | None:
+    """The graphs of a bundle but those of other guides; None for all of them."""
+    names = list(bundle.manifest.graphs)
+    kept = [
+        name
+        for name in names
+        if guides is None or not name.startswith(GUIDE_GRAPH) or name.removeprefix(GUIDE_GRAPH) in guides
+    ]
+    return None if kept == names else kept
