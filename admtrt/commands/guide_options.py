@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from admtrt.bundle import Manifest
     from admtrt.npz import Header
     from admtrt.runtime.guide_targets import GuideTargets
-    from admtrt.runtime.pipeline import Pipeline
     from admtrt.schedule.guides import GuideChoice
 
 _PANEL = "Guides besides the classifier"
@@ -75,39 +74,27 @@ class GuideOptions:
         """The guides that guide."""
         return list(self.guide or ())
 
-    def check_known(self, manifest: Manifest, bundle: Path) -> None:
-        """Refuse guides that the bundle has not, and options of guides where none guides.
+    def check(self) -> None:
+        """Refuse options of guides where none guides.
 
         Raises:
             RequestError: naming it.
         """
-        from admtrt.schedule.guides import unknown_guide
+        for option in (field.name for field in fields(self)):
+            if not self.names and getattr(self, option) is not None:
+                raise RequestError(
+                    f"--{option.replace('_', '-')} is of a guide, and none guides",
+                    hint="Name one with --guide.",
+                )
 
-        for name in self.names:
-            if name not in manifest.guides:
-                raise unknown_guide(name, manifest.guides, str(bundle))
-        if not self.names:
-            for option in (
-                "target",
-                "operator",
-                "guide_scale",
-                "guide_interval",
-                "guide_place",
-                "guide_clip",
-            ):
-                if getattr(self, option) is not None:
-                    raise RequestError(
-                        f"--{option.replace('_', '-')} is of a guide, and none guides",
-                        hint="Name one with --guide.",
-                    )
-
-    def choices(self, pipeline: Pipeline) -> tuple[GuideChoice, ...] | None:
+    def choices(self, manifest: Manifest, bundle: Path) -> tuple[GuideChoice, ...] | None:
         """What the sampler does with them; None where there are none.
 
         Raises:
             RequestError: for what cannot be.
         """
         from admtrt.commands.sample import interval_of
+        from admtrt.schedule.guides import guide_choices
 
         if not self.names:
             return None
@@ -117,7 +104,9 @@ class GuideOptions:
         }
         place: Any = dict(self._by_guide(self.guide_place, "--guide-place"))
         clip = {} if self.guide_clip is None else dict.fromkeys(self.names, self.guide_clip)
-        return pipeline.guide_choices(self.names, scale=scale, interval=interval, place=place, clip=clip)
+        return guide_choices(
+            manifest.guides, self.names, str(bundle), scale=scale, interval=interval, place=place, clip=clip
+        )
 
     def targets(self, manifest: Manifest, mask: Path | None) -> GuideTargets:
         """What the files hold.

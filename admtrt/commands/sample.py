@@ -139,7 +139,8 @@ def sample(
     small = None if low_res is None else _SmallImages.read(low_res, first)
     if small is not None and num not in (None, len(small)):
         raise RequestError(f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out.")
-    guide_options.check_known(first.manifest, bundle)
+    guide_options.check()
+    guided_by = guide_options.choices(first.manifest, bundle)
     mask = image_options.mask if image_options.known is None and guide_options.names else None
     targets = guide_options.targets(first.manifest, mask)
     images = image_options.read(first.manifest, num, targets, own_mask=mask is None)
@@ -157,7 +158,7 @@ def sample(
                 "scale": scale,
                 "clip": clip,
                 "guidance_interval": interval,
-                "guided_by": guide_options.choices(pipeline),
+                "guided_by": guided_by,
                 **solver_options,  # type: ignore[typeddict-item]
             },
         )
@@ -439,7 +440,7 @@ class _SmallImages:
 
         from admtrt.npz import open_npz, reading_fault
         from admtrt.runtime.bulk import MAX_SAMPLES
-        from admtrt.runtime.pipeline import check_conditioning
+        from admtrt.runtime.conditioning import check_conditioning
 
         hint = "Give the samples.npz of a run, or a file that np.savez wrote."
         try:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from admtrt.contract import BATCH, NODE_SCOPES
 from admtrt.errors import ExportError
 from admtrt.export.fold import fold
-from admtrt.export.inside import TRANSLATIONS, insert_files
+from admtrt.export.inside import insert_files, newest_opset
 from admtrt.export.nodes import ATEN, module_of
 from admtrt.export.passes import simplify
 from admtrt.export.plain import plain
@@ -60,7 +60,7 @@ def graph_from_module(
         module: any module, all of it in evaluation mode.
         inputs: example tensors by graph name, in the order of ``forward``; batch of at least 2.
         outputs: graph names of the outputs, in order.
-        opset: of the default ONNX domain.
+        opset: of the default ONNX domain, or the newest of the ONNX files in the module.
 
     Raises:
         ExportError: if PyTorch cannot capture the module, or its batch size is not free.
@@ -69,6 +69,7 @@ def graph_from_module(
         raise ExportError("the module or a part of it is in training mode", hint="Call module.eval() first.")
     if opset < OPSET:
         raise ExportError(f"opset {opset} is too old; gradients are written in operators of {OPSET} or later")
+    opset = max(opset, newest_opset(module))
     flat = [name for name, tensor in inputs.items() if not tensor.dim()]
     if flat:
         raise ExportError(
@@ -93,7 +94,6 @@ def graph_from_module(
                 output_names=list(outputs),
                 opset_version=opset,
                 optimize=False,
-                custom_translation_table=TRANSLATIONS,
                 verbose=False,
             )
     except Exception as error:  # torch raises many unrelated types here

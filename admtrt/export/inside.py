@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx
 import onnx_ir as ir
-import onnxscript
 import torch
 from onnxscript.version_converter import convert_version
 from torch import Tensor, nn
 
 from admtrt.contract import BATCH
 from admtrt.errors import ExportError
+from admtrt.export.passes import simplify
+from admtrt.export.plain import plain
+from admtrt.export.tidy import tidy
 from admtrt.runtime.backends.onnxruntime import import_onnxruntime
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 _DOMAIN, _NODE, _HANDLE = "admtrt", "File", "handle"
-_OPSET = 18
+_OPSETS = (18, 22)  # the oldest and the newest that graphs are made in
 _LARGEST = 2**31  # bytes of a file that protocol buffers can hold
 _HINT = "Export it with a dynamic batch: one image input [N, C, H, W], the features as its first output."
 
@@ -51,6 +52,13 @@ class _File:
         """Sizes of its output but the batch."""
         return _sizes(self.model.graph.output[0])
 
+    @property
+    def opset(self) -> int:
+        """Of its operators."""
+        versions = {one.domain: one.version for one in self.model.opset_import}
+        found: int = versions.get("") or versions["ai.onnx"]
+        return found
+
     @cached_property
     def session(self) -> Any:
         """It, on ONNX Runtime."""
@@ -62,6 +70,8 @@ class _File:
         from admtrt.export.differentiate import add_input_gradient
 
         model = ir.from_proto(self.model)
+        for prepare in (tidy, plain, simplify):
+            prepare(model)
         graph = model.graph
         out, source = graph.outputs[0], graph.inputs[0]
         given = ir.Value(name="cotangent", shape=out.shape, type=out.type)
@@ -117,6 +127,12 @@ class OnnxFile(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Its first output."""
+        if torch.onnx.is_in_onnx_export():
+            shape = (x.shape[0], *self.result)
+            attributes: dict[str, Any] = {_HANDLE: self.handle}
+            return torch.onnx.ops.symbolic(
+                f"{_DOMAIN}::{_NODE}", (x,), attributes, dtype=x.dtype, shape=shape, version=1
+            )
         out: Tensor = torch.ops.admtrt.file(x, self.handle)
         return out
 
@@ -149,17 +165,24 @@ def _read(path: Path) -> _File:
     del model.graph.output[1:]
     _forget_batch(model.graph.output[0])
     converted = ir.from_proto(model)
-    if converted.opset_imports.get("", 0) != _OPSET:
-        convert_version(converted, _OPSET)
-    if converted.opset_imports.get("", 0) != _OPSET:
+    oldest, newest = _OPSETS
+    if converted.opset_imports.get("", 0) > newest:
         raise ExportError(
-            f"{path} cannot be converted to opset {_OPSET}", hint=f"Export it with opset {_OPSET}."
+            f"{path} has opset {converted.opset_imports['']}", hint=f"Export it with opset {newest} or older."
         )
+    _raise_opset(converted, oldest, path)
     shaped = onnx.shape_inference.infer_shapes(ir.to_proto(converted), data_prop=True)
     found = _File(path, shaped)
     if not found.result or 0 in (*found.image, *found.result):
         raise ExportError(f"{path}: the sizes of its image or its first output are not fixed", hint=_HINT)
     return found
+
+
+def _raise_opset(model: ir.Model, opset: int, path: Path) -> None:
+    if model.opset_imports.get("", 0) < opset:
+        convert_version(model, opset)
+    if model.opset_imports.get("", 0) < opset:
+        raise ExportError(f"{path} cannot be converted to opset {opset}", hint="Export it with that one.")
 
 
 def _forget_batch(value: onnx.ValueInfoProto) -> None:
@@ -211,29 +234,24 @@ def _backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
 
 _run.register_autograd(_backward, setup_context=_keep)
 
-_opset = onnxscript.values.Opset(_DOMAIN, 1)
-
-
-def _translated(x: Any, handle: int) -> Any:
-    return onnxscript.values.Op(_opset, _NODE)(x, handle=handle)
-
-
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.admtrt.file.default: _translated}
-"""What PyTorch's exporter is told of the operator."""
-
 
 def insert_files(model: ir.Model) -> None:
     """Put the nodes of each file in the place of the operator that stands for it."""
     for count, node in enumerate([node for node in model.graph if node.domain == _DOMAIN]):
-        inner = ir.from_proto(_FILES[node.attributes[_HANDLE].as_int()].model).graph
-        for number, value in enumerate([*inner.initializers.values(), *_outputs(inner)]):
+        file = _FILES[node.attributes[_HANDLE].as_int()]
+        read = ir.from_proto(file.model)
+        _raise_opset(read, model.opset_imports[""], file.path)
+        inner = read.graph
+        constants = list(inner.initializers.values())
+        inner.initializers.clear()
+        for number, value in enumerate([*constants, *_outputs(inner)]):
             value.name = f"file{count}.{number}"
+        for value in constants:
+            model.graph.register_initializer(value)
         source, target = node.inputs[0], node.outputs[0]
         assert source is not None
         ir.convenience.replace_all_uses_with(inner.inputs[0], source)
         found = inner.outputs[0]
-        for value in list(inner.initializers.values()):
-            model.graph.register_initializer(value)
         moved = list(inner)
         inner.outputs.clear()
         inner.remove(moved)
@@ -244,6 +262,12 @@ def insert_files(model: ir.Model) -> None:
             if output is target:
                 model.graph.outputs[index] = found
         model.graph.remove(node, safe=True)
+
+
+def newest_opset(module: nn.Module) -> int:
+    """The newest opset of the files in a module; 0 where there is none."""
+    files = [part for part in module.modules() if isinstance(part, OnnxFile)]
+    return max((_FILES[file.handle].opset for file in files), default=0)
 
 
 def _outputs(graph: ir.Graph) -> list[ir.Value]:

@@ -43,6 +43,7 @@ def example_slots(manifest: Manifest, batch: int) -> Slots:
         labels=labels,
         low_res=low_res,
         guided=bool(scale),
+        guides=manifest.guides,
     )
     slots.position[:] = np.arange(batch) * (len(schedule) // 2) // batch
     return slots

@@ -153,6 +153,7 @@ class InversionRequest:
             [0] * len(images),
             labels=None if self.labels is None else self.labels[rows],
             guided=False,
+            guides=manifest.guides,
             images=images,
         )
         self.pipeline.drive(slots, rows.start, callback)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import numpy as np
 
@@ -13,6 +13,7 @@ from admtrt.bundle import Bundle
 from admtrt.contract import event_shape
 from admtrt.errors import ConfigError, RequestError
 from admtrt.images import from_uint8, to_uint8
+from admtrt.runtime.conditioning import check_conditioning
 from admtrt.runtime.guide_targets import GuideTargets
 from admtrt.runtime.image_inputs import NOTHING, ImageInputs
 from admtrt.runtime.latents import Latents
@@ -20,7 +21,7 @@ from admtrt.runtime.noise import MAX_SEED, check_seed
 from admtrt.runtime.request import class_index, one_for_each, whole_number
 from admtrt.runtime.sampler import hold
 from admtrt.runtime.slots import slots_for
-from admtrt.schedule.guides import GUIDE_GRAPH, GuideChoice, unknown_guide
+from admtrt.schedule.guides import GuideChoice, guide_choices
 from admtrt.schedule.sampler import SamplerChoices, with_choices
 from admtrt.schedule.table import sampling_schedule
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.contract import GraphName, Precision
+    from admtrt.contract import Precision
     from admtrt.runtime.backends.auto import Fastest
     from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.image_inputs import Known
@@ -132,45 +133,6 @@ def _state_after(index: int, slots: Slots, held: HeldSlots) -> tuple[Images, Ima
     return slots.x, slots.x_0
 
 
-class Sized(Protocol):
-    """An array, or what is known of one that has not been read."""
-
-    @property
-    def dtype(self) -> np.dtype[Any]:
-        """Of its values."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The number of images first."""
-
-
-def check_conditioning(bundle: Bundle, images: Sized | None) -> None:
-    """Refuse small images that are missing, not wanted or of other sizes than the bundle enlarges.
-
-    Raises:
-        RequestError: naming what differs.
-    """
-    size, channels = bundle.manifest.network.low_res_size, bundle.manifest.network.in_channels
-    if images is None and size is not None:
-        raise RequestError(
-            f"{bundle.path} is an upsampler and needs low_res images",
-            hint="Give them (--low-res FILE.npz), or draw the small images in one go with --upsample.",
-        )
-    if images is None:
-        return
-    if size is None:
-        raise RequestError(
-            f"{bundle.path} is no upsampler, but low_res images were given", hint="Leave them out."
-        )
-    expected = {np.dtype(np.uint8): (size, size, channels), np.dtype(np.float32): (channels, size, size)}
-    if expected.get(images.dtype) != images.shape[1:]:
-        found = ", ".join(["N", *map(str, images.shape[1:])][: len(images.shape)])  # N is not at fault
-        raise RequestError(
-            f"low_res is {images.dtype} [{found}]; expected uint8 [N, {size}, {size}, {channels}] "
-            f"or finite float32 [N, {channels}, {size}, {size}]"
-        )
-
-
 class Pipeline:
     """Sampling from one bundle.
 
@@ -233,10 +195,9 @@ class Pipeline:
         Raises:
             RequestError, UserError: as :meth:`from_bundle`.
         """
-        from admtrt.runtime.backends.opening import open_denoiser
+        from admtrt.runtime.backends.opening import graphs_with, open_denoiser
 
-        graphs = None if guides is None else _graphs_without(bundle, guides)
-        denoiser = open_denoiser(bundle, choice, graphs=graphs, report=report)
+        denoiser = open_denoiser(bundle, choice, graphs=graphs_with(bundle, guides), report=report)
         return cls(bundle, denoiser, computed=str(choice))
 
     def __call__(
@@ -397,33 +358,17 @@ class Pipeline:
     ) -> tuple[GuideChoice, ...]:
         """What a sampler does with guides of the bundle, for ``guided_by`` of :meth:`sampler`.
 
-        Args:
-            names: of the guides.
-            scale, interval, place, clip: by guide, in place of the bundle's own; an interval of noise levels,
-                as ``guidance_interval``.
-
-        Raises:
-            RequestError: for a guide that the bundle has not, or an impossible choice.
+        Arguments and errors are those of :func:`admtrt.schedule.guides.guide_choices`.
         """
-        chosen, known = list(names), self.bundle.manifest.guides
-        given = {"scale": scale or {}, "interval": interval or {}, "place": place or {}, "clip": clip or {}}
-        for what, theirs in given.items():
-            idle = next((name for name in theirs if name not in chosen), None)
-            if idle is not None:
-                raise RequestError(f"{what} was given of the guide '{idle}', which does not guide")
-        choices = []
-        for name in chosen:
-            if name not in known:
-                raise unknown_guide(name, known, str(self.bundle.path))
-            own = {field: getattr(known[name], field) for field in ("scale", "place", "clip")}
-            own |= {what: theirs[name] for what, theirs in given.items() if name in theirs}
-            if (own["place"] == "reference") != (known[name].place == "reference"):
-                raise RequestError(f"guide '{name}' cannot enter in the place '{own['place']}'")
-            try:
-                choices.append(GuideChoice.from_dict({"name": name, **own}, source=f"guide '{name}'"))
-            except ConfigError as error:
-                raise RequestError(error.message) from None
-        return tuple(choices)
+        return guide_choices(
+            self.bundle.manifest.guides,
+            names,
+            str(self.bundle.path),
+            scale=scale,
+            interval=interval,
+            place=place,
+            clip=clip,
+        )
 
     def check_labels(self, labels: Sequence[int | str] | None, sampler: SamplerConfig) -> Labels | None:
         """Labels as int64 [N], or None.
@@ -576,15 +521,6 @@ class Pipeline:
                         )
                     )
             held.read()
-
-
-def _graphs_without(bundle: Bundle, guides: Collection[str]) -> list[GraphName]:
-    """The graphs that sampling may run, but those of other guides."""
-    return [
-        graph
-        for graph in bundle.manifest.sampled_graphs
-        if not graph.startswith(GUIDE_GRAPH) or graph.removeprefix(GUIDE_GRAPH) in guides
-    ]
 
 
 def consecutive_seeds(first: int, count: int) -> range:

@@ -24,10 +24,12 @@ import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
 from admtrt.config import Config, NoiseLevel, Positive, UNetConfig
-from admtrt.errors import RequestError
+from admtrt.errors import ConfigError, RequestError
 from admtrt.schedule.guidance import scales_in
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
     from numpy.typing import NDArray
 
     from admtrt.config import DiffusionConfig, EdmConfig
@@ -231,6 +233,48 @@ def reference_factor(choices: tuple[GuideChoice, ...], sigma: Float64) -> Float6
         if choice.place == "reference":
             return scales_in(sigma, choice.scale, choice.interval, off=1.0)
     return np.ones(len(sigma))
+
+
+def guide_choices(
+    known: Mapping[str, GuideConfig],
+    names: Iterable[str],
+    where: str,
+    *,
+    scale: Mapping[str, float] | None = None,
+    interval: Mapping[str, tuple[float, float]] | None = None,
+    place: Mapping[str, Place] | None = None,
+    clip: Mapping[str, bool] | None = None,
+) -> tuple[GuideChoice, ...]:
+    """What a sampler does with guides.
+
+    Args:
+        known: the guides that there are.
+        names: of those that guide.
+        where: they are, for messages.
+        scale, interval, place, clip: by guide, in place of its own.
+
+    Raises:
+        RequestError: for a guide that there is none of, or an impossible choice.
+    """
+    chosen = list(names)
+    given = {"scale": scale or {}, "interval": interval or {}, "place": place or {}, "clip": clip or {}}
+    for what, theirs in given.items():
+        idle = next((name for name in theirs if name not in chosen), None)
+        if idle is not None:
+            raise RequestError(f"{what} was given of the guide '{idle}', which does not guide")
+    choices = []
+    for name in chosen:
+        if name not in known:
+            raise unknown_guide(name, known, where)
+        own = {field: getattr(known[name], field) for field in ("scale", "place", "clip")}
+        own |= {what: theirs[name] for what, theirs in given.items() if name in theirs}
+        if (own["place"] == "reference") != (known[name].place == "reference"):
+            raise RequestError(f"guide '{name}' cannot enter in the place '{own['place']}'")
+        try:
+            choices.append(GuideChoice.from_dict({"name": name, **own}, source=f"guide '{name}'"))
+        except ConfigError as error:
+            raise RequestError(error.message) from None
+    return tuple(choices)
 
 
 def unknown_guide(name: str, known: Any, place: str) -> RequestError:

@@ -66,6 +66,7 @@ class BothSides:
             labels=inputs.labels(count, shift),
             low_res=inputs.low_res(count),
             guided=bool(sampler.scale),
+            guides=manifest.guides,
             latents=self._x_T,
             images=self._image,
         )

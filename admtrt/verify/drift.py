@@ -158,6 +158,7 @@ def measure_drift(
             labels=inputs.labels(len(chosen), shift=first),
             low_res=inputs.low_res(len(chosen)),
             guided=bool(sampler.scale),
+            guides=bundle.manifest.guides,
         )
         other = exact.take(range(len(exact)))
         led = _led(bundle.manifest, sampler, exact, inputs, shift=first)

@@ -5,6 +5,7 @@ From exported graphs and through the runtime's own step; a sample's seed is its 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -50,8 +51,17 @@ def test_operators(operator: str) -> None:
     assert relative_error(found, stored(f"op.{operator}")) <= 1e-6
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("case", GRADIENTS)
+def runs(names: Iterable[str]) -> list[Any]:
+    """Each case on each backend; those of the first network on ONNX Runtime by default, the others are slow."""
+
+    def quick(name: str, backend: str) -> bool:
+        return (name.startswith("grad.unet") or name == "dps.inpaint") and backend == "onnxruntime"
+
+    pairs = [(name, backend) for name in names for backend in BACKENDS]
+    return [pytest.param(*pair, marks=() if quick(*pair) else pytest.mark.slow) for pair in pairs]
+
+
+@pytest.mark.parametrize(("case", "backend"), runs(GRADIENTS))
 def test_gradients(case: str, backend: str) -> None:
     _, network, operator, clip = case.split(".")
     steps = META[case]["t"]
@@ -159,8 +169,7 @@ def compare(name: str, states: list[np.ndarray], tolerance: float) -> None:
     assert relative_error(states[-1], stored(f"{name}.final")) <= tolerance
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", DPS)
+@pytest.mark.parametrize(("name", "backend"), runs(DPS))
 def test_posterior_sampling(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = META[name]
     run = Run(case["unet"], backend, monkeypatch)
@@ -178,8 +187,7 @@ def test_posterior_sampling(name: str, backend: str, monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(norms, stored(f"{name}.norms"), rtol=1e-3 if name != "dps.full" else 2e-2)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("name", ["ug.1", "ug.2"])
+@pytest.mark.parametrize(("name", "backend"), runs(["ug.1", "ug.2"]))
 def test_universal_guidance(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = META[name]
     run = Run(case["unet"], backend, monkeypatch)
@@ -196,8 +204,7 @@ def test_universal_guidance(name: str, backend: str, monkeypatch: pytest.MonkeyP
     compare(name, run.states(slots)[case["recurrence"] - 1 :: case["recurrence"]], 2e-3)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("method", ["ddpm", "ddim"])
+@pytest.mark.parametrize(("method", "backend"), runs(["ddpm", "ddim"]))
 def test_classifier_free_guidance(method: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = META[f"cfg.{method}"]
     run = Run("cond", backend, monkeypatch)

@@ -80,7 +80,11 @@ class _Batch(nn.Module):
         (_Loss(lambda x: (x - 5).sum((1, 2, 3)).log()), "not finite"),
         (_Loss(lambda x: x.view(-1, 7).sum(1)), "fails on 3 random images"),
         (_Loss(lambda x: 1.0), "the loss is a float; expected a tensor"),
-        (_Loss(lambda x: torch.linalg.matrix_exp(x).sum((1, 2, 3))), "guide 'mine': "),
+        pytest.param(
+            _Loss(lambda x: torch.linalg.matrix_exp(x).sum((1, 2, 3))),
+            "guide 'mine': ",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_a_loss_that_is_none_is_refused_at_export(loss: nn.Module, said: str) -> None:

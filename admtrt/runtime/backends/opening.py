@@ -8,6 +8,7 @@ from admtrt.errors import BundleError
 from admtrt.runtime.backends.auto import open_fastest
 from admtrt.runtime.backends.choice import AUTO, BackendChoice
 from admtrt.runtime.backends.registry import BACKENDS
+from admtrt.schedule.guides import GUIDE_GRAPH
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -60,3 +61,12 @@ def _check_path(bundle: Bundle) -> None:
             f"the path {str(bundle.path)!r} is not in UTF-8, and no inference library opens such files",
             hint="Rename the folder.",
         ) from None
+
+
+def graphs_with(bundle: Bundle, guides: Collection[str] | None) -> list[GraphName]:
+    """The graphs that sampling may run, but those of other guides; None for all guides."""
+    return [
+        name
+        for name in bundle.manifest.sampled_graphs
+        if guides is None or not name.startswith(GUIDE_GRAPH) or name.removeprefix(GUIDE_GRAPH) in guides
+    ]
