@@ -1,4 +1,4 @@
-"""What the tests of the server share: an engine without a network, and a client without a socket."""
+"""Common to the tests of the server: an engine without a network, a client without a socket."""
 
 from __future__ import annotations
 

@@ -110,7 +110,7 @@ async def ask(
 
 
 def whole(status: int, body: bytes, *, stream: bool) -> bool:
-    """Whether an answer is complete."""
+    """True for an answer that is complete."""
     return status == 200 and (b"event: done" in body if stream else b'"images"' in body)
 
 

@@ -47,7 +47,7 @@ METHODS: list[dict[str, Any]] = [
 def choices_of(generator: random.Random, *, guided: bool) -> dict[str, Any]:
     """A sampler of any kind."""
     chosen = dict(generator.choice(METHODS))
-    chosen["steps"] = generator.randint(8, 60)
+    chosen["steps"] = generator.randint(8, 60) | (chosen["method"] == "heun")  # which spends odd numbers
     chosen["scale"] = generator.choice([0.0, 1.0, 2.0, 4.0]) if guided else 0.0
     if chosen["scale"] and generator.random() < 0.3:
         chosen["guidance_interval"] = (0.3, 5.0)

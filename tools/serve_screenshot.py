@@ -23,7 +23,7 @@ def drawing(page: Page, share: float) -> None:
         page.click(f"#classes button >> text={name}")
     page.fill("#n", "8")
     page.fill("#seed", "7")
-    page.fill("#steps", "100")
+    page.fill("#steps", "50")
     page.click("#draw")
     done = "document.getElementById('bar').value / document.getElementById('bar').max"
     while page.evaluate(done) < share:

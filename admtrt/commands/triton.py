@@ -49,6 +49,8 @@ and `generate_stream`; plain `infer` over HTTP answers 501 for such models. Inpu
 `POST /v1/samples` of `admtrt serve`: `steps`, `method`, `scale`, ..., and `preview_every`. Images to begin
 at, known regions and upsamplers are not served here.
 
+Clients of gRPC keep the parameter `timeout` for Triton's own; over HTTP it is ours.
+
 Triton's own queue limits and durations see only the moment in which a request is let in; `admtrt_*` in its
 metrics count the engine's.
 """

@@ -104,7 +104,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What was checked of a request, rows for its samples; :meth:`Pipeline.check` makes it."""
+    """A checked request, rows for its samples; :meth:`Pipeline.check` makes it."""
 
     sampler: SamplerConfig
     labels: Labels | None

@@ -88,7 +88,7 @@ class Shards:
                 yield start, stop
 
     def holds(self, start: int) -> bool:
-        """Whether the shard that begins with this sample is there."""
+        """The shard that begins with this sample is there."""
         return self._path(start).exists()
 
     def write(self, start: int, images: NDArray[np.uint8]) -> None:

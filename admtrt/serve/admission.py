@@ -1,4 +1,4 @@
-"""Who is let in: by the work that is ahead, not by a count alone; and who comes too late for a deadline."""
+"""Admission: by the work that is ahead, not by a count alone, and by deadlines."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What is let in.
+    """Bounds of the requests that are in.
 
     Attributes:
         requests: most at once: each holds memory, and most of them a connection.

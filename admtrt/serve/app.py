@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask, and how.
+    """Rules of who may ask, and how.
 
     Attributes:
         tokens: of the clients; empty asks for none.
@@ -187,7 +187,7 @@ def _described(engine: Engine) -> dict[str, Any]:
 
 
 def _page_headers(html: str) -> dict[str, str]:
-    """What the page may load: nothing but its own text, named by its hash."""
+    """Headers by which the page may load nothing but its own text, named by its hash."""
 
     def hashes(tag: str) -> str:
         found: Sequence[str] = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)

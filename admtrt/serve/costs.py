@@ -1,4 +1,4 @@
-"""What a step costs: seconds of every graph by batch size, measured at start and ever after."""
+"""Costs of a step: seconds of every graph by batch size, measured at start and ever after."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _CHOICES = ("method", "steps", "scale", "clip", "guidance_interval", *OPTIONS)
 
 
 def checked_draw(request: SampleRequest, model: Model) -> Draw:
-    """What a request asks of a model.
+    """The draw that a request asks of a model.
 
     Raises:
         RequestError: for anything that the model cannot do.

@@ -98,12 +98,12 @@ class Engine(threading.Thread):
 
     @property
     def ready(self) -> bool:
-        """Whether requests are taken."""
+        """Requests are taken."""
         return self.is_alive() and not self._draining and not self.fault
 
     @property
     def draining(self) -> bool:
-        """Whether the engine stops when it is done."""
+        """The engine stops when it is done."""
         return self._draining
 
     @property

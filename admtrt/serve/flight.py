@@ -124,11 +124,11 @@ class Flight:
 
     @property
     def drawn(self) -> bool:
-        """Whether every row has its result."""
+        """Every row has its result."""
         return all(row.result is not None for row in self.rows)
 
     def preview_is_due(self) -> bool:
-        """Whether as many steps as wished went by since this was last true."""
+        """True once each time that as many steps as wished have gone by."""
         if not self.preview_every or self.step - self._shown < self.preview_every:
             return False
         self._shown = self.step - self.step % self.preview_every

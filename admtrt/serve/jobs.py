@@ -150,7 +150,7 @@ class Jobs:
         )
 
     async def get(self, request: Request) -> Response:
-        """How far a job is."""
+        """Tell the state of a job."""
         job = await self._stored(request)
         state: dict[str, Any] = {"state": "queued"}
         if job.end is not None:
@@ -162,7 +162,7 @@ class Jobs:
         return JSONResponse({"id": job.id, "seeds": _safe(job.request["seeds"]), **state})
 
     async def result(self, request: Request) -> Response:
-        """What a job drew, as the request would have been answered."""
+        """Answer with the images of a job, as the request would have been answered."""
         job = await self._stored(request)
         if job.end is None:
             raise HttpError(409, "not_done", f"job {job.id} is not done", retry_after=2)

@@ -62,7 +62,7 @@ class Metrics:
         self._registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """What the engines count themselves; called by the library."""
+        """The engines' own counts; called by the library."""
         info = GaugeMetricFamily("admtrt_build_info", "Version", labels=["version"])
         info.add_metric([__version__], 1)
         yield info

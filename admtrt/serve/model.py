@@ -1,4 +1,4 @@
-"""What is served under one name: a bundle, or a bundle and the upsampler that enlarges its images."""
+"""A model, served under one name: a bundle, or a bundle and the upsampler that enlarges its images."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class Draw:
 
     @cached_property
     def settings(self) -> Hashable:
-        """What requests have in common that a server without step batching can put in one batch."""
+        """Equal for requests that a server without step batching can put in one batch."""
         return tuple(one.sampler for one in self.given), self.steps
 
     def slots(self, stage: int, index: int, small: Images | None) -> Slots:

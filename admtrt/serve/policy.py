@@ -1,4 +1,4 @@
-"""Whose rows take the next step: functions of what is in flight, without a clock or a thread."""
+"""The choice of the rows of the next step: of what is in flight, without a clock or a thread."""
 
 from __future__ import annotations
 

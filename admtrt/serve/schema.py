@@ -1,4 +1,4 @@
-"""What a request may hold: every field, its type and its limits; the API's description derives from here.
+"""Requests: every field, its type and its limits; the API's description derives from here.
 
 Fields have the names of the command line's options and of :class:`~admtrt.runtime.pipeline.Pipeline`'s
 arguments. What a bundle can do with them is for the pipeline to say.
@@ -52,7 +52,7 @@ _Options = create_model("_Options", __base__=Strict, **_option_fields())
 
 
 class SampleRequest(_Options):
-    """What is drawn and how it is answered; what is left out is the bundle's recommendation."""
+    """Samples to draw and how to answer; fields that are left out are the bundle's recommendation."""
 
     model: ModelName | None = Field(
         None, description="Name of the model; may be left out where there is one."
@@ -113,16 +113,9 @@ class SampleRequest(_Options):
             raise ValueError("a stream carries png; leave format out")
         return self
 
-    @property
-    def has_images(self) -> bool:
-        """Whether it carries images or latents."""
-        return any(
-            getattr(self, name) is not None for name in ("low_res", "init", "known", "reference", "latents")
-        )
-
 
 class ImageRequest(Strict):
-    """What OpenAI's ``images/generations`` takes, as far as a class-conditional model can honour it."""
+    """OpenAI's ``images/generations``, as far as a class-conditional model can honour it."""
 
     prompt: Annotated[str, Field(min_length=1, max_length=2000)] = Field(
         description="A class by name or number; several with commas between."
@@ -141,7 +134,7 @@ class ImageRequest(Strict):
 
 
 def faults_of(error: ValidationError) -> list[dict[str, str]]:
-    """What is wrong with a request, field by field; of what was sent nothing is repeated."""
+    """The faults of a request, field by field; of what was sent nothing is repeated."""
     found: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_input=False, include_context=False):
         where = [part for place, part in enumerate(fault["loc"]) if place == 0 or isinstance(part, int)]

@@ -108,12 +108,12 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Whether every model takes requests."""
+        """Every model takes requests."""
         return all(engine.ready for engine in self.engines.values())
 
     @property
     def live(self) -> bool:
-        """Whether no engine has failed."""
+        """No engine has failed."""
         return not any(engine.fault for engine in self.engines.values())
 
     def engine(self, name: str | None) -> Engine:

@@ -88,7 +88,7 @@ class Spool:
 
     @property
     def full(self) -> bool:
-        """Whether no further job is taken."""
+        """No further job is taken."""
         return self._size >= self._largest
 
     @staticmethod
@@ -97,7 +97,7 @@ class Spool:
         return f"{int(time.time()):08x}-{secrets.token_hex(12)}"
 
     def expired(self, job: str) -> bool:
-        """Whether there may have been a job of this name that was kept long enough."""
+        """There may have been a job of this name, and it was kept long enough."""
         made = _ID.fullmatch(job)
         return made is not None and int(made[1], 16) + self._keep <= time.time()
 
@@ -133,7 +133,7 @@ class Spool:
         return StoredJob(job, told["client"], told["request"], end)
 
     def result(self, job: str) -> bytes:
-        """What a job drew.
+        """The images of a job, as they are sent.
 
         Raises:
             OSError: if it cannot be read.

@@ -38,7 +38,7 @@ _COUNTS = ("accepted", "done", "cancelled", "expired", "fault", "steps", "rows")
 
 
 class TritonModel:
-    """What Triton calls; ``model.py`` of a repository makes one.
+    """The object that Triton calls; ``model.py`` of a repository makes one.
 
     Args:
         pb: the module ``triton_python_backend_utils``.

@@ -1,4 +1,4 @@
-"""What every route shares: refusals as JSON, bodies of a bounded size, who may ask."""
+"""Common to every route: refusals as JSON, bodies of a bounded size, who may ask."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ class Bodies:
 
 
 class Tokens:
-    """Who may ask: the clients' names by their tokens; nobody is asked where there are none."""
+    """The clients' names by their tokens; nobody is asked for one where there are none."""
 
     def __init__(self, tokens: Mapping[str, str]) -> None:
         self._names = {hashlib.sha256(token.encode()).digest(): name for token, name in tokens.items()}
@@ -277,7 +277,7 @@ class Guard:
 
 
 def client_of(request: Request) -> str:
-    """Who asks: the name of a token, else an address."""
+    """The name of whoever asks: of a token, else an address."""
     named = request.scope.get("client_name")
     if named is not None:
         return f"token {named}"

@@ -158,7 +158,7 @@ def fuzzed(random_: random.Random) -> bytes:
 
 
 async def fuzz(folder: Path, count: int, seed: int) -> dict[int, int]:
-    """How often each status came; no answer may be a fault or show a traceback."""
+    """Counts by status; no answer may be a fault or show a traceback."""
     random_, statuses = random.Random(seed), dict[int, int]()
     async with serving(folder, guided(), engine={"sizes": (4,)}) as (client, _):
 

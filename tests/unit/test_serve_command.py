@@ -156,6 +156,7 @@ def test_a_second_signal_cuts_off(tmp_path: Path) -> None:
         assert "Traceback" not in errors
 
 
+@pytest.mark.slow
 def test_jobs_survive_kill_9(tmp_path: Path) -> None:
     asked = {"classes": [1, 2], "steps": "100"}
     options = ("--spool", tmp_path / "spool")

@@ -1,4 +1,4 @@
-"""Whose rows step next, simulated without a clock: order, fairness, classes, and the static server."""
+"""The choice of rows, simulated without a clock: order, fairness, classes, the static server."""
 
 from __future__ import annotations
 

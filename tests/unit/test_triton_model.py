@@ -98,7 +98,7 @@ def double() -> Any:
 
 
 def arguments(repository: Path, name: str) -> dict[str, str]:
-    """What Triton tells a model, by its configuration."""
+    """The arguments that Triton gives a model, by its configuration."""
     text = (repository / name / "config.pbtxt").read_text()
     found: dict[str, Any] = {"parameters": {}}
     for line in text.splitlines():
