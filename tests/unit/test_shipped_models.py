@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from admtrt.config import load_config
+from admtrt.config_files import load_config
 from admtrt.models.checkpoint import load_network
 from admtrt.run_config import RunConfig
 
