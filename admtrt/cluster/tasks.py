@@ -57,7 +57,7 @@ def spread(work: Work, pieces: Sequence[int], *, address: str, cpus: int, gpus: 
     except Exception as error:  # it raises types of its own for every cause
         raise EngineError(
             f"cannot join the Ray cluster {address!r}: {' '.join(str(error).split())[:300]}",
-            hint=f"Start one with: ray start --head; or use --ray {LOCAL}.",
+            hint=f"Start one as Ray's documentation says, or use --ray {LOCAL}.",
         ) from None
     try:
         yield from _results(ray, work, pieces, cpus, gpus)

@@ -46,7 +46,7 @@ Python {python} must be that of the server's Python backend, and is the one that
 Requests are answered by a stream: over gRPC by `ModelStreamInfer`, over HTTP by `/v2/models/NAME/generate`
 and `generate_stream`; plain `infer` over HTTP answers 501 for such models. Inputs: `label` INT64 [N],
 `seed` UINT64 [N]. Outputs: `images` UINT8 [N,H,W,C], `step` INT32 [1]. Parameters of a request are fields of
-`POST /v1/samples` of `admtrt serve`: `steps`, `method`, `scale`, ..., and `preview_every`. Images to begin
+`POST /v1/samples` of admtrt's server: `steps`, `method`, `scale`, ..., and `preview_every`. Images to begin
 at, known regions and upsamplers are not served here.
 
 Clients of gRPC keep the parameter `timeout` for Triton's own; over HTTP it is ours.
@@ -107,7 +107,7 @@ def _check(bundle: Bundle) -> None:
 
     if bundle.manifest.network.low_res_size is not None:
         raise RequestError(
-            f"{bundle.path} is an upsampler, whose images cannot be given here", hint="Use admtrt serve."
+            f"{bundle.path} is an upsampler, whose images cannot be given here", hint="Serve it with: admtrt serve BUNDLE"
         )
 
 

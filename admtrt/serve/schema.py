@@ -90,7 +90,7 @@ class SampleRequest(_Options):
         | Annotated[list[Annotated[int, Field(ge=0, le=10**6)]], Field(min_length=2, max_length=2)]
         | None
     ) = Field(None, description="Factor of their reduction, or that and the step down to which they hold.")
-    latents: Base64 | None = Field(None, description="base64 npz that `admtrt invert` wrote.")
+    latents: Base64 | None = Field(None, description="base64 npz of latents, as inversion writes them.")
     upsample_steps: Steps | None = Field(None, description="Of the second stage.")
     upsample_scale: Finite | None = Field(None, description="Of the second stage; 0 where left out.")
     format: Literal["png", "npz"] = Field("png", description="JSON with base64 PNG, or an npz file.")

@@ -206,7 +206,7 @@ class Tokens:
                 raise RequestError(
                     f"{file}, line {number}: expected NAME TOKEN, the token of 16 characters or more and "
                     "nobody else's",
-                    hint="Make one with: python -c 'import secrets; print(secrets.token_urlsafe(24))'",
+                    hint="Python makes good ones: secrets.token_urlsafe(24).",
                 )
             tokens[token] = words[0] if len(words) == 2 else f"line {number}"
         if not tokens:
