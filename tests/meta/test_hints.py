@@ -133,6 +133,7 @@ def test_options_that_texts_name_exist() -> None:
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     known |= {"--help", "--version", "--force-reinstall", "--upgrade"}  # the last two are pip's
+    known |= {"--model-repository"}  # tritonserver's
     for source in SOURCES:
         for text in texts(source):
             named = re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*[a-z0-9](?![\w-])", text)
