@@ -60,6 +60,11 @@ def drift(
         raise RequestError(f"--images is {images}, --batch-size {batch_size}; expected at least 1 of each")
     if engine is None and (backend, precision) == ("onnxruntime", "fp32"):
         raise _compared_with_itself()
+    if engine is not None and (backend, precision, cache) != ("onnxruntime", "fp32", None):
+        raise RequestError(
+            "--engine measures typed graphs on the CPU, --backend, --precision and --cache a backend",
+            hint="Give one or the other.",
+        )
     from admtrt.bundle import Bundle
     from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
@@ -82,11 +87,6 @@ def drift(
         what = str(choice)
         measured = _opened(opened, choice.for_batches(max(1, min(batch_size, images))), found)
     else:
-        if (backend, precision, cache) != ("onnxruntime", "fp32", None):
-            raise RequestError(
-                "--engine measures typed graphs on the CPU, --backend, --precision and --cache a backend",
-                hint="Give one or the other.",
-            )
         what, measured = f"engine graphs in {engine}, emulated", _emulated(opened, engine, threads)
     with measured as denoiser, progress("measuring", images * length) as advance:
         report = measure_drift(

@@ -107,7 +107,8 @@ def _check(bundle: Bundle) -> None:
 
     if bundle.manifest.network.low_res_size is not None:
         raise RequestError(
-            f"{bundle.path} is an upsampler, whose images cannot be given here", hint="Serve it with: admtrt serve BUNDLE"
+            f"{bundle.path} is an upsampler, whose images cannot be given here",
+            hint="Serve it with: admtrt serve BUNDLE",
         )
 
 

@@ -20,6 +20,7 @@ from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.diffusers.scheduler import read_scheduler
 from admtrt.models.solvers import trajectory
 from admtrt.runtime import sampler as step_core
+from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.sampler import Denoiser, advance
 from admtrt.runtime.slots import Slots
@@ -184,7 +185,7 @@ def test_graphs(network: str, folders: Path, monkeypatch: pytest.MonkeyPatch) ->
     x, t, y = goldens.inputs_of(network)
     feeds = {"x": x.numpy(), "t": t.numpy()} | ({} if y is None else {"y": y.numpy()})
     for backend in ("onnxruntime", "openvino"):
-        denoiser = open_denoiser(bundle(folders / network, None), backend, threads=1)
+        denoiser = open_denoiser(bundle(folders / network, None), BackendChoice(backend, threads=1))
         out = denoiser.run("unet", feeds)["out"]
         assert relative_error(out, goldens.stored(f"{network}.out")) < NETWORK, backend
         names = of_network(network)
@@ -192,5 +193,5 @@ def test_graphs(network: str, folders: Path, monkeypatch: pytest.MonkeyPatch) ->
         for name in names:
             quantile = goldens.process_and_sampler(name)[2]
             if quantile is not None:
-                own = open_denoiser(bundle(folders / network, quantile), backend, threads=1)
+                own = open_denoiser(bundle(folders / network, quantile), BackendChoice(backend, threads=1))
                 draw([name], own, monkeypatch)

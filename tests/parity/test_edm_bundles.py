@@ -20,6 +20,7 @@ from admtrt.config import EdmConfig
 from admtrt.models.checkpoint import LoadedNetwork, save_checkpoint
 from admtrt.models.edm import denoise
 from admtrt.run_config import sampler_for
+from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.runtime.noise import initial_noise, step_noise
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.verify.drift import BINS, measure_drift
@@ -27,6 +28,7 @@ from admtrt.verify.stages import verify_bundle
 
 Capture = pytest.CaptureFixture[str]
 SHAPE = (1, 8, 8)
+ONE_THREAD = BackendChoice(threads=1)
 LABELS, SEEDS = [2, 0], [5, 6]
 CLOSE = {"rtol": 0, "atol": 5e-5}
 """State and coefficients of the reference are float64. The float32 of the runtime's state, of order 1 after
@@ -125,10 +127,10 @@ def test_the_recommended_sampler_is_what_plain_steps_mean(exported: Path) -> Non
 
 def test_verify(exported: Path) -> None:
     boundary = boundary_of(exported)
-    report = verify_bundle(Bundle.open(exported), trained(boundary=boundary), None, threads=1)
+    report = verify_bundle(Bundle.open(exported), trained(boundary=boundary), None, backend=ONE_THREAD)
     assert report.passed, [row for row in report.rows if row.status != "pass"]
     assert {"graph", "trajectory", "image"} <= {row.stage for row in report.rows}
-    report = verify_bundle(Bundle.open(exported), trained(boundary=not boundary), None, threads=1)
+    report = verify_bundle(Bundle.open(exported), trained(boundary=not boundary), None, backend=ONE_THREAD)
     row = next(row for row in report.rows if row.status != "pass")
     assert (row.stage, row.detail) == (
         "manifest",
@@ -179,7 +181,7 @@ def test_drift_is_binned_over_noise_levels(exported: Path) -> None:
         ("evaluate nll --bundle bundle --data digits", "the bound in bits per dim needs a discrete process"),
         ("evaluate nll --unet cm.safetensors --data digits", "this network's is of kind 'edm'"),
         ("verify bundle --unet cm.safetensors --steps 5", "--steps 5 respaces a discrete process"),
-        ("drift bundle --precision fp16 --backend onnxruntime --steps ddim25", "network evaluations"),
+        ("drift bundle --backend openvino --steps ddim25", "network evaluations"),
     ],
 )
 def test_refusals(

@@ -16,6 +16,7 @@ from goldens import relative_error
 from guide_goldens import EVENT, META, OPERATORS, PROCESS, normal, probed, stored
 
 from admtrt.runtime import sampler as step_core
+from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.guide_targets import GuideTargets
 from admtrt.runtime.operators import Operator
@@ -37,7 +38,7 @@ DPS = {"dps.inpaint": 1e-4, "dps.sr": 1e-4, "dps.blur": 1e-4, "dps.full": 2e-2}
 
 @cache
 def opened(name: str, backend: str) -> Denoiser:
-    return open_denoiser(goldens.bundle(name), backend, threads=1)
+    return open_denoiser(goldens.bundle(name), BackendChoice(backend, threads=1))
 
 
 def targets_of(operator: str, measurement: np.ndarray, masks: np.ndarray) -> dict[str, Any]:

@@ -6,7 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from admtrt.config import UNetConfig
 from admtrt.models.layers import group_norm
+
+CONFIG = UNetConfig(
+    image_size=8, model_channels=32, channel_mult=(1,), num_res_blocks=1, attention_resolutions=()
+)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["rows", "channels"])
@@ -14,7 +19,7 @@ def test_group_norm_is_pytorchs_in_either_layout(layout: torch.memory_format) ->
     """Values, gradients and the layout, in bf16 as well; one, two and three channels a group."""
     generator = torch.Generator().manual_seed(0)
     for channels in (32, 64, 96):
-        ours, theirs = group_norm(channels), nn.GroupNorm(32, channels)
+        ours, theirs = group_norm(channels, CONFIG), nn.GroupNorm(32, channels)
         for parameter, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             parameter.data = other.data = torch.randn(channels, generator=generator)
         x = torch.randn(2, channels, 5, 3, generator=generator)
