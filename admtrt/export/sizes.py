@@ -43,7 +43,9 @@ def compute_sizes(model: ir.Model) -> bool:
                 and out.uses()
                 and not out.is_graph_output()
             ):
-                out.replace_all_uses_with(constant(model.graph, numbers.astype(np.int64)))
+                made = constant(model.graph, numbers.astype(np.int64))
+                out.replace_all_uses_with(made)
+                known[made] = numbers
                 changed = True
         elif node.op_type == "Reshape":
             changed |= _fix_target(model, node, known)
