@@ -118,8 +118,10 @@ def train(
         on_main_process(accelerator, lambda: folder.prepare(config, resume=resume, overwrite=overwrite))
         torch.manual_seed(torch_seed(Stream.INITIAL_WEIGHTS, settings.seed))
         network = build_network(described)
-        if settings.init is not None:
-            _begin_with(network, Path(settings.init), output)
+        if settings.init is not None and not folder.state.exists():
+            left = _begin_with(network, Path(settings.init))
+            if left and accelerator.is_main_process:
+                output.note(f"{settings.init}: left out {', '.join(left)}")
         objective.begin(network)
         learner = Learner(network, objective, settings, accelerator, division)
         if folder.state.exists():
@@ -148,8 +150,8 @@ def train(
         return TrainingResult(task, learner.step, metrics.last, recorder.weights, folder.root)
 
 
-def _begin_with(network: nn.Module, path: Path, output: Output) -> None:
-    """Give a network the weights of a checkpoint.
+def _begin_with(network: nn.Module, path: Path) -> list[str]:
+    """Give a network the weights of a checkpoint; returns the names of those that it has no place for.
 
     Raises:
         CheckpointError: if it cannot be read, or lacks a tensor of the network.
@@ -158,14 +160,12 @@ def _begin_with(network: nn.Module, path: Path, output: Output) -> None:
     unlike = [key for key, tensor in own.items() if stored.shapes.get(key) != tuple(tensor.shape)]
     if unlike:
         raise CheckpointError(
-            f"{path} cannot be trained on: it has no {unlike[0]} of shape {list(own[unlike[0]].shape)}, nor "
-            f"{len(unlike) - 1} other of the network's {len(own)} tensors",
+            f"training cannot begin with {path}: {len(unlike)} of the network's {len(own)} tensors are not "
+            f"there, {unlike[0]} of shape {list(own[unlike[0]].shape)} for one",
             hint="Give a network of the same section, or one with more, in train_*.init.",
         )
     network.load_state_dict({key: stored.in_network(key).float() for key in own})
-    left = sorted(stored.shapes.keys() - own.keys())
-    if left:
-        output.note(f"{path}: left out {', '.join(left)}")
+    return sorted(stored.shapes.keys() - own.keys())
 
 
 def _checked_sampler(task: Task, config: RunConfig) -> SamplerConfig:
