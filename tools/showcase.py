@@ -34,7 +34,7 @@ SOLVERS: dict[str, dict[str, Any]] = {
 }
 FRAME = 80  # milliseconds
 LAST = 2000
-ZOOM = 3
+ZOOM, GREYS = 2, 16  # small enough for a page
 
 
 def main(bundle: Path, out: Path) -> None:
@@ -72,10 +72,12 @@ def save_film(pipeline: Pipeline, path: Path) -> None:
     def keep(step: Step) -> None:
         rows = [np.concatenate(list(to_uint8(x)), axis=1) for x in (step.x, step.x_0)]
         pixels = np.concatenate(rows, axis=0)[..., 0]
-        frames.append(Image.fromarray(pixels).resize((pixels.shape[1] * ZOOM, pixels.shape[0] * ZOOM), 0))
+        if step.index % 2 == 0:
+            size = (pixels.shape[1] * ZOOM, pixels.shape[0] * ZOOM)
+            frames.append(Image.fromarray(pixels).resize(size, 0).quantize(GREYS))
 
     labels = list(range(len(NAMES)))
-    pipeline(labels, labels, steps="ddim50", scale=SCALE, batch_size=len(NAMES), callback=keep)
+    pipeline(labels, labels, steps="50", scale=SCALE, batch_size=len(NAMES), callback=keep)
     with atomic_file(path) as temporary:
         frames[0].save(
             temporary,
