@@ -52,6 +52,12 @@ class _File:
         """Sizes of its output but the batch."""
         return _sizes(self.model.graph.output[0])
 
+    def copy(self) -> ir.Model:
+        """A graph of its own: names that change in one read from a message change in the message too."""
+        copied = onnx.ModelProto()
+        copied.CopyFrom(self.model)
+        return ir.from_proto(copied)
+
     @property
     def opset(self) -> int:
         """Of its operators."""
@@ -69,7 +75,7 @@ class _File:
         """Its vector-Jacobian product on ONNX Runtime: ``grad`` from ``x`` and ``cotangent``."""
         from admtrt.export.differentiate import add_input_gradient
 
-        model = ir.from_proto(self.model)
+        model = self.copy()
         for prepare in (tidy, plain, simplify):
             prepare(model)
         graph = model.graph
@@ -239,7 +245,7 @@ def insert_files(model: ir.Model) -> None:
     """Put the nodes of each file in the place of the operator that stands for it."""
     for count, node in enumerate([node for node in model.graph if node.domain == _DOMAIN]):
         file = _FILES[node.attributes[_HANDLE].as_int()]
-        read = ir.from_proto(file.model)
+        read = file.copy()
         _raise_opset(read, model.opset_imports[""], file.path)
         inner = read.graph
         constants = list(inner.initializers.values())
