@@ -115,5 +115,9 @@ class ExportError(AdmtrtError):
     """A module or graph that cannot be exported or differentiated."""
 
 
+class LossError(UserError, ExportError):
+    """A guide's loss, or an ONNX file in it, is not what can be exported."""
+
+
 class TrainingDivergedError(AdmtrtError):
     """Training produced NaN too often in a row."""

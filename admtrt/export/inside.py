@@ -15,7 +15,7 @@ from onnxscript.version_converter import convert_version
 from torch import Tensor, nn
 
 from admtrt.contract import BATCH
-from admtrt.errors import ExportError
+from admtrt.errors import ExportError, LossError
 from admtrt.export.passes import simplify
 from admtrt.export.plain import plain
 from admtrt.export.tidy import tidy
@@ -52,6 +52,12 @@ class _File:
         """Sizes of its output but the batch."""
         return _sizes(self.model.graph.output[0])
 
+    def copy(self) -> ir.Model:
+        """A graph of its own: names that change in one read from a message change in the message too."""
+        copied = onnx.ModelProto()
+        copied.CopyFrom(self.model)
+        return ir.from_proto(copied)
+
     @property
     def opset(self) -> int:
         """Of its operators."""
@@ -69,7 +75,7 @@ class _File:
         """Its vector-Jacobian product on ONNX Runtime: ``grad`` from ``x`` and ``cotangent``."""
         from admtrt.export.differentiate import add_input_gradient
 
-        model = ir.from_proto(self.model)
+        model = self.copy()
         for prepare in (tidy, plain, simplify):
             prepare(model)
         graph = model.graph
@@ -114,7 +120,7 @@ class OnnxFile(nn.Module):
         path: of the file; one image input in float32 with a dynamic batch.
 
     Raises:
-        ExportError: if it cannot be read, or takes something else.
+        LossError: if it cannot be read, or takes something else.
     """
 
     def __init__(self, path: Path) -> None:
@@ -140,24 +146,24 @@ class OnnxFile(nn.Module):
 def _read(path: Path) -> _File:
     try:
         if path.stat().st_size > _LARGEST:
-            raise ExportError(f"{path} is larger than 2 GiB")
+            raise LossError(f"{path} is larger than 2 GiB")
         model = onnx.load(str(path))
         onnx.checker.check_model(model)
     except ExportError:
         raise
     except Exception as error:  # onnx raises several unrelated types
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ExportError(f"cannot read {path} as an ONNX file: {reason}") from None
+        raise LossError(f"cannot read {path} as an ONNX file: {reason}") from None
     constants = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in constants]
     if len(inputs) != 1 or len(inputs[0].type.tensor_type.shape.dim) != 4:
         names = ", ".join(value.name for value in inputs)
-        raise ExportError(f"{path} takes {names or 'nothing'}; expected one image", hint=_HINT)
+        raise LossError(f"{path} takes {names or 'nothing'}; expected one image", hint=_HINT)
     first = inputs[0].type.tensor_type
     if first.elem_type != onnx.TensorProto.FLOAT:
-        raise ExportError(f"{path} takes no float32 image", hint=_HINT)
+        raise LossError(f"{path} takes no float32 image", hint=_HINT)
     if first.shape.dim[0].dim_value:
-        raise ExportError(f"{path} is fixed to a batch of {first.shape.dim[0].dim_value}", hint=_HINT)
+        raise LossError(f"{path} is fixed to a batch of {first.shape.dim[0].dim_value}", hint=_HINT)
     del model.graph.input[:]
     model.graph.input.append(inputs[0])
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_param = BATCH
@@ -167,14 +173,14 @@ def _read(path: Path) -> _File:
     converted = ir.from_proto(model)
     oldest, newest = _OPSETS
     if converted.opset_imports.get("", 0) > newest:
-        raise ExportError(
+        raise LossError(
             f"{path} has opset {converted.opset_imports['']}", hint=f"Export it with opset {newest} or older."
         )
     _raise_opset(converted, oldest, path)
     shaped = onnx.shape_inference.infer_shapes(ir.to_proto(converted), data_prop=True)
     found = _File(path, shaped)
     if not found.result or 0 in (*found.image, *found.result):
-        raise ExportError(f"{path}: the sizes of its image or its first output are not fixed", hint=_HINT)
+        raise LossError(f"{path}: the sizes of its image or its first output are not fixed", hint=_HINT)
     return found
 
 
@@ -182,7 +188,7 @@ def _raise_opset(model: ir.Model, opset: int, path: Path) -> None:
     if model.opset_imports.get("", 0) < opset:
         convert_version(model, opset)
     if model.opset_imports.get("", 0) < opset:
-        raise ExportError(f"{path} cannot be converted to opset {opset}", hint="Export it with that one.")
+        raise LossError(f"{path} cannot be converted to opset {opset}", hint="Export it with that one.")
 
 
 def _forget_batch(value: onnx.ValueInfoProto) -> None:
@@ -239,7 +245,7 @@ def insert_files(model: ir.Model) -> None:
     """Put the nodes of each file in the place of the operator that stands for it."""
     for count, node in enumerate([node for node in model.graph if node.domain == _DOMAIN]):
         file = _FILES[node.attributes[_HANDLE].as_int()]
-        read = ir.from_proto(file.model)
+        read = file.copy()
         _raise_opset(read, model.opset_imports[""], file.path)
         inner = read.graph
         constants = list(inner.initializers.values())

@@ -26,7 +26,7 @@ from admtrt.contract import (
     largest_values,
     threshold_quantile,
 )
-from admtrt.errors import ExportError, RequestError
+from admtrt.errors import ExportError, LossError, RequestError
 from admtrt.export.check import check_graph, rtx_parser_errors
 from admtrt.export.cost import operations, peak_bytes
 from admtrt.export.cpu_form import cpu_form
@@ -167,12 +167,12 @@ def _by_name(guides: Sequence[AnyGuide], event: tuple[int, ...]) -> dict[str, An
     """The guides by name, their losses checked on images of a shape.
 
     Raises:
-        ExportError: if a name comes twice, or a loss is none.
+        LossError: if a name comes twice, or a loss is none.
     """
     named: dict[str, AnyGuide] = {}
     for guide in guides:
         if guide.name in named:
-            raise ExportError(f"two guides are called '{guide.name}'", hint="Give one another name.")
+            raise LossError(f"two guides are called '{guide.name}'", hint="Give one another name.")
         named[guide.name] = guide
         if isinstance(guide, Guide):
             check_loss(guide, event)

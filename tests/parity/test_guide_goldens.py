@@ -53,7 +53,7 @@ def test_operators(operator: str) -> None:
 
 
 def runs(names: Iterable[str]) -> list[Any]:
-    """Each case on each backend; by default those of the first network on ONNX Runtime, the rest slow."""
+    """Each case on each backend; by default those of the first network on ONNX Runtime."""
 
     def quick(name: str, backend: str) -> bool:
         return (name.startswith("grad.unet") or name == "dps.inpaint") and backend == "onnxruntime"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from admtrt.contract import guide_spec
 from admtrt.errors import ExportError
 from admtrt.export import write
+from admtrt.export.capture import graph_from_module
 from admtrt.export.check import check_graph
 from admtrt.export.cost import operations, peak_bytes
 from admtrt.export.cpu_form import cpu_form
@@ -160,6 +161,10 @@ def test_a_file_s_gradient_is_that_of_its_function(tmp_path: Path) -> None:
         leaf = x.clone().requires_grad_()
         gradients += torch.autograd.grad((one(leaf) * cotangent).sum(), leaf)
     assert relative_error(*(one.numpy() for one in gradients)) <= CLOSE
+    for _ in range(2):  # a second graph of the same file, and the file itself behind both
+        model = graph_from_module(file, {"x": x}, ["features"])
+        np.testing.assert_allclose(session(proto(model)).run(None, {"x": x.numpy()})[0], module(x), atol=1e-5)
+        assert torch.allclose(file(x), module(x), atol=1e-5)
 
 
 def test_files_that_cannot_be_inside_are_refused(tmp_path: Path) -> None:

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from bundles import SAMPLER, UNET, sham_bundle
+from bundles import SAMPLER, UNET, network, sham_bundle
 from torch import Tensor, nn
 
 from admtrt.bundle import Bundle
 from admtrt.config import DiffusionConfig, UNetConfig
-from admtrt.errors import ConfigError, ExportError, RequestError
+from admtrt.errors import ConfigError, ExportError, RequestError, UserError
 from admtrt.export.guides import losses
 from admtrt.export.guides.check import check_loss
 from admtrt.export.guides.classifiers import classifier
 from admtrt.export.guides.guide import Guide
+from admtrt.export.guides.named import guides_named
 from admtrt.runtime.guide_targets import GuideTargets
 from admtrt.runtime.image_inputs import ImageInputs
 from admtrt.runtime.operators import Operator
@@ -307,3 +309,41 @@ def test_soft_labels_and_several_classifiers() -> None:
     x, weights = torch.randn(2, *EVENT), torch.tensor([[0.5, 0.5, -1.0], [0.0, 2.0, 0.0]])
     mean = torch.stack([torch.log_softmax(one(x), -1) for one in two]).mean(0)
     assert torch.allclose(guide.loss(x, weights), -(mean * weights).sum(-1))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nothing", "there is no built-in guide 'nothing'"),
+        ("mine=linears", "is not of the form NAME"),
+        ("tv=file.npz", "the built-in guide 'tv' takes no file"),
+        ("cosine", "needs a file: an image encoder's ONNX file"),
+        ("mine=no_such_module:make", "cannot be imported: No module named 'no_such_module'"),
+        ("mine=json:none", "cannot be imported: module 'json' has no attribute 'none'"),
+        ("mine=json:__name__", "json:__name__ gives a str; expected an admtrt.Guide"),
+        ("convolution=none.npz", "No such file"),
+        ("cosine=none.onnx", "cannot read none.onnx as an ONNX file"),
+    ],
+)
+def test_guides_that_cannot_be_named_are_refused(text: str, said: str) -> None:
+    with pytest.raises(UserError, match=re.escape(said)):
+        guides_named([text], network(UNET))
+
+
+def test_guides_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a_module_of_mine.py").write_text(
+        "import torch\nfrom admtrt import Guide\n\n\n"
+        "class Mean(torch.nn.Module):\n"
+        "    def forward(self, x0, level):\n"
+        "        return (x0.mean((1, 2, 3)) - level[:, 0]) ** 2\n\n\n"
+        "def make(shape):\n"
+        "    return Guide('any', Mean(), targets={'level': (shape[0],)}, place='score', scale=3.0)\n"
+    )
+    np.savez(tmp_path / "kernel.npz", np.ones((3, 3)) / 9)
+    monkeypatch.chdir(tmp_path)
+    texts = ["linear", "photo=linear", "blur=convolution:kernel.npz", "mine=a_module_of_mine:make", "null"]
+    made = {guide.name: guide.config for guide in guides_named(texts, network(UNET))}
+    assert list(made) == ["linear", "photo", "blur", "mine", "null"]
+    assert made["photo"].loss == "linear"
+    assert made["mine"] == GuideConfig(place="score", scale=3.0, targets={"level": (1,)})
+    assert made["null"].kind == "reference"

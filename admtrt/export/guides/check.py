@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from admtrt.errors import ExportError
+from admtrt.errors import ExportError, LossError
 from admtrt.export.gradient import export_input_gradient
 
 if TYPE_CHECKING:
@@ -31,29 +31,29 @@ def check_loss(guide: Guide, event: tuple[int, ...]) -> None:
         event: (C, H, W) of the images.
 
     Raises:
-        ExportError: naming the guide and what is wrong with its loss.
+        LossError: naming the guide and what is wrong with its loss.
     """
     module = guide.loss.eval().requires_grad_(False)
     wrt = guide.parameters[0]
     inputs = _inputs(guide, event)
     value, grad = _differentiated(guide, inputs, wrt)
     if value.shape != (_BATCH,):
-        raise ExportError(
+        raise LossError(
             f"guide '{guide.name}': the loss of {_BATCH} samples has the shape {list(value.shape)}, expected "
             f"[{_BATCH}]: one number for each sample",
             hint="Sum over all axes but the first.",
         )
     if not (torch.isfinite(value).all() and torch.isfinite(grad).all()):
-        raise ExportError(
+        raise LossError(
             f"guide '{guide.name}': the loss or its gradient is not finite on random images in [-2, 2] with "
             "targets in [0, 1]"
         )
     if not grad.any():
-        raise ExportError(f"guide '{guide.name}': the loss does not depend on {wrt}")
+        raise LossError(f"guide '{guide.name}': the loss does not depend on {wrt}")
     alone, alone_grad = _differentiated(guide, {name: given[:1] for name, given in inputs.items()}, wrt)
     for what, one, other in (("loss", alone, value[:1]), ("gradient", alone_grad, grad[:1])):
         if one.shape != other.shape or not (one - other).abs().max() <= _SAME * other.abs().max() + 1e-12:
-            raise ExportError(
+            raise LossError(
                 f"guide '{guide.name}': the loss mixes samples: the {what} of a sample differs in a batch",
                 hint="Take norms, means and sums over all axes but the first.",
             )
@@ -62,7 +62,7 @@ def check_loss(guide: Guide, event: tuple[int, ...]) -> None:
             try:
                 export_input_gradient(module, inputs, Path(folder) / "loss.onnx", wrt=wrt)
             except ExportError as error:
-                raise ExportError(f"guide '{guide.name}': {error.message}", hint=error.hint) from None
+                raise LossError(f"guide '{guide.name}': {error.message}", hint=error.hint) from None
 
 
 def _inputs(guide: Guide, event: tuple[int, ...]) -> dict[str, Tensor]:
@@ -86,17 +86,17 @@ def _differentiated(guide: Guide, inputs: Mapping[str, Tensor], wrt: str) -> tup
         with torch.enable_grad():
             value = guide.loss(*(leaf if name == wrt else given for name, given in inputs.items()))
             if not isinstance(value, Tensor):
-                raise ExportError(
+                raise LossError(
                     f"guide '{guide.name}': the loss is a {type(value).__name__}; expected a tensor [N]"
                 )
             if not value.requires_grad:
-                raise ExportError(f"guide '{guide.name}': the loss does not depend on {wrt}")
+                raise LossError(f"guide '{guide.name}': the loss does not depend on {wrt}")
             (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True, materialize_grads=True)
     except ExportError:
         raise
     except Exception as error:  # a user's code raises anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise ExportError(
+        raise LossError(
             f"guide '{guide.name}': the loss fails on {len(leaf)} random images: {reason}"
         ) from error
     return value.detach(), grad

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from admtrt.errors import ExportError
+from admtrt.errors import LossError
 from admtrt.export.guides.guide import Guide
 from admtrt.schedule.guides import WEIGHTS
 
@@ -102,9 +102,9 @@ def same_classes(counts: Sequence[int]) -> int:
     """The number of classes of several classifiers.
 
     Raises:
-        ExportError: if it differs, or there is no classifier.
+        LossError: if it differs, or there is no classifier.
     """
     if len(set(counts)) != 1:
         listed = ", ".join(map(str, counts)) or "no classifier"
-        raise ExportError(f"classifiers of one guide need the same classes; there are {listed}")
+        raise LossError(f"classifiers of one guide need the same classes; there are {listed}")
     return counts[0]

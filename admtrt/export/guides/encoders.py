@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from admtrt.errors import ExportError
+from admtrt.errors import LossError
 from admtrt.export.guides.guide import Guide
 from admtrt.runtime.low_pass import bicubic_matrix
 
@@ -63,7 +63,7 @@ class Prepared(nn.Module):
     ) -> None:
         super().__init__()
         if event[0] not in (1, len(mean)):
-            raise ExportError(f"an encoder of {len(mean)} channels takes no images of {event[0]}")
+            raise LossError(f"an encoder of {len(mean)} channels takes no images of {event[0]}")
         self.encoder = encoder
         for name, own, target in (("rows", event[1], size[0]), ("columns", event[2], size[1])):
             self.register_buffer(name, torch.from_numpy(bicubic_matrix(own, target)).float())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from torch import nn
 
 from admtrt.contract import LEVEL_INPUT
-from admtrt.errors import ConfigError, ExportError
+from admtrt.errors import ConfigError, LossError
 from admtrt.schedule.guides import GuideConfig, Kind, LossPlace
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Guide:
         kind: name of a built-in loss, for the manifest.
 
     Raises:
-        ExportError: if the parameters of the loss are not the targets, or a choice is unknown.
+        LossError: if the parameters of the loss are not the targets, or a choice is unknown.
     """
 
     name: str
@@ -55,20 +55,20 @@ class Guide:
 
     def __post_init__(self) -> None:
         if self.through not in _KINDS:
-            raise ExportError(f"guide '{self.name}': through is {self.through!r}; expected unet or x_t")
+            raise LossError(f"guide '{self.name}': through is {self.through!r}; expected unet or x_t")
         if not isinstance(self.loss, nn.Module):
-            raise ExportError(
+            raise LossError(
                 f"guide '{self.name}': the loss is a {type(self.loss).__name__}; expected a torch.nn.Module"
             )
         first, free = _FIRST[self.through], _FREE[self.through]
         names = self.parameters
         if names[: len(first)] != first:
-            raise ExportError(
+            raise LossError(
                 f"guide '{self.name}': forward takes ({', '.join(names)}); expected {', '.join(first)} first"
             )
         asked = [name for name in names[len(first) :] if name not in free]
         if set(asked) != set(self.targets):
-            raise ExportError(
+            raise LossError(
                 f"guide '{self.name}': forward takes {', '.join(asked) or 'nothing'} besides "
                 f"{', '.join(first)}, but the targets are {', '.join(self.targets) or 'none'}",
                 hint="Give targets={name: sizes} with the names of forward's parameters.",
@@ -100,7 +100,7 @@ class Guide:
         try:
             return GuideConfig.from_dict(fields, source=f"guide '{self.name}'")
         except ConfigError as error:
-            raise ExportError(error.message) from None
+            raise LossError(error.message) from None
 
     def named(self, name: str) -> Guide:
         """The same by another name."""

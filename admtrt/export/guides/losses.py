@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from admtrt.errors import ExportError
+from admtrt.errors import LossError
 from admtrt.export.guides.guide import Guide
 
 
@@ -38,7 +38,7 @@ class Convolution(nn.Module):
     def __init__(self, kernel: Tensor, channels: int) -> None:
         super().__init__()
         if kernel.dim() != 2 or any(size % 2 == 0 for size in kernel.shape):
-            raise ExportError(
+            raise LossError(
                 f"the kernel of a convolution has the sizes {list(kernel.shape)}; expected two odd ones"
             )
         self.pad = [kernel.shape[1] // 2] * 2 + [kernel.shape[0] // 2] * 2

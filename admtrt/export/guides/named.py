@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from admtrt.contract import event_shape
-from admtrt.errors import ExportError, RequestError
+from admtrt.errors import LossError, RequestError
 from admtrt.export.guides import losses
 from admtrt.export.guides.classifiers import AtZero, classifier, noisy, same_classes
 from admtrt.export.guides.encoders import Prepared, cosine
@@ -47,7 +47,7 @@ def guides_named(texts: Sequence[str], unet: LoadedNetwork) -> list[AnyGuide]:
 
     Raises:
         RequestError: for a form that is none, or a built-in without its file.
-        ExportError: if a user's module gives no guide.
+        LossError: if a user's module gives no guide.
         CheckpointError: if a file is no checkpoint of the kind.
     """
     return [_named(text, unet) for text in texts]
@@ -94,7 +94,7 @@ def _from_module(name: str, module: str, attribute: str, unet: LoadedNetwork) ->
     assert isinstance(unet.module, UNet)
     made = factory(event_shape(unet.module.config)) if callable(factory) else factory
     if not isinstance(made, Guide | Reference):
-        raise ExportError(
+        raise LossError(
             f"{module}:{attribute} gives a {type(made).__name__}; expected an admtrt.Guide",
             hint="def factory(shape): return Guide(...), with shape (C, H, W).",
         )
