@@ -38,7 +38,7 @@ def cluster() -> Iterator[Any]:
 
 def sample(out: Path, *options: str) -> int:
     """Draw 24 samples in shards of two."""
-    fixed = ["--num", "24", "--batch-size", "2", "--steps", "1000", "--format", "npz", "--threads", "1"]
+    fixed = ["--num", "24", "--batch-size", "2", "--steps", "400", "--format", "npz", "--threads", "1"]
     return run(["sample", str(exported_bundle("guided")), "--out", str(out), *fixed, *options])
 
 
