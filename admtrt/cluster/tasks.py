@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 _AHEAD = 4  # tasks a worker that are handed out: enough to keep it busy, few enough to go elsewhere
 LOCAL = "local"
-"""The address that starts a cluster on this machine, for as long as the work takes."""
+"""The address by which Ray starts a cluster on this machine, for as long as the work takes."""
 
 
 class Work(Protocol):
@@ -49,7 +49,7 @@ def spread(work: Work, pieces: Sequence[int], *, address: str, cpus: int, gpus: 
     ray = _import_ray()
     try:
         ray.init(
-            address=None if address == LOCAL else address,
+            address=address,
             log_to_driver=False,
             include_dashboard=False if address == LOCAL else None,
             configure_logging=False,
