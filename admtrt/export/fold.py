@@ -27,7 +27,13 @@ if TYPE_CHECKING:
 
 def fold(model: ir.Model) -> None:
     """Run once the passes for CPUs and engines alike; they open ways for each other in this order only."""
-    for one in (fold_scale_shift, fold_affine_into_conv, fold_scale_into_conv, merge_projections):
+    for one in (
+        fold_padding_into_conv,
+        fold_scale_shift,
+        fold_affine_into_conv,
+        fold_scale_into_conv,
+        merge_projections,
+    ):
         one(model)
 
 
@@ -64,6 +70,23 @@ def fold_scale_shift(model: ir.Model) -> bool:
         _replace_constant(model, gemm, 2, new_bias)
         product.replace_input_with(0, normalised)
         product.replace_input_with(1, scale)
+        changed = True
+    return changed
+
+
+def fold_padding_into_conv(model: ir.Model) -> bool:
+    """``Conv(Pad(x))`` -> ``Conv(x)`` with larger pads, where zeros are put around the image alone."""
+    changed = False
+    for conv in _nodes(model, "Conv"):
+        pad = None if conv.inputs[0] is None else conv.inputs[0].producer()
+        widths = None if pad is None or pad.op_type != "Pad" else _zeros_around(pad)
+        given = "auto_pad" not in conv.attributes or conv.attributes["auto_pad"].as_string() == "NOTSET"
+        if pad is None or widths is None or not given:
+            continue
+        own = ints_attribute(conv, "pads", [0] * len(widths))
+        pads = [a + b for a, b in zip(own, widths, strict=True)]
+        conv.attributes["pads"] = ir.AttrInt64s("pads", pads)
+        conv.replace_input_with(0, pad.inputs[0])
         changed = True
     return changed
 
@@ -238,6 +261,24 @@ def _nodes(model: ir.Model, op_type: str) -> Iterator[ir.Node]:
 def _users(value: ir.Value) -> int:
     """How many places read a value; being a graph output counts."""
     return len(list(value.uses())) + int(value.is_graph_output())
+
+
+def _zeros_around(pad: ir.Node) -> list[int] | None:
+    """The widths before and behind each spatial axis of a Pad that puts zeros there alone; else None."""
+    widths = pad.inputs[1].const_value if len(pad.inputs) > 1 and pad.inputs[1] is not None else None
+    value = pad.inputs[2] if len(pad.inputs) > 2 else None
+    mode = pad.attributes["mode"].as_string() if "mode" in pad.attributes else "constant"
+    if (
+        widths is None
+        or mode != "constant"
+        or len(pad.inputs) > 3
+        or (value is not None and _scalar(value) != 0)
+    ):
+        return None
+    before, behind = np.split(widths.numpy(), 2)
+    if before[:2].any() or behind[:2].any() or min(*before, *behind) < 0:
+        return None
+    return [int(width) for width in (*before[2:], *behind[2:])]
 
 
 def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:

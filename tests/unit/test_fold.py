@@ -12,6 +12,7 @@ from onnx_graphs import op_types, parse, proto, run
 from admtrt.export.fold import (
     fold_affine_into_conv,
     fold_enlargement_into_conv,
+    fold_padding_into_conv,
     fold_scale_into_conv,
     fold_scale_shift,
     merge_projections,
@@ -226,3 +227,33 @@ def test_projections_of_one_vector_become_one() -> None:
 def test_projections_of_two_vectors_stay_two() -> None:
     body = PROJECTIONS.replace("(e, w2, b2)", "(d, w2, b2)")
     assert op_types(applied(merge_projections, body, SIZES | {"d": (6,)}, **TWO)).count("Gemm") == 2
+
+
+def padded(body: str, widths: tuple[int, ...], channels: int = 4) -> list[str]:
+    after = applied(
+        fold_padding_into_conv,
+        f"{body} y = Conv <strides = [2, 2], pads = [1, 0, 0, 0]> (p, w)",
+        {"n": (4, 5, 5)},
+        w=f32(3, channels, 3, 3),
+        widths=np.array(widths),
+        one=np.float32(1),
+    )
+    return op_types(after)
+
+
+def test_zeros_around_an_image_become_pads_of_the_convolution() -> None:
+    assert padded("p = Pad (n, widths)", (0, 0, 0, 0, 0, 0, 1, 1)) == ["Conv"]
+
+
+@pytest.mark.parametrize(
+    ("body", "widths", "channels"),
+    [
+        ("p = Pad (n, widths)", (0, 1, 0, 0, 0, 1, 0, 0), 6),
+        ("p = Pad (n, widths, one)", (0, 0, 0, 0, 0, 0, 1, 1), 4),
+        ('p = Pad <mode = "reflect"> (n, widths)', (0, 0, 0, 0, 0, 0, 1, 1), 4),
+        ("p = Pad (n, widths)", (0, 0, -1, 0, 0, 0, 1, 1), 4),
+    ],
+    ids=["channels", "ones", "reflected", "cut"],
+)
+def test_other_padding_stays(body: str, widths: tuple[int, ...], channels: int) -> None:
+    assert padded(body, widths, channels) == ["Pad", "Conv"]
