@@ -263,11 +263,10 @@ def insert_files(model: ir.Model) -> None:
         inner.remove(moved)
         model.graph.insert_before(node, moved)
         found.shape, found.type = target.shape, target.type
-        ir.convenience.replace_all_uses_with(target, found)
-        for index, output in enumerate(model.graph.outputs):
-            if output is target:
-                model.graph.outputs[index] = found
+        name = target.name if target.is_graph_output() else found.name
+        ir.convenience.replace_all_uses_with(target, found, replace_graph_outputs=True)
         model.graph.remove(node, safe=True)
+        found.name = name
 
 
 def newest_opset(module: nn.Module) -> int:

@@ -162,7 +162,7 @@ def test_a_file_s_gradient_is_that_of_its_function(tmp_path: Path) -> None:
         gradients += torch.autograd.grad((one(leaf) * cotangent).sum(), leaf)
     assert relative_error(*(one.numpy() for one in gradients)) <= CLOSE
     for _ in range(2):  # a second graph of the same file, and the file itself behind both
-        model = graph_from_module(file, {"x": x}, ["features"])
+        model = graph_from_module(file.eval(), {"x": x}, ["features"])
         np.testing.assert_allclose(session(proto(model)).run(None, {"x": x.numpy()})[0], module(x), atol=1e-5)
         assert torch.allclose(file(x), module(x), atol=1e-5)
 

@@ -87,15 +87,24 @@ def noisy(name: str) -> Tensor:
     return torch.from_numpy(golden_input(name, 2, channels, size, size))
 
 
+ROUNDING = {"classifier.deep": (5e-5, 1e-2)}
+"""Of logits and gradients, where random weights of many layers amplify float32's rounding.
+
+The stored gradient itself is 6e-3 from this network's in float64, PyTorch's on one processor 4e-3, on another
+1e-3; a wrong option moves both by tenths.
+"""
+
+
 @pytest.mark.parametrize("name", sorted(CASES.keys() - REFUSED))
 def test_the_same_output(name: str) -> None:
     module, x = network(name), noisy(name)
     # Two computations of one network in float32: 3e-6 at the most here, 2e-5 of gradients.
     if isinstance(module, Classifier):
+        of_logits, of_gradient = ROUNDING.get(name, (1e-5, 5e-5))
         with torch.no_grad():
-            assert relative_error(module(x, T), arrays("options")[f"{name}.logits"]) < 1e-5
+            assert relative_error(module(x, T), arrays("options")[f"{name}.logits"]) < of_logits
         gradient = log_prob_gradient(module, x, T, torch.tensor([1, 3]))
-        assert relative_error(gradient[:1], arrays("options")[f"{name}.grad"]) < 5e-5
+        assert relative_error(gradient[:1], arrays("options")[f"{name}.grad"]) < of_gradient
         return
     classes = CASES[name]["options"].get("num_classes")
     given = {"y": torch.arange(2) % classes} if classes else {}
