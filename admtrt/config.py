@@ -115,7 +115,7 @@ def level_sizes(image_size: int, levels: int, *, rounds_up: bool) -> tuple[int, 
 
 
 class BackboneConfig(Config):
-    """What the UNet and the classifier share: the encoder's shape.
+    """Options that the UNet and the classifier share: the encoder's shape.
 
     ``attention_resolutions`` are sizes in pixels (32 = attention where feature maps are 32x32), as in the
     paper. ``num_head_channels`` takes precedence over ``num_heads``; in TOML, which has no null, ``"none"``
@@ -362,7 +362,7 @@ class DiffusionConfig(NoiseConfig):
 
     @property
     def learns_sigma(self) -> bool:
-        """Whether the network outputs variance channels."""
+        """True where the network outputs variance channels."""
         return self.variance_type.startswith("learned")
 
     def check_variance(self, network: UNetConfig, name: str = "unet") -> None:

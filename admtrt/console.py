@@ -1,4 +1,4 @@
-"""What the command line shows: results on stdout (a table or one JSON document), progress on stderr."""
+"""Output of the command line: results on stdout (a table or one JSON document), progress on stderr."""
 
 from __future__ import annotations
 

@@ -51,12 +51,12 @@ GUIDE_CLIP, LEVEL_INPUT = "guide_clip", "sqrt_one_minus_alpha_bar"
 """Further ones: the bound of that x_0; and the square root of 1 - alpha_bar, for losses that ask for it."""
 DType = Literal["float32", "int64"]
 Precision = Literal["fp32", "fp16", "bf16"]
-"""What a graph computes in; inputs and outputs are float32 whatever it is."""
+"""Precision of a graph's arithmetic; inputs and outputs are float32 whatever it is."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def is_network(graph: str) -> bool:
-    """Whether a graph is a network's; the small ones compute in float32 whatever the precision."""
+    """True for a network's graph; the small ones compute in float32 whatever the precision."""
     return graph in _NETWORKS or graph.startswith(GUIDE_GRAPH)
 
 
@@ -66,7 +66,7 @@ def graph_of(name: str, guide: GuideConfig) -> GraphName:
 
 
 def guide_input(name: str, guide: GuideConfig) -> str:
-    """What ``update_full`` and ``threshold`` call the tensor of a guide."""
+    """Name of a guide's tensor in ``update_full`` and ``threshold``."""
     return f"{'out' if guide.kind == 'reference' else 'grad'}.{name}"
 
 

@@ -101,7 +101,7 @@ def temporary_folder(path: Path, *, sweep: bool = True, named: Path | None = Non
 
 
 def is_temporary(name: str) -> bool:
-    """Whether an entry of a folder is being written, or what a kill left of that."""
+    """True for an entry of a folder that is being written, or the remains of a killed write."""
     return _TEMPORARY.fullmatch(name) is not None
 
 

@@ -21,7 +21,7 @@ def pip_install(*arguments: str) -> str:
 
 
 def install_extra(extra: str) -> str:
-    """What installs an extra of admtrt: from where it was installed, or else in a checkout of it."""
+    """Command that installs an extra of admtrt: from where it was installed, or else in a checkout of it."""
     place, editable = _origin()
     if place is None:
         return f"{pip_install(f'.[{extra}]')}, in a checkout of admtrt"

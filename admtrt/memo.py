@@ -1,4 +1,4 @@
-"""What a machine remembers between runs, in the user's cache folder: losing it costs time, never a result."""
+"""Cache between runs, in the user's cache folder: losing it costs time, never a result."""
 
 from __future__ import annotations
 

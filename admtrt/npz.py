@@ -31,7 +31,7 @@ _AGAIN = "Expected a file of numpy.savez."
 
 
 class Header(NamedTuple):
-    """What an array says of itself; ``by_columns`` where its first axis, of several, changes fastest."""
+    """Header of an array; ``by_columns`` where its first axis, of several, changes fastest."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -108,7 +108,7 @@ def open_npz(source: Path | IO[bytes]) -> Iterator[Archive]:
 
 
 def reading_fault(error: Exception) -> str:
-    """Why an .npz file cannot be read; what the library says of damaged bytes would mislead."""
+    """Fault of an unreadable .npz file; the library's words on damaged bytes would mislead."""
     told = error.strerror if isinstance(error, OSError) else None
     return told or "it is truncated, damaged or something else"
 
@@ -172,7 +172,7 @@ class NpzFile:
 
     @property
     def names(self) -> str:
-        """What it holds, for a message."""
+        """Description of its content, for a message."""
         return ", ".join(sorted(self.members)) or "nothing"
 
 

@@ -1,4 +1,4 @@
-"""What the runtime must know of an ONNX file without opening it: where its weights lie, what its nodes are.
+"""Read an ONNX file's weights' places and nodes without onnx.
 
 ONNX is a protocol-buffer message. Reading the few fields on the way to ``external_data`` takes a page of
 code; depending on the onnx package for it would pull the export stack into every deployment.

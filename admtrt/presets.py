@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
 Kind = Literal["unet", "classifier", "upsampler"]
-"""What a network is for."""
+"""Role of a network."""
 
 
 def network_kind(network: UNetConfig | ClassifierConfig) -> Kind:
@@ -53,7 +53,7 @@ class Preset:
 
     @property
     def kind(self) -> Kind:
-        """What the network is for."""
+        """Role of the network."""
         return network_kind(self.network)
 
     @property

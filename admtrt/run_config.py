@@ -26,7 +26,7 @@ from admtrt.schedule.solvers import SOLVERS
 from admtrt.schedule.solvers.registry import own_solver
 
 Task = Literal["unet", "classifier", "upsampler", "consistency"]
-"""What is trained; a consistency model is a UNet."""
+"""Networks that can be trained; a consistency model is a UNet."""
 
 
 def network_section(task: Task) -> Literal["unet", "classifier", "upsampler"]:
@@ -108,7 +108,7 @@ SnrWeighting = Literal["none", "min-snr", "p2"]
 
 
 class TrainingConfig(Config):
-    """How one network is trained.
+    """Training settings of one network.
 
     ``loss`` applies to UNets: ``simple`` (MSE), ``hybrid`` (IDDPM's L_hybrid), ``vlb`` (the bound itself,
     rescaled by the number of steps) or ``kl`` (the bound in bits per dim). ``ema_rates`` are averaged
@@ -215,7 +215,7 @@ class RunConfig(Config):
     sampler: FittedSampler = SamplerConfig()
 
     def network(self, task: Task) -> UNetConfig | ClassifierConfig | None:
-        """What is trained, if there is such a section."""
+        """Network of this section, if there is such a section."""
         network: UNetConfig | ClassifierConfig | None = getattr(self, network_section(task))
         return network
 

@@ -1,4 +1,4 @@
-"""What settings of the CPU backends are worth, for any guided bundle: numbers of docs/backends.md.
+"""Compare settings of the CPU backends, for any guided bundle: numbers of docs/backends.md.
 
 python tools/cpu_settings.py BUNDLE --batch 4 --repeat 15    # OpenVINO: a batch in two parts, side by side
 python tools/cpu_settings.py BUNDLE --onnxruntime            # ONNX Runtime: memory and time, batch 1

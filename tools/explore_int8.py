@@ -1,4 +1,4 @@
-"""What int8 would give: a bundle's UNet statically quantised, its speed, and what it does to the images.
+"""Try int8: a bundle's UNet statically quantised, its speed, and its effect on the images.
 
     python tools/explore_int8.py fashion.bundle --images 64
 

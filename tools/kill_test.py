@@ -115,7 +115,7 @@ class Scene:
 
 @dataclass
 class Tally:
-    """What became of one command."""
+    """Outcome of one command."""
 
     kills: int = 0
     repeats: int = 0
@@ -158,7 +158,7 @@ def shards(folder: Path) -> Snapshot:
 
 
 def plans(folder: Path) -> Snapshot:
-    """What is wrong with each plan that has a record."""
+    """Faults of each plan that has a record."""
     records, faults = PlanStore(folder / "plans").records()
     told = {record.key.digest: PlanStore(folder / "plans").fault(record, whole=True) for record in records}
     return told | dict.fromkeys(faults, "unreadable")
@@ -292,7 +292,7 @@ def random_weights(config: CheckpointConfig) -> dict[str, torch.Tensor]:
 
 
 def stream(folder: Path, name: str) -> Path:
-    """Where the stdout or stderr of the last process goes that wrote to a folder."""
+    """File of the stdout or stderr of the last process that wrote to a folder."""
     return folder.with_name(f"{folder.name}-{name}")
 
 
@@ -350,7 +350,7 @@ def finish(arguments: list[str], folder: Path) -> float:
 
 
 def lost(before: Snapshot, after: Snapshot, allowed: list[Snapshot]) -> str:
-    """What a kill has taken away or spoilt; empty where it is one of the states that are allowed."""
+    """Damage of a kill; empty where the state is one of those that are allowed."""
     if allowed:
         return "" if (not before and not after) or after in allowed else f"{after} is no whole state"
     for name, value in before.items():

@@ -161,7 +161,7 @@ def of_same_graphs(name: str) -> list[str]:
 
 
 def read_rows(path: Path) -> dict[str, Measured]:
-    """What was measured so far, by the first preset of each row."""
+    """Measurements so far, by the first preset of each row."""
     lines = path.read_text().splitlines() if path.exists() else []
     return {row["preset"]: row["measured"] for row in map(json.loads, lines)}
 

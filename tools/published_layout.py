@@ -55,7 +55,7 @@ def images(count: int, size: int, seed: int) -> Iterator[NDArray[np.uint8]]:
 
 
 def write_images(path: Path, count: int, size: int, seed: int, **further: NDArray[Any]) -> None:
-    """What numpy.savez writes, without the whole array in memory."""
+    """The file that numpy.savez would write, without the whole array in memory."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
     with (
         atomic_file(path) as temporary,

@@ -1,4 +1,4 @@
-"""What solvers are worth: class accuracy, diversity and distance from the converged result, by evaluations.
+"""Compare solvers: class accuracy, diversity and distance from the converged result, by evaluations.
 
 admtrt demo --out OUT
 python tools/solver_table.py OUT/bundle --picture solvers.png > table.md
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 EVALUATIONS = (5, 8, 10, 15, 25)
 ODD = {8: 7, 10: 9}
-"""What a solver spends that takes odd numbers alone."""
+"""Evaluations of a solver that takes odd numbers alone."""
 CONVERGED: dict[str, Any] = {"method": "dpmpp", "steps": 100}
 BATCH = 100
 TIMED = 10  # evaluations whose seconds are shown

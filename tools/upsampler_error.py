@@ -1,4 +1,4 @@
-"""How far an upsampler's images are from the true ones, beside bilinear enlargement.
+"""Error of an upsampler's images, beside bilinear enlargement.
 
     python tools/upsampler_error.py BUNDLE CONFIG.toml [--images N] [--steps STEPS ...] [--grid GRID.png]
 

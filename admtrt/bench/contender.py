@@ -32,7 +32,7 @@ _COMPARED = ("out", "grad")
 
 @dataclass(frozen=True)
 class Prepared:
-    """What happened until a row was ready for a batch size.
+    """Preparation of a row for a batch size.
 
     Attributes:
         ready: seconds from nothing to the end of the first step; loading, compiling and tuning lie in here.

@@ -1,4 +1,4 @@
-"""Where something was measured."""
+"""Description of the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def describe_machine(threads: int, gpu: str | None) -> dict[str, Any]:
 
 
 def machine_lines(machine: Mapping[str, Any]) -> list[str]:
-    """What :func:`describe_machine` found, for people."""
+    """Description by :func:`describe_machine`, for people."""
     cores = f"{machine['threads']} threads on {machine['processors']} processors"
     device = [] if machine["gpu"] is None else [machine["gpu"]]
     parts = [*device, machine["processor"], cores, f"{machine['memory'] / 2**30:.0f} GiB", machine["system"]]

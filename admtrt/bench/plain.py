@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PlainExport:
-    """Where the graphs are, by name, how many nodes each has, and how long the export took."""
+    """Files and node counts of the graphs by name, and the seconds of their export."""
 
     paths: Mapping[GraphName, Path]
     nodes: Mapping[GraphName, int]

@@ -24,7 +24,7 @@ _GRACE = 5.0  # seconds in which a process may leave by itself
 
 
 class RemoteError(AdmtrtError):
-    """What went wrong in the other process, in one line."""
+    """Failure of the other process, in one line."""
 
 
 class Remote:

@@ -1,4 +1,4 @@
-"""What was measured, for machines and for people."""
+"""Results of a measurement, for machines and for people."""
 
 from __future__ import annotations
 
@@ -115,12 +115,12 @@ class BenchReport:
         return tuple(m for m in self.measurements if m.batch == batch)
 
     def baseline(self, batch: int) -> Measurement | None:
-        """What the speeds of a batch size are relative to: the original in fp32, else our eager PyTorch."""
+        """Baseline of a batch size's speeds: the original in fp32, else our eager PyTorch."""
         measured = {m.row: m for m in self.at(batch) if m.step is not None}
         return next((measured[row] for row in (Row(ORIGINAL), Row(EAGER)) if row in measured), None)
 
     def ratio(self, measurement: Measurement) -> float | None:
-        """How many times faster a row's step is than the baseline's."""
+        """Speed of a row's step relative to the baseline's."""
         baseline = self.baseline(measurement.batch)
         if baseline is None or baseline.step is None or measurement.step is None:
             return None
@@ -171,7 +171,7 @@ class BenchReport:
         return (*COST_COLUMNS, *(() if self.sampling_steps is None else (f"{self.sampling_steps} steps s",)))
 
     def remarks(self, batch: int) -> list[str]:
-        """What a table cannot hold: why rows are empty, and what rows said of themselves."""
+        """Notes below the table: reasons of empty rows, and the rows' own remarks."""
         return [f"{m.row}: {text}" for m in self.at(batch) for text in ((m.reason,) if m.reason else m.notes)]
 
     def title(self, batch: int) -> str:

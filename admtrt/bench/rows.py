@@ -1,4 +1,4 @@
-"""What can be measured: the peers and the backends, each in a precision."""
+"""Rows of a benchmark: the peers and the backends, each in a precision."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def parse_rows(items: Sequence[str]) -> tuple[Row, ...]:
 
 
 def takes_plans(row: Row) -> bool:
-    """Whether a folder of plans means anything to a row: ``auto`` runs none in fp32."""
+    """True where a folder of plans matters to a row: ``auto`` runs none in fp32."""
     return row.name == PLANS_ONLY or (row.name == AUTO and row.precision != "fp32")
 
 

@@ -108,7 +108,7 @@ def run_bench(
 
 
 def _missing_packages(rows: Sequence[Row]) -> dict[str, str]:
-    """Why rows cannot be measured here, by name."""
+    """Reasons why rows cannot be measured here, by name."""
     faults = {}
     for row in rows:
         try:

@@ -1,4 +1,4 @@
-"""How long it takes until anything can begin: imports, the command line, opening a bundle."""
+"""Time until anything can begin: imports, the command line, opening a bundle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured: a bundle, and the checkpoints from which it was exported."""
+"""Subject of a measurement: a bundle, and the checkpoints from which it was exported."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class ThroughputReport:
     peaks: Mapping[Precision, float]
 
     def ratio(self, one: ThroughputMeasurement) -> float | None:
-        """How many times faster a row is than the first that was measured."""
+        """Speed of a row relative to the first that was measured."""
         base = next((m.images_per_second for m in self.measurements if m.step is not None), None)
         return None if base is None or one.images_per_second is None else one.images_per_second / base
 
@@ -132,7 +132,7 @@ class ThroughputReport:
         ]
 
     def footnotes(self) -> list[str]:
-        """Why rows are empty, the machine, the peaks and what a step takes."""
+        """Notes: reasons of empty rows, the machine, the peaks and the cost of a step."""
         peaks = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in self.peaks.items())
         return [
             *(f"{m.row}: {m.reason}" for m in self.measurements if m.reason),

@@ -34,7 +34,7 @@ DTYPES: dict[Precision, torch.dtype] = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-"""What a precision is called in PyTorch."""
+"""Names of precisions in PyTorch."""
 
 
 class DeviceDenoiser(TorchDenoiser):

@@ -1,4 +1,4 @@
-"""What the machine can do, and how much the networks ask of it: peak speed and counted operations."""
+"""Peak speed of the machine and counted operations of the networks."""
 
 from __future__ import annotations
 

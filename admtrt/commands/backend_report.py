@@ -1,4 +1,4 @@
-"""What ``--backend auto`` measures and finds: said at once, and kept for the JSON document."""
+"""Findings of ``--backend auto``: said at once, and kept for the JSON document."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 _NO_FACTS = frozenset({"sampler", "class_names"})
-"""What a file recommends, and how it calls its classes: nothing that could be contradicted."""
+"""Options that nothing contradicts: a file's recommendation and its class names."""
 
 
 class CheckpointSettings(Config):
@@ -53,7 +53,7 @@ class CheckpointSettings(Config):
 
 @dataclass(frozen=True)
 class Description:
-    """What the command line says of one checkpoint.
+    """The command line's options for one checkpoint.
 
     Attributes:
         preset: name of a published model.

@@ -172,7 +172,7 @@ def nll(
 
 
 def _evaluations(process: ProcessConfig, steps: str | None) -> int:
-    """How often the bound asks the network about an image."""
+    """Evaluations of the network that the bound takes for an image."""
     from admtrt.schedule.process import require_discrete, retained_timesteps
 
     return len(retained_timesteps(require_discrete(process, _BOUND, "network").steps, steps or ""))

@@ -88,7 +88,7 @@ class GuideOptions:
                 )
 
     def choices(self, manifest: Manifest, bundle: Path) -> tuple[GuideChoice, ...] | None:
-        """What the sampler does with them; None where there are none.
+        """Choices of the guides; None where there are none.
 
         Raises:
             RequestError: for what cannot be.
@@ -109,7 +109,7 @@ class GuideOptions:
         )
 
     def targets(self, manifest: Manifest, mask: Path | None) -> GuideTargets:
-        """What the files hold.
+        """Targets read from the files.
 
         Args:
             manifest: of the bundle.
@@ -146,7 +146,7 @@ class GuideOptions:
         return GuideTargets(given)
 
     def cost(self, manifest: Manifest, evaluations: int) -> str:
-        """What the guides add to the networks' work, for people; empty where it is not known."""
+        """Cost that the guides add to the networks' work, for people; empty where it is not known."""
         from admtrt.schedule.guides import GUIDE_GRAPH
 
         unet = manifest.graphs["unet"]

@@ -110,7 +110,7 @@ def _chosen(records: Sequence[PlanRecord], beginning: str) -> PlanRecord:
 
 
 def is_current(record: PlanRecord, bundle: Bundle) -> bool:
-    """Whether a plan was built from a graph that the bundle holds as it is now."""
+    """True where a plan was built from a graph that the bundle holds as it is now."""
     from admtrt.errors import BundleError
     from admtrt.runtime.engines.sources import graph_source
 

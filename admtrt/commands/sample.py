@@ -315,7 +315,7 @@ def _asked_labels(
 
 
 def _uses_labels(manifest: Manifest, sampler: SamplerConfig) -> bool:
-    """Whether the UNet or any guide looks at the samples' classes."""
+    """True where the UNet or any guide looks at the samples' classes."""
     from admtrt.schedule.guides import LABELLED
 
     labelled = any(manifest.guides[choice.name].loss in LABELLED for choice in sampler.guided_by)

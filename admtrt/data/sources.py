@@ -59,7 +59,7 @@ class Skipped(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """What was read.
+    """Images that were read.
 
     Attributes:
         images: uint8 [N, H, W, C] in memory, or N files that were all decoded once without an error.
@@ -208,7 +208,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 
 
 def _fault_of(path: Path, config: DataConfig) -> str | None:
-    """Why a file is unusable, or None. Decodes all of it, as nothing less shows a truncated JPEG."""
+    """Fault of an unusable file, or None. Decodes all of it, as nothing less shows a truncated JPEG."""
     try:
         with open_image(path) as image:
             size = config.image_size

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a set of samples was judged.
+    """Judgement of a set of samples.
 
     Attributes:
         accuracy: fraction judged to be the class that was asked for.

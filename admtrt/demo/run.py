@@ -83,7 +83,7 @@ class SweepPoint:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What the demo found.
+    """Results of the demo.
 
     Attributes:
         seconds: of each stage.
@@ -111,7 +111,7 @@ class DemoResult:
 
     @property
     def passed(self) -> bool:
-        """Whether both samplers reach the target and the bundle computes what PyTorch computes."""
+        """True where both samplers reach the target and the bundle computes what PyTorch computes."""
         reached = all(self.best(method).verdict.accuracy >= TARGET for method in SAMPLERS)
         return reached and self.verification.passed
 

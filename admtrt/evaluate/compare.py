@@ -80,7 +80,7 @@ class Reference:
     _fitted: dict[str, Gaussian] = field(default_factory=dict)
 
     def is_stored(self, output: str) -> bool:
-        """Whether the statistics of an output are stored ones."""
+        """True where the statistics of an output are stored ones."""
         return output in self.stored
 
     def gaussian(self, output: str) -> Gaussian | None:
@@ -96,7 +96,7 @@ class Reference:
 
 @dataclass(frozen=True)
 class Asked:
-    """What to compute.
+    """Metrics to compute.
 
     Attributes:
         metrics: of :data:`METRICS`.
@@ -210,7 +210,7 @@ def _is_possible(
     network: FeatureNetwork | None,
     asked: Asked,
 ) -> bool:
-    """Whether the features have what a metric needs."""
+    """True where the features have what a metric needs."""
     lacking = ""
     output = _NEEDS.get(metric)
     if output is not None and output not in samples.outputs:
@@ -387,7 +387,7 @@ def _value(
 def set_warnings(
     samples: FeatureSet, network: FeatureNetwork | None, asked: Sequence[str], precision: str
 ) -> list[Warned]:
-    """What to know about a set of features before any metric."""
+    """Warnings about a set of features, before any metric."""
     warnings = []
     distinct = len(np.unique(samples.hashes))
     if distinct == 1 < len(samples):

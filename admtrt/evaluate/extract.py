@@ -99,7 +99,7 @@ class Extractor:
 
     @property
     def resize(self) -> str:
-        """How images come to the size that the network sees."""
+        """Resizing of images to the network's input size."""
         manifest = self.network.manifest
         if manifest is not None and self.size is None:
             return manifest.resize
@@ -169,7 +169,7 @@ def check_backend(backend: str, precision: str) -> None:
 
 
 def _places(graph: Path, outputs: Sequence[tuple[str, str, _Sizes]]) -> dict[str, int]:
-    """Which output is which; the only one of rank 2, or the first, is ``pool`` where none is called so."""
+    """Match outputs to roles; the only one of rank 2, or the first, is ``pool`` where none is called so."""
     flat = [(name, place) for place, (name, _, sizes) in enumerate(outputs) if len(sizes) == 2]
     named = {name: place for name, place in flat if name in (POOL, SPATIAL, LOGITS)}
     rest = [place for name, place in flat if name not in named]

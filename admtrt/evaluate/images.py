@@ -255,7 +255,7 @@ def npz_images(archive: NpzFile) -> ImageSource:
 
 
 def _run_images(folder: Path) -> ImageSource:
-    """What a run of `admtrt sample` has drawn so far, as of now."""
+    """Images that a run of `admtrt sample` has drawn so far."""
     archives = [NpzFile.open(file) for file in sorted((folder / SHARDS).glob("*.npz"))]
     if not archives:
         raise DataError(

@@ -44,7 +44,7 @@ def _unseen(count: int, text: str) -> None: ...
 
 @dataclass(frozen=True)
 class Computing:
-    """How features are computed.
+    """Settings of feature extraction.
 
     Attributes:
         backend, precision, threads: as of :class:`~admtrt.evaluate.extract.Extractor`.
@@ -235,7 +235,7 @@ class Evaluator:
     def _precision_change(
         self, samples: OpenedSet, extractor: Extractor | None, reference: Reference
     ) -> float | None:
-        """What the precision does to the Fréchet distance: with it, minus in fp32, of the same samples."""
+        """Effect of the precision on the Fréchet distance: with it, minus in fp32, of the same samples."""
         theirs = reference.gaussian(POOL)
         unchanged = extractor is None or extractor.precision == "fp32"
         if extractor is None or unchanged or samples.images is None or theirs is None or len(samples) < 2:
@@ -264,7 +264,7 @@ class Evaluator:
 
 
 def _shape_warnings(samples: OpenedSet, reference: OpenedSet | None) -> list[Warned]:
-    """What to know about two sets of images, whatever the features."""
+    """Warnings about two sets of images, whatever the features."""
     found = []
     ours, theirs = samples.images, None if reference is None else reference.images
     if ours is not None and theirs is not None and ours.shape[:2] != theirs.shape[:2]:

@@ -203,7 +203,7 @@ _own: tempfile.TemporaryDirectory[str] | None = None
 
 
 def _is_whole(file: Path, outputs: tuple[str, ...], count: int) -> bool:
-    """Whether a block is kept, with everything that is asked of it."""
+    """True where a block is kept, with everything that is asked of it."""
     if not file.exists():
         return False
     try:

@@ -235,7 +235,7 @@ class _Block:
         self._values, self._error = distances.approximate(rows, columns)
 
     def within(self, radius: Matrix) -> NDArray[np.bool_]:
-        """Where the distance is at most the radius, which is squared and broadcasts against the block."""
+        """Mask of distances of at most the radius, which is squared and broadcasts against the block."""
         inside, unsure = self._compared(radius)
         if self._values.dtype == np.float32 and np.count_nonzero(unsure) > inside.size * _MANY:
             self._values, self._error = self._distances.approximate(self._rows, self._columns, np.float64)
@@ -247,7 +247,7 @@ class _Block:
         return inside
 
     def _compared(self, radius: Matrix) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Where the distance is at most the radius, and where rounding could decide that."""
+        """Masks of distances of at most the radius, and of those that rounding could decide."""
         dtype = self._values.dtype
         scaled = (radius * self._distances.scale**2).astype(dtype)
         gap = self._values - scaled

@@ -73,7 +73,7 @@ class FeatureNetwork:
 
     @property
     def published(self) -> bool:
-        """Whether the weights are the published ones."""
+        """True where the weights are the published ones."""
         return self.manifest is not None and self.manifest.weights.known
 
 

@@ -202,7 +202,7 @@ def _member(archive: NpzFile, name: str, beside: str) -> Any:
 
 
 def _are_of(archive: NpzFile, network: FeatureNetwork | None) -> bool:
-    """Whether stored statistics are a network's; published files do not say, and are Inception's."""
+    """True where stored statistics are this network's; published files do not say, and are Inception's."""
     if FEATURES_KEY in archive:
         return network is not None and archive[FEATURES_KEY].read().tolist() == [network.digest]
     return network is None or network.kind == "inception"

@@ -104,7 +104,7 @@ class Row:
 
 @dataclass(frozen=True, eq=False)
 class Sweep:
-    """What is swept.
+    """Axes of a sweep.
 
     Attributes:
         pipelines: of the bundle, by precision.
@@ -124,7 +124,7 @@ class Sweep:
     options: Mapping[str, Any]
 
     def request(self, point: Point) -> BulkRequest:
-        """What a point draws.
+        """Request of one point.
 
         Raises:
             RequestError: if the bundle cannot do it.

@@ -26,12 +26,12 @@ _TOLERANCE = 1e-3
 """Of a sample's largest value: float32 in another order moves deep networks by 1e-6 to 1e-5; a wrong rule, or
 a value that was frozen, moves them by tenths."""
 _AS_FAR_AS_PYTORCH = 10.0
-"""Where a gradient cancels, float32 in another order leaves another rest, of the size of PyTorch's."""
+"""Times PyTorch's own float32 error: where a gradient cancels, another order of sums leaves another rest."""
 _DRAWS = 3
 """A value within rounding of a kink takes either side by chance, in few draws; a wrong rule fails in each."""
 _NEIGHBOURS = 4
 _ROUNDING = 1e-6
-"""How far the neighbours of a row are, of its values and of 0.01: as rounding moves what is within."""
+"""Distance of a row's neighbours, relative to its values and to 0.01: as far as rounding moves them."""
 _REPEATED = 1e-6
 """Of a sample's largest value: a module run twice in one type, even if a GPU adds up in another order."""
 _ROWS: tuple[Draw, ...] = (  # of the example x and of normal numbers z
@@ -51,7 +51,7 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Derivative:
-    """What a graph adds to the outputs of its module, all of it by name.
+    """Outputs that a graph adds to those of its module, by name.
 
     Attributes:
         wrt: the input that is differentiated.

@@ -1,4 +1,4 @@
-"""What every exported graph must pass before it enters a bundle."""
+"""Checks that every exported graph must pass before it enters a bundle."""
 
 from __future__ import annotations
 

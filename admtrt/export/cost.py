@@ -1,4 +1,4 @@
-"""What a graph costs for one sample: operations of its products, and memory of its values."""
+"""Cost of a graph for one sample: operations of its products, and memory of its values."""
 
 from __future__ import annotations
 

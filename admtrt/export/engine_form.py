@@ -42,7 +42,7 @@ def engine_form(model: ir.Model) -> ir.Model:
 
 
 class _GroupNorm(NamedTuple):
-    """What one GroupNormalization computes: ``result`` from ``x``, both [N, C, ...], with constants [C].
+    """Pattern of one GroupNormalization: ``result`` from ``x``, both [N, C, ...], with constants [C].
 
     ``target`` is the shape input that reshapes to the result; None where the two have one shape.
     """

@@ -168,8 +168,8 @@ def merge_projections(model: ir.Model) -> bool:
 
 
 _TAPS = (np.array([[1, 0, 0], [0, 1, 1]]), np.array([[1, 1, 0], [0, 0, 1]]))
-"""Which of three taps on an image enlarged to twice its size fall on each of the two pixels of the small one
-that they meet: at even positions, whose first is the pixel before, and at odd ones."""
+"""Sums of three taps on an image enlarged to twice its size, by the two pixels of the small one that they
+meet: at even positions, whose first is the pixel before, and at odd ones."""
 
 
 def fold_enlargement_into_conv(model: ir.Model) -> bool:
@@ -259,7 +259,7 @@ def _nodes(model: ir.Model, op_type: str) -> Iterator[ir.Node]:
 
 
 def _users(value: ir.Value) -> int:
-    """How many places read a value; being a graph output counts."""
+    """Number of readers of a value; being a graph output counts."""
     return len(list(value.uses())) + int(value.is_graph_output())
 
 
@@ -301,7 +301,7 @@ def _scalar(value: ir.Value | None) -> float | None:
 
 
 def _same_rank(node: ir.Node, value: ir.Value) -> bool:
-    """Whether a node's result has as many axes as this operand: a constant of one number may add some."""
+    """True where a node's result has as many axes as this operand: a constant of one number may add some."""
     shape, result = value.shape, node.outputs[0].shape
     return shape is not None and result is not None and len(shape) == len(result)
 
@@ -324,7 +324,7 @@ def _affine(value: ir.Value | None) -> tuple[ir.Value, Array, Array] | None:
 
 
 def _one_for_each_channel(values: Array, like: ir.Value, channels: int) -> bool:
-    """Whether a constant that broadcasts to [N, channels, ...] has one value for each channel."""
+    """True where a constant that broadcasts to [N, channels, ...] has one value for each channel."""
     sizes = _sizes(like)
     if sizes is None or not sizes or sizes[0] != channels:
         return False
@@ -371,7 +371,7 @@ def _sizes(value: ir.Value | None) -> list[int] | None:
 
 
 def _halves(split: ir.Node) -> bool:
-    """Whether a Split divides the channels into two equal parts."""
+    """True where a Split divides the channels into two equal parts."""
     sizes = [None if value.shape is None else value.shape[1] for value in split.outputs]
     return split.attributes["axis"].as_int() == 1 and isinstance(sizes[0], int) and sizes[0] == sizes[1]
 

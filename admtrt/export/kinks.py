@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def is_clamp(node: ir.Node) -> bool:
-    """Whether a Max, Min or Clip limits its first input to bounds; Max and Min otherwise treat both alike."""
+    """True for a Max, Min or Clip that bounds its first input; Max and Min otherwise treat both alike."""
     return _function(node).startswith("clamp")
 
 
 def passes_at_ends(node: ir.Node) -> bool:
-    """Whether the gradient passes at the bounds themselves of a Clip, or of a Max and a Min that clamp.
+    """True where the gradient passes at the bounds themselves of a Clip, or of a Max and a Min that clamp.
 
     ReLU6 and Hardtanh have 0 there; clamp, which a Clip is taken for, has what this release of PyTorch has.
     """
@@ -31,12 +31,12 @@ def passes_at_ends(node: ir.Node) -> bool:
 
 
 def first_of_equals(node: ir.Node) -> bool:
-    """Whether all of the gradient of a ReduceMax or ReduceMin goes to the first of equal values."""
+    """True where all of the gradient of a ReduceMax or ReduceMin goes to the first of equal values."""
     return _function(node) in ("max.dim", "min.dim")
 
 
 def finite_at_zero(node: ir.Node) -> bool:
-    """Whether the slope of a power is 0 at 0 where it would be infinite."""
+    """True where the slope of a power is 0 at 0 where it would be infinite."""
     return _function(node).startswith("linalg_vector_norm")
 
 

@@ -1,4 +1,4 @@
-"""What passes and gradient rules ask of nodes and values: attributes, shapes, transposes of two axes."""
+"""Queries of passes and gradient rules: attributes, shapes, transposes of two axes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def swapped_last(rank: int) -> list[int]:
 
 
 def swaps_last(transpose: ir.Node, rank: int) -> bool:
-    """Whether a Transpose swaps the last two axes; without the attribute it reverses all."""
+    """True where a Transpose swaps the last two axes; without the attribute it reverses all."""
     return ints_attribute(transpose, "perm", range(rank - 1, -1, -1)) == swapped_last(rank)
 
 

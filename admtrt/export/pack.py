@@ -181,7 +181,7 @@ def _by_name(guides: Sequence[AnyGuide], event: tuple[int, ...]) -> dict[str, An
 
 @dataclass(frozen=True, eq=False)
 class _Networks:
-    """What graphs are made of."""
+    """Networks and guides that graphs are made of."""
 
     unet: UNet
     classifier: Classifier | None

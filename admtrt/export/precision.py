@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from admtrt.contract import Precision
 
 Island = Literal["group_norm", "softmax", "output", "embedding", "activation", "residual"]
-"""What may stay float32: group norms and their backward; softmaxes and theirs; the last product before each
-output and what follows it; what is computed from the timestep and the label alone; pointwise operators;
-sums of the residual stream and of its gradient."""
+"""Parts that may stay float32: group norms and their backward; softmaxes and theirs; the last product before
+each output and what follows it; what is computed from the timestep and the label alone; pointwise
+operators; sums of the residual stream and of its gradient."""
 
 ISLANDS: tuple[Island, ...] = get_args(Island)
 DEFAULT_ISLANDS: tuple[Island, ...] = ("group_norm", "softmax", "output")
@@ -145,7 +145,7 @@ def _without_images(graph: ir.Graph, nodes: list[ir.Node]) -> set[ir.Node]:
 
 
 def _is_residual_sum(node: ir.Node) -> bool:
-    """Whether two computed maps of one shape are added; SiLU's derivative adds its sigmoid, and is none."""
+    """True for a sum of two computed maps of one shape; SiLU's derivative adds its sigmoid, and is none."""
     if node.op_type != "Add" or any(value is None or value.shape is None for value in node.inputs):
         return False
     sizes = [list(value.shape)[1:] for value in node.inputs if value is not None and value.shape is not None]

@@ -35,7 +35,7 @@ def unroll(model: ir.Model) -> bool:
 
 
 def _plain(node: ir.Node) -> bool:
-    """Whether nothing but what PyTorch's modules write is asked for."""
+    """True where a node asks for nothing but what PyTorch's modules write."""
     x, *weights = node.inputs[:3]
     bias = node.inputs[3] if len(node.inputs) > 3 else None
     others = {"activations", "activation_alpha", "activation_beta", "clip", "layout", "input_forget"}

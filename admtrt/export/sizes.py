@@ -68,7 +68,7 @@ def _fix_target(model: ir.Model, reshape: ir.Node, known: dict[ir.Value, Numbers
 
 
 def _numbers(node: ir.Node, known: dict[ir.Value, Numbers]) -> Numbers | None:
-    """What a node of sizes gives; None where it is of something else."""
+    """Result of a node that computes sizes; None for any other."""
     if node.op_type == "Shape":
         value = node.inputs[0]
         if value is None or value.shape is None:

@@ -218,7 +218,7 @@ def _unbounded(write: _Writer, value: ir.Value, tensors: Mapping[str, ir.Value])
 
 
 def _guide_tensors(config: UNetConfig, guides: Guides, write: _Writer) -> dict[str, ir.Value]:
-    """What each guide weighs, in the shape of x: a gradient, or the value channels of a reference."""
+    """Tensor of each guide, in the shape of x: a gradient, or the value channels of a reference."""
     tensors = {}
     for name, guide in guides.items():
         tensor = write.inputs[guide_input(name, guide)]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 ConvBackward = Literal["flipped", "transposed"]
-"""How a stride-1 convolution is differentiated: a Conv with flipped weights (fast on CPUs, a second copy of
+"""Form of a stride-1 convolution's gradient: a Conv with flipped weights (fast on CPUs, a second copy of
 the weights) or a ConvTranspose that shares them (engines)."""
 
 

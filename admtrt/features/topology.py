@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Operations(Protocol[T]):
-    """What the network is made of; images are [N, C, H, W]."""
+    """Layers of the network; images are [N, C, H, W]."""
 
     def convolution(self, name: str, x: T, stride: int = 1, *, same: bool = True) -> T:
         """Convolution, batch normalisation, ReLU; ``same`` pads by half the kernel, else not at all."""

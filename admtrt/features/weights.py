@@ -34,7 +34,7 @@ class KnownFile:
     url: str
 
     def matches(self, path: Path) -> bool:
-        """Whether a file is this one."""
+        """True where a file is this one."""
         if path.stat().st_size != self.size:
             return False
         with open_regular(path) as opened:

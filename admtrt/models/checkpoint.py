@@ -277,7 +277,7 @@ def _other_kind(holder: str, kind: Kind, kinds: Sequence[Kind]) -> str:
 def _changed(
     path: Path, embedded: CheckpointConfig, settings: Mapping[str, Any], options: OptionNames
 ) -> CheckpointConfig:
-    """What a file says of itself with settings replaced, which may be impossible together with the others."""
+    """A file's settings with some replaced, which may be impossible together with the others."""
     kind = settings.get("kind", embedded.diffusion.kind)
     if kind != embedded.diffusion.kind:
         raise _contradicted(path, [f"kind is {embedded.diffusion.kind} in the file, {kind} given"], options)
@@ -327,7 +327,7 @@ def _contradicted(path: Path, different: list[str], options: OptionNames) -> Che
 
 
 def _with_null_class(path: Path, embedded: CheckpointConfig, null: Any) -> CheckpointConfig:
-    """What a file says of itself, with the null class that was said beside it."""
+    """A file's settings, with the null class that was given beside it."""
     if embedded.unet is None or null is None:
         return embedded
     network = UNetConfig.from_dict(embedded.unet.to_dict() | {"null_class": null}, source=str(path))

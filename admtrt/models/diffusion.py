@@ -33,7 +33,7 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What p(x_{t-1} | x_t) is made of; every tensor is [N, C, H, W] or broadcasts to it."""
+    """p(x_{t-1} | x_t); every tensor is [N, C, H, W] or broadcasts to it."""
 
     mean: Tensor
     variance: Tensor
@@ -53,7 +53,7 @@ class Diffusion:
         return len(self.process)
 
     def model_t(self, step: Tensor) -> Tensor:
-        """What the networks are given as ``t``, [N]."""
+        """The networks' input ``t``, [N]."""
         return self.at(self.process.model_t, step).flatten()
 
     def q_mean(self, x_0: Tensor, step: Tensor) -> Tensor:

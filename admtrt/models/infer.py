@@ -33,7 +33,7 @@ _CONDITION = (
     "(segmentation, inpainting, colouring), which admtrt does not have"
 )
 _PREFIXES = ("_orig_mod.", "module.", "model.diffusion_model.", "denoise_fn.", "ema_model.", "ema.", "model.")
-"""What wrappers put before every name."""
+"""Prefixes that wrappers put before every name."""
 
 UNTOLD = (
     "image_size",
@@ -67,7 +67,7 @@ class _SeveralReadingsError(UntoldSettingError):
 
 @dataclass(frozen=True)
 class Traits:
-    """What shapes tell.
+    """Configuration that shapes tell.
 
     Attributes:
         kind: what the network is for.
@@ -178,7 +178,7 @@ def traits_of(
     told: Mapping[str, Any] = _NOTHING,
     any_reading: bool = False,
 ) -> Traits:
-    """What shapes tell, with ``given`` only where they allow several readings.
+    """Configuration that shapes tell, with ``given`` only where they allow several readings.
 
     Args:
         shapes: every tensor's shape by its bare name.
@@ -293,7 +293,7 @@ def _upsampling_blocks(shapes: Shapes) -> set[int]:
 
 
 def _layout(stages: list[_Stage], upsampling: set[int] | None, given: Mapping[str, Any]) -> _Layout:
-    """How input blocks divide into levels: each ``num_res_blocks`` and, but for the last, one that halves.
+    """Divide input blocks into levels: each ``num_res_blocks`` and, but for the last, one that halves.
 
     Where a block does the halving it looks like any other: then widths, attention and the decoder decide.
     """

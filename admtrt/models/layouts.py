@@ -97,5 +97,5 @@ def convolved_attention(tensors: Mapping[str, Tensor]) -> frozenset[str]:
 
 
 def partial_prefix(tensors: Mapping[str, Tensor]) -> str:
-    """What stands before the names of a network's tensors, beside others in one state dict; "" if nothing."""
+    """Prefix of a network's tensors, beside others in one state dict; "" if none."""
     return next((key.removesuffix(f".{_ROOT}") for key in tensors if key.endswith(f".{_ROOT}")), "")

@@ -1,4 +1,4 @@
-"""Which published model a state dict is, or derives from."""
+"""Find the published model that a state dict is, or derives from."""
 
 from __future__ import annotations
 

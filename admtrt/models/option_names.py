@@ -1,4 +1,4 @@
-"""What commands call the options that describe a checkpoint: for advice that can be followed."""
+"""Command-line names of the options that describe a checkpoint: for advice that can be followed."""
 
 from __future__ import annotations
 

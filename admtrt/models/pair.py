@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from admtrt.models.settings import CheckpointConfig
 
 _PREDICTED = {"mean_type", "variance_type", "rescale_timesteps"}
-"""What the UNet predicts and its unit of t, in which the two may differ; not in the noise that they know."""
+"""Fields in which the two may differ: the UNet's prediction and unit of t; the noise must agree."""
 
 
 def check_pair(generator: CheckpointConfig, guide: CheckpointConfig | None) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: its network, its process and how to sample from it."""
+"""Settings of a checkpoint: its network, its process and how to sample from it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ PROCESS_FIELDS = tuple(dict.fromkeys([*DiffusionConfig.model_fields, *EdmConfig.
 
 
 class CheckpointConfig(Config):
-    """What a checkpoint says of itself.
+    """Settings of a checkpoint.
 
     ``unet`` is set for the kinds ``unet`` and ``upsampler``, ``classifier`` for ``classifier``. ``sampler``
     is a recommendation, ``threshold_quantile`` that of its dynamic thresholds where it is not the usual one.
@@ -105,13 +105,13 @@ def build_network(config: CheckpointConfig) -> UNet | Classifier:
 
 
 def shapes_of_network(config: CheckpointConfig) -> dict[str, tuple[int, ...]]:
-    """What the tensors of a network with this configuration are, without building it in memory."""
+    """Shapes of the tensors of a network with this configuration, without building it in memory."""
     with torch.device("meta"):
         return {key: tuple(value.shape) for key, value in build_network(config).state_dict().items()}
 
 
 def checkpoint_config_from_preset(name: str) -> CheckpointConfig:
-    """What a published checkpoint would say of itself.
+    """Settings of a published checkpoint.
 
     Raises:
         ConfigError: for an unknown name, with the nearest known one.

@@ -49,10 +49,10 @@ _CALLED = frozenset(
         "torch._utils._rebuild_parameter",
     }
 )
-"""What may be called: all of it makes dictionaries, sizes and views of the file's own bytes."""
+"""Callables that are allowed: all of them make dictionaries, sizes and views of the file's own bytes."""
 
 _NAMED = re.compile(r"torch\.(storage\.)?(\w*Storage|bool|[a-z]+\d+(_\w+)?)")
-"""What may be mentioned besides: types of storages and numbers."""
+"""Names that are allowed besides: types of storages and numbers."""
 
 
 class UnneededGlobalError(ValueError):
@@ -60,7 +60,7 @@ class UnneededGlobalError(ValueError):
 
 
 class _Object(NamedTuple):
-    """What is known of an object without making it: how deep it is, and of how many others it consists."""
+    """Depth and size of an object, known without making it."""
 
     depth: int = 0
     size: int = 1
@@ -97,7 +97,7 @@ def check_torch_file(path: Path) -> bool:
 
 
 def _directory_of(path: Path) -> int:
-    """Where the directory of an archive begins, by the record at its very end and ZIP64's before that.
+    """Offset of an archive's directory, by the record at its very end and ZIP64's before that.
 
     Python and PyTorch look for it in ways that differ where an archive does not end as PyTorch writes it.
 

@@ -44,13 +44,13 @@ GRID_LIMIT = 400
 LOW_STAGE = "low"
 """Folder of the first stage's run within that of a two-stage run."""
 REQUEST, LARGEST_REQUEST = "request.json", 2**26
-"""What a run says of itself, and the most bytes of that: earlier versions wrote every label."""
+"""File that describes a run, and its largest size in bytes: earlier versions wrote every label."""
 _LATER = {*DIGESTS, *NUMBERS, TARGETS}
-"""What a request has only where it was asked for: absent is None."""
+"""Keys of a request that stand only where they were asked for: absent is None."""
 _UNSHOWN = {"bundle": "bundle differs", "labels": "labels differ"} | {
     name: f"{name} differs" for name in ("low_res", "images", TARGETS, *DIGESTS)
 }
-"""What is said of hashes and long lists, whose values tell nobody anything."""
+"""Description of hashes and long lists in messages, in place of their values."""
 
 
 class SmallImages(Protocol):
@@ -73,7 +73,7 @@ class Elsewhere(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class BulkRequest:
-    """What a run draws.
+    """A run's request.
 
     Attributes:
         count: samples in all.
@@ -157,7 +157,7 @@ def draw(
 
 
 def recorded_shard_size(directory: Path) -> int | None:
-    """How a run that began here, or its first stage, is divided; None where none did."""
+    """Shard size of a run, or first stage, that began here; None where none did."""
     for place in (directory, directory / LOW_STAGE):
         with contextlib.suppress(OSError, ValueError):
             size = _settings(read_json(place / REQUEST, LARGEST_REQUEST)).get("shard_size")
@@ -206,7 +206,7 @@ def claim(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
-    """Whether a directory holds this very run already; False where it can begin there."""
+    """True where a directory holds this very run already, False where it can begin there."""
     file = directory / REQUEST
     if not os.path.lexists(file):
         if directory.exists() and (not directory.is_dir() or not _is_unclaimed(directory)):
@@ -264,7 +264,7 @@ def _settings(identity: Any) -> dict[str, Any]:
 
 
 def _labels_digest(labels: Any) -> Any:
-    """What stands for the labels: their digest, which earlier versions wrote as the whole list."""
+    """Digest that stands for the labels; earlier versions wrote the whole list."""
     return digest_of(np.array(labels, dtype=np.int64)) if isinstance(labels, list) else labels
 
 
@@ -273,7 +273,7 @@ def _difference(key: str, old: Any, new: Any) -> str:
 
 
 def _is_unclaimed(directory: Path) -> bool:
-    """Whether a directory holds nothing but a first stage, or what a process killed when claiming it left."""
+    """True where a directory holds nothing but a first stage, or the remains of a killed claim."""
     return all(
         is_temporary(path.name) or (path.name == LOW_STAGE and path.is_dir()) for path in directory.iterdir()
     )

@@ -159,7 +159,7 @@ class Stream(_Closing):
         _ask(self.inner.sync)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
-        """What ``enqueue`` puts into this stream, and into streams that wait for it, as a graph.
+        """Capture the work that ``enqueue`` puts into this stream and those that wait for it.
 
         Nothing of it runs. Streams that joined have to be waited for again before ``enqueue`` ends. By the
         driver's own functions: cuda-core's graph builder, as of 1.2, takes the process down with it when a
@@ -211,7 +211,7 @@ class DeviceArray(_Closing):
 
     @property
     def address(self) -> int:
-        """Where it lies."""
+        """Device address."""
         return int(self.inner.handle)
 
     def rows(self, first: int, count: int) -> DeviceArray:
@@ -339,7 +339,7 @@ class CudaDevice:
 
 
 def _ask(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """What a function of cuda-core's returns.
+    """Result of a function of cuda-core.
 
     Raises:
         EngineError: in place of what it raises, whose types are of private modules.
@@ -351,7 +351,7 @@ def _ask(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 def _value(returned: tuple[Any, ...]) -> Any:
-    """What a function of the driver's returns beside its code, if it returns anything.
+    """Result of a driver's function beside its code, if it returns anything.
 
     Raises:
         EngineError: naming the code, if it is one of a fault.

@@ -1,4 +1,4 @@
-"""What samples start at, are held to or are led to: what may be asked for together, and what it means."""
+"""Images and targets that samples start at, are held to or are led to, and their allowed combinations."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ class ImageInputs:
         )
 
     def of_slots(self, count: int, event: tuple[int, ...]) -> dict[str, Any]:
-        """What :func:`~admtrt.runtime.slots.slots_for` takes of them, for ``count`` samples of a shape."""
+        """Arguments for :func:`~admtrt.runtime.slots.slots_for`, for ``count`` samples of a shape."""
         latents = None if self.latents is None else _latents(self.latents).x
         images = None if self.init is None else as_states(self.init)
         return {
@@ -198,7 +198,7 @@ class ImageInputs:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides the images, JSON-ready; empty where nothing was given."""
+        """Identity of the inputs, JSON-ready; empty where nothing was given."""
         known, latents = self.known, None if self.latents is None else _latents(self.latents)
         arrays = (
             self.init,

@@ -39,7 +39,7 @@ _LARGEST = 1e3  # of a latent, which is near standard normal where inversion wor
 
 @dataclass(frozen=True, eq=False)
 class InversionRequest:
-    """What is inverted, checked against a bundle.
+    """Images to invert, checked against a bundle.
 
     Attributes:
         pipeline: of the bundle.

@@ -1,4 +1,4 @@
-"""What decides how fast this machine is."""
+"""Processor features and thread counts that decide the speed of this machine."""
 
 from __future__ import annotations
 

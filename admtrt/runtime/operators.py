@@ -57,7 +57,7 @@ class Operator:
         return {name: _filled(one, one.shape[1])[None].astype(np.float32) for name, one in named.items()}
 
     def applied(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """What it gives of images, float32 [N, C, h, w]."""
+        """The operator applied to images: float32 [N, C, h, w]."""
         return np.ascontiguousarray(self.rows @ images.astype(np.float64) @ self.columns.T, np.float32)
 
     def filled(self, measurement: NDArray[np.float32]) -> NDArray[np.float32]:

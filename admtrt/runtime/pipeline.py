@@ -44,7 +44,7 @@ DEFAULT_BATCH = 16
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """What was drawn.
+    """Samples that were drawn.
 
     Attributes:
         x: float32 [N, C, H, W], unclipped x_0 of the last step.
@@ -64,7 +64,7 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What a callback sees after each evaluation of a batch.
+    """State that a callback sees after each evaluation of a batch.
 
     Attributes:
         index: evaluations done, from 1 to ``total``.
@@ -356,7 +356,7 @@ class Pipeline:
         place: Mapping[str, Place] | None = None,
         clip: Mapping[str, bool] | None = None,
     ) -> tuple[GuideChoice, ...]:
-        """What a sampler does with guides of the bundle, for ``guided_by`` of :meth:`sampler`.
+        """Choices of the bundle's guides, for ``guided_by`` of :meth:`sampler`.
 
         Arguments and errors are those of :func:`admtrt.schedule.guides.guide_choices`.
         """

@@ -1,4 +1,4 @@
-"""What a request is made of: whole numbers, and classes by number or name."""
+"""Parse parts of a request: whole numbers, and classes by number or name."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def whole_number(value: Any, name: str) -> int:
 
 
 def one_for_each(given: Any, name: str) -> Sequence[Any]:
-    """What was given for the samples, if it has a length.
+    """A value given per sample, if it has a length.
 
     Raises:
         RequestError: if it is a single value, or a text.

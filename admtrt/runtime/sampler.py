@@ -43,7 +43,7 @@ class Denoiser(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class StepInputs:
-    """What one evaluation of every slot takes besides its state and the conditioning.
+    """Inputs of one evaluation of every slot, besides its state and conditioning.
 
     Attributes:
         t: float32 [N], in the model's units.
@@ -257,7 +257,7 @@ def gathered_size(count: int, batch: int, sizes: Sequence[int] = ()) -> int:
 
 
 def guide_feeds(slots: Slots, inputs: StepInputs, name: str) -> dict[str, Array]:
-    """What the graph of a guide takes in an evaluation that it guides."""
+    """Inputs of a guide's graph in an evaluation that it guides."""
     guide, feeds = slots.guides[name], _feeds(slots, inputs, f"{GUIDE_GRAPH}{name}")
     if guide.kind == "denoiser":
         feeds |= {weight: inputs.of_losses[weight] for weight in X0_WEIGHTS}

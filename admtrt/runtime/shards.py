@@ -125,7 +125,7 @@ class Shards:
         return images
 
     def _opened(self, start: int, use: Callable[[Archive], Any]) -> Any:
-        """What ``use`` makes of a shard that holds what this request drew."""
+        """Result of ``use`` on a shard that this request drew."""
         file = self._path(start)
         try:
             with open_npz(file) as archive:

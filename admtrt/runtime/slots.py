@@ -35,7 +35,7 @@ Array = NDArray[Any]
 Images = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Conditions = dict[GraphName, dict[str, Array]]
-"""What graphs take besides what every step gives them, by graph and tensor, a row for each sample."""
+"""Further inputs of graphs, by graph and tensor; a row for each sample."""
 
 GUIDE: GraphName = "classifier_gradient"
 """The graph whose conditions only those samples have that may be guided."""
@@ -82,12 +82,12 @@ class Slots:
 
     @property
     def finished(self) -> NDArray[np.bool_]:
-        """Which samples have taken their last step, bool [N]."""
+        """True for samples that have taken their last step, bool [N]."""
         return self.position >= np.array([len(schedule) for schedule in self.schedules])
 
     @property
     def full(self) -> bool:
-        """Whether any sample needs the graph ``update_full``."""
+        """True where any sample needs the graph ``update_full``."""
         return any(schedule.full for schedule in self.schedules)
 
     def take(self, rows: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> Slots:
@@ -212,7 +212,7 @@ def _first_states(
     images: Images | None,
     stage: int,
 ) -> Images:
-    """What the networks are given first: x_T, with an image or the noise of churn where schedules ask."""
+    """The first x of every sample: x_T, with an image or the noise of churn where schedules ask."""
     column = (-1, *[1] * (x_T.ndim - 1))
     scale, signal, noise = (
         np.array([getattr(schedule, f"init_{name}") for schedule in schedules], np.float32)
@@ -265,7 +265,7 @@ def conditions_for(
 
 
 def _taken(graph: GraphName, spec: GraphSpec, given: Mapping[str, Array | None]) -> dict[str, Array]:
-    """What a graph takes besides what every step gives it."""
+    """Further inputs of a graph, besides those of every step."""
     taken = {}
     for tensor in spec.inputs:
         if tensor.name in _OF_A_STEP:

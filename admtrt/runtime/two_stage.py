@@ -35,7 +35,7 @@ UNGUIDED = 0.0
 
 @dataclass(frozen=True, eq=False)
 class TwoStageSamples:
-    """What was drawn: the small images, and the same enlarged."""
+    """Samples of both stages: the small images, and the same enlarged."""
 
     low: Samples
     high: Samples
@@ -160,7 +160,7 @@ def _listed(names: Sequence[str]) -> str:
 def second_request(
     stages: TwoStage, request: BulkRequest, upsampler: SamplerConfig, out: Path
 ) -> BulkRequest:
-    """What the second stage draws after the first has drawn ``request`` within the run directory ``out``.
+    """Request of the second stage after the first has drawn ``request`` within the run directory ``out``.
 
     Raises:
         RequestError: if the upsampler lacks labels that it needs.

@@ -97,7 +97,7 @@ def from_start(passed: list[Level | None], sampler: SamplerConfig, start: Level)
 
 
 def ends_at_zero(sampler: SamplerConfig) -> bool:
-    """Whether the steps lead to the image itself; one that is left for the last evaluation ends before it."""
+    """True where the steps lead to the image itself; a step left for the last evaluation ends before it."""
     return sampler.option("to") == "zero" and not sampler.option("denoise_to_zero")
 
 

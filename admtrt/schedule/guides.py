@@ -39,13 +39,13 @@ if TYPE_CHECKING:
     Float64 = NDArray[np.float64]
 
 LossPlace = Literal["variance", "score", "before_clip", "shift"]
-"""Where a gradient may enter."""
+"""Places in which a gradient may enter."""
 Place = Literal["variance", "score", "before_clip", "shift", "reference"]
 LOSS_PLACES: tuple[LossPlace, ...] = get_args(LossPlace)
 Kind = Literal["denoiser", "noisy", "reference"]
 """Of a guide: a loss of the x_0 that the UNet predicts, one of x_t itself, or a second network."""
 GUIDE_COLUMNS = ("guidance", "x0_shift", "x0_from_grad", "shift")
-"""What each guide adds to the columns of ``update_full``, with its name behind a point."""
+"""Columns that each guide adds to ``update_full``, with its name behind a point."""
 GUIDE_GRAPH = "guide."
 """The graph of a guide is called by this and its name."""
 LABELLED = frozenset({"classifier", "noisy"})
@@ -101,7 +101,7 @@ Normalise = Annotated[str, AfterValidator(_check_normalise)]
 
 
 class GuideConfig(Config):
-    """What a bundle says of a guide.
+    """Description of a guide in a bundle.
 
     Attributes:
         kind: see :data:`Kind`.
@@ -138,7 +138,7 @@ class GuideConfig(Config):
 
 
 class GuideChoice(Config):
-    """What a sampler does with a guide; see :class:`GuideConfig`, ``interval`` as of the classifier's."""
+    """Choices of one guide; see :class:`GuideConfig`, ``interval`` as of the classifier's."""
 
     name: GuideName
     scale: Scale
@@ -228,7 +228,7 @@ def guide_columns(
 
 
 def reference_factor(choices: tuple[GuideChoice, ...], sigma: Float64) -> Float64:
-    """What multiplies the weights of the network's own output beside a reference, float64 [R]."""
+    """Factor of the network's own output beside a reference, float64 [R]."""
     for choice in choices:
         if choice.place == "reference":
             return scales_in(sigma, choice.scale, choice.interval, off=1.0)
@@ -245,7 +245,7 @@ def guide_choices(
     place: Mapping[str, Place] | None = None,
     clip: Mapping[str, bool] | None = None,
 ) -> tuple[GuideChoice, ...]:
-    """What a sampler does with guides.
+    """A sampler's choices of guides, checked.
 
     Args:
         known: the guides that there are.

@@ -39,7 +39,7 @@ class Option:
 
     @property
     def flag(self) -> bool:
-        """Whether it is only on or off."""
+        """True where it is only on or off."""
         return not self.values and not self.metavar
 
 

@@ -39,7 +39,7 @@ def _bound(value: Any) -> Any:
 
 
 class SamplerConfig(Config):
-    """How samples are drawn.
+    """Sampler settings.
 
     ``method`` names a solver of :data:`~admtrt.schedule.solvers.SOLVERS`. ``steps`` is a respacing for ddpm
     and ddim (see :func:`admtrt.schedule.process.retained_timesteps`), of which a number may be given as one,

@@ -78,7 +78,7 @@ _CLIP, _BOUND, _NOISE = (UPDATE_FULL.index(name) for name in ("clip", "bound", "
 
 @dataclass(frozen=True, eq=False)
 class GuideRows:
-    """What a guide does in each evaluation of a sample.
+    """Effect of a guide in each evaluation of a sample.
 
     Attributes:
         columns: float32 [R, 4], see :data:`~admtrt.schedule.guides.GUIDE_COLUMNS`.
@@ -90,13 +90,13 @@ class GuideRows:
 
     @functools.cached_property
     def active(self) -> NDArray[np.bool_]:
-        """Which evaluations it guides, bool [R]."""
+        """True for evaluations that it guides, bool [R]."""
         return np.asarray(self.columns.any(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
 class SamplingSchedule:
-    """What a sample needs of its schedule, in the order of use: entry 0 is the noisiest of R evaluations.
+    """A sample's schedule in the order of use: entry 0 is the noisiest of R evaluations.
 
     Attributes:
         model_t: float32 [R], the ``t`` given to the graphs.
@@ -135,22 +135,22 @@ class SamplingSchedule:
 
     @functools.cached_property
     def guided(self) -> NDArray[np.bool_]:
-        """Which evaluations use a guide's gradient, bool [R]."""
+        """True for evaluations that use a guide's gradient, bool [R]."""
         return np.asarray(self.coefficients[:, _GUIDED].any(axis=1))
 
     @functools.cached_property
     def stochastic(self) -> NDArray[np.bool_]:
-        """Which evaluations add noise, bool [R]."""
+        """True for evaluations that add noise, bool [R]."""
         return np.asarray(self.coefficients[:, _NOISE] != 0)
 
     @functools.cached_property
     def dynamic(self) -> NDArray[np.bool_]:
-        """Which evaluations need the graph ``threshold``, bool [R]."""
+        """True for evaluations that need the graph ``threshold``, bool [R]."""
         return np.asarray(self.coefficients[:, _BOUND] > self.coefficients[:, _CLIP])
 
     @functools.cached_property
     def full(self) -> bool:
-        """Whether the sample needs the graph ``update_full``: memory, guides, or one before the bound."""
+        """True where the sample needs the graph ``update_full``: memory, guides, or one before the bound."""
         return bool(self.guides or self.coefficients[:, _ONLY_FULL].any() or self.dynamic.any())
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Division:
-    """How the images of one optimiser step are dealt out: shard k gets every ``shards``-th place, from k.
+    """Division of one optimiser step's images: shard k gets every ``shards``-th place, from k.
 
     Attributes:
         batch_size: images of one step in all.

@@ -1,4 +1,4 @@
-"""Where a run puts its files, and whether a run may begin or go on there."""
+"""Layout of a run's folder, and the check whether a run may begin or go on there."""
 
 from __future__ import annotations
 
@@ -186,7 +186,7 @@ class RunFolder:
                 )
 
     def _identity(self, config: RunConfig) -> dict[str, Any]:
-        """What decides the weights of this network, flattened to ``section.key``."""
+        """Settings that decide the weights of this network, flattened to ``section.key``."""
         sections = config.model_dump(mode="json")
         settings = sections[f"train_{self.task}"]
         by_length = settings["lr_schedule"] != "constant" or settings.get("first_levels") is not None

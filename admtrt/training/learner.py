@@ -142,7 +142,7 @@ class Learner:
         return True
 
     def any_process(self, said: bool) -> bool:
-        """Whether any of the processes says so; all of them have to ask."""
+        """True where any of the processes says so; all of them have to ask."""
         if self._accelerator.num_processes == 1:
             return said
         votes = torch.tensor([float(said)], device=self._accelerator.device)

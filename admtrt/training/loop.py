@@ -50,7 +50,7 @@ _NAMED_SKIPPED = 5  # bad files that are shown before they are only counted
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """How a run ended.
+    """End of a run.
 
     Attributes:
         task: what was trained.
@@ -155,7 +155,7 @@ def train(
 
 
 def _checked_sampler(task: Task, config: RunConfig) -> SamplerConfig:
-    """What the network will recommend.
+    """Sampler that the network will recommend.
 
     One file may train a consistency model and its teacher: a sampler for the one is none for the other.
 
@@ -238,7 +238,7 @@ def _describe(
 
 
 class _Recorder:
-    """What the main process writes and shows while it trains.
+    """Files and progress that the main process writes and shows while it trains.
 
     Args:
         shown: the images that an upsampler's sample grids enlarge.

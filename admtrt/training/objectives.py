@@ -1,4 +1,4 @@
-"""What each network is trained to do, as per-sample values of one batch."""
+"""Training objectives of each network, as per-sample values of one batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Objective:
-    """What is minimised, and where.
+    """A training objective and the noise levels that it draws.
 
     Attributes:
         levels: draws the noise levels of a batch.

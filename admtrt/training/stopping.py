@@ -17,7 +17,7 @@ _NOTICE = b"\nstopping at the end of this step, to save it; the same signal agai
 
 @dataclass
 class Stop:
-    """What became of a request to stop.
+    """Outcome of a request to stop.
 
     Attributes:
         signal: that was heard, 0 for none.
@@ -29,7 +29,7 @@ class Stop:
 
     @property
     def heard(self) -> bool:
-        """Whether this process was asked."""
+        """True where this process was asked."""
         return self.signal != 0
 
 

@@ -1,4 +1,4 @@
-"""Which timesteps a batch is trained at, and every random number of a step.
+"""Draw the timesteps of a batch, and every random number of a step.
 
 Everything drawn here is a pure function of the seed, the step and the place of a sample in the batch of all
 processes together. A resumed run therefore needs no generator's state, and a batch is the same however it is
@@ -61,7 +61,7 @@ def draw_noise(
 
 @dataclass(frozen=True, eq=False)
 class Drawn:
-    """Where the samples of a whole batch are trained, every array [N].
+    """Noise levels and loss weights of a whole batch, every array [N].
 
     Attributes:
         levels: timesteps or indices int64, or noise levels S float32, as the objective takes them.
@@ -82,14 +82,14 @@ class LevelSampler:
         raise NotImplementedError
 
     def held_out(self) -> LevelSampler:
-        """What images that are not learned from are judged at."""
+        """Timesteps at which held-out images are judged."""
         return self
 
     def record(self, levels: NDArray[Any], losses: NDArray[np.float32]) -> None:
         """Learn from the unweighted losses [N] of a whole batch."""
 
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`load` needs to go on."""
+        """State that :meth:`load` needs to go on."""
         return {}
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -146,7 +146,7 @@ class LossSecondMomentSampler(UniformSampler):
             self._counts[timestep] += 1
 
     def state(self) -> dict[str, Tensor]:
-        """What :meth:`load` needs to go on."""
+        """State that :meth:`load` needs to go on."""
         return {
             "losses": torch.from_numpy(self._losses.copy()),
             "counts": torch.from_numpy(self._counts.copy()),

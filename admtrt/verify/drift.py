@@ -1,4 +1,4 @@
-"""How far a backend or a precision moves from float32: graph by graph, step by step, and in the images.
+"""Distance of a backend or a precision from float32: graph by graph, step by step, and in the images.
 
 The reference is ONNX Runtime on the CPU form of the bundle's own graphs, with the same seeds. Nothing here
 passes or fails: the numbers say what a precision costs.
@@ -86,7 +86,7 @@ class StepDrift:
 
 @dataclass(frozen=True)
 class DriftReport:
-    """What :func:`measure_drift` found.
+    """Result of :func:`measure_drift`.
 
     Attributes:
         images: how many were drawn.

@@ -1,4 +1,4 @@
-"""What both sides of a comparison are given: random images, labels and conditioning that fit the bundle."""
+"""Inputs of both sides of a comparison: random images, labels and conditioning that fit the bundle."""
 
 from __future__ import annotations
 

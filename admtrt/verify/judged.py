@@ -1,4 +1,4 @@
-"""Where rounding is amplified no float32 side is right: float64 judges, and tells how far rounding goes."""
+"""Judge by float64 where rounding is amplified: no float32 side is right there."""
 
 from __future__ import annotations
 

@@ -144,7 +144,7 @@ def images_of(data: ImageSet, rows: list[int]) -> NDArray[np.float32]:
 def conditions_of(
     config: UNetConfig, data: ImageSet, rows: list[int], x_0: Tensor
 ) -> dict[str, NDArray[Any]]:
-    """What the network takes besides x and t: labels, and for an upsampler the images averaged down."""
+    """Inputs of the network besides x and t: labels, and for an upsampler the images averaged down."""
     assert config.num_classes is None or data.labels is not None  # refused when they were loaded
     y = None if data.labels is None else config.own_labels(data.labels[rows])
     low_res = None if config.low_res_size is None else shrink(x_0, config.low_res_size).numpy()

@@ -204,7 +204,7 @@ class _Flow:
 
 
 def _noisiest(levels: NoiseLevels) -> Level:
-    """Where the networks' training ends, noisier than fast solvers start."""
+    """Largest noise level of the networks' training, noisier than fast solvers start."""
     if isinstance(levels, DiscreteLevels):
         return levels.at_timestep(levels.config.steps - 1)
     return levels.noisiest

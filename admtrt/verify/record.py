@@ -1,4 +1,4 @@
-"""What a verification gave to each graph and what PyTorch said, as files that Polygraphy reads."""
+"""Inputs of each graph and PyTorch's outputs, as files that Polygraphy reads."""
 
 from __future__ import annotations
 

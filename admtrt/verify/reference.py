@@ -132,7 +132,7 @@ class Reference:
         start: int | None = None,
         image: Images | None = None,
     ) -> Iterator[Images]:
-        """What the networks are given by the solver's paper form, then the image; float64.
+        """Inputs of the networks by the solver's paper form, then the image; float64.
 
         Arguments as of :func:`admtrt.models.solvers.trajectory`.
         """

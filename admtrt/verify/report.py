@@ -1,4 +1,4 @@
-"""What a verification found: its rows, its verdict, and the error that every row measures."""
+"""Report of a verification: its rows, its verdict, and the error that every row measures."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class VerificationReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed."""
+        """True where every check passed."""
         return not self.failures
 
     @property

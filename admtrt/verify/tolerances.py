@@ -1,4 +1,4 @@
-"""What a verification accepts: every bound beside its reason."""
+"""Tolerances of a verification: every bound beside its reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user gives for a guide: a loss as a module, or a second network."""
+"""Guides as users give them: a loss as a module, or a second network."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Guide:
 
     @property
     def config(self) -> GuideConfig:
-        """What the manifest says of it.
+        """Description for the manifest.
 
         Raises:
             ExportError: for an impossible choice.
@@ -123,7 +123,7 @@ class Reference:
 
     @property
     def config(self) -> GuideConfig:
-        """What the manifest says of it."""
+        """Description for the manifest."""
         loss = "null" if self.network is None else "weak"
         network = None if self.network is None else self.network.config
         return GuideConfig(

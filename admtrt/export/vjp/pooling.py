@@ -32,14 +32,14 @@ class _Windows(NamedTuple):
 
     @property
     def tile(self) -> bool:
-        """Whether they cover every position once."""
+        """True where they cover every position once."""
         covered = [count * k for count, k in zip(self.counts, self.kernel, strict=True)]
         plain = not any(self.before) and {*self.dilations} == {1}
         return plain and self.strides == self.kernel and covered == self.sizes
 
     @property
     def reach(self) -> list[int]:
-        """How far the last window goes, from the first place of the padding on."""
+        """End of the last window, counted from the first place of the padding."""
         axes = zip(self.counts, self.strides, self.dilations, self.kernel, strict=True)
         return [(count - 1) * stride + dilation * (k - 1) + 1 for count, stride, dilation, k in axes]
 

@@ -1,4 +1,4 @@
-"""What a rule is, the table of rules, and what rules read of a node."""
+"""Signature and table of gradient rules, and the view of a node that rules read."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def _resize(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 
 def _resizing(node: ir.Node, size: int, out_size: int, scale: float | None) -> NDArray[Any]:
-    """What each output [out_size] takes of each input [size] along one axis, as ONNX defines it."""
+    """Weights [out_size, size] of each input in each output along one axis, as ONNX defines them."""
     if all(
         name in node.attributes and node.attributes[name].as_string() == _TILING[name] for name in _TILING
     ):

@@ -90,7 +90,7 @@ def _gather_nd(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("ScatterND")
 def _scatter_nd(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """What was written has the gradient of its place, what was overwritten none."""
+    """Written values have the gradient of their place, overwritten ones none."""
     g, data, indices, written = only(incoming), *(input_of(node, index) for index in range(3))
     kept = g
     if _reduction(node) == "none" and data in tape.active:
@@ -100,7 +100,7 @@ def _scatter_nd(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 
 def _reduction(node: ir.Node) -> str:
-    """How a scatter treats what stands at its place.
+    """Reduction of a scatter: its treatment of the values at its places.
 
     Raises:
         ExportError: if neither nothing nor the sum of both is left.
@@ -130,7 +130,7 @@ def _top_k(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("ScatterElements")
 def _scatter_elements(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """What was written has the gradient of its place, what was overwritten none."""
+    """Written values have the gradient of their place, overwritten ones none."""
     g, data, indices = only(incoming), input_of(node, 0), input_of(node, 1)
     axis = int_attribute(node, "axis", 0) % len(dims_of(data))
     reduction = _reduction(node)

@@ -95,7 +95,7 @@ class Problem:
         return self.sigma(level) * self.x_T if isinstance(self.process, EdmConfig) else self.x_T
 
     def scaled(self, x_t: Tensor, level: Level | None) -> Tensor:
-        """What the networks are given for x_t: c_in x_t in EDM's process."""
+        """The networks' input for x_t: c_in x_t in EDM's process."""
         if level is None or not isinstance(self.process, EdmConfig):
             return x_t
         return x_t / math.hypot(level.sigma, self.process.sigma_data)
@@ -123,7 +123,7 @@ class Problem:
         return x_0
 
     def _x_0_of(self, value: Tensor, x_t: Tensor, level: Level) -> Tensor:
-        """What a network's output says of x_0."""
+        """Prediction of x_0 by a network's output."""
         process, sigma = self.process, self.sigma(level)
         if isinstance(process, EdmConfig):  # D = c_skip x + c_out F, eq. 7 of Karras et al. 2022
             data = process.sigma_data

@@ -51,7 +51,7 @@ Seconds = Annotated[float, Field(gt=0)]
 
 
 class Measured(Config):
-    """What was found on a machine.
+    """Devices and libraries found on a machine.
 
     Attributes:
         at: when, in seconds since the epoch.
@@ -65,7 +65,7 @@ class Measured(Config):
 
 
 class Fastest(Config):
-    """Which backend runs each graph, and why.
+    """Choice of the backend of each graph, with its reason.
 
     Attributes:
         graphs: the backend of each graph.
@@ -125,7 +125,7 @@ def open_fastest(
 
 
 def find_fastest(bundle: Bundle, choice: BackendChoice, *, report: Callable[[str], None]) -> Fastest:
-    """What an earlier process found for the same graphs, machine and request, else a new measurement.
+    """The finding of an earlier process for the same graphs, machine and request, else a new one.
 
     Raises:
         EngineError: if no backend works.

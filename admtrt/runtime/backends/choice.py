@@ -16,7 +16,7 @@ _MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """Which backend is to run a bundle's graphs, and how.
+    """Request for the backend that runs a bundle's graphs.
 
     Args:
         name: one of :data:`~admtrt.runtime.backends.registry.BACKENDS`, or ``auto`` for the fastest here.

@@ -1,4 +1,4 @@
-"""What backends share: a denoiser from graphs that run by name, and the check of a graph's contract."""
+"""Base of all backends: a denoiser from graphs that run by name, and the check of a graph's contract."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class GraphDenoiser(ABC):
 
 
 class PerBatch(Generic[Made]):
-    """What was made for a graph and a batch size: of each graph, the prepared sizes and the last two others.
+    """Cache by graph and batch size: of each graph, the prepared sizes and the last two others.
 
     A run has full batches and a rest; every size holds memory of its own.
     """
@@ -86,7 +86,7 @@ class PerBatch(Generic[Made]):
         self._prepared: set[tuple[GraphName, int]] = set()
 
     def get(self, graph: GraphName, batch: int, make: Callable[[GraphName, int], Made]) -> Made:
-        """What is there, or what ``make`` returns; the size that was not used for longest makes room."""
+        """Cached value, or the result of ``make``; the least recently used size makes room."""
         made = self._made.pop((graph, batch), None)
         if made is None:
             sharing = [key for key in self._made if key[0] == graph and key not in self._prepared]

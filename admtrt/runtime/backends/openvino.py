@@ -176,7 +176,7 @@ class _Compiled:
 
 
 def computes_bf16() -> bool:
-    """Whether this processor multiplies bf16; OpenVINO computes in fp32 where it does not.
+    """True where this processor multiplies bf16; OpenVINO computes in fp32 where it does not.
 
     Raises:
         UserError: as :func:`import_openvino`.

@@ -1,4 +1,4 @@
-"""What is changed in a graph before OpenVINO compiles it, each pass for one habit of the library."""
+"""Rewrite a graph before OpenVINO compiles it, each pass for one habit of the library."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class _ByChannel:
 
 
 def _groups_channels(image: Any, grouped: Any) -> bool:
-    """Whether a reshape is [N, C, H, W] float32 of a large image -> [N, G, K], groups of whole channels."""
+    """True for a reshape [N, C, H, W] float32 of a large image -> [N, G, K], groups of whole channels."""
     from openvino import Type
 
     sizes, groups = list(image.get_shape()), list(grouped.get_shape())
@@ -192,7 +192,7 @@ def _groups_channels(image: Any, grouped: Any) -> bool:
 
 
 def _over_groups(mean: Any) -> bool:
-    """Whether a mean of [N, G, K] is over K and leaves [N, G, 1]."""
+    """True for a mean of [N, G, K] over K that leaves [N, G, 1]."""
     return list(mean.get_output_shape(0)) == [*list(mean.input_value(0).get_shape())[:2], 1]
 
 

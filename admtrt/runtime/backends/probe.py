@@ -34,7 +34,7 @@ _LEAST = 1e-9  # seconds: what runs beside something longer takes none
 
 
 class ProbeRequest(Config):
-    """What is to be measured: graphs on one backend, as the choice of :mod:`.auto` asks."""
+    """Request of one measurement: graphs on one backend, as the choice of :mod:`.auto` asks."""
 
     bundle: str
     backend: str

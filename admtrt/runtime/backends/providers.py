@@ -36,7 +36,7 @@ _RTX_GENERATIONS = (8, 12)
 
 @dataclass(frozen=True)
 class Provider:
-    """How ONNX Runtime runs graphs on a GPU.
+    """An execution provider of ONNX Runtime for GPUs.
 
     Attributes:
         name: ONNX Runtime's.
@@ -226,7 +226,7 @@ class _BoundRun:
 
 
 def _options(provider: Provider, graph: str, precision: Precision) -> dict[str, str]:
-    """What a provider is told, besides its CUDA graphs; ``graph`` names its folder of the cache."""
+    """Options for a provider, besides its CUDA graphs; ``graph`` names its folder of the cache."""
     if provider.name == "CUDAExecutionProvider":
         return {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
     options: dict[str, str] = {}

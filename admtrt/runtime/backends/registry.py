@@ -29,7 +29,7 @@ PLANS_ONLY = "tensorrt"
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can run on this machine; true where it can.
+    """Tells whether a backend can run on this machine.
 
     Attributes:
         reason: why it cannot; empty where it can.
@@ -85,7 +85,7 @@ class Backend:
             require_provider(self.name)
 
     def available(self) -> Availability:
-        """Whether :meth:`require` is content, and if not why."""
+        """Availability by :meth:`require`, with the reason where it is missing."""
         try:
             self.require()
         except UserError as error:

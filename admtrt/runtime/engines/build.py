@@ -41,7 +41,7 @@ class Outcome:
 
 @dataclass(frozen=True, eq=False)
 class Workshop:
-    """Where plans are built and kept.
+    """Settings and place of a build.
 
     Attributes:
         library: that builds.

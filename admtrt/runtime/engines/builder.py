@@ -34,7 +34,7 @@ _STOPPING = "stopping after this step; interrupt again to leave at once"
 
 @dataclass(frozen=True, eq=False)
 class BuiltPlan:
-    """What a build gives.
+    """Result of a build.
 
     Attributes:
         plan: a view of the library's own memory.
@@ -51,7 +51,7 @@ class BuiltPlan:
 
 @dataclass(eq=False)
 class _Conversation:
-    """What passes between the library's thread and ours."""
+    """Messages between the library's thread and ours."""
 
     report: Report | None
     stopped: threading.Event = field(default_factory=threading.Event)

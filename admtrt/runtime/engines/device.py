@@ -31,7 +31,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Driver:
-    """What the driver says.
+    """A GPU as the driver describes it.
 
     Attributes:
         cuda: newest version of CUDA that it supports, for instance "13.0"; None without a driver.

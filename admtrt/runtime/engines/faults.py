@@ -1,4 +1,4 @@
-"""What a library says when it cannot build a graph, as an error that names the node and its module."""
+"""Turn a library's refusal of a graph into an error that names the node and its module."""
 
 from __future__ import annotations
 

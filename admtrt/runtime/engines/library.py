@@ -28,7 +28,7 @@ _MODULES: Mapping[Flavor, tuple[str, ...]] = MappingProxyType(
     {"tensorrt": ("tensorrt", "tensorrt_bindings"), "rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 )
 LIBRARY_NAMES: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"})
-"""What people call them."""
+"""Display names."""
 _WHEELS: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "tensorrt", "rtx": "tensorrt-rtx-cu13"})
 _LATEST = 8  # messages of the library that can be told
 _FLOORS: Mapping[Flavor, tuple[int, int]] = MappingProxyType({"tensorrt": (10, 13), "rtx": (1, 7)})
@@ -87,7 +87,7 @@ USED_TO_BUILD_RTX = (
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
 )
-"""What it uses of TensorRT-RTX alone."""
+"""Members used of TensorRT-RTX alone."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class Library:
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Display name."""
         return LIBRARY_NAMES[self.flavor]
 
     @property
@@ -116,7 +116,7 @@ class Library:
         return tuple(sorted(int(name[2:]) for name in members if re.fullmatch(r"SM\d+", name)))
 
     def runs_on(self, compute_capability: int) -> bool:
-        """Whether it runs plans on such a GPU; TensorRT answers only when it opens a plan."""
+        """True where it runs plans on such a GPU; TensorRT answers only when it opens a plan."""
         return not self.targets or compute_capability in self.targets
 
     def __str__(self) -> str:

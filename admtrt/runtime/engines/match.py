@@ -1,4 +1,4 @@
-"""Which plans of a store run here: the same graph, the same library, this GPU."""
+"""Find the plans of a store that run here: the same graph, the same library, this GPU."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: G
 
 
 def mismatch(key: PlanKey, source: GraphSource, library: Library, gpu: Gpu) -> str:
-    """Why a plan does not serve this graph, library and GPU; empty where it does."""
+    """Reason why a plan does not serve this graph, library and GPU; empty where it does."""
     faults = []
     if key.precision != source.precision:
         faults.append(f"is in {key.precision}")

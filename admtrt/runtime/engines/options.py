@@ -1,4 +1,4 @@
-"""What an engine is built for: batch profiles, targets, limits and flags; and who refuses which."""
+"""Build options of an engine: batch profiles, targets, limits and flags; and which library refuses which."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class BatchProfile(Config):
 
 
 class BuildOptions(Config):
-    """How plans are built. Every field is part of a plan's key.
+    """Options of a build. Every field is part of a plan's key.
 
     Attributes:
         profiles: at least one; the plan takes the batches of all of them.

@@ -67,7 +67,7 @@ class PlanKey(Config):
 
 
 class PlanRecord(Config):
-    """What stands beside a plan.
+    """Record that stands beside a plan.
 
     Attributes:
         key: all fields of the build.
@@ -108,7 +108,7 @@ def plan_key(source: GraphSource, options: BuildOptions, library: Library, gpu: 
 
 
 def bound_gpu(options: BuildOptions, flavor: Flavor, gpu: Gpu | None) -> str | None:
-    """What a plan that is built here is bound to: this GPU, its compute capability, or any from SM80 on."""
+    """Hardware that a plan built here is bound to: this GPU, its compute capability, or any from SM80 on."""
     if flavor == "rtx" or gpu is None:
         return None
     if options.hardware_compatible == "ampere_plus":
@@ -161,7 +161,7 @@ class PlanStore:
         return f"Or, if you trust whoever built it as you trust a program, add: {self.trusting}"
 
     def trusts(self, sha256: str) -> bool:
-        """Whether machine code with this content may be run from this folder."""
+        """True where machine code with this content may be run from this folder."""
         return not self.own or Memo(_MEMO).get(sha256) is not None
 
     def remember(self, sha256: str, name: str) -> None:
@@ -195,7 +195,7 @@ class PlanStore:
         return sorted(records, key=lambda record: record.built, reverse=True), faults
 
     def fault(self, record: PlanRecord, *, whole: bool = False) -> str:
-        """Why a plan cannot be used, by its size or its ``whole`` content; empty where it can."""
+        """Fault of an unusable plan, by its size or its ``whole`` content; else empty."""
         if not self.trusts(record.plan.sha256):
             return "was not built on this machine by this user"
         try:

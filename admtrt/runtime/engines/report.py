@@ -1,4 +1,4 @@
-"""What the builder made of a graph, by its own log: kernels by kind, what was fused, what only moves data.
+"""Read the builder's log: kernels by kind, what was fused, what only moves data.
 
 The wording of the log is not documented. Whatever is not understood counts as "other", and nothing depends
 on the outcome.

@@ -60,14 +60,14 @@ USED_TO_REFIT = (
     "OnnxParserRefitter.refit_from_file",
     "Refitter.refit_cuda_engine",
 )
-"""What a plan without weights needs besides; the lean runtime has none of it."""
+"""Members that a plan without weights needs; the lean runtime has none of them."""
 
 USED_TO_INSPECT = (
     "EngineInspector.get_engine_information",
     "ICudaEngine.create_engine_inspector",
     "LayerInformationFormat.JSON",
 )
-"""What showing a plan's layers needs; the lean runtime has no inspector."""
+"""Members that showing a plan's layers needs; the lean runtime has no inspector."""
 
 USED_TO_RUN_RTX = (
     "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
@@ -82,7 +82,7 @@ USED_TO_RUN_RTX = (
     "IRuntimeConfig.set_runtime_cache",
     "Runtime.get_engine_validity",
 )
-"""What running uses of TensorRT-RTX alone."""
+"""Members that running uses of TensorRT-RTX alone."""
 
 _DTYPES = {"float32": "FLOAT", "int64": "INT64"}
 
@@ -96,7 +96,7 @@ class Profile:
     largest: int
 
     def holds(self, batch: int) -> bool:
-        """Whether a batch size lies inside."""
+        """True where a batch size lies inside."""
         return self.smallest <= batch <= self.largest
 
 
@@ -197,7 +197,7 @@ class Engine:
         self._logger.clear()
 
     def inspect(self) -> str:
-        """What the library's inspector says of the plan's layers, as JSON.
+        """The plan's layers by the library's inspector, as JSON.
 
         Raises:
             EngineError: if it has none.

@@ -70,7 +70,7 @@ class _Stage:
 
 
 class _Filled(NamedTuple):
-    """What a stage holds: the kind of its step, the arrays that were filled, and the guided rows if mixed."""
+    """Content of a stage: the kind of its step, the arrays that were filled, and the guided rows if mixed."""
 
     kind: StepKind
     keys: tuple[Key, ...]

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     """Of an array: a name that all graphs share, or a graph and its own tensor."""
 
     Update = tuple[bool, bool, tuple[GraphName, ...]]
-    """What a step runs behind the networks: fields of :class:`StepKind`."""
+    """Work of a step behind the networks: fields of :class:`StepKind`."""
 
     Piece = tuple[int | None, Update | None]
     """Of a step: how many samples the gradient runs for beside the UNet, and what comes behind, or None."""
@@ -45,7 +45,7 @@ _SAME_ROW: dict[GraphName, GraphName] = {"threshold": "update_full"}
 
 
 class StepKind(NamedTuple):
-    """What a step runs besides the UNet.
+    """Graphs of a step besides the UNet.
 
     Attributes:
         gradient: samples that the classifier's gradient runs for; 0 for none.

@@ -27,7 +27,7 @@ REASONS = {
     "MALFORMED_ENGINE": ("it is damaged, or no plan", "{again}"),
     "CUDA_ERROR": ("CUDA does not start", "Install the driver or the library again; see: admtrt doctor"),
 }
-"""What each bit of ``EngineInvalidityDiagnostics`` says, and the hint for it."""
+"""Meaning of each bit of ``EngineInvalidityDiagnostics``, and the hint for it."""
 
 
 def check_validity(
