@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 _EDM_LEVELS = 40
 BATCHES = (1, 3)
 """Batch sizes compared; the traced one is not among them, since a graph that remembers it would pass."""
-_FULL = ("threshold", "threshold_max")
-"""Options with which solvers that have no memory run the graphs of those that have."""
+_OTHERS = ("threshold", "threshold_max", "direction")
+"""Options with which a solver that walks a respaced process runs no graph that others do not run."""
 _EXAMPLES: dict[str, Any] = {"eta": 0.5, "churn": (4.0, 0.0, 100.0, 1.0)}
 """Of options that are numbers."""
 
@@ -107,7 +107,7 @@ def samplers(
             continue
         variants = _variants(solver) if every or respaced else [_named(solver, {})]
         for name, options in variants:
-            if not every and any(option in options for option in _FULL):
+            if not every and any(option in options for option in _OTHERS):
                 continue
             sampler = _fitted(manifest, process, {"method": method, **guide, **options}, steps)
             if sampler is not None:

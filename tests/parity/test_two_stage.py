@@ -150,7 +150,7 @@ def test_one_command_equals_two(
     assert result["first_stage"]["files"] == [str(both / "low" / name) for name in names]
     assert all((both / name).is_file() and (both / "low" / name).is_file() for name in names)
     assert result["sampler"]["steps"] == "ddim5"
-    assert result["first_stage"]["sampler"]["steps"] == "4"
+    assert result["first_stage"]["sampler"]["steps"] == "10"
 
 
 def test_the_first_stage_may_start_at_images(
@@ -226,10 +226,10 @@ def test_labels_go_to_every_stage_that_takes_them(stages: TwoStage, tmp_path: Pa
 def faked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the command draw from sham bundles."""
 
-    def opened(source: Bundle | Path, **_: Any) -> Pipeline:
-        return Pipeline(source if isinstance(source, Bundle) else Bundle.open(source), Fake())
+    def opened(source: Bundle, *_: Any, **__: Any) -> Pipeline:
+        return Pipeline(source, Fake())
 
-    monkeypatch.setattr(Pipeline, "from_bundle", opened)
+    monkeypatch.setattr(Pipeline, "open", opened)
 
 
 def test_the_labels_of_the_small_images_are_used(
