@@ -205,12 +205,9 @@ def unguided(
     return bundle_from_checkpoints(generator, None, path), generator
 
 
-@pytest.mark.parametrize("seeds", [(0,), pytest.param((100, 200, 300), marks=pytest.mark.slow)])
-def test_amplified_rounding_is_judged_by_float64(
-    unguided: tuple[Bundle, LoadedNetwork], seeds: tuple[int, ...]
-) -> None:
+def test_amplified_rounding_is_judged_by_float64(unguided: tuple[Bundle, LoadedNetwork]) -> None:
     """Bundles of both schedules are faithful, whatever the seed; one draw of rounding may exceed the bar."""
-    reports = [run(*unguided, None, steps=2, seed=seed) for seed in seeds]
+    reports = [run(*unguided, None, steps=2, seed=seed) for seed in (0, 100, 200, 300)]
     assert not [row for report in reports for row in report.failures]
     rows = [row for report in reports for row in report.rows if row.stage in ("step", "trajectory")]
     judged = [row for row in rows if row.what.endswith(", against float64")]
