@@ -133,6 +133,7 @@ def test_batches_change_nothing() -> None:
     assert together.steps[-1].max_error == pytest.approx(apart.steps[-1].max_error, rel=1e-3)
 
 
+@pytest.mark.slow
 def test_fp16_drifts_less_than_bf16() -> None:
     bundle = typed_bundle()
     reference = OnnxRuntimeDenoiser(bundle, threads=1)

@@ -120,7 +120,7 @@ def sampler(case: dict[str, Any], **choices: Any) -> SamplerConfig:
     return SamplerConfig(**{"steps": case["respacing"], "scale": 0.0} | choices)
 
 
-@pytest.mark.parametrize("name", ["diffpure", "sdedit"])
+@pytest.mark.parametrize("name", [pytest.param("diffpure", marks=pytest.mark.slow), "sdedit"])
 def test_starts_at_an_image(run: Run, name: str) -> None:
     case = META[name]
     count = case.get("t") or case["evaluations"]

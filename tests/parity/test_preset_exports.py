@@ -90,12 +90,12 @@ def test_small_versions_keep_the_settings_of_their_presets() -> None:
 
 
 def traits(config: UNetConfig | ClassifierConfig) -> set[tuple[str, object]]:
-    """What makes a graph another one, beside its sizes."""
+    """Settings that make a graph another one, beside its sizes; other tests export upsamplers."""
     return {
         ("kind", type(config)),
         ("heads by width", config.num_head_channels is not None),
         ("scale and shift", config.scale_shift_norm),
-        *((name, getattr(config, name, None) is None) for name in ("num_classes", "low_res_size")),
+        ("num_classes", getattr(config, "num_classes", None) is None),
         ("learn_sigma", getattr(config, "learn_sigma", None)),
     }
 

@@ -109,8 +109,15 @@ def run(names: list[str], denoiser: Denoiser) -> None:
         assert error <= CASES[name]["tolerance"], (name, error)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("kind", ["unet", "cm"])
+@pytest.mark.parametrize(
+    ("kind", "backend"),
+    [
+        ("unet", "onnxruntime"),
+        pytest.param("unet", "openvino", marks=pytest.mark.slow),
+        ("cm", "onnxruntime"),
+        ("cm", "openvino"),
+    ],
+)
 def test_exported_graphs(kind: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_core, "draw_noise", drawn_by_goldens)
     denoiser = open_denoiser(Bundle.open(bundle(kind)), BackendChoice(backend, threads=1))

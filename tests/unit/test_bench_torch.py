@@ -201,6 +201,7 @@ def test_the_peak_is_the_better_of_two_operations(monkeypatch: pytest.MonkeyPatc
     assert yardstick.measure("bf16") > 0
 
 
+@pytest.mark.slow
 def test_a_preset_becomes_checkpoints_and_a_bundle_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

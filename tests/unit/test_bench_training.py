@@ -150,6 +150,7 @@ def test_shares_and_ratios() -> None:
     assert "| admtrt:bf16 | 16 |" in report.markdown()
 
 
+@pytest.mark.slow
 def test_every_row_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One step each, in real processes."""
     save_config(tiny_config().model_copy(update={"classifier": None}), tmp_path / "run.toml")

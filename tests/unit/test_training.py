@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import socket
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -243,17 +245,22 @@ def test_the_optimiser_uses_the_rate_of_each_step(tmp_path):
     assert [line["lr"] for line in lines(tmp_path)] == pytest.approx([5e-4, 7.5e-4, 5e-4, 2.5e-4])
 
 
+def beginning_with(path: Path, **options: Any) -> RunConfig:
+    config = tiny_config(**options)
+    return config.model_copy(update={"train_unet": config.train_unet.model_copy(update={"init": str(path)})})
+
+
 def test_an_unconditional_unet_begins_with_a_class_conditional_one(tmp_path):
     run(tiny_config(), tmp_path / "first")
     trained = tmp_path / "first" / "unet.safetensors"
     plain = {"unet": {"num_classes": None}, "steps": 1, "lr": 1e-9, "ema_rates": [0.9]}
-    run(tiny_config(**plain, init=str(trained)), tmp_path / "second")
+    run(beginning_with(trained, **plain), tmp_path / "second")
     began, made = weights(trained), weights(tmp_path / "second" / "unet.safetensors")
     assert began.keys() - made.keys() == {"label_emb.weight"}
     for key, value in made.items():
         torch.testing.assert_close(value, began[key], rtol=0, atol=1e-6)
     with pytest.raises(ConfigError, match="num_classes is 10, None in the checkpoint"):
-        run(tiny_config(init=str(tmp_path / "second" / "unet.safetensors")), tmp_path / "third")
+        run(beginning_with(tmp_path / "second" / "unet.safetensors"), tmp_path / "third")
 
 
 def test_each_ema_rate_is_exported_with_the_run_inside(tmp_path):
