@@ -45,7 +45,7 @@ OF_OURS = [
         and golden["scheduler"].get("timestep_spacing", "leading") == "leading"
     )
 ]
-"""Whose steps lead to the next timestep of the list."""
+"""Trajectories whose steps lead to the next timestep of the list."""
 
 
 QUICK = ("ddpm.threshold", "ddim.clipped", "ddim.linspace", "ddim.zero_snr")

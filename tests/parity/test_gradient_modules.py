@@ -157,7 +157,7 @@ def enlarged(x: Tensor) -> Tensor:
 
 
 def decoded(x: Tensor) -> Tensor:
-    """What networks for images do that no rule of a single operator shows."""
+    """Networks for images: gradients that no rule of a single operator shows."""
     stem = F.max_pool2d(F.pad(x, (1, 2, 2, 1), mode="reflect").sin(), 3, 2, 1, ceil_mode=True)
     small = F.avg_pool2d(F.adaptive_avg_pool2d(stem, (5, 3)), 3, 1, 1)
     large = F.interpolate(small, size=(9, 8), mode="bilinear")

@@ -152,7 +152,7 @@ def test_gradients_are_those_of_autograd(which: str, tmp_path: Path) -> None:
 
 
 def test_a_file_s_gradient_is_that_of_its_function(tmp_path: Path) -> None:
-    """Which PyTorch cannot differentiate: central differences, and the module that it was made from."""
+    """A file's gradient, which PyTorch cannot give, beside the module that it was made from."""
     file, module = OnnxFile(encoder_file(tmp_path)), encoder()
     assert (file.image, file.result) == ((3, 12, 12), (5,))
     x, cotangent = torch.randn(4, 3, 12, 12), torch.randn(4, 5)
