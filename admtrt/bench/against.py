@@ -1,12 +1,15 @@
 """This version beside another checkout of admtrt: the same samples of the same weights, in interleaved pairs.
 
 Each side exports the checkpoints itself and draws in a process of its own environment, through the public
-``Pipeline``. Pairs are taken in the order ABBA, so that a machine whose speed changes favours neither.
+``Pipeline``. Pairs are taken in the order ABBA, so that a machine whose speed changes favours neither. Every
+few pairs both processes are started anew: the memory that a process happens to get decides its speed for as
+long as it lives, by more than the 1% that is asked for here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import subprocess
@@ -27,6 +30,8 @@ if TYPE_CHECKING:
 
 MOST = 1.01
 """Largest median ratio of seconds, ours over theirs, that is no slowdown."""
+PAIRS_PER_PROCESS = 5
+"""Pairs that the same two processes draw."""
 _DRIVER = """
 import json, sys, time
 from admtrt import Pipeline
@@ -140,13 +145,15 @@ def compare_with(
         for batch in batches:
             for text in steps:
                 request = [row.name, row.precision, threads, batch, text]
-                with contextlib.ExitStack() as stack:
-                    drawers = [
-                        stack.enter_context(side.drawing([str(bundle), *request]))
+                note(f"{row}, batch {batch}, {text}: {pairs} pairs")
+                ours, theirs = _interleaved(
+                    [
+                        functools.partial(side.drawing, [str(bundle), *request])
                         for side, bundle in zip(sides, bundles, strict=True)
-                    ]
-                    note(f"{row}, batch {batch}, {text}: {pairs} pairs")
-                    found.append(_interleaved(drawers, str(row), batch, text, pairs))
+                    ],
+                    pairs,
+                )
+                found.append(Comparison(str(row), batch, text, tuple(ours), tuple(theirs)))
     return found
 
 
@@ -209,10 +216,15 @@ class _Side:
 
 
 def _interleaved(
-    drawers: Sequence[Callable[[], float]], row: str, batch: int, steps: str, pairs: int
-) -> Comparison:
+    openings: Sequence[Callable[[], contextlib.AbstractContextManager[Callable[[], float]]]], pairs: int
+) -> list[list[float]]:
+    """Seconds of every draw of both sides, the processes started anew every ``PAIRS_PER_PROCESS`` pairs."""
     seconds: list[list[float]] = [[], []]
-    for pair in range(pairs):
-        for side in (0, 1) if pair % 2 == 0 else (1, 0):
-            seconds[side].append(drawers[side]())
-    return Comparison(row, batch, steps, tuple(seconds[0]), tuple(seconds[1]))
+    for first in range(0, pairs, PAIRS_PER_PROCESS):
+        order = (0, 1) if first // PAIRS_PER_PROCESS % 2 == 0 else (1, 0)
+        with contextlib.ExitStack() as stack:
+            drawers = {side: stack.enter_context(openings[side]()) for side in order}
+            for pair in range(first, min(first + PAIRS_PER_PROCESS, pairs)):
+                for side in (0, 1) if pair % 2 == 0 else (1, 0):
+                    seconds[side].append(drawers[side]())
+    return seconds

@@ -116,6 +116,8 @@ def _coefficients(rows: list[tuple[SamplingSchedule, int]], slots: Slots) -> NDA
 
 def _of_guides(rows: list[tuple[SamplingSchedule, int]], slots: Slots) -> dict[str, Any]:
     """The fields of :class:`StepInputs` that are of guides besides the classifier."""
+    if not slots.guides:
+        return {"guides": {}, "guide_clips": {}, "of_losses": {}}
     active, clips = {}, {}
     for name in slots.guides:
         used = [schedule.guides.get(name) for schedule, _ in rows]
@@ -138,8 +140,10 @@ def _of_guides(rows: list[tuple[SamplingSchedule, int]], slots: Slots) -> dict[s
 
 
 def _edit_columns(rows: list[tuple[SamplingSchedule, int]]) -> dict[EditGraph, NDArray[np.float32]]:
+    by_graph: dict[EditGraph, NDArray[np.float32]] = {}
+    if all(schedule.edit_graph is None for schedule, _ in rows):
+        return by_graph
     columns = np.stack([schedule.edits[i] for schedule, i in rows])
-    by_graph = {}
     for graph in EDIT_GRAPHS:
         own = np.array([schedule.edit_graph == graph for schedule, _ in rows])
         if columns[own][:, _EDITING].any():
@@ -204,21 +208,24 @@ def _evaluated(
         )
         for name, rows in inputs.guides.items()
     }
-    out, left = None, np.ones(len(slots), dtype=bool)
-    for name, rows in inputs.guides.items():
-        if slots.guides[name].kind == "denoiser" and (rows & left).any():
-            theirs = results[name]["out"]
-            out = theirs if out is None else np.where(_column(left), theirs, out)
-            left &= ~rows
-    if left.any():
-        rest = _on_rows("unet", _feeds(slots, inputs, "unet"), left, denoiser, sizes)["out"]
-        out = rest if out is None else np.where(_column(left), rest, out)
-    assert out is not None
-    evaluated = {"out": out, "grad": np.zeros_like(slots.x)}
+    losses = [name for name in results if slots.guides[name].kind == "denoiser"]
+    if losses:
+        left = np.ones(len(slots), dtype=bool)
+        out = np.zeros_like(results[losses[0]]["out"])
+        for name in losses:
+            out = np.where(_column(left), results[name]["out"], out)
+            left &= ~inputs.guides[name]
+        if left.any():
+            rest = _on_rows("unet", _feeds(slots, inputs, "unet"), left, denoiser, sizes)["out"]
+            out = np.where(_column(left), rest, out)
+    else:
+        out = denoiser.run("unet", _feeds(slots, inputs, "unet"))["out"]
+    evaluated = {"out": out}
     if inputs.guided.any():
-        evaluated["grad"] = _on_rows(GUIDE, _feeds(slots, inputs, GUIDE), inputs.guided, denoiser, sizes)[
-            "grad"
-        ]
+        gradient = _on_rows(GUIDE, _feeds(slots, inputs, GUIDE), inputs.guided, denoiser, sizes)
+        evaluated["grad"] = gradient["grad"]
+    else:
+        evaluated["grad"] = np.zeros_like(slots.x)
     for name, guide in slots.guides.items() if inputs.full else ():
         tensor = guide_input(name, guide)
         if name in results:
@@ -279,9 +286,9 @@ def _on_rows(
     Where they are not all, they are gathered, and filled up to a power of two by copies of the last one:
     backends compile each size, and so meet few.
     """
-    rows, count = np.flatnonzero(chosen), len(chosen)
-    if len(rows) == count:
+    if chosen.all():
         return denoiser.run(graph, feeds)
+    rows, count = np.flatnonzero(chosen), len(chosen)
     size = gathered_size(len(rows), count, sizes)
     gathered = np.pad(rows, (0, size - len(rows)), mode="edge")
     results = denoiser.run(graph, {name: values[gathered] for name, values in feeds.items()})

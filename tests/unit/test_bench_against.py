@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from bundles import CLASSIFIER, UNET, exported_bundle, network
 
 import admtrt
-from admtrt.bench.against import Comparison, _interleaved
+from admtrt.bench.against import PAIRS_PER_PROCESS, Comparison, _interleaved
 from admtrt.cli import run
 from admtrt.models.checkpoint import save_checkpoint
 
@@ -26,15 +29,23 @@ def checkpoints(tmp_path: Path) -> list[str]:
     return given
 
 
-def test_pairs_are_taken_in_the_order_abba() -> None:
+def test_pairs_are_taken_in_the_order_abba_by_processes_started_anew() -> None:
+    """The start of a process is a capital letter, its end a full stop."""
     taken: list[str] = []
 
-    def drawer(name: str, seconds: float):  # type: ignore[no-untyped-def]
-        return lambda: taken.append(name) or seconds
+    @contextlib.contextmanager
+    def process(name: str, seconds: float) -> Iterator[Callable[[], float]]:
+        def draw() -> float:
+            taken.append(name)
+            return seconds
 
-    found = _interleaved([drawer("a", 1.0), drawer("b", 2.0)], "onnxruntime fp32", 4, "ddim5", 4)
-    assert "".join(taken) == "abbaabba"
-    assert (found.ours, found.theirs, found.ratio) == ((1.0,) * 4, (2.0,) * 4, 0.5)
+        taken.append(name.upper())
+        yield draw
+        taken.append(".")
+
+    openings = [functools.partial(process, "a", 1.0), functools.partial(process, "b", 2.0)]
+    assert _interleaved(openings, PAIRS_PER_PROCESS + 2) == [[1.0] * 7, [2.0] * 7]
+    assert "".join(taken) == "ABabbaabbaab..BAbaab.."
 
 
 def test_the_ratio_is_the_median_of_the_pairs() -> None:
