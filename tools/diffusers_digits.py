@@ -2,7 +2,7 @@
 
     python tools/diffusers_digits.py OUT [--steps N]
 
-Needs diffusers. The model is trained as its unconditional training example does by default: eps of 1000
+The model is trained as its unconditional training example does by default: eps of 1000
 linear steps, mean squared error, AdamW (lr 1e-4, betas 0.95 and 0.999, weight decay 1e-6), warm-up over 500
 steps and a cosine after it, averaged weights; then written by DDPMPipeline. Its folder is all that admtrt is
 given. Prints a table: sampler, guidance scale, the fraction of 200 samples that the demo's judge finds to be

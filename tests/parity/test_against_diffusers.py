@@ -1,4 +1,4 @@
-"""Random networks of diffusers itself, saved by it and read here; runs where diffusers is installed."""
+"""Random networks of diffusers itself, saved by it and read here."""
 
 from __future__ import annotations
 
