@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _REFERENCES = (Row(EAGER), Row(ORIGINAL), Row("onnxruntime"))
 
 
-class Callee(Protocol):
+class RemoteRow(Protocol):
     """Something whose methods are called by name; :class:`~admtrt.bench.remote.Remote` is one."""
 
     def call(self, method: str, *arguments: object) -> Any:
@@ -31,11 +31,11 @@ class Callee(Protocol):
 
 
 @dataclass
-class _Station:
+class _RowRun:
     """A row at one batch size while it is measured."""
 
     row: Row
-    contender: Callee
+    contender: RemoteRow
     times: list[StepTime] = field(default_factory=list)
     prepared: Prepared | None = None
     sampling: float | None = None
@@ -76,8 +76,8 @@ class Bench:
 
     def __init__(
         self,
-        contenders: Mapping[Row, Callee | str],
-        yardstick: Callee | None,
+        contenders: Mapping[Row, RemoteRow | str],
+        yardstick: RemoteRow | None,
         operations: int | None,
         note: Callable[[str], None],
     ) -> None:
@@ -93,31 +93,31 @@ class Bench:
         Whatever slows the machine for a while meets all rows alike, since each repetition visits all of them,
         beginning with another one each time.
         """
-        stations = [
-            _Station(row, contender)
+        runs = [
+            _RowRun(row, contender)
             for row, contender in self._contenders.items()
             if not isinstance(contender, str)
         ]
-        for station in stations:
-            self._note(f"preparing {station.row}, batch {batch}")
-            station.prepared = station.attempt("prepare", batch)
+        for run in runs:
+            self._note(f"preparing {run.row}, batch {batch}")
+            run.prepared = run.attempt("prepare", batch)
         for repetition in range(repeat):
-            working = [station for station in stations if not station.reason]
+            working = [run for run in runs if not run.reason]
             if not working:
                 break
             self._note(f"batch {batch}, repetition {repetition + 1} of {repeat}")
             first = repetition % len(working)
-            for station in (*working[first:], *working[:first]):
-                time = station.attempt("step")
+            for run in (*working[first:], *working[:first]):
+                time = run.attempt("step")
                 if time is not None:
-                    station.times.append(time)
-            self._measure_peaks({station.row.precision for station in working})
-        for station in stations:
-            station.memory = station.attempt("memory")
+                    run.times.append(time)
+            self._measure_peaks({run.row.precision for run in working})
+        for run in runs:
+            run.memory = run.attempt("memory")
             if sampling_steps is not None:
-                self._note(f"sampling {station.row}, batch {batch}")
-                station.sampling = station.attempt("sample", sampling_steps)
-        return self._round(batch, {station.row: station for station in stations})
+                self._note(f"sampling {run.row}, batch {batch}")
+                run.sampling = run.attempt("sample", sampling_steps)
+        return self._round(batch, {run.row: run for run in runs})
 
     def _measure_peaks(self, precisions: set[Precision]) -> None:
         if self._yardstick is None:
@@ -127,39 +127,39 @@ class Bench:
                 speed: float = self._yardstick.call("measure", precision)
                 self.peaks[precision] = max(self.peaks.get(precision, 0.0), speed)
 
-    def _round(self, batch: int, stations: Mapping[Row, _Station]) -> Round:
-        outputs = {row: s.prepared.outputs for row, s in stations.items() if s.prepared is not None}
+    def _round(self, batch: int, runs: Mapping[Row, _RowRun]) -> Round:
+        outputs = {row: s.prepared.outputs for row, s in runs.items() if s.prepared is not None}
         reference = next((row for row in _REFERENCES if row in outputs), None)
         expected = {} if reference is None else outputs[reference]
         made = []
         for row, contender in self._contenders.items():
-            station = stations.get(row)
-            if station is None:
+            run = runs.get(row)
+            if run is None:
                 made.append(Measurement(row, batch, reason=str(contender)))
-            elif not station.times or station.prepared is None:
-                made.append(Measurement(row, batch, reason=station.reason))
+            elif not run.times or run.prepared is None:
+                made.append(Measurement(row, batch, reason=run.reason))
             else:
-                errors = {} if row == reference else _errors(station.prepared.outputs, expected)
-                made.append(replace(self._measurement(batch, station), errors=errors))
+                errors = {} if row == reference else _errors(run.prepared.outputs, expected)
+                made.append(replace(self._measurement(batch, run), errors=errors))
         return Round(tuple(made), "" if reference is None else str(reference))
 
-    def _measurement(self, batch: int, station: _Station) -> Measurement:
-        times, prepared = station.times, station.prepared
+    def _measurement(self, batch: int, run: _RowRun) -> Measurement:
+        times, prepared = run.times, run.prepared
         assert prepared is not None
         gradients = [time.gradient for time in times if time.gradient is not None]
         outside = [time.outside / time.step for time in times if time.outside is not None]
         return Measurement(
-            row=station.row,
+            row=run.row,
             batch=batch,
             step=spread_of([time.step for time in times]),
             unet=spread_of([time.unet for time in times]),
             gradient=spread_of(gradients) if gradients else None,
             outside=float(np.median(outside)) if outside else None,
             operations=None if self._operations is None else batch * self._operations,
-            memory=station.memory,
+            memory=run.memory,
             ready=prepared.ready,
-            sampling=station.sampling,
-            notes=(*prepared.notes, *((station.reason,) if station.reason else ())),
+            sampling=run.sampling,
+            notes=(*prepared.notes, *((run.reason,) if run.reason else ())),
         )
 
 

@@ -20,7 +20,7 @@ from admtrt.schedule.table import sampling_schedule
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from admtrt.bench.measure import Callee
+    from admtrt.bench.measure import RemoteRow
     from admtrt.bench.plain import PlainExport
     from admtrt.bench.rows import Device, Row
     from admtrt.bench.subject import Subject
@@ -78,7 +78,7 @@ def run_bench(
             exports, fault = _plain_exports(subject, batches, note)
             faults |= {PLAIN: fault} if fault else {}
             nodes.update({f"{PLAIN}, batch {batch}": dict(made.nodes) for batch, made in exports.items()})
-        contenders: dict[Row, Callee | str] = {}
+        contenders: dict[Row, RemoteRow | str] = {}
         for row in rows:
             if row.name in faults:
                 contenders[row] = faults[row.name]

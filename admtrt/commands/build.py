@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName
-    from admtrt.runtime.engines.build import Outcome, Workshop
+    from admtrt.runtime.engines.build import BuildResult, PlanBuilder
     from admtrt.runtime.engines.library import Library
     from admtrt.runtime.engines.options import BuildOptions
     from admtrt.runtime.engines.plans import PlanRecord
@@ -85,7 +85,7 @@ def build(
     TensorRT-RTX builds without a GPU, for several compute capabilities in one plan.
     """
     from admtrt.bundle import Bundle
-    from admtrt.runtime.engines.build import Workshop
+    from admtrt.runtime.engines.build import PlanBuilder
     from admtrt.runtime.engines.device import query_driver
     from admtrt.runtime.engines.options import BatchProfile, BuildOptions
     from admtrt.runtime.engines.plans import PlanStore
@@ -108,17 +108,17 @@ def build(
     opened = Bundle.open(bundle)
     sources = _sources(opened, graph or (), precision)
     gpu = query_driver().gpu
-    workshop = Workshop(
+    builder = PlanBuilder(
         library=_library(library, gpu=gpu is not None),
         gpu=gpu,
         store=PlanStore.of(opened, cache),
         timing_cache=timing_cache,
         note=output.note,
     )
-    workshop.check(sources, options)
+    builder.check(sources, options)
     _say_first(sources, options, output)
-    outcomes = _make(workshop, sources, options)
-    output.result(_described(opened, workshop, outcomes), *_shown(workshop.library, outcomes, report=report))
+    results = _make(builder, sources, options)
+    output.result(_described(opened, builder, results), *_shown(builder.library, results, report=report))
 
 
 def _library(name: str, *, gpu: bool) -> Library:
@@ -162,14 +162,14 @@ def _say_first(sources: Sequence[GraphSource], options: BuildOptions, output: Ou
         )
 
 
-def _make(workshop: Workshop, sources: Sequence[GraphSource], options: BuildOptions) -> list[Outcome]:
-    outcomes = []
+def _make(builder: PlanBuilder, sources: Sequence[GraphSource], options: BuildOptions) -> list[BuildResult]:
+    results = []
     with progress("building", _PER_GRAPH * len(sources)) as advance:
         for source in sources:
             bar = _Bar(advance, source.graph)
-            outcomes.append(workshop.make(source, options, bar.show))
+            results.append(builder.make(source, options, bar.show))
             bar.show(1.0, "done")
-    return outcomes
+    return results
 
 
 class _Bar:
@@ -186,41 +186,41 @@ class _Bar:
         self._shown = reached
 
 
-def _described(bundle: Bundle, workshop: Workshop, outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def _described(bundle: Bundle, builder: PlanBuilder, results: Sequence[BuildResult]) -> dict[str, Any]:
     return {
         "bundle": str(bundle.path),
-        "library": {"name": workshop.library.flavor, "version": workshop.library.version},
+        "library": {"name": builder.library.flavor, "version": builder.library.version},
         "plans": [
             {
-                "file": str(workshop.store.path(outcome.record.key)),
-                "built": outcome.built,
-                "runs_on": outcome.record.runs_on,
-                "record": outcome.record.to_dict(),
+                "file": str(builder.store.path(result.record.key)),
+                "built": result.built,
+                "runs_on": result.record.runs_on,
+                "record": result.record.to_dict(),
             }
-            for outcome in outcomes
+            for result in results
         ],
     }
 
 
-def _shown(library: Library, outcomes: Sequence[Outcome], *, report: bool) -> list[RenderableType]:
+def _shown(library: Library, results: Sequence[BuildResult], *, report: bool) -> list[RenderableType]:
     columns = ("graph", "precision", "batches", "size", "built in", "plan")
     rows = [
         [
-            outcome.record.key.graph,
-            outcome.record.key.precision,
-            ", ".join(str(profile) for profile in outcome.record.key.options.profiles),
-            f"{outcome.record.plan.size / 2**20:.1f} MiB",
-            f"{outcome.record.seconds:.1f} s" if outcome.built else "was there",
-            outcome.record.key.digest[:12],
+            result.record.key.graph,
+            result.record.key.precision,
+            ", ".join(str(profile) for profile in result.record.key.options.profiles),
+            f"{result.record.plan.size / 2**20:.1f} MiB",
+            f"{result.record.seconds:.1f} s" if result.built else "was there",
+            result.record.key.digest[:12],
         ]
-        for outcome in outcomes
+        for result in results
     ]
     shown: list[RenderableType] = [
         table(f"{library}", columns, rows),
-        f"run on: {outcomes[0].record.runs_on}",
+        f"run on: {results[0].record.runs_on}",
     ]
     if report:
-        shown.append(_fusion_table([outcome.record for outcome in outcomes]))
+        shown.append(_fusion_table([result.record for result in results]))
     return shown
 
 

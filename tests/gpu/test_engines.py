@@ -25,7 +25,7 @@ from admtrt.runtime.backends.providers import PROVIDERS
 from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
 from admtrt.runtime.cuda import Graph, Stream
-from admtrt.runtime.engines.build import Workshop
+from admtrt.runtime.engines.build import PlanBuilder
 from admtrt.runtime.engines.device import query_driver
 from admtrt.runtime.engines.library import find_library, lean_runtime
 from admtrt.runtime.engines.options import BatchProfile, BuildOptions
@@ -84,10 +84,10 @@ def build(
     timing_cache: Path | None = None,
     **given: Any,
 ) -> None:
-    workshop = Workshop(library, query_driver().gpu, store, timing_cache=timing_cache)
+    builder = PlanBuilder(library, query_driver().gpu, store, timing_cache=timing_cache)
     options = BuildOptions(profiles=tuple(BatchProfile.parse(profile) for profile in profiles), **given)
     for graph in bundle.manifest.graphs:
-        workshop.make(graph_source(bundle, graph, precision), options)
+        builder.make(graph_source(bundle, graph, precision), options)
 
 
 INTERVAL = {"steps": 10, "guidance_interval": (0.5, 20.0)}  # guided and unguided steps, each captured

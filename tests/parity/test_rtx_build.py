@@ -25,7 +25,7 @@ from admtrt.contract import GraphSpec, TensorSpec
 from admtrt.errors import EngineError, OutputError
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.runtime.engines import builder
-from admtrt.runtime.engines.build import Workshop
+from admtrt.runtime.engines.build import PlanBuilder
 from admtrt.runtime.engines.builder import Phases, build_plan
 from admtrt.runtime.engines.device import Gpu
 from admtrt.runtime.engines.library import Library, find_library
@@ -201,9 +201,11 @@ def test_what_cannot_be_done_is_refused_before_any_work(
 
 
 def test_tensorrt_without_a_gpu_is_refused(library: Library, tmp_path: Path) -> None:
-    workshop = Workshop(Library("tensorrt", library.module, "11.4.0"), None, PlanStore(tmp_path / "plans"))
+    plan_builder = PlanBuilder(
+        Library("tensorrt", library.module, "11.4.0"), None, PlanStore(tmp_path / "plans")
+    )
     with pytest.raises(EngineError, match="this machine has none\nBuild with --library rtx"):
-        workshop.check([], BuildOptions())
+        plan_builder.check([], BuildOptions())
 
 
 # --- progress and interruption --------------------------------------------------------------------------
@@ -255,12 +257,12 @@ def test_an_interruption_stops_the_library_and_leaves_nothing(library: Library, 
             assert stopped.wait(60)  # the main thread takes the signal
 
     stopped = threading.Event()
-    workshop = Workshop(library, None, PlanStore.of(bundle))
+    plan_builder = PlanBuilder(library, None, PlanStore.of(bundle))
     with pytest.raises(KeyboardInterrupt):
-        workshop.make(update_of(bundle), QUICK, interrupt)
+        plan_builder.make(update_of(bundle), QUICK, interrupt)
     for thread in threading.enumerate():
         if thread.name == "build update":  # has told its end, and may need a moment to be gone
-            thread.join(5)
+            thread.join(60)
             assert not thread.is_alive()
     assert "Building engine from subgraph" not in phases
     assert phases[-1].startswith("stopping after this step")
@@ -278,10 +280,10 @@ def test_a_listener_that_fails_stops_the_build(library: Library) -> None:
 def test_an_interrupted_command_says_so(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: Workshop, *arguments: Any) -> None:
+    def interrupted(self: PlanBuilder, *arguments: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Workshop, "make", interrupted)
+    monkeypatch.setattr(PlanBuilder, "make", interrupted)
     assert run(["build", str(copied("guided", tmp_path).path), "--library", "rtx"]) == 130
     assert capsys.readouterr().err.endswith("\nerror: interrupted\n")  # nothing of sampling or training
 
@@ -455,9 +457,9 @@ def test_a_timing_cache_that_cannot_be_written_is_refused_before_any_work(
 ) -> None:
     bundle = copied("guided", tmp_path)
     full = Library("tensorrt", library.module, "11.4.0")
-    workshop = Workshop(full, Gpu("Any", 89, 2**30), PlanStore.of(bundle), timing_cache=tmp_path)
+    plan_builder = PlanBuilder(full, Gpu("Any", 89, 2**30), PlanStore.of(bundle), timing_cache=tmp_path)
     with pytest.raises(OutputError, match="it is a folder"):
-        workshop.check([update_of(bundle)], BuildOptions(profiles=(BatchProfile.parse("1"),)))
+        plan_builder.check([update_of(bundle)], BuildOptions(profiles=(BatchProfile.parse("1"),)))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the other library has no such cache
@@ -466,14 +468,14 @@ def test_the_timing_cache_is_read_before_and_written_after(
 ) -> None:
     bundle, file = copied("guided", tmp_path), tmp_path / "measured"
     same = Library("tensorrt", library.module, "11.4.0")
-    workshop = Workshop(same, None, PlanStore.of(bundle), timing_cache=file)
-    assert workshop.make(update_of(bundle), BuildOptions(profiles=(BatchProfile.parse("1"),))).built
+    plan_builder = PlanBuilder(same, None, PlanStore.of(bundle), timing_cache=file)
+    assert plan_builder.make(update_of(bundle), BuildOptions(profiles=(BatchProfile.parse("1"),))).built
     first = file.read_bytes()
     assert first
     given: list[bytes] = []
     monkeypatch.setattr(builder, "_use_timing_cache", lambda config, library, content: given.append(content))
     with contextlib.suppress(Exception):  # a configuration without a cache has none to write
-        workshop.make(update_of(bundle), BuildOptions(profiles=(BatchProfile.parse("2"),)))
+        plan_builder.make(update_of(bundle), BuildOptions(profiles=(BatchProfile.parse("2"),)))
     assert given == [first]
 
 

@@ -20,7 +20,7 @@ from admtrt.runtime.cuda import DeviceArray, PinnedArray, Stream
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import hold
 from admtrt.runtime.slots import slots_for
-from admtrt.runtime.trt.lane import StepKind
+from admtrt.runtime.trt.batch_buffers import StepKind
 from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
     from admtrt.runtime.slots import Slots
-    from admtrt.runtime.trt.lane import Lane
+    from admtrt.runtime.trt.batch_buffers import BatchBuffers
 
 FULL, FAILED, UNKNOWN = 2, 719, 999  # CUresult
 
@@ -75,10 +75,10 @@ def slots(count: int = 2) -> Slots:
     )
 
 
-def lane(rig: Rig) -> tuple[TensorRTDenoiser, Lane]:
-    """An open denoiser, and its lane for two samples."""
+def opened_buffers(rig: Rig) -> tuple[TensorRTDenoiser, BatchBuffers]:
+    """An open denoiser, and its buffers for two samples."""
     denoiser = rig.open()
-    return denoiser, denoiser._lane(2)
+    return denoiser, denoiser._buffers_for(2)
 
 
 @pytest.mark.parametrize("code", [FULL, FAILED, UNKNOWN])
@@ -160,7 +160,7 @@ def test_the_first_fault_is_the_one_that_is_told(rig: Rig) -> None:
     def closed_after(work: Callable[[TensorRTDenoiser], None]) -> None:
         cuda_stub.reset()
         with rig.open() as denoiser:
-            denoiser._lane(2)
+            denoiser._buffers_for(2)
             work(denoiser)
 
     for work in (fail_in_a_step, fail):
@@ -169,18 +169,18 @@ def test_the_first_fault_is_the_one_that_is_told(rig: Rig) -> None:
 
 
 def test_a_device_that_fails_while_it_closes_says_so_and_keeps_nothing(rig: Rig) -> None:
-    denoiser, _ = lane(rig)
+    denoiser, _ = opened_buffers(rig)
     cuda_stub.fail("cuStreamSynchronize", FAILED)
     with pytest.raises(EngineError, match="LAUNCH_FAILED"):
         denoiser.close()
-    assert not denoiser._lanes
+    assert not denoiser._buffers
     assert not denoiser._engines
     denoiser.close()
 
 
-def test_all_lanes_close_where_the_first_does_not(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
-    denoiser, first = lane(rig)
-    second = denoiser._lane(3)
+def test_all_buffers_close_where_the_first_does_not(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    denoiser, first = opened_buffers(rig)
+    second = denoiser._buffers_for(3)
     closed = []
     monkeypatch.setattr(second, "close", lambda: (closed.append("second"), _raise(EngineError("second"))))
     monkeypatch.setattr(first, "close", lambda: (closed.append("first"), _raise(EngineError("first"))))
@@ -208,12 +208,12 @@ def test_slots_that_are_left_in_the_middle_leave_nothing_behind(rig: Rig) -> Non
 
 
 @pytest.mark.parametrize("output", ["out", "x_prev"])
-def test_a_lane_closes_behind_what_was_enqueued_before_a_fault(
+def test_buffers_close_behind_what_was_enqueued_before_a_fault(
     rig: Rig, output: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The gradient is under way on its stream when the next run is refused; a context must not go before."""
     before = cuda_stub.counts()
-    denoiser, opened = lane(rig)
+    denoiser, opened = opened_buffers(rig)
     accept = Context.execute_async_v3
     opened.upload({"x": np.zeros((2, 1, 8, 8), np.float32), "t": np.full(2, 500, np.float32)})
     with monkeypatch.context() as patch:
@@ -231,7 +231,7 @@ def test_a_lane_closes_behind_what_was_enqueued_before_a_fault(
 
 
 def test_what_waits_has_waited(rig: Rig) -> None:
-    denoiser, opened = lane(rig)
+    denoiser, opened = opened_buffers(rig)
     with denoiser:
         assert cuda_stub.counts()["pending"] == 0  # its contexts are prepared
         for value in (1, 2):
@@ -246,7 +246,7 @@ def test_what_waits_has_waited(rig: Rig) -> None:
 
 
 def test_what_was_never_written_is_finite(rig: Rig) -> None:
-    denoiser, opened = lane(rig)
+    denoiser, opened = opened_buffers(rig)
     with denoiser:
         for key in opened._arrays:
             (read,) = opened.download([key], 2)
@@ -260,7 +260,7 @@ def test_what_was_never_written_is_finite(rig: Rig) -> None:
 )
 def test_what_is_used_after_it_was_given_back_is_refused(rig: Rig, call: Callable[..., Any]) -> None:
     """Closing twice is no fault, as cuda-core has it; anything else of a closed thing is."""
-    denoiser, opened = lane(rig)
+    denoiser, opened = opened_buffers(rig)
     with denoiser:
         device = denoiser._device
         stream = device.stream()

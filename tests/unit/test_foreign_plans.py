@@ -19,7 +19,7 @@ from admtrt.runtime.backends.auto import _key
 from admtrt.runtime.backends.choice import AUTO, BackendChoice
 from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
 from admtrt.runtime.engines import build
-from admtrt.runtime.engines.build import Workshop
+from admtrt.runtime.engines.build import PlanBuilder
 from admtrt.runtime.engines.builder import BuiltPlan
 from admtrt.runtime.engines.library import find_library
 from admtrt.runtime.engines.options import BatchProfile, BuildOptions
@@ -94,14 +94,14 @@ def test_a_plan_that_replaces_one_of_ours_is_refused(rig: Rig) -> None:
 
 def test_a_build_replaces_them(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     notes: list[str] = []
-    workshop = Workshop(find_library(rig.flavor), GPU, PlanStore.of(rig.bundle), note=notes.append)
+    builder = PlanBuilder(find_library(rig.flavor), GPU, PlanStore.of(rig.bundle), note=notes.append)
     record = PlanStore.of(rig.bundle).records()[0][0]
     source = graph_source(rig.bundle, record.key.graph, "fp32")
     monkeypatch.setattr(build, "build_plan", lambda *_, **__: BuiltPlan(memoryview(b"ours"), 1.0, (), b""))
     options = BuildOptions(profiles=(BatchProfile(smallest=1, best=4, largest=8),))
-    assert workshop.make(source, options).built
+    assert builder.make(source, options).built
     assert "was not built on this machine by this user; building it again" in notes[0]
-    assert not workshop.make(source, options).built
+    assert not builder.make(source, options).built
 
 
 def test_a_build_that_cannot_be_remembered_says_how_to_run_it(
@@ -111,8 +111,8 @@ def test_a_build_that_cannot_be_remembered_says_how_to_run_it(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     notes: list[str] = []
     monkeypatch.setattr(build, "build_plan", lambda *_, **__: BuiltPlan(memoryview(b"ours"), 1.0, (), b""))
-    workshop = Workshop(find_library(rig.flavor), GPU, PlanStore.of(rig.bundle), note=notes.append)
-    workshop.make(graph_source(rig.bundle, "unet", "fp32"), BuildOptions())
+    builder = PlanBuilder(find_library(rig.flavor), GPU, PlanStore.of(rig.bundle), note=notes.append)
+    builder.make(graph_source(rig.bundle, "unet", "fp32"), BuildOptions())
     assert f"--cache {rig.folder}" in notes[-1]
 
 

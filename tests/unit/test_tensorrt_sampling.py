@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from admtrt.runtime.pipeline import Samples, Step
-    from admtrt.runtime.trt.lane import Lane
+    from admtrt.runtime.trt.batch_buffers import BatchBuffers
 
 _ROUNDING = 2e-5  # ONNX Runtime chooses kernels by the batch size, and padding changes that
 
@@ -39,9 +39,9 @@ def drawn(rig: Rig, *arguments: Any, **options: Any) -> Samples:
         return Pipeline(rig.bundle, denoiser)(*arguments, **options)
 
 
-def on_device(lane: Lane, key: str) -> np.ndarray[Any, Any]:
-    """An array of a lane, where the host cannot see it."""
-    array = lane._arrays[key]
+def on_device(buffers: BatchBuffers, key: str) -> np.ndarray[Any, Any]:
+    """An array of a batch size, where the host cannot see it."""
+    array = buffers._arrays[key]
     size = int(np.prod(array.shape)) * array.dtype.itemsize
     return np.frombuffer(cuda_stub.memory_at(array.address, size), array.dtype).reshape(array.shape)
 
@@ -158,7 +158,7 @@ def test_a_gradient_that_overflowed_does_not_reach_steps_without_guidance(rig: R
     with rig.open() as denoiser:
         sample = Pipeline(rig.bundle, denoiser)
         sample([0, 1], steps=2)
-        on_device(denoiser._lanes[2], "grad")[...] = np.nan
+        on_device(denoiser._buffers[2], "grad")[...] = np.nan
         assert np.isfinite(sample(None, [1, 2], scale=0.0).x).all()
 
 
@@ -232,8 +232,8 @@ def test_profile_and_padding(
     with rig.open() as denoiser:
         labels = [0, 1, 2][:count]
         samples = Pipeline(rig.bundle, denoiser)(labels)
-        assert list(denoiser._lanes) == [batch]
-        assert np.isfinite(on_device(denoiser._lanes[batch], "x")).all()  # those that fill up, too
+        assert list(denoiser._buffers) == [batch]
+        assert np.isfinite(on_device(denoiser._buffers[batch], "x")).all()  # those that fill up, too
         tightest = min(b for a, _, b in profiles if a <= batch <= b)
         assert all(
             engine.profile(batch).largest == tightest  # type: ignore[union-attr]
@@ -251,7 +251,7 @@ def test_graphs_with_different_profiles_share_a_batch(
     with rig.open() as denoiser:
         assert denoiser.largest_batch == 4
         samples = Pipeline(rig.bundle, denoiser)([1])
-        assert list(denoiser._lanes) == [3]
+        assert list(denoiser._buffers) == [3]
     np.testing.assert_allclose(samples.x, pipeline("guided")([1]).x, rtol=0, atol=_ROUNDING)
 
 
@@ -374,11 +374,11 @@ def test_only_guided_samples_pay_for_the_gradient(
             advance(expected, pipeline("guided").denoiser)
             held.advance()
         held.read()
-        (lane,) = denoiser._lanes.values()
-        assert list(lane._gradients) == sizes
+        (buffers,) = denoiser._buffers.values()
+        assert list(buffers._gradients) == sizes
         # Whatever a gradient holds, none of it reaches samples that are not guided.
         rows = np.array([schedule.guided[-1] for schedule in ours.schedules])
-        assert not on_device(lane, "grad")[~rows].any()
+        assert not on_device(buffers, "grad")[~rows].any()
     np.testing.assert_allclose(ours.x, expected.x, rtol=0, atol=_ROUNDING)
 
 
@@ -407,8 +407,8 @@ def test_one_pair_of_graphs_serves_any_rows_of_a_number(rig: Rig) -> None:
                 for _ in range(3):
                     held.advance()
                 held.read()
-            (lane,) = denoiser._lanes.values()
-        assert sum(piece[0] == 2 for piece in lane._graphs) == 1
+            (buffers,) = denoiser._buffers.values()
+        assert sum(piece[0] == 2 for piece in buffers._graphs) == 1
         assert not any(line.startswith("s") and "run" in line for line in cuda_stub.log())
 
 
@@ -427,14 +427,14 @@ def test_sizes_of_the_gradient_are_prepared_or_share_two_places(
 
     with rig.open() as denoiser:
         denoiser.prepare({"unet": [32], "classifier_gradient": [4, 32, 40, 0]})
-        (lane,) = denoiser._lanes.values()
-        assert list(lane._gradients) == [4]
+        (buffers,) = denoiser._buffers.values()
+        assert list(buffers._gradients) == [4]
         for count in (1, 2, 7, 3, 12):
             taken(count)
-        assert sorted(lane._gradients) == [4, 8, 16]
-        assert {piece[0] for piece in lane._graphs if piece[1] is None} <= {4, 8, 16}
+        assert sorted(buffers._gradients) == [4, 8, 16]
+        assert {piece[0] for piece in buffers._graphs if piece[1] is None} <= {4, 8, 16}
         denoiser.prepare({"unet": [32]})
-        assert not lane._gradients
+        assert not buffers._gradients
     assert cuda_stub.counts() == before
 
 
@@ -449,8 +449,8 @@ def test_the_gradient_s_own_profiles_decide_its_size(monkeypatch: pytest.MonkeyP
             advance(expected, pipeline("guided").denoiser)
             held.advance()
         held.read()
-        (lane,) = denoiser._lanes.values()
-        assert list(lane._gradients) == [3]
+        (buffers,) = denoiser._buffers.values()
+        assert list(buffers._gradients) == [3]
     np.testing.assert_allclose(ours.x, expected.x, rtol=0, atol=_ROUNDING)
 
 
@@ -575,22 +575,22 @@ def test_finished_samples_make_room_for_others(rig: Rig) -> None:
     np.testing.assert_allclose(ours.x, expected.x, rtol=0, atol=_ROUNDING)
 
 
-def test_prepared_lanes_are_kept_and_others_share_two_places(rig: Rig) -> None:
+def test_prepared_buffers_are_kept_and_others_share_two_places(rig: Rig) -> None:
     with rig.open() as denoiser:
         sample = Pipeline(rig.bundle, denoiser)
         sample([0] * 2, steps=2)
         denoiser.prepare({"unet": [1, 3], "classifier_gradient": [5]})
-        assert sorted(denoiser._lanes) == [1, 3]
-        kept = denoiser._lanes[3]
+        assert sorted(denoiser._buffers) == [1, 3]
+        kept = denoiser._buffers[3]
         for count in (2, 4, 6, 3):
             sample([0] * count, steps=2)
-        assert sorted(denoiser._lanes) == [1, 3, 4, 6]
-        assert denoiser._lanes[3] is kept
+        assert sorted(denoiser._buffers) == [1, 3, 4, 6]
+        assert denoiser._buffers[3] is kept
         with pytest.raises(RuntimeError, match="held"):
             sample([0], steps=2, callback=lambda _: denoiser.prepare({"unet": [2]}))
         with pytest.raises(RequestError, match="batch of 9 is larger"):
             denoiser.prepare({"unet": [9]})
-        assert sorted(denoiser._lanes) == [1, 3, 4, 6]
+        assert sorted(denoiser._buffers) == [1, 3, 4, 6]
         denoiser.prepare({})
-        assert not denoiser._lanes
+        assert not denoiser._buffers
     assert cuda_stub.free_memory() == 2**30

@@ -14,10 +14,10 @@ from admtrt.runtime.engines.library import find_libraries
 from admtrt.runtime.engines.match import usable_plans
 from admtrt.runtime.engines.plans import PlanStore
 from admtrt.runtime.engines.sources import graph_source
+from admtrt.runtime.trt.batch_buffers import BatchBuffers
 from admtrt.runtime.trt.engine import Engine
 from admtrt.runtime.trt.held import HeldOnDevice
 from admtrt.runtime.trt.kernels import KernelCache
-from admtrt.runtime.trt.lane import Lane
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     Sources = Mapping[GraphName, GraphSource]
 
 _MOST_SETS = 1000  # of plans that are tried for a common batch size
-_SHARED = 2  # lanes of sizes that nobody prepared: a run has full batches and a rest
+_SHARED = 2  # buffers of sizes that nobody prepared: a run has full batches and a rest
 
 
 class TensorRTDenoiser(GraphDenoiser):
@@ -97,15 +97,15 @@ class TensorRTDenoiser(GraphDenoiser):
                 hint="Build them together: admtrt build BUNDLE --batch 1:4:16",
             )
         self.specs = {graph: source.spec for graph, source in self._sources.items()}
-        self._lanes: dict[int, Lane] = {}
+        self._buffers: dict[int, BatchBuffers] = {}
         self._prepared: set[int] = set()
         self._held = False
         self._closing = weakref.finalize(
-            self, _close_at_last, self._device, self._lanes, self._engines, self._kernels
+            self, _close_at_last, self._device, self._buffers, self._engines, self._kernels
         )
 
     def __str__(self) -> str:
-        faults = [lane.capture_fault for lane in self._lanes.values() if lane.capture_fault]
+        faults = [each.capture_fault for each in self._buffers.values() if each.capture_fault]
         graphs = f"no CUDA graphs ({faults[0]})" if faults else "one CUDA graph a step"
         if self.library.flavor == "rtx":
             graphs = "CUDA graphs of its own"
@@ -124,10 +124,10 @@ class TensorRTDenoiser(GraphDenoiser):
             RequestError: if there are more slots than the plans take.
             EngineError: if the GPU has no room for them, or the library refuses.
         """
-        lane = self._lane(len(slots))
+        buffers = self._buffers_for(len(slots))
         self._held = True
         try:
-            with HeldOnDevice(slots, self._device, lane) as held:
+            with HeldOnDevice(slots, self._device, buffers) as held:
                 yield held
         finally:
             self._held = False
@@ -135,7 +135,7 @@ class TensorRTDenoiser(GraphDenoiser):
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         count = batch_of(feeds)
-        outputs = self._lane(count).run(graph, feeds, count)
+        outputs = self._buffers_for(count).run(graph, feeds, count)
         self._keep_kernels()
         return outputs
 
@@ -147,10 +147,10 @@ class TensorRTDenoiser(GraphDenoiser):
         """
         self._activate()
         self._prepared = {self._padded(size) for size in sizes.get("unet", ())}
-        for batch in self._lanes.keys() - self._prepared:
-            self._lanes.pop(batch).close()
+        for batch in self._buffers.keys() - self._prepared:
+            self._buffers.pop(batch).close()
         for batch in sorted(self._prepared):
-            self._lane(batch).prepare_gradients(sizes.get("classifier_gradient", ()))
+            self._buffers_for(batch).prepare_gradients(sizes.get("classifier_gradient", ()))
         self._keep_kernels()
 
     def check_batch(self, batch: int) -> None:
@@ -168,7 +168,7 @@ class TensorRTDenoiser(GraphDenoiser):
             EngineError: if the GPU has failed; what can be given back is given back.
         """
         if self._closing.detach() is not None:
-            _close(self._device, self._lanes, self._engines, self._kernels)
+            _close(self._device, self._buffers, self._engines, self._kernels)
 
     def __exit__(self, *fault: object) -> None:
         at_exit(self.close)(*fault)
@@ -180,18 +180,18 @@ class TensorRTDenoiser(GraphDenoiser):
             raise RuntimeError("this backend was closed")
         self._device.activate()
 
-    def _lane(self, count: int) -> Lane:
+    def _buffers_for(self, count: int) -> BatchBuffers:
         self._activate()
         batch = self._padded(count)
-        lane = self._lanes.pop(batch, None)
-        if lane is None:
-            sharing = [size for size in self._lanes if size not in self._prepared]
+        buffers = self._buffers.pop(batch, None)
+        if buffers is None:
+            sharing = [size for size in self._buffers if size not in self._prepared]
             if len(sharing) >= _SHARED and batch not in self._prepared:
-                self._lanes.pop(sharing[0]).close()
+                self._buffers.pop(sharing[0]).close()
             capture = self.library.flavor != "rtx"
-            lane = Lane(self._device, self._engines, self._sources, batch, capture=capture)
-        self._lanes[batch] = lane  # the last of the dictionary is the last that was used
-        return lane
+            buffers = BatchBuffers(self._device, self._engines, self._sources, batch, capture=capture)
+        self._buffers[batch] = buffers  # the last of the dictionary is the last that was used
+        return buffers
 
     def _padded(self, count: int) -> int:
         """The smallest batch that holds ``count`` samples and that every plan takes."""
@@ -212,24 +212,24 @@ class TensorRTDenoiser(GraphDenoiser):
         return all(engine.profile(batch) is not None for engine in self._engines.values())
 
     def _keep_kernels(self) -> None:
-        fresh = [lane for lane in self._lanes.values() if lane.fresh]
+        fresh = [each for each in self._buffers.values() if each.fresh]
         for kernels in self._kernels.values() if fresh else ():
             kernels.keep()
-        for lane in fresh:
-            lane.fresh = False
+        for each in fresh:
+            each.fresh = False
 
 
 def _close(
     device: CudaDevice,
-    lanes: dict[int, Lane],
+    buffers: dict[int, BatchBuffers],
     engines: dict[GraphName, Engine],
     kernels: dict[GraphName, KernelCache],
 ) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(engines.clear)  # last, and with them the weights
-        for lane in lanes.values():
-            stack.push(at_exit(lane.close))
-        stack.callback(lanes.clear)
+        for each in buffers.values():
+            stack.push(at_exit(each.close))
+        stack.callback(buffers.clear)
         device.activate()  # whoever drops the last reference may be another thread
         for cache in kernels.values():
             cache.keep()
@@ -237,13 +237,13 @@ def _close(
 
 def _close_at_last(
     device: CudaDevice,
-    lanes: dict[int, Lane],
+    buffers: dict[int, BatchBuffers],
     engines: dict[GraphName, Engine],
     kernels: dict[GraphName, KernelCache],
 ) -> None:
     """Nobody is left who could hear of a fault; what used the GPU last has."""
     with contextlib.suppress(Exception):
-        _close(device, lanes, engines, kernels)
+        _close(device, buffers, engines, kernels)
 
 
 def _choose(

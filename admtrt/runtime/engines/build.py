@@ -27,7 +27,7 @@ _LARGEST_TIMING_CACHE = 2**30  # bytes
 
 
 @dataclass(frozen=True, eq=False)
-class Outcome:
+class BuildResult:
     """One plan.
 
     Attributes:
@@ -40,7 +40,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, eq=False)
-class Workshop:
+class PlanBuilder:
     """Settings and place of a build.
 
     Attributes:
@@ -84,7 +84,7 @@ class Workshop:
 
     def make(
         self, source: GraphSource, options: BuildOptions, report: Callable[[float, str], None] | None = None
-    ) -> Outcome:
+    ) -> BuildResult:
         """The plan of one graph, from the store or built now.
 
         Raises:
@@ -94,7 +94,7 @@ class Workshop:
         key = plan_key(source, options, self.library, self.gpu)
         found = self._found(key)
         if found is not None:
-            return Outcome(found, built=False)
+            return BuildResult(found, built=False)
         built = build_plan(self.library, source, options, timing_cache=self._measured(), report=report)
         record = self.store.put(key, built.plan, seconds=built.seconds, report=fusion_report(built.layers))
         if not self.store.trusts(record.plan.sha256):
@@ -105,7 +105,7 @@ class Workshop:
         if self.timing_cache is not None:
             with atomic_file(self.timing_cache) as temporary:
                 temporary.write_bytes(built.timing_cache)
-        return Outcome(record, built=True)
+        return BuildResult(record, built=True)
 
     def _found(self, key: PlanKey) -> PlanRecord | None:
         try:

@@ -50,7 +50,7 @@ class BuiltPlan:
 
 
 @dataclass(eq=False)
-class _Conversation:
+class _BuildSession:
     """Messages between the library's thread and ours."""
 
     report: Report | None
@@ -94,35 +94,35 @@ def build_plan(
         KeyboardInterrupt: after the library has stopped.
     """
     check_options(options, library, source.precision)
-    talk = _Conversation(report=report)
+    session = _BuildSession(report=report)
 
     def work() -> None:
         try:
-            talk.result = _build(library, source, options, timing_cache, talk)
+            session.result = _build(library, source, options, timing_cache, session)
         except BaseException as error:  # handed to the caller's thread
-            talk.fault = talk.fault or error
+            session.fault = session.fault or error
         finally:
-            talk.ended.set()
+            session.ended.set()
 
     threading.Thread(target=work, name=f"build {source.graph}", daemon=True).start()
     try:
-        talk.ended.wait()  # Thread.join() takes an interrupted wait for the end of the thread
+        session.ended.wait()  # Thread.join() takes an interrupted wait for the end of the thread
     except BaseException:
-        talk.stopped.set()
-        talk.tell(talk.done, _STOPPING)
-        talk.ended.wait()  # a second interruption leaves at once; nothing is written before a build ends
+        session.stopped.set()
+        session.tell(session.done, _STOPPING)
+        session.ended.wait()  # a second interruption leaves at once; nothing is written before a build ends
         raise
-    if talk.fault is not None:
-        raise talk.fault
-    assert talk.result is not None
-    return talk.result
+    if session.fault is not None:
+        raise session.fault
+    assert session.result is not None
+    return session.result
 
 
 def _build(
-    library: Library, source: GraphSource, options: BuildOptions, timing_cache: bytes, talk: _Conversation
+    library: Library, source: GraphSource, options: BuildOptions, timing_cache: bytes, session: _BuildSession
 ) -> BuiltPlan:
     trt, started = library.module, time.monotonic()
-    logger, monitor = logger_of(trt), _monitor(trt, talk)
+    logger, monitor = logger_of(trt), _monitor(trt, session)
     logger.clear()
     logger.layers.clear()
     require_start(library)
@@ -197,21 +197,21 @@ def _use_timing_cache(config: typed.IBuilderConfig, library: Library, content: b
         )
 
 
-def _monitor(trt: Any, talk: _Conversation) -> Any:
+def _monitor(trt: Any, session: _BuildSession) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.phases = Phases()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            talk.tell(self.phases.start(phase_name, parent_phase, num_steps), phase_name)
+            session.tell(self.phases.start(phase_name, parent_phase, num_steps), phase_name)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            talk.tell(self.phases.step(phase_name, step), phase_name)
-            return not talk.stopped.is_set()
+            session.tell(self.phases.step(phase_name, step), phase_name)
+            return not session.stopped.is_set()
 
         def phase_finish(self, phase_name: str) -> None:
-            talk.tell(self.phases.finish(phase_name), phase_name)
+            session.tell(self.phases.finish(phase_name), phase_name)
 
     return Monitor()
 

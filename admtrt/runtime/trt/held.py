@@ -11,7 +11,7 @@ import numpy as np
 from admtrt.runtime.cuda import at_exit
 from admtrt.runtime.sampler import draw_noise, draw_second_noise, step_inputs
 from admtrt.runtime.slots import GUIDE
-from admtrt.runtime.trt.lane import GATHERED, StepKind, coefficients_of, fill_rows
+from admtrt.runtime.trt.batch_buffers import GATHERED, StepKind, coefficients_of, fill_rows
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.cuda import CudaDevice
     from admtrt.runtime.sampler import StepInputs
     from admtrt.runtime.slots import Array, Slots
-    from admtrt.runtime.trt.lane import Key, Lane
+    from admtrt.runtime.trt.batch_buffers import BatchBuffers, Key
 
 _STAGES = 2
 
@@ -31,18 +31,18 @@ _STAGES = 2
 class _Stage:
     """Host memory for one step's inputs."""
 
-    def __init__(self, device: CudaDevice, lane: Lane, stack: ExitStack) -> None:
-        self._lane = lane
-        self.arrays = {key: stack.enter_context(lane.pinned(key)) for key in lane.step_inputs}
+    def __init__(self, device: CudaDevice, buffers: BatchBuffers, stack: ExitStack) -> None:
+        self._buffers = buffers
+        self.arrays = {key: stack.enter_context(buffers.pinned(key)) for key in buffers.step_inputs}
         self.read = stack.enter_context(device.event())  # the GPU has read it: it may be filled again
 
     def fill(self, slots: Slots, inputs: StepInputs) -> _Filled:
         """Write a step's inputs, its noise drawn now; calls nothing of CUDA."""
-        guided, lane = np.flatnonzero(inputs.guided), self._lane
+        guided, buffers = np.flatnonzero(inputs.guided), self._buffers
         mixed = 0 < len(guided) < len(slots)
-        all_or_none = lane.batch if len(guided) else 0
+        all_or_none = buffers.batch if len(guided) else 0
         kind = StepKind(
-            gradient=lane.gradient_size(len(guided)) if mixed else all_or_none,
+            gradient=buffers.gradient_size(len(guided)) if mixed else all_or_none,
             full=inputs.full,
             dynamic=inputs.dynamic,
             edits=tuple(inputs.edits),
@@ -54,7 +54,7 @@ class _Stage:
             given[coefficients_of("update_full")] = inputs.coefficients
             if not kind.dynamic:
                 given["r"] = inputs.clip
-        if mixed and kind.gradient < lane.batch:
+        if mixed and kind.gradient < buffers.batch:
             taken = {"t": inputs.t, **slots.conditions[GUIDE]}
             given |= {(GATHERED, name): values[guided] for name, values in taken.items()}
         noise = draw_noise(slots, inputs)
@@ -78,17 +78,17 @@ class _Filled(NamedTuple):
 
 
 class HeldOnDevice:
-    """A :class:`~admtrt.runtime.sampler.HeldSlots` on a lane.
+    """A :class:`~admtrt.runtime.sampler.HeldSlots` on a buffers.
 
     The next step's noise is drawn by a thread while the GPU works. The host never waits for a step that the
     GPU could not go on without: only, before it draws, for the GPU to have read the memory drawn into, and
     then a whole step is still enqueued.
     """
 
-    def __init__(self, slots: Slots, device: CudaDevice, lane: Lane) -> None:
+    def __init__(self, slots: Slots, device: CudaDevice, buffers: BatchBuffers) -> None:
         self._slots = slots
         self._device = device
-        self._lane = lane
+        self._buffers = buffers
         self._taken = 0
         self._pending: Future[_Filled] | None = None
         self._fresh = True  # what the slots hold is what the GPU holds
@@ -96,8 +96,8 @@ class HeldOnDevice:
     def __enter__(self) -> Self:
         self._upload()
         with ExitStack() as stack:
-            self._stages = [_Stage(self._device, self._lane, stack) for _ in range(_STAGES)]
-            stack.push(at_exit(self._lane.sync))  # before memory goes that the GPU may still read
+            self._stages = [_Stage(self._device, self._buffers, stack) for _ in range(_STAGES)]
+            stack.push(at_exit(self._buffers.sync))  # before memory goes that the GPU may still read
             self._drawer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="noise"))
             self._stack = stack.pop_all()
         return self
@@ -109,13 +109,13 @@ class HeldOnDevice:
 
     def advance(self) -> None:
         """See :class:`~admtrt.runtime.sampler.HeldSlots`."""
-        slots, lane = self._slots, self._lane
+        slots, buffers = self._slots, self._buffers
         stage = self._stages[self._taken % _STAGES]
         filled = stage.fill(slots, step_inputs(slots)) if self._pending is None else self._pending.result()
         for key in filled.keys:
-            lane.send(key, stage.arrays[key])
-        lane.main.record(stage.read)
-        lane.step(filled.kind, filled.guided)
+            buffers.send(key, stage.arrays[key])
+        buffers.main.record(stage.read)
+        buffers.step(filled.kind, filled.guided)
         slots.position += 1
         self._taken += 1
         self._fresh = False
@@ -129,9 +129,9 @@ class HeldOnDevice:
         """See :class:`~admtrt.runtime.sampler.HeldSlots`."""
         if not self._fresh:
             slots = self._slots
-            slots.x, slots.x_0 = self._lane.download(["x", "pred_x0"], len(slots))
+            slots.x, slots.x_0 = self._buffers.download(["x", "pred_x0"], len(slots))
             if slots.full:
-                slots.saved, slots.h2 = self._lane.download(["saved", "h2"], len(slots))
+                slots.saved, slots.h2 = self._buffers.download(["saved", "h2"], len(slots))
             self._fresh = True
 
     def replace(self, rows: Sequence[int], slots: Slots) -> None:
@@ -156,4 +156,4 @@ class HeldOnDevice:
             arrays |= {"saved": slots.saved, "h1": slots.x_0, "h2": slots.h2}
         for graph, given in slots.conditions.items():
             arrays |= {(graph, name): values for name, values in given.items()}
-        self._lane.upload(arrays)
+        self._buffers.upload(arrays)

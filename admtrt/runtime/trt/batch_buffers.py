@@ -65,7 +65,7 @@ class StepKind(NamedTuple):
         return (self.full, self.dynamic, self.edits)
 
 
-class Lane:
+class BatchBuffers:
     """One batch size.
 
     A step runs the classifier's gradient on a stream of its own beside the UNet, then the update and the
@@ -152,7 +152,7 @@ class Lane:
         return [key for key in fed if key in self._arrays]
 
     def pinned(self, key: Key) -> PinnedArray:
-        """New host memory for an array of the lane, for the caller to give back."""
+        """New host memory for an array, for the caller to give back."""
         array = self._arrays[key]
         return self._device.pinned(array.shape, array.dtype)
 
