@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 ORDERS = ("lazy", "eager", "1", "2", "3")
-"""When the device does its work: as late as it may, at once, or by a seed."""
+"""Order of the device's work: as late as it may, at once, or by a seed."""
 GPU_NAME = "GeForce Double"
 
 _SOURCE = Path(__file__).with_name("cuda_stub.c")

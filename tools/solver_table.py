@@ -2,7 +2,7 @@
 
 admtrt demo --out OUT
 python tools/solver_table.py OUT/bundle --picture solvers.png > table.md
-python tools/solver_table.py fashion.bundle --config configs/fashion-mnist.toml --samples 200
+python tools/solver_table.py fashion.bundle --config configs/fashion-mnist.toml --samples 100 --precision bf16
 
 Every cell is accuracy in percent / diversity / distance in grey levels. Accuracy and diversity are those of
 the demo's judge, a support vector machine fitted on held-out images; read them together: too few evaluations
@@ -103,7 +103,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Draw and judge the same seeds with every solver."""
     config = demo_config() if arguments.config is None else load_config(RunConfig, arguments.config)
     judge = Judge(config.data)
-    choice = BackendChoice(arguments.backend, batch_size=BATCH)
+    choice = BackendChoice(arguments.backend, precision=arguments.precision, batch_size=BATCH)
     pipeline = Pipeline.open(Bundle.open(arguments.bundle), choice)
     count = arguments.samples
     labels = np.arange(count) % 10
@@ -189,6 +189,7 @@ if __name__ == "__main__":
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--scale", type=float, action="append", help="may be repeated; 2 and 4 if left out")
     parser.add_argument("--backend", default="openvino")
+    parser.add_argument("--precision", default="fp32")
     parser.add_argument("--only", action="append", help="a line of the table alone; may be repeated")
     parser.add_argument(
         "--picture", type=Path, metavar="FILE.png", help="columns by solver, rows by evaluations"

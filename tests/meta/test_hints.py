@@ -26,7 +26,7 @@ ROOT = PACKAGE.parent
 UsageError = typer.BadParameter.__mro__[1]  # of the parser within typer
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 MARKED = re.compile(r"(?:: |`|\()(admtrt|make|pip|python) ([^`;)\n]+?)(?=[`;)]|[,.](?:\s|$)|$)")
-"""What stands in backquotes or brackets, or behind a colon, is to be typed."""
+"""Text in backquotes or brackets, or behind a colon, is to be typed."""
 FILLED = {
     "library.flavor": "rtx",
     "source.precision": "fp16",

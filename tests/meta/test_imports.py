@@ -1,4 +1,4 @@
-"""What is loaded when: `import admtrt` is light, and sampling needs neither PyTorch nor ONNX."""
+"""Imports: `import admtrt` is light, and sampling needs neither PyTorch nor ONNX."""
 
 from __future__ import annotations
 

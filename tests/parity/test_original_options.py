@@ -43,7 +43,7 @@ REFUSED = {
     "improved.dims_1": "not the tensors of an ADM network, whatever its settings",
     "classifier.attention_odd_strided": "say that image_size is 9 to 12; 13 was given",
 }
-"""What admtrt does not have. The originals run all but the odd ones and ``improved.channel_mult``."""
+"""Options that admtrt does not have. The originals run all but the odd ones and ``improved.channel_mult``."""
 
 
 @cache

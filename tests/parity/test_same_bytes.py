@@ -1,4 +1,4 @@
-"""What export writes is the same, byte for byte, whatever the processor and the number of threads."""
+"""Exported files are the same, byte for byte, on any processor and number of threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a manifest or a graph says, opening a bundle gives the bundle or a bundle error."""
+"""Fuzzed manifests and graphs: opening a bundle gives the bundle or a bundle error."""
 
 from __future__ import annotations
 

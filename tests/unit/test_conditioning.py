@@ -1,4 +1,4 @@
-"""How far the noisiest DDPM step of five carries a rounding of the network's output (docs/numerics.md)."""
+"""Amplification of the network's rounding by the noisiest DDPM step of five (docs/numerics.md)."""
 
 from __future__ import annotations
 

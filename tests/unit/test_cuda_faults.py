@@ -1,4 +1,4 @@
-"""What CUDA refuses is an error of ours, what is under way is awaited, and nothing hides the first fault."""
+"""Faults of CUDA become EngineErrors, work under way is awaited, and nothing hides the first fault."""
 
 from __future__ import annotations
 

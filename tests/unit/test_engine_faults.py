@@ -1,4 +1,4 @@
-"""Where a node of a graph stands in its model, read without the onnx package."""
+"""A node's place in its PyTorch model, read from the graph without the onnx package."""
 
 from __future__ import annotations
 

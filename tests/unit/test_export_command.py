@@ -1,4 +1,4 @@
-"""What `admtrt export` refuses, and what it recommends where nothing can be guided."""
+"""Refusals of `admtrt export`, and its recommendation for networks without a guide."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whatever a file holds: no traceback, no hang, bounded memory; see :mod:`fuzzing`."""
+"""Fuzzed files cause no traceback, no hang and bounded memory; see :mod:`fuzzing`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `admtrt export --engine` refuses, and what it passes on; nothing is exported here."""
+"""Refusals of `admtrt export --engine`, and the settings it passes on; nothing is exported here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the sampler refuses, and that it says what came, what was expected and what to do."""
+"""Refused requests: each message says what came, what was expected and what to do."""
 
 from __future__ import annotations
 

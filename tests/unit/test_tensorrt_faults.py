@@ -1,4 +1,4 @@
-"""What cannot be run says so: driver, GPU, libraries, plans, memory."""
+"""Error messages for drivers, GPUs, libraries, plans and memory that TensorRT cannot use."""
 
 from __future__ import annotations
 

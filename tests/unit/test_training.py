@@ -1,4 +1,4 @@
-"""What training computes: every option, the division of batches, metrics, grids and checkpoints."""
+"""The training loop: every option, the division of batches, metrics, grids and checkpoints."""
 
 from __future__ import annotations
 
