@@ -429,8 +429,10 @@ def test_sizes_of_the_gradient_are_prepared_or_share_two_places(
         denoiser.prepare({"unet": [32], "classifier_gradient": [4, 32, 40, 0]})
         (buffers,) = denoiser._buffers.values()
         assert list(buffers._gradients) == [4]
+        kept = buffers._gradients[4]
         for count in (1, 2, 7, 3, 12):
             taken(count)
+        assert buffers._gradients[4] is kept
         assert sorted(buffers._gradients) == [4, 8, 16]
         assert {piece[0] for piece in buffers._graphs if piece[1] is None} <= {4, 8, 16}
         denoiser.prepare({"unet": [32]})
