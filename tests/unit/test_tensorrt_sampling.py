@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from admtrt.config import DiffusionConfig
 from admtrt.errors import RequestError
 from admtrt.runtime.image_inputs import Known
 from admtrt.runtime.pipeline import Pipeline
-from admtrt.runtime.sampler import advance, hold
+from admtrt.runtime.sampler import advance, draw_noise, hold
 from admtrt.runtime.slots import Slots, slots_for
 from admtrt.schedule.edits import KnownRegion, LowPass
 from admtrt.schedule.sampler import SamplerConfig
@@ -555,6 +556,30 @@ def test_a_sample_that_takes_another_s_place_while_held(rig: Rig, read: bool) ->
     np.testing.assert_array_equal(ours.x[:2], others.x[:2])
     np.testing.assert_array_equal(ours.x[2], newcomer.x[2])
     np.testing.assert_array_equal(ours.x_0[2], newcomer.x_0[2])
+
+
+def test_a_sample_takes_another_s_place_when_the_noise_is_drawn(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread that draws the next step's noise reads the slots."""
+    order: list[str] = []
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.3)
+        order.append("drawn")
+        return draw_noise(*arguments)
+
+    monkeypatch.setattr("admtrt.runtime.trt.held.draw_noise", slow)
+    schedule = sampling_schedule(DiffusionConfig(), SAMPLER)
+    ours, newcomer = (
+        slots_for(UNET, CLASSIFIER, [schedule], [seed], labels=np.array([1]), guided=True) for seed in (5, 6)
+    )
+    replace = Slots.replace
+    monkeypatch.setattr(Slots, "replace", lambda *given: order.append("replaced") or replace(*given))
+    with rig.open() as denoiser, hold(ours, denoiser) as held:
+        held.advance()
+        held.replace([0], newcomer)
+    assert order == ["drawn", "drawn", "replaced"]  # of this step, of the next one
 
 
 def test_finished_samples_make_room_for_others(rig: Rig) -> None:
