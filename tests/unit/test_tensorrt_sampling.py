@@ -308,6 +308,23 @@ def test_solvers_with_memory_share_a_batch_and_leave_it(rig: Rig) -> None:
         np.testing.assert_allclose(getattr(ours, name), getattr(expected, name), rtol=0, atol=_ROUNDING)
 
 
+def test_a_sample_that_was_begun_elsewhere_brings_its_memory(rig: Rig) -> None:
+    configs = [SamplerConfig(method="unipc", steps="7"), SamplerConfig(method="dpmpp", steps="6", order=3)]
+    schedules = [sampling_schedule(DiffusionConfig(), config) for config in configs]
+    ours = slots_for(UNET, CLASSIFIER, schedules, [5, 6], labels=np.array([0, 1]), guided=True)
+    host = pipeline("guided").denoiser
+    for _ in range(3):
+        advance(ours, host)
+    expected = ours.take([0, 1])
+    with rig.open() as denoiser, hold(ours, denoiser) as held:
+        for _ in range(3):
+            advance(expected, host)
+            held.advance()
+        held.read()
+    for name in ("x", "x_0", "saved", "h2"):
+        np.testing.assert_allclose(getattr(ours, name), getattr(expected, name), rtol=0, atol=_ROUNDING)
+
+
 def test_edited_samples_share_a_batch_and_come_later(rig: Rig) -> None:
     reference = np.random.default_rng(1).uniform(-1, 1, (3, 1, 8, 8)).astype(np.float32)
     filters = np.random.default_rng(2).normal(size=(3, 8, 8)).astype(np.float32) / 8
