@@ -307,6 +307,7 @@ def test_soft_labels_and_several_classifiers() -> None:
     two = [nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval() for _ in range(2)]
     guide = classifier(two, 3)
     x, weights = torch.randn(2, *EVENT), torch.tensor([[0.5, 0.5, -1.0], [0.0, 2.0, 0.0]])
+    assert guide.config.place == "before_clip"  # behind the bound, samples leave the data at small scales
     mean = torch.stack([torch.log_softmax(one(x), -1) for one in two]).mean(0)
     assert torch.allclose(guide.loss(x, weights), -(mean * weights).sum(-1))
 
