@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from admtrt.bundle import Bundle
 from admtrt.config import DiffusionConfig, UNetConfig
-from admtrt.errors import ConfigError, ExportError, RequestError, UserError
+from admtrt.errors import CheckpointError, ConfigError, ExportError, RequestError, UserError
 from admtrt.export.guides import losses
 from admtrt.export.guides.check import check_loss
 from admtrt.export.guides.classifiers import classifier
-from admtrt.export.guides.guide import Guide
+from admtrt.export.guides.guide import Guide, Reference
 from admtrt.export.guides.named import guides_named
+from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.runtime.guide_targets import GuideTargets
 from admtrt.runtime.image_inputs import ImageInputs
 from admtrt.runtime.operators import Operator
@@ -263,6 +264,17 @@ def test_a_manifest_refuses_guides_that_its_networks_have_not(tmp_path: Path) ->
     other = UNetConfig.from_dict(UNET.to_dict() | {"image_size": 16})
     with pytest.raises(ConfigError, match="image_size 8 but the reference 'weak' 16"):
         sham_bundle(tmp_path / "bundle", guides={"weak": reference.model_copy(update={"network": other})})
+
+
+def test_a_reference_that_does_not_fit_is_refused_before_the_export(tmp_path: Path) -> None:
+    done: list[str] = []
+    with pytest.raises(CheckpointError, match="guide 'null' needs a null class") as refused:
+        bundle_from_checkpoints(
+            network(UNET), None, tmp_path / "bundle", guides=[Reference("null")], report=done.append
+        )
+    assert "--null-class" in refused.value.hint
+    assert not done
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_classes_may_come_from_a_guide(pipeline: Pipeline) -> None:
