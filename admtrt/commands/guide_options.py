@@ -192,7 +192,7 @@ class GuideOptions:
         if guide is None:
             raise RequestError(
                 f"{option} does not say of which guide: {', '.join(self.names)}",
-                hint=f"Write e.g. {option} {self.names[0]}=...",
+                hint=f"Write e.g. {option} {self.names[0]}{'.NAME=FILE' if option == '--target' else '=...'}",
             )
         if guide not in self.names:
             raise RequestError(f"{option} is of the guide '{guide}', which does not guide")

@@ -56,6 +56,7 @@ def refused(capsys: pytest.CaptureFixture[str], bundle: Path, tmp_path: Path, *o
         (["--guide", "linear", "--guide-interval", "3", "--target", "measurement={image}"], "LOW:HIGH"),
         (["--guide", "linear", "--guide-place", "nowhere"], "'place' is 'nowhere'"),
         (["--guide", "linear", "--guide", "fourier", "--guide-scale", "1"], "does not say of which guide"),
+        (["--guide", "linear", "--guide", "fourier", "--target", "mask={mask}"], "--target linear.NAME=FILE"),
         (["--guide", "linear", "--guide", "fourier", "--mask", "{mask}"], "the one guide that takes a mask"),
         (["--guide", "linear", "--target", "measurement={three}", "--num", "2"], "3 images"),
     ],
