@@ -174,25 +174,36 @@ class Manifest(Config):
     def _check_guides(self) -> None:
         if self.guides and self.schema_version < 2:
             raise ValueError("a bundle of schema 1 has no guides")
-        for name, guide in self.guides.items():
-            if guide.kind != "reference":
-                continue
-            if guide.network is None and self.network.null_class is None:
-                raise ValueError(f"guide '{name}' needs a null class, and the network has none")
-            if guide.network is not None:
-                self._check_reference(name, guide.network)
-
-    def _check_reference(self, name: str, other: UNetConfig) -> None:
-        for field in ("image_size", "in_channels", "classes", "low_res_size"):
-            ours, theirs = getattr(self.network, field), getattr(other, field)
-            if ours != theirs and not (field == "classes" and other.num_classes is None):
-                raise ValueError(f"the UNet has {field} {ours} but the reference '{name}' {theirs}")
+        check_references(self.network, self.guides)
 
     def _check_graph(self, what: str, graph: GraphEntry, spec: GraphSpec) -> None:
         if graph.spec != spec:
             raise ValueError(f"{what} declares other inputs or outputs than its network has")
         if graph.file not in self.files:
             raise ValueError(f"{what} names the file '{graph.file}', which is not listed")
+
+
+def check_references(network: UNetConfig, guides: Mapping[str, GuideConfig]) -> None:
+    """Refuse a second network for other images or classes than the first one's, or without a null class.
+
+    Args:
+        network: the UNet.
+        guides: by name, of any kind.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    for name, guide in guides.items():
+        if guide.kind != "reference":
+            continue
+        if guide.network is None and network.null_class is None:
+            raise ValueError(f"guide '{name}' needs a null class, and the network has none")
+        for field in (
+            () if guide.network is None else ("image_size", "in_channels", "classes", "low_res_size")
+        ):
+            ours, theirs = getattr(network, field), getattr(guide.network, field)
+            if ours != theirs and not (field == "classes" and theirs is None):
+                raise ValueError(f"the UNet has {field} {ours} but the reference '{name}' {theirs}")
 
 
 def check_networks(

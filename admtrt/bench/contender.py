@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from admtrt.bench.remote import peak_memory
-from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PLAIN, takes_plans
+from admtrt.bench.rows import COMPILED, EAGER, ORIGINAL, PEERS, PLAIN, takes_plans
 from admtrt.bundle import Bundle
+from admtrt.contract import graph_of
 from admtrt.runtime.backends.choice import AUTO, BackendChoice
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.example import example_labels, example_scale, example_slots, held_step
 from admtrt.runtime.pipeline import Pipeline
-from admtrt.runtime.sampler import ResidentDenoiser, advance
+from admtrt.runtime.sampler import ResidentDenoiser, advance, guide_feeds, step_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -55,12 +56,15 @@ class StepTime:
         gradient: the gradient, None where nothing guides.
         outside: what the step spends outside its graphs, None where x stays on a device: there the graphs
             were timed apart from the step.
+        guides: the graph of each guide besides the classifier, by name; empty for the rows of PyTorch, which
+            have no losses.
     """
 
     step: float
     unet: float
     gradient: float | None
     outside: float | None
+    guides: Mapping[str, float] = field(default_factory=dict)
 
 
 class Contender:
@@ -93,6 +97,7 @@ class Contender:
         self._denoiser: Denoiser | None = None if self._one_batch_only else self._open(1)
         self._opened = time.perf_counter() - began
         self._slots: Slots | None = None
+        self._led: dict[str, tuple[GraphName, dict[str, Array]]] = {}
 
     @property
     def _one_batch_only(self) -> bool:
@@ -108,6 +113,7 @@ class Contender:
         first, _ = self._watched_step()
         ready = time.perf_counter() - began + self._opened
         self._opened = 0.0
+        self._led = self._guide_inputs(batch)
         self.step()
         notes, self._notes = tuple(self._notes), []
         return Prepared(ready=ready, outputs=first.outputs, notes=notes)
@@ -123,6 +129,7 @@ class Contender:
             unet=watch.seconds["unet"],
             gradient=watch.seconds.get("classifier_gradient"),
             outside=seconds - sum(watch.seconds.values()) if held is None else None,
+            guides={name: self._timed(graph, feeds) for name, (graph, feeds) in self._led.items()},
         )
 
     def sample(self, steps: int) -> float:
@@ -165,6 +172,25 @@ class Contender:
             batch_size=batch,
         )
         return open_denoiser(self._bundle, choice, report=lambda said: self._notes.append(str(said)))
+
+    def _guide_inputs(self, batch: int) -> dict[str, tuple[GraphName, dict[str, Array]]]:
+        """The graph of each guide that has one of its own, and what it is given, by the guide's name."""
+        manifest = self._bundle.manifest
+        if self._row.name in PEERS or not manifest.guides:
+            return {}
+        led = example_slots(manifest, batch, led=True)
+        inputs = step_inputs(led)
+        return {
+            name: (graph_of(name, guide), guide_feeds(led, inputs, name))
+            for name, guide in manifest.guides.items()
+            if graph_of(name, guide) != "unet"
+        }
+
+    def _timed(self, graph: GraphName, feeds: Mapping[str, Array]) -> float:
+        assert self._denoiser is not None
+        began = time.perf_counter()
+        self._denoiser.run(graph, feeds)
+        return time.perf_counter() - began
 
     def _watched_step(self) -> tuple[_Stopwatch, float]:
         """One step from host memory, every graph timed by itself, and its seconds."""

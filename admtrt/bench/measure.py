@@ -155,6 +155,7 @@ class Bench:
             unet=spread_of([time.unet for time in times]),
             gradient=spread_of(gradients) if gradients else None,
             outside=float(np.median(outside)) if outside else None,
+            guides={name: spread_of([time.guides[name] for time in times]) for name in times[0].guides},
             operations=None if self._operations is None else batch * self._operations,
             memory=run.memory,
             ready=prepared.ready,

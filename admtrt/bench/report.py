@@ -9,6 +9,7 @@ import numpy as np
 
 from admtrt.bench.machine import machine_lines
 from admtrt.bench.rows import EAGER, ORIGINAL, Row
+from admtrt.schedule.guides import GUIDE_GRAPH
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -49,6 +50,7 @@ class Measurement:
         reason: why nothing was measured; empty where something was.
         step, unet, gradient: seconds of the guided step and of its graphs.
         outside: median part of the step outside its graphs; None where the graphs are not within the step.
+        guides: by name, seconds of the graph of each guide besides the classifier.
         errors: by output, the worst sample's largest difference over its largest value, from the reference.
         operations: in a step of the whole batch, None where they could not be counted.
         memory: largest resident memory of the row's process until then, bytes.
@@ -64,6 +66,7 @@ class Measurement:
     unet: Spread | None = None
     gradient: Spread | None = None
     outside: float | None = None
+    guides: Mapping[str, Spread] = field(default_factory=dict)
     errors: Mapping[str, float | None] = field(default_factory=dict)
     operations: int | None = None
     memory: int | None = None
@@ -89,7 +92,7 @@ class BenchReport:
         measurements: every row at every batch size, in order.
         reference: by batch size, the row from whose outputs the errors are taken.
         nodes: by form (``bundle``, ``plain-onnx``), nodes of each graph.
-        operations: by graph, for one image.
+        operations: by graph, for one image; of a guide's graph as export counted them.
         peaks: by precision, operations a second of the largest products.
         startup: seconds of imports and openings, by name.
         sampling_steps: of a whole run, None where none was asked for.
@@ -167,8 +170,13 @@ class BenchReport:
         return [[str(m.row), *self._cost(m)] for m in self.at(batch)]
 
     def cost_columns(self) -> tuple[str, ...]:
-        """:data:`COST_COLUMNS`, and the whole run if one was timed."""
-        return (*COST_COLUMNS, *(() if self.sampling_steps is None else (f"{self.sampling_steps} steps s",)))
+        """:data:`COST_COLUMNS`, the guides of the bundle, and the whole run if one was timed."""
+        guides = [f"{GUIDE_GRAPH}{name}" for name in self._guides]
+        return (
+            *COST_COLUMNS,
+            *guides,
+            *(() if self.sampling_steps is None else (f"{self.sampling_steps} steps s",)),
+        )
 
     def remarks(self, batch: int) -> list[str]:
         """Notes below the table: reasons of empty rows, and the rows' own remarks."""
@@ -221,11 +229,25 @@ class BenchReport:
             *(_error(m, name) for name in ("out", "grad")),
         ]
 
+    @property
+    def _guides(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for m in self.measurements for name in m.guides))
+
+    def _guide(self, m: Measurement, name: str) -> str:
+        """Milliseconds of a guide's graph, and its speed as part of the peak."""
+        spread, operations = m.guides.get(name), self.operations.get(f"{GUIDE_GRAPH}{name}")
+        if spread is None:
+            return ""
+        peak = self.peaks.get(m.row.precision)
+        share = operations and peak and m.batch * operations / spread.median / peak
+        return shown(1e3 * spread.median) + (f" ({share:.0%})" if share else "")
+
     def _cost(self, m: Measurement) -> list[str]:
         return [
             shown(m.speed and m.speed / 1e9),
             shown(m.memory and m.memory / 2**30, "{:.2f}"),
             shown(m.ready, "{:.1f}"),
+            *(self._guide(m, name) for name in self._guides),
             *(() if self.sampling_steps is None else (shown(m.sampling, "{:.2f}"),)),
         ]
 

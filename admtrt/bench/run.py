@@ -14,6 +14,7 @@ from admtrt.bench.report import BenchReport
 from admtrt.bench.rows import PLAIN
 from admtrt.bench.startup import measure_startup
 from admtrt.errors import MissingDependencyError
+from admtrt.schedule.guides import GUIDE_GRAPH
 from admtrt.schedule.sampler import with_choices
 from admtrt.schedule.table import sampling_schedule
 
@@ -93,6 +94,12 @@ def run_bench(
             stack.callback(remote.close)
             contenders[row] = remote
         bench = Bench(contenders, yardstick, sum(operations.values()) or None, note)
+        guides = {f"{GUIDE_GRAPH}{name}" for name in manifest.guides}
+        operations |= {
+            name: graph.operations
+            for name, graph in manifest.graphs.items()
+            if name in guides and graph.operations is not None
+        }
         rounds = {batch: bench.run(batch, repeat, sampling_steps) for batch in batches}
     return BenchReport(
         subject=subject.name,

@@ -75,11 +75,14 @@ class GuideOptions:
         return list(self.guide or ())
 
     def check(self) -> None:
-        """Refuse options of guides where none guides.
+        """Refuse options of guides where none guides, and a guide that is named twice.
 
         Raises:
             RequestError: naming it.
         """
+        twice = next((name for name in self.names if self.names.count(name) > 1), None)
+        if twice is not None:
+            raise RequestError(f"--guide {twice} was given twice")
         for option in (field.name for field in fields(self)):
             if not self.names and getattr(self, option) is not None:
                 raise RequestError(
@@ -129,11 +132,13 @@ class GuideOptions:
         for text in self.target or ():
             whole, equals, file = text.partition("=")
             guide, point, name = whole.rpartition(".")
-            if not equals or not name:
+            if not equals or not name or not file:  # an empty path would be this folder and its pictures
                 raise RequestError(f"--target {text!r} is not of the form [GUIDE.]NAME=FILE")
             guide = self._one(guide if point else None, "--target")
             config = manifest.guides[guide]
             sizes = target_sizes(guide, config, name, given[guide].get(OPERATOR), event)
+            if name in given[guide]:
+                raise RequestError(f"the target '{name}' of the guide '{guide}' was given twice")
             given[guide][name] = _read(Path(file), f"--target {name}", sizes, mask=name == "mask")
         if mask is not None:
             masked = [name for name in self.names if "mask" in manifest.guides[name].targets]
@@ -141,6 +146,11 @@ class GuideOptions:
                 raise RequestError(
                     "--mask is of --known, or of the one guide that takes a mask",
                     hint="Give it by --target GUIDE.mask=FILE.",
+                )
+            if "mask" in given[masked[0]]:
+                raise RequestError(
+                    f"--mask and --target mask= both give the mask of the guide '{masked[0]}'",
+                    hint="Leave one out.",
                 )
             given[masked[0]]["mask"] = read_mask(mask, event)
         return GuideTargets(given)
@@ -182,7 +192,7 @@ class GuideOptions:
         if guide is None:
             raise RequestError(
                 f"{option} does not say of which guide: {', '.join(self.names)}",
-                hint=f"Write e.g. {option} {self.names[0]}=...",
+                hint=f"Write e.g. {option} {self.names[0]}{'.NAME=FILE' if option == '--target' else '=...'}",
             )
         if guide not in self.names:
             raise RequestError(f"{option} is of the guide '{guide}', which does not guide")

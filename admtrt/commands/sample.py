@@ -142,7 +142,7 @@ def sample(
     guide_options.check()
     guided_by = guide_options.choices(first.manifest, bundle)
     mask = image_options.mask if image_options.known is None and guide_options.names else None
-    targets = guide_options.targets(first.manifest, mask)
+    targets = guide_options.targets(first.manifest, mask).checked(first.manifest, guided_by or ())
     images = image_options.read(first.manifest, num, targets, own_mask=mask is None)
     source = images if small is None else small
     asked = _asked_labels(classes, num, source, first.manifest)

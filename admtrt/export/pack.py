@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import onnx_ir as ir
 
 from admtrt import __version__
-from admtrt.bundle import Bundle, GraphEntry, write_bundle
+from admtrt.bundle import Bundle, GraphEntry, check_references, write_bundle
 from admtrt.config import DiffusionConfig
 from admtrt.contract import (
     MOST_TOP_K,
@@ -26,7 +26,7 @@ from admtrt.contract import (
     largest_values,
     threshold_quantile,
 )
-from admtrt.errors import ExportError, LossError, RequestError
+from admtrt.errors import CheckpointError, ExportError, LossError, RequestError
 from admtrt.export.check import check_graph, rtx_parser_errors
 from admtrt.export.cost import operations, peak_bytes
 from admtrt.export.cpu_form import cpu_form
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from admtrt.models.checkpoint import LoadedNetwork
     from admtrt.schedule.sampler import SamplerConfig
 
+_REFERENCE = "Name the null class with --null-class, or give a network for the same images and classes."
 _TOOLS = ("torch", "onnx", "onnxscript", "onnx-ir")
 _FOR_CPUS: ConvBackward = "flipped"
 _FOR_ENGINES: Mapping[Precision, ConvBackward] = {
@@ -113,6 +114,10 @@ def bundle_from_checkpoints(
         own_unit = process.rescale_timesteps
     recommended = sampler or unet.config.sampler
     described = {name: guide.config for name, guide in networks.guides.items()}
+    try:
+        check_references(generator.config, described)  # before minutes of export
+    except ValueError as error:
+        raise CheckpointError(str(error), hint=_REFERENCE) from None
     specs = bundle_specs(generator.config, None if noisy is None else noisy.config, described)
     quantile = threshold_quantile(generator.config, unet.config.threshold_quantile)
     values = math.prod(event_shape(generator.config))

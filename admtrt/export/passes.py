@@ -34,6 +34,7 @@ def simplify(model: ir.Model) -> None:
             drop_whole_slices,
             static_reshapes,
             merge_reshapes,
+            join_before_reshaping,
             share_equal_constants,
             remove_unused,
         ):
@@ -208,6 +209,62 @@ def merge_reshapes(model: ir.Model) -> bool:
             node.replace_input_with(1, constant(model.graph, np.array(sizes, np.int64)))
             changed = True
     return changed
+
+
+def join_before_reshaping(model: ir.Model) -> bool:
+    """Concat(Reshape(a), Reshape(b)) -> Reshape(Concat(a, b)), where each merges the same two axes.
+
+    The gradients of queries, keys and values, joined head by head in place of channel by channel.
+    """
+    changed = False
+    for node in list(model.graph):
+        sizes = constant_sizes(node.outputs[0]) if node.op_type == "Concat" else None
+        if sizes is None or len(node.inputs) < 2:
+            continue
+        axis = node.attributes["axis"].as_int() % len(sizes)
+        sources = [_merged_at(value, axis) for value in node.inputs]
+        inner = {None if source is None else _sizes_of(source)[axis + 1] for source in sources}
+        if axis == 0 or len(inner) != 1 or None in inner:
+            continue
+        tape = ir.tape.Tape()
+        joined = tape.op("Concat", sources, attributes={"axis": axis})
+        target = constant(model.graph, np.array(sizes, np.int64))
+        tape.op("Reshape", [joined, target])
+        first = sources[0]
+        assert first is not None
+        shape = _sizes_of(first)
+        shape[axis] = sum(_sizes_of(source)[axis] or 0 for source in sources if source is not None)
+        joined.shape, joined.type = ir.Shape(shape), first.type
+        for made in tape.nodes:
+            made.metadata_props.update(node.metadata_props)
+        insert_in_place_of(model.graph, node, tape.nodes, node.outputs[0])
+        changed = True
+    return changed
+
+
+def _merged_at(value: ir.Value | None, axis: int) -> ir.Value | None:
+    """The source of a Reshape that makes one axis of two, ``axis`` and the next, for one reader alone."""
+    producer = None if value is None else value.producer()
+    if value is None or producer is None or producer.op_type != "Reshape":
+        return None
+    source = producer.inputs[0]
+    if source is None or source.shape is None or value.shape is None or len(list(value.uses())) != 1:
+        return None
+    before, after = _sizes_of(source), _sizes_of(value)
+    if len(before) != len(after) + 1 or value.is_graph_output():
+        return None
+    first, second, merged = before[axis], before[axis + 1], after[axis]
+    apart = before[:axis] + before[axis + 2 :]
+    whole = after[:axis] + after[axis + 1 :]
+    if first is None or second is None or first * second != merged or apart != whole:
+        return None
+    # One size that is not known is the same in both: all others are.
+    return source if apart.count(None) <= 1 else None
+
+
+def _sizes_of(value: ir.Value) -> list[int | None]:
+    assert value.shape is not None
+    return [dim if isinstance(dim, int) else None for dim in value.shape]
 
 
 def constant_sizes(value: ir.Value) -> list[int] | None:

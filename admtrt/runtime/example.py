@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from admtrt.runtime.slots import slots_for
+from admtrt.schedule.guides import GuideChoice
 from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.table import sampling_schedule
 
@@ -20,16 +21,20 @@ if TYPE_CHECKING:
 _STEPS = 10  # at once on a device: waiting for one alone would be counted as its cost
 
 
-def example_slots(manifest: Manifest, batch: int) -> Slots:
+def example_slots(manifest: Manifest, batch: int, *, led: bool = False) -> Slots:
     """A batch whose samples stand at different places of the recommended schedule.
 
     The first stands at its start, the others in its first half. Every step is guided where there is a
-    classifier.
+    classifier, and with ``led`` by all other guides of the bundle too; such slots give the inputs of their
+    graphs, and are not to be stepped: a solver may have no place for a guide.
     """
     unet = manifest.network
     scale = example_scale(manifest)
     chosen = {**manifest.sampler.to_dict(), "scale": scale, "guidance_interval": None}
-    schedule = sampling_schedule(manifest.diffusion, SamplerConfig.from_dict(chosen))
+    sampler = SamplerConfig.from_dict(chosen)
+    if led:
+        sampler = sampler.model_copy(update={"guided_by": every_guide(manifest)})
+    schedule = sampling_schedule(manifest.diffusion, sampler)
     labels = example_labels(manifest, batch)
     low_res = None
     if unet.low_res_size is not None:
@@ -44,6 +49,9 @@ def example_slots(manifest: Manifest, batch: int) -> Slots:
         low_res=low_res,
         guided=bool(scale),
         guides=manifest.guides,
+        targets={
+            name: example_targets(guide, batch) for name, guide in (manifest.guides if led else {}).items()
+        },
     )
     slots.position[:] = np.arange(batch) * (len(schedule) // 2) // batch
     return slots
@@ -56,6 +64,14 @@ def example_labels(manifest: Manifest, batch: int) -> Labels | None:
         return None
     labels: Labels = np.arange(batch, dtype=np.int64) * max(1, classes // batch) % classes
     return labels
+
+
+def every_guide(manifest: Manifest) -> tuple[GuideChoice, ...]:
+    """All guides of a bundle but the classifier, for the inputs of their graphs."""
+    return tuple(
+        GuideChoice(name=name, scale=2.0, place=guide.place, clip=guide.clip)
+        for name, guide in manifest.guides.items()
+    )
 
 
 def example_targets(guide: GuideConfig, batch: int, seed: int = 0) -> dict[str, Images]:

@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 OPERATOR = "operator"
 """Stands among the targets of the guide ``linear`` for its rows and columns."""
 _MASKED = frozenset({"linear", "convolution", "fourier"})
-_SHOWN = "Give {name: array} with a row for each sample, or one row for all."
+_SHOWN = (
+    "Give it by --target NAME=FILE, in Python by {name: array}, with a row for each sample or one for all."
+)
 
 
 @dataclass(frozen=True, eq=False)

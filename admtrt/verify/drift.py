@@ -14,11 +14,11 @@ import numpy as np
 from admtrt.config import EdmConfig
 from admtrt.contract import graph_of
 from admtrt.errors import AdmtrtError, RequestError
-from admtrt.runtime.example import example_targets
+from admtrt.runtime.example import every_guide, example_targets
 from admtrt.runtime.pipeline import Pipeline, consecutive_seeds
 from admtrt.runtime.sampler import advance, guide_feeds, hold, step_inputs
 from admtrt.runtime.slots import slots_for
-from admtrt.schedule.guides import GUIDE_GRAPH, GuideChoice
+from admtrt.schedule.guides import GUIDE_GRAPH
 from admtrt.schedule.table import sampling_schedule
 from admtrt.verify.inputs import Inputs
 
@@ -203,12 +203,10 @@ def _led(
     if not manifest.guides:
         return None
     count = len(samples)
-    choices = tuple(
-        GuideChoice(name=name, scale=2.0, place=guide.place, clip=guide.clip)
-        for name, guide in manifest.guides.items()
-    )
     # Nothing is updated by these slots, so that the solver needs no place for them.
-    schedule = sampling_schedule(manifest.diffusion, sampler.model_copy(update={"guided_by": choices}))
+    schedule = sampling_schedule(
+        manifest.diffusion, sampler.model_copy(update={"guided_by": every_guide(manifest)})
+    )
     return slots_for(
         manifest.network,
         None,

@@ -185,7 +185,7 @@ def test_posterior_sampling(name: str, backend: str, monkeypatch: pytest.MonkeyP
     slots.position[:] = len(slots.schedules[0]) - len(case["timesteps"])
     compare(name, run.states(slots), DPS[name])
     norms = -np.stack(run.values, axis=1)
-    np.testing.assert_allclose(norms, stored(f"{name}.norms"), rtol=1e-3 if name != "dps.full" else 2e-2)
+    np.testing.assert_allclose(norms, stored(f"{name}.norms"), rtol=1e-3)
 
 
 @pytest.mark.parametrize(("name", "backend"), runs(["ug.1", "ug.2"]))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-from bundles import exported_bundle
+from bundles import UNET, exported_bundle, network
 
 import admtrt
 from admtrt.bench.chart import plot_steps
@@ -24,6 +24,8 @@ from admtrt.bench.startup import measure_startup
 from admtrt.bench.subject import Subject
 from admtrt.bundle import Bundle
 from admtrt.errors import RequestError
+from admtrt.export.guides.losses import linear, total_variation
+from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.runtime.backends.onnxruntime import OnnxRuntimeDenoiser
 from admtrt.runtime.example import example_slots
 from admtrt.runtime.sampler import advance
@@ -305,6 +307,26 @@ def test_a_row_steps_from_the_same_place_every_time(name: str, tmp_path: Path) -
         assert (taken.gradient is not None) == (name == "guided")
     assert contender.sample(2) > 0
     assert contender.memory() > 2**20
+
+
+def test_guides_are_timed_beside_the_step(tmp_path: Path) -> None:
+    path, losses_ = tmp_path / "bundle", [linear((1, 8, 8)), total_variation((1, 8, 8))]
+    bundle_from_checkpoints(network(UNET), None, path, guides=losses_)
+    contender = Contender(FAST, Subject("led", path, None, None, None, tmp_path), "cpu", 1, {})
+    contender.prepare(2)
+    taken = contender.step()
+    assert list(taken.guides) == ["linear", "tv"]
+    assert all(seconds > 0 for seconds in taken.guides.values())
+    assert Contender(Row("plain-onnx"), subject("guided", tmp_path), "cpu", 1, {})._guide_inputs(2) == {}
+
+
+def test_a_guide_has_a_column_and_its_part_of_the_peak() -> None:
+    half = spread_of([0.5])
+    measured = Measurement(FAST, 2, step=half, guides={"linear": half, "mine": half})
+    report = report_of(measured, Measurement(SLOW, 2, step=half), operations={"guide.linear": 10**8})
+    assert report.cost_columns() == (*COST_COLUMNS, "guide.linear", "guide.mine")
+    assert [cells[-2:] for cells in report.cost_cells(2)] == [["500 (10%)", "500"], ["", ""]]
+    assert report.to_dict()["rows"][0]["guides"]["linear"]["median"] == 0.5
 
 
 class Resident(OnnxRuntimeDenoiser):

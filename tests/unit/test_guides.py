@@ -14,12 +14,13 @@ from torch import Tensor, nn
 
 from admtrt.bundle import Bundle
 from admtrt.config import DiffusionConfig, UNetConfig
-from admtrt.errors import ConfigError, ExportError, RequestError, UserError
+from admtrt.errors import CheckpointError, ConfigError, ExportError, RequestError, UserError
 from admtrt.export.guides import losses
 from admtrt.export.guides.check import check_loss
 from admtrt.export.guides.classifiers import classifier
-from admtrt.export.guides.guide import Guide
+from admtrt.export.guides.guide import Guide, Reference
 from admtrt.export.guides.named import guides_named
+from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.runtime.guide_targets import GuideTargets
 from admtrt.runtime.image_inputs import ImageInputs
 from admtrt.runtime.operators import Operator
@@ -265,6 +266,17 @@ def test_a_manifest_refuses_guides_that_its_networks_have_not(tmp_path: Path) ->
         sham_bundle(tmp_path / "bundle", guides={"weak": reference.model_copy(update={"network": other})})
 
 
+def test_a_reference_that_does_not_fit_is_refused_before_the_export(tmp_path: Path) -> None:
+    done: list[str] = []
+    with pytest.raises(CheckpointError, match="guide 'null' needs a null class") as refused:
+        bundle_from_checkpoints(
+            network(UNET), None, tmp_path / "bundle", guides=[Reference("null")], report=done.append
+        )
+    assert "--null-class" in refused.value.hint
+    assert not done
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_classes_may_come_from_a_guide(pipeline: Pipeline) -> None:
     manifest = pipeline.bundle.manifest
     assert manifest.num_classes == 3
@@ -307,6 +319,7 @@ def test_soft_labels_and_several_classifiers() -> None:
     two = [nn.Sequential(nn.Flatten(), nn.Linear(64, 3)).eval() for _ in range(2)]
     guide = classifier(two, 3)
     x, weights = torch.randn(2, *EVENT), torch.tensor([[0.5, 0.5, -1.0], [0.0, 2.0, 0.0]])
+    assert guide.config.place == "before_clip"  # behind the bound, samples leave the data at small scales
     mean = torch.stack([torch.log_softmax(one(x), -1) for one in two]).mean(0)
     assert torch.allclose(guide.loss(x, weights), -(mean * weights).sum(-1))
 

@@ -18,6 +18,7 @@ from admtrt.export.passes import (
     constant_sizes,
     drop_whole_slices,
     infer_shapes,
+    join_before_reshaping,
     merge_reshapes,
     merge_transposes,
     merge_unsqueezes,
@@ -145,6 +146,47 @@ def test_merge_reshapes_keeps_what_others_read() -> None:
 @pytest.mark.parametrize("body", ["a = Neg (x) y = Reshape (a, e)", "a = Reshape (x, e) y = Neg (a)"])
 def test_merge_reshapes_leaves_single_ones(body: str) -> None:
     assert not applied(merge_reshapes, graph(body), e=np.int64([0, 4, 3]))[0]
+
+
+JOINED = """
+    a = Reshape (x, heads)
+    b, c = Split <axis = 1> (a, parts)
+    d = Reshape (b, one)
+    e = Reshape (c, two)
+    y = Concat <axis = {axis}> (d, e)
+"""
+HEADS = {
+    "heads": np.int64([-1, 3, 2, 2]),
+    "parts": np.int64([1, 2]),
+    "one": np.int64([-1, 2, 2]),
+    "two": np.int64([-1, 4, 2]),
+}
+
+
+@pytest.mark.parametrize("axis", [1, -2])
+def test_join_before_reshaping(axis: int) -> None:
+    body = JOINED.format(axis=axis)
+    changed, model = applied(join_before_reshaping, graph(body, "N, 6, 2"), **HEADS)
+    assert changed
+    assert op_types(model) == ["Reshape", "Split", "Concat", "Reshape"]
+
+
+@pytest.mark.parametrize(
+    ("body", "out", "sizes"),
+    [
+        (JOINED.format(axis=2), "N, 2, 6", {"parts": np.int64([1, 2]), "two": np.int64([-1, 2, 4])}),
+        (JOINED.format(axis=1) + "z = Neg (d)", "N, 6, 2", {}),
+        (JOINED.replace("Reshape (c, two)", "Reshape (x, three)").format(axis=1), "N, 8, 2", {}),
+        (JOINED.replace("(d, e)", "(d, d)").format(axis=1), "N, 4, 2", {}),
+    ],
+    ids=["other axes", "another reader", "other merged sizes", "one twice"],
+)
+def test_join_before_reshaping_leaves_the_rest(body: str, out: str, sizes: Any) -> None:
+    text = graph(body, out)
+    if "z =" in body:
+        text = text.replace("y) {", "y, float[N, 2, 2] z) {", 1)
+    given = HEADS | {"three": np.int64([-1, 6, 2])} | sizes
+    assert not applied(join_before_reshaping, text, **given)[0]
 
 
 def test_share_equal_constants() -> None:

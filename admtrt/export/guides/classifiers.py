@@ -66,7 +66,10 @@ class AtZero(nn.Module):
 
 
 def classifier(logits: Sequence[nn.Module], classes: int, name: str = "classifier") -> Guide:
-    """The guide ``classifier``: of the predicted x_0, through the UNet.
+    """The guide ``classifier``: of the predicted x_0, through the UNet, as Universal Guidance does.
+
+    It enters before the bound: behind it nothing holds x_0, and samples run away at scales that do no harm
+    here (``tools/posterior_digits.py``).
 
     Args:
         logits: see :class:`WeightedLogProbability`.
@@ -74,7 +77,7 @@ def classifier(logits: Sequence[nn.Module], classes: int, name: str = "classifie
         name: of the guide.
     """
     loss = WeightedLogProbability(logits)
-    return Guide(name, loss, {WEIGHTS: (classes,)}, kind="classifier", place="score", clip=False)
+    return Guide(name, loss, {WEIGHTS: (classes,)}, kind="classifier", place="before_clip", clip=False)
 
 
 def noisy(logits: Sequence[nn.Module], classes: int, name: str = "noisy") -> Guide:
