@@ -78,8 +78,8 @@ EDM = {"kind": "edm", "boundary": False}
     ("process", "choices", "expected"),
     [
         ({}, {}, ("ddpm", "250", None)),
-        ({}, {"method": "auto"}, ("dpmpp", "10", "logsnr")),
-        ({}, {"method": "auto", "steps": "20", "grid": "karras"}, ("dpmpp", "20", "karras")),
+        ({}, {"method": "auto"}, ("sa", "10", None)),
+        ({}, {"method": "auto", "steps": "20", "grid": "karras"}, ("sa", "20", "karras")),
         (EDM, {"method": "auto"}, ("heun", "35", None)),
         (EDM | {"boundary": True}, {"method": "auto"}, ("consistency", "2", None)),
     ],
