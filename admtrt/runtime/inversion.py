@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.runtime.pipeline import Pipeline, Step
+    from admtrt.runtime.drawn import Step
+    from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.slots import Images, Labels
     from admtrt.schedule.sampler import SamplerConfig
     from admtrt.schedule.table import SamplingSchedule

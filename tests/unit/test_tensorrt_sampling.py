@@ -28,7 +28,7 @@ from admtrt.schedule.table import UPDATE, sampling_schedule
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from admtrt.runtime.pipeline import Samples, Step
+    from admtrt.runtime.drawn import Samples, Step
     from admtrt.runtime.trt.lane import Lane
 
 _ROUNDING = 2e-5  # ONNX Runtime chooses kernels by the batch size, and padding changes that
