@@ -180,6 +180,14 @@ def _described(engine: Engine) -> dict[str, Any]:
         "recommendation": manifest.recommendation,
         "methods": [name for name, solver in SOLVERS.items() if kind in solver.processes],
         "options": list(OPTIONS),
+        "guides": {
+            name: {
+                **guide.to_dict(),
+                "network": None,
+                "targets": {target: list(sizes) for target, sizes in guide.targets.items()},
+            }
+            for name, guide in model.guides.items()
+        },
         "edits": [graph for graph in ("edit", "edit_low_pass") if graph in manifest.graphs],
         "max_images": MAX_IMAGES,
         "batch": {"cap": engine.stations[0].sizes.cap, "sizes": list(engine.stations[0].sizes.prepared)},

@@ -140,6 +140,8 @@ FIELDS: dict[str, list[Any]] = {
     "levels": [[0, 1], [1, 0], [0, 10**9], []], "levels_of": [2, 40, 10**9],
     "upsample_steps": [3], "upsample_scale": [0.0], "low_res": [["x"]],
     "format": ["png", "npz", "gif"], "stream": [True, False], "preview_every": [0, 1, 1000, -1],
+    "guides": [{"tv": {}}, {"tv": {"x": "AA=="}}, {}, ["tv"]], "guide_scale": [{"tv": 1.0}, {}, {"tv": None}],
+    "guide_interval": [{"tv": [0.1, 2]}], "guide_place": [{"tv": "score"}], "recurrence": [2, 1, 100],
     "priority": ["batch", "interactive"], "timeout": [30, 1e-6, 0], "model": ["guided", "x", None],
     "surprise": [1], "": [None],
 }  # fmt: skip
