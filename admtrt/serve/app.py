@@ -23,6 +23,7 @@ from admtrt.schedule.options import OPTIONS
 from admtrt.schedule.solvers import SOLVERS
 from admtrt.serve.answers import EventStream, whole
 from admtrt.serve.flight import Preview
+from admtrt.serve.inversions import invert
 from admtrt.serve.jobs import Jobs, stopped
 from admtrt.serve.openai import generations
 from admtrt.serve.openapi import description
@@ -82,6 +83,7 @@ def make_app(service: Service, spool: Spool, access: Access) -> ASGIApp:
     app: ASGIApp = Starlette(
         routes=[
             route("/v1/samples", routes.samples, "POST"),
+            route("/v1/inversions", partial(invert, service, bodies), "POST"),
             route("/v1/jobs", jobs.post, "POST"),
             route("/v1/jobs/{job}", jobs.get),
             route("/v1/jobs/{job}", jobs.delete, "DELETE"),

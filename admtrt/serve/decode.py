@@ -53,14 +53,14 @@ def checked_draw(request: SampleRequest, model: Model) -> Draw:
         if network.low_res_size is None:
             raise RequestError(f"model '{model.name}' is no upsampler", hint="Leave low_res out.")
         small = (network.in_channels, network.low_res_size, network.low_res_size)
-        low_res = _pictures(request.low_res, "low_res", small)
+        low_res = pictures(request.low_res, "low_res", small)
     latents = None if request.latents is None else _latents(request.latents, event)
     inputs = ImageInputs(
-        init=None if request.init is None else _pictures(request.init, "init", event),
+        init=None if request.init is None else pictures(request.init, "init", event),
         strength=request.strength,
         known=_known(request, event),
         jump=None if request.jump is None else (request.jump[0], request.jump[1]),
-        reference=None if request.reference is None else _pictures(request.reference, "reference", event),
+        reference=None if request.reference is None else pictures(request.reference, "reference", event),
         low_pass=_low_pass(request.low_pass),
         latents=latents,
         targets=_targets(request, model, event),
@@ -124,7 +124,7 @@ def _known(request: SampleRequest, event: tuple[int, ...]) -> Known | None:
     masks = [
         read_mask_picture(_upload(text, f"mask[{index}]"), event) for index, text in enumerate(request.mask)
     ]
-    images = _pictures(request.known, "known", event)
+    images = pictures(request.known, "known", event)
     return Known(images, np.concatenate(masks), as_sampled=request.known_as_sampled)
 
 
@@ -167,7 +167,12 @@ def _target(upload: Upload, sizes: tuple[int, ...], *, mask: bool) -> NDArray[An
     return array[None] if mask and array.ndim == 2 else array
 
 
-def _pictures(given: Sequence[str], name: str, event: tuple[int, ...]) -> NDArray[np.uint8]:
+def pictures(given: Sequence[str], name: str, event: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Images of a request, uint8 [N, H, W, C].
+
+    Raises:
+        RequestError: naming the one that is none, or of another size.
+    """
     return np.stack(
         [read_picture(_upload(text, f"{name}[{index}]"), event) for index, text in enumerate(given)]
     )

@@ -293,7 +293,7 @@ class Engine(threading.Thread):
             self._fail(row.flight, "refused", error.message, error.hint)
             return
         row.x_0 = x
-        if row.stage + 1 == len(self.stations):
+        if row.stage + 1 == len(row.flight.draw.steps):
             row.result = x
             return
         row.stage += 1

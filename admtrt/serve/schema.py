@@ -139,6 +139,28 @@ class SampleRequest(_Options):
         return self
 
 
+class InversionAsked(Strict):
+    """Images to invert by DDIM."""
+
+    model: ModelName | None = Field(
+        None, description="Name of the model; may be left out where there is one."
+    )
+    images: Pictures = Field(description="base64 PNG.")
+    classes: Annotated[list[Label], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
+        None, description="Class of each image, where the network takes them."
+    )
+    steps: Steps | None = Field(None, description="Of ddim; ddim100 where left out.")
+    levels: Annotated[int, Field(ge=1, lt=10**4)] | None = Field(
+        None, description="How many of the steps to go up; all but one where left out."
+    )
+    clip: bool = Field(False, description="Bound x_0 on the way; where that acts, inversion is not exact.")
+    format: Literal["json", "npz"] = Field("json", description="JSON with base64 of the npz, or the npz.")
+    priority: Priority = Field("interactive", description="`batch` takes what the others leave.")
+    timeout: Annotated[float, Field(gt=0, le=86400)] | None = Field(
+        None, description="Seconds after which nobody wants the answer."
+    )
+
+
 class ImageRequest(Strict):
     """OpenAI's ``images/generations``, as far as a class-conditional model can honour it."""
 
