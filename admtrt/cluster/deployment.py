@@ -72,7 +72,7 @@ class Replica:
         from admtrt.serve.service import Service
         from admtrt.serve.spool import Spool
 
-        self._settings = settings
+        self._settings, self._held = settings, ExitStack()
         pipeline = Pipeline.from_bundle(
             settings.bundle,
             backend=settings.backend,
@@ -87,7 +87,6 @@ class Replica:
         self._engine.start()
         engines = {model.name: self._engine}
         self._service = Service(engines, Metrics(engines))
-        self._held = ExitStack()
         folder = self._held.enter_context(TemporaryDirectory(prefix="admtrt-jobs-"))
         self._spool = self._held.enter_context(Spool(Path(folder), largest=_SPOOL, keep=_KEEP))
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import UNET, pipeline
-from serving import Asked, Counting, running, sham_model
+from serving import Asked, Counting, picture, running, sham_model
 
 from admtrt.errors import EngineError, RequestError
 from admtrt.runtime.backends.graphs import GraphDenoiser
@@ -19,9 +19,11 @@ from admtrt.runtime.two_stage import TwoStage
 from admtrt.serve.admission import Bounds, RefusedError
 from admtrt.serve.costs import Costs
 from admtrt.serve.engine import Engine
-from admtrt.serve.flight import Done, Failed, Preview
+from admtrt.serve.flight import Done, Failed, Flight, Preview
+from admtrt.serve.inversions import checked_inversion
 from admtrt.serve.model import Draw, Model
 from admtrt.serve.policy import policy_named
+from admtrt.serve.schema import InversionAsked
 from admtrt.serve.sizes import prepare, weight_bytes
 
 
@@ -119,6 +121,14 @@ def test_a_cascade_is_one_model(tmp_path: Path) -> None:
             shown = [image for event in previews for image in event.images if image is not None]
             assert {image.shape[-1] for image in shown} == {4, 8}
             assert one.flight.total == 7
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 4), np.uint8)
+        asking = InversionAsked(images=[picture(pixels)], steps="ddim5")
+        came: list[Any] = []
+        flight = Flight(checked_inversion(asking, engine.model), came.append)
+        engine.submit(flight)
+        waiting_until(lambda: bool(came))
+        expected = low.invert(pixels[None, :, :, None], steps="ddim5").x  # it ends where the images are small
+        np.testing.assert_allclose(np.stack(came[0].images), expected, atol=1e-5)
     with running(Model("single", low)) as engine, pytest.raises(RequestError, match="no second stage"):
         Asked(engine, None, [1], more=upsampling)
 
