@@ -234,7 +234,7 @@ def _check_guides(names: Sequence[str], bundles: Iterable[Bundle]) -> None:
     if unknown is not None:
         raise RequestError(
             f"--guides: no bundle has a guide '{unknown}'",
-            hint="See: admtrt inspect BUNDLE. A guide is added by: admtrt export --guide",
+            hint="See: admtrt inspect BUNDLE. Export adds one with --guide.",
         )
 
 

@@ -166,6 +166,25 @@ def measured(given: Any, **more: Any) -> dict[str, Any]:
     return {"guides": {"linear": {"measurement": given, **more}}}
 
 
+def test_guides_run_on_openvino() -> None:
+    """A library that compiles each size, and names an output of one of the guides twice."""
+    pytest.importorskip("openvino")
+    own = Pipeline.from_bundle(exported_bundle("steered"), backend="openvino", threads=1)
+    with running(Model("steered", own), sizes=(1, 2)) as engine:
+        asked = []
+        for told, _, theirs in cases():
+            came: list[Any] = []
+            engine.submit(Flight(drawn_of(engine.model, told, theirs), came.append))
+            asked.append((told, theirs, came))
+        engine.drain()
+        engine.join(60)
+    for told, theirs, came in asked:
+        assert isinstance(came[-1], Done), came
+        images = (np.stack(came[-1].images) + 1) * 127.5
+        expected = (alone(told, theirs).x + 1) * 127.5
+        assert np.abs(np.clip(images, 0, 255) - np.clip(expected, 0, 255)).max() <= 1, told
+
+
 BAD: list[tuple[dict[str, Any], int, str]] = [
     ({"guides": {"other": {}}}, 400, "model 'steered' has no guide 'other'; it has linear, tv, noisy"),
     ({"guides": {"linear": {}}}, 400, "guide 'linear' needs the target 'measurement'"),
