@@ -148,7 +148,9 @@ FIELDS: dict[str, list[Any]] = {
 
 
 def fuzzed(random_: random.Random) -> bytes:
-    names = random_.sample(list(FIELDS), random_.randint(0, 6)) + ["classes"] * (random_.random() < 0.8)
+    names = random_.sample(list(FIELDS), random_.choice([0, 0, 1, 1, 2, 3, 6])) + ["classes"] * (
+        random_.random() < 0.8
+    )
     body: Any = {name: random_.choice(FIELDS[name]) for name in names}
     if random_.random() < 0.7:
         body.setdefault("steps", 2)
@@ -166,7 +168,8 @@ async def fuzz(folder: Path, count: int, seed: int) -> dict[int, int]:
 
         async def one(body: bytes) -> Reply:
             path = random_.choice([SAMPLES, SAMPLES, SAMPLES, "/v1/jobs", "/v1/images/generations"])
-            return await client("POST", path, body)
+            # Room is reserved by the length; without it most of so many at once would be refused unread.
+            return await client("POST", path, body, content_length=str(len(body)))
 
         for _ in range(0, count, 20):
             bodies = [fuzzed(random_) for _ in range(20)]
