@@ -34,9 +34,16 @@ test-slow: $(VENV)/.ready-dev  ## the tests that take minutes
 test-page: $(VENV)/.ready-dev chromium  ## the server's page, in a real browser
 	ADMTRT_REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest tests/unit/test_serve_page.py -rs
 
-test-ray: $(VENV)/.ready-dev  ## sampling over a cluster; installs Ray
-	$(PIP_INSTALL) --editable ".[ray]"
-	$(BIN)/python -m pytest tests/on_cluster -m ray -rs -W ignore
+# Ray in an environment of its own that sees the project's: what it brings must not be there in other tests.
+$(VENV)-ray/.ready: $(VENV)/.ready-dev constraints.txt pyproject.toml
+	$(PYTHON) -m venv --clear $(VENV)-ray
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+		> "$$($(VENV)-ray/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	$(VENV)-ray/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt "ray[serve]>=2.60"
+	touch $@
+
+test-ray: $(VENV)-ray/.ready  ## sampling, evaluation and the server on a cluster; installs Ray
+	$(VENV)-ray/bin/python -m pytest tests/on_cluster -m ray -rs -W ignore
 
 # Only the binaries of the first are used, which ask for an older NumPy.
 $(VENV)-triton/.ready: constraints.txt
@@ -85,7 +92,7 @@ $(VENV)/stubs: $(BIN)/python constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-triton build dist demo
+	rm -rf $(VENV) $(VENV)-triton $(VENV)-ray build dist demo
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -6,6 +6,7 @@ import atexit
 import hashlib
 import json
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import MappingProxyType
@@ -16,6 +17,8 @@ from goldens import generated_weights
 from admtrt.bundle import Bundle, GraphEntry, write_bundle
 from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from admtrt.contract import GraphName, bundle_specs, event_shape
+from admtrt.export.guides import classifiers, losses
+from admtrt.export.guides.guide import AnyGuide, Reference
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import CheckpointConfig, LoadedNetwork, build_network
 from admtrt.runtime.pipeline import Pipeline
@@ -96,6 +99,7 @@ def network(config: UNetConfig | ClassifierConfig, **fields: Any) -> LoadedNetwo
 
 _NETWORKS: dict[str, tuple[UNetConfig, ClassifierConfig | None]] = {
     "guided": (UNET, CLASSIFIER),
+    "steered": (UNET, CLASSIFIER),
     "conditional": (UNetConfig.from_dict(_SHAPE | {"num_classes": 4}), None),
     "upsampler": (UNetConfig.from_dict(_SHAPE | {"low_res_size": 4}), None),
 }
@@ -103,18 +107,32 @@ _NETWORKS: dict[str, tuple[UNetConfig, ClassifierConfig | None]] = {
 
 @cache
 def exported_bundle(name: str) -> Path:
-    """One of three.
+    """One of four.
 
-    ``guided`` is unconditional with a classifier of 3 classes; ``conditional`` (4 classes) and ``upsampler``
-    (from 4x4) have none.
+    ``guided`` is unconditional with a classifier of 3 classes, ``steered`` the same with four guides more;
+    ``conditional`` (4 classes) and ``upsampler`` (from 4x4) have none.
     """
     unet, classifier = _NETWORKS[name]
     names = CLASS_NAMES if classifier is not None else ()
     path = _root() / name
     bundle_from_checkpoints(
-        network(unet, class_names=names), None if classifier is None else network(classifier), path
+        network(unet, class_names=names),
+        None if classifier is None else network(classifier),
+        path,
+        guides=_guides() if name == "steered" else (),
     )
     return path
+
+
+def _guides() -> list[AnyGuide]:
+    """Losses with images and without targets, one of labels and noisy images, and a second network."""
+    event = event_shape(UNET)
+    return [
+        replace(losses.linear(event), name="linear"),
+        replace(losses.total_variation(event), name="tv"),
+        replace(classifiers.noisy([network(CLASSIFIER).module], 3), name="noisy"),
+        Reference("weak", network(UNetConfig.from_dict(_SHAPE | {"model_channels": 64})).module),
+    ]
 
 
 @cache

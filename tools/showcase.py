@@ -19,7 +19,7 @@ from admtrt.runtime.pipeline import Pipeline
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from admtrt.runtime.pipeline import Step
+    from admtrt.runtime.drawn import Step
 
 NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 SCALE = 2.0

@@ -5,8 +5,11 @@ Tasks, not actors: an actor whose node is lost can wait for ever for another tha
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
+import socket
+import sys
 from typing import TYPE_CHECKING, Any, Protocol
 
 from admtrt.errors import AdmtrtError, EngineError, MissingDependencyError, RequestError, UserError
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _AHEAD = 4  # tasks a worker that are handed out: enough to keep it busy, few enough to go elsewhere
+_PATIENCE = 10.0  # seconds for a connection
 LOCAL = "local"
 """The address by which Ray starts a cluster on this machine, for as long as the work takes."""
 
@@ -47,22 +51,25 @@ def spread(work: Work, pieces: Sequence[int], *, address: str, cpus: int, gpus: 
         AdmtrtError: the fault of a piece.
     """
     ray = _import_ray()
-    try:
-        ray.init(
-            address=address,
-            log_to_driver=False,
-            include_dashboard=False if address == LOCAL else None,
-            configure_logging=False,
-        )
-    except Exception as error:  # it raises types of its own for every cause
-        raise EngineError(
-            f"cannot join the Ray cluster {address!r}: {' '.join(str(error).split())[:300]}",
-            hint=f"Start one as Ray's documentation says, or use --ray {LOCAL}.",
-        ) from None
-    try:
-        yield from _results(ray, work, pieces, cpus, gpus)
-    finally:
-        ray.shutdown()
+    _check_reachable(address)
+    # Ray tells of lost workers on stdout, which is for results.
+    with contextlib.redirect_stdout(sys.stderr):
+        try:
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                include_dashboard=False if address == LOCAL else None,
+                configure_logging=False,
+            )
+        except Exception as error:  # it raises types of its own for every cause
+            raise EngineError(
+                f"cannot join the Ray cluster {address!r}: {' '.join(str(error).split())[:300]}",
+                hint=f"Start one as Ray's documentation says, or use --ray {LOCAL}.",
+            ) from None
+        try:
+            yield from _results(ray, work, pieces, cpus, gpus)
+        finally:
+            ray.shutdown()
 
 
 def _results(ray: Any, work: Work, pieces: Sequence[int], cpus: int, gpus: float) -> Iterator[int]:
@@ -99,6 +106,25 @@ def _do(work: Work, piece: int) -> tuple[int, tuple[bool, str, str] | None]:
 
 def _error(users: bool, message: str, hint: str) -> AdmtrtError:
     return (UserError if users else AdmtrtError)(message, hint=hint)
+
+
+def _check_reachable(address: str) -> None:
+    """Refuse an address where nothing listens, for which Ray itself takes minutes.
+
+    Raises:
+        EngineError: naming it.
+    """
+    host, colon, port = address.rpartition(":")
+    if not colon or "/" in address or not port.isdecimal():
+        return  # a name that Ray knows
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE):
+            pass
+    except (OSError, OverflowError) as error:
+        raise EngineError(
+            f"cannot join the Ray cluster {address!r}: {getattr(error, 'strerror', None) or error}",
+            hint=f"Start one as Ray's documentation says, or use --ray {LOCAL}.",
+        ) from None
 
 
 def _import_ray() -> Any:

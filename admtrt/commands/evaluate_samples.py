@@ -13,10 +13,13 @@ from admtrt.errors import AdmtrtError, RequestError
 from admtrt.files import check_place
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import RenderableType
 
-    from admtrt.evaluate.judging import Judged
+    from admtrt.evaluate.judging import Computing, Judged
     from admtrt.evaluate.network import FeatureNetwork
+    from admtrt.evaluate.sets import OpenedSet
 
 FeatureNames = Annotated[
     list[str] | None,
@@ -121,6 +124,14 @@ def samples(
     plot: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the picture of the nearest pairs.")
     ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Compute the features of a run's samples on the machines of this Ray cluster (auto, "
+            "HOST:PORT), or on this one (local); the run is in a folder that all of them see.",
+        ),
+    ] = None,
     self_check: Annotated[
         bool,
         typer.Option(
@@ -158,6 +169,8 @@ def samples(
     evaluators = [
         Evaluator(network, theirs, asked, computing, floor=real, training=training) for network in seen
     ]
+    if ray is not None:
+        _on_cluster(opened, networks, computing, ray, count=count, seed=seed)
     with progress("evaluating", sum(one.total(opened) for one in evaluators)) as advance:
         results = [one(opened, advance=advance) for one in evaluators]
     data: dict[str, Any] = {
@@ -183,6 +196,25 @@ def samples(
             "the published numbers are not met",
             hint=f"They hold for {data['self_check']['batch']}, with --features of the published weights.",
         )
+
+
+def _on_cluster(
+    opened: OpenedSet,
+    networks: Sequence[FeatureNetwork],
+    computing: Computing,
+    address: str,
+    *,
+    count: int | None,
+    seed: int,
+) -> None:
+    """Have a cluster leave the features of the samples where the evaluation looks for them."""
+    from admtrt.evaluate.elsewhere import block_work, computed_elsewhere
+
+    works = [block_work(opened, network, computing, count=count, seed=seed) for network in networks]
+    with progress("features", len(opened) * len(works)) as advance:
+        for work, network in zip(works, networks, strict=True):
+            for images in computed_elsewhere(work, address):
+                advance(images, network.name)
 
 
 def shown_result(result: Judged) -> list[RenderableType]:

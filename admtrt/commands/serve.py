@@ -15,14 +15,16 @@ from admtrt.errors import MissingDependencyError, RequestError
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
+    from admtrt.bundle import Bundle
     from admtrt.serve.engine import Engine
     from admtrt.serve.model import Model
 
 _GIB = 2**30
 _DEFAULT_PORT = 8000
 _BACKLOG = 2048
+_BODY = 8 * 2**20  # bytes
 
 
 def serve(
@@ -36,6 +38,13 @@ def serve(
     upsample: Annotated[
         Path | None,
         typer.Option(metavar="BUNDLE", help="Enlarge what the one bundle draws: both are one model."),
+    ] = None,
+    guides: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,...",
+            help="Guides besides the classifier that are served; all where left out. Each takes memory.",
+        ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = _DEFAULT_PORT,
@@ -72,7 +81,14 @@ def serve(
     client_share: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Of the work that the timeout allows, one client's most.")
     ] = 0.5,
-    max_body: Annotated[int, typer.Option(min=1024, metavar="BYTES", help="Of a request.")] = 8 * 2**20,
+    max_body: Annotated[
+        int | None,
+        typer.Option(
+            min=1024,
+            metavar="BYTES",
+            help="Of a request; 8 MiB, or what the targets of the guides take for one sample.",
+        ),
+    ] = None,
     read_timeout: Annotated[
         float, typer.Option(min=0.1, help="Seconds in which a request has to come.")
     ] = 30.0,
@@ -101,6 +117,7 @@ def serve(
     """Serve bundles over HTTP, with a page to draw in; without PyTorch."""
     for package in ("starlette", "uvicorn", "prometheus_client"):
         _need(package)
+    from admtrt.bundle import Bundle
     from admtrt.runtime.machine import physical_memory
     from admtrt.serve.admission import Bounds
     from admtrt.serve.app import Access, make_app
@@ -117,29 +134,38 @@ def serve(
     if upsample is not None and len(named) > 1:
         raise RequestError(f"--upsample belongs to one bundle; there are {len(named)}")
     chosen_sizes = _sizes(sizes)
+    chosen_guides = None if guides is None else [name.strip() for name in guides.split(",") if name.strip()]
     budget = physical_memory() // 2 if memory is None else int(memory * _GIB)
     bounds = Bounds(requests=max_requests, timeout=timeout, client_share=client_share)
     report = BackendReport(output)
 
-    def opened(path: Path) -> Any:
+    def opened(bundle: Bundle) -> Any:
         from admtrt.runtime.pipeline import Pipeline
 
         return Pipeline.from_bundle(
-            path,
+            bundle,
             backend=backend,
             precision=precision,  # type: ignore[arg-type]
             threads=threads,
             plans=cache,
             batch_size=max_rows if not chosen_sizes else max(chosen_sizes),
+            guides=chosen_guides,
             report=report,
         )
 
     with contextlib.ExitStack() as stack:
         listening = stack.enter_context(_bound(host, port))
         engines: dict[str, Engine] = {}
-        for name, path in named.items():
+        held = {name: Bundle.open(path) for name, path in named.items()}
+        larger = None if upsample is None else Bundle.open(upsample)
+        _check_guides(chosen_guides or (), held.values())
+        models = {
+            name: _model(name, opened(bundle), None if larger is None else opened(larger))
+            for name, bundle in held.items()
+        }
+        for name, model in models.items():
             engine = Engine(
-                _model(name, opened(path), None if upsample is None else opened(upsample)),
+                model,
                 policy=policy_named(order),
                 bounds=bounds,
                 max_rows=max_rows,
@@ -150,7 +176,10 @@ def serve(
             engines[name] = engine
         kept = stack.enter_context(_spool(spool, spool_bytes, keep * 3600))
         hosts = frozenset(name.lower() for name in (*(allow_host or []), host))
-        access = Access(tokens, hosts, tuple(allow_origin or []), max_body, read_timeout)
+        body = (
+            max(_BODY, *(model.target_bytes for model in models.values())) if max_body is None else max_body
+        )
+        access = Access(tokens, hosts, tuple(allow_origin or []), body, read_timeout)
         app = make_app(Service(engines, Metrics(engines)), kept, access)
         server = Server(
             app,
@@ -192,6 +221,21 @@ def _model(name: str, pipeline: Any, upsampler: Any) -> Model:
     from admtrt.serve.model import Model
 
     return Model(name, pipeline, upsampler)
+
+
+def _check_guides(names: Sequence[str], bundles: Iterable[Bundle]) -> None:
+    """Refuse names that no bundle has.
+
+    Raises:
+        RequestError: naming the first.
+    """
+    known = {name for bundle in bundles for name in bundle.manifest.guides}
+    unknown = next((name for name in names if name not in known), None)
+    if unknown is not None:
+        raise RequestError(
+            f"--guides: no bundle has a guide '{unknown}'",
+            hint="See: admtrt inspect BUNDLE. Export adds one with --guide.",
+        )
 
 
 def named_bundles(bundles: Sequence[Path]) -> dict[str, Path]:

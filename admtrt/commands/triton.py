@@ -47,7 +47,7 @@ Requests are answered by a stream: over gRPC by `ModelStreamInfer`, over HTTP by
 and `generate_stream`; plain `infer` over HTTP answers 501 for such models. Inputs: `label` INT64 [N],
 `seed` UINT64 [N]. Outputs: `images` UINT8 [N,H,W,C], `step` INT32 [1]. Parameters of a request are fields of
 `POST /v1/samples` of admtrt's server: `steps`, `method`, `scale`, ..., and `preview_every`. Images to begin
-at, known regions and upsamplers are not served here.
+at, known regions, guides besides the classifier and upsamplers are not served here.
 
 Clients of gRPC keep the parameter `timeout` for Triton's own; over HTTP it is ours.
 

@@ -139,22 +139,42 @@ def extract(
         DataError: naming the first image whose features are NaN or infinite.
         UserError: as reading and computing.
     """
-    folder = _folder(source, extractor)
+    folder = block_folder(source.run, extractor)
     files, hashes, first = [], [], 0
     for images in blocks(source, BLOCK):
         each_block(images)
-        own = row_hashes(images.reshape(len(images), -1))
+        file, own = keep_block(folder, images, extractor, name, first, batch_size)
         hashes.append(own)
-        file = folder / f"{_digest(own, images.shape[1:])}.npz"
-        if not _is_whole(file, extractor.outputs, len(images)):
-            made = _computed(images, extractor, name, first, batch_size)
-            with atomic_file(file) as temporary, temporary.open("wb") as opened:
-                np.savez(opened, **made)  # type: ignore[arg-type]
         files.append(file)
         first += len(images)
         advance(len(images), name)
     every = np.concatenate(hashes)
     return FeatureSet(extractor.outputs, every, _digest(every, source.shape), tuple(files), {})
+
+
+def keep_block(
+    folder: Path, images: Pixels, extractor: Extractor, name: str, first: int, batch_size: int
+) -> tuple[Path, NDArray[np.uint64]]:
+    """The file of a block's features, computed where it is not there, and the hashes of its images.
+
+    Args:
+        folder: of :func:`block_folder`.
+        images: of the block.
+        extractor: the network.
+        name: of the set, for messages.
+        first: place of the block's first image in the set.
+        batch_size: images computed at once.
+
+    Raises:
+        DataError: naming the first image whose features are NaN or infinite.
+    """
+    own = row_hashes(images.reshape(len(images), -1))
+    file = folder / f"{_digest(own, images.shape[1:])}.npz"
+    if not _is_whole(file, extractor.outputs, len(images)):
+        made = _computed(images, extractor, name, first, batch_size)
+        with atomic_file(file) as temporary, temporary.open("wb") as opened:
+            np.savez(opened, **made)  # type: ignore[arg-type]
+    return file, own
 
 
 def _computed(
@@ -177,11 +197,11 @@ def _check_finite(values: Features, output: str, name: str, first: int) -> None:
         )
 
 
-def _folder(source: ImageSource, extractor: Extractor) -> Path:
+def block_folder(run: Path | None, extractor: Extractor) -> Path:
     """In the run that drew the images, else in the user's cache, else for this process alone."""
     parts = (extractor.network.digest, extractor.backend, extractor.precision, extractor.resize)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
-    homes = [home for home in (source.run, cache_folder()) if home is not None]
+    homes = [home for home in (run, cache_folder()) if home is not None]
     for home in homes:
         folder = home / _FOLDER / key
         with contextlib.suppress(OSError):

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from admtrt.runtime.drawn import Step
     from admtrt.runtime.image_inputs import ImageInputs
-    from admtrt.runtime.pipeline import Pipeline, Step
+    from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.slots import Labels
 
 Format = Literal["npz", "png", "grid"]

@@ -85,8 +85,9 @@ class GuideTargets:
         """A row for each sample; weights of classes from labels where none are given.
 
         Raises:
-            RequestError: if there are neither.
+            RequestError: as :meth:`check_labels`.
         """
+        self.check_labels(labels, guides)
         full: dict[str, dict[str, Array]] = {}
         for guide, targets in self.given.items():
             full[guide] = {
@@ -95,14 +96,22 @@ class GuideTargets:
             }
             config = guides[guide]
             if config.loss in LABELLED and WEIGHTS not in targets:
-                if labels is None:
-                    raise RequestError(
-                        f"guide '{guide}' needs a class for each sample, or the target {WEIGHTS}",
-                        hint="Give labels (--classes), or weights of all classes.",
-                    )
                 (classes,) = config.targets[WEIGHTS]
                 full[guide][WEIGHTS] = np.eye(classes, dtype=np.float32)[labels]
         return full
+
+    def check_labels(self, labels: Labels | None, guides: Mapping[str, GuideConfig]) -> None:
+        """Refuse guides that need classes, where there are neither labels nor weights.
+
+        Raises:
+            RequestError: naming the first.
+        """
+        for guide, targets in self.given.items() if labels is None else ():
+            if guides[guide].loss in LABELLED and WEIGHTS not in targets:
+                raise RequestError(
+                    f"guide '{guide}' needs a class for each sample, or the target {WEIGHTS}",
+                    hint="Give labels (--classes), or weights of all classes.",
+                )
 
     @property
     def arrays(self) -> dict[str, Array]:

@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.runtime.pipeline import Pipeline, Step
-    from admtrt.runtime.slots import Images, Labels
+    from admtrt.runtime.drawn import Step
+    from admtrt.runtime.pipeline import Pipeline
+    from admtrt.runtime.slots import Images, Labels, Slots
     from admtrt.schedule.sampler import SamplerConfig
     from admtrt.schedule.table import SamplingSchedule
 
@@ -143,10 +144,11 @@ class InversionRequest:
         ]
         return np.concatenate(parts)
 
-    def _batch(self, rows: slice, callback: Callable[[Step], None] | None) -> Images:
+    def slots(self, rows: slice) -> Slots:
+        """Some of the images at the start of their way up."""
         manifest = self.pipeline.bundle.manifest
         images = as_states(self.images[rows])
-        slots = slots_for(
+        return slots_for(
             manifest.network,
             manifest.classifier,
             [self.schedule] * len(images),
@@ -156,13 +158,24 @@ class InversionRequest:
             guides=manifest.guides,
             images=images,
         )
-        self.pipeline.drive(slots, rows.start, callback)
-        if not (np.abs(slots.x) <= _LARGEST).all():  # NaN is neither
+
+    def finished(self, x: Images) -> Images:
+        """x_T of some images, of their states after the last evaluation.
+
+        Raises:
+            RequestError: if it is no number, or of no use.
+        """
+        if not (np.abs(x) <= _LARGEST).all():  # NaN is neither
             raise RequestError(
                 f"inversion over steps {self.sampler.steps!r} left the range of states",
                 hint="Use more steps, or --clip.",
             )
-        return slots.x
+        return x
+
+    def _batch(self, rows: slice, callback: Callable[[Step], None] | None) -> Images:
+        slots = self.slots(rows)
+        self.pipeline.drive(slots, rows.start, callback)
+        return self.finished(slots.x)
 
     def decoded(self, x: Images, rows: slice, callback: Callable[[Step], None] | None) -> Images:
         """The same images drawn from their latents, float32 [n, C, H, W]."""

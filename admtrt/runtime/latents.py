@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -124,10 +124,14 @@ class Latents:
         Raises:
             OutputError: if it cannot be written.
         """
+        with atomic_file(path) as temporary, temporary.open("wb") as opened:
+            self.write(opened)
+
+    def write(self, opened: IO[bytes]) -> None:
+        """The same into an open file."""
         held = {name: getattr(self, name) for name in sorted(_OPTIONAL)}
         arrays = {name: np.asarray(one) for name, one in held.items() if one is not None}
-        with atomic_file(path) as temporary, temporary.open("wb") as opened:
-            np.savez(opened, latents=self.x, **arrays)  # type: ignore[arg-type]
+        np.savez(opened, latents=self.x, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def read(cls, path: Path | Upload, event: tuple[int, ...]) -> Self:

@@ -108,6 +108,8 @@ def _blurred(size: int, numbers: list[float], text: str) -> Float64:
             hint=_HINT,
         )
     # As DPS makes it (SciPy's gaussian_filter of an impulse): 4 sigma to either side, folded into the width.
+    if sigma > size:  # a request may name any number, and the kernel is as long
+        raise RequestError(f"operator {text!r}: a blur of {sigma:g} pixels is wider than {size}", hint=_HINT)
     reach = int(4 * sigma + 0.5)
     weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))
     folded = np.arange(-reach, reach + 1) + width // 2

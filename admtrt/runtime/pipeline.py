@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -12,8 +12,9 @@ import numpy as np
 from admtrt.bundle import Bundle
 from admtrt.contract import event_shape
 from admtrt.errors import ConfigError, RequestError
-from admtrt.images import from_uint8, to_uint8
+from admtrt.images import from_uint8
 from admtrt.runtime.conditioning import check_conditioning
+from admtrt.runtime.drawn import Given, Samples, Step, state_after
 from admtrt.runtime.guide_targets import GuideTargets
 from admtrt.runtime.image_inputs import NOTHING, ImageInputs
 from admtrt.runtime.latents import Latents
@@ -34,103 +35,12 @@ if TYPE_CHECKING:
     from admtrt.runtime.backends.auto import Fastest
     from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.image_inputs import Known
-    from admtrt.runtime.sampler import Denoiser, HeldSlots
+    from admtrt.runtime.sampler import Denoiser
     from admtrt.runtime.slots import Images, Labels, Slots
     from admtrt.schedule.guides import Place
     from admtrt.schedule.sampler import SamplerConfig
 
 DEFAULT_BATCH = 16
-
-
-@dataclass(frozen=True, eq=False)
-class Samples:
-    """Samples that were drawn.
-
-    Attributes:
-        x: float32 [N, C, H, W], unclipped x_0 of the last step.
-        labels: int64 [N], or None where no class was asked for.
-        seeds: one for each sample; the same seed gives the same image in any batch.
-    """
-
-    x: Images
-    labels: Labels | None
-    seeds: tuple[int, ...]
-
-    @property
-    def images(self) -> NDArray[np.uint8]:
-        """uint8 [N, H, W, C]."""
-        return to_uint8(self.x)
-
-
-@dataclass(frozen=True, eq=False)
-class Step:
-    """State that a callback sees after each evaluation of a batch.
-
-    Attributes:
-        index: evaluations done, from 1 to ``total``.
-        total: steps in all.
-        first: position of the batch's first sample among all samples.
-        count: samples of the batch.
-        timestep: of the base process, at which the evaluation was, fractional between two; None where the
-            process has none.
-        state: gives ``x`` and ``x_0``; see there.
-    """
-
-    index: int
-    total: int
-    first: int
-    count: int
-    timestep: float | None
-    state: Callable[[], tuple[Images, Images]] = field(repr=False)
-
-    @property
-    def x(self) -> Images:
-        """x_t after the step, float32 [N, C, H, W]; the first look waits for the device.
-
-        Raises:
-            RuntimeError: if the first look at the images comes after a later step.
-        """
-        return self._images[0]
-
-    @property
-    def x_0(self) -> Images:
-        """The predicted x_0, otherwise as ``x``."""
-        return self._images[1]
-
-    @cached_property
-    def _images(self) -> tuple[Images, Images]:
-        return self.state()
-
-
-@dataclass(frozen=True, eq=False)
-class Given:
-    """A checked request, rows for its samples; :meth:`Pipeline.check` makes it."""
-
-    sampler: SamplerConfig
-    labels: Labels | None
-    seeds: list[int]
-    low_res: Images | None
-    inputs: ImageInputs
-
-    def __len__(self) -> int:
-        return len(self.seeds)
-
-    def part(self, rows: slice) -> Given:
-        """Some of the samples."""
-        return Given(
-            sampler=self.sampler,
-            labels=None if self.labels is None else self.labels[rows],
-            seeds=self.seeds[rows],
-            low_res=None if self.low_res is None else self.low_res[rows],
-            inputs=self.inputs.part(rows),
-        )
-
-
-def _state_after(index: int, slots: Slots, held: HeldSlots) -> tuple[Images, Images]:
-    if slots.position[0] != index:
-        raise RuntimeError(f"the images after step {index} are gone; look at them during the callback")
-    held.read()
-    return slots.x, slots.x_0
 
 
 class Pipeline:
@@ -218,6 +128,7 @@ class Pipeline:
         guide_scale: Mapping[str, float] | None = None,
         guide_interval: Mapping[str, tuple[float, float]] | None = None,
         guide_place: Mapping[str, Place] | None = None,
+        guide_clip: Mapping[str, bool] | None = None,
         batch_size: int = DEFAULT_BATCH,
         callback: Callable[[Step], None] | None = None,
         **choices: Unpack[SamplerChoices],
@@ -234,7 +145,7 @@ class Pipeline:
                 inversion's steps, method and clip where none are chosen.
             guides: the bundle's guides that guide, with the targets of each, as
                 :class:`~admtrt.runtime.guide_targets.GuideTargets`.
-            guide_scale, guide_interval, guide_place: as :meth:`guide_choices`.
+            guide_scale, guide_interval, guide_place, guide_clip: as :meth:`guide_choices`.
             batch_size: samples computed at once; it does not change them beyond rounding.
             callback: called after every evaluation of every batch.
             choices: as :meth:`sampler`.
@@ -245,9 +156,13 @@ class Pipeline:
         inputs = ImageInputs(
             init, strength, known, jump, reference, low_pass, latents, GuideTargets(guides or {}), recurrence
         )
-        if guides or guide_scale or guide_interval or guide_place:
+        if guides or guide_scale or guide_interval or guide_place or guide_clip:
             choices["guided_by"] = self.guide_choices(
-                guides or {}, scale=guide_scale, interval=guide_interval, place=guide_place
+                guides or {},
+                scale=guide_scale,
+                interval=guide_interval,
+                place=guide_place,
+                clip=guide_clip,
             )
         return self.draw(
             self.sampler(**(latents.choices(choices) if isinstance(latents, Latents) else choices)),
@@ -296,6 +211,7 @@ class Pipeline:
         """
         conditioning, checked_inputs = self.check_low_res(low_res), self.check_inputs(sampler, inputs)
         checked_labels = self.check_labels(labels, sampler)
+        checked_inputs.targets.check_labels(checked_labels, self.bundle.manifest.guides)
         given_seeds = None if seeds is None else one_for_each(seeds, "seeds")
         rows = {"labels": checked_labels, "seeds": given_seeds, "low_res": conditioning}
         lengths = {name: len(given) for name, given in rows.items() if given is not None}
@@ -517,7 +433,7 @@ class Pipeline:
                             first=first,
                             count=len(slots),
                             timestep=schedule.timestep(index),
-                            state=partial(_state_after, index + 1, slots, held),
+                            state=partial(state_after, index + 1, slots, held),
                         )
                     )
             held.read()

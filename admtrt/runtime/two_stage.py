@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from admtrt.bundle import Bundle
     from admtrt.runtime.bulk import BulkRequest, Elsewhere, Format
-    from admtrt.runtime.pipeline import Samples, Step
+    from admtrt.runtime.drawn import Samples, Step
     from admtrt.runtime.slots import Labels
     from admtrt.schedule.sampler import SamplerChoices, SamplerConfig
 

@@ -47,26 +47,22 @@ class Bounds:
 def row_seconds(stations: Sequence[Station], row: Row) -> float:
     """Of the machine's time, what a row has still to come: a share of full steps."""
     draw, seconds = row.flight.draw, 0.0
-    for stage, station in enumerate(stations[row.stage :], row.stage):
-        cap, costs, steps = station.sizes.cap, station.costs, draw.steps[stage]
+    for stage in range(row.stage, len(draw.steps)):
+        cap, costs, steps = stations[stage].sizes.cap, stations[stage].costs, draw.steps[stage]
         left = row.to_go if stage == row.stage else steps
         share = left / steps if steps else 0.0
-        each = costs.seconds("unet", cap) + costs.seconds("update", cap)
-        seconds += left * each / cap
-        seconds += share * draw.guided[stage] * costs.seconds("classifier_gradient", cap) / cap
+        seconds += share * costs.of(draw.runs[stage], cap) / cap
     return seconds
 
 
 def own_seconds(stations: Sequence[Station], flight: Flight, beside: int) -> float:
     """From a request's first step to its last, with so many other rows beside its own."""
     seconds, draw = 0.0, flight.draw
-    for stage, station in enumerate(stations):
-        cap, costs = station.sizes.cap, station.costs
+    for stage, runs in enumerate(draw.runs):
+        cap, costs = stations[stage].sizes.cap, stations[stage].costs
         rows = min(beside + len(flight.rows), cap)
         waves = -(-len(flight.rows) // cap)
-        each = costs.seconds("unet", rows) + costs.seconds("update", rows)
-        guided = draw.guided[stage] * costs.seconds("classifier_gradient", rows)
-        seconds += waves * (draw.steps[stage] * each + guided)
+        seconds += waves * costs.of(runs, rows)
     return seconds
 
 

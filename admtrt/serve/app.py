@@ -23,6 +23,7 @@ from admtrt.schedule.options import OPTIONS
 from admtrt.schedule.solvers import SOLVERS
 from admtrt.serve.answers import EventStream, whole
 from admtrt.serve.flight import Preview
+from admtrt.serve.inversions import invert
 from admtrt.serve.jobs import Jobs, stopped
 from admtrt.serve.openai import generations
 from admtrt.serve.openapi import description
@@ -82,6 +83,7 @@ def make_app(service: Service, spool: Spool, access: Access) -> ASGIApp:
     app: ASGIApp = Starlette(
         routes=[
             route("/v1/samples", routes.samples, "POST"),
+            route("/v1/inversions", partial(invert, service, bodies), "POST"),
             route("/v1/jobs", jobs.post, "POST"),
             route("/v1/jobs/{job}", jobs.get),
             route("/v1/jobs/{job}", jobs.delete, "DELETE"),
@@ -180,6 +182,14 @@ def _described(engine: Engine) -> dict[str, Any]:
         "recommendation": manifest.recommendation,
         "methods": [name for name, solver in SOLVERS.items() if kind in solver.processes],
         "options": list(OPTIONS),
+        "guides": {
+            name: {
+                **guide.to_dict(),
+                "network": None,
+                "targets": {target: list(sizes) for target, sizes in guide.targets.items()},
+            }
+            for name, guide in model.guides.items()
+        },
         "edits": [graph for graph in ("edit", "edit_low_pass") if graph in manifest.graphs],
         "max_images": MAX_IMAGES,
         "batch": {"cap": engine.stations[0].sizes.cap, "sizes": list(engine.stations[0].sizes.prepared)},

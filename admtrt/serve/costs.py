@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import deque
+from collections import Counter, deque
 from typing import TYPE_CHECKING
+
+import numpy as np
+
+from admtrt.contract import graph_of
+from admtrt.runtime.slots import GUIDE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from admtrt.contract import GraphName
+    from admtrt.contract import GraphName, Guides
     from admtrt.runtime.sampler import Denoiser
     from admtrt.runtime.slots import Array
+    from admtrt.schedule.table import SamplingSchedule
 
 _KEPT = 15  # measurements of a graph and size: a median of them follows a machine that slows down
 _NEAR_BEST = 1.05
@@ -45,6 +51,32 @@ class Costs:
             return known[sizes[place]]
         low, high = sizes[place - 1], sizes[place]
         return known[low] + (known[high] - known[low]) * (size - low) / (high - low)
+
+    def of(self, runs: Mapping[GraphName, int], size: int) -> float:
+        """Of so many runs of each graph, at one batch size."""
+        return sum(count * self.seconds(graph, size) for graph, count in runs.items())
+
+
+def runs_of(schedule: SamplingSchedule, guides: Guides) -> dict[GraphName, int]:
+    """How often a row runs each graph on its way.
+
+    Args:
+        schedule: that it follows.
+        guides: of the bundle, besides the classifier.
+    """
+    runs: Counter[GraphName] = Counter()
+    plain = np.ones(len(schedule), dtype=bool)
+    for name, rows in schedule.guides.items():
+        runs[graph_of(name, guides[name])] += int(rows.active.sum())
+        if guides[name].kind == "denoiser":
+            plain &= ~rows.active  # a loss of x_0 comes with the UNet's output
+    runs["unet"] += int(plain.sum())
+    runs[GUIDE] += int(schedule.guided.sum())
+    runs["update_full" if schedule.full else "update"] += len(schedule)
+    runs["threshold"] += int(schedule.dynamic.sum())
+    if schedule.edit_graph is not None:
+        runs[schedule.edit_graph] += len(schedule)
+    return {graph: count for graph, count in runs.items() if count}
 
 
 def best_size(seconds: Mapping[int, float]) -> int:

@@ -13,9 +13,11 @@ import numpy as np
 from admtrt.contract import event_shape
 from admtrt.errors import RequestError
 from admtrt.npz import open_npz, reading_fault
+from admtrt.runtime.guide_targets import OPERATOR, GuideTargets, target_sizes
 from admtrt.runtime.image_inputs import ImageInputs, Known
-from admtrt.runtime.images_in import Upload, read_mask_picture, read_picture
+from admtrt.runtime.images_in import Upload, read_mask_picture, read_npz, read_picture
 from admtrt.runtime.latents import Latents
+from admtrt.schedule.guides import unknown_guide
 from admtrt.schedule.options import OPTIONS
 from admtrt.serve.schema import MAX_IMAGES
 
@@ -24,12 +26,17 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from admtrt.npz import Header
     from admtrt.schedule.sampler import SamplerChoices
     from admtrt.serve.model import Draw, Model
     from admtrt.serve.schema import SampleRequest
 
 _SAFE_SEEDS = 2**53
 """Of integers that JavaScript holds exactly."""
+_OPERATOR = 200  # characters: each part of one costs a product of matrices
+_WIDEST = 8  # bytes of a number
+_ZIP = b"PK"
+_OF_GUIDES = ("guide_scale", "guide_interval", "guide_place", "guide_clip")
 _CHOICES = ("method", "steps", "scale", "clip", "guidance_interval", *OPTIONS)
 
 
@@ -46,23 +53,28 @@ def checked_draw(request: SampleRequest, model: Model) -> Draw:
         if network.low_res_size is None:
             raise RequestError(f"model '{model.name}' is no upsampler", hint="Leave low_res out.")
         small = (network.in_channels, network.low_res_size, network.low_res_size)
-        low_res = _pictures(request.low_res, "low_res", small)
+        low_res = pictures(request.low_res, "low_res", small)
     latents = None if request.latents is None else _latents(request.latents, event)
     inputs = ImageInputs(
-        init=None if request.init is None else _pictures(request.init, "init", event),
+        init=None if request.init is None else pictures(request.init, "init", event),
         strength=request.strength,
         known=_known(request, event),
         jump=None if request.jump is None else (request.jump[0], request.jump[1]),
-        reference=None if request.reference is None else _pictures(request.reference, "reference", event),
+        reference=None if request.reference is None else pictures(request.reference, "reference", event),
         low_pass=_low_pass(request.low_pass),
         latents=latents,
+        targets=_targets(request, model, event),
+        recurrence=request.recurrence,
     )
     choices: SamplerChoices = {name: getattr(request, name) for name in _CHOICES}  # type: ignore[assignment]
+    if any(getattr(request, name) for name in ("guides", *_OF_GUIDES)):
+        chosen = {name.removeprefix("guide_"): getattr(request, name) for name in _OF_GUIDES}
+        choices["guided_by"] = model.pipelines[0].guide_choices(request.guides or {}, **chosen)
     if latents is not None:
         choices = latents.choices(choices)
     labels = _labels(request, latents)
     given = (labels, low_res, *_each(inputs), request.seeds if request.n is None else None)
-    count = request.n or max((len(one) for one in given if one is not None), default=1)
+    count = request.n or max((_rows(one) for one in given if one is not None), default=1)
     return model.draw(
         labels,
         _seeds(request.seeds, count),
@@ -76,7 +88,14 @@ def checked_draw(request: SampleRequest, model: Model) -> Draw:
 
 def _each(inputs: ImageInputs) -> list[Any]:
     known = inputs.known
-    return [inputs.init, None if known is None else known.images, inputs.reference, inputs.latents]
+    targets = [
+        one for theirs in inputs.targets.given.values() for name, one in theirs.items() if name != OPERATOR
+    ]
+    return [inputs.init, None if known is None else known.images, inputs.reference, inputs.latents, *targets]
+
+
+def _rows(given: Any) -> int:
+    return 1 if isinstance(given, np.ndarray) and not given.ndim else len(given)
 
 
 def _labels(request: SampleRequest, latents: Latents | None) -> list[int | str] | None:
@@ -105,11 +124,55 @@ def _known(request: SampleRequest, event: tuple[int, ...]) -> Known | None:
     masks = [
         read_mask_picture(_upload(text, f"mask[{index}]"), event) for index, text in enumerate(request.mask)
     ]
-    images = _pictures(request.known, "known", event)
+    images = pictures(request.known, "known", event)
     return Known(images, np.concatenate(masks), as_sampled=request.known_as_sampled)
 
 
-def _pictures(given: Sequence[str], name: str, event: tuple[int, ...]) -> NDArray[np.uint8]:
+def _targets(request: SampleRequest, model: Model, event: tuple[int, ...]) -> GuideTargets:
+    """The targets of the guides, none of which is inflated before its sizes are known."""
+    manifest = model.pipelines[0].bundle.manifest
+    targets: dict[str, dict[str, Any]] = {}
+    for guide, sent in (request.guides or {}).items():
+        if guide not in model.guides:
+            raise unknown_guide(guide, model.guides, f"model '{model.name}'")
+        operator = sent.get(OPERATOR)
+        if operator is not None and len(operator) > _OPERATOR:
+            raise RequestError(f"the operator of '{guide}' has more than {_OPERATOR} characters")
+        targets[guide] = {}
+        for name, text in sent.items():
+            if name == OPERATOR:
+                targets[guide][name] = text
+                continue
+            sizes = target_sizes(guide, manifest.guides[guide], name, operator, event)
+            targets[guide][name] = _target(
+                _upload(text, f"guides.{guide}.{name}"), sizes, mask=name == "mask"
+            )
+    return GuideTargets(targets)
+
+
+def _target(upload: Upload, sizes: tuple[int, ...], *, mask: bool) -> NDArray[Any]:
+    """A target as it came: an npz, or a picture where it is an image."""
+    if len(sizes) == 3 and not upload.getvalue().startswith(_ZIP):
+        return read_mask_picture(upload, sizes) if mask else read_picture(upload, sizes)[None]
+
+    def check(header: Header) -> None:
+        largest = MAX_IMAGES * math.prod(sizes)
+        if math.prod(header.shape) > largest or header.dtype.itemsize > _WIDEST:
+            listed = ", ".join(map(str, sizes))
+            raise RequestError(
+                f"{upload} is {header}; expected float32 [N, {listed}], N at most {MAX_IMAGES}"
+            )
+
+    array = read_npz(upload, "the target", {"arr_0": check})["arr_0"]
+    return array[None] if mask and array.ndim == 2 else array
+
+
+def pictures(given: Sequence[str], name: str, event: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Images of a request, uint8 [N, H, W, C].
+
+    Raises:
+        RequestError: naming the one that is none, or of another size.
+    """
     return np.stack(
         [read_picture(_upload(text, f"{name}[{index}]"), event) for index, text in enumerate(given)]
     )

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from admtrt.errors import RequestError
+from admtrt.errors import AdmtrtError, RequestError
 from admtrt.serve.admission import Bounds, RefusedError, admit
 from admtrt.serve.costs import Costs
 from admtrt.serve.flight import Done, Failed, Preview
@@ -261,7 +261,7 @@ class Engine(threading.Thread):
                 small = row.x_0 if row.stage else None
                 try:
                     row.slots = row.flight.draw.slots(station.stage, row.index, small)
-                except (ValueError, MemoryError) as error:
+                except (ValueError, MemoryError, AdmtrtError) as error:
                     self._fail(row.flight, "fault", f"it cannot begin: {error}")
                     continue
             begun.append(row)
@@ -293,7 +293,7 @@ class Engine(threading.Thread):
             self._fail(row.flight, "refused", error.message, error.hint)
             return
         row.x_0 = x
-        if row.stage + 1 == len(self.stations):
+        if row.stage + 1 == len(row.flight.draw.steps):
             row.result = x
             return
         row.stage += 1

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from admtrt.contract import graph_of
 from admtrt.errors import RequestError
 from admtrt.images import to_uint8
 from admtrt.runtime.image_inputs import NOTHING, ImageInputs
 from admtrt.runtime.two_stage import UNGUIDED, TwoStage
+from admtrt.serve.costs import runs_of
+from admtrt.serve.sizes import open_graphs
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Sequence
+    from collections.abc import Hashable, Mapping, Sequence
 
     from numpy.typing import NDArray
 
-    from admtrt.runtime.pipeline import Given, Pipeline
+    from admtrt.contract import GraphName, Guides
+    from admtrt.runtime.drawn import Given
+    from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.slots import Images, Slots
     from admtrt.schedule.sampler import SamplerChoices
+
+_BESIDE = 2**20  # bytes of a request beside the values of its targets: headers of files, images, other fields
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +39,13 @@ class Draw:
         pipelines: of the model's stages.
         given: what each stage draws.
         steps: evaluations of a row in each stage.
-        guided: how many of them use the classifier's gradient.
+        runs: how often a row runs each graph in each stage.
     """
 
     pipelines: Sequence[Pipeline]
     given: Sequence[Given]
     steps: tuple[int, ...]
-    guided: tuple[int, ...]
+    runs: tuple[Mapping[GraphName, int], ...]
 
     def __len__(self) -> int:
         return len(self.given[0])
@@ -110,6 +118,19 @@ class Model:
         return next((one.class_names for one in self._manifests if one.class_names), ())
 
     @property
+    def guides(self) -> Guides:
+        """Guides besides the classifier that can be asked for: those whose graphs are open."""
+        graphs = open_graphs(self.pipelines[0])
+        known = self._manifests[0].guides
+        return {name: guide for name, guide in known.items() if graph_of(name, guide) in graphs}
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of a request that gives one sample all targets of all guides, as base64 of float32."""
+        values = sum(math.prod(sizes) for one in self.guides.values() for sizes in one.targets.values())
+        return values * 4 * 4 // 3 + _BESIDE
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """H, W, C of the images."""
         network = self._manifests[-1].network
@@ -157,7 +178,10 @@ class Model:
             self.pipelines,
             given,
             steps=tuple(len(schedule) for schedule in schedules),
-            guided=tuple(int(schedule.guided.sum()) for schedule in schedules),
+            runs=tuple(
+                runs_of(schedule, manifest.guides)
+                for schedule, manifest in zip(schedules, self._manifests, strict=True)
+            ),
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from admtrt import __version__
-from admtrt.serve.schema import ImageRequest, SampleRequest
+from admtrt.serve.schema import ImageRequest, InversionAsked, SampleRequest
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -52,6 +52,8 @@ def description() -> dict[str, Any]:
     paths = {
         "/v1/samples": {"post": {"summary": "Draw samples", "requestBody": body(SampleRequest),
                                  "responses": answers("200", "The images", *drawn, "text/event-stream")}},
+        "/v1/inversions": {"post": {"summary": "Invert images by DDIM", "requestBody": body(InversionAsked),
+                                    "responses": answers("200", "The latents", *drawn)}},
         "/v1/jobs": {"post": {"summary": "Draw samples later", "requestBody": body(SampleRequest),
                               "responses": answers("202", "Taken", "application/json")}},
         "/v1/jobs/{job}": jobs,

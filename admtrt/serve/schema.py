@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model, model_validator
 
+from admtrt.schedule.guides import Place
 from admtrt.schedule.options import OPTIONS
 from admtrt.schedule.sampler import SamplerConfig
 from admtrt.serve.flight import Priority
@@ -29,6 +30,9 @@ Pictures = Annotated[list[Base64], Field(min_length=1, max_length=MAX_IMAGES)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Steps = Annotated[int, Field(ge=1, lt=10**4)] | Annotated[str, Field(max_length=_NAME, pattern=_RESPACING)]
 ModelName = Annotated[str, Field(max_length=200)]
+_Small = Annotated[str, Field(max_length=32, pattern=r"^[a-z][a-z0-9_]*$")]
+_Targets = Annotated[dict[_Small, Base64], Field(max_length=16)]
+_MOST_GUIDES = 8
 
 
 class Strict(BaseModel):
@@ -91,6 +95,27 @@ class SampleRequest(_Options):
         | None
     ) = Field(None, description="Factor of their reduction, or that and the step down to which they hold.")
     latents: Base64 | None = Field(None, description="base64 npz of latents, as inversion writes them.")
+    recurrence: Annotated[int, Field(ge=1, le=100)] | None = Field(
+        None, description="How often each noise level is evaluated."
+    )
+    guides: Annotated[dict[_Small, _Targets], Field(max_length=_MOST_GUIDES)] | None = Field(
+        None,
+        description="The guides of the bundle that guide, each with its targets by name: base64 npz (arr_0) "
+        "with a row for each sample or one for all, images and masks also as base64 PNG; `operator` of "
+        "`linear` is a text as sr:4.",
+    )
+    guide_scale: Annotated[dict[_Small, Finite], Field(max_length=_MOST_GUIDES)] | None = Field(
+        None, description="Scale of a guide, by its name."
+    )
+    guide_interval: Annotated[dict[_Small, tuple[Finite, Finite]], Field(max_length=_MOST_GUIDES)] | None = (
+        Field(None, description="Noise levels at which alone a guide guides.")
+    )
+    guide_place: Annotated[dict[_Small, Place], Field(max_length=_MOST_GUIDES)] | None = Field(
+        None, description="Where a guide enters."
+    )
+    guide_clip: Annotated[dict[_Small, bool], Field(max_length=_MOST_GUIDES)] | None = Field(
+        None, description="Whether a guide's loss sees x_0 within [-1, 1]."
+    )
     upsample_steps: Steps | None = Field(None, description="Of the second stage.")
     upsample_scale: Finite | None = Field(None, description="Of the second stage; 0 where left out.")
     format: Literal["png", "npz"] = Field("png", description="JSON with base64 PNG, or an npz file.")
@@ -112,6 +137,28 @@ class SampleRequest(_Options):
         if self.stream and self.format != "png":
             raise ValueError("a stream carries png; leave format out")
         return self
+
+
+class InversionAsked(Strict):
+    """Images to invert by DDIM."""
+
+    model: ModelName | None = Field(
+        None, description="Name of the model; may be left out where there is one."
+    )
+    images: Pictures = Field(description="base64 PNG.")
+    classes: Annotated[list[Label], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
+        None, description="Class of each image, where the network takes them."
+    )
+    steps: Steps | None = Field(None, description="Of ddim; ddim100 where left out.")
+    levels: Annotated[int, Field(ge=1, lt=10**4)] | None = Field(
+        None, description="How many of the steps to go up; all but one where left out."
+    )
+    clip: bool = Field(False, description="Bound x_0 on the way; where that acts, inversion is not exact.")
+    format: Literal["json", "npz"] = Field("json", description="JSON with base64 of the npz, or the npz.")
+    priority: Priority = Field("interactive", description="`batch` takes what the others leave.")
+    timeout: Annotated[float, Field(gt=0, le=86400)] | None = Field(
+        None, description="Seconds after which nobody wants the answer."
+    )
 
 
 class ImageRequest(Strict):

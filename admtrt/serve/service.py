@@ -14,13 +14,14 @@ from admtrt.serve.flight import Done, Failed, Flight, Preview
 from admtrt.serve.web import CLIENT_LEFT, HttpError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from admtrt.runtime.slots import Images
     from admtrt.serve.engine import Engine
     from admtrt.serve.flight import Event
     from admtrt.serve.metrics import Metrics
-    from admtrt.serve.schema import SampleRequest
+    from admtrt.serve.model import Draw, Model
+    from admtrt.serve.schema import InversionAsked, SampleRequest
 
 _STATUS = {"cancelled": CLIENT_LEFT, "expired": 504, "cut": 503, "fault": 500, "refused": 400}
 _CODE = {"refused": "bad_request", "cut": "draining"}
@@ -133,20 +134,28 @@ class Service:
             )
         return self.engines[name]
 
-    async def open(self, request: SampleRequest, client: str, *, deadline: float | None = None) -> Opened:
+    async def open(
+        self,
+        request: SampleRequest | InversionAsked,
+        client: str,
+        *,
+        deadline: float | None = None,
+        draw_of: Callable[[Any, Model], Draw] = checked_draw,
+    ) -> Opened:
         """Check a request and let it in.
 
         Args:
             request: of the schema.
             client: who asks.
             deadline: of the engine's clock, in place of the request's timeout.
+            draw_of: checks it and makes the draw.
 
         Raises:
             HttpError, RequestError, RefusedError: if the model cannot do it, or not now.
         """
         engine = self.engine(request.model)
         loop = asyncio.get_running_loop()
-        draw = await loop.run_in_executor(self.encoders, checked_draw, request, engine.model)
+        draw = await loop.run_in_executor(self.encoders, draw_of, request, engine.model)
         mailbox = Mailbox()
         if deadline is None and request.timeout is not None:
             deadline = time.monotonic() + request.timeout
@@ -156,18 +165,22 @@ class Service:
             client=client,
             priority=request.priority,
             deadline=deadline,
-            preview_every=request.preview_every,
+            preview_every=getattr(request, "preview_every", 0),
         )
         engine.submit(flight)
         return Opened(engine, flight, mailbox)
 
     async def answer(self, opened: Opened, done: Done) -> dict[str, Any]:
         """The images of a request and all that is told of them."""
+        timing = self.timing(opened, done)
+        return {**opened.meta, "images": await self.pictures(done.images), "timing": timing}
+
+    def timing(self, opened: Opened, done: Done) -> dict[str, float]:
+        """How long a request took, for the answer and the metrics."""
         name = opened.engine.model.name
         self.metrics.request_seconds.labels(name).observe(done.queued + done.drawn)
         self.metrics.queue_seconds.labels(name).observe(done.queued)
-        timing = {"queued": round(done.queued, 4), "drawn": round(done.drawn, 4)}
-        return {**opened.meta, "images": await self.pictures(done.images), "timing": timing}
+        return {"queued": round(done.queued, 4), "drawn": round(done.drawn, 4)}
 
     async def pictures(self, images: Sequence[Images | None]) -> list[str | None]:
         """Base64 PNG of each; None where there is none yet."""

@@ -11,7 +11,6 @@ import numpy as np
 from admtrt.contract import is_network
 from admtrt.errors import RequestError
 from admtrt.runtime.backends.graphs import GraphDenoiser
-from admtrt.runtime.slots import GUIDE
 from admtrt.serve.costs import Costs, best_size
 
 if TYPE_CHECKING:
@@ -46,16 +45,20 @@ class Sizes:
         return count if self.any_size else min(size for size in self.prepared if size >= count)
 
 
-def weight_bytes(bundle: Bundle) -> int:
-    """Bytes of the networks' files, which a compiled graph holds at least."""
-    manifest = bundle.manifest
-    files = {
-        name
-        for graph in manifest.sampled_graphs
-        if is_network(graph)
-        for name in bundle.graph_files(bundle.graph_entry(graph))
-    }
-    return sum(manifest.files[name].size for name in files)
+def open_graphs(pipeline: Pipeline) -> list[GraphName]:
+    """The graphs that a pipeline can run: those of guides that are not served may not be open."""
+    held, denoiser = pipeline.bundle.manifest.sampled_graphs, pipeline.denoiser
+    known = denoiser.specs if isinstance(denoiser, GraphDenoiser) else held
+    return [graph for graph in held if graph in known]
+
+
+def weight_bytes(bundle: Bundle, graphs: Sequence[GraphName]) -> int:
+    """Bytes of the networks' files, which the compiled graphs hold at least, each its own copy.
+
+    A guide's graph holds the UNet's weights once more, though their file may be the same.
+    """
+    networks = [bundle.graph_entry(graph) for graph in graphs if is_network(graph)]
+    return sum(bundle.manifest.files[name].size for entry in networks for name in bundle.graph_files(entry))
 
 
 def prepare(
@@ -85,14 +88,17 @@ def prepare(
     denoiser, bundle = pipeline.denoiser, pipeline.bundle
     own = denoiser if isinstance(denoiser, GraphDenoiser) else None
     any_size = own is None or own.any_size
-    each = weight_bytes(bundle) if own is not None and own.copies_weights else 0
-    once = weight_bytes(bundle) if each == 0 else 0
+    graphs = open_graphs(pipeline)
+    weights = weight_bytes(bundle, graphs)
+    each = weights if own is not None and own.copies_weights else 0
+    once = weights - each
     fitting = max_rows if not each else memory // each
     if once + each > memory or (sizes and len(set(sizes)) > fitting):
         wanted = max(once, each * max(1, len(set(sizes))))
         raise RequestError(
             f"{bundle.path}: the weights take {_gib(wanted)}, more than {_gib(memory)}",
-            hint="Give --memory more, --sizes fewer, or use the backend onnxruntime, which has one copy.",
+            hint="Give --memory more, --sizes or --guides fewer, or use the backend onnxruntime, which has "
+            "one copy.",
         )
     if sizes:
         chosen = tuple(sorted(set(sizes)))
@@ -101,7 +107,7 @@ def prepare(
     else:
         chosen = _powers(_measured_cap(pipeline, costs, max_rows), fitting)
     if own is not None:
-        own.prepare(dict.fromkeys(bundle.manifest.graphs, chosen))
+        own.prepare(dict.fromkeys(graphs, chosen))
     for size in chosen:
         _measure(pipeline, costs, size)
     copies = len(chosen) if each else 1
@@ -121,7 +127,7 @@ def _powers(cap: int, fitting: int) -> tuple[int, ...]:
 
 def _measured_cap(pipeline: Pipeline, costs: Costs, max_rows: int) -> int:
     """Powers of two are tried as long as rows get cheaper."""
-    graphs = [graph for graph in ("unet", GUIDE) if graph in pipeline.bundle.manifest.graphs]
+    graphs = [graph for graph in open_graphs(pipeline) if is_network(graph)]
     seconds: dict[int, float] = {}
     for size in (*(1 << bit for bit in range(max_rows.bit_length()) if 1 << bit < max_rows), max_rows):
         _measure(pipeline, costs, size)
@@ -136,7 +142,7 @@ def _measure(pipeline: Pipeline, costs: Costs, size: int) -> None:
 
     The shortest of several runs counts: whatever else the machine does only makes them longer.
     """
-    for graph in pipeline.bundle.manifest.graphs:
+    for graph in open_graphs(pipeline):
         _run(pipeline, graph, size)
         runs: list[float] = []
         while len(runs) < _REPEATS and sum(runs) < _LONG:

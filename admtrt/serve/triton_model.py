@@ -64,6 +64,7 @@ class TritonModel:
             precision=given["precision"],
             threads=int(given["threads"]) if "threads" in given else None,
             batch_size=int(given["max_rows"]),
+            guides=(),  # whose targets are no tensors of its configuration
         )
         self._engine = Engine(
             Model(args["model_name"], pipeline),

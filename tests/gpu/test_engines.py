@@ -40,8 +40,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from admtrt.contract import Precision
+    from admtrt.runtime.drawn import Samples
     from admtrt.runtime.engines.library import Flavor, Library
-    from admtrt.runtime.pipeline import Samples
     from admtrt.runtime.sampler import Denoiser
 
 PRESET = "64x64_diffusion"

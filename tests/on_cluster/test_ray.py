@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from bundles import exported_bundle
+from feature_networks import features_folder, pictures, run_folder
 
 from admtrt.cli import run
 
@@ -29,8 +32,9 @@ SHARDS = 12
 def cluster() -> Iterator[Any]:
     """Two nodes of one CPU each."""
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # 15 would starve them
-    utils = pytest.importorskip("ray.cluster_utils")
-    made = utils.Cluster()
+    from ray.cluster_utils import Cluster  # `make test-ray` has it: a cluster that cannot be is a failure
+
+    made = Cluster()
     made.add_node(num_cpus=1, object_store_memory=STORE, include_dashboard=False)
     yield made
     made.shutdown()
@@ -92,6 +96,49 @@ def test_lost_workers_and_a_lost_node_change_nothing(cluster: Any, tmp_path: Pat
     assert killed >= 2
     assert digest(tmp_path / "spread") == digest(tmp_path / "alone")
     assert sample(tmp_path / "spread", "--ray", cluster.address) == 0  # nothing is left to do
+
+
+def test_features_of_a_run_are_computed_alike(
+    cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two nodes, a worker is killed, some blocks are lost: the numbers and files of an evaluation here."""
+    cluster.add_node(num_cpus=1, object_store_memory=STORE)
+    features_folder(tmp_path / "inception")
+    run_folder(tmp_path / "run", pictures(3000, 1), asked=3000)
+    np.savez(tmp_path / "r.npz", arr_0=pictures(400, 2))
+
+    def evaluated(*options: str) -> tuple[dict[str, Any], dict[str, bytes]]:
+        fixed = ["--reference", str(tmp_path / "r.npz"), "--features", str(tmp_path / "inception")]
+        fixed += ["--threads", "1", "--no-error", "--json"]
+        capsys.readouterr()
+        assert run(["evaluate", "samples", str(tmp_path / "run"), *fixed, *options]) == 0
+        blocks = sorted((tmp_path / "run" / "features").rglob("*.npz"))
+        return json.loads(capsys.readouterr().out), {file.name: file.read_bytes() for file in blocks}
+
+    here = evaluated()
+    shutil.rmtree(tmp_path / "run" / "features")
+    killed = 0
+
+    def disturb() -> None:
+        nonlocal killed
+        while not killed and len(list((tmp_path / "run").glob("features/*/*.npz"))) < 12:
+            for pid in workers()[:1]:
+                os.kill(pid, signal.SIGKILL)
+                killed += 1
+            time.sleep(0.005)
+
+    disturbing = threading.Thread(target=disturb, daemon=True)
+    disturbing.start()
+    assert evaluated("--ray", cluster.address) == here
+    disturbing.join(60)
+    assert killed
+    assert len(here[1]) == 12
+    for name in list(here[1])[::3]:
+        next((tmp_path / "run").glob(f"features/*/{name}")).unlink()
+    assert evaluated("--ray", cluster.address) == here
+    assert run(["evaluate", "samples", str(tmp_path / "r.npz"), "--reference", str(tmp_path / "r.npz"),
+                "--features", str(tmp_path / "inception"), "--ray", cluster.address]) == 2  # fmt: skip
+    assert "a run of admtrt sample" in capsys.readouterr().err
 
 
 def test_faults_are_told_in_our_words(

@@ -13,7 +13,8 @@ from admtrt.config import DiffusionConfig
 from admtrt.contract import GraphName
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.solvers import sample_step
-from admtrt.runtime.pipeline import Pipeline, Samples, Step
+from admtrt.runtime.drawn import Samples, Step
+from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import Denoiser, advance
 from admtrt.runtime.slots import Slots, slots_for
 from admtrt.schedule.process import process_from_config

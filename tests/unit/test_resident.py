@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from admtrt.runtime.pipeline import Step
+    from admtrt.runtime.drawn import Step
 
 SHAPE = (1, 8, 8)
 

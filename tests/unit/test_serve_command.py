@@ -192,6 +192,7 @@ def test_bad_options_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[s
             ((bundle, f"sham.bundle={bundle}"), "two models are called 'sham.bundle'"),
             ((bundle, f"b={bundle}", "--upsample", bundle), "--upsample belongs to one bundle"),
             ((bundle, "--sizes", "1,x"), "is not of the form N,N"),
+            ((bundle, "--guides", "tv"), "--guides: no bundle has a guide 'tv'"),
             ((bundle, "--sizes", "0"), "is not of the form N,N"),
             ((bundle, "--backend", "none"), "backend 'none' is unknown"),
             ((bundle, "--token-file", tmp_path / "absent"), "No such file"),

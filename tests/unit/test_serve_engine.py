@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import UNET, pipeline
-from serving import Asked, Counting, running, sham_model
+from serving import Asked, Counting, picture, running, sham_model
 
 from admtrt.errors import EngineError, RequestError
 from admtrt.runtime.backends.graphs import GraphDenoiser
@@ -19,9 +19,11 @@ from admtrt.runtime.two_stage import TwoStage
 from admtrt.serve.admission import Bounds, RefusedError
 from admtrt.serve.costs import Costs
 from admtrt.serve.engine import Engine
-from admtrt.serve.flight import Done, Failed, Preview
+from admtrt.serve.flight import Done, Failed, Flight, Preview
+from admtrt.serve.inversions import checked_inversion
 from admtrt.serve.model import Draw, Model
 from admtrt.serve.policy import policy_named
+from admtrt.serve.schema import InversionAsked
 from admtrt.serve.sizes import prepare, weight_bytes
 
 
@@ -119,6 +121,14 @@ def test_a_cascade_is_one_model(tmp_path: Path) -> None:
             shown = [image for event in previews for image in event.images if image is not None]
             assert {image.shape[-1] for image in shown} == {4, 8}
             assert one.flight.total == 7
+        pixels = np.random.default_rng(0).integers(0, 256, (4, 4), np.uint8)
+        asking = InversionAsked(images=[picture(pixels)], steps="ddim5")
+        came: list[Any] = []
+        flight = Flight(checked_inversion(asking, engine.model), came.append)
+        engine.submit(flight)
+        waiting_until(lambda: bool(came))
+        expected = low.invert(pixels[None, :, :, None], steps="ddim5").x  # it ends where the images are small
+        np.testing.assert_allclose(np.stack(came[0].images), expected, atol=1e-5)
     with running(Model("single", low)) as engine, pytest.raises(RequestError, match="no second stage"):
         Asked(engine, None, [1], more=upsampling)
 
@@ -367,7 +377,7 @@ def test_sizes_fit_the_memory(tmp_path: Path) -> None:
     made = sham_model(tmp_path, graph=b"\x08\x0a" * 500).pipelines[0]
     denoiser = Copying()
     denoiser.specs = {graph: made.bundle.graph_entry(graph).spec for graph in made.bundle.manifest.graphs}
-    copy = weight_bytes(made.bundle)
+    copy = weight_bytes(made.bundle, made.bundle.manifest.sampled_graphs)
     assert copy == 2000  # the UNet's and the classifier's
     pipe = Pipeline(made.bundle, denoiser)
     for memory, expected in ((5 * copy, (1, 2, 4, 8, 16)), (4 * copy, (1, 16)), (copy, (1,))):

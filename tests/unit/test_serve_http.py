@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import io
 import json
 from pathlib import Path
@@ -113,9 +114,50 @@ async def test_an_upsampler_takes_its_images(tmp_path: Path) -> None:
 
 
 @asynchronous
+async def test_inversion_is_that_of_the_pipeline(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (2, 8, 8, 1), np.uint8)
+    sent = [picture(image[..., 0]) for image in images]
+    async with serving(tmp_path, guided(), engine={"sizes": (1, 2, 3)}) as (client, _):
+        asked = {"images": sent, "steps": "ddim10", "levels": 8}
+        other = {"classes": [1], "seeds": [1], "steps": "ddim10"}
+        reply, _ = await asyncio.gather(
+            client("POST", "/v1/inversions", asked), client("POST", SAMPLES, other)
+        )
+        assert reply.status == 200, reply.body
+        expected = pipeline("guided").invert(images, steps="ddim10", levels=8)
+        with np.load(io.BytesIO(base64.b64decode(reply.json["latents"]))) as held:
+            assert np.abs(held["latents"] - expected.x).max() < 1e-4  # rounding of other batch sizes
+            assert (int(held["levels"]), str(held["steps"]), bool(held["clip"])) == (8, "ddim10", False)
+            assert np.array_equal(held["images"], images)
+        assert reply.json.keys() == {"id", "model", "classes", "steps", "timing", "latents"}
+        assert reply.json["steps"] == 8
+        again = {"latents": reply.json["latents"], "classes": [0, 0], "scale": 0, "seeds": [0, 0]}
+        back = (await client("POST", SAMPLES, again)).json["images"]
+        decoded = pipeline("guided")([0, 0], [0, 0], latents=expected, scale=0.0).images[..., 0]
+        drawn = np.stack([opened(text) for text in back]).astype(int)
+        assert np.abs(drawn - decoded).max() <= 1
+        file = await client("POST", "/v1/inversions", asked | {"format": "npz"})
+        assert file.headers["content-type"] == "application/x-npz"
+        with np.load(io.BytesIO(file.body)) as held:
+            assert held["latents"].shape == (2, 1, 8, 8)
+        for wrong, status, message in (
+            ({}, 422, "images: Field required"),
+            ({"images": ["x"]}, 400, "images[0] is not base64"),
+            ({"images": sent, "levels": 10, "steps": "ddim10"}, 400, "levels"),
+            ({"images": sent, "method": "ddpm"}, 422, "method: Extra inputs"),
+            ({"images": sent, "steps": "ddim2000"}, 400, "2000"),
+            ({"images": [picture(np.zeros((9, 8)))]}, 400, "8x9 pixels"),
+        ):
+            reply = await client("POST", "/v1/inversions", wrong)
+            assert (reply.status, message in reply.error["message"]) == (status, True), reply.body
+
+
+@asynchronous
 async def test_streams_show_the_way(tmp_path: Path) -> None:
     async with serving(tmp_path, guided()) as (client, _):
-        asked = {"classes": [1, 2], "seeds": [1, 2], "steps": "ddim10", "stream": True, "preview_every": 4}
+        # Long enough for the loop to be scheduled between two previews on a machine that is busy.
+        asked = {"classes": [1, 2], "seeds": [1, 2], "steps": "ddim250", "stream": True, "preview_every": 100}
         reply = await client("POST", SAMPLES, asked)
         assert reply.headers["content-type"].startswith("text/event-stream")
         names = [name for name, _ in reply.events]
@@ -128,10 +170,10 @@ async def test_streams_show_the_way(tmp_path: Path) -> None:
             "model": "guided",
             "seeds": [1, 2],
             "classes": [1, 2],
-            "steps": 10,
+            "steps": 250,
         }
         preview = reply.events[-2][1]
-        assert preview["step"] in (4, 8)
+        assert preview["step"] in (100, 200)
         assert opened(preview["images"][1]).shape == (8, 8)
         plain = await client("POST", SAMPLES, asked | {"stream": False, "preview_every": 0})
         assert plain.json["images"] == done["images"]
@@ -301,12 +343,13 @@ async def test_openai_requests(tmp_path: Path) -> None:
         own = {"classes": [0, 0, 2, 2], "seeds": [5, 6, 7, 8], "steps": "ddim8", "scale": 1.5}
         drawn = (await client("POST", SAMPLES, own)).json["images"]
         assert [one["b64_json"] for one in reply.json["data"]] == drawn
-        reply = await client(
-            "POST", path, asked | {"n": 1, "prompt": "ant", "stream": True, "partial_images": 3}
-        )
+        alone = {"n": 1, "prompt": "ant", "num_inference_steps": "ddim250"}
+        reply = await client("POST", path, asked | alone | {"stream": True, "partial_images": 3})
         names = [name for name, _ in reply.events]
         assert names[-1] == "image_generation.completed"
         assert 0 < names.count("image_generation.partial_image") <= 3
+        own |= {"classes": [0], "seeds": [5], "steps": "ddim250"}
+        drawn = (await client("POST", SAMPLES, own)).json["images"]
         assert reply.events[-1][1]["b64_json"] == drawn[0]
         for wrong, status in (
             ({"prompt": "dog"}, 400),

@@ -150,6 +150,8 @@ class _Compiled:
         self._embed = None if embedding is None else compiled(embedding, "f32").create_infer_request()
         made = compiled(model, _HINTS[precision])
         self.requests = [made.create_infer_request() for _ in range(parts)]
+        # OpenVINO may give an output the name of a tensor that it has removed besides its own.
+        self._ports = [(port, tuple(port.names)) for port in self.requests[0].model_outputs]
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs by name, for inputs of the whole batch."""
@@ -168,11 +170,11 @@ class _Compiled:
                 with contextlib.suppress(Exception):
                     request.wait()
             raise
-        ports = self.requests[0].model_outputs
-        return {
-            port.any_name: np.concatenate([request.get_tensor(port).data for request in self.requests])
-            for port in ports
-        }
+        outputs: dict[str, Array] = {}
+        for port, names in self._ports:
+            parts = [request.get_tensor(port).data for request in self.requests]
+            outputs |= dict.fromkeys(names, np.concatenate(parts))
+        return outputs
 
 
 def computes_bf16() -> bool:

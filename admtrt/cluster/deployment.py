@@ -1,0 +1,151 @@
+"""The service of ``admtrt serve`` as a deployment of Ray Serve: one engine for each model and replica.
+
+``serve run admtrt.cluster.deployment:application bundle=/models/digits`` starts it, :func:`application` in
+Python.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from admtrt.errors import MissingDependencyError, RequestError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_BESIDE = 32  # requests that are no drawings: health, metrics, jobs that are asked after
+_SPOOL, _KEEP = 2**30, 86400.0  # bytes, seconds: as admtrt serve has them
+
+
+class Settings(BaseModel):
+    """What is served and how; fields are options of ``admtrt serve``.
+
+    Attributes:
+        bundle: its directory, which every node sees under the same path.
+        name: of the model; that of the directory where left out.
+        backend, precision, threads, max_rows, timeout, max_requests, client_share: as there; a replica takes
+            ``threads`` CPUs, one where left out, and ``gpus`` GPUs.
+        hosts: names by which clients call the service, with commas between.
+        token_file: who may ask, on every node.
+        replicas: engines; jobs are asked after at the replica that has them, and so need a single one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    bundle: Path
+    name: str = ""
+    backend: str = "onnxruntime"
+    precision: str = "fp32"
+    threads: Annotated[int, Field(ge=1)] = 1
+    gpus: Annotated[float, Field(ge=0)] = 0
+    max_rows: Annotated[int, Field(ge=1, le=4096)] = 16
+    timeout: Annotated[float, Field(ge=0.1)] = 300.0
+    max_requests: Annotated[int, Field(ge=1)] = 256
+    client_share: Annotated[float, Field(ge=0.01, le=1)] = 1.0
+    hosts: str = ""
+    token_file: Path | None = None
+    replicas: Annotated[int, Field(ge=1)] = 1
+    drain_timeout: Annotated[float, Field(ge=0)] = 300.0
+
+
+class Replica:
+    """One process of the service: an engine, and the application before it.
+
+    Args:
+        settings: of the deployment.
+
+    Raises:
+        UserError: as opening and warming do.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        from admtrt.runtime.pipeline import Pipeline
+        from admtrt.serve.admission import Bounds
+        from admtrt.serve.engine import Engine
+        from admtrt.serve.metrics import Metrics
+        from admtrt.serve.model import Model
+        from admtrt.serve.service import Service
+        from admtrt.serve.spool import Spool
+
+        self._settings, self._held = settings, ExitStack()
+        pipeline = Pipeline.from_bundle(
+            settings.bundle,
+            backend=settings.backend,
+            precision=settings.precision,  # type: ignore[arg-type]
+            threads=settings.threads,
+            batch_size=settings.max_rows,
+        )
+        model = Model(settings.name or settings.bundle.resolve().name, pipeline)
+        bounds = Bounds(settings.max_requests, settings.timeout, settings.client_share)
+        self._engine = Engine(model, bounds=bounds, max_rows=settings.max_rows)
+        self._engine.warm()
+        self._engine.start()
+        engines = {model.name: self._engine}
+        self._service = Service(engines, Metrics(engines))
+        folder = self._held.enter_context(TemporaryDirectory(prefix="admtrt-jobs-"))
+        self._spool = self._held.enter_context(Spool(Path(folder), largest=_SPOOL, keep=_KEEP))
+
+    def __serve_build_asgi_app__(self) -> Any:
+        """The application, in the replica's own loop."""
+        from admtrt.serve.app import Access, make_app
+        from admtrt.serve.web import Tokens
+
+        file = self._settings.token_file
+        tokens = Tokens({}) if file is None else Tokens.read(file)
+        hosts = frozenset(name.strip().lower() for name in self._settings.hosts.split(",") if name.strip())
+        return make_app(self._service, self._spool, Access(tokens, hosts))
+
+    def check_health(self) -> None:
+        """Have Ray replace this replica once its engine has failed.
+
+        Raises:
+            RuntimeError: if it has.
+        """
+        if not self._service.live:
+            raise RuntimeError(f"the engine has failed: {self._engine.fault}")
+
+    def __del__(self) -> None:
+        """End; Ray waits for the requests that are in before."""
+        engine = getattr(self, "_engine", None)
+        if engine is not None and engine.is_alive():
+            engine.abort()
+            engine.join(5)
+            self._held.close()
+
+
+def application(args: Settings | Mapping[str, Any]) -> Any:
+    """The application that ``ray.serve.run`` takes.
+
+    Args:
+        args: the settings, or their fields as ``serve run`` has them.
+
+    Raises:
+        RequestError: for settings that cannot be.
+        MissingDependencyError: if Ray Serve is not installed.
+    """
+    if not isinstance(args, Settings):
+        try:
+            args = Settings.model_validate(dict(args))
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise RequestError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    try:
+        from ray import serve
+    except ImportError:
+        raise MissingDependencyError(
+            "ray[serve]", extra="ray-serve", purpose="Serving on a cluster"
+        ) from None
+    deployment = serve.deployment(
+        name="admtrt",
+        num_replicas=args.replicas,
+        # Whoever is one too many is told so by the engine's own admission, not kept by Ray's queue.
+        max_ongoing_requests=args.max_requests + _BESIDE,
+        graceful_shutdown_timeout_s=args.drain_timeout,
+        ray_actor_options={"num_cpus": args.threads, "num_gpus": args.gpus},
+    )
+    return deployment(serve.ingress()(Replica)).bind(args)
