@@ -325,6 +325,22 @@ def test_a_sample_that_was_begun_elsewhere_brings_its_memory(rig: Rig) -> None:
         np.testing.assert_allclose(getattr(ours, name), getattr(expected, name), rtol=0, atol=_ROUNDING)
 
 
+def test_tensors_of_guides_are_cleared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A sample without guides is not reached by what a run of the graph for others left there."""
+    rig = Rig(monkeypatch, tmp_path, "steered")
+    rig.build()
+    with rig.open() as denoiser:
+        sample = Pipeline(rig.bundle, denoiser)
+        clean = sample([0, 1], method="unipc", steps=3)
+        feeds = {
+            each.name: np.full(each.sized(2), np.inf if "." in each.name else 0.0, np.float32)
+            for each in rig.bundle.graph_entry("update_full").spec.inputs
+        }
+        denoiser.run("update_full", feeds)
+        again = sample([0, 1], method="unipc", steps=3)
+    np.testing.assert_array_equal(again.x, clean.x)
+
+
 def test_edited_samples_share_a_batch_and_come_later(rig: Rig) -> None:
     reference = np.random.default_rng(1).uniform(-1, 1, (3, 1, 8, 8)).astype(np.float32)
     filters = np.random.default_rng(2).normal(size=(3, 8, 8)).astype(np.float32) / 8
