@@ -18,8 +18,8 @@ from admtrt.serve.flight import Priority
 MAX_IMAGES = 64
 """Samples of one request."""
 _NAME = 64  # characters
-_RESPACING = (
-    r"^ *(ddim)?[0-9]{1,4}( *, *[0-9]{1,4})* *$"  # a table of evaluations is made before any is refused
+_RESPACING = (  # bounded: a table of evaluations is made before any is refused
+    r"^ *((ddim)?[0-9]{1,4}( *, *[0-9]{1,4})*|(leading|linspace|trailing):[0-9]{1,4}([+][0-9]{1,4})?) *$"
 )
 _MAX_BASE64 = 2**26  # characters: the server's limit of a body is far below
 
@@ -70,7 +70,9 @@ class SampleRequest(_Options):
     seeds: Annotated[list[Seed], Field(min_length=1, max_length=MAX_IMAGES)] | None = Field(
         None, description="Seed of each sample, as a number or as digits; drawn below 2**53 where left out."
     )
-    steps: Steps | None = Field(None, description="A respacing (250, ddim25) or a number of evaluations.")
+    steps: Steps | None = Field(
+        None, description="A respacing (250, ddim25, leading:50) or a number of evaluations."
+    )
     method: Annotated[str, Field(max_length=_NAME)] | None = Field(None, description="The solver.")
     scale: Finite | None = Field(None, description="Guidance scale; 0 is unguided.")
     clip: bool | None = Field(None, description="Bound x_0 to [-1, 1].")

@@ -36,6 +36,8 @@ BAD: list[tuple[Any, int, str]] = [
     ({"classes": [0], "seeds": ["99999999999999999999"]}, 400, "seed 99999999999999999999 is out of range"),
     ({"classes": [0], "steps": "ddim5x"}, 422, "steps: "),
     ({"classes": [0], "steps": "1e9"}, 422, "steps: "),
+    ({"classes": [0], "steps": "leading:99999"}, 422, "steps: "),
+    ({"classes": [0], "steps": "trailing:5+1"}, 400, "trailing"),
     ({"classes": [0], "steps": 10**6}, 422, "steps: "),
     ({"classes": [0], "strength": 0}, 422, "strength: Input should be greater than 0"),
     ({"classes": [0], "timeout": -1}, 422, "timeout: "),

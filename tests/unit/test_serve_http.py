@@ -46,6 +46,7 @@ async def test_images_are_those_of_the_pipeline(tmp_path: Path) -> None:
             "clip": False,
             "guidance_interval": [0.5, 5],
         },
+        {"classes": [2], "seeds": [6], "method": "ddim", "steps": "leading:5+1"},
     ]
     one = pixels[None, :, :, None].astype(np.uint8)
     images: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
