@@ -6,6 +6,7 @@ import asyncio
 import base64
 import io
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +235,7 @@ async def test_pages_elsewhere_may_not_ask(tmp_path: Path) -> None:
 @asynchronous
 async def test_who_leaves_frees_the_place(tmp_path: Path) -> None:
     denoiser = Counting()
+    denoiser.fails = lambda _: time.sleep(0.005)  # a busy machine must not be done before anyone leaves
     async with serving(tmp_path, sham_model(tmp_path, denoiser)) as (client, service):
         engine = service.engines["sham"]
         for stream in (False, True):
