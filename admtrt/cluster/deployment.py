@@ -23,7 +23,7 @@ _SPOOL, _KEEP = 2**30, 86400.0  # bytes, seconds: as admtrt serve has them
 
 
 class Settings(BaseModel):
-    """What is served and how; fields are options of ``admtrt serve``.
+    """Settings of the served models; fields are options of ``admtrt serve``.
 
     Attributes:
         bundle: its directory, which every node sees under the same path.

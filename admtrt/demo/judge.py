@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     Pixels = NDArray[np.uint8]
 
+_MOST_SCORED = 10_000
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -30,9 +32,6 @@ class Verdict:
 
     accuracy: float
     diversity: float
-
-
-_MOST_SCORED = 10_000
 
 
 class Judge:

@@ -1,4 +1,4 @@
-"""What a pipeline draws: checked requests, the state at each step, the samples."""
+"""Drawing with a pipeline: checked requests, the state at each step, the samples."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class Costs:
 
 
 def runs_of(schedule: SamplingSchedule, guides: Guides) -> dict[GraphName, int]:
-    """How often a row runs each graph on its way.
+    """Runs of each graph on a row's way.
 
     Args:
         schedule: that it follows.

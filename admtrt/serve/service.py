@@ -176,7 +176,7 @@ class Service:
         return {**opened.meta, "images": await self.pictures(done.images), "timing": timing}
 
     def timing(self, opened: Opened, done: Done) -> dict[str, float]:
-        """How long a request took, for the answer and the metrics."""
+        """Seconds that a request took, for the answer and the metrics."""
         name = opened.engine.model.name
         self.metrics.request_seconds.labels(name).observe(done.queued + done.drawn)
         self.metrics.queue_seconds.labels(name).observe(done.queued)

@@ -42,7 +42,7 @@ def steered() -> Model:
 
 
 Case = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
-"""What a request and the pipeline are both told, and the guides in the form of each."""
+"""Arguments that a request and the pipeline share, and the guides in the form of each."""
 
 
 @cache
@@ -282,23 +282,17 @@ def test_rows_with_a_guide_run_its_graph_and_others_the_plain_unet(tmp_path: Pat
     with running(model, sizes=(2, 4)) as engine:
         denoiser.gate.clear()
         plain = Asked(engine, [0, 1], scale=0.0, steps=4, method="ddim")
-        by_loss = Asked(
-            engine,
-            [0],
-            scale=0.0,
-            steps=4,
-            method="ddim",
-            guided_by=model.pipelines[0].guide_choices(["tv"]),
-            more={"inputs": drawn_of_nothing("tv")},
-        )
-        by_noise = Asked(
-            engine,
-            [0],
-            scale=0.0,
-            steps=4,
-            method="ddim",
-            guided_by=model.pipelines[0].guide_choices(["seen"]),
-            more={"inputs": drawn_of_nothing("seen")},
+        by_loss, by_noise = (
+            Asked(
+                engine,
+                [0],
+                scale=0.0,
+                steps=4,
+                method="ddim",
+                guided_by=model.pipelines[0].guide_choices([name]),
+                more={"inputs": drawn_of_nothing(name)},
+            )
+            for name in ("tv", "seen")
         )
         denoiser.gate.set()
         assert all(isinstance(one.end(), Done) for one in (plain, by_loss, by_noise))
