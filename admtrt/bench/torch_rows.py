@@ -63,7 +63,7 @@ class _DeviceSlots:
     def advance(self) -> None:
         """The noise is PyTorch's own, drawn on the device: the fastest there is, and unlike ours no array."""
         inputs, x, compute = step_inputs(self._slots), self._x, self._denoiser.compute
-        t, coefficients = map(self._denoiser.tensor, (inputs.t, inputs.of_update))
+        t, coefficients = map(self._denoiser.tensor, (inputs.t, inputs.coefficients))
         zeros = torch.zeros_like(x)
         noise = zeros if inputs.noise_steps is None else torch.randn_like(x)
         out = compute("unet", {"x": x, "t": t, **self._conditions["unet"]})["out"]

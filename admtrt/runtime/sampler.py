@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -12,11 +12,11 @@ from admtrt.contract import GUIDE_CLIP, LEVEL_INPUT, X0_WEIGHTS, graph_of, guide
 from admtrt.runtime.noise import second_noise, step_noise
 from admtrt.runtime.slots import GUIDE
 from admtrt.schedule.edits import EDIT, EDIT_GRAPHS
-from admtrt.schedule.guides import GUIDE_COLUMNS, GUIDE_GRAPH
-from admtrt.schedule.table import UPDATE, UPDATE_FULL
+from admtrt.schedule.guides import GUIDE_GRAPH
+from admtrt.schedule.table import UPDATE_FULL
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
     from contextlib import AbstractContextManager
 
     from numpy.typing import NDArray
@@ -41,41 +41,35 @@ class Denoiser(Protocol):
         ...
 
 
-@dataclass(frozen=True, eq=False)
-class StepInputs:
+class StepInputs(NamedTuple):
     """Inputs of one evaluation of every slot, besides its state and conditioning.
 
     Attributes:
         t: float32 [N], in the model's units.
-        coefficients: float32 [N, columns], see :mod:`admtrt.schedule.table`; behind :data:`UPDATE_FULL` the
-            columns of every guide of the bundle.
+        coefficients: of the graph that takes the step, float32 [N, columns]: those of ``update``, or where
+            ``full`` those of ``update_full`` and behind it the columns of every guide of the bundle.
         guided: bool [N], whose evaluation uses the classifier's gradient.
         guides: of each other guide that any slot's evaluation uses, whose do, bool [N].
         of_losses: what guides by a loss of x_0 take from the schedules, float32 [N] each, but their bound.
         guide_clips: that bound of each of them, float32 [N].
         noise_steps: the steps that name each slot's noise, or None where no slot's evaluation adds any.
+        second_noise_steps: the same of the noise of edits.
         full: whether any slot's schedule needs the graph ``update_full``.
         dynamic: whether any slot's evaluation needs the graph ``threshold``.
         edits: float32 [N, len(EDIT)] of each graph that edits any slot's next state, zeros for other slots.
-        steps: evaluations that each slot has still to come, which name its noise.
     """
 
     t: NDArray[np.float32]
     coefficients: NDArray[np.float32]
     guided: NDArray[np.bool_]
     noise_steps: list[int] | None
+    second_noise_steps: list[int] | None
     full: bool
     dynamic: bool
     edits: dict[EditGraph, NDArray[np.float32]]
-    steps: list[int]
     guides: dict[str, NDArray[np.bool_]]
     guide_clips: dict[str, NDArray[np.float32]]
     of_losses: dict[str, NDArray[np.float32]]
-
-    @property
-    def of_update(self) -> NDArray[np.float32]:
-        """The coefficients of the graph ``update``, float32 [N, len(UPDATE)]."""
-        return np.ascontiguousarray(self.coefficients[:, : len(UPDATE)])
 
     @property
     def clip(self) -> NDArray[np.float32]:
@@ -85,67 +79,86 @@ class StepInputs:
 
 def step_inputs(slots: Slots) -> StepInputs:
     """The inputs of the slots' next evaluation. No slot may be finished."""
-    rows = list(zip(slots.schedules, slots.position.tolist(), strict=True))
-    steps = [int(schedule.step[i]) for schedule, i in rows]
+    places = _Places(slots)
+    needs = places.read(lambda schedule: schedule.needs)
+    guided, stochastic, dynamic = needs.T
+    some_noise, some_dynamic = stochastic.any(), dynamic.any()
+    edits = _edit_columns(places, slots)
+    some_second = any(columns[:, _NOISY].any() for columns in edits.values())
+    steps = places.read(lambda schedule: schedule.step).tolist() if some_noise or some_second else None
     return StepInputs(
-        t=np.array([schedule.model_t[i] for schedule, i in rows], dtype=np.float32),
-        coefficients=_coefficients(rows, slots),
-        guided=np.array([schedule.guided[i] for schedule, i in rows]) & (GUIDE in slots.conditions),
-        noise_steps=steps if any(schedule.stochastic[i] for schedule, i in rows) else None,
+        t=places.read(lambda schedule: schedule.model_t),
+        coefficients=_coefficients(places, slots),
+        guided=guided & (GUIDE in slots.conditions),
+        noise_steps=steps if some_noise else None,
+        second_noise_steps=steps if some_second else None,
         full=slots.full,
-        dynamic=any(schedule.dynamic[i] for schedule, i in rows),
-        edits=_edit_columns(rows),
-        steps=steps,
-        **_of_guides(rows, slots),
+        dynamic=bool(some_dynamic),
+        edits=edits,
+        **_of_guides(places, slots),
     )
 
 
-def _coefficients(rows: list[tuple[SamplingSchedule, int]], slots: Slots) -> NDArray[np.float32]:
-    own = np.stack([schedule.coefficients[i] for schedule, i in rows])
+class _Places:
+    """The place of every slot in its schedule. Most batches share one schedule, which is read at once."""
+
+    def __init__(self, slots: Slots) -> None:
+        self._schedules = slots.schedules
+        self._position = slots.position
+        self._shared = len(set(slots.schedules)) == 1
+
+    def read(self, column: Callable[[SamplingSchedule], Array]) -> Array:
+        """Entry of every slot in an array over the evaluations of its schedule, [N, ...]."""
+        if self._shared:
+            return column(self._schedules[0])[self._position]
+        rows = zip(self._schedules, self._position.tolist(), strict=True)
+        return np.array([column(schedule)[place] for schedule, place in rows])
+
+
+def _coefficients(places: _Places, slots: Slots) -> NDArray[np.float32]:
+    if not slots.full:
+        return places.read(lambda schedule: schedule.of_update)
+    own = places.read(lambda schedule: schedule.coefficients)
     if not slots.guides:
         return own
-    nothing = np.zeros(len(GUIDE_COLUMNS), np.float32)
-    theirs = [
-        np.stack([
-            schedule.guides[name].columns[i] if name in schedule.guides else nothing for schedule, i in rows
-        ])
-        for name in slots.guides
-    ]  # fmt: skip
+    theirs = [places.read(partial(_guide_columns, name)) for name in slots.guides]
     return np.concatenate([own, *theirs], axis=1)
 
 
-def _of_guides(rows: list[tuple[SamplingSchedule, int]], slots: Slots) -> dict[str, Any]:
+def _guide_columns(name: str, schedule: SamplingSchedule) -> NDArray[np.float32]:
+    return schedule.guide(name).columns
+
+
+def _guide_active(name: str, schedule: SamplingSchedule) -> NDArray[np.bool_]:
+    return schedule.guide(name).active
+
+
+def _of_guides(places: _Places, slots: Slots) -> dict[str, Any]:
     """The fields of :class:`StepInputs` that are of guides besides the classifier."""
-    if not slots.guides:
-        return {"guides": {}, "guide_clips": {}, "of_losses": {}}
     active, clips = {}, {}
     for name in slots.guides:
-        used = [schedule.guides.get(name) for schedule, _ in rows]
-        guided = np.array(
-            [one is not None and bool(one.active[i]) for one, (_, i) in zip(used, rows, strict=True)]
-        )
+        guided = places.read(partial(_guide_active, name))
         if guided.any():
             active[name] = guided
-            clips[name] = np.array([1.0 if one is None else one.clip for one in used], np.float32)
-    weights = np.stack([schedule.x0_weights[i] for schedule, i in rows])
-    sigma = np.array([schedule.sigma[i] for schedule, i in rows])
+            clips[name] = np.array([schedule.guide(name).clip for schedule in slots.schedules], np.float32)
+    return {"guides": active, "guide_clips": clips, "of_losses": _of_losses(places) if active else {}}
+
+
+def _of_losses(places: _Places) -> dict[str, NDArray[np.float32]]:
+    weights = places.read(lambda schedule: schedule.x0_weights)
+    sigma = places.read(lambda schedule: schedule.sigma)
     noise = np.divide(sigma, np.hypot(1.0, sigma), out=np.ones_like(sigma), where=np.isfinite(sigma))
-    numbers = (*weights.T, noise)
-    named = zip((*X0_WEIGHTS, LEVEL_INPUT), numbers, strict=True)
-    return {
-        "guides": active,
-        "guide_clips": clips,
-        "of_losses": {name: np.ascontiguousarray(one, np.float32) for name, one in named} if active else {},
-    }
+    named = zip((*X0_WEIGHTS, LEVEL_INPUT), (*weights.T, noise), strict=True)
+    return {name: np.ascontiguousarray(numbers, np.float32) for name, numbers in named}
 
 
-def _edit_columns(rows: list[tuple[SamplingSchedule, int]]) -> dict[EditGraph, NDArray[np.float32]]:
+def _edit_columns(places: _Places, slots: Slots) -> dict[EditGraph, NDArray[np.float32]]:
     by_graph: dict[EditGraph, NDArray[np.float32]] = {}
-    if all(schedule.edit_graph is None for schedule, _ in rows):
+    if not any(schedule.edit_graph for schedule in slots.schedules):
         return by_graph
-    columns = np.stack([schedule.edits[i] for schedule, i in rows])
+    columns = places.read(lambda schedule: schedule.edits)
     for graph in EDIT_GRAPHS:
-        own = np.array([schedule.edit_graph == graph for schedule, _ in rows])
+        own = np.array([schedule.edit_graph == graph for schedule in slots.schedules])
         if columns[own][:, _EDITING].any():
             by_graph[graph] = columns * own[:, None].astype(np.float32)
     return by_graph
@@ -160,9 +173,9 @@ def draw_noise(slots: Slots, inputs: StepInputs) -> Images | None:
 
 def draw_second_noise(slots: Slots, inputs: StepInputs) -> Images | None:
     """The noise of the edits of a step, float32 [N, C, H, W], or None where no slot's edit adds any."""
-    if not any(columns[:, _NOISY].any() for columns in inputs.edits.values()):
+    if inputs.second_noise_steps is None:
         return None
-    return second_noise(slots.seeds, inputs.steps, slots.x.shape[1:], stage=slots.stage)
+    return second_noise(slots.seeds, inputs.second_noise_steps, slots.x.shape[1:], stage=slots.stage)
 
 
 def advance(slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int] = ()) -> None:
@@ -182,10 +195,10 @@ def advance(slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int] = ()) 
     given = {"x": slots.x, **_evaluated(slots, inputs, denoiser, guided_sizes)}
     z = draw_noise(slots, inputs)
     noise = {"noise": np.zeros_like(slots.x) if z is None else z}
+    row = {"coefficients": inputs.coefficients}
     if not inputs.full:
-        results = denoiser.run("update", {**given, **noise, "coefficients": inputs.of_update})
+        results = denoiser.run("update", {**given, **noise, **row})
     else:
-        row = {"coefficients": inputs.coefficients}
         r = denoiser.run("threshold", {**given, **row})["r"] if inputs.dynamic else inputs.clip
         memory = {"saved": slots.saved, "h1": slots.x_0, "h2": slots.h2}
         results = denoiser.run("update_full", {**given, **noise, **memory, "r": r, **row})

@@ -134,19 +134,40 @@ class SamplingSchedule:
         return self.timesteps[index].item() if len(self.timesteps) else None
 
     @functools.cached_property
+    def needs(self) -> NDArray[np.bool_]:
+        """:attr:`guided`, :attr:`stochastic` and :attr:`dynamic` side by side, bool [R, 3]."""
+        guided = self.coefficients[:, _GUIDED].any(axis=1)
+        stochastic = self.coefficients[:, _NOISE] != 0
+        dynamic = self.coefficients[:, _BOUND] > self.coefficients[:, _CLIP]
+        return np.stack([guided, stochastic, dynamic], axis=1)
+
+    @property
     def guided(self) -> NDArray[np.bool_]:
         """True for evaluations that use a guide's gradient, bool [R]."""
-        return np.asarray(self.coefficients[:, _GUIDED].any(axis=1))
+        return self.needs[:, 0]
 
-    @functools.cached_property
+    @property
     def stochastic(self) -> NDArray[np.bool_]:
         """True for evaluations that add noise, bool [R]."""
-        return np.asarray(self.coefficients[:, _NOISE] != 0)
+        return self.needs[:, 1]
 
-    @functools.cached_property
+    @property
     def dynamic(self) -> NDArray[np.bool_]:
         """True for evaluations that need the graph ``threshold``, bool [R]."""
-        return np.asarray(self.coefficients[:, _BOUND] > self.coefficients[:, _CLIP])
+        return self.needs[:, 2]
+
+    @functools.cached_property
+    def of_update(self) -> Float32:
+        """The coefficients of the graph ``update``, float32 [R, len(UPDATE)]."""
+        return np.ascontiguousarray(self.coefficients[:, : len(UPDATE)])
+
+    def guide(self, name: str) -> GuideRows:
+        """Effect of a guide on the sample, zeros where it guides none of its evaluations."""
+        return self.guides.get(name, self._no_guide)
+
+    @functools.cached_property
+    def _no_guide(self) -> GuideRows:
+        return GuideRows(np.zeros((len(self), len(GUIDE_COLUMNS)), np.float32), 1.0)
 
     @functools.cached_property
     def full(self) -> bool:

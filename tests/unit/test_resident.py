@@ -91,7 +91,7 @@ def test_step_inputs_are_each_sample_s_own() -> None:
     for row, schedule in enumerate(slots.schedules):
         at = slots.position[row]
         assert inputs.t[row] == schedule.model_t[at]
-        np.testing.assert_array_equal(inputs.coefficients[row], schedule.coefficients[at])
+        np.testing.assert_array_equal(inputs.coefficients[row], schedule.coefficients[at, : len(UPDATE)])
     assert inputs.guided.tolist() == [True, True, False]
     assert inputs.noise_steps == [3, 4, 5]
     noise = draw_noise(slots, inputs)

@@ -49,7 +49,7 @@ class _Stage:
         )
         given: dict[Key, Array] = {"t": inputs.t}
         if not kind.full:
-            given[coefficients_of("update")] = inputs.of_update
+            given[coefficients_of("update")] = inputs.coefficients
         else:
             given[coefficients_of("update_full")] = inputs.coefficients
             if not kind.dynamic:
