@@ -75,8 +75,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text
 
 
 @contextlib.contextmanager
-def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A bar with elapsed time and ETA on stderr; yields ``advance(count, text)``.
+def progress_bar(description: str, total: int, *, done: int = 0) -> Iterator[Callable[[int, str], None]]:
+    """A bar with elapsed time and ETA on stderr; yields ``progress(count, text)``.
 
     Without a terminal nothing is drawn: logs hold lines, not bars.
     """
@@ -102,7 +102,7 @@ def progress(description: str, total: int, *, done: int = 0) -> Iterator[Callabl
     with Progress(*columns, console=console, disable=not console.is_interactive) as bars:
         task = bars.add_task(description, total=total, completed=done, text="")
 
-        def advance(count: int, text: str = "") -> None:
+        def progress(count: int, text: str = "") -> None:
             bars.update(task, advance=count, text=text)
 
-        yield advance
+        yield progress

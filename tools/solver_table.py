@@ -25,7 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from admtrt.bundle import Bundle
 from admtrt.config_files import load_config
-from admtrt.console import progress
+from admtrt.console import progress_bar
 from admtrt.demo.judge import Judge
 from admtrt.demo.run import demo_config
 from admtrt.errors import AdmtrtError
@@ -114,7 +114,7 @@ def main(arguments: argparse.Namespace) -> None:
         samples = pipeline(labels.tolist(), range(count), batch_size=BATCH, **choices)
         return samples, (time.perf_counter() - start) / count
 
-    with progress("solvers", len(arguments.scale) * len(lines) * len(EVALUATIONS)) as advance:
+    with progress_bar("solvers", len(arguments.scale) * len(lines) * len(EVALUATIONS)) as progress:
         for scale in arguments.scale:
             reference, _ = drawn(scale=scale, **CONVERGED)
             heads = [f"scale {scale:g}, evaluations", *map(str, EVALUATIONS), "ms an image at 10"]
@@ -130,7 +130,7 @@ def main(arguments: argparse.Namespace) -> None:
                     cells.append(cell)
                     seconds = spent if evaluations == TIMED else seconds
                     shown.setdefault(line.name, []).append(samples.images[:SHOWN])
-                    advance(1, f"{line.name}, {evaluations}")
+                    progress(1, f"{line.name}, {evaluations}")
                 print(f"| {line.name} | {' | '.join(cells)} | {1000 * seconds:.1f} |", flush=True)
             longest, _ = drawn(scale=scale, method="ddpm", steps=250)
             empty = " |" * (len(EVALUATIONS) + 1)

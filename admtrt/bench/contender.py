@@ -171,7 +171,7 @@ class Contender:
             plans=self._subject.plans if takes_plans(self._row) else None,
             batch_size=batch,
         )
-        return open_denoiser(self._bundle, choice, report=lambda said: self._notes.append(str(said)))
+        return open_denoiser(self._bundle, choice, progress=lambda said: self._notes.append(str(said)))
 
     def _guide_inputs(self, batch: int) -> dict[str, tuple[GraphName, dict[str, Array]]]:
         """The graph of each guide that has one of its own, and what it is given, by the guide's name."""

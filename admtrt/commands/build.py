@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
-from admtrt.console import Output, progress, table
+from admtrt.console import Output, progress_bar, table
 from admtrt.errors import EngineError, RequestError
 
 if TYPE_CHECKING:
@@ -164,9 +164,9 @@ def _say_first(sources: Sequence[GraphSource], options: BuildOptions, output: Ou
 
 def _make(builder: PlanBuilder, sources: Sequence[GraphSource], options: BuildOptions) -> list[BuildResult]:
     results = []
-    with progress("building", _PER_GRAPH * len(sources)) as advance:
+    with progress_bar("building", _PER_GRAPH * len(sources)) as progress:
         for source in sources:
-            bar = _Bar(advance, source.graph)
+            bar = _Bar(progress, source.graph)
             results.append(builder.make(source, options, bar.show))
             bar.show(1.0, "done")
     return results
@@ -175,14 +175,14 @@ def _make(builder: PlanBuilder, sources: Sequence[GraphSource], options: BuildOp
 class _Bar:
     """One graph's part of the progress bar."""
 
-    def __init__(self, advance: Callable[[int, str], None], graph: str) -> None:
-        self._advance, self._graph = advance, graph
+    def __init__(self, progress: Callable[[int, str], None], graph: str) -> None:
+        self._progress, self._graph = progress, graph
         self._shown = 0
 
     def show(self, done: float, phase: str) -> None:
         """``done`` from 0 to 1."""
         reached = int(done * _PER_GRAPH)
-        self._advance(reached - self._shown, f"{self._graph}: {phase}")
+        self._progress(reached - self._shown, f"{self._graph}: {phase}")
         self._shown = reached
 
 

@@ -11,7 +11,7 @@ import typer
 from admtrt.commands.backend_report import BackendReport
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.requirements import require
-from admtrt.console import Output, progress, table
+from admtrt.console import Output, progress_bar, table
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def drift(
         measured = _opened(opened, choice.for_batches(max(1, min(batch_size, images))), found)
     else:
         what, measured = f"engine graphs in {engine}, emulated", _emulated(opened, engine, threads)
-    with measured as denoiser, progress("measuring", images * length) as advance:
+    with measured as denoiser, progress_bar("measuring", images * length) as progress:
         report = measure_drift(
             opened,
             reference,
@@ -97,7 +97,7 @@ def drift(
             steps=steps,
             batch_size=batch_size,
             seed=seed,
-            report=lambda count: advance(count, ""),
+            progress=lambda count: progress(count, ""),
         )
     title = f"{opened.path.name}: {what} against fp32"
     output.result(
@@ -126,13 +126,11 @@ def _compared_with_itself() -> RequestError:
     )
 
 
-def _opened(bundle: Bundle, choice: BackendChoice, report: BackendReport) -> AbstractContextManager[Denoiser]:
+def _opened(bundle: Bundle, choice: BackendChoice, found: BackendReport) -> AbstractContextManager[Denoiser]:
     from admtrt.runtime.backends.opening import open_denoiser
 
-    denoiser = open_denoiser(bundle, choice, report=report)
-    if choice.precision == "fp32" and any(
-        set(one.graphs.values()) == {"onnxruntime"} for one in report.found
-    ):
+    denoiser = open_denoiser(bundle, choice, progress=found)
+    if choice.precision == "fp32" and any(set(one.graphs.values()) == {"onnxruntime"} for one in found.found):
         raise _compared_with_itself()
     return nullcontext(denoiser)
 

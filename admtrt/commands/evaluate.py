@@ -23,7 +23,7 @@ from admtrt.commands.options import (
     steps_option,
 )
 from admtrt.commands.requirements import require
-from admtrt.console import Output, progress, table
+from admtrt.console import Output, progress_bar, table
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
@@ -147,7 +147,7 @@ def nll(
         opened.graph_entry(graph)
 
         def open_graph(batch: int) -> Denoiser:
-            return open_denoiser(opened, choice.for_batches(batch), graphs=[graph], report=found_backends)
+            return open_denoiser(opened, choice.for_batches(batch), graphs=[graph], progress=found_backends)
 
         manifest = opened.manifest
         judged = _Judged(open_graph, manifest.network, manifest.diffusion, manifest.class_names)
@@ -187,14 +187,14 @@ def _bound(
 
     length = _evaluations(judged.diffusion, steps)
     denoiser = judged.open(_largest_batch(data, common))
-    with progress("evaluating", _images(data, common) * length) as advance:
+    with progress_bar("evaluating", _images(data, common) * length) as progress:
         found = evaluate_nll(
             denoiser,
             judged.config,
             require_discrete(judged.diffusion, _BOUND, "network"),
             data,
             steps=steps or "",
-            report=lambda count: advance(count, ""),
+            progress=lambda count: progress(count, ""),
             **common,
         )
     rows = [
@@ -213,9 +213,9 @@ def _flow(
     from admtrt.verify.nll_ode import evaluate_flow
 
     denoiser = judged.open(_largest_batch(data, common))
-    with progress("evaluating", _images(data, common)) as advance:
+    with progress_bar("evaluating", _images(data, common)) as progress:
         found = evaluate_flow(
-            denoiser, judged.config, judged.diffusion, data, tolerance=tolerance, report=advance, **common
+            denoiser, judged.config, judged.diffusion, data, tolerance=tolerance, progress=progress, **common
         )
     rows = [
         ["bits per dim", _with_error(found.bits_per_dim, found.standard_error)],

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from admtrt.commands.requirements import require
-from admtrt.console import Output, progress, table
+from admtrt.console import Output, progress_bar, table
 from admtrt.files import check_place
 
 features_app = typer.Typer(help="Make a network of features, once.", no_args_is_help=True)
@@ -72,7 +72,7 @@ def judge(
     from admtrt.features.folder import make_judge
 
     check_place(out.parent, folder=True)
-    with progress("training the judge", steps) as advance:
+    with progress_bar("training the judge", steps) as progress:
         manifest, accuracy = make_judge(
             config,
             out,
@@ -82,7 +82,7 @@ def judge(
             lr=lr,
             seed=seed,
             overwrite=overwrite,
-            advance=advance,
+            progress=progress,
         )
     Output(json=json).result(
         {"folder": str(out), "manifest": manifest.to_dict(), "accuracy": accuracy},

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from admtrt.commands.options import Threads
-from admtrt.console import Output, progress, table
+from admtrt.console import Output, progress_bar, table
 from admtrt.errors import AdmtrtError, RequestError
 from admtrt.files import check_place
 
@@ -90,8 +90,8 @@ def reference(
     network = open_network(features)
     images = open_images(data, size=size, lossy=lossy)
     computing = Computing(backend, precision, threads, batch_size, output.note)
-    with progress("features", len(images)) as advance:
-        written = write_reference(images, network, computing, out, keep=keep, seed=seed, advance=advance)
+    with progress_bar("features", len(images)) as progress:
+        written = write_reference(images, network, computing, out, keep=keep, seed=seed, progress=progress)
     output.result(
         {"file": str(out), **written},
         f"{out}: statistics of {written['images']} images, {written['kept']} of them kept",
@@ -171,8 +171,8 @@ def samples(
     ]
     if ray is not None:
         _on_cluster(opened, networks, computing, ray, count=count, seed=seed)
-    with progress("evaluating", sum(one.total(opened) for one in evaluators)) as advance:
-        results = [one(opened, advance=advance) for one in evaluators]
+    with progress_bar("evaluating", sum(one.total(opened) for one in evaluators)) as progress:
+        results = [one(opened, progress=progress) for one in evaluators]
     data: dict[str, Any] = {
         "samples": opened.describe(),
         "reference": theirs.describe(),
@@ -211,10 +211,10 @@ def _on_cluster(
     from admtrt.evaluate.elsewhere import block_work, computed_elsewhere
 
     works = [block_work(opened, network, computing, count=count, seed=seed) for network in networks]
-    with progress("features", len(opened) * len(works)) as advance:
+    with progress_bar("features", len(opened) * len(works)) as progress:
         for work, network in zip(works, networks, strict=True):
             for images in computed_elsewhere(work, address):
-                advance(images, network.name)
+                progress(images, network.name)
 
 
 def shown_result(result: Judged) -> list[RenderableType]:

@@ -13,7 +13,7 @@ from admtrt.commands.options import BackendName, PlanFolder, Threads
 from admtrt.commands.requirements import require
 from admtrt.commands.sample import interval_of
 from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
-from admtrt.console import Output, progress, table
+from admtrt.console import Output, progress_bar, table
 from admtrt.errors import RequestError
 from admtrt.files import check_place
 
@@ -111,7 +111,7 @@ def sweep(
     opened = Bundle.open(bundle)
     found_backends = BackendReport(output)
     pipelines = {
-        one: Pipeline.open(opened, choice.for_batches(min(batch_size, count)), report=found_backends)
+        one: Pipeline.open(opened, choice.for_batches(min(batch_size, count)), progress=found_backends)
         for one, choice in choices.items()
     }
     labels = labels_of(count, opened.manifest.num_classes)
@@ -126,13 +126,13 @@ def sweep(
         "reference": theirs.describe(),
         "floor": None if real is None else real.describe(),
     }
-    with progress("sweeping", swept.total()) as advance:
+    with progress_bar("sweeping", swept.total()) as progress:
         rows = run_sweep(
             swept,
             evaluators,
             out,
             about,
-            drawing=advance,
+            progress=progress,
             seen=lambda row: output.note(f"{row.point.name}: done"),
         )
     figures = [out / f"sweep-{network.name}.png" for network in networks]

@@ -127,7 +127,7 @@ def export(
         islands=islands,
         likelihood=likelihood,
         overwrite=overwrite,
-        report=lambda name: output.note(f"exporting {name}"),
+        progress=lambda name: output.note(f"exporting {name}"),
     )
     show_bundle(bundle, output)
 

@@ -10,7 +10,7 @@ import typer
 from admtrt.commands.backend_report import BackendReport
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.sample import requested_labels
-from admtrt.console import Output, progress
+from admtrt.console import Output, progress_bar
 
 
 def invert(
@@ -57,7 +57,7 @@ def invert(
         labels = None
     found_backends = BackendReport(output)
     choice = choice.for_batches(max(1, min(batch_size, len(given))))
-    pipeline = Pipeline.open(opened, choice, report=found_backends)
+    pipeline = Pipeline.open(opened, choice, progress=found_backends)
     request = InversionRequest.checked(
         pipeline,
         given,
@@ -70,8 +70,8 @@ def invert(
     )
     both_ways = 2 * len(request.schedule) + 1
     done = finished_images(request, out)
-    with progress("inverting", len(request) * both_ways, done=done * both_ways) as advance:
-        path, errors = invert_into(request, out, advance)
+    with progress_bar("inverting", len(request) * both_ways, done=done * both_ways) as progress:
+        path, errors = invert_into(request, out, progress)
     found = {"mean": float(errors.mean()), "worst": float(errors.max())}
     average, worst = (f"{error * 127.5:.2f}" for error in found.values())
     output.result(

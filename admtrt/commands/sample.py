@@ -14,7 +14,7 @@ from admtrt.commands.guide_options import GuideOptions, takes_guide_options
 from admtrt.commands.image_options import ImageOptions, takes_image_options
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
-from admtrt.console import Output, progress
+from admtrt.console import Output, progress_bar
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ def sample(
     asked = _asked_labels(classes, num, source, first.manifest)
     count = next((len(given) for given in (asked, source) if given is not None), num or 1)
     choice = choice.for_batches(max(1, min(batch_size, kept, count)))
-    pipeline = Pipeline.open(first, choice, guides=guide_options.names, report=found_backends)
+    pipeline = Pipeline.open(first, choice, guides=guide_options.names, progress=found_backends)
     sampler = pipeline.sampler(
         **image_options.choices(
             images,
@@ -186,7 +186,7 @@ def sample(
         from admtrt.runtime.two_stage import UNGUIDED, TwoStage
 
         second = Pipeline.open(
-            Bundle.open(upsample), choice, guides=guide_options.names, report=found_backends
+            Bundle.open(upsample), choice, guides=guide_options.names, progress=found_backends
         )
         stages = TwoStage(pipeline, second)
         upsampler = stages.high.sampler(
@@ -258,8 +258,8 @@ def _draw_one(
     from admtrt.runtime.shards import Shards
 
     done, steps = Shards(out, request, pipeline.bundle.manifest).finished, _steps(pipeline, request)
-    with progress("sampling", request.count * steps, done=done * steps) as advance:
-        written = draw(pipeline, request, out, formats, advance=advance, elsewhere=elsewhere)
+    with progress_bar("sampling", request.count * steps, done=done * steps) as progress:
+        written = draw(pipeline, request, out, formats, progress=progress, elsewhere=elsewhere)
     return _outcome(request, done, written)
 
 
@@ -282,8 +282,10 @@ def _draw_two(
     )
     steps = (_steps(stages.low, low), _steps(stages.high, high))
     finished = done[0] * steps[0] + done[1] * steps[1]
-    with progress("sampling", low.count * sum(steps), done=finished) as advance:
-        first, second = draw_two_stage(stages, low, high, out, formats, advance=advance, elsewhere=elsewhere)
+    with progress_bar("sampling", low.count * sum(steps), done=finished) as progress:
+        first, second = draw_two_stage(
+            stages, low, high, out, formats, progress=progress, elsewhere=elsewhere
+        )
     return _outcome(high, done[1], second) | {"first_stage": _outcome(low, done[0], first)}
 
 

@@ -137,7 +137,7 @@ def serve(
     chosen_guides = None if guides is None else [name.strip() for name in guides.split(",") if name.strip()]
     budget = physical_memory() // 2 if memory is None else int(memory * _GIB)
     bounds = Bounds(requests=max_requests, timeout=timeout, client_share=client_share)
-    report = BackendReport(output)
+    found = BackendReport(output)
 
     def opened(bundle: Bundle) -> Any:
         from admtrt.runtime.pipeline import Pipeline
@@ -150,7 +150,7 @@ def serve(
             plans=cache,
             batch_size=max_rows if not chosen_sizes else max(chosen_sizes),
             guides=chosen_guides,
-            report=report,
+            progress=found,
         )
 
     with contextlib.ExitStack() as stack:
@@ -201,7 +201,7 @@ def serve(
                     name: {"cap": engine.stations[0].sizes.cap, "sizes": engine.stations[0].sizes.prepared}
                     for name, engine in engines.items()
                 },
-                "chosen": report.to_list(),
+                "chosen": found.to_list(),
             },
             f"serving {', '.join(engines)} at {url}",
         )

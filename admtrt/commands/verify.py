@@ -128,8 +128,8 @@ def verify(
         every=all_solvers,
         seed=seed,
         backend=choice,
-        report=lambda name: output.note(f"verifying {name}"),
-        backend_report=found,
+        progress=lambda name: output.note(f"verifying {name}"),
+        backend_progress=found,
         record=None if recorder is None else recorder.add,
     )
     saved = [] if recorder is None else recorder.write()

@@ -139,12 +139,16 @@ def run_demo(out: Path, *, output: Output) -> DemoResult:
     unet = load_network(out / "models" / "unet.safetensors", kind="unet")
     classifier = load_network(out / "models" / "classifier.safetensors", kind="classifier")
     bundle = bundle_from_checkpoints(
-        unet, classifier, out / "bundle", overwrite=True, report=lambda name: output.note(f"exporting {name}")
+        unet,
+        classifier,
+        out / "bundle",
+        overwrite=True,
+        progress=lambda name: output.note(f"exporting {name}"),
     )
     seconds["export"] = time.perf_counter() - start
     start = time.perf_counter()
     verification = verify_bundle(
-        bundle, unet, classifier, report=lambda text: output.note(f"verifying: {text}")
+        bundle, unet, classifier, progress=lambda text: output.note(f"verifying: {text}")
     )
     seconds["verify"] = time.perf_counter() - start
     start = time.perf_counter()
@@ -222,7 +226,7 @@ def sweep_digits(
         seen(found[-1], images)
 
     evaluators = [_evaluator(out / FEATURES)]
-    run_sweep(swept, evaluators, folder, {"bundle": bundle.digest}, drawing=lambda *_: None, seen=add)
+    run_sweep(swept, evaluators, folder, {"bundle": bundle.digest}, progress=lambda *_: None, seen=add)
     return found
 
 

@@ -131,7 +131,7 @@ class Evaluator:
         others = (one for name, one in self._sets.items() if name not in self._known and one is not None)
         return len(samples) + sum(len(one) for one in others)
 
-    def __call__(self, samples: OpenedSet, *, advance: Progress = _unseen) -> Judged:
+    def __call__(self, samples: OpenedSet, *, progress: Progress = _unseen) -> Judged:
         """Judge samples.
 
         Raises:
@@ -146,9 +146,9 @@ class Evaluator:
 
         network, asked = self._network, self._asked
         extractor = self._extractor()
-        ours = features_of(samples, extractor, batch_size=self._computing.batch_size, advance=advance)
+        ours = features_of(samples, extractor, batch_size=self._computing.batch_size, progress=progress)
         assert ours is not None  # statistics alone are refused as samples
-        reference = self._prepared(extractor, advance)
+        reference = self._prepared(extractor, progress)
         for warned in (
             *set_warnings(ours, network, asked.metrics, self._computing.precision),
             *_shape_warnings(samples, self._sets["reference"]),
@@ -189,7 +189,7 @@ class Evaluator:
         c = self._computing
         return Extractor(self._network, c.backend, c.precision, threads=c.threads, note=c.note)
 
-    def _prepared(self, extractor: Extractor | None, advance: Progress) -> Reference:
+    def _prepared(self, extractor: Extractor | None, progress: Progress) -> Reference:
         """The reference, floor and training images, seen when they are first needed."""
 
         def seen(name: str) -> FeatureSet | None:
@@ -198,7 +198,7 @@ class Evaluator:
                 self._known[name] = None
                 if opened is not None:
                     self._known[name] = features_of(
-                        opened, extractor, batch_size=self._computing.batch_size, advance=advance
+                        opened, extractor, batch_size=self._computing.batch_size, progress=progress
                     )
             return self._known[name]
 

@@ -122,7 +122,7 @@ def extract(
     name: str,
     *,
     batch_size: int,
-    advance: Callable[[int, str], None] = lambda _count, _text: None,
+    progress: Callable[[int, str], None] = lambda _count, _text: None,
     each_block: Callable[[Pixels], None] = lambda _: None,
 ) -> FeatureSet:
     """Features of every image: those that are kept, and the others computed now.
@@ -132,7 +132,7 @@ def extract(
         extractor: the network.
         name: of the images, for messages.
         batch_size: images computed at once.
-        advance: called with the images done.
+        progress: called with the images done.
         each_block: given each block of images as it is read.
 
     Raises:
@@ -147,7 +147,7 @@ def extract(
         hashes.append(own)
         files.append(file)
         first += len(images)
-        advance(len(images), name)
+        progress(len(images), name)
     every = np.concatenate(hashes)
     return FeatureSet(extractor.outputs, every, _digest(every, source.shape), tuple(files), {})
 

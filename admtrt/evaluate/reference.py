@@ -30,7 +30,7 @@ def write_reference(
     *,
     keep: int,
     seed: int,
-    advance: Progress,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Write ``arr_0``, images drawn by the seed, and ``mu``, ``sigma`` (``mu_s``, ``sigma_s``) of all.
 
@@ -43,7 +43,7 @@ def write_reference(
         path: the file; replaced if it exists.
         keep: images to keep, at most.
         seed: of their draw.
-        advance: called with the images done.
+        progress: called with the images done.
 
     Raises:
         DataError: if there is one image, or one that cannot be read.
@@ -70,7 +70,7 @@ def write_reference(
                 extractor,
                 "images",
                 batch_size=computing.batch_size,
-                advance=advance,
+                progress=progress,
                 each_block=write,
             )
         arrays: dict[str, Any] = {FEATURES_KEY: np.array([network.digest])}

@@ -139,7 +139,7 @@ def features_of(
     extractor: Extractor | None,
     *,
     batch_size: int,
-    advance: Callable[[int, str], None] = lambda _count, _text: None,
+    progress: Callable[[int, str], None] = lambda _count, _text: None,
 ) -> FeatureSet | None:
     """Features of a set: those given, or computed; None of statistics alone.
 
@@ -155,7 +155,7 @@ def features_of(
             f"the {opened.name} are images, and there are no features to see them with",
             hint="Give --features FOLDER of admtrt evaluate features, or --features NAME=FILE.onnx.",
         )
-    return extract(opened.images, extractor, opened.name, batch_size=batch_size, advance=advance)
+    return extract(opened.images, extractor, opened.name, batch_size=batch_size, progress=progress)
 
 
 def reference_of(

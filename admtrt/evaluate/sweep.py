@@ -162,7 +162,7 @@ def run_sweep(
     out: Path,
     about: dict[str, Any],
     *,
-    drawing: Progress,
+    progress: Progress,
     seen: Callable[[Row], None] = lambda _: None,
 ) -> list[Row]:
     """Draw and judge every point; ``sweep.json`` is complete up to the last one that is done.
@@ -174,7 +174,7 @@ def run_sweep(
         evaluators: judge it.
         out: the folder.
         about: what the results are of, for ``sweep.json``.
-        drawing: called with the sample-steps done.
+        progress: called with the sample-steps done.
         seen: called with each row.
 
     Raises:
@@ -186,7 +186,7 @@ def run_sweep(
     for point, request in zip(sweep.points, requests, strict=True):
         folder = out / point.name
         pipeline = sweep.pipelines[point.precision]
-        draw(pipeline, request, folder, (), advance=drawing)
+        draw(pipeline, request, folder, (), progress=progress)
         images = drawn_images(folder, Shards(folder, request, pipeline.bundle.manifest), request.labels)
         judged = [one(OpenedSet("samples", images=images)) for one in evaluators]
         rows.append(Row(point, request.sampler, sweep.evaluations(point), judged))

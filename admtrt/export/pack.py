@@ -78,7 +78,7 @@ def bundle_from_checkpoints(
     islands: Collection[Island] = DEFAULT_ISLANDS,
     likelihood: bool = False,
     overwrite: bool = False,
-    report: Callable[[str], None] = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
     """Export a UNet (or upsampler) and, where given, its classifier's gradient, and pack them.
 
@@ -92,7 +92,7 @@ def bundle_from_checkpoints(
         islands: what stays float32 in those; see :mod:`admtrt.export.precision`.
         likelihood: add the graph ``unet_vector_jacobian``, of more than twice the UNet's size.
         overwrite: replace a bundle that stands there.
-        report: called with the name of each stage as it starts.
+        progress: called with the name of each stage as it starts.
 
     Raises:
         CheckpointError: if the two networks do not fit together.
@@ -134,18 +134,18 @@ def bundle_from_checkpoints(
         shared = SharedWeights()
         graphs: dict[GraphName, GraphEntry] = {}
         for name, spec in specs.items():
-            report(name)
+            progress(name)
             for engine, model in networks.forms(name, engine_graphs, islands, quantile):
                 if engine is None:
                     graphs[name] = _written(model, directory, f"{name}.onnx", spec, shared)
                 else:
-                    report(f"{name} for engines, {engine}")
+                    progress(f"{name} for engines, {engine}")
                     written = _written(model, directory, f"engine-{engine}/{name}.onnx", spec, shared)
                     precision = engine if is_network(name) else "fp32"
                     engine_graphs[engine][name] = written.model_copy(update={"precision": precision})
         if likelihood:
             name = "unet_vector_jacobian"
-            report(name)
+            progress(name)
             model = cpu_form(unet_vector_jacobian_graph(generator))
             spec = further_specs(generator.config)[name]
             graphs[name] = _written(model, directory, f"{name}.onnx", spec, shared)

@@ -80,7 +80,7 @@ def make_judge(
     lr: float = 1e-3,
     seed: int = 1,
     overwrite: bool = False,
-    advance: Callable[[int, str], None] = lambda _count, _text: None,
+    progress: Callable[[int, str], None] = lambda _count, _text: None,
 ) -> tuple[FeatureManifest, float]:
     """Train a classifier of clean images on a part that no network sees, and write its features and logits.
 
@@ -90,7 +90,7 @@ def make_judge(
         part: ``judge``, half of what is held out, or ``held-out``, all of it.
         steps, batch_size, lr, seed: of the training; another seed than the guide's.
         overwrite: replace a folder that is there.
-        advance: called with the steps done.
+        progress: called with the steps done.
 
     Returns:
         The manifest, and the fraction of the networks' training images (2,000 at most) that it gets right.
@@ -111,7 +111,7 @@ def make_judge(
         )
     images, others = judge_images(config.data, part)
     with atomic_directory(out, overwrite=overwrite) as folder:
-        judge = train_judge(images, steps=steps, batch_size=batch_size, lr=lr, seed=seed, advance=advance)
+        judge = train_judge(images, steps=steps, batch_size=batch_size, lr=lr, seed=seed, progress=progress)
         judge.save(folder / JUDGE_WEIGHTS)
         accuracy = judge.accuracy(others)
         graph = folder / GRAPH

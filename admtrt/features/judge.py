@@ -148,7 +148,7 @@ def train_judge(
     batch_size: int,
     lr: float,
     seed: int,
-    advance: Callable[[int, str], None],
+    progress: Callable[[int, str], None],
 ) -> Judge:
     """AdamW, the rate falling to 0 along a line; a function of its arguments on one machine."""
     torch.manual_seed(seed)
@@ -164,7 +164,7 @@ def train_judge(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        advance(1, f"loss {loss.item():.3f}")
+        progress(1, f"loss {loss.item():.3f}")
     return judge.eval().requires_grad_(False)
 
 

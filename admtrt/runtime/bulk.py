@@ -117,7 +117,7 @@ def draw(
     formats: Sequence[Format],
     *,
     class_names: Sequence[str] = (),
-    advance: Callable[[int, str], None] = lambda _count, _text: None,
+    progress: Callable[[int, str], None] = lambda _count, _text: None,
     elsewhere: Elsewhere | None = None,
 ) -> list[Path]:
     """Draw every missing shard, then write the results; returns the files written.
@@ -129,7 +129,7 @@ def draw(
         formats: ``npz`` (``samples.npz``, the original's format), ``png`` (a file for each sample), ``grid``
             (``grid.png``, labelled).
         class_names: for the labels where the bundle has none of its own.
-        advance: called with the sample-steps done and a text, for a progress display.
+        progress: called with the sample-steps done and a text, for a progress display.
         elsewhere: has other processes write the shards; None draws them here.
 
     Raises:
@@ -147,12 +147,12 @@ def draw(
     shards = Shards(directory, request, pipeline.bundle.manifest)
     if elsewhere is None:
         for start, stop in shards.missing():
-            shards.write(start, draw_shard(pipeline, request, start, stop, advance))
+            shards.write(start, draw_shard(pipeline, request, start, stop, progress))
     else:
         missing = dict(shards.missing())
         steps = len(request.inputs.schedule(pipeline.bundle.manifest.diffusion, request.sampler))
         for start in elsewhere(request, directory, list(missing)):
-            advance((missing[start] - start) * steps, "shards of all machines")
+            progress((missing[start] - start) * steps, "shards of all machines")
     names = pipeline.bundle.manifest.class_names or class_names
     return [_write(directory, one, request, shards, names) for one in formats]
 
@@ -285,12 +285,12 @@ def draw_shard(
     request: BulkRequest,
     start: int,
     stop: int,
-    advance: Callable[[int, str], None] = lambda _count, _text: None,
+    progress: Callable[[int, str], None] = lambda _count, _text: None,
 ) -> NDArray[np.uint8]:
     """Samples ``start`` to ``stop`` of a checked request, uint8 [n, H, W, C]."""
 
     def after_step(step: Step) -> None:
-        advance(step.count, f"step {step.index}/{step.total}")
+        progress(step.count, f"step {step.index}/{step.total}")
 
     labels = None if request.labels is None else request.labels[start:stop]
     return pipeline.draw(

@@ -204,14 +204,14 @@ class InversionRequest:
 
 
 def invert_into(
-    request: InversionRequest, directory: Path, advance: Callable[[int, str], None]
+    request: InversionRequest, directory: Path, progress: Callable[[int, str], None]
 ) -> tuple[Path, NDArray[np.float32]]:
     """Invert every missing shard, decode it again, and write ``latents.npz``.
 
     Args:
         request: what is inverted.
         directory: of the run; made, or continued where it holds the same request.
-        advance: called with the image-steps done and a text, for a progress display.
+        progress: called with the image-steps done and a text, for a progress display.
 
     Returns:
         The file, and the mean absolute difference of each decoded image from the given one, float32 [N] in
@@ -226,7 +226,7 @@ def invert_into(
     for start in request.starts:
         file = directory / "shards" / f"{start:08d}.npz"
         if not file.exists():
-            _invert_shard(request, start, file, advance)
+            _invert_shard(request, start, file, progress)
         x, error = _read_shard(request, start, file)
         latents.append(x)
         errors.append(error)
@@ -242,12 +242,12 @@ def finished_images(request: InversionRequest, directory: Path) -> int:
 
 
 def _invert_shard(
-    request: InversionRequest, start: int, file: Path, advance: Callable[[int, str], None]
+    request: InversionRequest, start: int, file: Path, progress: Callable[[int, str], None]
 ) -> None:
     rows = slice(start, start + request.shard_size)
 
     def told(way: str) -> Callable[[Step], None]:
-        return lambda step: advance(step.count, f"{way}, step {step.index}/{step.total}")
+        return lambda step: progress(step.count, f"{way}, step {step.index}/{step.total}")
 
     x = request.inverted(rows, told("up"))
     back = request.decoded(x, rows, told("and back"))

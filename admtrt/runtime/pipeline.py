@@ -68,7 +68,7 @@ class Pipeline:
         plans: str | Path | None = None,
         batch_size: int = 1,
         guides: Collection[str] | None = None,
-        report: Callable[[str | Fastest], None] = lambda _: None,
+        progress: Callable[[str | Fastest], None] = lambda _: None,
     ) -> Self:
         """Open a bundle.
 
@@ -77,7 +77,7 @@ class Pipeline:
             backend, precision, threads, plans, batch_size: as of
                 :class:`~admtrt.runtime.backends.choice.BackendChoice`.
             guides: of the bundle, that may be used; None for all. The graphs of others are not opened.
-            report: told what the backend ``auto`` measures, and what it has found.
+            progress: told what the backend ``auto`` measures, and what it has found.
 
         Raises:
             BundleError: if the bundle is incomplete or altered.
@@ -89,7 +89,7 @@ class Pipeline:
         plans = None if plans is None else Path(plans)
         choice = BackendChoice(backend, precision, threads, plans, batch_size)
         bundle = path if isinstance(path, Bundle) else Bundle.open(Path(path))
-        return cls.open(bundle, choice, guides=guides, report=report)
+        return cls.open(bundle, choice, guides=guides, progress=progress)
 
     @classmethod
     def open(
@@ -98,7 +98,7 @@ class Pipeline:
         choice: BackendChoice,
         *,
         guides: Collection[str] | None = None,
-        report: Callable[[str | Fastest], None] = lambda _: None,
+        progress: Callable[[str | Fastest], None] = lambda _: None,
     ) -> Self:
         """A bundle that is open on the backend of a choice.
 
@@ -107,7 +107,7 @@ class Pipeline:
         """
         from admtrt.runtime.backends.opening import graphs_with, open_denoiser
 
-        denoiser = open_denoiser(bundle, choice, graphs=graphs_with(bundle, guides), report=report)
+        denoiser = open_denoiser(bundle, choice, graphs=graphs_with(bundle, guides), progress=progress)
         return cls(bundle, denoiser, computed=str(choice))
 
     def __call__(

@@ -178,7 +178,7 @@ def draw_two_stage(
     directory: Path,
     formats: Sequence[Format],
     *,
-    advance: Callable[[int, str], None] = lambda _count, _text: None,
+    progress: Callable[[int, str], None] = lambda _count, _text: None,
     elsewhere: tuple[Elsewhere | None, Elsewhere | None] = (None, None),
 ) -> tuple[list[Path], list[Path]]:
     """Draw every missing shard of the first stage, then of the second, and write the results of both.
@@ -191,7 +191,7 @@ def draw_two_stage(
         low, high: what each draws; ``high`` is of :func:`second_request`.
         directory: of the run; made, or continued where it holds the same requests.
         formats: of the results, as for :func:`admtrt.runtime.bulk.draw`.
-        advance: called with the sample-steps done and a text, for a progress display.
+        progress: called with the sample-steps done and a text, for a progress display.
         elsewhere: of each stage, as for :func:`admtrt.runtime.bulk.draw`.
 
     Returns:
@@ -207,7 +207,7 @@ def draw_two_stage(
         low,
         directory / LOW_STAGE,
         formats,
-        advance=lambda count, text: advance(count, f"first stage, {text}"),
+        progress=lambda count, text: progress(count, f"first stage, {text}"),
         elsewhere=elsewhere[0],
     )
     second = draw(
@@ -216,7 +216,7 @@ def draw_two_stage(
         directory,
         formats,
         class_names=stages.low.bundle.manifest.class_names,
-        advance=lambda count, text: advance(count, f"second stage, {text}"),
+        progress=lambda count, text: progress(count, f"second stage, {text}"),
         elsewhere=elsewhere[1],
     )
     return first, second

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from admtrt.config import ClassifierConfig, EdmConfig, UNetConfig
-from admtrt.console import progress
+from admtrt.console import progress_bar
 from admtrt.data.image_set import ImageSet, load_data, require_classes, split
 from admtrt.errors import ConfigError, RequestError, TrainingDivergedError
 from admtrt.models.checkpoint import CheckpointConfig, build_network, save_checkpoint
@@ -339,7 +339,7 @@ def _run(
     try:
         with (
             stop_requests(shown=main) as stop,
-            _bar(task, settings.steps, learner.step, shown=main) as advance,
+            _bar(task, settings.steps, learner.step, shown=main) as progress,
         ):
             while learner.step < settings.steps and not stop.agreed:
                 learner.update(train_set)
@@ -359,7 +359,7 @@ def _run(
                     if due and not learner.nan_steps:
                         recorder.save()
                         saved = step
-                advance(1, gist)
+                progress(1, gist)
     except (KeyboardInterrupt, SystemExit):
         if recorder is not None:
             recorder.say_stopped(saved)
@@ -370,7 +370,9 @@ def _bar(
     task: Task, steps: int, done: int, *, shown: bool
 ) -> contextlib.AbstractContextManager[Callable[[int, str], None]]:
     return (
-        progress(f"training {task}", steps, done=done) if shown else contextlib.nullcontext(lambda *_: None)
+        progress_bar(f"training {task}", steps, done=done)
+        if shown
+        else contextlib.nullcontext(lambda *_: None)
     )
 
 

@@ -119,7 +119,7 @@ def measure_drift(
     steps: str | None = None,
     batch_size: int = 16,
     seed: int = 0,
-    report: Callable[[int], None] = lambda _: None,
+    progress: Callable[[int], None] = lambda _: None,
 ) -> DriftReport:
     """Compare two denoisers over the same graphs.
 
@@ -131,7 +131,7 @@ def measure_drift(
             DDIM, or for the recommended sampler of a process without timesteps.
         batch_size: samples computed at once.
         seed: of the first sample; the others follow.
-        report: called with the number of steps of samples that were done.
+        progress: called with the number of steps of samples that were done.
 
     Raises:
         RequestError: if the steps, the seed or a number is out of range.
@@ -162,7 +162,7 @@ def measure_drift(
         )
         other = exact.take(range(len(exact)))
         led = _led(bundle.manifest, sampler, exact, inputs, shift=first)
-        drifts.append(np.stack(list(_drifts(exact, paired, other, measured, report, led))))
+        drifts.append(np.stack(list(_drifts(exact, paired, other, measured, progress, led))))
         psnr.append(_psnr(other.x, exact.x))
         levels = max(levels, float(np.abs(_clipped(other.x) - _clipped(exact.x)).max()) * 127.5)
     each = np.concatenate(drifts, axis=1)
@@ -226,7 +226,7 @@ def _drifts(
     paired: _Paired,
     other: Slots,
     measured: Denoiser,
-    report: Callable[[int], None],
+    progress: Callable[[int], None],
     led: Slots | None,
 ) -> Iterator[Values]:
     """Both trajectories to their ends; the relative error of x_t of each sample after each step."""
@@ -242,7 +242,7 @@ def _drifts(
             held.read()
         _check_finite(other.x, "x_t of the measured trajectory", schedule, paired.step)
         yield _relative(other.x, exact.x)
-        report(len(exact))
+        progress(len(exact))
 
 
 class _Paired:

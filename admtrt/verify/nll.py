@@ -72,7 +72,7 @@ def evaluate_nll(
     steps: str = "",
     batch_size: int = 16,
     seed: int = 0,
-    report: Callable[[int], None] = lambda _count: None,
+    progress: Callable[[int], None] = lambda _count: None,
 ) -> Likelihood:
     """Evaluate the bound (Ho et al. eq. 5, with x_0 bounded to [-1, 1] as for published figures).
 
@@ -86,7 +86,7 @@ def evaluate_nll(
             it was trained is that of all steps.
         batch_size: images at once; it does not change the result beyond rounding.
         seed: the noise of image i is that of the sample with seed ``seed + i``.
-        report: called with the image-steps done.
+        progress: called with the image-steps done.
 
     Raises:
         RequestError: if an option is out of range.
@@ -101,7 +101,7 @@ def evaluate_nll(
     bounds = []
     for first in range(0, len(rows), batch_size):
         part = rows[first : first + batch_size]
-        bounds.append(_bound(denoiser, config, model, data, part, [seeds[row] for row in part], report))
+        bounds.append(_bound(denoiser, config, model, data, part, [seeds[row] for row in part], progress))
     total = _joined([bound.total for bound in bounds])
     if not np.isfinite(total).all():
         raise AdmtrtError(
@@ -158,7 +158,7 @@ def _bound(
     data: ImageSet,
     rows: list[int],
     seeds: list[int],
-    report: Callable[[int], None],
+    progress: Callable[[int], None],
 ) -> Bound:
     """The bound of one batch."""
     x_0 = torch.from_numpy(images_of(data, rows))
@@ -166,7 +166,7 @@ def _bound(
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         out = denoiser.run("unet", {"x": x.numpy(), "t": t.numpy(), **given})["out"]
-        report(len(rows))
+        progress(len(rows))
         return torch.from_numpy(out)
 
     def noise(step: int) -> Tensor:

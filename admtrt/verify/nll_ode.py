@@ -77,7 +77,7 @@ def evaluate_flow(
     tolerance: float = 1e-5,
     batch_size: int = 16,
     seed: int = 0,
-    report: Callable[[int, str], None] = lambda _images, _text: None,
+    progress: Callable[[int, str], None] = lambda _images, _text: None,
 ) -> FlowLikelihood:
     """Evaluate the likelihood of the deterministic sampler's density.
 
@@ -90,7 +90,7 @@ def evaluate_flow(
         tolerance: of a step, in x relative to S + a grey level, and in bits per dim.
         batch_size: images at once; it does not change the result beyond rounding.
         seed: the noise of image i is that of the sample with seed ``seed + i``.
-        report: called with the images that are done since the last call, and where the batch is.
+        progress: called with the images that are done since the last call, and where the batch is.
 
     Raises:
         RequestError: if an option is out of range, or the network predicts x_{t-1}.
@@ -119,11 +119,11 @@ def evaluate_flow(
         flow = _Flow(denoiser, config, process, levels, given, chosen, x.shape)
 
         def advanced(s: Array) -> None:
-            report(0, f"{float((s + start.lam).mean()) / (start.lam - end.lam):.0%} of these {len(s)}")
+            progress(0, f"{float((s + start.lam).mean()) / (start.lam - end.lam):.0%} of these {len(s)}")
 
         state = np.concatenate([x.reshape(len(x), -1), np.zeros((len(x), 1))], axis=1)
         solved = integrate(
-            flow.derivative, state, -start.lam, -end.lam, flow.scale(tolerance), report=advanced
+            flow.derivative, state, -start.lam, -end.lam, flow.scale(tolerance), progress=advanced
         )
         size = state.shape[1] - 1
         scale = levels.c_in(end) / levels.prior_scale(end)
@@ -133,7 +133,7 @@ def evaluate_flow(
         bits.append(np.stack([-(prior + solved.y[:, -1]) * per_dim, -prior * per_dim]) - math.log2(BIN))
         errors.append(solved.error[:, -1] * per_dim)
         evaluations.append(solved.evaluations)
-        report(len(part), "")
+        progress(len(part), "")
     total, prior = np.concatenate(bits, axis=1)
     return FlowLikelihood(
         images=len(total),

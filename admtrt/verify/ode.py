@@ -58,7 +58,7 @@ def integrate(
     end: float,
     scale: Callable[[Array], Array],
     *,
-    report: Callable[[Array], None] = lambda _: None,
+    progress: Callable[[Array], None] = lambda _: None,
 ) -> Solution:
     """Integrate dy/ds = derivative(s, y) from ``start`` to a larger ``end``.
 
@@ -68,7 +68,7 @@ def integrate(
         start, end: the same for all samples.
         scale: of s [N] -> [N, K] or what broadcasts to it: how large the error of one step may be, as the
             root of the mean of squares of all components.
-        report: called with the s of every sample after each attempt.
+        progress: called with the s of every sample after each attempt.
 
     Raises:
         AdmtrtError: if a value is not finite, or the steps would become too small.
@@ -96,7 +96,7 @@ def integrate(
         error += np.where(accepted[:, None], np.abs(difference), 0.0)
         s = np.where(accepted, s + h, s)
         h = h * np.clip(_SAFETY * np.maximum(size, 1e-10) ** -0.2, _SHRINK, _GROW)
-        report(s)
+        progress(s)
         if (h[left & ~accepted] < _LEAST * length).any():
             raise AdmtrtError(
                 "the solver's steps become too small",

@@ -61,8 +61,8 @@ def verify_bundle(
     every: bool = False,
     seed: int = 0,
     backend: BackendChoice = DEFAULT,
-    report: Callable[[str], None] = lambda _: None,
-    backend_report: Callable[[str | Fastest], None] = lambda _: None,
+    progress: Callable[[str], None] = lambda _: None,
+    backend_progress: Callable[[str | Fastest], None] = lambda _: None,
     record: Record | None = None,
 ) -> VerificationReport:
     """Compare a bundle on a backend with the networks in PyTorch: graphs, steps, trajectories, images.
@@ -76,8 +76,8 @@ def verify_bundle(
         every: compare all solvers and options, see :func:`~admtrt.verify.inputs.samplers`.
         seed: of all inputs and noise.
         backend: that runs the bundle, in fp32, at batches of any size.
-        report: called with the name of each stage as it starts.
-        backend_report: told what ``auto`` measures, and what it has found.
+        progress: called with the name of each stage as it starts.
+        backend_progress: told what ``auto`` measures, and what it has found.
         record: called with a graph, its inputs and PyTorch's outputs for every batch that graphs are given.
 
     Raises:
@@ -96,42 +96,42 @@ def verify_bundle(
     steps = _checked_steps(steps, bundle.manifest.diffusion, reference.diffusion)
     on_cpu = backend.name in BACKENDS and BACKENDS[backend.name].device == "cpu"
     graphs = list(bundle.manifest.graphs) if on_cpu else None  # further ones have no form for engines
-    report("sessions")
+    progress("sessions")
     sessions = "sessions of the graphs"
     try:
         denoiser = open_denoiser(
-            bundle, backend.for_batches(max(BATCHES)), graphs=graphs, report=backend_report
+            bundle, backend.for_batches(max(BATCHES)), graphs=graphs, progress=backend_progress
         )
     except BundleError as error:
         return VerificationReport(str(bundle.path), (Row("build", sessions, "build", detail=error.message),))
 
     @functools.cache
     def float64() -> list[Reference]:
-        report("networks in float64")
+        progress("networks in float64")
         return float64_sides(unet, classifier, reference)
 
     comparison = _Comparison(
         bundle, CheckedGraphs(denoiser, bundle), reference, float64, steps, seeds, record, every=every
     )
     rows = [Row("build", sessions, "pass"), comparison.manifest_row()]
-    report("graphs")
+    progress("graphs")
     rows += [*comparison.unet_rows(), *comparison.classifier_rows()]
     if "unet_vector_jacobian" in (graphs or ()):
         rows += comparison.unet_rows("unet_vector_jacobian")
     if isinstance(reference.diffusion, EdmConfig):
-        report("trajectories")
+        progress("trajectories")
         drift, trajectory_rows = comparison.recommended()
         return VerificationReport(str(bundle.path), (*rows, *trajectory_rows), drift)
     rows += [*comparison.update_rows(), *comparison.small_rows()]
     led_rows = comparison.guides(TorchGuides(unet, led)) if led else None
     if led_rows is not None:
-        report("guides")
+        progress("guides")
         rows += led_rows.graph_rows()
-    report("steps")
+    progress("steps")
     rows += comparison.step_rows()
     if led_rows is not None:
         rows += led_rows.step_rows()
-    report("trajectories")
+    progress("trajectories")
     drift, trajectory_rows = comparison.trajectories()
     return VerificationReport(str(bundle.path), (*rows, *trajectory_rows), drift)
 

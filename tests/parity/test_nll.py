@@ -161,7 +161,7 @@ def torch_nll(data: ImageSet, **options: Any) -> Likelihood:
 
 def test_the_full_bound_has_every_step(tmp_path: Path) -> None:
     steps: list[int] = []
-    found = torch_nll(images_of(npz(tmp_path / "data.npz")), batch_size=4, report=steps.append)
+    found = torch_nll(images_of(npz(tmp_path / "data.npz")), batch_size=4, progress=steps.append)
     assert found.timesteps == (7, 6, 5, 4, 3, 2, 1, 0)
     assert steps == [4] * 8 + [3] * 8
     alone = torch_nll(images_of(npz(tmp_path / "data.npz")), batch_size=1)

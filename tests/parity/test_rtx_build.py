@@ -214,7 +214,7 @@ def test_tensorrt_without_a_gpu_is_refused(library: Library, tmp_path: Path) -> 
 def test_progress_rises_from_start_to_end(library: Library) -> None:
     seen: list[tuple[float, str]] = []
     source = update_of(Bundle.open(exported_bundle("guided")))
-    build_plan(library, source, QUICK, report=lambda done, phase: seen.append((done, phase)))
+    build_plan(library, source, QUICK, progress=lambda done, phase: seen.append((done, phase)))
     parts = [done for done, _ in seen]
     assert parts == sorted(parts)
     assert parts[0] == 0
@@ -274,7 +274,7 @@ def test_a_listener_that_fails_stops_the_build(library: Library) -> None:
         raise OSError("the terminal is gone")
 
     with pytest.raises(OSError, match="the terminal is gone"):
-        build_plan(library, update_of(Bundle.open(exported_bundle("guided"))), QUICK, report=fails)
+        build_plan(library, update_of(Bundle.open(exported_bundle("guided"))), QUICK, progress=fails)
 
 
 def test_an_interrupted_command_says_so(

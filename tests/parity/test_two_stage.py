@@ -412,7 +412,7 @@ def test_a_run_cut_off_in_either_stage_goes_on(stages: TwoStage, tmp_path: Path)
         assert not (out / "samples.npz").exists()
     texts: list[tuple[int, str]] = []
     first, second = draw_two_stage(
-        stages, *requests(stages, out), out, ["npz"], advance=lambda count, text: texts.append((count, text))
+        stages, *requests(stages, out), out, ["npz"], progress=lambda count, text: texts.append((count, text))
     )
     assert (low.seen, high.seen) == (0, 1 * 3)  # the last shard of the second stage alone
     assert texts == [(1, f"second stage, step {step}/3") for step in (1, 2, 3)]

@@ -127,7 +127,7 @@ def measured(report: VerificationReport) -> list[Row]:
 
 def test_faithful_bundle_passes(good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork) -> None:
     stages: list[str] = []
-    report = run(good, unet, classifier, steps=10, report=stages.append)
+    report = run(good, unet, classifier, steps=10, progress=stages.append)
     assert report.passed, report.failures
     assert report.exit_code == 0
     assert stages == ["sessions", "graphs", "steps", "trajectories"]
@@ -235,7 +235,7 @@ def test_float64_is_asked_only_where_the_bar_is_exceeded(
     module = copy.deepcopy(generator.module)
     module.state_dict()["input_blocks.0.0.weight"].flatten()[0] += 1e-2
     stages: list[str] = []
-    report = run(bundle, LoadedNetwork(module, generator.config), None, steps=10, report=stages.append)
+    report = run(bundle, LoadedNetwork(module, generator.config), None, steps=10, progress=stages.append)
     assert stages.count("networks in float64") == 1
     assert failed(report, "step")
     assert failed(report, "trajectory")
@@ -492,7 +492,7 @@ def test_impossible_steps_are_refused_before_any_work(
 ) -> None:
     started: list[str] = []
     with pytest.raises(RequestError, match="'0'"):
-        verify_bundle(good, unet, classifier, steps=0, report=started.append)
+        verify_bundle(good, unet, classifier, steps=0, progress=started.append)
     assert not started
 
 
@@ -500,7 +500,7 @@ def test_another_backend(good: Bundle, unet: LoadedNetwork, classifier: LoadedNe
     report = run(good, unet, classifier, backend=BackendChoice("openvino"))
     assert report.passed, report.failures
     said: list[Any] = []
-    assert run(good, unet, classifier, backend=BackendChoice("auto"), backend_report=said.append).passed
+    assert run(good, unet, classifier, backend=BackendChoice("auto"), backend_progress=said.append).passed
     assert str(said[-1]).startswith("auto: unet on ")
 
 

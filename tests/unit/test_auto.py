@@ -79,7 +79,7 @@ def chosen(
     plans: Path | None = None,
 ) -> Fastest:
     choice = BackendChoice(AUTO, precision, threads, plans, batch_size)
-    return find_fastest(bundle, choice, report=lambda _: None)
+    return find_fastest(bundle, choice, progress=lambda _: None)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_fp32_admits_exact_backends_only(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_what_is_opened(bundle: Bundle, probes: Probes) -> None:
     said: list[Any] = []
-    opened = open_denoiser(bundle, BackendChoice(AUTO, threads=1), report=said.append)
+    opened = open_denoiser(bundle, BackendChoice(AUTO, threads=1), progress=said.append)
     assert isinstance(opened, Composite)
     assert isinstance(opened._generator, OpenVinoDenoiser)
     assert isinstance(opened._guide, OnnxRuntimeDenoiser)

@@ -180,7 +180,7 @@ def test_a_run_that_was_cut_off_goes_on_where_it_was(pipeline: Pipeline, echo: E
     echo.fails_at, echo.seen = None, 0
     advanced: list[int] = []
     (path,) = draw(
-        pipeline, request(), tmp_path / "run", ["npz"], advance=lambda count, _: advanced.append(count)
+        pipeline, request(), tmp_path / "run", ["npz"], progress=lambda count, _: advanced.append(count)
     )
     assert echo.seen == 2 * steps
     assert sum(advanced) == 2 * steps

@@ -16,7 +16,7 @@ from rich.text import Text
 import admtrt
 from admtrt import console
 from admtrt.cli import run
-from admtrt.console import Output, progress, table
+from admtrt.console import Output, progress_bar, table
 from admtrt.errors import UserError
 
 
@@ -85,15 +85,15 @@ def test_a_log_in_colour_holds_no_bars(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with progress("sampling", 10) as advance:
-        advance(1, "step 1")
+    with progress_bar("sampling", 10) as progress:
+        progress(1, "step 1")
     assert capsys.readouterr() == ("", "")
 
 
 def test_logs_hold_no_bars(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("sampling", 10) as advance:
+    with progress_bar("sampling", 10) as progress:
         for step in range(10):
-            advance(1, f"step {step}")
+            progress(1, f"step {step}")
     assert capsys.readouterr() == ("", "")
 
 
@@ -101,8 +101,8 @@ def test_a_terminal_shows_what_is_done_and_what_is_left(monkeypatch: pytest.Monk
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=120)
     monkeypatch.setattr(console, "_console", lambda *, stderr: terminal)
-    with progress("sampling", 10, done=4) as advance:
-        advance(3, "step 2/5")
+    with progress_bar("sampling", 10, done=4) as progress:
+        progress(3, "step 2/5")
     shown = screen.getvalue()
     assert "sampling" in shown
     assert "7/10" in shown
@@ -113,7 +113,7 @@ def test_a_terminal_shows_what_is_done_and_what_is_left(monkeypatch: pytest.Monk
 def test_an_interrupted_block_ends_the_display(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     monkeypatch.setattr(console, "_console", lambda *, stderr: Console(file=screen, force_terminal=True))
-    with pytest.raises(KeyboardInterrupt), progress("sampling", 10):
+    with pytest.raises(KeyboardInterrupt), progress_bar("sampling", 10):
         raise KeyboardInterrupt
     assert screen.getvalue().endswith("\x1b[?25h")  # the cursor is back
 

@@ -270,7 +270,7 @@ def test_a_reference_that_does_not_fit_is_refused_before_the_export(tmp_path: Pa
     done: list[str] = []
     with pytest.raises(CheckpointError, match="guide 'null' needs a null class") as refused:
         bundle_from_checkpoints(
-            network(UNET), None, tmp_path / "bundle", guides=[Reference("null")], report=done.append
+            network(UNET), None, tmp_path / "bundle", guides=[Reference("null")], progress=done.append
         )
     assert "--null-class" in refused.value.hint
     assert not done

@@ -44,7 +44,7 @@ def test_shards_drawn_elsewhere_are_the_same(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     done: list[int] = []
     draw(
-        ALONE, REQUEST, tmp_path / "there", ["npz"], elsewhere=elsewhere, advance=lambda n, _: done.append(n)
+        ALONE, REQUEST, tmp_path / "there", ["npz"], elsewhere=elsewhere, progress=lambda n, _: done.append(n)
     )
     assert sum(done) >= 7 * 3
     for file in sorted((tmp_path / "here" / "shards").iterdir()):

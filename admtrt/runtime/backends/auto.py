@@ -96,7 +96,7 @@ def open_fastest(
     choice: BackendChoice,
     *,
     graphs: Collection[GraphName] | None,
-    report: Callable[[str | Fastest], None],
+    progress: Callable[[str | Fastest], None],
 ) -> GraphDenoiser:
     """The bundle's graphs, each on the backend that is fastest for it here.
 
@@ -104,13 +104,13 @@ def open_fastest(
         bundle: a verified bundle.
         choice: what was asked for; fp32 admits only backends that compute in float32 throughout.
         graphs: those that are needed; None for all.
-        report: told what is measured, and what was found.
+        progress: told what is measured, and what was found.
 
     Raises:
         EngineError: if no backend works.
     """
-    found = find_fastest(bundle, choice, report=report)
-    report(found)
+    found = find_fastest(bundle, choice, progress=progress)
+    progress(found)
     unet = found.graphs["unet"]
     guide = found.graphs.get(_GRADIENT, unet)
 
@@ -124,7 +124,7 @@ def open_fastest(
     return Composite(opened(unet, others), opened(guide, [_GRADIENT]))
 
 
-def find_fastest(bundle: Bundle, choice: BackendChoice, *, report: Callable[[str], None]) -> Fastest:
+def find_fastest(bundle: Bundle, choice: BackendChoice, *, progress: Callable[[str], None]) -> Fastest:
     """The finding of an earlier process for the same graphs, machine and request, else a new one.
 
     Raises:
@@ -146,7 +146,7 @@ def find_fastest(bundle: Bundle, choice: BackendChoice, *, report: Callable[[str
             )
             for backend in candidates
         ]
-        measured = _measure(requests, report)
+        measured = _measure(requests, progress)
     if not measured.seconds:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in measured.failed.items())
         known = [backend.name for backend in BACKENDS.values() if precision in backend.precisions]
@@ -184,12 +184,12 @@ def _candidates(precision: Precision) -> list[Backend]:
     ]
 
 
-def _measure(requests: Sequence[ProbeRequest], report: Callable[[str], None]) -> Measured:
+def _measure(requests: Sequence[ProbeRequest], progress: Callable[[str], None]) -> Measured:
     seconds: dict[str, dict[GraphName, float]] = {}
     failed: dict[str, str] = {}
     for request in requests:
         choice = request.choice
-        report(f"measuring {request.backend} in {choice.precision} at a batch of {choice.batch_size}")
+        progress(f"measuring {request.backend} in {choice.precision} at a batch of {choice.batch_size}")
         found = _probe(request)
         if found.error:
             failed[request.backend] = found.error

@@ -27,7 +27,7 @@ def open_denoiser(
     choice: BackendChoice = DEFAULT,
     *,
     graphs: Collection[GraphName] | None = None,
-    report: Callable[[str | Fastest], None] = lambda _: None,
+    progress: Callable[[str | Fastest], None] = lambda _: None,
 ) -> GraphDenoiser:
     """A bundle's graphs on a backend.
 
@@ -35,7 +35,7 @@ def open_denoiser(
         bundle: a verified bundle.
         choice: of the backend.
         graphs: those that are needed; None for all that sampling runs.
-        report: told what ``auto`` measures, and what it has found.
+        progress: told what ``auto`` measures, and what it has found.
 
     Raises:
         RequestError: for a batch that the backend cannot take.
@@ -46,7 +46,7 @@ def open_denoiser(
     if graphs is None:
         graphs = bundle.manifest.sampled_graphs
     if choice.name == AUTO:
-        return open_fastest(bundle, choice, graphs=graphs, report=report)
+        return open_fastest(bundle, choice, graphs=graphs, progress=progress)
     opened = BACKENDS[choice.name].open(bundle, choice, graphs=graphs)
     opened.check_batch(choice.batch_size)
     return opened

@@ -83,7 +83,7 @@ class PlanBuilder:
             check_place(self.timing_cache)
 
     def make(
-        self, source: GraphSource, options: BuildOptions, report: Callable[[float, str], None] | None = None
+        self, source: GraphSource, options: BuildOptions, progress: Callable[[float, str], None] | None = None
     ) -> BuildResult:
         """The plan of one graph, from the store or built now.
 
@@ -95,7 +95,7 @@ class PlanBuilder:
         found = self._found(key)
         if found is not None:
             return BuildResult(found, built=False)
-        built = build_plan(self.library, source, options, timing_cache=self._measured(), report=report)
+        built = build_plan(self.library, source, options, timing_cache=self._measured(), progress=progress)
         record = self.store.put(key, built.plan, seconds=built.seconds, report=fusion_report(built.layers))
         if not self.store.trusts(record.plan.sha256):
             self.note(

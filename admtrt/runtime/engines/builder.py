@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.options import BuildOptions
     from admtrt.runtime.engines.sources import GraphSource
 
-Report = Callable[[float, str], None]
+Progress = Callable[[float, str], None]
 """Takes the part that is done, 0 to 1, and what is being done."""
 _MIB = 2**20
 _STOPPING = "stopping after this step; interrupt again to leave at once"
@@ -53,7 +53,7 @@ class BuiltPlan:
 class _BuildSession:
     """Messages between the library's thread and ours."""
 
-    report: Report | None
+    progress: Progress | None
     stopped: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
     result: BuiltPlan | None = None
@@ -65,10 +65,10 @@ class _BuildSession:
         """Pass progress on; a fault of the listener stops the build, since the library could not take it."""
         self.done = done
         try:
-            if self.report is not None:
-                self.report(done, _STOPPING if self.stopped.is_set() else phase)
+            if self.progress is not None:
+                self.progress(done, _STOPPING if self.stopped.is_set() else phase)
         except BaseException as error:
-            self.report, self.fault = None, error
+            self.progress, self.fault = None, error
             self.stopped.set()
 
 
@@ -78,7 +78,7 @@ def build_plan(
     options: BuildOptions,
     *,
     timing_cache: bytes = b"",
-    report: Report | None = None,
+    progress: Progress | None = None,
 ) -> BuiltPlan:
     """Build one graph.
 
@@ -87,14 +87,14 @@ def build_plan(
         source: the graph.
         options: checked against the library first.
         timing_cache: of an earlier build with TensorRT; empty starts anew.
-        report: called from the library's thread as the build goes on.
+        progress: called from the library's thread as the build goes on.
 
     Raises:
         EngineError: naming the option, the node or the reason that the library gives.
         KeyboardInterrupt: after the library has stopped.
     """
     check_options(options, library, source.precision)
-    session = _BuildSession(report=report)
+    session = _BuildSession(progress=progress)
 
     def work() -> None:
         try:
