@@ -23,6 +23,7 @@ from admtrt.commands.evaluate import evaluate_app
 from admtrt.commands.export import export
 from admtrt.commands.inspect import inspect
 from admtrt.commands.invert import invert
+from admtrt.commands.options import Command
 from admtrt.commands.presets import presets
 from admtrt.commands.sample import sample
 from admtrt.commands.serve import serve
@@ -69,7 +70,7 @@ for command in (
     presets, convert, export, inspect, build, verify, drift, sample, invert, serve, triton, demo, bench,
     doctor,
 ):  # fmt: skip
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _print_version(value: bool) -> None:

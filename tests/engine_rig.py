@@ -97,4 +97,4 @@ class Rig:
 
     def open(self, **options: Any) -> TensorRTDenoiser:
         """The backend on the plans of the store."""
-        return TensorRTDenoiser(self.bundle, cache=self.folder, **options)
+        return TensorRTDenoiser(self.bundle, plans=self.folder, **options)

@@ -217,7 +217,7 @@ def scenes(root: Path) -> list[Scene]:
         return ["convert", str(unets[variant]), str(out / "out.pt"), "--overwrite"]
 
     def build(out: Path, _: int) -> list[str]:
-        return ["build", str(made), "--library", "rtx", "--batch", "1:2:4", "--cache", str(out / "plans")]
+        return ["build", str(made), "--library", "rtx", "--batch", "1:2:4", "--plans", str(out / "plans")]
 
     def evaluate(_: Path, __: int) -> list[str]:
         return ["evaluate", "nll", "--bundle", str(made), *threads, *data]

@@ -82,7 +82,7 @@ def bench(
         Literal["cpu", "cuda"], typer.Option(help="Of PyTorch's rows and of the peak.")
     ] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads of every row; all where left out.")] = None,
-    cache: PlanFolder = None,
+    plans: PlanFolder = None,
     training: Annotated[
         Path | None,
         typer.Option(
@@ -118,9 +118,9 @@ def bench(
 
     if sum(one is not None for one in (bundle, preset, training, features)) != 1:
         raise RequestError("give a bundle, --preset, --training or --features, and one of them only")
-    if preset is not None and (unet is not None or classifier is not None or cache is not None):
+    if preset is not None and (unet is not None or classifier is not None or plans is not None):
         raise RequestError(
-            "--unet, --classifier and --cache belong to a bundle; a preset has generated weights and no plans"
+            "--unet, --classifier and --plans belong to a bundle; a preset has generated weights and no plans"
         )
     for name, value in (
         *(("--batch", size) for size in batch or ()),
@@ -134,7 +134,7 @@ def bench(
     if bundle is None and preset is None:
         given: dict[str, object] = {
             "--unet": unet, "--classifier": classifier, "--against": against, "--sampling": sampling,
-            "--cache": cache,
+            "--plans": plans,
         }  # fmt: skip
         if features is not None:
             given |= {"--original": original, "--device": None if device == "cpu" else device}
@@ -168,9 +168,9 @@ def bench(
         rows = default_rows(device, original=original is not None)
     if original is not None and not any(row.name == ORIGINAL for row in rows):
         rows = (*parse_rows([ORIGINAL]), *rows)
-    if cache is not None and not any(map(takes_plans, rows)):
+    if plans is not None and not any(map(takes_plans, rows)):
         raise RequestError(
-            f"no row runs plans, but {cache} was given as their folder",
+            f"no row runs plans, but {plans} was given as their folder",
             hint=f"Leave it out, or add --backend {PLANS_ONLY}.",
         )
     if preset is not None:
@@ -190,7 +190,7 @@ def bench(
             subject = subject_from_preset(preset, scratch, original, output.note, engines=engines)
         else:
             assert bundle is not None  # one of the two is given
-            subject = Subject(str(bundle), bundle, unet, classifier, original, scratch, cache)
+            subject = Subject(str(bundle), bundle, unet, classifier, original, scratch, plans)
         if against is not None:
             _compare(against, subject, rows, batches, repeat, sampling, threads, output)
             return

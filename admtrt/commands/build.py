@@ -72,7 +72,7 @@ def build(
     strip: Annotated[
         bool, typer.Option("--strip", help="tensorrt: leave the weights out of the plan.")
     ] = False,
-    cache: Annotated[
+    plans: Annotated[
         Path | None, typer.Option(help="Folder that keeps the plans; the bundle's own where left out.")
     ] = None,
     report: Annotated[
@@ -111,7 +111,7 @@ def build(
     builder = PlanBuilder(
         library=_library(library, gpu=gpu is not None),
         gpu=gpu,
-        store=PlanStore.of(opened, cache),
+        store=PlanStore.of(opened, plans),
         timing_cache=timing_cache,
         note=output.note,
     )

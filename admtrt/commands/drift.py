@@ -48,7 +48,7 @@ def drift(
     batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
     threads: Threads = None,
-    cache: PlanFolder = None,
+    plans: PlanFolder = None,
     plot: Annotated[Path | None, typer.Option(metavar="PATH.png", help="Draw the errors.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
@@ -60,9 +60,9 @@ def drift(
         raise RequestError(f"--images is {images}, --batch-size {batch_size}; expected at least 1 of each")
     if engine is None and (backend, precision) == ("onnxruntime", "fp32"):
         raise _compared_with_itself()
-    if engine is not None and (backend, precision, cache) != ("onnxruntime", "fp32", None):
+    if engine is not None and (backend, precision, plans) != ("onnxruntime", "fp32", None):
         raise RequestError(
-            "--engine measures typed graphs on the CPU, --backend, --precision and --cache a backend",
+            "--engine measures typed graphs on the CPU, --backend, --precision and --plans a backend",
             hint="Give one or the other.",
         )
     from admtrt.bundle import Bundle
@@ -76,7 +76,7 @@ def drift(
         from admtrt.verify.plot import require_plotting
 
         require_plotting(plot)
-    choice = BackendChoice(backend, precision, threads, cache)  # type: ignore[arg-type]
+    choice = BackendChoice(backend, precision, threads, plans)  # type: ignore[arg-type]
     output = Output(json=json)
     opened = Bundle.open(bundle)
     found = BackendReport(output)

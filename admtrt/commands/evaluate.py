@@ -14,6 +14,7 @@ from admtrt.commands.evaluate_samples import reference, samples
 from admtrt.commands.evaluate_sweep import sweep
 from admtrt.commands.options import (
     BackendName,
+    Command,
     PlanFolder,
     PrecisionName,
     Threads,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
 evaluate_app = typer.Typer(help="Judge samples or a network against real images.", no_args_is_help=True)
 evaluate_app.add_typer(features_app, name="features")
 for _command in (reference, samples, sweep):
-    evaluate_app.command()(_command)
+    evaluate_app.command(cls=Command)(_command)
 
 _BOUND = "the bound in bits per dim"
 
@@ -52,7 +53,7 @@ class _Judged(NamedTuple):
     class_names: tuple[str, ...]
 
 
-@evaluate_app.command()
+@evaluate_app.command(cls=Command)
 def nll(
     unet: Annotated[
         Path | None, typer.Option(metavar="CHECKPOINT", help="UNet or upsampler, run in PyTorch.")
@@ -64,7 +65,7 @@ def nll(
     backend: BackendName = "onnxruntime",
     precision: PrecisionName = "fp32",
     threads: Threads = None,
-    cache: PlanFolder = None,
+    plans: PlanFolder = None,
     data: Annotated[str | None, typer.Option(help="Path of the images, or 'digits'.")] = None,
     config: Annotated[
         Path | None,
@@ -111,9 +112,9 @@ def nll(
         raise RequestError(
             "--unet-preset, --unet-set and --unet-weights are for a checkpoint; a bundle carries its settings"
         )
-    if bundle is None and (backend, precision, threads, cache) != ("onnxruntime", "fp32", None, None):
+    if bundle is None and (backend, precision, threads, plans) != ("onnxruntime", "fp32", None, None):
         raise RequestError(
-            "--backend, --precision, --threads and --cache are for a bundle; a checkpoint runs in PyTorch"
+            "--backend, --precision, --threads and --plans are for a bundle; a checkpoint runs in PyTorch"
         )
     if method not in ("bound", "ode"):
         raise RequestError(f"--method {method!r} is unknown; expected bound or ode")
@@ -142,7 +143,7 @@ def nll(
     found_backends = BackendReport(output)
     graph: GraphName = "unet_vector_jacobian" if flow else "unet"
     if bundle is not None:
-        choice = BackendChoice(backend, precision, threads, cache)  # type: ignore[arg-type]
+        choice = BackendChoice(backend, precision, threads, plans)  # type: ignore[arg-type]
         opened = Bundle.open(bundle)
         opened.graph_entry(graph)
 

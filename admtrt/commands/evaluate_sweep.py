@@ -65,7 +65,7 @@ def sweep(
         str, typer.Option(help="What computes features: onnxruntime, openvino or auto.")
     ] = "onnxruntime",
     threads: Threads = None,
-    cache: PlanFolder = None,
+    plans: PlanFolder = None,
     json: Json = False,
     *,
     solver_options: SolverOptions,
@@ -90,7 +90,7 @@ def sweep(
     output = Output(json=json)
     check_backend(features_backend, "fp32")
     precisions = _list(precision, "--precision", str) or ["fp32"]
-    choices = {one: BackendChoice(backend, one, threads, cache) for one in precisions}  # type: ignore[arg-type]
+    choices = {one: BackendChoice(backend, one, threads, plans) for one in precisions}  # type: ignore[arg-type]
     chosen = points(
         _list(method, "--method", str) or [None],
         _list(steps, "--steps", str) or [None],

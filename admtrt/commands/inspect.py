@@ -26,7 +26,7 @@ def inspect(
         Path,
         typer.Argument(help="Directory of the bundle; or a checkpoint, which diffusers' folders are too."),
     ],
-    cache: Annotated[
+    plans: Annotated[
         Path | None, typer.Option(help="Folder of plans to look into; the bundle's own where left out.")
     ] = None,
     layers: Annotated[
@@ -44,7 +44,7 @@ def inspect(
     from admtrt.commands.inspect_checkpoint import is_checkpoint, show_checkpoint
 
     if is_checkpoint(bundle):
-        if cache is not None or layers is not None:
+        if plans is not None or layers is not None:
             raise RequestError(f"{bundle} is a checkpoint, which has no plans", hint="Leave out the options.")
         show_checkpoint(bundle, Output(json=json))
         return
@@ -53,14 +53,14 @@ def inspect(
     from admtrt.runtime.trt.layers import plan_layers
 
     opened = Bundle.open(bundle)
-    if cache is not None and not cache.is_dir():
+    if plans is not None and not plans.is_dir():
         raise RequestError(
-            f"{cache} is no folder of plans", hint=f"Make plans with: admtrt build {bundle} --cache {cache}"
+            f"{plans} is no folder of plans", hint=f"Make plans with: admtrt build {bundle} --plans {plans}"
         )
-    store = PlanStore.of(opened, cache)
+    store = PlanStore.of(opened, plans)
     records, faults = store.records()
     listed = None if layers is None else plan_layers(opened, store, _chosen(records, layers))
-    plans = [(record, is_current(record, opened), store.fault(record, whole=True)) for record in records]
+    judged = [(record, is_current(record, opened), store.fault(record, whole=True)) for record in records]
     manifest, forms = opened.manifest, _forms(opened)
     data: dict[str, Any] = {
         "bundle": str(opened.path),
@@ -78,13 +78,13 @@ def inspect(
                 "fault": fault,
                 **record.to_dict(),
             }
-            for record, current, fault in plans
+            for record, current, fault in judged
         ],
     }
     output = Output(json=json)
     for fault in faults:
         output.note(fault)
-    shown = _shown(opened, forms, plans)
+    shown = _shown(opened, forms, judged)
     if listed is not None:
         data["layers"] = [asdict(layer) for layer in listed]
         rows = [[layer.name, layer.kind, "\n".join(layer.outputs)] for layer in listed]

@@ -34,7 +34,7 @@ def invert(
     backend: BackendName = "onnxruntime",
     precision: PrecisionName = "fp32",
     threads: Threads = None,
-    cache: PlanFolder = None,
+    plans: PlanFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Turn images into latents (latents.npz) for sample --latents, and report how well they come back."""
@@ -47,7 +47,7 @@ def invert(
     from admtrt.runtime.pipeline import Pipeline
 
     output = Output(json=json)
-    choice = BackendChoice(backend, precision, threads, cache)  # type: ignore[arg-type]
+    choice = BackendChoice(backend, precision, threads, plans)  # type: ignore[arg-type]
     opened = Bundle.open(bundle)
     given, own_labels = read_images(images, event_shape(opened.manifest.network), "--images")
     labels = None if own_labels is None else own_labels.tolist()

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import re
+from itertools import takewhile
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
+
+
+class Command(TyperCommand):
+    """A command that takes ``--cache``, as ``--plans`` was called, where it has that option."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the option's name in place of the former one, which no help shows."""
+        options = list(takewhile(lambda word: word != "--", args))
+        names = [word.partition("=")[0] for word in options]
+        if "--cache" in names and any("--plans" in parameter.opts for parameter in self.params):
+            if "--plans" in names:
+                ctx.fail("--plans and --cache, its former name, were given; expected one of them")
+            renamed = [re.sub(r"^--cache(?==|$)", "--plans", word) for word in options]
+            args = [*renamed, *args[len(options) :]]
+        return super().parse_args(ctx, args)
 
 
 def _not_empty(text: str | None) -> str | None:
@@ -71,7 +89,7 @@ PrecisionName = Annotated[
 PlanFolder = Annotated[
     Path | None,
     typer.Option(
-        "--cache",
+        "--plans",
         metavar="DIR",
         help="tensorrt: folder of plans, all of which are trusted. Left out: the bundle's own, of which only "
         "those are run that were built here.",

@@ -94,7 +94,7 @@ def sample(
     backend: BackendName = "onnxruntime",
     precision: PrecisionName = "fp32",
     threads: Threads = None,
-    cache: PlanFolder = None,
+    plans: PlanFolder = None,
     ray: Annotated[
         str | None,
         typer.Option(
@@ -126,7 +126,7 @@ def sample(
     interval = None if guidance_interval is None else interval_of(guidance_interval)
     found_backends = BackendReport(output)
 
-    choice = BackendChoice(backend, precision, threads, cache)  # type: ignore[arg-type]
+    choice = BackendChoice(backend, precision, threads, plans)  # type: ignore[arg-type]
     if ray is not None and choice.name == AUTO:
         raise RequestError(
             "--backend auto chooses for one machine", hint="Name the backend that all machines are to use."

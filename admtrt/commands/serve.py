@@ -111,7 +111,7 @@ def serve(
     backend: BackendName = "onnxruntime",
     precision: PrecisionName = "fp32",
     threads: Threads = None,
-    cache: PlanFolder = None,
+    plans: PlanFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:
     """Serve bundles over HTTP, with a page to draw in; without PyTorch."""
@@ -147,7 +147,7 @@ def serve(
             backend=backend,
             precision=precision,  # type: ignore[arg-type]
             threads=threads,
-            plans=cache,
+            plans=plans,
             batch_size=max_rows if not chosen_sizes else max(chosen_sizes),
             guides=chosen_guides,
             progress=found,

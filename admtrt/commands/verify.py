@@ -66,7 +66,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Seed of the inputs and the noise.")] = 0,
     backend: BackendName = "onnxruntime",
     threads: Threads = None,
-    cache: PlanFolder = None,
+    plans: PlanFolder = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="PATH.png", help="Draw the drift after every step.")
     ] = None,
@@ -95,7 +95,7 @@ def verify(
 
     if plot is not None:
         require_plotting(plot)
-    choice = BackendChoice(backend, "fp32", threads, cache)
+    choice = BackendChoice(backend, "fp32", threads, plans)
     recorder = None
     if polygraphy is not None:
         require("polygraphy", extra="debug", purpose="--polygraphy")

@@ -120,7 +120,7 @@ def test_parity_graphs_and_padding(
         launch(graph, stream)
 
     monkeypatch.setattr(Graph, "launch", counted)
-    with TensorRTDenoiser(bundle, precision, cache=tmp_path) as denoiser:
+    with TensorRTDenoiser(bundle, precision, plans=tmp_path) as denoiser:
         samples = drawn(bundle, denoiser, labels, **options)
         assert "no CUDA graphs" not in str(denoiser)
     assert worst_error(samples, bundle, labels, **options) <= TOLERANCES[precision]
@@ -139,7 +139,7 @@ def test_parity_graphs_and_padding(
         return capture(stream, forbidden)
 
     monkeypatch.setattr(Stream, "capture", failing)
-    with TensorRTDenoiser(bundle, precision, cache=tmp_path) as denoiser:
+    with TensorRTDenoiser(bundle, precision, plans=tmp_path) as denoiser:
         plain = drawn(bundle, denoiser, labels, **options)
         assert "no CUDA graphs (" in str(denoiser)
     np.testing.assert_array_equal(plain.x, samples.x)
@@ -169,7 +169,7 @@ def test_ways_to_build(options: dict[str, Any], tmp_path: Path) -> None:
     cache = tmp_path / "timing.cache"
     build(bundle, "fp16", library, PlanStore(tmp_path), *profiles, timing_cache=cache, **given)
     assert cache.stat().st_size > 0
-    with TensorRTDenoiser(bundle, "fp16", cache=tmp_path) as denoiser:
+    with TensorRTDenoiser(bundle, "fp16", plans=tmp_path) as denoiser:
         samples = drawn(bundle, denoiser, [0, 1, 2, 1])
     assert worst_error(samples, bundle, [0, 1, 2, 1]) <= TOLERANCES["fp16"]
 
@@ -212,7 +212,7 @@ def test_a_gpu_that_rtx_does_not_serve_is_named(tmp_path: Path) -> None:
     bundle = typed_bundle()
     build(bundle, "fp32", find_library("rtx"), PlanStore(tmp_path), "1:2:4")  # it is built all the same
     with pytest.raises(EngineError, match=r"TensorRT.* does not run on|no plan of graph"):
-        TensorRTDenoiser(bundle, cache=tmp_path)
+        TensorRTDenoiser(bundle, plans=tmp_path)
 
 
 def test_speed(tmp_path: Path, pytestconfig: pytest.Config) -> None:

@@ -32,7 +32,7 @@ FILLED = {
     "source.precision": "fp16",
     "bundle": "BUNDLE",
     "bundle.path": "BUNDLE",
-    "cache": "FOLDER",
+    "plans": "FOLDER",
     "ISLANDS": "softmax",
 }
 """For what a text names by an expression, or in capital letters where any word will not do."""
@@ -133,6 +133,7 @@ def test_options_that_texts_name_exist() -> None:
         for option in (*parameter.opts, *parameter.secondary_opts)
     }
     known |= {"--help", "--version", "--force-reinstall", "--upgrade"}  # the last two are pip's
+    known |= {"--cache"}  # the former name of --plans
     known |= {"--model-repository"}  # tritonserver's
     for source in SOURCES:
         for text in texts(source):

@@ -201,7 +201,7 @@ def test_command(tmp_path: Path, capsys: Capture) -> None:
         ([], "fp32 on onnxruntime is what the others are measured against"),
         (["--engine", "int8"], "--engine 'int8' is unknown; expected fp32, fp16, bf16"),
         (["--engine", "fp16"], "has no engine graphs in fp16; it has none"),
-        (["--engine", "fp16", "--precision", "bf16"], "--backend, --precision and --cache a backend"),
+        (["--engine", "fp16", "--precision", "bf16"], "--backend, --precision and --plans a backend"),
         (["--precision", "fp16"], "'onnxruntime' computes in fp32, not in fp16"),
         (["--backend", "abacus"], "'abacus' is unknown"),
     ],

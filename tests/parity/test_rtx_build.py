@@ -133,7 +133,7 @@ def test_a_place_that_cannot_be_written_is_no_fault_where_nothing_is_to_be_built
 
 def test_a_second_build_finds_everything_and_other_options_nothing(tmp_path: Path, capsys: Capture) -> None:
     bundle = copied("guided", tmp_path)
-    only = (bundle.path, "--graph", "update", "--cache", tmp_path / "cache")
+    only = (bundle.path, "--graph", "update", "--plans", tmp_path / "cache")
     assert [plan["built"] for plan in built(capsys, *only)["plans"]] == [True]
     assert [plan["built"] for plan in built(capsys, *only)["plans"]] == [False]
     assert [plan["built"] for plan in built(capsys, *only, "--tf32")["plans"]] == [True]
@@ -167,8 +167,8 @@ def test_people_see_plans_and_what_was_fused(tmp_path: Path, capsys: Capture) ->
 
 def test_inspect_says_when_a_plan_is_of_another_graph(tmp_path: Path, capsys: Capture) -> None:
     cache = tmp_path / "cache"
-    built(capsys, copied("guided", tmp_path).path, "--graph", "unet", "--cache", cache, "--batch", "1")
-    assert run(["inspect", str(exported_bundle("conditional")), "--cache", str(cache)]) == 0
+    built(capsys, copied("guided", tmp_path).path, "--graph", "unet", "--plans", cache, "--batch", "1")
+    assert run(["inspect", str(exported_bundle("conditional")), "--plans", str(cache)]) == 0
     assert "of another graph" in " ".join(capsys.readouterr().out.split())
 
 

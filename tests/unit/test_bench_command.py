@@ -84,7 +84,7 @@ def test_a_bundle_that_cannot_run_gives_a_table_of_reasons(tmp_path: Path, capsy
         (["BUNDLE", "--threads", "5000"], "threads is 5000"),
         (["BUNDLE", "--sampling", "1001"], "steps '1001': section 1 has 1000 timesteps"),
         (["BUNDLE", "--work", "UNET"], "cannot write"),
-        (["BUNDLE", "--backend", "onnxruntime", "--cache", "plans"], "no row runs plans, but plans"),
+        (["BUNDLE", "--backend", "onnxruntime", "--plans", "plans"], "no row runs plans, but plans"),
         (["BUNDLE", "--backend", "caffe"], "there is no backend 'caffe'"),
         (["BUNDLE", "--backend", "onnxruntime:fp16"], "has no precision 'fp16'"),
         (["BUNDLE", "--original", "BUNDLE"], "no checkout of the original"),

@@ -133,7 +133,7 @@ def test_the_command_line_says_it_in_two_lines(
         tmp_path / "run",
         "--backend",
         "tensorrt",
-        "--cache",
+        "--plans",
         rig.folder,
     ]
     assert run(list(map(str, [*given, "--classes", "0"]))) == 2

@@ -56,7 +56,7 @@ def test_they_are_refused_by_name_with_two_ways_out(rig: Rig) -> None:
     library = "rtx" if rig.flavor == "rtx" else "tensorrt"
     assert info.value.hint == (
         f"Make one with: admtrt build {rig.bundle.path} --library {library} --precision fp32. "
-        f"Or, if you trust whoever built it as you trust a program, add: --cache {rig.folder}"
+        f"Or, if you trust whoever built it as you trust a program, add: --plans {rig.folder}"
     )
 
 
@@ -113,7 +113,7 @@ def test_a_build_that_cannot_be_remembered_says_how_to_run_it(
     monkeypatch.setattr(build, "build_plan", lambda *_, **__: BuiltPlan(memoryview(b"ours"), 1.0, (), b""))
     builder = PlanBuilder(find_library(rig.flavor), GPU, PlanStore.of(rig.bundle), note=notes.append)
     builder.make(graph_source(rig.bundle, "unet", "fp32"), BuildOptions())
-    assert f"--cache {rig.folder}" in notes[-1]
+    assert f"--plans {rig.folder}" in notes[-1]
 
 
 def test_inspect_says_so_and_lists_no_layers(rig: Rig, capsys: Capture) -> None:
@@ -123,7 +123,7 @@ def test_inspect_says_so_and_lists_no_layers(rig: Rig, capsys: Capture) -> None:
     name = rig.store.records()[0][0].key.digest
     assert run(["inspect", str(rig.bundle.path), "--layers", name]) == 2
     assert "cannot be opened: it was not built on this machine" in capsys.readouterr().err
-    assert run(["inspect", str(rig.bundle.path), "--layers", name, "--cache", str(rig.folder)]) == 0
+    assert run(["inspect", str(rig.bundle.path), "--layers", name, "--plans", str(rig.folder)]) == 0
 
 
 def test_a_choice_of_auto_is_made_anew_once_plans_are_trusted(rig: Rig) -> None:

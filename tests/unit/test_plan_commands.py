@@ -38,7 +38,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int
 
 def test_samples_from_a_folder_of_plans(rig: Rig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["sample", rig.bundle.path, "--classes", "0:2,1:3", "--batch-size", 4, "--json"]
-    on_plans = ["--backend", "tensorrt", "--cache", rig.folder]
+    on_plans = ["--backend", "tensorrt", "--plans", rig.folder]
     assert command(capsys, *asked, "--out", tmp_path / "ours", *on_plans)[0] == 0
     assert command(capsys, *asked, "--out", tmp_path / "cpu")[0] == 0
     ours, theirs = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("ours", "cpu"))
@@ -67,7 +67,7 @@ def test_verification_of_plans(rig: Rig, tmp_path: Path, capsys: pytest.CaptureF
         "--json",
         "--backend",
         "tensorrt",
-        "--cache",
+        "--plans",
         rig.folder,
     ]
     for name in files:
@@ -87,7 +87,7 @@ def test_layers_of_a_plan(
 ) -> None:
     rig = Rig(monkeypatch, tmp_path, rtx=rtx)
     name = next(record.key.digest for record in rig.build() if record.key.graph == "classifier_gradient")
-    given = ["inspect", rig.bundle.path, "--cache", rig.folder, "--layers", name[:10]]
+    given = ["inspect", rig.bundle.path, "--plans", rig.folder, "--layers", name[:10]]
     code, found, _ = command(capsys, *given, "--json")
     assert code == 0
     assert found["layers"] == [
@@ -110,16 +110,16 @@ def test_plans_that_cannot_be_used_are_shown_as_such(
             content = file.read_bytes()
             file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     (rig.folder / f"{'0' * 64}.json").write_text("{}")
-    code, found, said = command(capsys, "inspect", rig.bundle.path, "--cache", rig.folder, "--json")
+    code, found, said = command(capsys, "inspect", rig.bundle.path, "--plans", rig.folder, "--json")
     assert code == 0
     faults = {plan["key"]["graph"]: plan["fault"] for plan in found["plans"]}
     assert "has 10 bytes, its record says" in faults["unet"]
     assert "cannot read the plan" in faults["update"]
     assert "it is not executed" in faults["classifier_gradient"]
     assert f"{'0' * 64}.json" in said
-    assert run(["inspect", str(rig.bundle.path), "--cache", str(rig.folder)]) == 0
+    assert run(["inspect", str(rig.bundle.path), "--plans", str(rig.folder)]) == 0
     assert "usable" in capsys.readouterr().out  # a narrow column may break the line before it
-    code, _, said = command(capsys, "inspect", rig.bundle.path, "--cache", tmp_path / "absent")
+    code, _, said = command(capsys, "inspect", rig.bundle.path, "--plans", tmp_path / "absent")
     assert code == 2
     assert "is no folder of plans" in said
 
@@ -134,7 +134,7 @@ def test_plans_that_cannot_be_used_are_shown_as_such(
 def test_a_plan_that_is_not_one(
     name: str, message: str, rig: Rig, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    code, _, said = command(capsys, "inspect", rig.bundle.path, "--cache", rig.folder, "--layers", name)
+    code, _, said = command(capsys, "inspect", rig.bundle.path, "--plans", rig.folder, "--layers", name)
     assert code == 2
     assert message in said
 
@@ -146,7 +146,7 @@ def test_layers_of_a_plan_for_another_gpu(
 
     rig.driver(monkeypatch, Driver(cuda="13.1", gpus=(Gpu("Other", 90, 2**30),)))
     name = rig.store.records()[0][0].key.digest
-    code, _, said = command(capsys, "inspect", rig.bundle.path, "--cache", rig.folder, "--layers", name)
+    code, _, said = command(capsys, "inspect", rig.bundle.path, "--plans", rig.folder, "--layers", name)
     assert code == 2
     assert (
         f"plan {name[:12]} cannot be opened on Other (SM90): it was built for GeForce Double (SM89)" in said
@@ -165,3 +165,30 @@ def test_layers_of_a_plan_without_details_are_names() -> None:
 def test_an_inspector_that_says_something_else(text: str) -> None:
     with pytest.raises(EngineError, match="the inspector of TensorRT 12 gives no list of layers"):
         read_layers(text, "TensorRT 12")
+
+
+@pytest.mark.parametrize("given", [["--cache", "{}"], ["--cache={}"]])
+def test_the_former_name_of_the_folder_is_taken(
+    given: list[str], rig: Rig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["inspect", rig.bundle.path, "--json"]
+    code, found, _ = command(capsys, *asked, *(word.format(rig.folder) for word in given))
+    assert code == 0
+    assert len(found["plans"]) == len(rig.store.records()[0])
+    assert command(capsys, *asked)[1]["plans"] == []
+
+
+@pytest.mark.parametrize("words", ["sample BUNDLE", "evaluate nll", "bench BUNDLE"])
+def test_both_names_of_the_folder_are_an_error(words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, said = command(capsys, *words.split(), "--cache=a", "--plans", "b")
+    assert code == 2
+    assert "--plans and --cache, its former name, were given" in " ".join(said.replace("│", "").split())
+
+
+def test_the_former_name_is_not_shown_and_not_taken_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["sample", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "--plans" in shown
+    assert "--cache" not in shown
+    assert command(capsys, "presets", "--cache", "a")[0] == 2
+    assert command(capsys, "inspect", "--", "--cache")[0] == 2  # a file of that name

@@ -280,7 +280,7 @@ def test_a_kill_between_the_two_files_leaves_no_plan(tmp_path: Path, monkeypatch
 
 def test_a_place_that_cannot_be_written_is_named_before_the_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OutputError, match=r"cannot write .*file.*\nName another folder with --cache"):
+    with pytest.raises(OutputError, match=r"cannot write .*file.*\nName another folder with --plans"):
         PlanStore(tmp_path / "file").prepare()
 
 

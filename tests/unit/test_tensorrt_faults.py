@@ -175,7 +175,7 @@ def test_rtx_looks_at_a_plan_before_it_opens_it(monkeypatch: Patch, tmp_path: Pa
         "TensorRT-RTX 1.7.1.116 refuses its plan of graph 'unet' on GeForce Double (SM89): it was not built "
         "for this GPU. It says: The engine was not built for this device."
     )
-    assert re.search(r"rm .*\.plan && admtrt build .* --cache .* --target 89$", info.value.hint)
+    assert re.search(r"rm .*\.plan && admtrt build .* --plans .* --target 89$", info.value.hint)
 
 
 @pytest.mark.parametrize(
@@ -275,7 +275,7 @@ def test_an_older_plan_is_used_where_the_newest_is_damaged(monkeypatch: Patch, t
     rig.store.path(rig.build(["update"])[0].key).unlink()
     with pytest.raises(PlanError, match="cannot read the plan") as info:
         rig.open()
-    assert info.value.hint.endswith(f"--cache {rig.folder}")
+    assert info.value.hint.endswith(f"--plans {rig.folder}")
 
 
 def test_a_batch_that_is_too_large_shows_when_the_plans_are_opened(rig: Rig, monkeypatch: Patch) -> None:

@@ -167,13 +167,13 @@ def find_fastest(bundle: Bundle, choice: BackendChoice, *, progress: Callable[[s
 
 def fastest(seconds: dict[str, dict[GraphName, float]]) -> dict[GraphName, str]:
     """The backends of the fastest step: the best CPU backend of each graph, or one GPU backend for all."""
-    plans: list[dict[GraphName, str]] = []
+    ways: list[dict[GraphName, str]] = []
     cpu = [name for name in seconds if BACKENDS[name].device == "cpu"]
     graphs = list(next(iter(seconds.values())))
     if cpu:
-        plans.append({graph: min(cpu, key=lambda name: seconds[name][graph]) for graph in graphs})
-    plans.extend(dict.fromkeys(graphs, name) for name in seconds if name not in cpu)
-    return min(plans, key=lambda plan: sum(seconds[name][graph] for graph, name in plan.items()))
+        ways.append({graph: min(cpu, key=lambda name: seconds[name][graph]) for graph in graphs})
+    ways.extend(dict.fromkeys(graphs, name) for name in seconds if name not in cpu)
+    return min(ways, key=lambda way: sum(seconds[name][graph] for graph, name in way.items()))
 
 
 def _candidates(precision: Precision) -> list[Backend]:

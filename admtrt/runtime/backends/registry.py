@@ -136,7 +136,7 @@ def _openvino(bundle: Bundle, choice: BackendChoice, graphs: Graphs) -> GraphDen
 def _tensorrt(bundle: Bundle, choice: BackendChoice, _: Graphs) -> GraphDenoiser:
     from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
 
-    return TensorRTDenoiser(bundle, choice.precision, cache=choice.plans)
+    return TensorRTDenoiser(bundle, choice.precision, plans=choice.plans)
 
 
 def _provider(name: str) -> Opener:

@@ -46,7 +46,7 @@ class TensorRTDenoiser(GraphDenoiser):
     Args:
         bundle: a verified bundle.
         precision: of the plans.
-        cache: folder of the plans; None for the bundle's own.
+        plans: folder of the plans; None for the bundle's own.
 
     Attributes:
         library: that runs the plans.
@@ -66,7 +66,7 @@ class TensorRTDenoiser(GraphDenoiser):
         bundle: Bundle,
         precision: Precision = "fp32",
         *,
-        cache: Path | None = None,
+        plans: Path | None = None,
     ) -> None:
         self._sources: Sources = {
             graph: graph_source(bundle, graph, precision) for graph in bundle.manifest.sampled_graphs
@@ -74,7 +74,7 @@ class TensorRTDenoiser(GraphDenoiser):
         libraries = find_libraries()
         self._device = CudaDevice()  # before the libraries do anything, which without a driver crash
         self.gpu: Gpu = self._device.gpu
-        store = PlanStore.of(bundle, cache)
+        store = PlanStore.of(bundle, plans)
         self.library, records = _choose(store, self._sources, libraries, self.gpu)
         self._kernels: dict[GraphName, KernelCache] = {}
         self._engines: dict[GraphName, Engine] = {}

@@ -133,17 +133,17 @@ class PlanStore:
         self._bundle = bundle
 
     @classmethod
-    def of(cls, bundle: Bundle, cache: Path | None = None) -> PlanStore:
+    def of(cls, bundle: Bundle, plans: Path | None = None) -> PlanStore:
         """The store inside a bundle, or a folder that serves several bundles."""
-        if cache is None:
+        if plans is None:
             return cls(bundle.path / PLANS, bundle.path, own=True)
-        return cls(cache, bundle.path)
+        return cls(plans, bundle.path)
 
     def build_command(self, library: Flavor, precision: Precision) -> str:
         """The command line that fills the folder."""
         bundle = "BUNDLE" if self._bundle is None else shlex.quote(str(self._bundle))
-        cache = "" if self.own else f" --cache {shlex.quote(str(self.root))}"
-        return f"admtrt build {bundle} --library {library} --precision {precision}{cache}"
+        plans = "" if self.own else f" --plans {shlex.quote(str(self.root))}"
+        return f"admtrt build {bundle} --library {library} --precision {precision}{plans}"
 
     def rebuild_command(self, key: PlanKey) -> str:
         """The command line that builds one plan anew."""
@@ -153,7 +153,7 @@ class PlanStore:
     @property
     def trusting(self) -> str:
         """The option that runs whatever is in the folder."""
-        return f"--cache {shlex.quote(str(self.root))}"
+        return f"--plans {shlex.quote(str(self.root))}"
 
     @property
     def trust_hint(self) -> str:
@@ -177,7 +177,7 @@ class PlanStore:
         try:
             check_place(self.root, folder=True)
         except OutputError as error:
-            raise OutputError(error.message, hint="Name another folder with --cache.") from None
+            raise OutputError(error.message, hint="Name another folder with --plans.") from None
 
     def path(self, key: PlanKey) -> Path:
         """File of a plan, be it there or not."""
