@@ -38,7 +38,8 @@ GraphName = Annotated[
     ),
 ]
 """A guide's graph is ``guide.`` and its name."""
-_NETWORKS = ("unet", "classifier_gradient", "unet_vector_jacobian")
+CLASSIFIER_GRADIENT: GraphName = "classifier_gradient"
+_NETWORKS = ("unet", CLASSIFIER_GRADIENT, "unet_vector_jacobian")
 FURTHER: tuple[GraphName, ...] = ("unet_vector_jacobian",)
 """Graphs that a bundle holds only where they were asked for, in the form for CPUs; sampling runs none."""
 QUANTILE = 0.995
@@ -295,7 +296,7 @@ def bundle_specs(
         specs["edit"] = edit_spec(unet)
         specs["edit_low_pass"] = edit_low_pass_spec(unet)
     if classifier is not None:
-        specs["classifier_gradient"] = classifier_gradient_spec(classifier)
+        specs[CLASSIFIER_GRADIENT] = classifier_gradient_spec(classifier)
     for name, guide in guides.items():
         if graph_of(name, guide) != "unet":
             specs[graph_of(name, guide)] = guide_spec(unet, guide)

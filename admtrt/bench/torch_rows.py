@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from admtrt.bench.rows import COMPILED, ORIGINAL
+from admtrt.contract import CLASSIFIER_GRADIENT
 from admtrt.errors import RequestError
 from admtrt.models.denoiser import TorchDenoiser, to_array, update
 from admtrt.runtime.sampler import step_inputs
-from admtrt.runtime.slots import GUIDE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -69,7 +69,9 @@ class _DeviceSlots:
         out = compute("unet", {"x": x, "t": t, **self._conditions["unet"]})["out"]
         grad = zeros
         if inputs.guided.any():
-            grad = compute(GUIDE, {"x": x, "t": t, **self._conditions[GUIDE]})["grad"]
+            grad = compute(CLASSIFIER_GRADIENT, {"x": x, "t": t, **self._conditions[CLASSIFIER_GRADIENT]})[
+                "grad"
+            ]
         results = update(x, out, grad, noise, coefficients)
         self._x, self._x_0 = results["x_prev"], results["pred_x0"]
         self._slots.position += 1

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
-from admtrt.contract import GUIDE_CLIP, LEVEL_INPUT, X0_WEIGHTS, graph_of, guide_input
+from admtrt.contract import CLASSIFIER_GRADIENT, GUIDE_CLIP, LEVEL_INPUT, X0_WEIGHTS, graph_of, guide_input
 from admtrt.runtime.noise import second_noise, step_noise
-from admtrt.runtime.slots import GUIDE
 from admtrt.schedule.edits import EDIT, EDIT_GRAPHS
 from admtrt.schedule.guides import GUIDE_GRAPH
 from admtrt.schedule.table import UPDATE_FULL
@@ -89,7 +88,7 @@ def step_inputs(slots: Slots) -> StepInputs:
     return StepInputs(
         t=places.read(lambda schedule: schedule.model_t),
         coefficients=_coefficients(places, slots),
-        guided=guided & (GUIDE in slots.conditions),
+        guided=guided & (CLASSIFIER_GRADIENT in slots.conditions),
         noise_steps=steps if some_noise else None,
         second_noise_steps=steps if some_second else None,
         full=slots.full,
@@ -235,7 +234,9 @@ def _evaluated(
         out = denoiser.run("unet", _feeds(slots, inputs, "unet"))["out"]
     evaluated = {"out": out}
     if inputs.guided.any():
-        gradient = _on_rows(GUIDE, _feeds(slots, inputs, GUIDE), inputs.guided, denoiser, sizes)
+        gradient = _on_rows(
+            CLASSIFIER_GRADIENT, _feeds(slots, inputs, CLASSIFIER_GRADIENT), inputs.guided, denoiser, sizes
+        )
         evaluated["grad"] = gradient["grad"]
     else:
         evaluated["grad"] = np.zeros_like(slots.x)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from admtrt.contract import (
+    CLASSIFIER_GRADIENT,
     GUIDE_CLIP,
     LEVEL_INPUT,
     NO_GUIDES,
@@ -37,9 +38,6 @@ Labels = NDArray[np.int64]
 Conditions = dict[GraphName, dict[str, Array]]
 """Further inputs of graphs, by graph and tensor; a row for each sample."""
 
-GUIDE: GraphName = "classifier_gradient"
-"""The graph whose conditions only those samples have that may be guided."""
-
 _OF_A_STEP = ("x", "t", *X0_WEIGHTS, GUIDE_CLIP, LEVEL_INPUT)
 _MEMORY = ("x_0", "saved", "h2")
 
@@ -53,8 +51,8 @@ class Slots:
         schedules: what each sample follows.
         position: int64 [N], steps already done.
         seeds: one for each sample; the noise depends on it, the step and ``stage`` alone.
-        conditions: further inputs of each graph; :data:`GUIDE` is among them if and only if samples may be
-            guided.
+        conditions: further inputs of each graph; ``classifier_gradient`` is among them if and only if samples
+            may be guided.
         stage: of a cascade, see :mod:`admtrt.runtime.noise`.
         guides: all of the bundle besides the classifier; ``guide.NAME`` is among the conditions of those that
             may guide a sample, with all that its graph takes.
@@ -251,7 +249,9 @@ def conditions_for(
     if guided:
         if classifier is None:
             raise ValueError("samples cannot be guided without a classifier")
-        conditions[GUIDE] = _taken(GUIDE, classifier_gradient_spec(classifier), {"y": labels})
+        conditions[CLASSIFIER_GRADIENT] = _taken(
+            CLASSIFIER_GRADIENT, classifier_gradient_spec(classifier), {"y": labels}
+        )
     for name, theirs in targets.items():
         guide, graph = guides[name], f"{GUIDE_GRAPH}{name}"
         given: dict[str, Array | None] = {**of_unet, **theirs}
@@ -299,7 +299,7 @@ def _rows(part: Slots, graph: GraphName, name: str, like: Array) -> Array:
 
 
 def _uses(slots: Slots, graph: GraphName) -> bool:
-    if graph == GUIDE:
+    if graph == CLASSIFIER_GRADIENT:
         return any(schedule.guided.any() for schedule in slots.schedules)
     if graph.startswith(GUIDE_GRAPH):
         return any(graph.removeprefix(GUIDE_GRAPH) in schedule.guides for schedule in slots.schedules)

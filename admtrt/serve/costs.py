@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from admtrt.contract import graph_of
-from admtrt.runtime.slots import GUIDE
+from admtrt.contract import CLASSIFIER_GRADIENT, graph_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -71,7 +70,7 @@ def runs_of(schedule: SamplingSchedule, guides: Guides) -> dict[GraphName, int]:
         if guides[name].kind == "denoiser":
             plain &= ~rows.active  # a loss of x_0 comes with the UNet's output
     runs["unet"] += int(plain.sum())
-    runs[GUIDE] += int(schedule.guided.sum())
+    runs[CLASSIFIER_GRADIENT] += int(schedule.guided.sum())
     runs["update_full" if schedule.full else "update"] += len(schedule)
     runs["threshold"] += int(schedule.dynamic.sum())
     if schedule.edit_graph is not None:

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from admtrt.config import DiffusionConfig
+from admtrt.contract import CLASSIFIER_GRADIENT
 from admtrt.models.classifier import Classifier, log_prob, log_prob_gradient
 from admtrt.models.denoiser import TorchDenoiser
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.solvers import sample_step, trajectory
 from admtrt.models.unet import UNet
-from admtrt.runtime.slots import GUIDE
 from admtrt.schedule.process import process_from_config
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Reference:
 
         Arguments as of :func:`admtrt.models.solvers.trajectory`.
         """
-        guide = conditions.get(GUIDE)
+        guide = conditions.get(CLASSIFIER_GRADIENT)
 
         def networks(x: Tensor, t: float) -> tuple[Tensor, Tensor | None]:
             given, times = x.numpy(), np.full(len(x), t, np.float32)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from admtrt.config import DiffusionConfig, EdmConfig
-from admtrt.contract import bundle_specs, event_shape, threshold_quantile
+from admtrt.contract import CLASSIFIER_GRADIENT, bundle_specs, event_shape, threshold_quantile
 from admtrt.errors import BundleError, CheckpointError, RequestError
 from admtrt.images import to_uint8
 from admtrt.models.pair import in_units_of
@@ -19,7 +19,7 @@ from admtrt.runtime.backends.opening import DEFAULT, open_denoiser
 from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.sampler import advance, step_inputs
-from admtrt.runtime.slots import GUIDE, conditions_for
+from admtrt.runtime.slots import conditions_for
 from admtrt.schedule.process import process_from_config, retained_timesteps
 from admtrt.schedule.table import UPDATE, sampling_schedule
 from admtrt.verify.both import BothSides
@@ -391,7 +391,7 @@ class _Comparison:
 
     def _slot_places(self, slots: Slots) -> Sequence[Place]:
         """Of what the slots' networks are given next."""
-        labels = slots.conditions.get(GUIDE, slots.conditions["unet"]).get("y")
+        labels = slots.conditions.get(CLASSIFIER_GRADIENT, slots.conditions["unet"]).get("y")
         return _places(step_inputs(slots).t, labels)
 
     def _samplers(self, *, guided: bool) -> dict[str, SamplerConfig]:

@@ -16,12 +16,13 @@ import pytest
 from goldens import relative_error
 from image_goldens import META, PROCESS, image, normal, probed, stored
 
+from admtrt.contract import CLASSIFIER_GRADIENT
 from admtrt.runtime import sampler as step_core
 from admtrt.runtime.backends.choice import BackendChoice
 from admtrt.runtime.backends.opening import open_denoiser
 from admtrt.runtime.low_pass import low_pass_matrix
 from admtrt.runtime.sampler import Denoiser, advance
-from admtrt.runtime.slots import GUIDE, Slots, slots_for
+from admtrt.runtime.slots import Slots, slots_for
 from admtrt.schedule.edits import EDIT, KnownRegion, LowPass
 from admtrt.schedule.inversion import decoding_schedule, inversion_schedule
 from admtrt.schedule.jumps import evaluated_steps
@@ -95,7 +96,7 @@ class Run:
 
     def run(self, graph: Any, feeds: Any) -> Any:
         """The bundle's graph, whose update is looked at."""
-        results = (self.guide if graph == GUIDE else self.denoiser).run(graph, feeds)
+        results = (self.guide if graph == CLASSIFIER_GRADIENT else self.denoiser).run(graph, feeds)
         if graph == "update":
             self.unedited.append(results["x_prev"])
         return results

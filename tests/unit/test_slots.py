@@ -9,6 +9,7 @@ import pytest
 from bundles import CLASSIFIER, SAMPLER, UNET, pipeline
 
 from admtrt.config import DiffusionConfig
+from admtrt.contract import CLASSIFIER_GRADIENT
 from admtrt.runtime.noise import initial_noise
 from admtrt.runtime.sampler import advance, hold
 from admtrt.runtime.slots import Slots, slots_for
@@ -20,7 +21,6 @@ PLAIN = sampling_schedule(DiffusionConfig(), SamplerConfig(steps="6", scale=0.0)
 UPSAMPLER = UNET.model_copy(update={"low_res_size": 4, "num_classes": 5})
 LOW_RES = np.random.default_rng(0).uniform(-1, 1, (2, 1, 4, 4)).astype(np.float32)
 SHAPE = (1, 8, 8)
-GUIDE: Any = "classifier_gradient"
 
 
 def guided(*seeds: int) -> Slots:
@@ -40,7 +40,7 @@ class Watched:
         self.asked: list[Any] = []
 
     def run(self, graph: Any, feeds: Any) -> Any:
-        if graph == GUIDE:
+        if graph == CLASSIFIER_GRADIENT:
             self.asked.append(feeds)
         return self.inner.run(graph, feeds)
 
@@ -57,7 +57,7 @@ def test_each_network_is_given_what_it_takes() -> None:
     assert slots.stage == 4
     np.testing.assert_array_equal(slots.x, initial_noise([1, 2], SHAPE, stage=4))
     assert guided(1, 2).conditions["unet"] == {}
-    assert guided(1, 2).conditions[GUIDE]["y"].tolist() == [1, 2]
+    assert guided(1, 2).conditions[CLASSIFIER_GRADIENT]["y"].tolist() == [1, 2]
     assert plain(1, 2).conditions == {"unet": {}}
 
 
@@ -98,12 +98,12 @@ def test_taken_rows_carry_everything_and_are_copies(rows: Any) -> None:
     assert taken.position.tolist() == [row + 1 for row in chosen]
     np.testing.assert_array_equal(taken.x, slots.x[chosen])
     np.testing.assert_array_equal(taken.x_0, slots.x_0[chosen])
-    assert taken.conditions[GUIDE]["y"].tolist() == [(row + 4) % 3 for row in chosen]
+    assert taken.conditions[CLASSIFIER_GRADIENT]["y"].tolist() == [(row + 4) % 3 for row in chosen]
     before = guided(4, 5, 6)
-    taken.x[:] = taken.position[:] = taken.conditions[GUIDE]["y"][:] = -1
+    taken.x[:] = taken.position[:] = taken.conditions[CLASSIFIER_GRADIENT]["y"][:] = -1
     np.testing.assert_array_equal(slots.x, before.x)
     assert slots.position.tolist() == [1, 2, 3]
-    assert slots.conditions[GUIDE]["y"].tolist() == [1, 2, 0]
+    assert slots.conditions[CLASSIFIER_GRADIENT]["y"].tolist() == [1, 2, 0]
 
 
 def test_no_row_at_all() -> None:
@@ -118,8 +118,8 @@ def test_joined_parts_are_rows_in_order() -> None:
     assert slots.schedules == [GUIDED, GUIDED, PLAIN]
     np.testing.assert_array_equal(slots.x, np.concatenate([part.x for part in parts]))
     np.testing.assert_array_equal(slots.x_0, np.concatenate([part.x_0 for part in parts]))
-    assert slots.conditions[GUIDE]["y"].tolist() == [1, 2, 0]
-    assert slots.conditions[GUIDE]["y"].dtype == np.int64
+    assert slots.conditions[CLASSIFIER_GRADIENT]["y"].tolist() == [1, 2, 0]
+    assert slots.conditions[CLASSIFIER_GRADIENT]["y"].dtype == np.int64
     for row, part in ((0, parts[0].take([0])), (2, parts[1])):
         again = slots.take([row])
         np.testing.assert_array_equal(again.x, part.x)
@@ -135,7 +135,7 @@ def test_parts_that_do_not_go_together() -> None:
         UNET.model_copy(update={"num_classes": 3}), None, [PLAIN], [1], labels=np.array([0]), guided=False
     )
     unlabelled = guided(1)
-    del unlabelled.conditions[GUIDE]
+    del unlabelled.conditions[CLASSIFIER_GRADIENT]
     for parts, message in (
         ([], "no slots"),
         ([plain(1), upsampled], r"stages \[0, 4\]"),
@@ -155,7 +155,7 @@ def test_other_samples_take_the_place_of_rows() -> None:
     assert slots.seeds == [7, 2, 8]
     np.testing.assert_array_equal(slots.x, np.concatenate([other.x[1:], plain(2).x, other.x[:1]]))
     assert slots.x_0.reshape(3, -1).mean(axis=1).tolist() == [0, 1, 0]
-    assert slots.conditions[GUIDE]["y"].tolist() == [1, 0, 2]
+    assert slots.conditions[CLASSIFIER_GRADIENT]["y"].tolist() == [1, 0, 2]
     for rows in ([0], [0, 0], [0, -3], [0, 1, 2]):
         with pytest.raises(ValueError, match="cannot take the place"):
             slots.replace(rows, other)

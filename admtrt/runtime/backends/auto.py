@@ -19,7 +19,7 @@ from pydantic import Field
 
 from admtrt import __version__
 from admtrt.config import Config
-from admtrt.contract import GraphName, Precision
+from admtrt.contract import CLASSIFIER_GRADIENT, GraphName, Precision
 from admtrt.errors import ConfigError, EngineError
 from admtrt.memo import Memo
 from admtrt.reading import parse_json
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from admtrt.runtime.backends.graphs import GraphDenoiser
     from admtrt.runtime.backends.registry import Backend
 
-_GRADIENT: GraphName = "classifier_gradient"
 _MEMO = "backends"
 _PACKAGES = (
     "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu12", "tensorrt-cu13",
@@ -112,16 +111,16 @@ def open_fastest(
     found = find_fastest(bundle, choice, progress=progress)
     progress(found)
     unet = found.graphs["unet"]
-    guide = found.graphs.get(_GRADIENT, unet)
+    guide = found.graphs.get(CLASSIFIER_GRADIENT, unet)
 
     def opened(name: str, graphs: Collection[GraphName] | None) -> GraphDenoiser:
         return BACKENDS[name].open(bundle, choice, graphs=graphs)
 
     needed = list(bundle.manifest.sampled_graphs) if graphs is None else list(graphs)
-    if guide == unet or _GRADIENT not in needed:
+    if guide == unet or CLASSIFIER_GRADIENT not in needed:
         return opened(unet, graphs)
-    others: list[GraphName] = [name for name in needed if name != _GRADIENT]
-    return Composite(opened(unet, others), opened(guide, [_GRADIENT]))
+    others: list[GraphName] = [name for name in needed if name != CLASSIFIER_GRADIENT]
+    return Composite(opened(unet, others), opened(guide, [CLASSIFIER_GRADIENT]))
 
 
 def find_fastest(bundle: Bundle, choice: BackendChoice, *, progress: Callable[[str], None]) -> Fastest:
@@ -222,7 +221,7 @@ def _probe(request: ProbeRequest) -> ProbeResult:
 
 def _measured_graphs(bundle: Bundle) -> tuple[GraphName, ...]:
     """The UNet and the classifier's gradient: the small graphs and the guides run beside the UNet."""
-    return tuple(name for name in ("unet", _GRADIENT) if name in bundle.manifest.graphs)
+    return tuple(name for name in ("unet", CLASSIFIER_GRADIENT) if name in bundle.manifest.graphs)
 
 
 def _remembered(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from admtrt.contract import CLASSIFIER_GRADIENT
 from admtrt.runtime.backends.graphs import GraphDenoiser
-from admtrt.runtime.slots import GUIDE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -30,12 +30,16 @@ class Composite(GraphDenoiser):
         self.copies_weights = generator.copies_weights or guide.copies_weights
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        return (self._guide if graph == GUIDE else self._generator).run(graph, feeds)
+        return (self._guide if graph == CLASSIFIER_GRADIENT else self._generator).run(graph, feeds)
 
     def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
         """See :meth:`GraphDenoiser.prepare`."""
-        self._generator.prepare({graph: batches for graph, batches in sizes.items() if graph != GUIDE})
-        self._guide.prepare({graph: batches for graph, batches in sizes.items() if graph == GUIDE})
+        self._generator.prepare(
+            {graph: batches for graph, batches in sizes.items() if graph != CLASSIFIER_GRADIENT}
+        )
+        self._guide.prepare(
+            {graph: batches for graph, batches in sizes.items() if graph == CLASSIFIER_GRADIENT}
+        )
 
     def close(self) -> None:
         """See :meth:`GraphDenoiser.close`."""

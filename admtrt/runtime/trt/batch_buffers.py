@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from admtrt.contract import CLASSIFIER_GRADIENT
 from admtrt.runtime.cuda import at_exit
 from admtrt.runtime.sampler import gathered_size
-from admtrt.runtime.slots import GUIDE
 from admtrt.schedule.edits import EDIT_GRAPHS
 
 if TYPE_CHECKING:
@@ -126,8 +126,8 @@ class BatchBuffers:
                 for graph, source in sources.items()
                 for tensor in (*source.spec.inputs, *source.spec.outputs)
             ]
-            if GUIDE in sources:
-                spec = sources[GUIDE].spec
+            if CLASSIFIER_GRADIENT in sources:
+                spec = sources[CLASSIFIER_GRADIENT].spec
                 tensors += [((GATHERED, each.name), each) for each in (*spec.inputs, *spec.outputs)]
             for key, tensor in tensors:
                 if key not in self._arrays:
@@ -147,8 +147,12 @@ class BatchBuffers:
         """The arrays that a step is fed from the host, whatever its kind."""
         rows = [coefficients_of(graph) for graph in _WITH_ROWS]
         fed: list[Key] = ["t", "noise", "noise2", "r", *rows]
-        if GUIDE in self._sources:
-            fed += [(GATHERED, each.name) for each in self._sources[GUIDE].spec.inputs if each.name != "x"]
+        if CLASSIFIER_GRADIENT in self._sources:
+            fed += [
+                (GATHERED, each.name)
+                for each in self._sources[CLASSIFIER_GRADIENT].spec.inputs
+                if each.name != "x"
+            ]
         return [key for key in fed if key in self._arrays]
 
     def pinned(self, key: Key) -> PinnedArray:
@@ -186,7 +190,7 @@ class BatchBuffers:
 
     def gradient_size(self, count: int) -> int:
         """The number of samples that the gradient runs for where ``count`` are guided: one of few, or all."""
-        engine = self._engines[GUIDE]
+        engine = self._engines[CLASSIFIER_GRADIENT]
         least = gathered_size(count, self.batch)
         sizes = (least, *(profile.smallest for profile in engine.profiles))
         fitting = [size for size in sizes if size >= least and engine.profile(size) is not None]
@@ -257,7 +261,9 @@ class BatchBuffers:
     def _enqueue_networks(self, gradient: int) -> None:
         main, side = self.main, self._side
         if gradient:
-            binding = self._bindings[GUIDE] if gradient == self.batch else self._gradients[gradient]
+            binding = (
+                self._bindings[CLASSIFIER_GRADIENT] if gradient == self.batch else self._gradients[gradient]
+            )
             main.record(self._forked)
             side.wait(self._forked)
             binding.enqueue(side)
@@ -306,7 +312,7 @@ class BatchBuffers:
             sharing = [other for other in self._gradients if other not in self._prepared]
             if len(sharing) >= _SHARED and size not in self._prepared:
                 self._drop_gradient(sharing[0])
-            binding = self._bound(GUIDE, size, gathered=True)
+            binding = self._bound(CLASSIFIER_GRADIENT, size, gathered=True)
             self.fresh = True
         self._gradients[size] = binding  # the last of the dictionary is the last that was used
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple, Self
 
 import numpy as np
 
+from admtrt.contract import CLASSIFIER_GRADIENT
 from admtrt.runtime.cuda import at_exit
 from admtrt.runtime.sampler import draw_noise, draw_second_noise, step_inputs
-from admtrt.runtime.slots import GUIDE
 from admtrt.runtime.trt.batch_buffers import GATHERED, StepKind, coefficients_of, fill_rows
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class _Stage:
             if not kind.dynamic:
                 given["r"] = inputs.clip
         if mixed and kind.gradient < buffers.batch:
-            taken = {"t": inputs.t, **slots.conditions[GUIDE]}
+            taken = {"t": inputs.t, **slots.conditions[CLASSIFIER_GRADIENT]}
             given |= {(GATHERED, name): values[guided] for name, values in taken.items()}
         noise = draw_noise(slots, inputs)
         if noise is not None:
