@@ -14,11 +14,12 @@ from goldens import arrays, metadata
 from safetensors.torch import save_file
 
 from admtrt.config import DiffusionConfig
-from admtrt.models.checkpoint import CheckpointConfig, identify, load_stored, open_checkpoint
+from admtrt.models.checkpoint import CheckpointConfig, load_identified, open_checkpoint
 from admtrt.models.diffusers.keys import _part, _sources
 from admtrt.models.diffusers.network import MIDDLE_NORM, read_network
 from admtrt.models.diffusers.scheduler import read_scheduler
 from admtrt.models.generated import generated_weight, standard_normal
+from admtrt.models.identify import identify_checkpoint
 from admtrt.models.settings import shapes_of_network
 from admtrt.models.unet import UNet
 from admtrt.schedule.levels import levels_of
@@ -127,7 +128,7 @@ def write_tiny(path: Path, *, scheduler: dict[str, Any] | None = None, **changes
 
 def load(folder: Path) -> tuple[UNet, CheckpointConfig]:
     opened = open_checkpoint(folder)
-    loaded = load_stored(opened, identify(opened, kinds=("unet",)).config)
+    loaded = load_identified(identify_checkpoint(opened, kinds=("unet",)))
     assert isinstance(loaded.module, UNet)
     return loaded.module, loaded.config
 

@@ -24,7 +24,8 @@ from admtrt.data.image_set import load_data, split
 from admtrt.demo.judge import Judge
 from admtrt.demo.run import demo_config
 from admtrt.export.pack import bundle_from_checkpoints
-from admtrt.models.checkpoint import identify, load_network, load_stored, open_checkpoint
+from admtrt.models.checkpoint import load_identified, load_network, open_checkpoint
+from admtrt.models.identify import identify_checkpoint
 from admtrt.run_config import RunConfig
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.training.loop import train
@@ -90,7 +91,7 @@ def _rate(step: int, steps: int) -> float:
 def guided(folder: Path, out: Path) -> dict[tuple[str, float], float]:
     """The judged accuracy of a folder's samples, guided by a classifier for its process; prints a table."""
     stored = open_checkpoint(folder)
-    unet = load_stored(stored, identify(stored, kinds=("unet",)).config)
+    unet = load_identified(identify_checkpoint(stored, kinds=("unet",)))
     demo = demo_config()
     config = RunConfig.from_dict(
         {

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from admtrt.contract import Precision
-    from admtrt.models.checkpoint import CheckpointConfig, Kind
+    from admtrt.models.checkpoint import Kind
     from admtrt.models.classifier import Classifier
-    from admtrt.models.stored import StoredCheckpoint
+    from admtrt.models.identify import IdentifiedCheckpoint
     from admtrt.models.unet import UNet
 
 _AGAIN = "Give the checkpoints from which the bundle was exported."
@@ -72,7 +72,7 @@ class Subject:
         Raises:
             CheckpointError: if there are none, or one cannot be used.
         """
-        from admtrt.models.checkpoint import load_stored
+        from admtrt.models.checkpoint import load_identified
         from admtrt.models.classifier import Classifier
         from admtrt.models.pair import in_units_of
         from admtrt.models.unet import UNet
@@ -80,11 +80,11 @@ class Subject:
         if self.unet is None:
             raise CheckpointError("PyTorch needs the checkpoints", hint="Give --unet and --classifier.")
         manifest = Bundle.open(self.bundle).manifest
-        unet = load_stored(*_identify(self.unet, manifest, _generator_kind(manifest))).module
+        unet = load_identified(_identify(self.unet, manifest, _generator_kind(manifest))).module
         assert isinstance(unet, UNet)
         if self.classifier is None:
             return unet, None
-        guide = load_stored(*_identify(self.classifier, manifest, "classifier"))
+        guide = load_identified(_identify(self.classifier, manifest, "classifier"))
         classifier = in_units_of(manifest.discrete("guidance"), guide).module
         assert isinstance(classifier, Classifier)
         return unet, classifier
@@ -170,28 +170,28 @@ def _generator_kind(manifest: Manifest) -> Kind:
     return "unet" if manifest.network.low_res_size is None else "upsampler"
 
 
-def _identify(path: Path, manifest: Manifest, kind: Kind) -> tuple[StoredCheckpoint, CheckpointConfig]:
-    """An opened checkpoint and its configuration: its own, else the bundle's."""
-    from admtrt.models.checkpoint import CheckpointConfig, identify, open_checkpoint
+def _identify(path: Path, manifest: Manifest, kind: Kind) -> IdentifiedCheckpoint:
+    """A checkpoint by its own configuration, else the bundle's."""
+    from admtrt.models.checkpoint import CheckpointConfig, open_checkpoint
+    from admtrt.models.identify import identify_checkpoint
 
     stored = open_checkpoint(path)
     expected = manifest.classifier if kind == "classifier" else manifest.network
     field = "classifier" if kind == "classifier" else "unet"
-    given = None
+    given = []
     if stored.embedded is None:
         process = manifest.diffusion
         if kind == "classifier" and manifest.classifier_rescale_timesteps is not None:
             rescaled = {"rescale_timesteps": manifest.classifier_rescale_timesteps}
             process = process.model_copy(update=rescaled)
-        given = CheckpointConfig.model_validate(
-            {"kind": kind, field: expected, "diffusion": process, "sampler": manifest.sampler}
-        )
+        said = {"kind": kind, field: expected, "diffusion": process, "sampler": manifest.sampler}
+        given = [CheckpointConfig.model_validate(said)]
     try:
-        found = identify(stored, kinds=(kind,), config=given).config
+        found = identify_checkpoint(stored, kinds=(kind,), configs=given)
     except CheckpointError as error:
         raise CheckpointError(error.message, hint=_AGAIN) from None
     assert expected is not None  # a classifier is asked for only where the bundle has one
-    ours, theirs = found.network.model_dump(), expected.model_dump()
+    ours, theirs = found.config.network.model_dump(), expected.model_dump()
     if ours | {"null_class": None} != theirs | {"null_class": None}:  # which the bundle alone says
         raise CheckpointError(f"{path} is not the bundle's {kind}: its settings differ", hint=_AGAIN)
-    return stored, found
+    return found

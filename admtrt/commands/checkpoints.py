@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from admtrt.models.checkpoint import CheckpointConfig, Kind, LoadedNetwork
+    from admtrt.models.identify import IdentifiedCheckpoint
     from admtrt.models.stored import StoredCheckpoint
 
 
@@ -105,7 +106,7 @@ def load_pair(
     Raises:
         UserError: if a checkpoint cannot be used; nothing of it has been executed.
     """
-    from admtrt.models.checkpoint import load_stored, open_checkpoint
+    from admtrt.models.checkpoint import load_identified, open_checkpoint
     from admtrt.models.pair import check_pair
 
     if classifier is None and (classifier_preset is not None or classifier_set or classifier_weights):
@@ -122,25 +123,29 @@ def load_pair(
     if null_class is not None:
         unet_set = [*unet_set, f"null_class={null_class}"]
     said = Description(unet_preset, config, unet_set, options=OptionNames("--unet-"))
-    generator = open_checkpoint(unet, unet_weights, options=said.options)
-    generator_config = identify_checkpoint(
-        generator, kinds=("unet", "upsampler"), description=said, note=note
+    generator = identify_described(
+        open_checkpoint(unet, unet_weights, options=said.options),
+        kinds=("unet", "upsampler"),
+        description=said,
+        note=note,
     )
     if classifier is None:
-        return load_stored(generator, generator_config), None
+        return load_identified(generator), None
     said = Description(classifier_preset, config, classifier_set, options=OptionNames("--classifier-"))
-    guide = open_checkpoint(classifier, classifier_weights, options=said.options)
-    shared = {"image_size": generator_config.network.image_size}
-    guide_config = identify_checkpoint(
-        guide, kinds=("classifier",), description=said, note=note, shared=shared
+    noisy = identify_described(
+        open_checkpoint(classifier, classifier_weights, options=said.options),
+        kinds=("classifier",),
+        description=said,
+        note=note,
+        shared={"image_size": generator.config.network.image_size},
     )
     try:
-        check_pair(generator_config, guide_config)
+        check_pair(generator.config, noisy.config)
     except CheckpointError as error:
         raise CheckpointError(
             f"{unet} and {classifier} do not belong together: {error.message}", hint=error.hint
         ) from None
-    return load_stored(generator, generator_config), load_stored(guide, guide_config)
+    return load_identified(generator), load_identified(noisy)
 
 
 def describes_networks(config: Path) -> bool:
@@ -153,40 +158,40 @@ def describes_networks(config: Path) -> bool:
     return any((said.unet, said.upsampler, said.classifier))
 
 
-def identify_checkpoint(
+def identify_described(
     stored: StoredCheckpoint,
     *,
-    kinds: tuple[Kind, ...],
+    kinds: Sequence[Kind],
     description: Description,
     note: Callable[[str], None],
     shared: Mapping[str, Any] = MappingProxyType({}),
-) -> CheckpointConfig:
-    """The configuration of an opened file: its own, else the preset, else ``--config``, else its tensors'.
+) -> IdentifiedCheckpoint:
+    """Identify an opened file: by what it says, else the preset, else ``--config``, else its tensors.
 
     ``shared`` are settings of the network that it goes with, which its tensors may leave open.
 
     Raises:
         UserError: if it cannot be told, or contradicts the file.
     """
-    from admtrt.models.checkpoint import identify
+    from admtrt.models.checkpoint import checkpoint_config_from_preset
+    from admtrt.models.identify import identify_checkpoint
 
     settings = parse_settings(description.settings)
     said = None if description.config is None else load_config(CheckpointSettings, description.config)
-    given = _given_config(description, said, stored, kinds, settings)
-    found = identify(
-        stored,
-        kinds=kinds,
-        config=given,
-        settings=settings,
-        shared=shared,
-        options=description.options,
+    if description.preset is not None:
+        configs = [checkpoint_config_from_preset(description.preset)]
+    else:
+        configs = [] if said is None else _described(description, said, stored, kinds)
+    found = identify_checkpoint(
+        stored, kinds=kinds, configs=configs, settings=settings, shared=shared, options=description.options
     )
     if found.note:
         note(f"{stored.path}: {found.note}")
     if said is None or description.preset is not None:
-        return found.config
+        return found
     replaced = {name: getattr(said, name) for name in _NO_FACTS & said.model_fields_set}
-    return type(found.config).from_dict(found.config.to_dict() | replaced, source=str(description.config))
+    data = found.config.to_dict() | replaced
+    return replace(found, config=type(found.config).from_dict(data, source=str(description.config)))
 
 
 def parse_settings(items: Sequence[str]) -> dict[str, Any]:
@@ -208,38 +213,28 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
-def _given_config(
-    description: Description,
-    said: CheckpointSettings | None,
-    stored: StoredCheckpoint,
-    kinds: tuple[Kind, ...],
-    settings: Mapping[str, Any],
-) -> CheckpointConfig | None:
-    """The configuration that a preset gives, or the section of ``--config`` for a network of this kind."""
-    from admtrt.models.checkpoint import CheckpointConfig, checkpoint_config_from_preset
+def _described(
+    description: Description, said: CheckpointSettings, stored: StoredCheckpoint, kinds: Sequence[Kind]
+) -> list[CheckpointConfig]:
+    """A configuration for each section of ``--config`` that is a network of one of the kinds."""
+    from admtrt.models.checkpoint import CheckpointConfig
 
-    if description.preset is not None:
-        return checkpoint_config_from_preset(description.preset)
-    if said is None:
-        return None
     if not any((said.unet, said.upsampler, said.classifier)):
         if stored.embedded is not None and said.model_fields_set <= _NO_FACTS:
-            return None
+            return []
         raise ConfigError(
             f"{description.config} has no section [unet], [upsampler] or [classifier]",
             hint=f"Describe the network there; single settings go into {description.options.prefix}set.",
         )
-    sections = [name for name in kinds if getattr(said, name) is not None]
-    if not sections:
-        return None
-    kind = stored.kind(settings)
-    section = kind if kind in sections else sections[0]
-    network = getattr(said, section)
-    field = "classifier" if section == "classifier" else "unet"
     shared = said.model_dump(include={"diffusion", "sampler", "class_names"})
-    return CheckpointConfig.from_dict(
-        {"kind": section, field: network.to_dict(), **shared}, source=str(description.config)
-    )
+    networks = {kind: network for kind in kinds if (network := getattr(said, kind)) is not None}
+    return [
+        CheckpointConfig.from_dict(
+            {"kind": kind, "classifier" if kind == "classifier" else "unet": network.to_dict(), **shared},
+            source=str(description.config),
+        )
+        for kind, network in networks.items()
+    ]
 
 
 def recommended_sampler(checkpoint: CheckpointConfig, choices: Mapping[str, Any]) -> SamplerConfig:

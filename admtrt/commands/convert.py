@@ -47,7 +47,7 @@ def convert(
     diffusers' folders get ADM's names.
     """
     require("torch", "safetensors", extra="export", purpose="Converting")
-    from admtrt.commands.checkpoints import Description, identify_checkpoint
+    from admtrt.commands.checkpoints import Description, identify_described
     from admtrt.models.checkpoint import check_target, convert_checkpoint, open_checkpoint, rounded
     from admtrt.models.weights import DTYPES
 
@@ -60,7 +60,7 @@ def convert(
     description = Description(preset=preset, config=config, settings=set_ or ())
     found = None
     if target.suffix.lower() == ".safetensors" or stored.embedded is not None or description:
-        found = identify_checkpoint(stored, kinds=kinds, description=description, note=output.note)
+        found = identify_described(stored, kinds=kinds, description=description, note=output.note).config
     if dtype is not None:
         stored = rounded(stored, DTYPES[dtype])
     convert_checkpoint(stored, target, found, overwrite=overwrite)

@@ -32,14 +32,14 @@ def show_checkpoint(path: Path, output: Output) -> None:
         CheckpointError: if it cannot be used, or does not tell its settings.
     """
     require("torch", "safetensors", extra="export", purpose="Inspecting a checkpoint")
-    from admtrt.commands.checkpoints import Description, identify_checkpoint
+    from admtrt.commands.checkpoints import Description, identify_described
     from admtrt.models.checkpoint import open_checkpoint
 
     stored = open_checkpoint(path)
     notes: list[str] = []
     kinds: tuple[Kind, ...] = ("unet", "upsampler", "classifier")
     try:
-        found = identify_checkpoint(stored, kinds=kinds, description=Description(), note=notes.append)
+        found = identify_described(stored, kinds=kinds, description=Description(), note=notes.append).config
     except CheckpointError as error:
         if stored.embedded is not None:
             raise

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from admtrt.errors import CheckpointError
 from admtrt.models.infer import UNTOLD, UntoldSettingError, infer_config, stand_in, traits_of
@@ -41,15 +40,14 @@ _ASSUMED = (
 )
 
 
-@dataclass(frozen=True)
-class Identified:
-    """The configuration of a file and, where something was assumed for it, a note that says what."""
+class ConfigOfTensors(NamedTuple):
+    """The configuration of tensors and, where something was assumed for it, a note that says what."""
 
     config: CheckpointConfig
     note: str = ""
 
 
-def identify_tensors(
+def config_of_tensors(
     shapes: Shapes,
     *,
     name: str,
@@ -58,7 +56,7 @@ def identify_tensors(
     told: Mapping[str, Any] = _NOTHING,
     asks: Collection[str] = (),
     shared: Mapping[str, Any] = _NOTHING,
-) -> Identified:
+) -> ConfigOfTensors:
     """The configuration of tensors that come with none.
 
     What the shapes do not tell and ``given`` does not say is taken from the published model that the tensors
@@ -96,7 +94,9 @@ def identify_tensors(
             f"{options.config}.",
         ) from None
     if not presets:
-        return Identified(config, "" if "rescale_residuals" in given else "assumed: rescale_residuals False")
+        return ConfigOfTensors(
+            config, "" if "rescale_residuals" in given else "assumed: rescale_residuals False"
+        )
     samplers = {
         preset.sampler
         for preset in presets
@@ -111,7 +111,9 @@ def identify_tensors(
     note += f" but for {differences}" if differences else ""
     note += f"; assumed from there: {in_words}" if in_words else ""
     note += "; these recommend different samplers" if len(samplers) > 1 else ""
-    return Identified(config, f"{note}. Say otherwise with {options.prefix}preset or {options.prefix}set.")
+    return ConfigOfTensors(
+        config, f"{note}. Say otherwise with {options.prefix}preset or {options.prefix}set."
+    )
 
 
 def check_tensors(

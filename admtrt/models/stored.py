@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 from admtrt.errors import CheckpointError, ConfigError
-from admtrt.models.infer import traits_of
 from admtrt.models.settings import CheckpointConfig
 from admtrt.models.weights import read_metadata
 from admtrt.reading import parse_json
@@ -20,7 +18,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from admtrt.models.infer import Shapes
-    from admtrt.presets import Kind
 
 METADATA_KEY = "admtrt"
 """Name of the JSON of a :class:`CheckpointConfig` in a safetensors header."""
@@ -29,7 +26,6 @@ PREFIX_KEY = "admtrt.key_prefix"
 """Name there of the text that stood before every key in the file that it was converted from."""
 
 _FORMAT_VERSION = 1
-_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -74,15 +70,6 @@ class StoredCheckpoint:
         """A tensor as the network has it."""
         tensor = self.tensors[key]
         return tensor[..., 0] if key in self.convolved else tensor
-
-    def kind(self, given: Mapping[str, Any] = _NOTHING) -> Kind | None:
-        """The kind of network that the file says it holds, else that of its shapes; None if unknown."""
-        if self.embedded is not None:
-            return self.embedded.kind
-        try:
-            return traits_of(self.shapes, given).kind
-        except CheckpointError:  # which whoever needs more than the kind is told
-            return None
 
 
 def read_checkpoint_config(path: Path) -> CheckpointConfig | None:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from admtrt.errors import CheckpointError, ConfigError
-from admtrt.models.checkpoint import CheckpointConfig, identify, load_stored, open_checkpoint
+from admtrt.models.checkpoint import CheckpointConfig, load_identified, open_checkpoint
+from admtrt.models.identify import identify_checkpoint
 from admtrt.models.matching import listing
 from admtrt.run_config import RunConfig
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from admtrt.models.checkpoint import LoadedNetwork, StoredCheckpoint
+    from admtrt.models.identify import IdentifiedCheckpoint
     from admtrt.run_config import Task
 
 _FREE = frozenset({"dropout"})
@@ -43,20 +45,21 @@ def with_start(
     """
     if task != "unet" or config.train_unet.init is None:
         return config, None
-    stored = open_checkpoint(Path(config.train_unet.init))
-    found = _identified(stored, config, note)
+    path = Path(config.train_unet.init)
+    identified = _identified(open_checkpoint(path), config, note)
+    found = identified.config
     assert found.unet is not None  # its kind says so
     taken = {name: getattr(config, name) for name in config.model_fields_set}
     if config.unet is None:
         taken["unet"] = found.unet
     else:
-        _check_same(stored.path, found, config)
+        _check_same(path, found, config)
     for name in ("diffusion", "sampler"):
         if name not in config.model_fields_set:
             taken[name] = getattr(found, name)
     if taken["diffusion"] != found.diffusion:
-        note(f"{stored.path} was trained on another process than that of [diffusion], which is used")
-    return RunConfig.from_dict(taken), load_stored(stored, found)
+        note(f"{path} was trained on another process than that of [diffusion], which is used")
+    return RunConfig.from_dict(taken), load_identified(identified)
 
 
 def begin_with(network: nn.Module, start: LoadedNetwork) -> None:
@@ -68,18 +71,20 @@ def begin_with(network: nn.Module, start: LoadedNetwork) -> None:
     )
 
 
-def _identified(stored: StoredCheckpoint, config: RunConfig, note: Callable[[str], None]) -> CheckpointConfig:
-    given = None
+def _identified(
+    stored: StoredCheckpoint, config: RunConfig, note: Callable[[str], None]
+) -> IdentifiedCheckpoint:
+    given = []
     if stored.embedded is None and config.unet is not None:
-        given = CheckpointConfig(kind="unet", unet=config.unet, diffusion=config.diffusion)
+        given = [CheckpointConfig(kind="unet", unet=config.unet, diffusion=config.diffusion)]
     try:
-        found = identify(stored, kinds=("unet",), config=given)
+        found = identify_checkpoint(stored, kinds=("unet",), configs=given)
     except CheckpointError as error:
         hint = "Describe it in [unet], or first convert it: admtrt convert CHECKPOINT start.safetensors"
         raise CheckpointError(error.message, hint=hint) from None
     if found.note:
         note(f"{stored.path}: {found.note}")
-    return found.config
+    return found
 
 
 def _check_same(path: Path, found: CheckpointConfig, config: RunConfig) -> None:

@@ -22,9 +22,10 @@ from torch import Tensor
 from admtrt.errors import UserError
 from admtrt.export.graphs import classifier_gradient_graph
 from admtrt.export.write import write_graph
-from admtrt.models.checkpoint import StoredCheckpoint, identify, load_stored
+from admtrt.models.checkpoint import StoredCheckpoint, load_identified
 from admtrt.models.classifier import Classifier, log_prob_gradient
 from admtrt.models.generated import generated_weight
+from admtrt.models.identify import identify_checkpoint
 from admtrt.models.unet import UNet
 
 CASES: dict[str, Any] = json.loads(gzip.decompress((DATA / "options.json.gz").read_bytes()))
@@ -77,8 +78,8 @@ def told(name: str) -> dict[str, Any]:
 
 
 def network(name: str) -> UNet | Classifier:
-    found = identify(stored(name), kinds=("unet", "upsampler", "classifier"), settings=told(name))
-    return load_stored(stored(name), found.config).module
+    found = identify_checkpoint(stored(name), kinds=("unet", "upsampler", "classifier"), settings=told(name))
+    return load_identified(found).module
 
 
 def noisy(name: str) -> Tensor:
@@ -124,7 +125,7 @@ def test_refused(name: str) -> None:
 def test_what_no_answer_mends_is_said_before_anything_is_asked(name: str) -> None:
     asked_for = "condition" if "condition" in REFUSED[name] else "ADM network, whatever its settings"
     with pytest.raises(UserError, match=asked_for):
-        identify(stored(name), kinds=("unet", "classifier"))
+        identify_checkpoint(stored(name), kinds=("unet", "classifier"))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +145,7 @@ def test_what_changes_the_result_is_asked_for(name: str, key: str) -> None:
     if "attention" in name and "classifier" in name:
         settings["num_head_channels"] = told(name)["num_head_channels"]
     with pytest.raises(UserError, match=f"do not tell .*{key}"):
-        identify(stored(name), kinds=("unet", "upsampler", "classifier"), settings=settings)
+        identify_checkpoint(stored(name), kinds=("unet", "upsampler", "classifier"), settings=settings)
 
 
 @pytest.mark.parametrize("name", ["attention_odd_pooled", "odd_strided_fed"])

@@ -16,7 +16,7 @@ from sparse_checkpoints import zeros_file
 from torch import Tensor
 
 from admtrt.cli import run
-from admtrt.commands.checkpoints import Description, identify_checkpoint, load_pair, parse_settings
+from admtrt.commands.checkpoints import Description, identify_described, load_pair, parse_settings
 from admtrt.errors import CheckpointError, ConfigError, OutputError, RequestError
 from admtrt.models import checkpoint
 from admtrt.models.checkpoint import (
@@ -354,7 +354,9 @@ def test_a_file_that_says_otherwise(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_classifier_for_something_else(
     tmp_path: Path, changes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("admtrt.models.checkpoint.load_stored", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(
+        "admtrt.models.checkpoint.load_identified", lambda *_: pytest.fail("weights were read")
+    )
     other = checkpoint_config_from_settings(
         "classifier", SMALL | {"num_classes": 10, "schedule": "cosine"} | changes
     )
@@ -414,13 +416,13 @@ def test_what_was_assumed_is_said(tmp_path: Path) -> None:
             config=None,
             note=notes.append,
         )
-    found = identify_checkpoint(
+    found = identify_described(
         open_checkpoint(path),
         kinds=("classifier",),
         description=Description(options=OptionNames("--classifier-")),
         note=notes.append,
     )
-    assert found.network == fork.network
+    assert found.config.network == fork.network
     (note,) = notes
     assert (
         "preset '64x64_classifier' but for num_classes 10; assumed from there: image_size 64, num_head"

@@ -21,12 +21,13 @@ from safetensors.torch import load_file, save_file
 from admtrt.cli import run
 from admtrt.config import EdmConfig
 from admtrt.errors import CheckpointError, OutputError
-from admtrt.models.checkpoint import build_network, convert_checkpoint, identify, open_checkpoint
+from admtrt.models.checkpoint import build_network, convert_checkpoint, open_checkpoint
 from admtrt.models.diffusers import network as network_module
 from admtrt.models.diffusers import scheduler as scheduler_module
 from admtrt.models.diffusers.keys import adm_tensors
 from admtrt.models.diffusers.network import read_network
 from admtrt.models.diffusers.scheduler import read_scheduler
+from admtrt.models.identify import identify_checkpoint
 from admtrt.models.settings import CheckpointConfig, shapes_of_network
 from admtrt.schedule.sampler import SamplerConfig
 
@@ -57,7 +58,7 @@ def drop(folder: Path, file: str, *keys: str) -> None:
 
 
 def opened(folder: Path) -> CheckpointConfig:
-    return identify(open_checkpoint(folder), kinds=("unet",)).config
+    return identify_checkpoint(open_checkpoint(folder), kinds=("unet",)).config
 
 
 def refusal(folder: Path) -> str:
@@ -198,12 +199,12 @@ def test_converted_folder_is_the_same(folder: Path, tmp_path: Path) -> None:
 
 def test_settings_beside_a_folder_may_not_contradict_it(folder: Path) -> None:
     with pytest.raises(CheckpointError, match="schedule is linear in the file, cosine given"):
-        identify(open_checkpoint(folder), kinds=("unet",), settings={"schedule": "cosine"})
+        identify_checkpoint(open_checkpoint(folder), kinds=("unet",), settings={"schedule": "cosine"})
     with pytest.raises(CheckpointError, match="norm_groups is 8 in the file, 16 given"):
-        identify(open_checkpoint(folder), kinds=("unet",), settings={"norm_groups": 16})
+        identify_checkpoint(open_checkpoint(folder), kinds=("unet",), settings={"norm_groups": 16})
     scaled = {"beta_start": 1e-4, "beta_end": 0.03}
     with pytest.raises(CheckpointError, match="beta_start is None in the file"):
-        identify(open_checkpoint(folder), kinds=("unet",), settings=scaled)
+        identify_checkpoint(open_checkpoint(folder), kinds=("unet",), settings=scaled)
 
 
 # --- what becomes of options -------------------------------------------------------------------------------

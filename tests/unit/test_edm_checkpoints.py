@@ -16,10 +16,10 @@ from admtrt.errors import CheckpointError
 from admtrt.models.checkpoint import (
     build_network,
     checkpoint_config_from_preset,
-    identify,
     load_network,
     open_checkpoint,
 )
+from admtrt.models.identify import identify_checkpoint
 from admtrt.models.matching import shapes_of_network
 from admtrt.models.settings import CheckpointConfig
 from admtrt.presets import PRESETS
@@ -147,13 +147,13 @@ def test_a_published_file_asks_which_it_is(tmp_path: Path) -> None:
     as_published = {key: (*shape, 1) if key.endswith(images) else shape for key, shape in shapes.items()}
     stored = open_checkpoint(zeros_file(tmp_path / "cd_imagenet64_l2.safetensors", as_published))
     with pytest.raises(CheckpointError, match=r"do not tell .*kind") as caught:
-        identify(stored, kinds=("unet",))
+        identify_checkpoint(stored, kinds=("unet",))
     assert "'edm_imagenet64_ema', 'cd_imagenet64_l2', 'cd_imagenet64_lpips', 'ct_imagenet64'" in (
         caught.value.hint
     )
     with pytest.raises(CheckpointError, match="do not tell boundary"):
-        identify(stored, kinds=("unet",), settings={"kind": "edm"})
+        identify_checkpoint(stored, kinds=("unet",), settings={"kind": "edm"})
     preset = checkpoint_config_from_preset("cd_imagenet64_l2")
-    assert identify(stored, kinds=("unet",), config=preset).config == preset
-    told = identify(stored, kinds=("unet",), settings={"kind": "edm", "boundary": True})
+    assert identify_checkpoint(stored, kinds=("unet",), configs=[preset]).config == preset
+    told = identify_checkpoint(stored, kinds=("unet",), settings={"kind": "edm", "boundary": True})
     assert told.config == preset

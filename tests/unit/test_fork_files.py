@@ -20,7 +20,7 @@ from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from admtrt.config_files import save_config
 from admtrt.errors import CheckpointError, ConfigError
 from admtrt.models.checkpoint import LoadedNetwork, load_network, open_checkpoint, save_checkpoint
-from admtrt.models.matching import identify_tensors
+from admtrt.models.matching import config_of_tensors
 from admtrt.models.option_names import OptionNames
 from admtrt.models.pair import check_pair, in_units_of
 from admtrt.models.settings import (
@@ -314,7 +314,7 @@ def test_the_training_file_describes_a_checkpoint(
 
 def test_a_fork_without_classes_says_so() -> None:
     fork = with_settings(checkpoint_config_from_preset("512x512_diffusion"), {"num_classes": None})
-    found = identify_tensors(shapes_of_network(fork), name="ema", given={}, options=OptionNames())
+    found = config_of_tensors(shapes_of_network(fork), name="ema", given={}, options=OptionNames())
     assert "those of preset '512x512_diffusion' but for num_classes none; assumed" in found.note
 
 

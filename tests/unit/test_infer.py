@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from sparse_checkpoints import zeros_file
 
 from admtrt.config import DiffusionConfig, UNetConfig
 from admtrt.errors import CheckpointError, ConfigError
-from admtrt.models.checkpoint import identify, load_network, open_checkpoint
+from admtrt.models.checkpoint import load_network, open_checkpoint
+from admtrt.models.identify import identify_checkpoint
 from admtrt.models.infer import UNTOLD, UntoldSettingError, infer_config, traits_of
-from admtrt.models.matching import identify_tensors, shapes_of_network
+from admtrt.models.matching import config_of_tensors, shapes_of_network
 from admtrt.models.option_names import OptionNames
 from admtrt.models.settings import (
     CheckpointConfig,
@@ -93,14 +96,14 @@ def test_every_published_model_from_its_shapes_and_what_they_do_not_tell(name: s
 
 @pytest.mark.parametrize("name", DISCRETE)
 def test_every_published_model_from_its_file_alone(name: str) -> None:
-    found = identify_tensors(published_shapes(name), name=name, given={}, options=OF_UNET)
+    found = config_of_tensors(published_shapes(name), name=name, given={}, options=OF_UNET)
     assert found.config == checkpoint_config_from_preset(name)
     assert f"those of preset '{name}'; assumed from there: " in found.note
     assert "Say otherwise with --unet-preset or --unet-set." in found.note
 
 
 def test_models_of_equal_shapes_under_another_name() -> None:
-    found = identify_tensors(published_shapes("lsun_cat"), name="ema", given={}, options=OF_UNET)
+    found = config_of_tensors(published_shapes("lsun_cat"), name="ema", given={}, options=OF_UNET)
     assert "presets '256x256_diffusion_uncond', 'lsun_bedroom', 'lsun_cat', 'lsun_horse'," in found.note
     assert "different samplers" in found.note
     expected = checkpoint_config_from_preset("lsun_horse_nodropout")
@@ -109,7 +112,7 @@ def test_models_of_equal_shapes_under_another_name() -> None:
 
 
 def test_what_shapes_tell_is_not_called_assumed() -> None:
-    note = identify_tensors(
+    note = config_of_tensors(
         published_shapes("64x64_classifier"), name="", given={}, options=OptionNames()
     ).note
     assert "in_channels" not in note
@@ -287,9 +290,9 @@ def test_settings_that_no_reading_has() -> None:
     """Two channels in and out are a UNet's of two, or an upsampler's of one; never of three."""
     shapes = small_shapes("upsampler", in_channels=1, low_res_size=4)
     with pytest.raises(CheckpointError, match="do not tell learn_sigma"):
-        identify_tensors(shapes, name="", given={"in_channels": 3}, options=OptionNames())
+        config_of_tensors(shapes, name="", given={"in_channels": 3}, options=OptionNames())
     with pytest.raises(CheckpointError, match="in_channels is 1; 3 was given"):
-        identify_tensors(
+        config_of_tensors(
             shapes,
             name="",
             given={"in_channels": 3, "low_res_size": 4, "image_size": 16},
@@ -355,7 +358,7 @@ def test_tensors_of_something_else(change: dict[str, Any], said: str) -> None:
 def test_a_fork_takes_from_its_ancestor_what_shapes_do_not_tell(name: str, changes: dict[str, Any]) -> None:
     expected = with_settings(checkpoint_config_from_preset(name), changes)
     size = {"image_size": changes["image_size"]} if "image_size" in changes else {}
-    found = identify_tensors(shapes_of_network(expected), name="ema", given=size, options=OF_UNET)
+    found = config_of_tensors(shapes_of_network(expected), name="ema", given=size, options=OF_UNET)
     assert (found.config.network, found.config.diffusion) == (expected.network, expected.diffusion)
     for key in set(changes) - {"attention_resolutions"}:
         assert f"{key} {'none' if changes[key] is None else changes[key]}" in found.note
@@ -363,7 +366,7 @@ def test_a_fork_takes_from_its_ancestor_what_shapes_do_not_tell(name: str, chang
 
 def test_a_fork_with_another_image_size_says_so() -> None:
     shapes = published_shapes("256x256_diffusion")
-    found = identify_tensors(shapes, name="ema", given={"image_size": 128}, options=OptionNames()).config
+    found = config_of_tensors(shapes, name="ema", given={"image_size": 128}, options=OptionNames()).config
     assert isinstance(found.network, UNetConfig)
     assert (found.network.image_size, found.network.attention_resolutions) == (128, (16, 8, 4))
     assert shapes_of_network(found) == shapes
@@ -372,7 +375,7 @@ def test_a_fork_with_another_image_size_says_so() -> None:
 def test_what_is_given_stands_above_what_is_assumed() -> None:
     shapes = published_shapes("64x64_diffusion")
     known = {"num_heads": 4, "num_heads_upsample": -1, "schedule": "linear", "rescale_timesteps": True}
-    found = identify_tensors(shapes, name="64x64_diffusion", given=known, options=OptionNames())
+    found = config_of_tensors(shapes, name="64x64_diffusion", given=known, options=OptionNames())
     assert found.config.network.num_heads == 4
     assert found.config.network.num_head_channels is None
     assert found.config.diffusion == DiffusionConfig(rescale_timesteps=True)
@@ -385,7 +388,7 @@ def test_another_architecture_takes_nothing() -> None:
     for changes in ({"num_res_blocks": 3}, {"pool": "adaptive"}, {"attention_resolutions": (16, 8)}):
         shapes = shapes_of_network(with_settings(network, changes))
         with pytest.raises(CheckpointError, match="do not tell") as caught:
-            identify_tensors(shapes, name="", given={}, options=OptionNames("--classifier-"))
+            config_of_tensors(shapes, name="", given={}, options=OptionNames("--classifier-"))
         assert "--classifier-set KEY=VALUE" in caught.value.hint
 
 
@@ -395,7 +398,7 @@ def test_fixed_variance_is_asked_for() -> None:
         {"learn_sigma": False, "variance_type": "fixed_small"},
     )
     with pytest.raises(CheckpointError, match="variance_type"):
-        identify_tensors(shapes_of_network(fork), name="", given={}, options=OptionNames())
+        config_of_tensors(shapes_of_network(fork), name="", given={}, options=OptionNames())
 
 
 # --- files ------------------------------------------------------------------------------------------------
@@ -429,9 +432,9 @@ def test_settings_replace_those_of_a_configuration(tmp_path: Path) -> None:
     stored = open_checkpoint(path)
     config = CheckpointConfig(kind="unet", unet=UNetConfig.from_dict(SMALL), diffusion=DiffusionConfig())
     with pytest.raises(CheckpointError, match="unexpected: label_emb"):
-        identify(stored, kinds=("unet",), config=config)
+        identify_checkpoint(stored, kinds=("unet",), configs=[config])
     changes = {"num_classes": 7, "schedule": "cosine", "num_heads": 1}
-    found = identify(stored, kinds=("unet",), config=config, settings=changes).config
+    found = identify_checkpoint(stored, kinds=("unet",), configs=[config], settings=changes).config
     assert (found.diffusion.schedule, found.network.num_heads) == ("cosine", 1)
     assert isinstance(found.network, UNetConfig)
     assert found.network.num_classes == 7
@@ -440,3 +443,19 @@ def test_settings_replace_those_of_a_configuration(tmp_path: Path) -> None:
 def test_heads_given_replace_the_preset_s_channels_of_a_head() -> None:
     changed = with_settings(checkpoint_config_from_preset("64x64_diffusion"), {"num_heads": 2})
     assert (changed.network.num_heads, changed.network.num_head_channels) == (2, None)
+
+
+def test_where_settings_come_from(tmp_path: Path) -> None:
+    """The file says them, they were given, or the tensors told them: one call says which."""
+    config = checkpoint_config_from_preset("64x64_classifier")
+    shapes = shapes_of_network(config)
+    bare = open_checkpoint(zeros_file(tmp_path / "64x64_classifier.safetensors", shapes))
+    kinds = ("unet", "classifier")
+    told = identify_checkpoint(bare, kinds=kinds)
+    given = identify_checkpoint(bare, kinds=kinds, configs=[config])
+    said = identify_checkpoint(replace(bare, embedded=config), kinds=kinds)
+    assert [found.source for found in (told, given, said)] == ["tensors", "given", "file"]
+    assert {found.kind for found in (told, given, said)} == {"classifier"}
+    assert all(found.config.network == config.network for found in (told, given, said))
+    other = checkpoint_config_from_preset("64x64_diffusion")
+    assert identify_checkpoint(bare, kinds=kinds, configs=[other, config]).config == config  # of its kind
