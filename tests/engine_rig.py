@@ -64,7 +64,7 @@ class Rig:
         hidden = ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings")
         for module in hidden:
             patch.setitem(sys.modules, module, None)
-        self.module.__spec__ = ModuleSpec(self.module.__name__, None)  # the registry asks for it
+        self.module.__spec__ = ModuleSpec(self.module.__name__, None)  # its declaration asks for it
         patch.setitem(sys.modules, self.module.__name__, self.module)
         patch.setattr(
             "admtrt.runtime.trt.engine.require_start", lambda _: None
@@ -72,7 +72,7 @@ class Rig:
 
     def driver(self, patch: pytest.MonkeyPatch, driver: Driver) -> None:
         """What another driver would say of itself."""
-        for module in ("admtrt.runtime.cuda", "admtrt.runtime.backends.registry"):
+        for module in ("admtrt.runtime.cuda", "admtrt.runtime.backends.backend"):
             patch.setattr(f"{module}.query_driver", lambda: driver)
 
     def build(self, graphs: Sequence[str] = (), **plan: Any) -> list[PlanRecord]:

@@ -13,7 +13,8 @@ from admtrt.bench.throughput import ThroughputReport, ThroughputRow, measure_row
 from admtrt.contract import PRECISIONS
 from admtrt.errors import RequestError
 from admtrt.evaluate.extract import BACKENDS, Extractor
-from admtrt.runtime.backends.openvino import computes_bf16
+from admtrt.runtime.backends import registry
+from admtrt.runtime.backends.default import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -96,8 +97,9 @@ def feature_rows(names: Sequence[str], network: FeatureNetwork) -> list[tuple[st
     """
     fidelity = network.kind == "inception" and find_spec("torch_fidelity") is not None
     if not names:
-        names = ["onnxruntime", *(["openvino"] if find_spec("openvino") is not None else [])]
-        names += ["openvino:bf16"] if "openvino" in names and computes_bf16() else []
+        libraries = [registry.BACKENDS[name] for name in BACKENDS]
+        here = [one for one in libraries if one.name == DEFAULT_BACKEND or one.available()]
+        names = [f"{one.name}:{precision}" for one in here for precision in one.precisions_here()]
         names += [FIDELITY] if fidelity else []
     rows: list[tuple[str, Precision]] = []
     for name in names:

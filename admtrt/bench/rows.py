@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Literal
 
 from admtrt.contract import PRECISIONS
 from admtrt.errors import MissingDependencyError, RequestError
-from admtrt.runtime.backends.choice import AUTO
-from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
+from admtrt.runtime.backends.choice import AUTO, runs_plans
+from admtrt.runtime.backends.registry import BACKENDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -79,7 +79,7 @@ def parse_rows(items: Sequence[str]) -> tuple[Row, ...]:
 
 def takes_plans(row: Row) -> bool:
     """True where a folder of plans matters to a row: ``auto`` runs none in fp32."""
-    return row.name == PLANS_ONLY or (row.name == AUTO and row.precision != "fp32")
+    return runs_plans(row.name, row.precision)
 
 
 def default_rows(device: Device, *, original: bool) -> tuple[Row, ...]:

@@ -113,7 +113,7 @@ def bench(
     from admtrt.bench.subject import Subject, subject_from_preset
     from admtrt.contract import PRECISIONS
     from admtrt.runtime.backends.choice import checked_threads
-    from admtrt.runtime.backends.registry import PLANS_ONLY
+    from admtrt.runtime.backends.registry import PLAN_BACKENDS
     from admtrt.runtime.machine import available_threads
 
     if sum(one is not None for one in (bundle, preset, training, features)) != 1:
@@ -171,7 +171,7 @@ def bench(
     if plans is not None and not any(map(takes_plans, rows)):
         raise RequestError(
             f"no row runs plans, but {plans} was given as their folder",
-            hint=f"Leave it out, or add --backend {PLANS_ONLY}.",
+            hint=f"Leave it out, or add --backend {' or '.join(PLAN_BACKENDS)}.",
         )
     if preset is not None:
         require("torch", "onnx", "onnxscript", "safetensors", extra="export", purpose="A preset's bundle")

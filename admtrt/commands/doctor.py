@@ -117,14 +117,14 @@ def examine(driver: Driver) -> list[Finding]:
 
 
 def backends(findings: Sequence[Finding]) -> list[Ability]:
-    """Every backend; the one of the plans also needs a library that runs them on this GPU."""
-    from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
+    """Every backend; one that runs plans also needs a library that runs them on this GPU."""
+    from admtrt.runtime.backends.registry import BACKENDS
 
     abilities = []
     for backend in BACKENDS.values():
         available = backend.available()
         reason, hint = available.reason, available.hint
-        if available and backend.name == PLANS_ONLY and not any(each.runs_plans for each in findings):
+        if available and backend.runs_plans and not any(each.runs_plans for each in findings):
             reason = "no library that is installed runs plans on this GPU"
             hint = _hint(install_extra("tensorrt"))
         precisions = backend.precisions

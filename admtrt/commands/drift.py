@@ -13,6 +13,7 @@ from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Thre
 from admtrt.commands.requirements import require
 from admtrt.console import Output, progress_bar, table
 from admtrt.errors import RequestError
+from admtrt.runtime.backends.default import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 def drift(
     bundle: Annotated[Path, typer.Argument(help="The bundle's directory.")],
-    backend: BackendName = "onnxruntime",
+    backend: BackendName = DEFAULT_BACKEND,
     precision: PrecisionName = "fp32",
     engine: Annotated[
         str | None,
@@ -58,9 +59,9 @@ def drift(
     """
     if images < 1 or batch_size < 1:
         raise RequestError(f"--images is {images}, --batch-size {batch_size}; expected at least 1 of each")
-    if engine is None and (backend, precision) == ("onnxruntime", "fp32"):
+    if engine is None and (backend, precision) == (DEFAULT_BACKEND, "fp32"):
         raise _compared_with_itself()
-    if engine is not None and (backend, precision, plans) != ("onnxruntime", "fp32", None):
+    if engine is not None and (backend, precision, plans) != (DEFAULT_BACKEND, "fp32", None):
         raise RequestError(
             "--engine measures typed graphs on the CPU, --backend, --precision and --plans a backend",
             hint="Give one or the other.",
@@ -130,7 +131,9 @@ def _opened(bundle: Bundle, choice: BackendChoice, found: BackendReport) -> Abst
     from admtrt.runtime.backends.opening import open_denoiser
 
     denoiser = open_denoiser(bundle, choice, progress=found)
-    if choice.precision == "fp32" and any(set(one.graphs.values()) == {"onnxruntime"} for one in found.found):
+    if choice.precision == "fp32" and any(
+        set(one.graphs.values()) == {DEFAULT_BACKEND} for one in found.found
+    ):
         raise _compared_with_itself()
     return nullcontext(denoiser)
 

@@ -26,6 +26,7 @@ from admtrt.commands.options import (
 from admtrt.commands.requirements import require
 from admtrt.console import Output, progress_bar, table
 from admtrt.errors import RequestError
+from admtrt.runtime.backends.default import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def nll(
     unet_preset: UnetPreset = None,
     unet_set: UnetSet = None,
     unet_weights: UnetWeights = None,
-    backend: BackendName = "onnxruntime",
+    backend: BackendName = DEFAULT_BACKEND,
     precision: PrecisionName = "fp32",
     threads: Threads = None,
     plans: PlanFolder = None,
@@ -112,7 +113,7 @@ def nll(
         raise RequestError(
             "--unet-preset, --unet-set and --unet-weights are for a checkpoint; a bundle carries its settings"
         )
-    if bundle is None and (backend, precision, threads, plans) != ("onnxruntime", "fp32", None, None):
+    if bundle is None and (backend, precision, threads, plans) != (DEFAULT_BACKEND, "fp32", None, None):
         raise RequestError(
             "--backend, --precision, --threads and --plans are for a bundle; a checkpoint runs in PyTorch"
         )

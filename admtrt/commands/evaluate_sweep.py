@@ -16,6 +16,7 @@ from admtrt.commands.solver_options import SolverOptions, method_option, takes_s
 from admtrt.console import Output, progress_bar, table
 from admtrt.errors import RequestError
 from admtrt.files import check_place
+from admtrt.runtime.backends.default import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -60,7 +61,7 @@ def sweep(
     metrics: Metrics = None,
     parts: Parts = None,
     no_error: NoError = False,
-    backend: BackendName = "onnxruntime",
+    backend: BackendName = DEFAULT_BACKEND,
     features_backend: Annotated[
         str, typer.Option(help="What computes features: onnxruntime, openvino or auto.")
     ] = "onnxruntime",

@@ -11,6 +11,7 @@ from admtrt.commands.backend_report import BackendReport
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.sample import requested_labels
 from admtrt.console import Output, progress_bar
+from admtrt.runtime.backends.default import DEFAULT_BACKEND
 
 
 def invert(
@@ -31,7 +32,7 @@ def invert(
         typer.Option("--clip/--no-clip", help="Bound x_0 to [-1, 1]: then the way back is not exact."),
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Images computed at once, and kept in one file.")] = 16,
-    backend: BackendName = "onnxruntime",
+    backend: BackendName = DEFAULT_BACKEND,
     precision: PrecisionName = "fp32",
     threads: Threads = None,
     plans: PlanFolder = None,

@@ -16,6 +16,7 @@ from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Thre
 from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
 from admtrt.console import Output, progress_bar
 from admtrt.errors import RequestError
+from admtrt.runtime.backends.default import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -91,7 +92,7 @@ def sample(
         int | None,
         typer.Option(help="Samples kept in one file on the way; a batch where left out."),
     ] = None,
-    backend: BackendName = "onnxruntime",
+    backend: BackendName = DEFAULT_BACKEND,
     precision: PrecisionName = "fp32",
     threads: Threads = None,
     plans: PlanFolder = None,

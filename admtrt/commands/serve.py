@@ -12,6 +12,7 @@ from admtrt.commands.backend_report import BackendReport
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads
 from admtrt.console import Output
 from admtrt.errors import MissingDependencyError, RequestError
+from admtrt.runtime.backends.default import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     import socket
@@ -108,7 +109,7 @@ def serve(
     drain_timeout: Annotated[
         float, typer.Option(min=0, help="Seconds after which a stopped server cuts off what is not done.")
     ] = 300.0,
-    backend: BackendName = "onnxruntime",
+    backend: BackendName = DEFAULT_BACKEND,
     precision: PrecisionName = "fp32",
     threads: Threads = None,
     plans: PlanFolder = None,

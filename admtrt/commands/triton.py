@@ -12,6 +12,7 @@ import typer
 
 from admtrt.commands.options import BackendName, PrecisionName, Threads
 from admtrt.console import Output
+from admtrt.runtime.backends.default import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -69,7 +70,7 @@ def triton(
     ] = False,
     max_rows: Annotated[int, typer.Option(min=1, max=4096, help="The largest batch that is tried.")] = 16,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take at most.")] = 300.0,
-    backend: BackendName = "onnxruntime",
+    backend: BackendName = DEFAULT_BACKEND,
     precision: PrecisionName = "fp32",
     threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

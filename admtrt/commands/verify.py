@@ -24,6 +24,7 @@ from admtrt.commands.options import (
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
 from admtrt.files import check_place
+from admtrt.runtime.backends.default import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -64,7 +65,7 @@ def verify(
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the inputs and the noise.")] = 0,
-    backend: BackendName = "onnxruntime",
+    backend: BackendName = DEFAULT_BACKEND,
     threads: Threads = None,
     plans: PlanFolder = None,
     plot: Annotated[

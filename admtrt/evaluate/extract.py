@@ -11,6 +11,7 @@ from admtrt.errors import BundleError, EngineError, MissingDependencyError, Requ
 from admtrt.evaluate.network import LOGITS, POOL, SPATIAL
 from admtrt.images import to_pillow
 from admtrt.memo import Memo
+from admtrt.runtime.backends import registry
 from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, import_onnxruntime
 from admtrt.runtime.backends.openvino import computes_bf16, import_openvino
 
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
     from admtrt.evaluate.frechet import Features
     from admtrt.evaluate.network import FeatureNetwork
 
-BACKENDS = {"onnxruntime": ("fp32",), "openvino": ("fp32", "bf16")}
-"""Libraries that run features, and the precisions of each."""
 AUTO = "auto"
 _TIMED_BATCH = 8
 _KEPT_SHAPES = 2  # full batches and a rest
@@ -182,9 +181,8 @@ def _places(graph: Path, outputs: Sequence[tuple[str, str, _Sizes]]) -> dict[str
 
 
 def _open(graph: Path, backend: str, precision: str, threads: int | None) -> Runner:
-    made: type[_OnnxRuntime] | type[_OpenVino] = _OnnxRuntime if backend == "onnxruntime" else _OpenVino
     try:
-        return made(graph, precision, threads)
+        return _RUNNERS[backend](graph, precision, threads)
     except (MissingDependencyError, RequestError, EngineError):
         raise
     except Exception as error:  # the libraries raise types of their own for every cause
@@ -294,3 +292,11 @@ class _OpenVino:
         self._compiled[shape] = compiled  # the last is the last that was used
         results = compiled({0: images})
         return [results[port] for port in compiled.outputs]
+
+
+_RUNNERS: dict[str, Callable[[Path, str, int | None], Runner]] = {
+    "onnxruntime": _OnnxRuntime,
+    "openvino": _OpenVino,
+}
+BACKENDS = {name: registry.BACKENDS[name].precisions for name in _RUNNERS}
+"""Libraries that run features, and the precisions of each."""

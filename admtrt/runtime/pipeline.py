@@ -13,6 +13,7 @@ from admtrt.bundle import Bundle
 from admtrt.contract import event_shape
 from admtrt.errors import ConfigError, RequestError
 from admtrt.images import from_uint8
+from admtrt.runtime.backends.default import DEFAULT_BACKEND
 from admtrt.runtime.conditioning import check_conditioning
 from admtrt.runtime.drawn import Given, Samples, Step, state_after
 from admtrt.runtime.guide_targets import GuideTargets
@@ -62,7 +63,7 @@ class Pipeline:
         cls,
         path: str | Path | Bundle,
         *,
-        backend: str = "onnxruntime",
+        backend: str = DEFAULT_BACKEND,
         precision: Precision = "fp32",
         threads: int | None = None,
         plans: str | Path | None = None,

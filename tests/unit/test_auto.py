@@ -17,7 +17,8 @@ from graph_calls import gradient, unet_out
 from admtrt.bundle import Bundle
 from admtrt.cli import run
 from admtrt.errors import EngineError
-from admtrt.runtime.backends import auto, registry
+from admtrt.runtime.backends import auto
+from admtrt.runtime.backends import backend as declaration
 from admtrt.runtime.backends.auto import Fastest, Measured, fastest, find_fastest
 from admtrt.runtime.backends.choice import AUTO, BackendChoice
 from admtrt.runtime.backends.composite import Composite
@@ -237,7 +238,7 @@ def test_none_that_works(bundle: Bundle, probes: Probes, cache: Path) -> None:
 
 
 def test_fp32_admits_exact_backends_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry.Backend, "require", lambda _: None)
+    monkeypatch.setattr(declaration.Backend, "require", lambda _: None)
     exact = [backend.name for backend in auto._candidates("fp32")]
     assert exact == ["onnxruntime", "openvino", "onnxruntime-cuda"]
     assert [backend.name for backend in auto._candidates("fp16")] == [
@@ -299,7 +300,7 @@ def test_a_measurement(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_steps_on_a_device_are_measured_as_they_are_sampled(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(registry, "_is_installed", lambda _: True)
+    monkeypatch.setattr(declaration, "is_installed", lambda _: True)
     rig = Rig(monkeypatch, tmp_path)
     rig.build()
     found = measure(request("tensorrt", plans=rig.folder))

@@ -23,7 +23,8 @@ from admtrt.cli import run
 from admtrt.contract import GraphName, bundle_specs
 from admtrt.errors import BundleError, EngineError, MissingDependencyError, RequestError
 from admtrt.installing import install_extra
-from admtrt.runtime.backends import providers, registry
+from admtrt.runtime.backends import backend as declaration
+from admtrt.runtime.backends import providers
 from admtrt.runtime.backends.choice import AUTO, BackendChoice
 from admtrt.runtime.backends.composite import Composite
 from admtrt.runtime.backends.graphs import GraphDenoiser
@@ -54,7 +55,7 @@ def bundle() -> Bundle:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if an NVIDIA driver were installed."""
-    monkeypatch.setattr(registry, "query_driver", lambda: DRIVER)
+    monkeypatch.setattr(declaration, "query_driver", lambda: DRIVER)
 
 
 NAMES = "onnxruntime, openvino, onnxruntime-cuda, onnxruntime-tensorrt, onnxruntime-rtx, tensorrt, auto"
@@ -102,8 +103,8 @@ def test_the_other_backends_of_a_precision_are_named(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize("name", [name for name in BACKENDS if BACKENDS[name].device == "cuda"])
 def test_a_machine_without_a_driver(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(registry, "_is_installed", lambda _: True)
-    monkeypatch.setattr(registry, "query_driver", lambda: Driver(None, (), "no driver here"))
+    monkeypatch.setattr(declaration, "is_installed", lambda _: True)
+    monkeypatch.setattr(declaration, "query_driver", lambda: Driver(None, (), "no driver here"))
     with pytest.raises(EngineError, match=f"backend '{name}' needs an NVIDIA GPU: no driver here"):
         open_denoiser(bundle, BackendChoice(name))
     assert not BACKENDS[name].available()
@@ -112,7 +113,7 @@ def test_a_machine_without_a_driver(bundle: Bundle, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("name", BACKENDS)
 def test_a_package_that_is_missing(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(registry, "_is_installed", lambda _: False)
+    monkeypatch.setattr(declaration, "is_installed", lambda _: False)
     with pytest.raises(MissingDependencyError) as raised:
         open_denoiser(bundle, BackendChoice(name))
     assert f"'{name}' needs the package" in raised.value.message
@@ -122,10 +123,10 @@ def test_a_package_that_is_missing(bundle: Bundle, monkeypatch: pytest.MonkeyPat
 
 
 def test_modules_within_packages_that_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not registry._is_installed("no_such_package.core")
+    assert not declaration.is_installed("no_such_package.core")
     monkeypatch.setitem(sys.modules, "openvino", None)
-    assert not registry._is_installed("openvino")
-    assert registry._is_installed("numpy")
+    assert not declaration.is_installed("openvino")
+    assert declaration.is_installed("numpy")
 
 
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
@@ -516,7 +517,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch, driver: None) -> Plugin:
     module = ModuleType("onnxruntime_ep_nv_tensorrt_rtx")
     module.get_library_path = lambda: Path("plugin.so")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(registry, "_is_installed", lambda _: True)
+    monkeypatch.setattr(declaration, "is_installed", lambda _: True)
     monkeypatch.setattr(providers, "_onnxruntime", lambda _: made)
     del made.SessionOptions  # that of the base is an attribute of the object
     return made

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from feature_networks import write_graph
 
-from admtrt.bench import feature_rows as module
 from admtrt.bench.feature_rows import count_graph, feature_rows
 from admtrt.cli import run
 from admtrt.errors import RequestError
 from admtrt.evaluate.network import open_network
+from admtrt.runtime.backends import backend as declaration
 
 
 def test_operations_are_those_of_convolutions_and_products(tmp_path: Path) -> None:
@@ -29,7 +29,7 @@ def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("openvino", "bf16"),
         ("onnxruntime", "fp32"),
     ]
-    monkeypatch.setattr(module, "find_spec", lambda name: None if name == "openvino" else object())
+    monkeypatch.setattr(declaration, "is_installed", lambda name: name != "openvino")
     assert feature_rows([], network) == [("onnxruntime", "fp32")]
     for names, complaint in (
         (["onnxruntime:bf16"], "no library 'onnxruntime:bf16'"),

@@ -14,7 +14,8 @@ import pytest
 from admtrt.cli import run
 from admtrt.commands import doctor
 from admtrt.installing import install_extra, pip_install
-from admtrt.runtime.backends.registry import BACKENDS, Availability, Backend
+from admtrt.runtime.backends.backend import Availability, Backend
+from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.engines import device
 from admtrt.runtime.engines.device import Driver, Gpu, query_driver
 

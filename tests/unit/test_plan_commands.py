@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @pytest.fixture
 def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
     """Plans in a folder outside the bundle."""
-    monkeypatch.setattr("admtrt.runtime.backends.registry._is_installed", lambda _: True)
+    monkeypatch.setattr("admtrt.runtime.backends.backend.is_installed", lambda _: True)
     made = Rig(monkeypatch, tmp_path / "plans")
     made.build()
     return made

@@ -279,7 +279,7 @@ def test_an_older_plan_is_used_where_the_newest_is_damaged(monkeypatch: Patch, t
 
 
 def test_a_batch_that_is_too_large_shows_when_the_plans_are_opened(rig: Rig, monkeypatch: Patch) -> None:
-    monkeypatch.setattr("admtrt.runtime.backends.registry._is_installed", lambda _: True)
+    monkeypatch.setattr("admtrt.runtime.backends.backend.is_installed", lambda _: True)
     with pytest.raises(RequestError, match="a batch of 9 is larger than the largest that the plans take"):
         open_denoiser(rig.bundle, BackendChoice("tensorrt", plans=rig.folder, batch_size=9))
 

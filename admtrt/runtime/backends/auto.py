@@ -33,16 +33,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
 
     from admtrt.bundle import Bundle
+    from admtrt.runtime.backends.backend import Backend
     from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.backends.graphs import GraphDenoiser
-    from admtrt.runtime.backends.registry import Backend
 
 _MEMO = "backends"
-_PACKAGES = (
-    "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt", "tensorrt-cu12", "tensorrt-cu13",
-    "tensorrt-rtx-cu13", "onnxruntime-ep-nv-tensorrt-rtx", "cuda-core",
-)  # fmt: skip
-"""Distributions whose versions decide the speed."""
 _FAILED_FOR = 3600.0  # seconds that a failure is remembered: a GPU may have been full just then
 _TIMEOUT = 1800.0  # seconds for one backend: engines may be built on the way
 
@@ -176,11 +171,7 @@ def fastest(seconds: dict[str, dict[GraphName, float]]) -> dict[GraphName, str]:
 
 
 def _candidates(precision: Precision) -> list[Backend]:
-    return [
-        backend
-        for backend in BACKENDS.values()
-        if precision in backend.precisions and (precision != "fp32" or backend.exact) and backend.available()
-    ]
+    return [backend for backend in BACKENDS.values() if backend.admits(precision) and backend.available()]
 
 
 def _measure(requests: Sequence[ProbeRequest], progress: Callable[[str], None]) -> Measured:
@@ -252,7 +243,7 @@ def _key(bundle: Bundle, candidates: Sequence[Backend], choice: BackendChoice) -
         "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "admtrt": __version__,
         "candidates": [backend.name for backend in candidates],
-        "versions": {name: _version(name) for name in _PACKAGES},
+        "versions": {name: _version(name) for backend in BACKENDS.values() for name in backend.distributions},
         "precision": choice.precision,
         "threads": choice.threads,
         "batch_size": choice.batch_size,

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from admtrt.contract import Precision, precision_named
 from admtrt.errors import RequestError
-from admtrt.runtime.backends.registry import BACKENDS, PLANS_ONLY
+from admtrt.runtime.backends.default import DEFAULT_BACKEND
+from admtrt.runtime.backends.registry import BACKENDS, PLAN_BACKENDS
 from admtrt.runtime.request import whole_number
 
 AUTO = "auto"
@@ -22,7 +23,7 @@ class BackendChoice:
         name: one of :data:`~admtrt.runtime.backends.registry.BACKENDS`, or ``auto`` for the fastest here.
         precision: what the networks compute in.
         threads: of a CPU backend; None takes every core.
-        plans: folder of the plans of ``tensorrt``; None for the bundle's own.
+        plans: folder of plans, for a backend that runs them; None for the bundle's own.
         batch_size: the largest that will come; ``auto`` chooses for it.
 
     Raises:
@@ -30,7 +31,7 @@ class BackendChoice:
             plans for a backend that runs none: whatever no machine could open.
     """
 
-    name: str = "onnxruntime"
+    name: str = DEFAULT_BACKEND
     precision: Precision = "fp32"
     threads: int | None = None
     plans: Path | None = None
@@ -65,11 +66,11 @@ class BackendChoice:
         return f"{self.name}, {self.precision}"
 
     def _check_auto(self) -> None:
-        if self.plans is not None and self.precision == "fp32":
+        if self.plans is not None and not runs_plans(AUTO, self.precision):
             raise RequestError(
                 f"backend {AUTO!r} runs no plans in fp32, where TensorRT may round products to TF32, "
                 f"but {self.plans} was given as their folder",
-                hint=f"Leave it out, or use the backend {PLANS_ONLY}.",
+                hint=f"Leave it out, or use the backend {' or '.join(PLAN_BACKENDS)}.",
             )
 
     def _check_named(self) -> None:
@@ -86,11 +87,18 @@ class BackendChoice:
                 f"threads is {self.threads}, but backend {self.name!r} does not run on the CPU",
                 hint="Leave the threads out.",
             )
-        if self.plans is not None and self.name != PLANS_ONLY:
+        if self.plans is not None and not backend.runs_plans:
             raise RequestError(
                 f"backend {self.name!r} runs no plans, but {self.plans} was given as their folder",
-                hint=f"Leave it out, or use the backend {PLANS_ONLY}.",
+                hint=f"Leave it out, or use the backend {' or '.join(PLAN_BACKENDS)}.",
             )
+
+
+def runs_plans(name: str, precision: Precision) -> bool:
+    """True where a folder of plans matters to a backend or to ``auto``, which may not take every backend."""
+    if name != AUTO:
+        return name in PLAN_BACKENDS
+    return any(BACKENDS[one].admits(precision) for one in PLAN_BACKENDS)
 
 
 def checked_threads(threads: int | None) -> int | None:

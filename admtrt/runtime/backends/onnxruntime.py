@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import BundleError
+from admtrt.runtime.backends.backend import Backend
 from admtrt.runtime.backends.graphs import GraphDenoiser, batch_of, check_contract, working
 from admtrt.runtime.backends.quiet import import_silent
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, GraphSpec
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.slots import Array
 
 ERRORS_ONLY = 3
@@ -86,3 +88,20 @@ def _shown(values: Any) -> list[str]:
         f"{value.name} {_DTYPES.get(value.type, value.type)}[{', '.join(map(str, value.shape))}]"
         for value in values
     ]
+
+
+def _open(bundle: Bundle, choice: BackendChoice, graphs: Collection[GraphName] | None) -> GraphDenoiser:
+    return OnnxRuntimeDenoiser(bundle, threads=choice.threads, graphs=graphs)
+
+
+BACKENDS = (
+    Backend(
+        "onnxruntime",
+        "ONNX Runtime on the CPU: the default",
+        ("fp32",),
+        "cpu",
+        (("onnxruntime",),),
+        _open,
+        distributions=("onnxruntime",),
+    ),
+)

@@ -11,6 +11,7 @@ import numpy as np
 from admtrt.contract import is_network
 from admtrt.errors import BundleError, RequestError
 from admtrt.onnx_wire import external_locations
+from admtrt.runtime.backends.backend import Backend
 from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, batch_of, check_contract, working
 from admtrt.runtime.backends.mapped import release_pages
 from admtrt.runtime.backends.openvino_passes import (
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, GraphSpec, Precision
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.slots import Array
 
+_PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 _HINTS: dict[Precision, str] = {"fp32": "f32", "bf16": "bf16"}
 _DTYPES = {"f32": "float32", "i64": "int64"}
 
@@ -206,3 +209,25 @@ def _shown(ports: Any) -> list[str]:
         f"[{', '.join('N' if size.is_dynamic else str(size.get_length()) for size in port.partial_shape)}]"
         for port in ports
     ]
+
+
+def _open(bundle: Bundle, choice: BackendChoice, graphs: Collection[GraphName] | None) -> GraphDenoiser:
+    return OpenVinoDenoiser(bundle, choice.precision, threads=choice.threads, graphs=graphs)
+
+
+def _precisions_here() -> tuple[Precision, ...]:
+    return _PRECISIONS if computes_bf16() else ("fp32",)
+
+
+BACKENDS = (
+    Backend(
+        "openvino",
+        "OpenVINO on the CPU",
+        _PRECISIONS,
+        "openvino",
+        (("openvino",),),
+        _open,
+        distributions=("openvino",),
+        narrowed=_precisions_here,
+    ),
+)

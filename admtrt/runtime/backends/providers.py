@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from admtrt.contract import PRECISIONS
 from admtrt.errors import BundleError, EngineError
 from admtrt.installing import install_extra
 from admtrt.memo import cache_folder
+from admtrt.runtime.backends.backend import Backend
 from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, batch_of, working
 from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, check_session, import_onnxruntime
 from admtrt.runtime.engines.device import query_driver
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, GraphSpec, Precision
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.slots import Array
 
 
@@ -278,3 +281,45 @@ def _plugin_devices(library: Any, provider: Provider) -> Any:
             hint="Use the backend onnxruntime-cuda or tensorrt.",
         )
     return found
+
+
+def _backend(
+    name: str, summary: str, precisions: tuple[Precision, ...], *distributions: str, exact: bool = False
+) -> Backend:
+    """The backend of one of :data:`PROVIDERS`."""
+
+    def opener(bundle: Bundle, choice: BackendChoice, graphs: Collection[GraphName] | None) -> GraphDenoiser:
+        return ProviderDenoiser(bundle, name, choice.precision, graphs=graphs)
+
+    provider = PROVIDERS[name]
+    return Backend(
+        name,
+        summary,
+        precisions,
+        provider.extra,
+        (("onnxruntime",), *([(provider.plugin,)] if provider.plugin else [])),
+        opener,
+        distributions=("onnxruntime", "onnxruntime-gpu", *distributions),
+        device="cuda",
+        exact=exact,
+        requirement=lambda: require_provider(name),
+    )
+
+
+BACKENDS = (
+    _backend("onnxruntime-cuda", "ONNX Runtime's CUDA kernels", ("fp32", "fp16"), exact=True),
+    _backend(
+        "onnxruntime-tensorrt",
+        "TensorRT within ONNX Runtime",
+        PRECISIONS,
+        "tensorrt",
+        "tensorrt-cu12",
+        "tensorrt-cu13",
+    ),
+    _backend(
+        "onnxruntime-rtx",
+        "TensorRT-RTX within ONNX Runtime, by NVIDIA's plugin",
+        PRECISIONS,
+        "onnxruntime-ep-nv-tensorrt-rtx",
+    ),
+)

@@ -7,7 +7,9 @@ import itertools
 import weakref
 from typing import TYPE_CHECKING
 
+from admtrt.contract import PRECISIONS
 from admtrt.errors import EngineError, PlanError, RequestError
+from admtrt.runtime.backends.backend import Backend
 from admtrt.runtime.backends.graphs import GraphDenoiser, batch_of
 from admtrt.runtime.cuda import CudaDevice, at_exit
 from admtrt.runtime.engines.library import find_libraries
@@ -20,11 +22,12 @@ from admtrt.runtime.trt.held import HeldOnDevice
 from admtrt.runtime.trt.kernels import KernelCache
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     from admtrt.bundle import Bundle
     from admtrt.contract import GraphName, Precision
+    from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.engines.device import Gpu
     from admtrt.runtime.engines.library import Library
     from admtrt.runtime.engines.plans import PlanRecord
@@ -270,3 +273,23 @@ def _have_a_common_batch(records: Sequence[PlanRecord]) -> bool:
         all(any(one.smallest <= size <= one.largest for one in of_plan) for of_plan in profiles)
         for size in {one.smallest for of_plan in profiles for one in of_plan}
     )
+
+
+def _open(bundle: Bundle, choice: BackendChoice, _: Collection[GraphName] | None) -> GraphDenoiser:
+    return TensorRTDenoiser(bundle, choice.precision, plans=choice.plans)
+
+
+BACKENDS = (
+    Backend(
+        "tensorrt",
+        "engines of admtrt build, on TensorRT or TensorRT-RTX",
+        PRECISIONS,
+        "tensorrt or rtx",
+        (("tensorrt", "tensorrt_rtx", "tensorrt_rtx_bindings"), ("cuda.core",)),
+        _open,
+        distributions=("tensorrt", "tensorrt-cu12", "tensorrt-cu13", "tensorrt-rtx-cu13", "cuda-core"),
+        device="cuda",
+        exact=False,
+        runs_plans=True,
+    ),
+)
