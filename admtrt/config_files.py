@@ -44,6 +44,16 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from None
 
 
+def value_from_text(text: str) -> Any:
+    """A value in TOML's notation, or plain text."""
+    import tomllib
+
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text.strip()
+
+
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
     """Put ``section.key=value`` overrides into plain data.
 
@@ -55,16 +65,11 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
 
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
-    import tomllib
-
     key, equals, text = override.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):
-        value = text.strip()
+    value = value_from_text(text)
     for part in parts[:-1]:
         data = data.setdefault(part, {})
         if not isinstance(data, dict):

@@ -1,4 +1,4 @@
-"""Command lines that install something into the environment of this process, for hints.
+"""What is installed in the environment of this process, and command lines that install more, for hints.
 
 admtrt itself is on no package index: whoever asks one for its name might get somebody else's package.
 """
@@ -10,6 +10,16 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
+
+
+def version_of(package: str) -> str | None:
+    """The version of an installed distribution, without importing it; None where there is none."""
+    from importlib import metadata
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def pip_install(*arguments: str) -> str:

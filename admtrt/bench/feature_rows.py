@@ -162,15 +162,14 @@ def count_graph(path: Path) -> int | None:
     """
     import onnx
 
+    from admtrt.export.proto import sizes_of_value
+
     model = onnx.load(path)
     for axis, size in zip(model.graph.input[0].type.tensor_type.shape.dim, (1, _SIZE, _SIZE, 3), strict=True):
         if not axis.dim_value:
             axis.dim_value = size
     graph = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    sizes = {
-        value.name: [axis.dim_value for axis in value.type.tensor_type.shape.dim]
-        for value in (*graph.value_info, *graph.output)
-    }
+    sizes = {value.name: sizes_of_value(value) for value in (*graph.value_info, *graph.output)}
     weights = {weight.name: list(weight.dims) for weight in graph.initializer}
     total = 0
     for node in graph.node:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 import admtrt
+from admtrt.installing import version_of
 from admtrt.runtime.machine import available_threads, processor
 
 if TYPE_CHECKING:
@@ -22,11 +22,7 @@ _PACKAGES = (
 def describe_machine(threads: int, gpu: str | None) -> dict[str, Any]:
     """Processor, threads, memory, the GPU that was used, and versions of what is installed."""
     versions = {"admtrt": admtrt.__version__, "python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
+    versions |= {package: found for package in _PACKAGES if (found := version_of(package)) is not None}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": processor(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tomllib
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import model_validator
 
 from admtrt.config import ClassifierConfig, Config, DiffusionConfig, ProcessConfig, UNetConfig
-from admtrt.config_files import load_config
+from admtrt.config_files import load_config, value_from_text
 from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.models.option_names import OptionNames
 from admtrt.run_config import FittedSampler, RunConfig
@@ -206,10 +205,7 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
         if not equals or not key or key in settings:
             fault = "comes twice" if key in settings else "is not of the form key=value"
             raise ConfigError(f"setting {item!r} {fault}")
-        try:
-            settings[key] = tomllib.loads(f"value = {text}")["value"]
-        except (ValueError, RecursionError):
-            settings[key] = text
+        settings[key] = value_from_text(text)
     return settings
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from admtrt.console import Output, table
-from admtrt.installing import install_extra, pip_install
+from admtrt.installing import install_extra, pip_install, version_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -200,12 +200,9 @@ def _package(name: str, module: str, purpose: str, hint: str) -> Finding:
 
 def _torch() -> Finding:
     """PyTorch by its metadata: importing it takes seconds."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    purpose = "training, export and verification"
-    try:
-        return Finding("PyTorch", found=True, version=version("torch"), detail=purpose)
-    except PackageNotFoundError:
-        return Finding(
-            "PyTorch", found=False, detail=f"not installed: {purpose}", hint=_hint(install_extra("export"))
-        )
+    purpose, version = "training, export and verification", version_of("torch")
+    if version is not None:
+        return Finding("PyTorch", found=True, version=version, detail=purpose)
+    return Finding(
+        "PyTorch", found=False, detail=f"not installed: {purpose}", hint=_hint(install_extra("export"))
+    )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import onnx
 
 from admtrt.errors import ExportError, UserError
+from admtrt.export.proto import dims_of_value
 from admtrt.runtime.engines.library import find_library, logger_of
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def _check_contract(name: str, model: onnx.ModelProto, spec: GraphSpec) -> None:
             (
                 value.name,
                 value.type.tensor_type.elem_type,
-                tuple(dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim),
+                dims_of_value(value),
             )
             for value in values
         ]
@@ -75,8 +76,7 @@ def _check_frozen_batch(name: str, model: onnx.ModelProto, example_batch: int) -
     dynamic = {value.name for value in model.graph.input}
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
     shapes = {
-        value.name: [dim.dim_param or dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*inferred.graph.value_info, *inferred.graph.output)
+        value.name: dims_of_value(value) for value in (*inferred.graph.value_info, *inferred.graph.output)
     }
     for node in model.graph.node:
         if dynamic.isdisjoint(node.input) or node.op_type == "Shape":  # sizes of values are no values

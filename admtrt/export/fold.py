@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from admtrt.export.nodes import ints_attribute
+from admtrt.export.nodes import enlargement_of, ints_attribute
 from admtrt.export.passes import constant, insert_in_place_of, only_user
-from admtrt.export.vjp.sampling import enlargement_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -18,6 +18,7 @@ from admtrt.contract import BATCH
 from admtrt.errors import ExportError, LossError
 from admtrt.export.passes import simplify
 from admtrt.export.plain import plain
+from admtrt.export.proto import sizes_of_value
 from admtrt.export.tidy import tidy
 from admtrt.runtime.backends.onnxruntime import import_onnxruntime
 
@@ -45,12 +46,12 @@ class _File:
     @property
     def image(self) -> tuple[int, ...]:
         """(C, H, W) of its input."""
-        return _sizes(self.model.graph.input[0])
+        return sizes_of_value(self.model.graph.input[0])[1:]
 
     @property
     def result(self) -> tuple[int, ...]:
         """Sizes of its output but the batch."""
-        return _sizes(self.model.graph.output[0])
+        return sizes_of_value(self.model.graph.output[0])[1:]
 
     def copy(self) -> ir.Model:
         """A graph of its own: names that change in one read from a message change in the message too."""
@@ -196,10 +197,6 @@ def _forget_batch(value: onnx.ValueInfoProto) -> None:
     if dims:
         dims[0].Clear()
         dims[0].dim_param = BATCH
-
-
-def _sizes(value: onnx.ValueInfoProto) -> tuple[int, ...]:
-    return tuple(dim.dim_value for dim in value.type.tensor_type.shape.dim)[1:]
 
 
 @torch.library.custom_op("admtrt::file", mutates_args=())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from admtrt.contract import NODE_SCOPES
 from admtrt.errors import ExportError
@@ -21,6 +21,14 @@ ATEN = "aten"
 
 LOSS = "admtrt.loss"
 """Metadata of a node that belongs to a guide's loss, forward or backward; it computes in float32."""
+
+
+TILING: dict[str, Any] = {
+    "mode": "nearest",
+    "coordinate_transformation_mode": "asymmetric",
+    "nearest_mode": "floor",
+}
+"""The one form of Resize in which position i is a copy of position floor(i / factor), for every factor."""
 
 
 def module_of(node: ir.Node) -> str:
@@ -67,3 +75,32 @@ def shape_of(value: ir.Value) -> ir.Shape:
     if value.shape is None:
         raise ExportError(f"the shape of '{value.name}' is unknown; the graph cannot be differentiated")
     return value.shape
+
+
+def input_of(node: ir.Node, index: int) -> ir.Value:
+    """An input that the operator requires."""
+    value = node.inputs[index]
+    assert value is not None
+    return value
+
+
+def dims_of(value: ir.Value) -> list[int | None]:
+    """Sizes, None where dynamic."""
+    return [dim if isinstance(dim, int) else None for dim in shape_of(value)]
+
+
+def enlargement_of(resize: ir.Node) -> list[int] | None:
+    """The whole factors of a nearest-neighbour enlargement, one for each axis behind the channels."""
+    text = {name: attribute.as_string() for name, attribute in resize.attributes.items() if name in TILING}
+    sizes, out_sizes = (dims_of(value)[2:] for value in (input_of(resize, 0), resize.outputs[0]))
+    pairs = [(a, b) for a, b in zip(sizes, out_sizes, strict=True) if a is not None and b is not None]
+    if text != TILING or len(pairs) != len(sizes) or any(b % a for a, b in pairs):
+        return None
+    factors = [b // a for a, b in pairs]
+    scales = resize.inputs[2] if len(resize.inputs) > 2 else None  # from which sizes were rounded down
+    if scales is not None and scales.const_value is None:
+        return None
+    if scales is not None and scales.const_value is not None and scales.const_value.size:
+        given = scales.const_value.numpy()
+        return factors if given.tolist() == [1, 1, *factors] else None
+    return factors

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import platform
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING
 
 import onnx_ir as ir
@@ -44,6 +43,7 @@ from admtrt.export.precision import DEFAULT_ISLANDS, Island, lower
 from admtrt.export.shared import SharedWeights
 from admtrt.export.small_graphs import FOR_ENGINES, SMALL_GRAPHS
 from admtrt.export.write import write_graph
+from admtrt.installing import version_of
 from admtrt.models.classifier import Classifier
 from admtrt.models.pair import check_pair, in_units_of
 from admtrt.models.unet import UNet
@@ -243,10 +243,5 @@ def _written(
 
 
 def _versions() -> dict[str, str]:
-    found = {"admtrt": __version__, "python": platform.python_version()}
-    for tool in _TOOLS:
-        try:
-            found[tool] = version(tool)
-        except PackageNotFoundError:  # a source build without metadata
-            found[tool] = "unknown"
-    return found
+    tools = {tool: version_of(tool) or "unknown" for tool in _TOOLS}  # a source build may have no metadata
+    return {"admtrt": __version__, "python": platform.python_version(), **tools}

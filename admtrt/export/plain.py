@@ -7,10 +7,9 @@ import onnx_ir as ir
 
 from admtrt.export.einsum import nodes_of_einsum
 from admtrt.export.kinks import is_clamp
-from admtrt.export.nodes import ATEN
+from admtrt.export.nodes import ATEN, input_of
 from admtrt.export.passes import constant, insert_in_place_of, only_user, pass_by
 from admtrt.export.recurrent import unroll
-from admtrt.export.vjp.rule import input_of
 
 
 def plain(model: ir.Model) -> None:

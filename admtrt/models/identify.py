@@ -14,7 +14,7 @@ from admtrt.config import UNetConfig
 from admtrt.errors import CheckpointError, ConfigError
 from admtrt.models.infer import traits_of
 from admtrt.models.layouts import partial_prefix
-from admtrt.models.matching import check_tensors, config_of_tensors, listing
+from admtrt.models.matching import check_tensors, config_of_tensors, listing, one_of
 from admtrt.models.option_names import OptionNames
 from admtrt.models.settings import check_names, with_settings
 
@@ -118,8 +118,7 @@ def _kind_of(stored: StoredCheckpoint, settings: Mapping[str, Any]) -> Kind | No
 
 def _check_kind(holder: str, kind: Kind, kinds: Sequence[Kind]) -> None:
     if kind not in kinds:
-        expected = " or ".join(f"'{one}'" for one in kinds)
-        raise CheckpointError(f"{holder} a network of kind '{kind}'; expected {expected}")
+        raise CheckpointError(f"{holder} a network of kind '{kind}'; expected {one_of(kinds)}")
 
 
 # --- a file that says what it is --------------------------------------------------------------------------

@@ -169,8 +169,8 @@ def preset_hint(shapes: Shapes, kinds: Sequence[Kind], *, better_than: float, op
     if fraction < 1:
         return f"{fraction:.0%} of the keys are those of {_listed(same)}: it may be a variant of that model."
     if PRESETS[name].kind not in kinds:
-        expected = " or ".join(f"'{kind}'" for kind in kinds)
-        return f"These are the keys of {_listed(same)}, of kind '{PRESETS[name].kind}'; expected {expected}."
+        kind = PRESETS[name].kind
+        return f"These are the keys of {_listed(same)}, of kind '{kind}'; expected {one_of(kinds)}."
     choice = (
         f"{options.prefix}preset {name}"
         if len(same) == 1
@@ -267,6 +267,11 @@ def _differences(found: Shapes, expected: Shapes) -> list[str]:
         ],
     }
     return [f"{len(names)} {fault}: {listing(names)}" for fault, names in parts.items() if names]
+
+
+def one_of(names: Iterable[str]) -> str:
+    """Alternatives, quoted."""
+    return " or ".join(f"'{name}'" for name in names)
 
 
 def listing(items: Iterable[str]) -> str:

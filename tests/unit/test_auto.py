@@ -131,7 +131,7 @@ def test_the_choice_is_measured_once_and_remembered(bundle: Bundle, probes: Prob
         {"precision": "bf16"},
         ("processor", lambda: "another"),
         ("_gpus", lambda: ["H100"]),
-        ("_version", lambda _: "0.1"),
+        ("version_of", lambda _: "0.1"),
         ("__version__", "9"),
     ],
 )

@@ -9,13 +9,8 @@ import onnx_ir as ir
 
 from admtrt.errors import ExportError
 from admtrt.export.kinks import finite_at_zero, is_clamp, passes_at_ends
-from admtrt.export.nodes import float_attribute
-from admtrt.export.vjp.rule import (
-    input_of,
-    only,
-    refuse_active,
-    rule,
-)
+from admtrt.export.nodes import float_attribute, input_of
+from admtrt.export.vjp.rule import only, refuse_active, rule
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,14 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
-from admtrt.export.nodes import int_attribute, ints_attribute, swaps_last
-from admtrt.export.vjp.rule import (
-    dims_of,
-    input_of,
-    ints_of,
-    only,
-    rule,
-)
+from admtrt.export.nodes import dims_of, input_of, int_attribute, ints_attribute, swaps_last
+from admtrt.export.vjp.rule import ints_of, only, rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,14 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
-from admtrt.export.nodes import float_attribute, int_attribute, ints_attribute
-from admtrt.export.vjp.rule import (
-    dims_of,
-    input_of,
-    only,
-    refuse_active,
-    rule,
-)
+from admtrt.export.nodes import dims_of, float_attribute, input_of, int_attribute, ints_attribute
+from admtrt.export.vjp.rule import only, refuse_active, rule
 
 if TYPE_CHECKING:
     from admtrt.export.tape import Tape

@@ -10,15 +10,8 @@ import onnx_ir as ir
 
 from admtrt.errors import ExportError
 from admtrt.export.kinks import first_of_equals
-from admtrt.export.nodes import int_attribute
-from admtrt.export.vjp.rule import (
-    axes_of,
-    constant_of,
-    dims_of,
-    input_of,
-    only,
-    rule,
-)
+from admtrt.export.nodes import dims_of, input_of, int_attribute
+from admtrt.export.vjp.rule import axes_of, constant_of, only, rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
-from admtrt.export.nodes import ints_attribute, shape_of
+from admtrt.export.nodes import dims_of, input_of, ints_attribute
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,18 +38,6 @@ def rule(*op_types: str) -> Callable[[Rule], Rule]:
         return function
 
     return register
-
-
-def input_of(node: ir.Node, index: int) -> ir.Value:
-    """An input that the operator requires."""
-    value = node.inputs[index]
-    assert value is not None
-    return value
-
-
-def dims_of(value: ir.Value) -> list[int | None]:
-    """Sizes, None where dynamic."""
-    return [dim if isinstance(dim, int) else None for dim in shape_of(value)]
 
 
 def constant_of(node: ir.Node, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]] | None:

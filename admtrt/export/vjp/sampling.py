@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from admtrt.errors import ExportError
-from admtrt.export.nodes import ints_attribute
-from admtrt.export.vjp.rule import constant_of, dims_of, input_of, ints_of, only, rule
+from admtrt.export.nodes import TILING, dims_of, enlargement_of, input_of, ints_attribute
+from admtrt.export.vjp.rule import constant_of, ints_of, only, rule
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,35 +36,10 @@ def along(tape: Tape, value: ir.Value, axis: int, rank: int, matrix: NDArray[Any
     return tape.op("Transpose", product, perm=[last.index(a) for a in range(rank)])
 
 
-_TILING: dict[str, Any] = {
-    "mode": "nearest",
-    "coordinate_transformation_mode": "asymmetric",
-    "nearest_mode": "floor",
-}
-"""The one form of Resize in which position i is a copy of position floor(i / factor), for every factor."""
-
-
 def enlarged(tape: Tape, value: ir.Value, factors: Sequence[int]) -> ir.Value:
     """Every position of an image so many times."""
     scales = tape.array(np.array([1, 1, *factors], np.float32))
-    return tape.op("Resize", value, None, scales, **_TILING)
-
-
-def enlargement_of(resize: ir.Node) -> list[int] | None:
-    """The whole factors of a nearest-neighbour enlargement, one for each axis behind the channels."""
-    text = {name: attribute.as_string() for name, attribute in resize.attributes.items() if name in _TILING}
-    sizes, out_sizes = (dims_of(value)[2:] for value in (input_of(resize, 0), resize.outputs[0]))
-    pairs = [(a, b) for a, b in zip(sizes, out_sizes, strict=True) if a is not None and b is not None]
-    if text != _TILING or len(pairs) != len(sizes) or any(b % a for a, b in pairs):
-        return None
-    factors = [b // a for a, b in pairs]
-    scales = resize.inputs[2] if len(resize.inputs) > 2 else None  # from which sizes were rounded down
-    if scales is not None and scales.const_value is None:
-        return None
-    if scales is not None and scales.const_value is not None and scales.const_value.size:
-        given = scales.const_value.numpy()
-        return factors if given.tolist() == [1, 1, *factors] else None
-    return factors
+    return tape.op("Resize", value, None, scales, **TILING)
 
 
 @rule("Resize")
@@ -94,9 +69,7 @@ def _resize(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 def _resizing(node: ir.Node, size: int, out_size: int, scale: float | None) -> NDArray[Any]:
     """Weights [out_size, size] of each input in each output along one axis, as ONNX defines them."""
-    if all(
-        name in node.attributes and node.attributes[name].as_string() == _TILING[name] for name in _TILING
-    ):
+    if all(name in node.attributes and node.attributes[name].as_string() == TILING[name] for name in TILING):
         # In float32, as libraries compute it: which of two places a quotient near a whole number takes.
         factor = np.float32(out_size / size if scale is None else scale)
         places = np.floor(np.arange(out_size, dtype=np.float32) / factor).astype(np.int64)

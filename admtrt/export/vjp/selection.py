@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
-from admtrt.export.nodes import int_attribute
-from admtrt.export.vjp.rule import dims_of, input_of, only, rule
+from admtrt.export.nodes import dims_of, input_of, int_attribute
+from admtrt.export.vjp.rule import only, rule
 from admtrt.export.vjp.sampling import along, selection
 
 if TYPE_CHECKING:

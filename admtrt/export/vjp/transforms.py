@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from admtrt.errors import ExportError
-from admtrt.export.nodes import int_attribute, ints_attribute
-from admtrt.export.vjp.rule import constant_of, dims_of, input_of, ints_of, only, rule
+from admtrt.export.nodes import dims_of, input_of, int_attribute, ints_attribute
+from admtrt.export.vjp.rule import constant_of, ints_of, only, rule
 
 if TYPE_CHECKING:
     from admtrt.export.tape import Tape

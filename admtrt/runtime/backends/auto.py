@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +20,7 @@ from admtrt import __version__
 from admtrt.config import Config
 from admtrt.contract import CLASSIFIER_GRADIENT, GraphName, Precision
 from admtrt.errors import ConfigError, EngineError
+from admtrt.installing import version_of
 from admtrt.memo import Memo
 from admtrt.reading import parse_json
 from admtrt.runtime.backends.composite import Composite
@@ -243,7 +243,9 @@ def _key(bundle: Bundle, candidates: Sequence[Backend], choice: BackendChoice) -
         "visible_gpus": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "admtrt": __version__,
         "candidates": [backend.name for backend in candidates],
-        "versions": {name: _version(name) for backend in BACKENDS.values() for name in backend.distributions},
+        "versions": {
+            name: version_of(name) for backend in BACKENDS.values() for name in backend.distributions
+        },
         "precision": choice.precision,
         "threads": choice.threads,
         "batch_size": choice.batch_size,
@@ -261,10 +263,3 @@ def _gpus() -> list[str]:
     ]
     kept = ("Model:", "NVRM version:")
     return sorted(line.partition(":")[2].strip() for line in lines if line.startswith(kept))
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
