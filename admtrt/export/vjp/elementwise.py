@@ -1,4 +1,28 @@
-"""Operators that act on each element."""
+"""Operators that act on each element.
+
+With y the output, g its gradient and dx that of the input; what was broadcast is summed over.
+
+- Identity: dx = g. Neg: dx = -g. Cast: dx = g in the type of x
+- Add, Sum: dx = g for each. Mean of n: dx = g / n. Sub: da = g, db = -g
+- Mul: da = g b, db = g a; of x sigmoid(x) with s = sigmoid(x): dx = g (s + y (1 - s))
+- Div: da = g / b, db = -g y / b
+- Pow: dx = g p x^(p - 1), dp = g y log x
+- Clip: dx = g within the bounds, 0 outside. Where: da = g where it is taken, else 0
+- Max, Min: dx = g where it is taken, g / 2 for each of two equal values
+- Exp: dx = g y. Log: dx = g / x. Reciprocal: dx = -g y^2. Sqrt: dx = g / (2 y), 0 at 0. Abs: dx = g sign x
+- Sin: dx = g cos x. Cos: dx = -g sin x. Tan: dx = g (1 + y^2)
+- Asin: dx = g / sqrt(1 - x^2). Acos: dx = -g / sqrt(1 - x^2). Atan: dx = g / (1 + x^2)
+- Sinh: dx = g cosh x. Cosh: dx = g sinh x. Tanh: dx = g (1 - y^2)
+- Asinh: dx = g / sqrt(x^2 + 1). Acosh: dx = g / sqrt(x^2 - 1). Atanh: dx = g / (1 - x^2)
+- Sigmoid: dx = g y (1 - y). Softplus: dx = g exp(x - y). Softsign: dx = g (1 - |y|)^2
+- Erf: dx = g 2 / sqrt(pi) exp(-x^2). Gelu: dx = g (cdf(x) + x density(x)), or the same of its form by tanh
+- Mish: dx = g (h + x (1 - h^2) sigmoid(x)), h = tanh(softplus(x))
+- Relu: dx = g where x > 0. ThresholdedRelu: dx = g where x > alpha
+- LeakyRelu, PRelu: dx = g where x > 0, else slope g
+- Elu, Selu, Celu: dx = g m where x > 0, else g (y + k) / s
+- HardSigmoid: dx = alpha g where 0 < y < 1. HardSwish: dx = g (x / 3 + 1 / 2) where -3 < x < 3, g above
+- Mod: dx = g, with a divisor that does not depend on x. Floor, Ceil, Round, Sign: dx = 0
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,16 @@
-"""Operators that move values about: reshapes, slices, concatenations."""
+"""Operators that move values about: reshapes, slices, concatenations.
+
+With g the gradient of the output and dx that of the input:
+
+- Reshape, Flatten, Squeeze, Unsqueeze: dx = g in the shape of x
+- Transpose: dx = g transposed by the inverse permutation
+- Expand: dx = g summed over the axes that were repeated
+- Concat: dx = the part of g that x became. Split: dx = the gradients of the parts joined, 0 for a missing one
+- Slice: dx = g among zeros
+- Tile: dx = g summed over the copies
+- DepthToSpace, SpaceToDepth: dx = g by the other of the two
+- Trilu: dx = the same triangle of g
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,13 @@
-"""Normalisations and softmax."""
+"""Normalisations and softmax.
+
+With y the output, g its gradient, n the normalised x, r = 1 / sqrt(variance + epsilon), h = g scale, and
+means over what is normalised together:
+
+- InstanceNormalization, LayerNormalization, GroupNormalization: dx = r (h - mean(h) - n mean(h n))
+- BatchNormalization, in the form of inference: dx = h r
+- Softmax: dx = y (g - sum(g y))
+- LogSoftmax: dx = g - p sum(g), p = exp(y)
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Pooling: windows of an image, with their largest value or their mean."""
+"""Pooling: windows of an image, with their largest value or their mean.
+
+With g the gradient of the output and dx that of the input:
+
+- MaxPool: dx = sum of g over the windows in which x is the first of the largest
+- AveragePool: dx = sum of g / (places that count) over the windows that x is in
+"""
 
 from __future__ import annotations
 

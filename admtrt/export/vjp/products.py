@@ -1,4 +1,13 @@
-"""Matrix products and convolutions."""
+"""Matrix products and convolutions.
+
+With g the gradient of the output and ' the transpose of the last two axes:
+
+- MatMul, y = A B: dA = g B', dB = A' g, summed over the axes that were broadcast
+- Gemm, y = alpha A B + beta C, either factor perhaps transposed: dA = alpha g B', dB = alpha A' g,
+  dC = beta g
+- Conv: dx = a Conv of g with the flipped kernel, or a ConvTranspose of g with the same weights
+- ConvTranspose: dx = a Conv of g with the same weights
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,15 @@
-"""Reductions and running sums."""
+"""Reductions and running sums.
+
+With y the output, g its gradient repeated along what was reduced, and n the values that were:
+
+- ReduceSum: dx = g. ReduceMean, GlobalAveragePool: dx = g / n
+- ReduceL1: dx = g sign x. ReduceL2: dx = g x / y, 0 where y = 0. ReduceSumSquare: dx = 2 g x
+- ReduceMax, ReduceMin, GlobalMaxPool: dx = g / (values that equal y) where x = y; of torch.max(dim), all to
+  the first
+- ReduceLogSum: dx = g exp(-y). ReduceLogSumExp: dx = g exp(x - y)
+- ReduceProd: dx = g (product of the others)
+- CumSum: dx = the running sum of g from the other end
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,10 @@
-"""Linear maps along axes: resizing and padding. Backwards, matrix products."""
+"""Linear maps along axes: resizing and padding. Backwards, matrix products.
+
+With g the gradient of the output and dx that of the input:
+
+- Resize: dx = g M along each axis, M [out, in] the weights of each input; the sum of g over whole tiles
+- Pad: dx = g without the padding; of reflected, repeated or wrapped places, g M along each axis
+"""
 
 from __future__ import annotations
 

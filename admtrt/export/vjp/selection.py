@@ -1,5 +1,11 @@
 """Operators that take values at indices, or put them there.
 
+With g the gradient of the output; a sum "at the indices" is 0 where none points:
+
+- Gather, GatherElements, GatherND: dx = g summed at the indices
+- TopK: dx = the gradient of the values, at the indices that it gave
+- ScatterElements, ScatterND: d(written) = g at the indices; d(data) = g, 0 where it was overwritten
+
 Backwards, indices along one axis of known size are a product with a one-hot matrix, which engines like; a
 scatter that adds up stays where they are of another kind.
 """

@@ -1,4 +1,12 @@
-"""Transforms of signals and images: Fourier, sampling at computed places, overlapping patches."""
+"""Transforms of signals and images: Fourier, sampling at computed places, overlapping patches.
+
+With g the gradient of the output and dx that of the input:
+
+- DFT of N values: dx = N times the inverse transform of g; of the inverse, the transform of g / N
+- Col2Im: dx = the patches of g
+- GridSample: dx[i, j] = sum over places p of g[p] row[p, i] column[p, j], which are tents around p; the
+  gradient of the places has the slopes of the tents
+"""
 
 from __future__ import annotations
 
