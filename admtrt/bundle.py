@@ -11,7 +11,6 @@ import contextlib
 import hashlib
 import json
 import os
-import time
 from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
@@ -39,9 +38,9 @@ from admtrt.contract import (
 )
 from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import atomic_directory, sha256_of
-from admtrt.memo import Memo
+from admtrt.memo import FileHashes, Memo, file_identity
 from admtrt.onnx_wire import check_operators, external_locations
-from admtrt.reading import open_regular, parse_json, read_small
+from admtrt.reading import parse_json, read_small
 from admtrt.schedule.guides import LABELLED, WEIGHTS, GuideConfig, GuideName
 from admtrt.schedule.process import require_discrete
 from admtrt.schedule.sampler import SamplerConfig
@@ -55,7 +54,6 @@ SCHEMA_VERSION: Literal[2] = 2
 """Of new bundles; one of schema 1 has no graphs for solvers with memory, and calls its network ``unet``."""
 _READABLE = (1, 2)
 _LARGEST_MANIFEST = 2**24  # bytes
-_SETTLED = 2.0  # seconds: a file that changed later than its clock's tick could change again unseen
 _AGAIN = "Copy the bundle again, or export the checkpoint again."
 
 
@@ -262,7 +260,7 @@ class Bundle:
         """
         path = Path(path)
         manifest, digest = _read_manifest(path)
-        hashes = _Hashes(Memo("hashes") if memo else None)
+        hashes = FileHashes(Memo("hashes") if memo else None)
         verified = {name: _check_file(path, name, entry, hashes) for name, entry in manifest.files.items()}
         hashes.remember()
         opened = cls(path, manifest, digest, verified)
@@ -323,7 +321,7 @@ class Bundle:
         yield self.graph_path(name, engine)
         for file, identity in self._verified.items():
             try:
-                same = _file_identity(_inside(self.path, file)) == identity
+                same = file_identity(_inside(self.path, file)) == identity
             except OSError:
                 same = False
             if not same:
@@ -388,45 +386,7 @@ def _followed(path: Path, file: Path) -> Path | None:
     return resolved if resolved.is_relative_to(root) and resolved != root else None
 
 
-class _Hashes:
-    """SHA-256 of files, each remembered under everything that changes when the file does.
-
-    The system notes the time of every write to a file; where the file is mapped, of the first change of a
-    page since it was written out. Written out before its times are read, a file shows every later change. In
-    file systems in memory (tmpfs), which write nothing out, a change through a mapping stays unseen; and no
-    memo helps against one who writes to the disk itself or sets the machine's clock.
-    """
-
-    def __init__(self, memo: Memo | None) -> None:
-        self._memo = memo
-        self._read: dict[str, str] = {}
-
-    def __call__(self, file: Path) -> tuple[str, str]:
-        """The digest of a file, and the identity that it had before it was read."""
-        with open_regular(file) as opened, contextlib.suppress(OSError):
-            os.fsync(opened.fileno())
-        identity = _file_identity(file)
-        known = None if self._memo is None else self._memo.get(identity)
-        if isinstance(known, str):
-            return known, identity
-        digest = sha256_of(file)
-        if identity == _file_identity(file) and time.time() - file.stat().st_ctime > _SETTLED:
-            self._read[identity] = digest
-        return digest, identity
-
-    def remember(self) -> None:
-        """Keep what was read for the next process."""
-        if self._memo is not None:
-            self._memo.update(self._read)
-
-
-def _file_identity(file: Path) -> str:
-    status = file.stat()
-    changing = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-    return ":".join([*map(str, changing), str(file)])
-
-
-def _check_file(path: Path, name: str, entry: FileEntry, hashes: _Hashes) -> str:
+def _check_file(path: Path, name: str, entry: FileEntry, hashes: FileHashes) -> str:
     """Check one file; returns the identity that it had before it was read."""
     file = _inside(path, name)
     try:

@@ -45,7 +45,7 @@ for _command in (reference, samples, sweep):
 _BOUND = "the bound in bits per dim"
 
 
-class _Judged(NamedTuple):
+class _OpenedNetwork(NamedTuple):
     """A network that is opened for batches of at most so many images, and what it says of itself."""
 
     open: Callable[[int], Denoiser]
@@ -152,7 +152,7 @@ def nll(
             return open_denoiser(opened, choice.for_batches(batch), graphs=[graph], progress=found_backends)
 
         manifest = opened.manifest
-        judged = _Judged(open_graph, manifest.network, manifest.diffusion, manifest.class_names)
+        judged = _OpenedNetwork(open_graph, manifest.network, manifest.diffusion, manifest.class_names)
     else:
         assert unet is not None
         judged = _from_checkpoint(unet, unet_preset, unet_set or (), unet_weights, config, output)
@@ -181,7 +181,7 @@ def _evaluations(process: ProcessConfig, steps: str | None) -> int:
 
 
 def _bound(
-    judged: _Judged, data: ImageSet, steps: str | None, common: dict[str, Any]
+    judged: _OpenedNetwork, data: ImageSet, steps: str | None, common: dict[str, Any]
 ) -> tuple[dict[str, Any], list[list[str]]]:
     """The variational bound: for JSON, and rows for people."""
     from admtrt.schedule.process import require_discrete
@@ -209,7 +209,7 @@ def _bound(
 
 
 def _flow(
-    judged: _Judged, data: ImageSet, tolerance: float, common: dict[str, Any]
+    judged: _OpenedNetwork, data: ImageSet, tolerance: float, common: dict[str, Any]
 ) -> tuple[dict[str, Any], list[list[str]]]:
     """The likelihood of the probability-flow ODE, in the same way."""
     from admtrt.verify.nll_ode import evaluate_flow
@@ -247,7 +247,7 @@ def _from_checkpoint(
     weights: str | None,
     config: Path | None,
     output: Output,
-) -> _Judged:
+) -> _OpenedNetwork:
     from admtrt.commands.checkpoints import describes_networks, load_pair
     from admtrt.models.checkpoint import read_checkpoint_config
     from admtrt.models.denoiser import TorchDenoiser
@@ -267,7 +267,7 @@ def _from_checkpoint(
     )
     assert isinstance(loaded.module, UNet)
     denoiser = TorchDenoiser(loaded.module)
-    return _Judged(
+    return _OpenedNetwork(
         lambda _: denoiser, loaded.module.config, loaded.config.diffusion, loaded.config.class_names
     )
 

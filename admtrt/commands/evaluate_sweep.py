@@ -9,9 +9,9 @@ import typer
 
 from admtrt.commands.backend_report import BackendReport
 from admtrt.commands.evaluate_samples import FeatureNames, Floor, Json, Metrics, NoError, Parts, Seed
+from admtrt.commands.guide_options import interval_of
 from admtrt.commands.options import BackendName, PlanFolder, Threads
 from admtrt.commands.requirements import require
-from admtrt.commands.sample import interval_of
 from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
 from admtrt.console import Output, progress_bar, table
 from admtrt.errors import RequestError

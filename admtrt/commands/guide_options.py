@@ -96,7 +96,6 @@ class GuideOptions:
         Raises:
             RequestError: for what cannot be.
         """
-        from admtrt.commands.sample import interval_of
         from admtrt.schedule.guides import guide_choices
 
         if not self.names:
@@ -225,3 +224,15 @@ def _read(file: Path, option: str, sizes: tuple[int, ...], *, mask: bool) -> Any
 
 takes_guide_options = takes_group(GuideOptions, "guide_options")
 """Gives a command the options of :class:`GuideOptions`: they arrive as its parameter ``guide_options``."""
+
+
+def interval_of(text: str) -> tuple[float, float]:
+    """Two noise levels of ``LOW:HIGH``."""
+    low, colon, high = text.partition(":")
+    try:
+        return float(low), float(high if colon else "")
+    except ValueError:
+        raise RequestError(
+            f"the guidance interval {text!r} is not of the form LOW:HIGH",
+            hint="Write two noise levels, e.g. 0.3:5.",
+        ) from None

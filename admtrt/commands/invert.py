@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from admtrt.commands.backend_report import BackendReport
+from admtrt.commands.labels import requested_labels
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
-from admtrt.commands.sample import requested_labels
 from admtrt.console import Output, progress_bar
 from admtrt.runtime.backends.default import DEFAULT_BACKEND
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from admtrt.commands.backend_report import BackendReport
-from admtrt.commands.guide_options import GuideOptions, takes_guide_options
+from admtrt.commands.guide_options import GuideOptions, interval_of, takes_guide_options
 from admtrt.commands.image_options import ImageOptions, takes_image_options
+from admtrt.commands.labels import requested_labels
 from admtrt.commands.options import BackendName, PlanFolder, PrecisionName, Threads, steps_option
 from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
 from admtrt.console import Output, progress_bar
@@ -19,15 +18,13 @@ from admtrt.errors import RequestError
 from admtrt.runtime.backends.default import DEFAULT_BACKEND
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Sequence
 
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from admtrt.bundle import Bundle, Manifest
+    from admtrt.bundle import Manifest
     from admtrt.commands.image_options import ReadImages
     from admtrt.runtime.backends.choice import BackendChoice
     from admtrt.runtime.bulk import BulkRequest, Elsewhere, Format
+    from admtrt.runtime.conditioning import SmallImages
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.slots import Labels
     from admtrt.runtime.two_stage import TwoStage
@@ -113,7 +110,8 @@ def sample(
     """Draw guided or unguided samples from a bundle, without PyTorch."""
     from admtrt.bundle import Bundle
     from admtrt.runtime.backends.choice import AUTO, BackendChoice
-    from admtrt.runtime.bulk import LOW_STAGE, BulkRequest, recorded_shard_size
+    from admtrt.runtime.bulk import LOW_STAGE, MAX_SAMPLES, BulkRequest, recorded_shard_size
+    from admtrt.runtime.conditioning import read_small_images
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.shards import Shards
 
@@ -137,7 +135,7 @@ def sample(
         return None if ray is None else _on_cluster(pipeline, ray, choice)
 
     first = Bundle.open(bundle)
-    small = None if low_res is None else _SmallImages.read(low_res, first)
+    small = None if low_res is None else read_small_images(low_res, first, most=MAX_SAMPLES)
     if small is not None and num not in (None, len(small)):
         raise RequestError(f"{low_res} holds {len(small)} images, --num says {num}", hint="Leave --num out.")
     guide_options.check()
@@ -209,18 +207,6 @@ def sample(
         },
         f"{request.count} sample{'s' * (request.count > 1)}: " + ", ".join(result["files"]),
     )
-
-
-def interval_of(text: str) -> tuple[float, float]:
-    """Two noise levels of ``LOW:HIGH``."""
-    low, colon, high = text.partition(":")
-    try:
-        return float(low), float(high if colon else "")
-    except ValueError:
-        raise RequestError(
-            f"the guidance interval {text!r} is not of the form LOW:HIGH",
-            hint="Write two noise levels, e.g. 0.3:5.",
-        ) from None
 
 
 def _on_cluster(pipeline: Pipeline, address: str, choice: BackendChoice) -> Elsewhere:
@@ -303,7 +289,7 @@ def _outcome(request: BulkRequest, done: int, written: list[Path]) -> dict[str, 
 
 
 def _asked_labels(
-    classes: str | None, num: int | None, images: _SmallImages | ReadImages | None, manifest: Manifest
+    classes: str | None, num: int | None, images: SmallImages | ReadImages | None, manifest: Manifest
 ) -> list[int] | None:
     """The label of each sample as the command line says; None where the images say it, or nothing.
 
@@ -327,7 +313,7 @@ def _uses_labels(manifest: Manifest, sampler: SamplerConfig) -> bool:
 
 def _labels(
     asked: list[int] | None,
-    images: _SmallImages | ReadImages | None,
+    images: SmallImages | ReadImages | None,
     pipeline: Pipeline,
     sampler: SamplerConfig,
 ) -> Labels | None:
@@ -351,128 +337,3 @@ def _formats(given: list[str] | None) -> list[Format]:
         if one not in chosen:
             chosen.append(one)  # type: ignore[arg-type]
     return chosen
-
-
-def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -> list[int] | None:
-    """The label of each sample.
-
-    ``0:10,3:5`` gives those counts; ``0,3`` takes turns until ``num`` samples (default: one each); without
-    ``classes``, every class takes turns where the bundle has classes.
-
-    Raises:
-        RequestError: for an unknown class, an empty entry, a count out of range or counts that contradict
-            ``num``.
-    """
-    from admtrt.runtime.bulk import MAX_SAMPLES
-
-    if num is not None and not 1 <= num <= MAX_SAMPLES:
-        raise RequestError(f"{num} samples were asked for; expected 1 to {MAX_SAMPLES}")
-    if classes is None:
-        if manifest.num_classes is None:
-            return None
-        return [index % manifest.num_classes for index in range(num or manifest.num_classes)]
-    names = manifest.class_names
-    parts = list(_entries(classes, names))
-    if not all(parts):
-        raise RequestError(
-            f"there is an empty entry in --classes {classes!r}",
-            hint="Write e.g. --classes 0,3,7 or 0:10,3:5.",
-        )
-    if any(":" in part and part not in names for part in parts):
-        counted = [_counted(part, manifest) for part in parts]
-        total = sum(count for _, count in counted)
-        if total > MAX_SAMPLES:
-            raise RequestError(f"--classes gives {total} samples; expected at most {MAX_SAMPLES}")
-        if num is not None and num != total:
-            raise RequestError(f"--classes gives {total} samples; {num} were asked for")
-        return [label for label, count in counted for _ in range(count)]
-    turns = [_class_index(part, manifest) for part in parts]
-    return [turns[index % len(turns)] for index in range(num or len(turns))]
-
-
-def _entries(classes: str, names: Sequence[str]) -> Iterator[str]:
-    """The entries between the commas; of a name that has commas itself, as many parts as make the longest."""
-    parts, known = classes.split(","), frozenset(names)
-    longest = 1 + max((name.count(",") for name in known), default=0)
-    while parts:
-        tries = ((",".join(parts[:end]).strip(), end) for end in range(min(longest, len(parts)), 0, -1))
-        whole = ((text, end) for text, end in tries if text in known or text.rpartition(":")[0] in known)
-        entry, end = next(whole, (parts[0].strip(), 1))
-        yield entry
-        del parts[:end]
-
-
-def _counted(part: str, manifest: Manifest) -> tuple[int, int]:
-    """Class and count of ``class:count``."""
-    name, _, count = part.rpartition(":") if ":" in part else (part, "", "")
-    if not (count.isascii() and count.isdigit()) or not int(count[:9]) >= 1 or len(count) > 9:
-        raise RequestError(
-            f"{part!r}: {count!r} is no count of at least 1", hint="Write e.g. --classes 0:10,3:5."
-        )
-    return _class_index(name, manifest), int(count)
-
-
-def _class_index(text: str, manifest: Manifest) -> int:
-    """A class by name, else by number."""
-    from admtrt.runtime.request import class_index
-
-    if text not in manifest.class_names:
-        with contextlib.suppress(ValueError):
-            return int(text)
-    return class_index(text, manifest)
-
-
-@dataclass(frozen=True, eq=False)
-class _SmallImages:
-    """Images for an upsampler: uint8 [N, H, W, C], and their labels, int64 [N], where the file has them."""
-
-    images: NDArray[np.uint8]
-    labels: Labels | None
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    @classmethod
-    def read(cls, path: Path, bundle: Bundle) -> Self:
-        """Read ``arr_0`` and ``arr_1`` of an .npz file, whose sizes are those of the bundle.
-
-        Raises:
-            RequestError: if it cannot be read, or holds something else.
-        """
-        import numpy as np
-
-        from admtrt.npz import open_npz, reading_fault
-        from admtrt.runtime.bulk import MAX_SAMPLES
-        from admtrt.runtime.conditioning import check_conditioning
-
-        hint = "Give the samples.npz of a run, or a file that np.savez wrote."
-        try:
-            with open_npz(path) as archive:
-                if "arr_0" not in archive.names:
-                    raise RequestError(
-                        f"{path} has no arr_0; it has {', '.join(archive.names) or 'nothing'}", hint=hint
-                    )
-                found = archive.header("arr_0")
-                if found.dtype != np.uint8 or len(found.shape) != 4:
-                    raise RequestError(f"{path}: arr_0 is {found}; expected uint8 [N, H, W, C]")
-                labels = archive.header("arr_1") if "arr_1" in archive.names else None
-                if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != found.shape[:1]):
-                    raise RequestError(
-                        f"{path}: arr_1 is {labels}; expected {found.shape[0]} labels, whole numbers"
-                    )
-                check_conditioning(bundle, found)  # before a byte is inflated
-                if not 1 <= found.shape[0] <= MAX_SAMPLES:
-                    raise RequestError(f"{path} holds {found.shape[0]} images; expected 1 to {MAX_SAMPLES}")
-                numbers = None if labels is None else archive.read("arr_1").astype(np.int64)
-                if numbers is not None and numbers.size and numbers.min() < 0:
-                    raise RequestError(
-                        f"{path}: arr_1 has the label {numbers.min()}; labels are the numbers of classes",
-                        hint="Leave arr_1 out where nothing is labelled.",
-                    )
-                return cls(archive.read("arr_0"), numbers)
-        except RequestError:
-            raise
-        except Exception as error:  # arbitrary bytes make the reader fail in any way
-            raise RequestError(
-                f"cannot read {path} as .npz with arr_0: {reading_fault(error)}", hint=hint
-            ) from None

@@ -31,7 +31,7 @@ def nodes_of_einsum(graph: ir.Graph, einsum: ir.Node) -> list[ir.Node]:
     terms, out, sizes = parsed
     if sum(not isinstance(size, int) for size in sizes.values()) > 1:
         return []  # a Reshape has room for one unknown size
-    writer = _Writer(graph, sizes)
+    writer = _EinsumWriter(graph, sizes)
     terms = [
         writer.summed(
             term, {*out, *(label for other in terms if other is not term for label in other.labels)}
@@ -82,7 +82,7 @@ def _labels(own: str, rank: int) -> tuple[str, ...]:
     )
 
 
-class _Writer:
+class _EinsumWriter:
     """Collects the nodes."""
 
     def __init__(self, graph: ir.Graph, sizes: Sizes) -> None:

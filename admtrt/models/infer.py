@@ -256,7 +256,7 @@ def multiplier(width: int, model_channels: int) -> float:
 # --- depth ------------------------------------------------------------------------------------------------
 
 
-class _Stage(NamedTuple):
+class _InputBlock(NamedTuple):
     """An input block: a residual one (perhaps with attention), a strided convolution, or pooling."""
 
     layer: Literal["block", "conv", "pool"]
@@ -266,23 +266,23 @@ class _Stage(NamedTuple):
 
 class _Layout(NamedTuple):
     num_res_blocks: int
-    levels: tuple[_Stage, ...]
+    levels: tuple[_InputBlock, ...]
     resampling: Literal["block", "conv", "pool"] | None
 
 
-def _stages(shapes: Shapes) -> list[_Stage]:
+def _stages(shapes: Shapes) -> list[_InputBlock]:
     """The input blocks after the first convolution; pooling has no tensors and leaves a gap."""
     present = {int(found[1]) for key in shapes if (found := _STAGE.match(key))}
-    stages: list[_Stage] = []
+    stages: list[_InputBlock] = []
     for index in range(1, max(present, default=0) + 1):
         prefix = f"input_blocks.{index}."
         if index not in present:
-            stages.append(_Stage("pool", stages[-1].width if stages else 0, attends=False))
+            stages.append(_InputBlock("pool", stages[-1].width if stages else 0, attends=False))
         elif f"{prefix}0.op.weight" in shapes:
-            stages.append(_Stage("conv", _axis(shapes, f"{prefix}0.op.weight", 0), attends=False))
+            stages.append(_InputBlock("conv", _axis(shapes, f"{prefix}0.op.weight", 0), attends=False))
         else:
             width = _axis(shapes, f"{prefix}0.out_layers.0.weight", 0)
-            stages.append(_Stage("block", width, attends=f"{prefix}1.qkv.weight" in shapes))
+            stages.append(_InputBlock("block", width, attends=f"{prefix}1.qkv.weight" in shapes))
     return stages
 
 
@@ -292,7 +292,7 @@ def _upsampling_blocks(shapes: Shapes) -> set[int]:
     return {int(match[1]) for match in found if match}
 
 
-def _layout(stages: list[_Stage], upsampling: set[int] | None, given: Mapping[str, Any]) -> _Layout:
+def _layout(stages: list[_InputBlock], upsampling: set[int] | None, given: Mapping[str, Any]) -> _Layout:
     """Divide input blocks into levels: each ``num_res_blocks`` and, but for the last, one that halves.
 
     Where a block does the halving it looks like any other: then widths, attention and the decoder decide.
@@ -319,7 +319,7 @@ def _layout(stages: list[_Stage], upsampling: set[int] | None, given: Mapping[st
     return found[0]
 
 
-def _read_as(groups: list[list[_Stage]], num_res_blocks: int) -> _Layout | None:
+def _read_as(groups: list[list[_InputBlock]], num_res_blocks: int) -> _Layout | None:
     """The layout in which each group is a level, if the groups allow it."""
     levels = []
     for group in groups:

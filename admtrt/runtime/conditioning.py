@@ -1,15 +1,24 @@
-"""Small images that an upsampler enlarges: whether they are what a bundle takes."""
+"""Small images that an upsampler enlarges: read from files, and whether they are what a bundle takes."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from admtrt.errors import RequestError
+from admtrt.runtime.images_in import read_npz
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from pathlib import Path
+
+    from numpy.typing import NDArray
+
     from admtrt.bundle import Bundle
+    from admtrt.npz import Header
+    from admtrt.runtime.slots import Labels
 
 
 class Sized(Protocol):
@@ -49,3 +58,49 @@ def check_conditioning(bundle: Bundle, images: Sized | None) -> None:
             f"low_res is {images.dtype} [{found}]; expected uint8 [N, {size}, {size}, {channels}] "
             f"or finite float32 [N, {channels}, {size}, {size}]"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class SmallImages:
+    """Images for an upsampler: uint8 [N, H, W, C], and their labels, int64 [N], where the file has them."""
+
+    images: NDArray[np.uint8]
+    labels: Labels | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+def read_small_images(path: Path, bundle: Bundle, *, most: int) -> SmallImages:
+    """Read ``arr_0`` and ``arr_1`` of an .npz file, whose sizes are those of the bundle.
+
+    Args:
+        path: the file.
+        bundle: the upsampler's.
+        most: images that it may hold.
+
+    Raises:
+        RequestError: if it cannot be read, or holds something else.
+    """
+
+    def check_images(found: Header) -> None:
+        if found.dtype != np.uint8 or len(found.shape) != 4:
+            raise RequestError(f"{path}: arr_0 is {found}; expected uint8 [N, H, W, C]")
+
+    def check_both(found: Mapping[str, Header]) -> None:
+        images, labels = found["arr_0"], found.get("arr_1")
+        count = images.shape[0]
+        if labels is not None and (labels.dtype.kind not in "iu" or labels.shape != (count,)):
+            raise RequestError(f"{path}: arr_1 is {labels}; expected {count} labels, whole numbers")
+        check_conditioning(bundle, images)
+        if not 1 <= count <= most:
+            raise RequestError(f"{path} holds {count} images; expected 1 to {most}")
+
+    arrays = read_npz(path, "", {"arr_0": check_images}, {"arr_1": lambda _: None}, whole=check_both)
+    numbers = arrays["arr_1"].astype(np.int64) if "arr_1" in arrays else None
+    if numbers is not None and numbers.size and numbers.min() < 0:
+        raise RequestError(
+            f"{path}: arr_1 has the label {numbers.min()}; labels are the numbers of classes",
+            hint="Leave arr_1 out where nothing is labelled.",
+        )
+    return SmallImages(arrays["arr_0"], numbers)

@@ -205,32 +205,37 @@ def read_npz(
     name: str,
     needed: Mapping[str, Check],
     known: Mapping[str, Check] = MappingProxyType({}),
+    *,
+    whole: Callable[[Mapping[str, Header]], None] = lambda _: None,
 ) -> dict[str, NDArray[Any]]:
     """Arrays of an .npz file by name, each after a look at its header: what is refused is never inflated.
 
     Args:
         path: the file, or what came in its place.
-        name: the option, for messages.
+        name: the option, for messages; may be empty.
         needed, known: the arrays that it must have, and those that it may have; each with its check.
+        whole: checks all of them beside each other, when each has passed.
 
     Raises:
         RequestError: if it cannot be read, or lacks an array; and those of the checks.
     """
+    shown = f"{name} {path}".strip()
     try:
         with open_npz(path) as archive:
             missing = [one for one in needed if one not in archive.names]
             if missing:
                 held = ", ".join(archive.names) or "nothing"
-                raise RequestError(f"{name} {path} has no {', '.join(missing)}; it has {held}", hint=_SAVED)
+                raise RequestError(f"{shown} has no {', '.join(missing)}; it has {held}", hint=_SAVED)
             found = {one: check for one, check in (*needed.items(), *known.items()) if one in archive.names}
             for one, check in found.items():
                 check(archive.header(one))
+            whole({one: archive.header(one) for one in found})
             return {one: archive.read(one) for one in found}
     except RequestError:
         raise
     except Exception as error:  # arbitrary bytes make the reader fail in any way
         raise RequestError(
-            f"cannot read {name} {path} as .npz with {', '.join(needed)}: {reading_fault(error)}", hint=_SAVED
+            f"cannot read {shown} as .npz with {', '.join(needed)}: {reading_fault(error)}", hint=_SAVED
         ) from None
 
 

@@ -63,7 +63,7 @@ class _Moved(Reference):
         return moved
 
 
-class Judged:
+class JudgedRow:
     """A row of steps, states or images: against PyTorch, or by float64 where that is beyond the bar.
 
     Args:

@@ -26,7 +26,7 @@ from admtrt.verify.both import BothSides
 from admtrt.verify.checked import CheckedGraphs, GraphRunError
 from admtrt.verify.guides import GuideComparison, TorchGuides, guides_of
 from admtrt.verify.inputs import BATCHES, Inputs, Levels, chosen_steps, samplers, step_batches
-from admtrt.verify.judged import Judged, float64_sides
+from admtrt.verify.judged import JudgedRow, float64_sides
 from admtrt.verify.reference import Reference
 from admtrt.verify.report import Place, Row, Tally, VerificationReport, sample_errors
 from admtrt.verify.small_graphs import FORMULAS, cases
@@ -331,7 +331,7 @@ class _Comparison:
         """
         rows = []
         for name, sampler in self._samplers(guided=self._guided).items():
-            judged = Judged("step", f"{name}: x_prev")
+            judged = JudgedRow("step", f"{name}: x_prev")
             length = len(sampling_schedule(self.manifest.diffusion, sampler))
             for shift, step in enumerate(chosen_steps(length)):
                 try:
@@ -363,9 +363,9 @@ class _Comparison:
 
     def _trajectory(self, name: str, sampler: SamplerConfig, drift: list[float]) -> list[Row]:
         """Rows of one trajectory; the largest error after each step is appended to ``drift``."""
-        each = Judged("trajectory", f"{name}: x_t of every step")
-        final = Judged("trajectory", f"{name}: final x_0")
-        image = Judged("image", f"{name}: uint8 levels", _level_errors)
+        each = JudgedRow("trajectory", f"{name}: x_t of every step")
+        final = JudgedRow("trajectory", f"{name}: final x_0")
+        image = JudgedRow("image", f"{name}: uint8 levels", _level_errors)
         both = self._both(sampler)
         with _noted(each.tally, final.tally, image.tally):
             for place in range(1, len(both.slots.schedules[0]) + 1):

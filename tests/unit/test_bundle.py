@@ -163,7 +163,7 @@ def test_a_file_that_cannot_be_read(bundle: Path, monkeypatch: pytest.MonkeyPatc
     def failing(path: Path) -> str:
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    monkeypatch.setattr("admtrt.bundle.sha256_of", failing)
+    monkeypatch.setattr("admtrt.memo.sha256_of", failing)
     assert "cannot read" in refusal(bundle).message
     assert "Input/output error" in refusal(bundle).message
 

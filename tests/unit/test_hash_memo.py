@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from bundles import sham_bundle
 
-import admtrt.bundle
+import admtrt.memo
 from admtrt.bundle import Bundle
 from admtrt.errors import BundleError
 from admtrt.files import sha256_of
@@ -23,7 +23,7 @@ from admtrt.memo import Memo, cache_folder
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of the test's own, and files that are believed at once."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(admtrt.bundle, "_SETTLED", -1.0)
+    monkeypatch.setattr(admtrt.memo, "_SETTLED", -1.0)
     return tmp_path / "cache" / "admtrt"
 
 
@@ -41,7 +41,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(path.name)
         return sha256_of(path)
 
-    monkeypatch.setattr(admtrt.bundle, "sha256_of", recording)
+    monkeypatch.setattr(admtrt.memo, "sha256_of", recording)
     return names
 
 
@@ -136,7 +136,7 @@ def test_a_file_that_has_just_changed_is_not_believed(
     bundle: Path, read: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It could change again within the same tick of the file system's clock."""
-    monkeypatch.setattr(admtrt.bundle, "_SETTLED", 60.0)
+    monkeypatch.setattr(admtrt.memo, "_SETTLED", 60.0)
     Bundle.open(bundle)
     Bundle.open(bundle)
     assert len(read) == 2 * len(GRAPHS)

@@ -11,7 +11,7 @@ import pytest
 from bundles import CLASSIFIER, UNET, exported_bundle, pipeline, sham_bundle
 
 from admtrt.cli import run
-from admtrt.commands.sample import requested_labels
+from admtrt.commands.labels import requested_labels
 from admtrt.errors import RequestError
 from admtrt.runtime.bulk import MAX_SAMPLES
 

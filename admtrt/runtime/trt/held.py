@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _STAGES = 2
 
 
-class _Stage:
+class _StepInputs:
     """Host memory for one step's inputs."""
 
     def __init__(self, device: CudaDevice, buffers: BatchBuffers, stack: ExitStack) -> None:
@@ -96,7 +96,7 @@ class HeldOnDevice:
     def __enter__(self) -> Self:
         self._upload()
         with ExitStack() as stack:
-            self._stages = [_Stage(self._device, self._buffers, stack) for _ in range(_STAGES)]
+            self._stages = [_StepInputs(self._device, self._buffers, stack) for _ in range(_STAGES)]
             stack.push(at_exit(self._buffers.sync))  # before memory goes that the GPU may still read
             self._drawer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="noise"))
             self._stack = stack.pop_all()
