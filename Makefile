@@ -10,7 +10,7 @@ WORKERS ?= 2
 # More for the tests of a GPU: PYTEST='-k "not speed"'.
 PYTEST ?=
 
-.PHONY: demo models test test-slow test-gpu test-page test-ray test-triton chromium check format lint types imports docs clean
+.PHONY: demo models test test-slow test-gpu test-page test-ray test-triton chromium check format lint types imports docs site clean
 
 demo: $(VENV)/.ready  ## train, export, verify and sample on real images; writes demo/report.html
 	$(BIN)/admtrt demo --out demo
@@ -83,6 +83,13 @@ imports: $(VENV)/.ready-dev
 docs: $(VENV)/.ready-dev  ## regenerate docs/cli.md
 	$(BIN)/python -m typer admtrt.cli utils docs --name admtrt --output docs/cli.md
 
+# What Sphinx warns of, a reference or link that leads nowhere included, ends the build; so does a resource from outside.
+site: $(VENV)/.ready-site  ## the pages and the Python reference as a site; writes build/site
+	rm -rf build/site
+	$(BIN)/sphinx-build -W --keep-going -n -q -c docs/site . build/site
+	$(BIN)/python tools/check_site.py build/site
+	@echo "build/site/README.html"
+
 # For mypy alone: installed beside the packages, these stubs would look like TensorRT itself. They were made by a
 # tool, and some lines of them are no Python, no types, or hide one.
 $(VENV)/stubs: $(BIN)/python constraints.txt
@@ -108,4 +115,8 @@ $(VENV)/.ready: $(VENV)/.torch pyproject.toml
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	$(PIP_INSTALL) --editable ".[dev]"
+	touch $@
+
+$(VENV)/.ready-site: $(VENV)/.ready
+	$(PIP_INSTALL) --editable ".[all,site]"
 	touch $@

@@ -104,14 +104,14 @@ class GuideConfig(Config):
     """Description of a guide in a bundle.
 
     Attributes:
-        kind: see :data:`Kind`.
+        kind: see :data:`~admtrt.schedule.guides.Kind`.
         loss: the built-in that it is, or ``custom``.
         place: where it enters unless a sampler asks for another place.
         scale: that is taken unless a sampler asks for another.
         clip: whether the loss sees x_0 within [-1, 1]; there a clamped pixel has no gradient.
         normalise: of the gradient of each sample: ``none``; ``unit`` length; ``eps``, as large as the
             network's output in the root mean square (FreeDoM); ``cap:R``, at most R of it (Crowson).
-        targets: further inputs of the loss by name, float32 [N, *sizes].
+        targets: further inputs of the loss by name, float32 ``[N, *sizes]``.
         level_input: whether the loss takes sqrt(1 - alpha_bar).
         network: of a reference that is another network; None where it is the UNet with its null class.
     """

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import admtrt
 from admtrt.schedule.options import OPTIONS
 from admtrt.schedule.solvers import SOLVERS
 
@@ -52,3 +53,10 @@ def test_every_solver_and_option_stands_on_its_page() -> None:
         assert re.search(rf"^\|[^|]*`{name}`", page, re.MULTILINE), name
     for name in OPTIONS:
         assert f"`{name}`" in page, name
+
+
+def test_every_public_name_stands_in_the_reference() -> None:
+    """`make site` takes the rest of it from the docstrings."""
+    page = (ROOT / "docs" / "site" / "reference.rst").read_text()
+    named = set(re.findall(r"^\.\. auto(?:class|function):: admtrt\.(\w+)$", page, re.MULTILINE))
+    assert named == set(admtrt.__all__) - {"__version__"}
