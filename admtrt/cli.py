@@ -34,7 +34,7 @@ from admtrt.console import printable
 from admtrt.errors import AdmtrtError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 _INTERRUPTED = (130, 143)  # by SIGINT and SIGTERM
 _GOES_ON = {
@@ -62,15 +62,21 @@ app = typer.Typer(
     help="Train, export, verify and sample ADM diffusion models with classifier guidance.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(train_app, name="train")
-app.add_typer(evaluate_app, name="evaluate")
-for command in (
-    presets, convert, export, inspect, build, verify, drift, sample, invert, serve, triton, demo, bench,
-    doctor,
-):  # fmt: skip
-    app.command(cls=Command)(command)
+_GROUPS: Mapping[str, Sequence[Callable[..., None] | tuple[str, typer.Typer]]] = {
+    "Draw samples": (sample, invert, serve, triton),
+    "From a checkpoint to a bundle": (presets, convert, export, inspect, build),
+    "Train": (("train", train_app), demo),
+    "Right, good, fast?": (verify, drift, ("evaluate", evaluate_app), bench, doctor),
+}
+"""Commands by the panel of ``admtrt --help`` in which they stand."""
+for _panel, _members in _GROUPS.items():
+    for _member in _members:
+        if isinstance(_member, tuple):
+            app.add_typer(_member[1], name=_member[0], rich_help_panel=_panel)
+        else:
+            app.command(cls=Command, rich_help_panel=_panel)(_member)
 
 
 def _print_version(value: bool) -> None:

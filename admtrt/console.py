@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -50,11 +51,12 @@ def printable(text: str) -> str:
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
-    # A pipe has no width: 100 columns keep tables readable in logs. Names may hold brackets: no markup.
+    # A pipe has no width: 100 columns keep tables readable in logs, unless COLUMNS says another number. Names
+    # may hold brackets: no markup.
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(
         stderr=stderr,
-        width=None if terminal else 100,
+        width=None if terminal or os.environ.get("COLUMNS") else 100,
         markup=False,
         emoji=False,
         force_interactive=terminal,  # colours may be asked for anywhere, a moving bar may not
@@ -66,7 +68,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
-    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    made = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for index, column in enumerate(columns):
         made.add_column(column, overflow="fold", no_wrap=index == 0)
     for row in rows:

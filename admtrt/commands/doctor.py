@@ -62,12 +62,13 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
     things = [
         [finding.name, finding.version or "-", _lines(finding.detail, finding.hint)] for finding in findings
     ]
+    said = {finding.detail for finding in findings}
     runs = [
         [
             each.name,
             "yes" if each.runs else "no",
             ", ".join(each.precisions),
-            _lines(each.detail, each.hint),
+            each.detail if each.runs else _once(each, said),
         ]
         for each in abilities
     ]
@@ -79,12 +80,34 @@ def doctor(json: Annotated[bool, typer.Option("--json", help="Print one JSON doc
         },
         table("this machine", ("", "version", "what it does here"), things),
         table("backends", ("", "runs", "precisions", "what it is, or lacks"), runs),
-        f"builds plans with: {', '.join(builds) or 'nothing'}",
+        _in_short(findings, abilities),
     )
 
 
 def _lines(*texts: str) -> str:
     return "\n".join(filter(None, texts))
+
+
+def _once(ability: Ability, said: set[str]) -> str:
+    """Why a backend does not run here; what was said before is not said again."""
+    if any(ability.detail.endswith(detail) for detail in said if detail):
+        return "needs an NVIDIA GPU"
+    return _lines(ability.detail, ability.hint)
+
+
+def _in_short(findings: Sequence[Finding], abilities: Sequence[Ability]) -> str:
+    """One sentence of what can be done here, and one of what to install for a GPU."""
+    found = {finding.name for finding in findings if finding.found}
+    can = [f"sample with {', '.join(each.name for each in abilities if each.runs) or 'nothing'}"]
+    can += ["train, export and verify"] * ("PyTorch" in found)
+    builds = [finding.builds for finding in findings if finding.builds]
+    can += [f"build plans ({', '.join(builds)})"] * bool(builds)
+    missing = [
+        f"{gpus}: {install_extra(extra)}"
+        for extra, gpus in (("rtx", "for an RTX card"), ("tensorrt", "for a data-centre GPU (H100, A100)"))
+        if extra not in builds
+    ]
+    return f"Here you can {'; '.join(can)}." + "".join(f"\nInstall {one}" for one in missing)
 
 
 def examine(driver: Driver) -> list[Finding]:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from admtrt.commands.options import Command
 from admtrt.commands.requirements import require
 from admtrt.console import Output, progress_bar, table
 from admtrt.files import check_place
@@ -18,7 +19,7 @@ _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stan
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-@features_app.command()
+@features_app.command(cls=Command)
 def inception(
     weights: Annotated[
         Path,
@@ -48,7 +49,7 @@ def inception(
     )
 
 
-@features_app.command()
+@features_app.command(cls=Command)
 def judge(
     config: Annotated[
         Path, typer.Argument(metavar="CONFIG.toml", help="Training file: labelled data with hold_out.")

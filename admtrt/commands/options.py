@@ -10,9 +10,25 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from admtrt.commands.panels import arrange, examples
+
 
 class Command(TyperCommand):
-    """A command that takes ``--cache``, as ``--plans`` was called, where it has that option."""
+    """A command with its panels, short options and examples.
+
+    It takes ``--cache``, as ``--plans`` was called, where it has that option.
+    """
+
+    def __init__(self, name: str | None, **given: Any) -> None:
+        super().__init__(name, **(given | {"epilog": examples(name or "")}))
+        arrange(name or "", self.params)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """The option ``--help``, as every flag without a type beside it."""
+        option = super().get_help_option(ctx)
+        if option is not None:
+            option.metavar = ""
+        return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the option's name in place of the former one, which no help shows."""

@@ -17,9 +17,11 @@ def presets(
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """List the published checkpoints: files, sizes, cost of a step for one image, recommended samplers."""
+    from rich.text import Text
+
     from admtrt.presets import PRESETS
 
-    columns = ["preset", "size", "params", "weights", "GFLOP/step", "steps", "scale", "DDIM25 scale"]
+    columns = ["preset", "size", "params", "GFLOP", "steps", "scale", "ddim25"]
     notes: dict[str, list[str]] = {}
     for preset in PRESETS.values():
         if preset.note:
@@ -27,8 +29,11 @@ def presets(
     Output(json=json).result(
         {"presets": [_described(preset) for preset in PRESETS.values()]},
         table("Published checkpoints (NAME.pt)", columns, [_row(preset) for preset in PRESETS.values()]),
-        "weights: memory in fp32. A classifier's step is its evaluation and its input gradient.",
-        *(f"{', '.join(names)}: {note}" for note, names in notes.items()),
+        Text(
+            "Weights take 4 bytes a parameter in fp32. GFLOP: of a step for one image; a classifier's is its "
+            "evaluation and its input gradient. scale: of guidance, with the steps beside it and with ddim25."
+        ),
+        *(Text(f"{', '.join(names)}: {note}") for note, names in notes.items()),
     )
 
 
@@ -39,7 +44,6 @@ def _row(preset: Preset) -> list[str]:
         preset.name,
         str(preset.network.image_size),
         f"{preset.parameters / 1e6:.0f} M",
-        f"{preset.weight_bytes / 2**30:.2f} GiB",
         f"{preset.step_flops / 1e9:,.0f}",
         sampler.steps if implied == sampler.method else f"{sampler.method} {sampler.steps}",
         f"{sampler.scale:g}" if sampler.scale else "-",

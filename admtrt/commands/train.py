@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from admtrt.commands.options import Command
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
 
@@ -146,4 +147,4 @@ def _command(task: Task) -> Callable[..., None]:
 
 
 for _task in ("unet", "classifier", "upsampler", "consistency"):
-    train_app.command(_task, help=_HELP[_task])(_command(_task))
+    train_app.command(_task, cls=Command, help=_HELP[_task])(_command(_task))

@@ -153,6 +153,26 @@ def test_the_real_machine_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("TensorRT-RTX", "cuda-core", "OpenVINO", *BACKENDS))
+    assert "\nHere you can sample with onnxruntime" in text
+    assert text.count("no NVIDIA driver was found") <= 1
+
+
+def test_the_last_lines_say_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    findings = [
+        doctor.Finding("TensorRT-RTX", found=True, builds="rtx"),
+        doctor.Finding("NVIDIA driver", found=False, detail="no driver"),
+    ]
+    monkeypatch.setattr(doctor, "examine", lambda _: findings)
+    monkeypatch.setattr(
+        Backend, "available", lambda self: Availability("" if self.device == "cpu" else "it lacks: no driver")
+    )
+    assert run(["doctor"]) == 0
+    *_, here, install = capsys.readouterr().out.splitlines()
+    assert here == "Here you can sample with onnxruntime, openvino; build plans (rtx)."
+    assert install.startswith("Install for a data-centre GPU (H100, A100): ")
+    assert install.endswith("[tensorrt]'")
 
 
 # --- the driver -----------------------------------------------------------------------------------------

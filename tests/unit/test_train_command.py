@@ -43,7 +43,7 @@ def test_each_network_trains(kind, toml, tmp_path):
 
 def test_the_table_holds_the_main_metrics_only(toml, tmp_path):
     result = invoke("classifier", toml, "--out", tmp_path / "out", "--set", "data.hold_out=0.1")
-    assert re.findall(r"^  (\w+) ", result.stdout, re.MULTILINE) == [
+    assert re.findall(r"^ (\w+) ", result.stdout, re.MULTILINE) == [
         *("metric", "loss", "accuracy", "held_out_loss", "held_out_accuracy"),
         *("images_per_second", "lr", "weights"),
     ]
