@@ -43,19 +43,31 @@ def to_pillow(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
+def usual_columns(count: int) -> int:
+    """Images in a row of a grid of so many: about a square, 20 at most."""
+    return max(1, min(20, round(count**0.5)))
+
+
 def save_grid(
     images: NDArray[np.uint8], path: Path, columns: int, labels: Sequence[str] | None = None
 ) -> None:
-    """Write images as one PNG, row by row, each under its label; small ones are enlarged by a whole factor.
-
-    Args:
-        images: uint8 [N, H, W, C], N at least 1, C from 1 to 4 (2 and 4: the last is the opacity).
-        path: the file; replaced if it exists.
-        columns: images in a row.
-        labels: one text for each image; cut where it is wider than the image.
+    """Write images as one PNG, see :func:`grid_of`; the file is replaced if it exists.
 
     Raises:
         OutputError: if the file cannot be written.
+    """
+    grid = grid_of(images, columns, labels)
+    with atomic_file(path) as temporary:
+        grid.save(temporary, format="PNG")
+
+
+def grid_of(images: NDArray[np.uint8], columns: int, labels: Sequence[str] | None = None) -> Image.Image:
+    """Images as one, row by row, each under its label; small ones are enlarged by a whole factor.
+
+    Args:
+        images: uint8 [N, H, W, C], N at least 1, C from 1 to 4 (2 and 4: the last is the opacity).
+        columns: images in a row.
+        labels: one text for each image; cut where it is wider than the image.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -73,8 +85,7 @@ def save_grid(
             draw.text((left, top), _fitted(labels[index], font, width * factor), fill="black", font=font)
         tile = to_pillow(pixels).resize((width * factor, height * factor), Image.Resampling.NEAREST)
         grid.paste(tile, (left, top + header))
-    with atomic_file(path) as temporary:
-        grid.save(temporary, format="PNG")
+    return grid
 
 
 def _fitted(text: str, font: FreeTypeFont | ImageFont, width: int) -> str:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.two_stage import TwoStage
     from admtrt.schedule.sampler import SamplerConfig
 
-_FORMATS = ("npz", "png", "grid")
+_FORMATS = ("npz", "png", "grid", "gif")
 
 
 @takes_guide_options
@@ -80,7 +80,10 @@ def sample(
     ] = None,
     formats: Annotated[
         list[str] | None,
-        typer.Option("--format", help="npz, png or grid; may be repeated. Default: npz and grid."),
+        typer.Option(
+            "--format",
+            help="npz, png, grid or gif (the steps of the first 16); may be repeated. Default: npz and grid.",
+        ),
     ] = None,
     batch_size: Annotated[
         int, typer.Option(help="Samples computed at once; those of one file on the way at most.")

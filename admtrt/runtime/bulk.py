@@ -18,8 +18,9 @@ import numpy as np
 
 from admtrt.errors import ConfigError, OutputError, RequestError
 from admtrt.files import TakenError, atomic_file, is_temporary, remove_stale
-from admtrt.images import save_grid, to_pillow
+from admtrt.images import save_grid, to_pillow, usual_columns
 from admtrt.reading import read_json
+from admtrt.runtime.frames import Frames
 from admtrt.runtime.image_inputs import DIGESTS, NOTHING, NUMBERS, TARGETS, digest_of
 from admtrt.runtime.pipeline import consecutive_seeds
 from admtrt.runtime.request import whole_number
@@ -32,16 +33,18 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.runtime.drawn import Step
+    from admtrt.runtime.drawn import Samples, Step
     from admtrt.runtime.image_inputs import ImageInputs
     from admtrt.runtime.pipeline import Pipeline
     from admtrt.runtime.slots import Labels
 
-Format = Literal["npz", "png", "grid"]
+Format = Literal["npz", "png", "grid", "gif"]
 MAX_SAMPLES = 10_000_000
 """Samples of one run: their labels are held in memory."""
 GRID_LIMIT = 400
 """Samples on a grid; more are not readable."""
+GIF_LIMIT = 16
+"""Samples whose steps a GIF shows."""
 LOW_STAGE = "low"
 """Folder of the first stage's run within that of a two-stage run."""
 REQUEST, LARGEST_REQUEST = "request.json", 2**26
@@ -127,7 +130,7 @@ def draw(
         request: what to draw.
         directory: of the run; made, or continued where it holds the same request.
         formats: ``npz`` (``samples.npz``, the original's format), ``png`` (a file for each sample), ``grid``
-            (``grid.png``, labelled).
+            (``grid.png``, labelled), ``gif`` (``steps.gif``: the first 16, drawn again step by step).
         class_names: for the labels where the bundle has none of its own.
         progress: called with the sample-steps done and a text, for a progress display.
         elsewhere: has other processes write the shards; None draws them here.
@@ -154,7 +157,12 @@ def draw(
         for start in elsewhere(request, directory, list(missing)):
             progress((missing[start] - start) * steps, "shards of all machines")
     names = pipeline.bundle.manifest.class_names or class_names
-    return [_write(directory, one, request, shards, names) for one in formats]
+    return [
+        _write_gif(directory / "steps.gif", pipeline, request, names)
+        if one == "gif"
+        else _write(directory, one, request, shards, names)
+        for one in formats
+    ]
 
 
 def recorded_shard_size(directory: Path) -> int | None:
@@ -292,6 +300,12 @@ def draw_shard(
     def after_step(step: Step) -> None:
         progress(step.count, f"step {step.index}/{step.total}")
 
+    return _drawn(pipeline, request, start, stop, after_step).images
+
+
+def _drawn(
+    pipeline: Pipeline, request: BulkRequest, start: int, stop: int, callback: Callable[[Step], None]
+) -> Samples:
     labels = None if request.labels is None else request.labels[start:stop]
     return pipeline.draw(
         request.sampler,
@@ -300,8 +314,8 @@ def draw_shard(
         low_res=None if request.low_res is None else request.low_res[start:stop],
         inputs=request.inputs.part(slice(start, stop)),
         batch_size=request.batch_size,
-        callback=after_step,
-    ).images
+        callback=callback,
+    )
 
 
 def _write(
@@ -313,11 +327,22 @@ def _write(
         return _write_png(directory / "png", request, shards)
     path = directory / "grid.png"
     images = shards[:GRID_LIMIT]
-    names = None
-    if request.labels is not None:
-        shown = request.labels[: len(images)].tolist()
-        names = [class_names[label] if class_names else str(label) for label in shown]
-    save_grid(images, path, columns=max(1, min(20, round(len(images) ** 0.5))), labels=names)
+    names = _names(request, len(images), class_names)
+    save_grid(images, path, columns=usual_columns(len(images)), labels=names)
+    return path
+
+
+def _names(request: BulkRequest, count: int, class_names: Sequence[str]) -> list[str] | None:
+    """Of the first samples' classes."""
+    if request.labels is None:
+        return None
+    return [class_names[label] if class_names else str(label) for label in request.labels[:count].tolist()]
+
+
+def _write_gif(path: Path, pipeline: Pipeline, request: BulkRequest, class_names: Sequence[str]) -> Path:
+    frames, count = Frames(), min(GIF_LIMIT, request.count)
+    _drawn(pipeline, request, 0, count, frames)
+    frames.save(path, _names(request, count, class_names))
     return path
 
 

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import io
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from admtrt.images import to_uint8
+from admtrt.files import atomic_file
+from admtrt.images import grid_of, save_grid, to_pillow, to_uint8, usual_columns
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
     from numpy.typing import NDArray
+    from PIL import Image
 
     from admtrt.runtime.image_inputs import ImageInputs
     from admtrt.runtime.sampler import HeldSlots
     from admtrt.runtime.slots import Images, Labels, Slots
     from admtrt.schedule.sampler import SamplerConfig
+
+_SHOWN, _NAMED = 100, 8  # samples of a notebook's picture, and of a line
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,16 +36,83 @@ class Samples:
         x: float32 [N, C, H, W], unclipped x_0 of the last step.
         labels: int64 [N], or None where no class was asked for.
         seeds: one for each sample; the same seed gives the same image in any batch.
+        class_names: of all classes, where the bundle has names.
     """
 
     x: Images
     labels: Labels | None
     seeds: tuple[int, ...]
+    class_names: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __repr__(self) -> str:
+        count, *event = self.x.shape
+        names = self.names
+        asked = "" if names is None else f", classes {_listed(names)}"
+        return f"Samples({count} of {'x'.join(map(str, event))}{asked}, seeds {_listed(self.seeds)})"
 
     @property
     def images(self) -> NDArray[np.uint8]:
         """uint8 [N, H, W, C]."""
         return to_uint8(self.x)
+
+    @property
+    def names(self) -> list[str] | None:
+        """The class of each sample by name, or by number where there are no names; None without classes."""
+        if self.labels is None:
+            return None
+        return [self.class_names[label] if self.class_names else str(label) for label in self.labels.tolist()]
+
+    @property
+    def pil(self) -> list[Image.Image]:
+        """The samples as images of Pillow's."""
+        return [to_pillow(image) for image in self.images]
+
+    def grid(self, columns: int | None = None) -> Image.Image:
+        """The samples in one image of Pillow's, each under its class; ``columns`` to a row."""
+        return grid_of(self.images, columns or usual_columns(len(self)), self.names)
+
+    def save(self, place: str | Path) -> list[Path]:
+        """Write the samples: a path that ends in .png gets the grid, a folder one PNG a sample.
+
+        Files in a folder are named as ``admtrt sample --format png`` names them, ``CLASS_INDEX.png``.
+
+        Returns:
+            The files.
+
+        Raises:
+            OutputError: if they cannot be written.
+        """
+        place = Path(place)
+        if place.suffix.lower() == ".png":
+            save_grid(self.images, place, usual_columns(len(self)), self.names)
+            return [place]
+        place.mkdir(parents=True, exist_ok=True)
+        files = []
+        for index, image in enumerate(self.pil):
+            prefix = "" if self.labels is None else f"{self.labels[index]}_"
+            files.append(place / f"{prefix}{index:06d}.png")
+            with atomic_file(files[-1]) as temporary:
+                image.save(temporary, format="PNG")
+        return files
+
+    def _repr_png_(self) -> bytes:
+        """The grid, for notebooks: of the first 100."""
+        shown = slice(None, _SHOWN)
+        names = self.names
+        images = self.images[shown]
+        grid = grid_of(images, usual_columns(len(images)), None if names is None else names[shown])
+        written = io.BytesIO()
+        grid.save(written, format="PNG")
+        return written.getvalue()
+
+
+def _listed(values: Sequence[object]) -> str:
+    """The first few of many."""
+    first = ", ".join(map(str, values[:_NAMED]))
+    return first + (f" and {len(values) - _NAMED} more" if len(values) > _NAMED else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,3 +189,23 @@ def state_after(index: int, slots: Slots, held: HeldSlots) -> tuple[Images, Imag
         raise RuntimeError(f"the images after step {index} are gone; look at them during the callback")
     held.read()
     return slots.x, slots.x_0
+
+
+@contextmanager
+def with_bar(callback: Callable[[Step], None] | None, total: int) -> Iterator[Callable[[Step], None]]:
+    """The callback of a request behind a bar on the terminal.
+
+    Args:
+        callback: the caller's own.
+        total: steps of all samples together.
+    """
+    from admtrt.console import progress_bar
+
+    with progress_bar("sampling", total) as advance:
+
+        def after_step(step: Step) -> None:
+            advance(step.count, f"step {step.index}/{step.total}")
+            if callback is not None:
+                callback(step)
+
+        yield after_step

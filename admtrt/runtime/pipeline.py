@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from admtrt.errors import ConfigError, RequestError
 from admtrt.images import from_uint8
 from admtrt.runtime.backends.default import DEFAULT_BACKEND
 from admtrt.runtime.conditioning import check_conditioning
-from admtrt.runtime.drawn import Given, Samples, Step, state_after
+from admtrt.runtime.drawn import Given, Samples, Step, state_after, with_bar
 from admtrt.runtime.guide_targets import GuideTargets
 from admtrt.runtime.image_inputs import NOTHING, ImageInputs
 from admtrt.runtime.latents import Latents
@@ -57,6 +58,13 @@ class Pipeline:
         self.bundle = bundle
         self.denoiser = denoiser
         self.computed = computed
+
+    def __repr__(self) -> str:
+        manifest = self.bundle.manifest
+        event = "x".join(map(str, event_shape(manifest.network)))
+        classes = "no classes" if manifest.num_classes is None else f"{manifest.num_classes} classes"
+        computed = f"; {self.computed}" if self.computed else ""
+        return f"Pipeline({str(self.bundle.path)!r}: {event}, {classes}, {manifest.sampler.method}{computed})"
 
     @classmethod
     def from_bundle(
@@ -132,6 +140,7 @@ class Pipeline:
         guide_clip: Mapping[str, bool] | None = None,
         batch_size: int = DEFAULT_BATCH,
         callback: Callable[[Step], None] | None = None,
+        progress: bool = False,
         **choices: Unpack[SamplerChoices],
     ) -> Samples:
         """Draw one sample for each label and seed.
@@ -149,6 +158,7 @@ class Pipeline:
             guide_scale, guide_interval, guide_place, guide_clip: as :meth:`guide_choices`.
             batch_size: samples computed at once; it does not change them beyond rounding.
             callback: called after every evaluation of every batch.
+            progress: show a bar on a terminal.
             choices: as :meth:`sampler`.
 
         Raises:
@@ -173,6 +183,7 @@ class Pipeline:
             inputs=inputs,
             batch_size=batch_size,
             callback=callback,
+            progress=progress,
         )
 
     def draw(
@@ -185,16 +196,24 @@ class Pipeline:
         inputs: ImageInputs = NOTHING,
         batch_size: int = DEFAULT_BATCH,
         callback: Callable[[Step], None] | None = None,
+        progress: bool = False,
     ) -> Samples:
         """Draw samples as a sampler of :meth:`sampler` says; otherwise as calling the pipeline."""
         if whole_number(batch_size, "batch_size") < 1:
             raise RequestError(f"batch_size is {batch_size}; expected at least 1")
         given = self.check(sampler, labels, seeds, low_res=low_res, inputs=inputs)
-        parts = [
-            self._batch(first, given.part(slice(first, first + batch_size)), callback)
-            for first in range(0, len(given), batch_size)
-        ]
-        return Samples(x=np.concatenate(parts), labels=given.labels, seeds=tuple(given.seeds))
+        total = len(given) * len(given.inputs.schedule(self.bundle.manifest.diffusion, sampler))
+        with with_bar(callback, total) if progress else nullcontext(callback) as after_step:
+            parts = [
+                self._batch(first, given.part(slice(first, first + batch_size)), after_step)
+                for first in range(0, len(given), batch_size)
+            ]
+        return Samples(
+            x=np.concatenate(parts),
+            labels=given.labels,
+            seeds=tuple(given.seeds),
+            class_names=tuple(self.bundle.manifest.class_names),
+        )
 
     def check(
         self,

@@ -104,7 +104,8 @@ def test_public_names() -> None:
         "print(json.dumps([sorted(admtrt.__all__), admtrt.Pipeline.__module__, admtrt.Bundle.__module__]))"
     )
     names = [
-        "Bundle", "Guide", "Known", "Latents", "Pipeline", "Reference", "TwoStage", "__version__",
+        "AdmtrtError", "Bundle", "Frames", "Guide", "Known", "Latents", "Pipeline", "Reference", "Samples",
+        "Step", "TwoStage", "__version__",
         "export_hessian_vector", "export_input_gradient", "export_vector_jacobian",
     ]  # fmt: skip
     assert json.loads(shown) == [names, "admtrt.runtime.pipeline", "admtrt.bundle"]
