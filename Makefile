@@ -80,8 +80,9 @@ types: $(VENV)/.ready-dev $(VENV)/stubs
 imports: $(VENV)/.ready-dev
 	$(BIN)/lint-imports
 
-docs: $(VENV)/.ready-dev  ## regenerate docs/cli.md
+docs: $(VENV)/.ready-dev  ## regenerate docs/cli.md and docs/configuration.md
 	$(BIN)/python -m typer admtrt.cli utils docs --name admtrt --output docs/cli.md
+	$(BIN)/python tools/configuration_page.py docs/configuration.md
 
 # What Sphinx warns of, a reference or link that leads nowhere included, ends the build; so does a resource from outside.
 site: $(VENV)/.ready-site  ## the pages and the Python reference as a site; writes build/site

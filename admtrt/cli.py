@@ -15,6 +15,7 @@ import typer
 from admtrt import __version__
 from admtrt.commands.bench import bench
 from admtrt.commands.build import build
+from admtrt.commands.configure import configure
 from admtrt.commands.convert import convert
 from admtrt.commands.demo import demo
 from admtrt.commands.doctor import doctor
@@ -67,7 +68,7 @@ app = typer.Typer(
 _GROUPS: Mapping[str, Sequence[Callable[..., None] | tuple[str, typer.Typer]]] = {
     "Draw samples": (sample, invert, serve, triton),
     "From a checkpoint to a bundle": (presets, convert, export, inspect, build),
-    "Train": (("train", train_app), demo),
+    "Train": (configure, ("train", train_app), demo),
     "Right, good, fast?": (verify, drift, ("evaluate", evaluate_app), bench, doctor),
 }
 """Commands by the panel of ``admtrt --help`` in which they stand."""

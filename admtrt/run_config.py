@@ -214,6 +214,19 @@ class RunConfig(Config):
     train_consistency: ConsistencyTrainingConfig = later(ConsistencyTrainingConfig())
     sampler: FittedSampler = SamplerConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _take_sizes_of_data(cls, given: Any) -> Any:
+        """Networks without ``image_size`` or ``in_channels`` have those of ``data``."""
+        data = given.get("data") if isinstance(given, dict) else None
+        if not isinstance(data, dict):
+            return given
+        known = {"image_size": data.get("image_size"), "in_channels": data.get("channels")}
+        known = {key: value for key, value in known.items() if value is not None}
+        networks = {name: given[name] for name in ("unet", "classifier", "upsampler") if name in given}
+        filled = {name: known | one if isinstance(one, dict) else one for name, one in networks.items()}
+        return {**given, **filled}
+
     def network(self, task: Task) -> UNetConfig | ClassifierConfig | None:
         """Network of this section, if there is such a section."""
         network: UNetConfig | ClassifierConfig | None = getattr(self, network_section(task))

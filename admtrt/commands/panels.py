@@ -119,6 +119,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "admtrt evaluate sweep mine.bundle --reference ref.npz --features f --steps ddim25,100 -o sweep",
         "admtrt evaluate sweep mine.bundle --reference ref.npz --features f --precision fp32,bf16 -o sweep",
     ),
+    "configure": (
+        "admtrt configure photos -o photos.toml",
+        "admtrt configure photos -o photos.toml --size 32",
+        "admtrt configure images.npz -o images.toml",
+    ),
     "unet": (
         "admtrt train unet training.toml -o runs/mine",
         "admtrt train unet training.toml -o runs/mine --resume",

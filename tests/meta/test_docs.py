@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import admtrt
+from admtrt.run_config import RunConfig
 from admtrt.schedule.options import OPTIONS
 from admtrt.schedule.solvers import SOLVERS
 
@@ -24,6 +25,15 @@ def test_cli_reference_is_current(tmp_path: Path) -> None:
     arguments = ["typer", "admtrt.cli", "utils", "docs", "--name", "admtrt", "--output", str(made)]
     subprocess.run([sys.executable, "-m", *arguments], check=True, cwd=ROOT, capture_output=True)
     assert made.read_text() == (ROOT / "docs" / "cli.md").read_text(), "run `make docs`"
+
+
+def test_configuration_reference_is_current(tmp_path: Path) -> None:
+    """`make docs` writes it."""
+    made = tmp_path / "configuration.md"
+    subprocess.run([sys.executable, ROOT / "tools" / "configuration_page.py", made], check=True, cwd=ROOT)
+    assert made.read_text() == (ROOT / "docs" / "configuration.md").read_text(), "run `make docs`"
+    for name in RunConfig.model_fields:
+        assert f"\n## [{name}]" in made.read_text()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
