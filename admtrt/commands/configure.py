@@ -23,7 +23,7 @@ _ATTENDING = 16  # pixels: from this size down attention is cheap
 
 @dataclass(frozen=True)
 class Seen:
-    """What was found at a place.
+    """Images that were found at a place.
 
     Attributes:
         count: images.

@@ -89,7 +89,7 @@ def _lines(*texts: str) -> str:
 
 
 def _once(ability: Ability, said: set[str]) -> str:
-    """Why a backend does not run here; what was said before is not said again."""
+    """The reason that a backend does not run here, without what the first table said."""
     if any(ability.detail.endswith(detail) for detail in said if detail):
         return "needs an NVIDIA GPU"
     return _lines(ability.detail, ability.hint)

@@ -56,7 +56,7 @@ def judge(
     ],
     out: _Out,
     part: Annotated[
-        str, typer.Option(help="What it learns from: judge (half of what is held out) or held-out (all).")
+        str, typer.Option(help="Images it learns from: judge (half of those held out) or held-out (all).")
     ] = "judge",
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one step.")] = 64,

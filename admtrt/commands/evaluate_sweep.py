@@ -63,7 +63,7 @@ def sweep(
     no_error: NoError = False,
     backend: BackendName = DEFAULT_BACKEND,
     features_backend: Annotated[
-        str, typer.Option(help="What computes features: onnxruntime, openvino or auto.")
+        str, typer.Option(help="Backend of the features: onnxruntime, openvino or auto.")
     ] = "onnxruntime",
     threads: Threads = None,
     plans: PlanFolder = None,

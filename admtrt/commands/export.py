@@ -74,7 +74,7 @@ def export(
         str | None,
         typer.Option(
             metavar="ISLANDS",
-            help="What stays fp32 in fp16 and bf16 engine graphs: a list of group_norm, softmax, output "
+            help="Parts that stay fp32 in fp16 and bf16 engine graphs: a list of group_norm, softmax, output "
             "(these three by default), embedding, activation, residual; or none.",
         ),
     ] = None,

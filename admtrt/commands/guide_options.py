@@ -64,7 +64,7 @@ class GuideOptions:
         bool | None,
         typer.Option(
             "--guide-clip/--no-guide-clip",
-            help="Whether losses see x_0 within [-1, 1].",
+            help="Bound x_0 to [-1, 1] before the loss sees it.",
             rich_help_panel=_PANEL,
         ),
     ] = None

@@ -25,7 +25,7 @@ def invert(
     ] = None,
     steps: Annotated[str, steps_option("Of ddim, e.g. ddim100 or 250.")] = "ddim100",
     levels: Annotated[
-        int | None, typer.Option(help="How many of the steps to go up; all but one where left out.")
+        int | None, typer.Option(help="Number of the steps to go up; all but one if left out.")
     ] = None,
     clip: Annotated[
         bool,

@@ -151,6 +151,6 @@ def arrange(command: str, parameters: Iterable[Any]) -> None:
 
 
 def examples(command: str) -> str | None:
-    """What stands below a command's options; None where there are no examples."""
+    """The examples of a command, for the end of its help; None where there are none."""
     lines = EXAMPLES.get(command)
     return None if lines is None else "Examples:\n\n" + "\n".join(f"    {line}" for line in lines)

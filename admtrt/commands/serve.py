@@ -51,7 +51,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = _DEFAULT_PORT,
     token_file: Annotated[
         Path | None,
-        typer.Option(help="Who may ask: NAME TOKEN, one a line. Nobody needs one where left out."),
+        typer.Option(help="File of clients' tokens: NAME TOKEN, one a line. Left out: no token is needed."),
     ] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="A name by which clients call this server; may be repeated.")
@@ -96,7 +96,7 @@ def serve(
     max_connections: Annotated[int, typer.Option(min=2, help="Most at once.")] = 1024,
     spool: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where jobs are kept; without it they end with the server."),
+        typer.Option(metavar="DIR", help="Folder that keeps jobs; without it they end with the server."),
     ] = None,
     spool_bytes: Annotated[int, typer.Option(min=1, help="Most that the jobs take there.")] = _GIB,
     keep: Annotated[

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.sources import GraphSource
 
 _LONGEST = 600
-# What every message of a machine without a driver carries along, whatever went wrong.
+# Part of every message on a machine without a driver, whatever went wrong.
 _NOISE = re.compile(r"^.*\bcatchCudaError\b.*cudaError 35.*$\n?", re.MULTILINE)
 _HINTS = {
     "check_turing_op": "SM75 takes plans in which every matrix product is fp16: leave --target 75 out.",
