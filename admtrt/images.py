@@ -45,7 +45,7 @@ def to_pillow(pixels: NDArray[np.uint8]) -> Image.Image:
 
 def usual_columns(count: int) -> int:
     """Images in a row of a grid of so many: about a square, 20 at most."""
-    return max(1, min(20, round(count**0.5)))
+    return max(1, min(20, round(math.sqrt(count))))
 
 
 def save_grid(

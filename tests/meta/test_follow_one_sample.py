@@ -12,6 +12,7 @@ import pytest
 from bundles import exported_bundle
 
 from admtrt.cli import run
+from admtrt.schedule.table import sampling_schedule
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "architecture.md").read_text()
@@ -26,10 +27,11 @@ def test_the_calls_are_those_of_a_sample(tmp_path: Path, capsys: pytest.CaptureF
         file = frame.f_code.co_filename
         if event == "call" and file.startswith(str(ROOT / "admtrt")):
             call = (frame.f_code.co_qualname, Path(file).relative_to(ROOT).as_posix())
-            if call not in seen:
+            if call in CALLS:
                 seen.append(call)
 
     bundle = exported_bundle("guided")
+    sampling_schedule.cache_clear()  # another test may have drawn with this sampler
     given = ("--classes", "1", "--steps", "ddim3", "--scale", "2", "--format", "grid", "--threads", "1")
     sys.setprofile(note)
     try:
@@ -39,4 +41,5 @@ def test_the_calls_are_those_of_a_sample(tmp_path: Path, capsys: pytest.CaptureF
     capsys.readouterr()
     assert len(CALLS) > 15
     assert [call for call in CALLS if call not in seen] == []
-    assert sorted(CALLS, key=seen.index) == CALLS
+    left = iter(seen)  # opening a bundle calls some of them, too, for its recommended sampler
+    assert [call for call in CALLS if call not in left] == [], "not in this order"
