@@ -68,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
         (["--eta", "0.5"], "eta belongs to ddim"),
         (["--method", "ddim", "--eta", "2"], "'eta' is 2.0"),
         (["--method", "plms"], "'plms' is unknown; expected one of"),
-        (["--format", "gif"], "format 'gif' is unknown; expected one of npz, png, grid"),
+        (["--format", "jpeg"], "format 'jpeg' is unknown; expected one of npz, png, grid, gif"),
         (["--num", "0"], "0 samples were asked for"),
         (["--num", "-5"], "-5 samples were asked for"),
         (["--num", "99999999999"], "99999999999 samples were asked for; expected 1 to 10000000"),
