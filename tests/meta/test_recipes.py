@@ -40,7 +40,7 @@ def registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None
     monkeypatch.setattr(checkpoint, "READERS", checkpoint.READERS)
     monkeypatch.chdir(tmp_path)
     with contextlib.ExitStack() as restored:
-        for table in (SOLVERS, RULES, registry.BACKENDS, registry._OPENERS, BUILT_INS):
+        for table in (SOLVERS, RULES, registry.BACKENDS, BUILT_INS):
             restored.enter_context(patch.dict(table))
         yield
 
