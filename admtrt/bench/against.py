@@ -20,7 +20,10 @@ from statistics import median, quantiles
 from typing import TYPE_CHECKING, Any
 
 import admtrt
-from admtrt.errors import AdmtrtError, RequestError
+from admtrt.bundle import Bundle
+from admtrt.errors import AdmtrtError, ConfigError, RequestError
+from admtrt.schedule.sampler import with_choices
+from admtrt.schedule.table import sampling_schedule
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -122,7 +125,8 @@ def compare_with(
         note: told what goes on.
 
     Raises:
-        RequestError: if the checkout has no environment, or the subject no checkpoints.
+        RequestError: if the checkout has no environment, the subject no checkpoints, or its process no such
+            steps.
         AdmtrtError: if a side fails.
     """
     if subject.unet is None:
@@ -140,6 +144,8 @@ def compare_with(
     for side, name in zip(sides, ("ours", "theirs"), strict=True):
         note(f"exporting with {side.name}")
         bundles.append(side.export(subject, subject.scratch / f"{name}.bundle"))
+        if side is sides[0]:
+            _check_steps(bundles[0], steps)
     found = []
     for row in rows:
         for batch in batches:
@@ -155,6 +161,18 @@ def compare_with(
                 )
                 found.append(Comparison(str(row), batch, text, tuple(ours), tuple(theirs)))
     return found
+
+
+def _check_steps(bundle: Path, steps: Sequence[str]) -> None:
+    """Refuse steps that the process does not have, before minutes are spent on those that it has."""
+    manifest = Bundle.open(bundle).manifest
+    for text in steps:
+        try:
+            sampling_schedule(
+                manifest.diffusion, with_choices(manifest.sampler, manifest.diffusion, {"steps": text})
+            )
+        except ConfigError as error:
+            raise RequestError(error.message, hint=error.hint) from None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -65,6 +66,19 @@ def test_what_cannot_be_compared(
     ):
         assert run(["bench", bundle, *options]) == 2
         assert complaint in capsys.readouterr().err
+
+
+def test_steps_that_a_process_has_not_are_refused_before_anything_is_timed(
+    tmp_path: Path, checkpoints: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "other" / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.symlink_to(sys.executable)
+    command = ["bench", str(exported_bundle("guided")), *checkpoints, "--against", str(tmp_path / "other")]
+    work = tmp_path / "work"
+    assert run([*command, "--backend", "onnxruntime", "--sampling", "60", "--work", str(work)]) == 2
+    assert "steps 'ddim60'" in capsys.readouterr().err
+    assert [path.name for path in work.iterdir()] == ["ours.bundle"]
 
 
 @pytest.mark.slow
