@@ -32,7 +32,7 @@ test-slow: $(VENV)/.ready-dev  ## the tests that take minutes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
 
 test-page: $(VENV)/.ready-dev chromium  ## the server's page, in a real browser
-	ADMTRT_REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest tests/unit/test_serve_page.py -rs
+	ADMTRT_REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest tests/unit/serve/test_serve_page.py -rs
 
 # Ray in an environment of its own that sees the project's: what it brings must not be there in other tests.
 $(VENV)-ray/.ready: $(VENV)/.ready-dev constraints.txt pyproject.toml

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from admtrt.models.infer import Shapes
 
 PUBLISHED = json.loads(
-    gzip.decompress((Path(__file__).parents[1] / "data" / "published.json.gz").read_bytes())
+    gzip.decompress((Path(__file__).parents[2] / "data" / "published.json.gz").read_bytes())
 )
 SMALL = {
     "image_size": 16,

@@ -74,7 +74,7 @@ def test_what_a_writer_killed_midway_leaves_is_removed(tmp_path, name):
     config = tiny_config(steps=2, ema_rates=[0.5, 0.9])
     save_config(config, tmp_path / "run.toml")
     in_python(
-        "-c", WRITER_THAT_DIES, tmp_path / "run.toml", tmp_path / "out", name, Path(__file__).parents[1]
+        "-c", WRITER_THAT_DIES, tmp_path / "run.toml", tmp_path / "out", name, Path(__file__).parents[2]
     )
     assert any(path.name == ".tmpAbCdEf" for path in tmp_path.rglob("*"))
     run(config, tmp_path / "out", resume=True)

@@ -22,7 +22,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """``tests/gpu/test_engines.py``, whose plans are those of the double of TensorRT."""
     rig = Rig(monkeypatch, tmp_path)
     spec = importlib.util.spec_from_file_location(
-        "rehearsed", Path(__file__).parents[1] / "gpu" / "test_engines.py"
+        "rehearsed", Path(__file__).parents[3] / "gpu" / "test_engines.py"
     )
     assert spec is not None
     assert spec.loader is not None
