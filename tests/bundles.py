@@ -12,11 +12,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+import pytest
 from goldens import generated_weights
 
-from admtrt.bundle import Bundle, GraphEntry, write_bundle
+from admtrt.bundle import MANIFEST, Bundle, GraphEntry, write_bundle
 from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
 from admtrt.contract import GraphName, bundle_specs, event_shape
+from admtrt.errors import BundleError
 from admtrt.export.guides import classifiers, losses
 from admtrt.export.guides.guide import AnyGuide, Reference
 from admtrt.export.pack import bundle_from_checkpoints
@@ -155,3 +157,19 @@ def replace_graph(bundle: Path, name: str, content: bytes) -> None:
     (bundle / file).write_bytes(content)
     entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     edit_manifest(bundle, lambda data: data["files"].update({file: entry}))
+
+
+def manifest_of(path: Path) -> dict[str, Any]:
+    """The manifest as it stands in its file."""
+    data: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    return data
+
+
+def refusal(path: Path, data: Any = None) -> BundleError:
+    """The error of opening a bundle, its manifest replaced by ``data`` where given."""
+    if data is not None:
+        (path / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
+    with pytest.raises(BundleError) as caught:
+        Bundle.open(path)
+    assert caught.value.exit_code == 2
+    return caught.value

@@ -11,7 +11,7 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime as ort
 import torch
-from goldens import generated_weights
+from goldens import generated_weights, standard_normal
 
 from admtrt.config import ClassifierConfig
 from admtrt.contract import classifier_gradient_spec
@@ -76,6 +76,13 @@ def fresh_gradient(pool: str, conv_backward: ConvBackward = "flipped") -> onnx.M
 def gradient_graph(pool: str, conv_backward: ConvBackward = "flipped") -> onnx.ModelProto:
     """The gradient graph; made once, so edit copies only."""
     return fresh_gradient(pool, conv_backward)
+
+
+def batch_of(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """x, t and y of up to five samples for the small classifiers."""
+    x = torch.from_numpy(standard_normal(f"hazards.x{size}", (size, 3, 8, 8)))
+    t = torch.tensor([37.0, 999.0, 0.0, 412.5, 730.0])[:size]
+    return x, t, torch.tensor([3, 0, 4, 1, 2])[:size]
 
 
 def proto(model: ir.Model) -> onnx.ModelProto:

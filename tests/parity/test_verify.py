@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 import subprocess
 import sys
@@ -14,36 +13,22 @@ import numpy as np
 import onnx
 import pytest
 from bundles import edit_manifest, replace_graph
-from goldens import generated_weights
 from onnx import helper
-from typer import Typer
-from typer.testing import CliRunner
+from verified import CLASSIFIER, TINY, append_ops, network
 
 from admtrt.bundle import Bundle
-from admtrt.commands.verify import verify
 from admtrt.config import DiffusionConfig
-from admtrt.errors import CheckpointError, MissingDependencyError, RequestError, UserError
+from admtrt.errors import CheckpointError, RequestError
 from admtrt.export.graphs import EXAMPLE_BATCH
 from admtrt.export.pack import bundle_from_checkpoints
-from admtrt.models.checkpoint import CheckpointConfig, LoadedNetwork, build_network, save_checkpoint
+from admtrt.models.checkpoint import LoadedNetwork
 from admtrt.runtime.backends.choice import BackendChoice
-from admtrt.schedule.sampler import SamplerConfig
 from admtrt.verify.inputs import BATCHES
 from admtrt.verify.record import Recorder
 from admtrt.verify.reference import Reference
 from admtrt.verify.report import Row, VerificationReport
 from admtrt.verify.stages import verify_bundle
 
-TINY = {
-    "image_size": 8,
-    "in_channels": 1,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": [1, 2],
-    "attention_resolutions": [4],
-    "num_heads": 2,
-}
-CLASSIFIER = TINY | {"num_classes": 5, "num_head_channels": 32}
 GRAPH_ROWS = ["unet: out", "classifier_gradient: grad", "classifier_gradient: log_prob"] + [
     f"update ({name}): {output}"
     for name in ("ddim", "ddim eta 0.5", "ddpm")
@@ -54,20 +39,6 @@ SMALL_ROWS = [
     "threshold: r", "edit: x_edited", "edit_low_pass: x_edited",
 ]  # fmt: skip
 STEPS = 4
-
-
-def network(
-    kind: str, section: dict[str, Any], *, diffusion: dict[str, Any] | None = None, scale: float = 2.0
-) -> LoadedNetwork:
-    config = CheckpointConfig.from_dict(
-        {
-            "kind": kind,
-            "classifier" if kind == "classifier" else "unet": section,
-            "diffusion": diffusion or {},
-            "sampler": SamplerConfig(scale=scale).to_dict(),
-        }
-    )
-    return LoadedNetwork(module=generated_weights(build_network(config)), config=config)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -89,20 +60,6 @@ def good(unet: LoadedNetwork, classifier: LoadedNetwork, tmp_path_factory: pytes
 def altered(good: Bundle, tmp_path: Path) -> Path:
     """A copy of the bundle to be spoilt."""
     return Path(shutil.copytree(good.path, tmp_path / "altered"))
-
-
-def append_ops(bundle: Path, name: str, output: str, *op_types: str) -> None:
-    """Pass one output of a graph through a chain of unary operators."""
-    model = onnx.load(bundle / f"{name}.onnx")
-    for node in model.graph.node:
-        for names in (node.input, node.output):
-            for index, value in enumerate(names):
-                if value == output:
-                    names[index] = f"{output}_0"
-    for index, op_type in enumerate(op_types):
-        made = output if index == len(op_types) - 1 else f"{output}_{index + 1}"
-        model.graph.node.append(helper.make_node(op_type, [f"{output}_{index}"], [made]))
-    replace_graph(bundle, name, model.SerializeToString())
 
 
 def run(
@@ -411,80 +368,6 @@ def test_labels_avoid_certainty(unet: LoadedNetwork, classifier: LoadedNetwork) 
     reference = Reference(unet, LoadedNetwork(module, classifier.config))
     x, t = np.zeros((3, 1, 8, 8), np.float32), np.zeros(3, np.float32)
     assert reference.uncertain_labels(x, t, np.array([1, 2, 4]), 5).tolist() == [1, 3, 4]
-
-
-class Cli:
-    """The command alone, with checkpoints on disk."""
-
-    def __init__(self, unet: Path, classifier: Path) -> None:
-        self.app = Typer()
-        self.app.command()(verify)
-        self.networks = ["--unet", str(unet), "--classifier", str(classifier)]
-
-    def __call__(self, bundle: Path, *options: str) -> Any:
-        return CliRunner().invoke(self.app, [str(bundle), *self.networks, "--steps", "2", *options])
-
-
-@pytest.fixture(scope="module")
-def cli(unet: LoadedNetwork, classifier: LoadedNetwork, tmp_path_factory: pytest.TempPathFactory) -> Cli:
-    folder = tmp_path_factory.mktemp("checkpoints")
-    for name, loaded in (("unet", unet), ("classifier", classifier)):
-        save_checkpoint(folder / f"{name}.safetensors", loaded.module.state_dict(), loaded.config)
-    return Cli(folder / "unet.safetensors", folder / "classifier.safetensors")
-
-
-def test_command_passes_and_plots(good: Bundle, cli: Cli, tmp_path: Path) -> None:
-    plot = tmp_path / "drift.png"
-    result = cli(good.path, "--json", "--plot", str(plot))
-    assert result.exit_code == 0, result.output
-    document = json.loads(result.stdout)
-    assert document["passed"] is True
-    assert plot.read_bytes().startswith(b"\x89PNG")
-    assert len(document["drift"]["ddpm"]) == 2
-
-
-def test_command_shows_a_table(good: Bundle, cli: Cli) -> None:
-    result = cli(good.path)
-    assert result.exit_code == 0, result.output
-    assert "classifier_gradient: grad" in result.stdout
-    assert result.stdout.rstrip().endswith("passed")
-
-
-def test_command_exit_codes(altered: Path, cli: Cli, tmp_path: Path) -> None:
-    edit_manifest(altered, lambda data: data["diffusion"].update({"schedule": "cosine"}))
-    result = cli(altered)
-    assert result.exit_code == 1
-    assert "FAILED (compare)" in result.stdout
-    append_ops(altered, "update", "x_prev", "Exp", "Neg", "Log")
-    result = cli(altered, "--json")
-    assert result.exit_code == 4
-    assert json.loads(result.stdout)["outcome"] == "run"
-    replace_graph(altered, "update", b"\x0a\x07garbage")
-    plot = tmp_path / "none.png"
-    result = cli(altered, "--json", "--plot", str(plot))
-    assert result.exit_code == 3
-    assert json.loads(result.stdout)["outcome"] == "build"
-    assert not plot.exists()
-
-
-@pytest.mark.parametrize("options", [["--unet", "nowhere.safetensors"], ["--unet-preset", "no-such-model"]])
-def test_command_leaves_user_faults_to_the_command_line(good: Bundle, cli: Cli, options: list[str]) -> None:
-    result = cli(good.path, *options)
-    assert isinstance(result.exception, UserError)
-    assert result.exception.exit_code == 2
-
-
-def test_command_without_torch(good: Bundle, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    result = cli(good.path)
-    assert isinstance(result.exception, MissingDependencyError)
-
-
-def test_command_refuses_a_missing_or_altered_bundle(altered: Path, cli: Cli, tmp_path: Path) -> None:
-    (altered / "unet.onnx").write_bytes(b"other bytes")
-    for bundle in (altered, tmp_path / "nowhere"):
-        result = cli(bundle)
-        assert isinstance(result.exception, UserError)
 
 
 def test_impossible_steps_are_refused_before_any_work(
