@@ -10,7 +10,7 @@ WORKERS ?= 2
 # More for the tests of a GPU: PYTEST='-k "not speed"'.
 PYTEST ?=
 
-.PHONY: demo models test test-slow test-gpu test-page test-ray test-triton chromium check format lint types imports docs site clean
+.PHONY: demo models test test-slow test-gpu test-page test-ray test-triton chromium check format lint sizes types imports docs site clean
 
 demo: $(VENV)/.ready  ## train, export, verify and sample on real images; writes demo/report.html
 	$(BIN)/admtrt demo --out demo
@@ -64,7 +64,7 @@ chromium:
 test-gpu: $(VENV)/.ready-dev  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST)
 
-check: lint types imports  ## everything but the tests
+check: lint sizes types imports  ## everything but the tests
 
 format: $(VENV)/.ready-dev
 	$(BIN)/ruff format .
@@ -73,6 +73,9 @@ format: $(VENV)/.ready-dev
 lint: $(VENV)/.ready-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+sizes: $(VENV)/.ready-dev
+	$(BIN)/python tools/check_sizes.py
 
 types: $(VENV)/.ready-dev $(VENV)/stubs
 	$(BIN)/mypy

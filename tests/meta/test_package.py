@@ -69,8 +69,3 @@ def test_the_metadata(wheel: Path) -> None:
     assert f"Requires-Python: {project['requires-python']}" in metadata
     extras = {line.removeprefix("Provides-Extra: ") for line in metadata if line.startswith("Provides-Extra")}
     assert extras == {extra.replace("_", "-") for extra in project["optional-dependencies"]}
-
-
-def test_no_file_is_too_long_to_read() -> None:
-    sources = [*(ROOT / "admtrt").rglob("*.py"), *(ROOT / "tools").rglob("*.py")]
-    assert not [str(source) for source in sources if len(source.read_text().splitlines()) > 500]
