@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # Field numbers of onnx.proto that lead from a model to a tensor's external_data.
-_CHILDREN: dict[str, dict[int, str]] = {
+CHILDREN: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
     "graph": {1: "node", 5: "tensor", 15: "sparse"},
@@ -135,7 +135,7 @@ def _locations(data: mmap.mmap) -> Iterator[str]:
             if pair.get(_KEY) == b"location":
                 yield pair.get(_VALUE, b"").decode("utf-8")
             continue
-        children = _CHILDREN[kind]
+        children = CHILDREN[kind]
         messages += [
             (children[n], begin, stop) for n, begin, stop in _fields(data, start, end) if n in children
         ]

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from admtrt.config import DiffusionConfig
 from admtrt.models.checkpoint import CheckpointConfig, load_identified, open_checkpoint
-from admtrt.models.diffusers.keys import _part, _sources
+from admtrt.models.diffusers.keys import named_sources, shape_of_part
 from admtrt.models.diffusers.network import MIDDLE_NORM, read_network
 from admtrt.models.diffusers.scheduler import read_scheduler
 from admtrt.models.generated import generated_weight, standard_normal
@@ -112,8 +112,8 @@ def write_tiny(path: Path, *, scheduler: dict[str, Any] | None = None, **changes
     process = DiffusionConfig.from_dict({"variance_type": variance})
     shapes = shapes_of_network(CheckpointConfig(kind="unet", unet=network, diffusion=process))
     tensors = {
-        name: torch.from_numpy(generated_weight(name, _part(shapes[key], len(names))))
-        for key, names in _sources(network, shapes)
+        name: torch.from_numpy(generated_weight(name, shape_of_part(shapes[key], len(names))))
+        for key, names in named_sources(network, shapes)
         for name in names
     }
     for folder, name, data in (

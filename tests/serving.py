@@ -153,7 +153,7 @@ class Client:
     """Calls an ASGI application in the running loop."""
 
     def __init__(self, app: Any) -> None:
-        self._app = app
+        self.app = app
 
     async def __call__(
         self,
@@ -194,7 +194,7 @@ class Client:
             "root_path": "", "headers": [(k.encode(), v.encode()) for k, v in given.items()],
             "client": (peer, 1), "server": ("127.0.0.1", 8000),
         }  # fmt: skip
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
         start = next((part for part in parts if part["type"] == "http.response.start"), {"status": 0})
         return Reply(
             start["status"],

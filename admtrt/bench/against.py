@@ -152,7 +152,7 @@ def compare_with(
             for text in steps:
                 request = [row.name, row.precision, threads, batch, text]
                 note(f"{row}, batch {batch}, {text}: {pairs} pairs")
-                ours, theirs = _interleaved(
+                ours, theirs = interleaved(
                     [
                         functools.partial(side.drawing, [str(bundle), *request])
                         for side, bundle in zip(sides, bundles, strict=True)
@@ -233,7 +233,7 @@ class _Side:
                 process.kill()
 
 
-def _interleaved(
+def interleaved(
     openings: Sequence[Callable[[], contextlib.AbstractContextManager[Callable[[], float]]]], pairs: int
 ) -> list[list[float]]:
     """Seconds of every draw of both sides, the processes started anew every ``PAIRS_PER_PROCESS`` pairs."""

@@ -54,7 +54,7 @@ def export_plain(subject: Subject, batch: int) -> PlainExport:
     }
     if classifier is not None:
         gradient = classifier_gradient_spec(classifier.config)
-        traced = _traced_gradient(classifier, tuple(example_inputs(gradient, batch).values()))
+        traced = traced_gradient(classifier, tuple(example_inputs(gradient, batch).values()))
         programs["classifier_gradient"] = _program(traced, gradient, batch)
     for name, program in programs.items():
         program.save(folder / f"{name}.onnx", external_data=True)
@@ -108,7 +108,7 @@ def _program(module: nn.Module, spec: GraphSpec, batch: int) -> Any:
         )
 
 
-def _traced_gradient(classifier: Classifier, examples: tuple[Tensor, ...]) -> nn.Module:
+def traced_gradient(classifier: Classifier, examples: tuple[Tensor, ...]) -> nn.Module:
     """The operators that autograd runs for d log p(y | x_t) / dx_t, as a module."""
     from torch._decomp import core_aten_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx
@@ -123,13 +123,13 @@ def _traced_gradient(classifier: Classifier, examples: tuple[Tensor, ...]) -> nn
 
     aten = torch.ops.aten
     table: dict[Any, Any] = {**core_aten_decompositions()}
-    table[aten.convolution_backward.default] = _convolution_backward
+    table[aten.convolution_backward.default] = convolution_backward
     table[aten.avg_pool2d_backward.default] = _average_pool_backward
     table[aten.empty_permuted.default] = _empty_permuted
     return make_fx(gradient, decomposition_table=table)(*examples)
 
 
-def _convolution_backward(
+def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, _bias: Any, *options: Any
 ) -> tuple[Tensor, None, None]:
     """The input's part of a convolution's backward: a transposed convolution."""

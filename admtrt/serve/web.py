@@ -224,10 +224,13 @@ class Guard:
         app: what follows.
         tokens: of the clients.
         hosts: names by which the server may be called, beside localhost and its addresses.
+
+    Attributes:
+        app: as given.
     """
 
     def __init__(self, app: ASGIApp, tokens: Tokens, hosts: frozenset[str]) -> None:
-        self._app = app
+        self.app = app
         self._tokens = tokens
         self._hosts = hosts | {"localhost"}
 
@@ -239,7 +242,7 @@ class Guard:
             if fault is not None:
                 await fault.response(scope, receive, send)
                 return
-        await self._app(scope, receive, send)
+        await self.app(scope, receive, send)
 
     def _fault(self, request: Request) -> HttpError | None:
         host = request.headers.get("host", "")

@@ -72,7 +72,7 @@ class ConsistencyObjective(Objective):
         self._conditional = config.unet.num_classes is not None
         self._device = device
         self._step = 0
-        self._target: nn.Module | None = None
+        self.target: nn.Module | None = None
         self._teacher: UNet | None = None
         self._teacher_process = process
         self._digest = ""
@@ -87,13 +87,13 @@ class ConsistencyObjective(Objective):
         """Take the teacher's weights, where there is one, into the network; the target is its copy."""
         if self._teacher is not None:
             network.load_state_dict(self._teacher.state_dict())
-        self._target = copy.deepcopy(network).to(self._device).requires_grad_(False)
+        self.target = copy.deepcopy(network).to(self._device).requires_grad_(False)
 
     def __call__(
         self, network: nn.Module, x_0: Tensor, y: Tensor | None, levels: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
         """Evaluate on images x_0 [N, C, H, W] between the levels int64 [N] and the next cleaner ones."""
-        assert self._target is not None
+        assert self.target is not None
         labels = y if self._conditional else None
         sigma, to = self._sigma(levels), self._sigma(levels + 1)
         x = add_noise(x_0, sigma, noise)
@@ -103,7 +103,7 @@ class ConsistencyObjective(Objective):
         predicted = denoise(self._process, lambda x, t: network(x, t, labels, None), x, sigma)
         with torch.no_grad():
             next_x = self._next(x_0, x, noise, sigma, to, labels)
-            target = self._target.train(network.training)
+            target = self.target.train(network.training)
             torch.manual_seed(seed)
             wanted = denoise(self._process, lambda x, t: target(x, t, labels, None), next_x, to)
         weights = (
@@ -139,18 +139,18 @@ class ConsistencyObjective(Objective):
     @torch.no_grad()
     def stepped(self, network: nn.Module, step: int, *, changed: bool) -> None:
         """Move the target towards the network, if that has changed."""
-        assert self._target is not None
+        assert self.target is not None
         if changed:
             rate = target_rate(self._settings, self._step)
             torch._foreach_lerp_(
-                list(self._target.state_dict().values()), list(network.state_dict().values()), 1 - rate
+                list(self.target.state_dict().values()), list(network.state_dict().values()), 1 - rate
             )
         self._step = step
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The target, and which teacher it learned from."""
-        assert self._target is not None
-        return self._target.state_dict(), {"step": self._step, "teacher": self._digest}
+        assert self.target is not None
+        return self.target.state_dict(), {"step": self._step, "teacher": self._digest}
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
         """Restore what :meth:`state` gave.
@@ -158,13 +158,13 @@ class ConsistencyObjective(Objective):
         Raises:
             ConfigError: if the teacher's file is no longer the same.
         """
-        assert self._target is not None
+        assert self.target is not None
         if values["teacher"] != self._digest:
             raise ConfigError(
                 f"the run learned from another file than {self._settings.teacher} now is",
                 hint="Put the teacher's file back, or begin anew with --overwrite.",
             )
-        self._target.load_state_dict(tensors)
+        self.target.load_state_dict(tensors)
         self._step = values["step"]
 
 

@@ -93,7 +93,7 @@ class Learner:
             torch.manual_seed(torch_seed(Stream.DROPOUT, settings.seed, self.step, shard))
             last = shard == shards[-1]
             with contextlib.nullcontext() if last else self._accelerator.no_sync(self._network):
-                values = self._values(data, shard, drawn, Stream.NOISE)
+                values = self.values(data, shard, drawn, Stream.NOISE)
                 weight = torch.from_numpy(drawn.weights[self._division.places(shard)]).to(
                     values["loss"].device
                 )
@@ -155,13 +155,14 @@ class Learner:
         drawn = self._objective.levels.held_out().draw(Stream.HELD_OUT_TIMESTEPS, seed, self.step, size)
         self._network.eval()
         shards = self._division.shards_of(self._accelerator.process_index)
-        values = self._gather([self._values(data, shard, drawn, Stream.HELD_OUT_NOISE) for shard in shards])
+        values = self._gather([self.values(data, shard, drawn, Stream.HELD_OUT_NOISE) for shard in shards])
         self._network.train()
         window = Window()
         window.add(values, drawn)
         return window.means()
 
-    def _values(self, data: ImageSet, shard: int, drawn: Drawn, noise_stream: Stream) -> dict[str, Tensor]:
+    def values(self, data: ImageSet, shard: int, drawn: Drawn, noise_stream: Stream) -> dict[str, Tensor]:
+        """The objective's values of one shard of the batch, by name, each of shape ``[N]``."""
         seed, places, device = self._settings.seed, self._division.places(shard), self._accelerator.device
         x_0, y = batch(data, seed, self.step, len(places), rank=shard, world=self._division.shards)
         noise = draw_noise(noise_stream, seed, self.step, places, tuple(x_0.shape[1:]))

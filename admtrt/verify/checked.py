@@ -46,7 +46,7 @@ class CheckedGraphs:
             raise GraphRunError(
                 f"{graph} has the outputs {', '.join(outputs)}; expected {', '.join(expected)}"
             )
-        _check_values(graph, self._specs[graph], outputs, batch_of(feeds))
+        check_values(graph, self._specs[graph], outputs, batch_of(feeds))
         return outputs
 
 
@@ -59,8 +59,12 @@ def _faults_of(name: GraphName) -> Iterator[None]:
         raise GraphRunError(f"{name} raised {type(error).__name__}: {message}") from error
 
 
-def _check_values(name: GraphName, spec: GraphSpec, outputs: Mapping[str, Array], batch: int) -> None:
-    """Dtypes, then shapes, then finite values, so that the first fault is the one to look at."""
+def check_values(name: GraphName, spec: GraphSpec, outputs: Mapping[str, Array], batch: int) -> None:
+    """Dtypes, then shapes, then finite values, so that the first fault is the one to look at.
+
+    Raises:
+        GraphRunError: with it.
+    """
     for check in (_dtype_fault, _shape_fault, _value_fault):
         for tensor in spec.outputs:
             fault = check(tensor, outputs[tensor.name], batch)

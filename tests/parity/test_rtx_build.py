@@ -422,7 +422,7 @@ def test_other_inputs_than_declared_are_refused(library: Library, tmp_path: Path
 def configured(library: Library, **options: Any) -> Any:
     trt = library.module
     config = trt.Builder(trt.Logger(trt.Logger.INTERNAL_ERROR)).create_builder_config()
-    builder._configure(config, Library("tensorrt", trt, "11.4.0"), BuildOptions(**options))
+    builder.configure(config, Library("tensorrt", trt, "11.4.0"), BuildOptions(**options))
     return config
 
 
@@ -473,7 +473,7 @@ def test_the_timing_cache_is_read_before_and_written_after(
     first = file.read_bytes()
     assert first
     given: list[bytes] = []
-    monkeypatch.setattr(builder, "_use_timing_cache", lambda config, library, content: given.append(content))
+    monkeypatch.setattr(builder, "use_timing_cache", lambda config, library, content: given.append(content))
     with contextlib.suppress(Exception):  # a configuration without a cache has none to write
         plan_builder.make(update_of(bundle), BuildOptions(profiles=(BatchProfile.parse("2"),)))
     assert given == [first]
@@ -485,4 +485,4 @@ def test_a_timing_cache_of_something_else_is_refused(library: Library, cache: An
         create_timing_cache=lambda content: cache, set_timing_cache=lambda cache, ignore_mismatch: taken
     )
     with pytest.raises(EngineError, match="refuses the timing cache: it is damaged, or of another version"):
-        builder._use_timing_cache(config, library, b"measured elsewhere")
+        builder.use_timing_cache(config, library, b"measured elsewhere")

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from admtrt.errors import BundleError
-from admtrt.onnx_wire import _CHILDREN, external_locations
+from admtrt.onnx_wire import CHILDREN, external_locations
 
 
 def tensor(location: str | None = None) -> onnx.TensorProto:
@@ -116,7 +116,7 @@ def test_table_is_complete_by_the_schema() -> None:
     }  # fmt: skip
     ours = {
         names[kind]: {n: names.get(child, child) for n, child in rows.items()}
-        for kind, rows in _CHILDREN.items()
+        for kind, rows in CHILDREN.items()
     }
     tensor_row = ours.pop("TensorProto")
     assert tensor_row == {onnx.TensorProto.DESCRIPTOR.fields_by_name["external_data"].number: "entry"}

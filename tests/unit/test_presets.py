@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from sparse_checkpoints import zeros_file
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # PyTorch has no public name for it
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from admtrt.config import ClassifierConfig, UNetConfig

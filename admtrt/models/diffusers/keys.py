@@ -81,7 +81,7 @@ def adm_tensors(
     Raises:
         CheckpointError: if there are others than the network has, or of other shapes.
     """
-    sources = dict(_sources(config, shapes))
+    sources = dict(named_sources(config, shapes))
     _check(file, tensors, sources, shapes)
     made = {}
     for key, names in sources.items():
@@ -98,7 +98,9 @@ def _check(
     file: Path, tensors: Mapping[str, Tensor], sources: Mapping[str, tuple[str, ...]], shapes: Shapes
 ) -> None:
     """Refuse tensors that are not those of the network, by their own names."""
-    expected = {name: _part(shapes[key], len(names)) for key, names in sources.items() for name in names}
+    expected = {
+        name: shape_of_part(shapes[key], len(names)) for key, names in sources.items() for name in names
+    }
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
     other = [
@@ -121,13 +123,13 @@ def _check(
         )
 
 
-def _part(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
+def shape_of_part(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
     """The shape of one of the tensors that make one of ADM's; linear maps lack the kernel's axis."""
     plain = shape[:2] if len(shape) == 3 else shape
     return (plain[0] // parts, *plain[1:])
 
 
-def _sources(config: UNetConfig, shapes: Shapes) -> Iterator[tuple[str, tuple[str, ...]]]:
+def named_sources(config: UNetConfig, shapes: Shapes) -> Iterator[tuple[str, tuple[str, ...]]]:
     """For each of ADM's tensors the names of those that it is made of."""
     modules = dict(_modules(config))
     for key in shapes:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CLASS = "UNet2DModel"
 MIDDLE_NORM = "mid_block.attentions.0.group_norm.weight"
-_DEFAULTS: Mapping[str, Any] = {
+DEFAULTS: Mapping[str, Any] = {
     "sample_size": None,
     "in_channels": 3,
     "out_channels": 3,
@@ -101,7 +101,7 @@ def read_network(file: Path, data: Mapping[str, Any], names: Collection[str]) ->
     Raises:
         CheckpointError: naming the file, a key and its value.
     """
-    values = Values(file, data, _DEFAULTS)
+    values = Values(file, data, DEFAULTS)
     values.check_unknown(_OF_AVERAGES)
     _check_fixed(values)
     channels = _channels(values)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from admtrt.config import UNetConfig
 
-_DEFAULTS: Mapping[str, Any] = {
+DEFAULTS: Mapping[str, Any] = {
     "num_train_timesteps": 1000,
     "beta_start": 1e-4,
     "beta_end": 0.02,
@@ -123,7 +123,7 @@ def read_scheduler(file: Path, data: Mapping[str, Any], network: UNetConfig) -> 
     try:
         if name == "CMStochasticIterativeScheduler":
             return _consistency(Values(file, data, _CONSISTENCY), network)
-        return _discrete(Values(file, data, _DEFAULTS), name, network)
+        return _discrete(Values(file, data, DEFAULTS), name, network)
     except ConfigError as error:
         raise CheckpointError(f"{file}: {error.message}") from None
 

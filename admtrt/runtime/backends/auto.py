@@ -126,7 +126,7 @@ def find_fastest(bundle: Bundle, choice: BackendChoice, *, progress: Callable[[s
     """
     precision = choice.precision
     candidates = _candidates(precision)
-    key = _key(bundle, candidates, choice)
+    key = memo_key(bundle, candidates, choice)
     memo = Memo(_MEMO)
     measured = _remembered(memo.get(key), candidates, _measured_graphs(bundle))
     remembered = measured is not None
@@ -180,7 +180,7 @@ def _measure(requests: Sequence[ProbeRequest], progress: Callable[[str], None]) 
     for request in requests:
         choice = request.choice
         progress(f"measuring {request.backend} in {choice.precision} at a batch of {choice.batch_size}")
-        found = _probe(request)
+        found = measure_apart(request)
         if found.error:
             failed[request.backend] = found.error
         else:
@@ -188,8 +188,8 @@ def _measure(requests: Sequence[ProbeRequest], progress: Callable[[str], None]) 
     return Measured(at=time.time(), seconds=seconds, failed=failed)
 
 
-def _probe(request: ProbeRequest) -> ProbeResult:
-    """Measure in a process of its own."""
+def measure_apart(request: ProbeRequest) -> ProbeResult:
+    """The backend measured in a process of its own, which may die of it: its end is then the error."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "admtrt.runtime.backends.probe"],
@@ -231,7 +231,7 @@ def _remembered(
     return measured if whole and measured.seconds and fresh else None
 
 
-def _key(bundle: Bundle, candidates: Sequence[Backend], choice: BackendChoice) -> str:
+def memo_key(bundle: Bundle, candidates: Sequence[Backend], choice: BackendChoice) -> str:
     """Everything that decides which backend is fastest."""
     store = PlanStore.of(bundle, choice.plans)
     facts = {

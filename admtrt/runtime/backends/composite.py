@@ -17,31 +17,31 @@ if TYPE_CHECKING:
 class Composite(GraphDenoiser):
     """A denoiser made of two.
 
-    Args:
+    Attributes:
         generator: runs the UNet and the update.
         guide: runs the gradient.
     """
 
     def __init__(self, generator: GraphDenoiser, guide: GraphDenoiser) -> None:
-        self._generator = generator
-        self._guide = guide
+        self.generator = generator
+        self.guide = guide
         self.specs = {**generator.specs, **guide.specs}
         self.any_size = generator.any_size and guide.any_size
         self.copies_weights = generator.copies_weights or guide.copies_weights
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        return (self._guide if graph == CLASSIFIER_GRADIENT else self._generator).run(graph, feeds)
+        return (self.guide if graph == CLASSIFIER_GRADIENT else self.generator).run(graph, feeds)
 
     def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
         """See :meth:`GraphDenoiser.prepare`."""
-        self._generator.prepare(
+        self.generator.prepare(
             {graph: batches for graph, batches in sizes.items() if graph != CLASSIFIER_GRADIENT}
         )
-        self._guide.prepare(
+        self.guide.prepare(
             {graph: batches for graph, batches in sizes.items() if graph == CLASSIFIER_GRADIENT}
         )
 
     def close(self) -> None:
         """See :meth:`GraphDenoiser.close`."""
-        self._generator.close()
-        self._guide.close()
+        self.generator.close()
+        self.guide.close()

@@ -90,21 +90,24 @@ class PerBatch(Generic[Made]):
     """Cache by graph and batch size: of each graph, the prepared sizes and the last two others.
 
     A run has full batches and a rest; every size holds memory of its own.
+
+    Attributes:
+        made: what is kept, the last used last.
     """
 
     def __init__(self) -> None:
-        self._made: dict[tuple[GraphName, int], Made] = {}
+        self.made: dict[tuple[GraphName, int], Made] = {}
         self._prepared: set[tuple[GraphName, int]] = set()
 
     def get(self, graph: GraphName, batch: int, make: Callable[[GraphName, int], Made]) -> Made:
         """Cached value, or the result of ``make``; the least recently used size makes room."""
-        made = self._made.pop((graph, batch), None)
+        made = self.made.pop((graph, batch), None)
         if made is None:
-            sharing = [key for key in self._made if key[0] == graph and key not in self._prepared]
+            sharing = [key for key in self.made if key[0] == graph and key not in self._prepared]
             if len(sharing) >= _SHARED and (graph, batch) not in self._prepared:
-                del self._made[sharing[0]]
+                del self.made[sharing[0]]
             made = make(graph, batch)
-        self._made[graph, batch] = made  # the last of the dictionary is the last that was used
+        self.made[graph, batch] = made
         return made
 
     def prepare(
@@ -112,8 +115,8 @@ class PerBatch(Generic[Made]):
     ) -> None:
         """Drop all but these sizes, make those that are missing, and keep them from now on."""
         self._prepared = {(graph, batch) for graph, batches in sizes.items() for batch in batches}
-        for key in self._made.keys() - self._prepared:
-            del self._made[key]
+        for key in self.made.keys() - self._prepared:
+            del self.made[key]
         for graph, batch in sorted(self._prepared):
             self.get(graph, batch, make)
 

@@ -48,6 +48,10 @@ class OpenVinoDenoiser(GraphDenoiser):
         threads: of each graph; None lets OpenVINO take every core.
         graphs: those to open; None opens all.
 
+    Attributes:
+        threads: of each graph.
+        compiled: each graph at the sizes that are kept.
+
     Raises:
         MissingDependencyError: if openvino is not installed.
         RequestError: if the processor does not compute in this precision.
@@ -72,10 +76,10 @@ class OpenVinoDenoiser(GraphDenoiser):
                 hint="Use --precision fp32.",
             )
         self._precision = precision
-        self._threads = _threads_of(self._core) if threads is None else threads
+        self.threads = _threads_of(self._core) if threads is None else threads
         self._bundle = bundle
         self.specs: dict[GraphName, GraphSpec] = {}
-        self._compiled = PerBatch[_Compiled]()  # each has a copy of the weights
+        self.compiled = PerBatch[_Compiled]()  # each has a copy of the weights
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
                 continue
@@ -91,14 +95,14 @@ class OpenVinoDenoiser(GraphDenoiser):
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         batch = batch_of(feeds)
-        compiled = self._compiled.get(graph, batch, self._compile)
+        compiled = self.compiled.get(graph, batch, self._compile)
         with working("OpenVINO", graph, batch):
             results = compiled(feeds)
         return {tensor.name: results[tensor.name] for tensor in self.specs[graph].outputs}
 
     def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
         """See :meth:`GraphDenoiser.prepare`."""
-        self._compiled.prepare(sizes, self._compile)
+        self.compiled.prepare(sizes, self._compile)
 
     def _read(self, name: GraphName) -> Any:
         with self._bundle.reading(name) as path:
@@ -108,14 +112,14 @@ class OpenVinoDenoiser(GraphDenoiser):
 
     def _compile(self, name: GraphName, batch: int) -> _Compiled:
         precision = self._precision if is_network(name) else "fp32"  # x itself is never rounded
-        parts = math.gcd(batch, self._threads)
+        parts = math.gcd(batch, self.threads)
         with working("OpenVINO", name, batch, what="compile"):
             model = self._read(name)
             model.reshape(
                 {tensor.name: list(tensor.sized(batch // parts)) for tensor in self.specs[name].inputs}
             )
             normalise_by_channel(model)
-            compiled = _Compiled(self._core, model, precision, parts, self._threads)
+            compiled = _Compiled(self._core, model, precision, parts, self.threads)
         # It has packed copies of the weights, and keeps the file mapped for good: a third of its memory.
         path = self._bundle.graph_path(name)
         for data in external_locations(path):

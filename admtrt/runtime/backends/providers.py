@@ -77,7 +77,7 @@ def require_provider(backend: str) -> None:
         EngineError: if it has not, or cannot load it.
     """
     provider = PROVIDERS[backend]
-    onnxruntime = _onnxruntime(backend)
+    onnxruntime = onnxruntime_for(backend)
     if provider.plugin:
         gpu = query_driver().gpu
         # The plugin offers itself on every GPU from 8.0 on; the library within it builds for these alone.
@@ -107,6 +107,9 @@ class ProviderDenoiser(GraphDenoiser):
         precision: of the graphs.
         graphs: those to open; None opens all.
 
+    Attributes:
+        bound: each graph at the sizes that are kept, with its arrays on the GPU.
+
     Raises:
         BundleError: if the bundle has no graphs of this precision, or ONNX Runtime refuses one.
         EngineError: if the provider cannot be loaded.
@@ -121,12 +124,12 @@ class ProviderDenoiser(GraphDenoiser):
         graphs: Collection[GraphName] | None = None,
     ) -> None:
         require_provider(backend)
-        self._library = _onnxruntime(backend)
+        self._library = onnxruntime_for(backend)
         self._provider = PROVIDERS[backend]
         engine = None if precision == "fp32" and "fp32" not in bundle.manifest.engine_graphs else precision
         self.specs: dict[GraphName, GraphSpec] = {}
         self._sessions: dict[GraphName, Any] = {}
-        self._bound = PerBatch[_BoundRun]()
+        self.bound = PerBatch[_BoundRun]()
         self.any_size = not self._provider.memory
         self._captured: set[tuple[GraphName, int]] = set()
         for name in bundle.manifest.graphs:
@@ -141,7 +144,7 @@ class ProviderDenoiser(GraphDenoiser):
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         batch = batch_of(feeds)
-        bound = self._bound.get(graph, batch, self._bind) if self._provider.memory else None
+        bound = self.bound.get(graph, batch, self._bind) if self._provider.memory else None
         with working(self._provider.name, graph, batch):
             if bound is not None:
                 return bound(feeds)
@@ -151,7 +154,7 @@ class ProviderDenoiser(GraphDenoiser):
     def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
         """See :meth:`GraphDenoiser.prepare`; a provider without bound arrays takes any size alike."""
         if self._provider.memory:
-            self._bound.prepare(sizes, self._bind)
+            self.bound.prepare(sizes, self._bind)
 
     def _bind(self, name: GraphName, batch: int) -> _BoundRun:
         # ONNX Runtime keeps a graph for good: of a size that comes again it would replay the old one, on
@@ -246,7 +249,12 @@ def _options(provider: Provider, graph: str, precision: Precision) -> dict[str, 
     return options
 
 
-def _onnxruntime(backend: str) -> Any:
+def onnxruntime_for(backend: str) -> Any:
+    """ONNX Runtime, with the libraries of a backend's provider where the loader finds them.
+
+    Raises:
+        MissingDependencyError: if it is not installed.
+    """
     library = import_onnxruntime(extra=PROVIDERS[backend].extra, purpose=f"The backend '{backend}'")
     # CUDA from wheels lies where the loader does not look; what is missing is told by the session itself.
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Exception):

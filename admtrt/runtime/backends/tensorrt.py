@@ -54,6 +54,10 @@ class TensorRTDenoiser(GraphDenoiser):
     Attributes:
         library: that runs the plans.
         gpu: where they run.
+        device: the same, in use.
+        engines: by graph; none once it is closed.
+        kernels: where TensorRT-RTX keeps what it compiled, by graph; none of TensorRT.
+        buffers: by batch size, the last used last.
 
     Raises:
         MissingDependencyError: if neither library, or cuda-core, is installed.
@@ -75,24 +79,24 @@ class TensorRTDenoiser(GraphDenoiser):
             graph: graph_source(bundle, graph, precision) for graph in bundle.manifest.sampled_graphs
         }
         libraries = find_libraries()
-        self._device = CudaDevice()  # before the libraries do anything, which without a driver crash
-        self.gpu: Gpu = self._device.gpu
+        self.device = CudaDevice()  # before the libraries do anything, which without a driver crash
+        self.gpu: Gpu = self.device.gpu
         store = PlanStore.of(bundle, plans)
         self.library, records = _choose(store, self._sources, libraries, self.gpu)
-        self._kernels: dict[GraphName, KernelCache] = {}
-        self._engines: dict[GraphName, Engine] = {}
+        self.kernels: dict[GraphName, KernelCache] = {}
+        self.engines: dict[GraphName, Engine] = {}
         for graph, record in records.items():
             if self.library.flavor == "rtx":
                 name = f"{record.key.digest}-sm{self.gpu.compute_capability}.kernels"
-                self._kernels[graph] = KernelCache(store, name)
-            self._engines[graph] = Engine(
+                self.kernels[graph] = KernelCache(store, name)
+            self.engines[graph] = Engine(
                 self.library,
-                self._device,
+                self.device,
                 store.load(record),
                 self._sources[graph],
                 record.key,
                 build=store.rebuild_command(record.key),
-                kernels=self._kernels.get(graph),
+                kernels=self.kernels.get(graph),
             )
         if not any(self._fits(size) for size in self._sizes()):
             raise PlanError(
@@ -100,15 +104,15 @@ class TensorRTDenoiser(GraphDenoiser):
                 hint="Build them together: admtrt build BUNDLE --batch 1:4:16",
             )
         self.specs = {graph: source.spec for graph, source in self._sources.items()}
-        self._buffers: dict[int, BatchBuffers] = {}
+        self.buffers: dict[int, BatchBuffers] = {}
         self._prepared: set[int] = set()
         self._held = False
         self._closing = weakref.finalize(
-            self, _close_at_last, self._device, self._buffers, self._engines, self._kernels
+            self, _close_at_last, self.device, self.buffers, self.engines, self.kernels
         )
 
     def __str__(self) -> str:
-        faults = [each.capture_fault for each in self._buffers.values() if each.capture_fault]
+        faults = [each.capture_fault for each in self.buffers.values() if each.capture_fault]
         graphs = f"no CUDA graphs ({faults[0]})" if faults else "one CUDA graph a step"
         if self.library.flavor == "rtx":
             graphs = "CUDA graphs of its own"
@@ -127,10 +131,10 @@ class TensorRTDenoiser(GraphDenoiser):
             RequestError: if there are more slots than the plans take.
             EngineError: if the GPU has no room for them, or the library refuses.
         """
-        buffers = self._buffers_for(len(slots))
+        buffers = self.buffers_for(len(slots))
         self._held = True
         try:
-            with HeldOnDevice(slots, self._device, buffers) as held:
+            with HeldOnDevice(slots, self.device, buffers) as held:
                 yield held
         finally:
             self._held = False
@@ -138,7 +142,7 @@ class TensorRTDenoiser(GraphDenoiser):
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         count = batch_of(feeds)
-        outputs = self._buffers_for(count).run(graph, feeds, count)
+        outputs = self.buffers_for(count).run(graph, feeds, count)
         self._keep_kernels()
         return outputs
 
@@ -150,10 +154,10 @@ class TensorRTDenoiser(GraphDenoiser):
         """
         self._activate()
         self._prepared = {self._padded(size) for size in sizes.get("unet", ())}
-        for batch in self._buffers.keys() - self._prepared:
-            self._buffers.pop(batch).close()
+        for batch in self.buffers.keys() - self._prepared:
+            self.buffers.pop(batch).close()
         for batch in sorted(self._prepared):
-            self._buffers_for(batch).prepare_gradients(sizes.get("classifier_gradient", ()))
+            self.buffers_for(batch).prepare_gradients(sizes.get("classifier_gradient", ()))
         self._keep_kernels()
 
     def check_batch(self, batch: int) -> None:
@@ -171,7 +175,7 @@ class TensorRTDenoiser(GraphDenoiser):
             EngineError: if the GPU has failed; what can be given back is given back.
         """
         if self._closing.detach() is not None:
-            _close(self._device, self._buffers, self._engines, self._kernels)
+            _close(self.device, self.buffers, self.engines, self.kernels)
 
     def __exit__(self, *fault: object) -> None:
         at_exit(self.close)(*fault)
@@ -179,21 +183,27 @@ class TensorRTDenoiser(GraphDenoiser):
     def _activate(self) -> None:
         if self._held:
             raise RuntimeError("the GPU's memory is taken by slots that are held")
-        if not self._engines:
+        if not self.engines:
             raise RuntimeError("this backend was closed")
-        self._device.activate()
+        self.device.activate()
 
-    def _buffers_for(self, count: int) -> BatchBuffers:
+    def buffers_for(self, count: int) -> BatchBuffers:
+        """Those of the smallest batch that holds so many samples, made where there are none.
+
+        Raises:
+            RequestError: if the plans take fewer.
+            EngineError: if the GPU has no room for them.
+        """
         self._activate()
         batch = self._padded(count)
-        buffers = self._buffers.pop(batch, None)
+        buffers = self.buffers.pop(batch, None)
         if buffers is None:
-            sharing = [size for size in self._buffers if size not in self._prepared]
+            sharing = [size for size in self.buffers if size not in self._prepared]
             if len(sharing) >= _SHARED and batch not in self._prepared:
-                self._buffers.pop(sharing[0]).close()
+                self.buffers.pop(sharing[0]).close()
             capture = self.library.flavor != "rtx"
-            buffers = BatchBuffers(self._device, self._engines, self._sources, batch, capture=capture)
-        self._buffers[batch] = buffers  # the last of the dictionary is the last that was used
+            buffers = BatchBuffers(self.device, self.engines, self._sources, batch, capture=capture)
+        self.buffers[batch] = buffers  # the last of the dictionary is the last that was used
         return buffers
 
     def _padded(self, count: int) -> int:
@@ -208,15 +218,15 @@ class TensorRTDenoiser(GraphDenoiser):
 
     def _sizes(self) -> list[int]:
         """Every size at which a profile begins or ends: where the sizes that fit begin and end, too."""
-        profiles = [profile for engine in self._engines.values() for profile in engine.profiles]
+        profiles = [profile for engine in self.engines.values() for profile in engine.profiles]
         return [size for profile in profiles for size in (profile.smallest, profile.largest)]
 
     def _fits(self, batch: int) -> bool:
-        return all(engine.profile(batch) is not None for engine in self._engines.values())
+        return all(engine.profile(batch) is not None for engine in self.engines.values())
 
     def _keep_kernels(self) -> None:
-        fresh = [each for each in self._buffers.values() if each.fresh]
-        for kernels in self._kernels.values() if fresh else ():
+        fresh = [each for each in self.buffers.values() if each.fresh]
+        for kernels in self.kernels.values() if fresh else ():
             kernels.keep()
         for each in fresh:
             each.fresh = False

@@ -137,7 +137,7 @@ def _build(
     _check_contract(network, library, source)
     config = builder.create_builder_config()
     config.progress_monitor = monitor
-    _configure(config, library, options)
+    configure(config, library, options)
     for profile in options.profiles:
         shapes: Any = builder.create_optimization_profile()  # takes tuples, where the stubs know Dims alone
         for tensor in source.spec.inputs:
@@ -146,7 +146,7 @@ def _build(
         if config.add_optimization_profile(shapes) < 0:
             raise failed_build(library, source, logger.errors)
     if library.flavor == "tensorrt":
-        _use_timing_cache(config, library, timing_cache)
+        use_timing_cache(config, library, timing_cache)
     plan = cast("typed.IHostMemory | None", builder.build_serialized_network(network, config))
     if plan is None:
         raise failed_build(library, source, logger.errors)
@@ -159,7 +159,8 @@ def _build(
     )
 
 
-def _configure(config: typed.IBuilderConfig, library: Library, options: BuildOptions) -> None:
+def configure(config: typed.IBuilderConfig, library: Library, options: BuildOptions) -> None:
+    """Set every option of a build, but its profiles, on the library's configuration."""
     trt = library.module
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.builder_optimization_level = options.optimization_level
@@ -188,7 +189,12 @@ def _configure(config: typed.IBuilderConfig, library: Library, options: BuildOpt
             rtx.set_compute_capability(getattr(trt.ComputeCapability, f"SM{target}"), index)
 
 
-def _use_timing_cache(config: typed.IBuilderConfig, library: Library, content: bytes) -> None:
+def use_timing_cache(config: typed.IBuilderConfig, library: Library, content: bytes) -> None:
+    """Let a build begin with what another has measured.
+
+    Raises:
+        EngineError: if the library does not take it.
+    """
     cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, False):
         raise EngineError(

@@ -31,7 +31,7 @@ _GENERAL = "Build with another --precision or --library, or report it with this 
 
 def refused_graph(library: Library, source: GraphSource, errors: Sequence[Any]) -> EngineError:
     """The parser refused a graph; ``errors`` are its own."""
-    modules, reasons = _modules(source.path), []
+    modules, reasons = modules_of(source.path), []
     for error in errors:
         node, operator = error.node_name(), error.node_operator()
         place = f" (module {modules[node]})" if node in modules else ""
@@ -47,7 +47,7 @@ def failed_build(library: Library, source: GraphSource, errors: Sequence[str]) -
     """The builder gave no plan; ``errors`` are the lines of its log."""
     reasons = [told for told in map(_told, errors) if told]
     text = "; ".join(dict.fromkeys(reasons)) or "it gives no reason"
-    modules = _modules(source.path)
+    modules = modules_of(source.path)
     nodes = dict.fromkeys(word for word in re.findall(r"[\w./]+", text) if word in modules)
     where = " at " + ", ".join(f"'{node}' (module {modules[node]})" for node in nodes) if nodes else ""
     return EngineError(
@@ -62,7 +62,7 @@ def _told(message: str) -> str:
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
-def _modules(path: Path) -> dict[str, str]:
+def modules_of(path: Path) -> dict[str, str]:
     """The PyTorch module that each node comes from, as far as the graph remembers it."""
     modules = {}
     with contextlib.suppress(BundleError):  # what is wrong with the file is said by the library's own message

@@ -86,6 +86,9 @@ class BatchBuffers:
     Attributes:
         batch: as given.
         main: the stream of the update and of every copy.
+        arrays: on the GPU, by what is in them.
+        gradients: the gradient bound to gathered rows, by their number.
+        graphs: captured pieces of steps.
         fresh: whether contexts were made, and so kernels compiled, since somebody set it to False.
         capture_fault: why steps could not be captured; empty where none was tried or all succeeded.
 
@@ -109,12 +112,12 @@ class BatchBuffers:
         self._device = device
         self._engines = engines
         self._sources = sources
-        self._graphs: dict[Piece, Graph] = {}
+        self.graphs: dict[Piece, Graph] = {}
         self._warm: set[Piece] = set()
         self._staging: dict[Key, PinnedArray] = {}
-        self._arrays: dict[Key, DeviceArray] = {}
+        self.arrays: dict[Key, DeviceArray] = {}
         self._bindings: dict[GraphName, Binding] = {}
-        self._gradients: dict[int, Binding] = {}  # of gathered rows, by their number
+        self.gradients: dict[int, Binding] = {}
         self._prepared: set[int] = set()  # of these
         with ExitStack() as stack:
             self.main = stack.enter_context(device.stream())
@@ -130,12 +133,12 @@ class BatchBuffers:
                 spec = sources[CLASSIFIER_GRADIENT].spec
                 tensors += [((GATHERED, each.name), each) for each in (*spec.inputs, *spec.outputs)]
             for key, tensor in tensors:
-                if key not in self._arrays:
+                if key not in self.arrays:
                     array = stack.enter_context(device.array(tensor.sized(batch), tensor.dtype, self.main))
                     array.clear(self.main)  # what was never written must at least be finite
-                    self._arrays[key] = array
-            self._led = [key for key in self._arrays if isinstance(key, tuple) and "." in key[1]]
-            for bindings in (self._bindings, self._gradients):
+                    self.arrays[key] = array
+            self._led = [key for key in self.arrays if isinstance(key, tuple) and "." in key[1]]
+            for bindings in (self._bindings, self.gradients):
                 stack.callback(bindings.clear)
             stack.push(at_exit(self._close_graphs))
             for graph in engines:
@@ -153,16 +156,16 @@ class BatchBuffers:
                 for each in self._sources[CLASSIFIER_GRADIENT].spec.inputs
                 if each.name != "x"
             ]
-        return [key for key in fed if key in self._arrays]
+        return [key for key in fed if key in self.arrays]
 
     def pinned(self, key: Key) -> PinnedArray:
         """New host memory for an array, for the caller to give back."""
-        array = self._arrays[key]
+        array = self.arrays[key]
         return self._device.pinned(array.shape, array.dtype)
 
     def send(self, key: Key, source: PinnedArray) -> None:
         """Enqueue filling an array from host memory."""
-        self._arrays[key].copy_from(source, self.main)
+        self.arrays[key].copy_from(source, self.main)
 
     def upload(self, arrays: Mapping[Key, NDArray[Any]]) -> None:
         """Fill arrays by the rows of others, which may be fewer: the last row fills up. Waits."""
@@ -176,7 +179,7 @@ class BatchBuffers:
         """The first ``count`` rows of arrays, as new ones. Waits."""
         staged = [self._staged(key) for key in keys]
         for key, pinned in zip(keys, staged, strict=True):
-            pinned.copy_from(self._arrays[key], self.main)
+            pinned.copy_from(self.arrays[key], self.main)
         self.main.sync()
         return [pinned.array[:count].copy() for pinned in staged]
 
@@ -204,7 +207,7 @@ class BatchBuffers:
         """
         sizes = {self.gradient_size(count) for count in counts if 0 < count < self.batch} - {self.batch}
         self._prepared = sizes
-        for size in self._gradients.keys() - sizes:
+        for size in self.gradients.keys() - sizes:
             self._drop_gradient(size)
         for size in sorted(sizes):
             self._bind_gradient(size)
@@ -224,14 +227,14 @@ class BatchBuffers:
         if guided is None:
             self._launch((kind.gradient, kind.update))
             return
-        x, grad = self._arrays["x"], self._arrays["grad"]
+        x, grad = self.arrays["x"], self.arrays["grad"]
         if kind.gradient == self.batch:
             self._launch((kind.gradient, None))
             for first, count in _runs(np.setdiff1d(np.arange(self.batch), guided)):
                 grad.rows(first, count).clear(self.main)
         else:
             self._bind_gradient(kind.gradient)
-            gathered_x, gathered = self._arrays[GATHERED, "x"], self._arrays[GATHERED, "grad"]
+            gathered_x, gathered = self.arrays[GATHERED, "x"], self.arrays[GATHERED, "grad"]
             runs = _runs(guided)
             places = np.cumsum([0, *(count for _, count in runs)]).tolist()
             for place, (first, count) in zip(places, runs, strict=False):
@@ -243,10 +246,10 @@ class BatchBuffers:
         self._launch((None, kind.update))
 
     def _launch(self, piece: Piece) -> None:
-        if self._may_capture and piece in self._warm and piece not in self._graphs:
+        if self._may_capture and piece in self._warm and piece not in self.graphs:
             self._capture(piece)
-        if piece in self._graphs:
-            self._graphs[piece].launch(self.main)
+        if piece in self.graphs:
+            self.graphs[piece].launch(self.main)
         else:
             self._enqueue(piece)
             self._warm.add(piece)  # what the library prepares at a first run cannot be captured
@@ -262,20 +265,20 @@ class BatchBuffers:
         main, side = self.main, self._side
         if gradient:
             binding = (
-                self._bindings[CLASSIFIER_GRADIENT] if gradient == self.batch else self._gradients[gradient]
+                self._bindings[CLASSIFIER_GRADIENT] if gradient == self.batch else self.gradients[gradient]
             )
             main.record(self._forked)
             side.wait(self._forked)
             binding.enqueue(side)
             side.record(self._joined)
         else:
-            self._arrays["grad"].clear(main)  # 0 * inf is NaN: clear a stale gradient
+            self.arrays["grad"].clear(main)  # 0 * inf is NaN: clear a stale gradient
         self._bindings["unet"].enqueue(main)
         if gradient:
             main.wait(self._joined)
 
     def _enqueue_update(self, full: bool, dynamic: bool, edits: tuple[GraphName, ...]) -> None:
-        arrays, main = self._arrays, self.main
+        arrays, main = self.arrays, self.main
         if full:
             for key in self._led:  # tensors of guides, which an earlier run of a graph may have left
                 arrays[key].clear(main)
@@ -293,42 +296,42 @@ class BatchBuffers:
     def _capture(self, piece: Piece) -> None:
         self.main.sync()
         try:
-            self._graphs[piece] = self.main.capture(lambda: self._enqueue(piece))
+            self.graphs[piece] = self.main.capture(lambda: self._enqueue(piece))
         except Exception as error:  # whatever cannot be captured still runs
             self._may_capture, self.capture_fault = False, str(error) or type(error).__name__
 
     def _bound(self, graph: GraphName, batch: int, *, gathered: bool = False) -> Binding:
         spec = self._sources[graph].spec
         addresses = {
-            tensor.name: self._arrays[(GATHERED, tensor.name) if gathered else _key(graph, tensor)].address
+            tensor.name: self.arrays[(GATHERED, tensor.name) if gathered else _key(graph, tensor)].address
             for tensor in (*spec.inputs, *spec.outputs)
         }
         return self._engines[graph].bind(batch, addresses, self.main)
 
     def _bind_gradient(self, size: int) -> None:
         """A context for the gradient of so many gathered rows; two that nobody prepared are kept."""
-        binding = self._gradients.pop(size, None)
+        binding = self.gradients.pop(size, None)
         if binding is None:
-            sharing = [other for other in self._gradients if other not in self._prepared]
+            sharing = [other for other in self.gradients if other not in self._prepared]
             if len(sharing) >= _SHARED and size not in self._prepared:
                 self._drop_gradient(sharing[0])
             binding = self._bound(CLASSIFIER_GRADIENT, size, gathered=True)
             self.fresh = True
-        self._gradients[size] = binding  # the last of the dictionary is the last that was used
+        self.gradients[size] = binding  # the last of the dictionary is the last that was used
 
     def _drop_gradient(self, size: int) -> None:
         self.sync()
         piece: Piece = (size, None)
         self._warm.discard(piece)
-        if piece in self._graphs:
-            self._graphs.pop(piece).close()
-        del self._gradients[size]
+        if piece in self.graphs:
+            self.graphs.pop(piece).close()
+        del self.gradients[size]
 
     def _close_graphs(self) -> None:
         with ExitStack() as stack:
-            for graph in self._graphs.values():
+            for graph in self.graphs.values():
                 stack.push(graph)
-            self._graphs.clear()
+            self.graphs.clear()
 
     def _staged(self, key: Key) -> PinnedArray:
         if key not in self._staging:

@@ -13,7 +13,7 @@ import pytest
 from bundles import CLASSIFIER, UNET, exported_bundle, network
 
 import admtrt
-from admtrt.bench.against import PAIRS_PER_PROCESS, Comparison, _interleaved
+from admtrt.bench.against import PAIRS_PER_PROCESS, Comparison, interleaved
 from admtrt.cli import run
 from admtrt.models.checkpoint import save_checkpoint
 
@@ -45,7 +45,7 @@ def test_pairs_are_taken_in_the_order_abba_by_processes_started_anew() -> None:
         taken.append(".")
 
     openings = [functools.partial(process, "a", 1.0), functools.partial(process, "b", 2.0)]
-    assert _interleaved(openings, PAIRS_PER_PROCESS + 2) == [[1.0] * 7, [2.0] * 7]
+    assert interleaved(openings, PAIRS_PER_PROCESS + 2) == [[1.0] * 7, [2.0] * 7]
     assert "".join(taken) == "ABabbaabbaab..BAbaab.."
 
 

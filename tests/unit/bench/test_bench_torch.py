@@ -144,7 +144,7 @@ def test_the_decomposition_that_pytorch_lacks(stride: int, size: int) -> None:
     grad = torch.randn_like(out)
     (expected,) = torch.autograd.grad(out, x, grad)
     options = ([stride] * 2, [1, 1], [1, 1], False, [0, 0], 1, [True, False, False])
-    found, *_ = plain._convolution_backward(grad, x, weight, None, *options)
+    found, *_ = plain.convolution_backward(grad, x, weight, None, *options)
     torch.testing.assert_close(found, expected)
 
 
@@ -152,7 +152,7 @@ def test_the_plain_gradient_is_exact_in_operators_that_onnx_has() -> None:
     """Of a classifier with residual downsampling, whose pooling the tiny one lacks."""
     classifier = small_classifier("attention")
     spec = classifier_gradient_spec(classifier.config)
-    traced = plain._traced_gradient(classifier, tuple(example_inputs(spec, 2).values()))
+    traced = plain.traced_gradient(classifier, tuple(example_inputs(spec, 2).values()))
     x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 900.0]), torch.tensor([4, 1])
     torch.testing.assert_close(traced(x, t, y), log_prob_gradient(classifier, x, t, y), rtol=1e-4, atol=1e-6)
     assert not [node.target for node in traced.graph.nodes if "backward" in str(node.target)]

@@ -178,6 +178,10 @@ def test_the_last_lines_say_what_to_install(
 # --- the driver -----------------------------------------------------------------------------------------
 
 
+def _pointed(reference: Any) -> Any:
+    return reference._obj  # noqa: SLF001 - ctypes has no other name for what byref was given
+
+
 class FakeCuda:
     """The driver's C functions: two GPUs, or the status that each call is told to return."""
 
@@ -191,23 +195,23 @@ class FakeCuda:
         assert flags == 0
 
     def _cuDriverGetVersion(self, version: Any) -> None:
-        version._obj.value = 13020
+        _pointed(version).value = 13020
 
     def _cuDeviceGetCount(self, count: Any) -> None:
-        count._obj.value = 2
+        _pointed(count).value = 2
 
     def _cuDeviceGet(self, device: Any, index: int) -> None:
-        device._obj.value = 10 + index
+        _pointed(device).value = 10 + index
 
     def _cuDeviceGetName(self, name: Any, length: int, device: Any) -> None:
         assert ctypes.sizeof(name) == length
         name.value = f"GPU of {device.value}".encode()
 
     def _cuDeviceTotalMem_v2(self, memory: Any, device: Any) -> None:
-        memory._obj.value = 80 * 2**30
+        _pointed(memory).value = 80 * 2**30
 
     def _cuDeviceGetAttribute(self, value: Any, attribute: int, device: Any) -> None:
-        value._obj.value = {75: 12, 76: 1}[attribute]
+        _pointed(value).value = {75: 12, 76: 1}[attribute]
 
 
 def driven(monkeypatch: pytest.MonkeyPatch, **statuses: int) -> Driver:

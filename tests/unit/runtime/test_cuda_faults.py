@@ -78,7 +78,7 @@ def slots(count: int = 2) -> Slots:
 def opened_buffers(rig: Rig) -> tuple[TensorRTDenoiser, BatchBuffers]:
     """An open denoiser, and its buffers for two samples."""
     denoiser = rig.open()
-    return denoiser, denoiser._buffers_for(2)
+    return denoiser, denoiser.buffers_for(2)
 
 
 @pytest.mark.parametrize("code", [FULL, FAILED, UNKNOWN])
@@ -160,7 +160,7 @@ def test_the_first_fault_is_the_one_that_is_told(rig: Rig) -> None:
     def closed_after(work: Callable[[TensorRTDenoiser], None]) -> None:
         cuda_stub.reset()
         with rig.open() as denoiser:
-            denoiser._buffers_for(2)
+            denoiser.buffers_for(2)
             work(denoiser)
 
     for work in (fail_in_a_step, fail):
@@ -173,21 +173,21 @@ def test_a_device_that_fails_while_it_closes_says_so_and_keeps_nothing(rig: Rig)
     cuda_stub.fail("cuStreamSynchronize", FAILED)
     with pytest.raises(EngineError, match="LAUNCH_FAILED"):
         denoiser.close()
-    assert not denoiser._buffers
-    assert not denoiser._engines
+    assert not denoiser.buffers
+    assert not denoiser.engines
     denoiser.close()
 
 
 def test_all_buffers_close_where_the_first_does_not(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     denoiser, first = opened_buffers(rig)
-    second = denoiser._buffers_for(3)
+    second = denoiser.buffers_for(3)
     closed = []
     monkeypatch.setattr(second, "close", lambda: (closed.append("second"), _raise(EngineError("second"))))
     monkeypatch.setattr(first, "close", lambda: (closed.append("first"), _raise(EngineError("first"))))
     with pytest.raises(EngineError, match="second"):
         denoiser.close()
     assert closed == ["second", "first"]
-    assert not denoiser._engines
+    assert not denoiser.engines
 
 
 def _raise(error: Exception) -> None:
@@ -237,7 +237,7 @@ def test_what_waits_has_waited(rig: Rig) -> None:
         for value in (1, 2):
             opened.upload({"x": np.full((2, 1, 8, 8), value, np.float32)})
             assert cuda_stub.counts()["pending"] == 0
-            array = opened._arrays["x"]
+            array = opened.arrays["x"]
             found = np.frombuffer(cuda_stub.memory_at(array.address, 2 * 64 * 4), np.float32)
             assert (found == value).all()
         (read,) = opened.download(["x"], 2)
@@ -248,7 +248,7 @@ def test_what_waits_has_waited(rig: Rig) -> None:
 def test_what_was_never_written_is_finite(rig: Rig) -> None:
     denoiser, opened = opened_buffers(rig)
     with denoiser:
-        for key in opened._arrays:
+        for key in opened.arrays:
             (read,) = opened.download([key], 2)
             assert (read == 0).all(), key
 
@@ -262,7 +262,7 @@ def test_what_is_used_after_it_was_given_back_is_refused(rig: Rig, call: Callabl
     """Closing twice is no fault, as cuda-core has it; anything else of a closed thing is."""
     denoiser, opened = opened_buffers(rig)
     with denoiser:
-        device = denoiser._device
+        device = denoiser.device
         stream = device.stream()
         made: Any = {
             "Stream": lambda: stream,

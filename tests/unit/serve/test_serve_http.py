@@ -334,7 +334,7 @@ async def test_models_page_and_description(tmp_path: Path) -> None:
 
 
 def _routes(client: Client) -> Any:
-    return client._app._app.routes
+    return client.app.app.routes
 
 
 @asynchronous

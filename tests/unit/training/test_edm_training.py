@@ -145,7 +145,7 @@ def test_the_loss_of_consistency_training(distance: str, weighting: str) -> None
     objective = ConsistencyObjective(edm_config(train_consistency=settings), CPU)
     learned = Recorder(0.3)
     objective.begin(learned)
-    objective._target.value.data.fill_(-0.2)
+    objective.target.value.data.fill_(-0.2)
     x_0, noise = torch.rand(1, 1, 8, 8), torch.randn(1, 1, 8, 8)
     loss = objective(learned, x_0, torch.tensor([3]), torch.tensor([0]), noise)["loss"]
     middle = ((20 ** (1 / 7) + 0.002 ** (1 / 7)) / 2) ** 7
@@ -161,7 +161,7 @@ def test_the_loss_of_consistency_training(distance: str, weighting: str) -> None
     assert learned.seen[2].tolist() == [3]
     loss.sum().backward()
     assert learned.value.grad is not None
-    assert objective._target.value.grad is None
+    assert objective.target.value.grad is None
 
 
 def test_the_loss_of_a_diffusion_model() -> None:

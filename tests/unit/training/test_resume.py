@@ -185,13 +185,13 @@ def test_a_place_that_cannot_be_written_is_the_users_error(tmp_path):
 
 def poison(monkeypatch, steps: Container[int]) -> None:
     """Give NaN losses in the given steps, counted from 0."""
-    real = learner_module.Learner._values
+    real = learner_module.Learner.values
 
     def values(self, *arguments):
         found = real(self, *arguments)
         return {k: v * float("nan") for k, v in found.items()} if self.step in steps else found
 
-    monkeypatch.setattr(learner_module.Learner, "_values", values)
+    monkeypatch.setattr(learner_module.Learner, "values", values)
 
 
 def test_a_few_nan_steps_are_skipped(tmp_path, monkeypatch):
@@ -225,14 +225,14 @@ def test_nan_before_the_first_state_says_that_nothing_is_kept(tmp_path, monkeypa
 
 
 def test_a_gradient_that_is_not_finite_skips_the_step_too(tmp_path, monkeypatch):
-    real = learner_module.Learner._values
+    real = learner_module.Learner.values
 
     def values(self, *arguments):
         found = real(self, *arguments)
         # sqrt has an infinite slope at 0: the loss is finite, its gradient is not.
         return found | {"loss": found["loss"] + (found["loss"] - found["loss"]).sqrt()}
 
-    monkeypatch.setattr(learner_module.Learner, "_values", values)
+    monkeypatch.setattr(learner_module.Learner, "values", values)
     with pytest.raises(TrainingDivergedError):
         run(tiny_config(max_nan_steps=2), tmp_path)
 

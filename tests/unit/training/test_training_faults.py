@@ -28,13 +28,13 @@ STATE = "unet/state.safetensors"
 
 def poison(monkeypatch, steps):
     """Give NaN losses in the given steps, counted from 0."""
-    real = Learner._values
+    real = Learner.values
 
     def values(self, *arguments):
         found = real(self, *arguments)
         return {k: v * float("nan") for k, v in found.items()} if self.step in steps else found
 
-    monkeypatch.setattr(Learner, "_values", values)
+    monkeypatch.setattr(Learner, "values", values)
 
 
 # --- divergence --------------------------------------------------------------------------------------------

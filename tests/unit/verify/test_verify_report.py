@@ -12,7 +12,7 @@ import pytest
 
 from admtrt.contract import GraphSpec, TensorSpec
 from admtrt.errors import MissingDependencyError, OutputError
-from admtrt.verify.checked import GraphRunError, _check_values
+from admtrt.verify.checked import GraphRunError, check_values
 from admtrt.verify.inputs import BATCHES, chosen_steps, step_batches
 from admtrt.verify.plot import plot_drift, require_plotting
 from admtrt.verify.report import Place, Row, Tally, VerificationReport, sample_errors
@@ -147,7 +147,7 @@ def test_chosen_steps(length: int, steps: list[int]) -> None:
 )
 def test_outputs_are_checked_in_order(a: Any, b: Any, message: str) -> None:
     with pytest.raises(GraphRunError, match=message):
-        _check_values("update", SPEC, {"a": a, "b": b}, 3)
+        check_values("update", SPEC, {"a": a, "b": b}, 3)
 
 
 def test_plot(tmp_path: Path) -> None:

@@ -56,13 +56,13 @@ def test_published_configurations(name: str) -> None:
 
 
 def theirs(network: Any, shapes: Any) -> dict[str, torch.Tensor]:
-    from admtrt.models.diffusers.keys import _part, _sources
+    from admtrt.models.diffusers.keys import named_sources, shape_of_part
 
     made: dict[str, torch.Tensor] = {}
-    for key, names in _sources(network, shapes):
+    for key, names in named_sources(network, shapes):
         for name in names:
             assert name not in made
-            made[name] = torch.empty(_part(shapes[key], len(names)), device="meta")
+            made[name] = torch.empty(shape_of_part(shapes[key], len(names)), device="meta")
     return made
 
 
@@ -133,7 +133,7 @@ ANYTHING = st.recursive(
 def test_any_value_is_taken_or_refused(data: st.DataObject) -> None:
     """No content of the two files is more than an error of ours."""
     network = META["networks"]["classes"]["config"] | {"_class_name": "UNet2DModel"}
-    scheduler = dict.fromkeys([*network_module._DEFAULTS, *scheduler_module._DEFAULTS, "_class_name", "new"])
+    scheduler = dict.fromkeys([*network_module.DEFAULTS, *scheduler_module.DEFAULTS, "_class_name", "new"])
     changes = data.draw(st.dictionaries(st.sampled_from(sorted(scheduler)), ANYTHING, max_size=3))
     config = read_network(Path("c.json"), network, ()).config
     for read in (

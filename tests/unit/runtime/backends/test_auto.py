@@ -68,7 +68,7 @@ class Probes:
 @pytest.fixture
 def probes(monkeypatch: pytest.MonkeyPatch) -> Probes:
     made = Probes()
-    monkeypatch.setattr(auto, "_probe", made)
+    monkeypatch.setattr(auto, "measure_apart", made)
     return made
 
 
@@ -237,11 +237,10 @@ def test_none_that_works(bundle: Bundle, probes: Probes, cache: Path) -> None:
     assert "onnxruntime-cuda" in raised.value.hint
 
 
-def test_fp32_admits_exact_backends_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(declaration.Backend, "require", lambda _: None)
-    exact = [backend.name for backend in auto._candidates("fp32")]
+def test_fp32_admits_exact_backends_only() -> None:
+    exact = [name for name, backend in BACKENDS.items() if backend.admits("fp32")]
     assert exact == ["onnxruntime", "openvino", "onnxruntime-cuda"]
-    assert [backend.name for backend in auto._candidates("fp16")] == [
+    assert [name for name, backend in BACKENDS.items() if backend.admits("fp16")] == [
         name for name in BACKENDS if "fp16" in BACKENDS[name].precisions
     ]
 
@@ -250,8 +249,8 @@ def test_what_is_opened(bundle: Bundle, probes: Probes) -> None:
     said: list[Any] = []
     opened = open_denoiser(bundle, BackendChoice(AUTO, threads=1), progress=said.append)
     assert isinstance(opened, Composite)
-    assert isinstance(opened._generator, OpenVinoDenoiser)
-    assert isinstance(opened._guide, OnnxRuntimeDenoiser)
+    assert isinstance(opened.generator, OpenVinoDenoiser)
+    assert isinstance(opened.guide, OnnxRuntimeDenoiser)
     assert said[-1].graphs == {"unet": "openvino", "classifier_gradient": "onnxruntime"}
     x = np.random.default_rng(0).standard_normal((1, 1, 8, 8), dtype=np.float32)
     t, y = np.array([5.0], dtype=np.float32), np.array([1])
@@ -314,7 +313,7 @@ def test_a_measurement_that_cannot_be_made() -> None:
 
 
 def test_a_process_of_its_own() -> None:
-    found = auto._probe(request())
+    found = auto.measure_apart(request())
     assert found.error == ""
     assert set(found.seconds) == {"unet", "classifier_gradient"}
 
@@ -339,7 +338,7 @@ def test_a_process_that_dies(
     monkeypatch.setattr(auto.subprocess, "run", other)
     if "sleep" in program:
         monkeypatch.setattr(auto, "_TIMEOUT", 0.5)
-    assert auto._probe(request()).error == message
+    assert auto.measure_apart(request()).error == message
 
 
 def test_measured_round_trip() -> None:

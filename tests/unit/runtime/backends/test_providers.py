@@ -91,7 +91,7 @@ class _Renamed:
 @pytest.fixture
 def library(monkeypatch: pytest.MonkeyPatch, driver: None) -> Library:
     made = Library()
-    monkeypatch.setattr(providers, "_onnxruntime", lambda _: made)
+    monkeypatch.setattr(providers, "onnxruntime_for", lambda _: made)
     for name in ("onnxruntime-cuda", "onnxruntime-tensorrt"):
         here = Provider(providers.PROVIDERS[name].name, "cuda", "cpu", providers.PROVIDERS[name].graph_option)
         monkeypatch.setitem(providers.PROVIDERS, name, here)
@@ -118,7 +118,7 @@ def test_the_last_batch_sizes_are_kept(bundle: Bundle, library: Library) -> None
     for count in (1, 2, 1, 3):
         unet_out(denoiser, X[:count], T[:count])
     gradient(denoiser, X, T, Y)
-    assert list(denoiser._bound._made) == [("unet", 1), ("unet", 3), ("classifier_gradient", 3)]
+    assert list(denoiser.bound.made) == [("unet", 1), ("unet", 3), ("classifier_gradient", 3)]
 
 
 @pytest.mark.parametrize("backend", ["onnxruntime-cuda", "openvino"])
@@ -126,15 +126,15 @@ def test_prepared_batch_sizes_are_kept_and_others_share_two_places(
     bundle: Bundle, library: Library, backend: str
 ) -> None:
     denoiser: Any = open_denoiser(bundle, BackendChoice(backend))
-    per_batch = denoiser._bound if backend == "onnxruntime-cuda" else denoiser._compiled
+    per_batch = denoiser.bound if backend == "onnxruntime-cuda" else denoiser.compiled
 
     def sizes(graph: str) -> list[int]:
-        return sorted(size for name, size in per_batch._made if name == graph)
+        return sorted(size for name, size in per_batch.made if name == graph)
 
     unet_out(denoiser, X[:2], T[:2])
     denoiser.prepare({"unet": [1, 3], "classifier_gradient": [2]})
     assert (sizes("unet"), sizes("classifier_gradient"), sizes("update")) == ([1, 3], [2], [])
-    kept = per_batch._made["unet", 1]
+    kept = per_batch.made["unet", 1]
     for count in (2, 4, 5, 6):
         rows = np.arange(count) % 3
         assert np.allclose(
@@ -143,10 +143,10 @@ def test_prepared_batch_sizes_are_kept_and_others_share_two_places(
             atol=1e-5,
         )
     assert sizes("unet") == [1, 3, 5, 6]
-    assert per_batch._made["unet", 1] is kept
+    assert per_batch.made["unet", 1] is kept
     denoiser.prepare({"unet": [1, 5]})
     assert (sizes("unet"), sizes("classifier_gradient")) == ([1, 5], [])
-    assert per_batch._made["unet", 1] is kept
+    assert per_batch.made["unet", 1] is kept
 
 
 class _Replaying(_Renamed):
@@ -341,7 +341,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch, driver: None) -> Plugin:
     module.get_library_path = lambda: Path("plugin.so")  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setattr(declaration, "is_installed", lambda _: True)
-    monkeypatch.setattr(providers, "_onnxruntime", lambda _: made)
+    monkeypatch.setattr(providers, "onnxruntime_for", lambda _: made)
     del made.SessionOptions  # that of the base is an attribute of the object
     return made
 
@@ -375,9 +375,9 @@ def test_a_graph_that_a_plugin_refuses_is_tried_once(bundle: Bundle, plugin: Plu
 def test_tensorrt_is_put_where_the_loader_finds_it(monkeypatch: pytest.MonkeyPatch) -> None:
     imported: list[str] = []
     monkeypatch.setattr(providers, "importlib", SimpleNamespace(import_module=imported.append))
-    providers._onnxruntime("onnxruntime-cuda")
+    providers.onnxruntime_for("onnxruntime-cuda")
     assert imported == []
-    providers._onnxruntime("onnxruntime-tensorrt")
+    providers.onnxruntime_for("onnxruntime-tensorrt")
     assert imported == ["tensorrt"]
 
 

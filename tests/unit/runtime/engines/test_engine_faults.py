@@ -11,7 +11,7 @@ from onnx_graphs import parse
 
 from admtrt.errors import BundleError
 from admtrt.onnx_wire import node_metadata
-from admtrt.runtime.engines.faults import _modules
+from admtrt.runtime.engines.faults import modules_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,11 +47,11 @@ def test_a_module_is_read_where_the_graph_remembers_it(
     entries[0].key, entries[0].value = "namespace", "something else"
     entries[1].key, entries[1].value = SCOPES, scopes
     onnx.save(model, tmp_path / "g.onnx")
-    assert _modules(tmp_path / "g.onnx") == ({} if module is None else {"second": module})
+    assert modules_of(tmp_path / "g.onnx") == ({} if module is None else {"second": module})
 
 
 def test_what_is_no_graph_is_refused_and_names_no_module(tmp_path: Path) -> None:
     (tmp_path / "g.onnx").write_bytes(b"junkjunk")
     with pytest.raises(BundleError, match="is not an ONNX graph"):
         node_metadata(tmp_path / "g.onnx", SCOPES)
-    assert _modules(tmp_path / "g.onnx") == {}
+    assert modules_of(tmp_path / "g.onnx") == {}

@@ -15,7 +15,7 @@ from engine_rig import GPU, Rig
 from admtrt.bundle import Bundle
 from admtrt.cli import run
 from admtrt.errors import PlanError
-from admtrt.runtime.backends.auto import _key
+from admtrt.runtime.backends.auto import memo_key
 from admtrt.runtime.backends.choice import AUTO, BackendChoice
 from admtrt.runtime.backends.tensorrt import TensorRTDenoiser
 from admtrt.runtime.engines import build
@@ -128,7 +128,7 @@ def test_inspect_says_so_and_lists_no_layers(rig: Rig, capsys: Capture) -> None:
 
 def test_a_choice_of_auto_is_made_anew_once_plans_are_trusted(rig: Rig) -> None:
     def key() -> str:
-        return _key(rig.bundle, [], BackendChoice(AUTO, "fp16", batch_size=4))
+        return memo_key(rig.bundle, [], BackendChoice(AUTO, "fp16", batch_size=4))
 
     before = key()
     rig.build()

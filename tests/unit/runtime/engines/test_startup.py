@@ -34,10 +34,10 @@ LIBRARY = """
 def library(
     folder: Path, monkeypatch: pytest.MonkeyPatch, *, made: str = "pass", used: str = "pass"
 ) -> Library:
-    (folder / "strange_trt.py").write_text(textwrap.dedent(LIBRARY.format(made=made, used=used)))
+    module = f"{folder.name}_trt"  # what was found of a module is kept
+    (folder / f"{module}.py").write_text(textwrap.dedent(LIBRARY.format(made=made, used=used)))
     monkeypatch.setenv("PYTHONPATH", str(folder))
-    startup._fault.cache_clear()
-    return Library("tensorrt", ModuleType("strange_trt"), "11.4")
+    return Library("tensorrt", ModuleType(module), "11.4")
 
 
 def test_a_library_that_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

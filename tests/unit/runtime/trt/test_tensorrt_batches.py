@@ -29,7 +29,7 @@ _ROUNDING = 2e-5  # ONNX Runtime chooses kernels by the batch size, and padding 
 
 def on_device(buffers: BatchBuffers, key: str) -> np.ndarray[Any, Any]:
     """An array of a batch size, where the host cannot see it."""
-    array = buffers._arrays[key]
+    array = buffers.arrays[key]
     size = int(np.prod(array.shape)) * array.dtype.itemsize
     return np.frombuffer(cuda_stub.memory_at(array.address, size), array.dtype).reshape(array.shape)
 
@@ -184,8 +184,8 @@ def test_only_guided_samples_pay_for_the_gradient(
             advance(expected, pipeline("guided").denoiser)
             held.advance()
         held.read()
-        (buffers,) = denoiser._buffers.values()
-        assert list(buffers._gradients) == sizes
+        (buffers,) = denoiser.buffers.values()
+        assert list(buffers.gradients) == sizes
         # Whatever a gradient holds, none of it reaches samples that are not guided.
         rows = np.array([schedule.guided[-1] for schedule in ours.schedules])
         assert not on_device(buffers, "grad")[~rows].any()
@@ -217,8 +217,8 @@ def test_one_pair_of_graphs_serves_any_rows_of_a_number(rig: Rig) -> None:
                 for _ in range(3):
                     held.advance()
                 held.read()
-            (buffers,) = denoiser._buffers.values()
-        assert sum(piece[0] == 2 for piece in buffers._graphs) == 1
+            (buffers,) = denoiser.buffers.values()
+        assert sum(piece[0] == 2 for piece in buffers.graphs) == 1
         assert not any(line.startswith("s") and "run" in line for line in cuda_stub.log())
 
 
@@ -237,18 +237,18 @@ def test_sizes_of_the_gradient_are_prepared_or_share_two_places(
 
     with rig.open() as denoiser:
         denoiser.prepare({"unet": [32], "classifier_gradient": [4, 32, 40, 0]})
-        (buffers,) = denoiser._buffers.values()
-        assert list(buffers._gradients) == [4]
-        kept = buffers._gradients[4]
+        (buffers,) = denoiser.buffers.values()
+        assert list(buffers.gradients) == [4]
+        kept = buffers.gradients[4]
         for count in (1, 2, 7, 3, 12, 1):  # the last is made anew, and runs once before it is captured
             taken(count)
-        assert buffers._gradients[4] is kept
+        assert buffers.gradients[4] is kept
         del kept  # it holds memory of the device
-        assert sorted(buffers._gradients) == [1, 4, 16]
-        assert {piece[0] for piece in buffers._graphs if piece[1] is None} <= {1, 4, 16}
+        assert sorted(buffers.gradients) == [1, 4, 16]
+        assert {piece[0] for piece in buffers.graphs if piece[1] is None} <= {1, 4, 16}
         assert not buffers.capture_fault
         denoiser.prepare({"unet": [32]})
-        assert not buffers._gradients
+        assert not buffers.gradients
     assert cuda_stub.counts() == before
 
 
@@ -263,8 +263,8 @@ def test_the_gradient_s_own_profiles_decide_its_size(monkeypatch: pytest.MonkeyP
             advance(expected, pipeline("guided").denoiser)
             held.advance()
         held.read()
-        (buffers,) = denoiser._buffers.values()
-        assert list(buffers._gradients) == [3]
+        (buffers,) = denoiser.buffers.values()
+        assert list(buffers.gradients) == [3]
     np.testing.assert_allclose(ours.x, expected.x, rtol=0, atol=_ROUNDING)
 
 
@@ -273,10 +273,10 @@ def test_kernels_for_gathered_rows_are_kept(monkeypatch: pytest.MonkeyPatch, tmp
     rig.build()
     kept: list[str] = []
     with rig.open() as denoiser:
-        for graph, kernels in denoiser._kernels.items():
+        for graph, kernels in denoiser.kernels.items():
             monkeypatch.setattr(kernels, "keep", functools.partial(kept.append, graph))
         for guided in ([True] * 4, [False, True, False, False]):
-            for expected in (sorted(denoiser._kernels), []):
+            for expected in (sorted(denoiser.kernels), []):
                 with hold(partly_guided(guided), denoiser) as held:
                     held.advance()
                 assert sorted(kept) == expected

@@ -291,7 +291,7 @@ def test_a_closed_backend_gives_everything_back(rig: Rig) -> None:
     unet_out(denoiser, x, t)
     denoiser.close()
     assert cuda_stub.counts() == before
-    assert not denoiser._engines  # and with them the weights
+    assert not denoiser.engines  # and with them the weights
     with pytest.raises(RuntimeError, match="closed"):
         unet_out(denoiser, x, t)
 

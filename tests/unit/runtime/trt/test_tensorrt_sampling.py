@@ -40,7 +40,7 @@ def drawn(rig: Rig, *arguments: Any, **options: Any) -> Samples:
 
 def on_device(buffers: BatchBuffers, key: str) -> np.ndarray[Any, Any]:
     """An array of a batch size, where the host cannot see it."""
-    array = buffers._arrays[key]
+    array = buffers.arrays[key]
     size = int(np.prod(array.shape)) * array.dtype.itemsize
     return np.frombuffer(cuda_stub.memory_at(array.address, size), array.dtype).reshape(array.shape)
 
@@ -157,7 +157,7 @@ def test_a_gradient_that_overflowed_does_not_reach_steps_without_guidance(rig: R
     with rig.open() as denoiser:
         sample = Pipeline(rig.bundle, denoiser)
         sample([0, 1], steps=2)
-        on_device(denoiser._buffers[2], "grad")[...] = np.nan
+        on_device(denoiser.buffers[2], "grad")[...] = np.nan
         assert np.isfinite(sample(None, [1, 2], scale=0.0).x).all()
 
 
@@ -231,12 +231,12 @@ def test_profile_and_padding(
     with rig.open() as denoiser:
         labels = [0, 1, 2][:count]
         samples = Pipeline(rig.bundle, denoiser)(labels)
-        assert list(denoiser._buffers) == [batch]
-        assert np.isfinite(on_device(denoiser._buffers[batch], "x")).all()  # those that fill up, too
+        assert list(denoiser.buffers) == [batch]
+        assert np.isfinite(on_device(denoiser.buffers[batch], "x")).all()  # those that fill up, too
         tightest = min(b for a, _, b in profiles if a <= batch <= b)
         assert all(
             engine.profile(batch).largest == tightest  # type: ignore[union-attr]
-            for engine in denoiser._engines.values()
+            for engine in denoiser.engines.values()
         )
     np.testing.assert_allclose(samples.x, pipeline("guided")(labels).x, rtol=0, atol=_ROUNDING)
 
@@ -250,7 +250,7 @@ def test_graphs_with_different_profiles_share_a_batch(
     with rig.open() as denoiser:
         assert denoiser.largest_batch == 4
         samples = Pipeline(rig.bundle, denoiser)([1])
-        assert list(denoiser._buffers) == [3]
+        assert list(denoiser.buffers) == [3]
     np.testing.assert_allclose(samples.x, pipeline("guided")([1]).x, rtol=0, atol=_ROUNDING)
 
 
@@ -285,7 +285,7 @@ def test_another_thread_may_sample(rig: Rig) -> None:
     with rig.open() as denoiser, ThreadPoolExecutor(1) as pool:
         samples = pool.submit(Pipeline(rig.bundle, denoiser), [0, 1]).result()
         assert np.isfinite(samples.x).all()
-        denoiser._device.activate()
+        denoiser.device.activate()
 
 
 def test_held_memory_is_not_lent_twice(rig: Rig) -> None:
@@ -398,17 +398,17 @@ def test_prepared_buffers_are_kept_and_others_share_two_places(rig: Rig) -> None
         sample = Pipeline(rig.bundle, denoiser)
         sample([0] * 2, steps=2)
         denoiser.prepare({"unet": [1, 3], "classifier_gradient": [5]})
-        assert sorted(denoiser._buffers) == [1, 3]
-        kept = denoiser._buffers[3]
+        assert sorted(denoiser.buffers) == [1, 3]
+        kept = denoiser.buffers[3]
         for count in (2, 4, 6, 3):
             sample([0] * count, steps=2)
-        assert sorted(denoiser._buffers) == [1, 3, 4, 6]
-        assert denoiser._buffers[3] is kept
+        assert sorted(denoiser.buffers) == [1, 3, 4, 6]
+        assert denoiser.buffers[3] is kept
         with pytest.raises(RuntimeError, match="held"):
             sample([0], steps=2, callback=lambda _: denoiser.prepare({"unet": [2]}))
         with pytest.raises(RequestError, match="batch of 9 is larger"):
             denoiser.prepare({"unet": [9]})
-        assert sorted(denoiser._buffers) == [1, 3, 4, 6]
+        assert sorted(denoiser.buffers) == [1, 3, 4, 6]
         denoiser.prepare({})
-        assert not denoiser._buffers
+        assert not denoiser.buffers
     assert cuda_stub.free_memory() == 2**30
