@@ -1,6 +1,6 @@
 """Layout of ``--help``: panels of options, short options and examples, in one place for every command.
 
-A name means the same in every command, so that the tables go by name; :data:`_OWN` has the exceptions.
+A name means the same in every command, so that the tables go by name; :data:`OWN` has the exceptions.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """Parameters of each panel; one that stands in none and declares none is shown first, under "Options"."""
-_OWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
+OWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "serve": {
         "Address and access": ("host", "port", "token_file", "allow_host", "allow_origin"),
         "Batches": ("max_rows", "sizes", "memory", "order"),
@@ -135,7 +135,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
 
 def arrange(command: str, parameters: Iterable[Any]) -> None:
     """Put a command's parameters into panels, and give those of :data:`SHORT` their short options."""
-    own = _OWN.get(command, {})
+    own = OWN.get(command, {})
     for parameter in parameters:
         if parameter.param_type_name != "option" or parameter.name == "help":
             continue

@@ -17,7 +17,7 @@ from admtrt.cli import run
 from admtrt.errors import RequestError
 from admtrt.images import to_uint8
 
-PAGE = Path(__file__).parents[2] / "docs" / "python.md"
+PAGE = Path(__file__).parents[3] / "docs" / "python.md"
 
 
 @pytest.fixture(scope="module")

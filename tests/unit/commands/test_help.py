@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from admtrt.cli import app, run
-from admtrt.commands.panels import _OWN, EXAMPLES, PANELS, SHORT
+from admtrt.commands.panels import EXAMPLES, OWN, PANELS, SHORT
 
 Capture = pytest.CaptureFixture[str]
 MANY = 10
@@ -48,8 +48,8 @@ def test_every_name_in_the_tables_is_an_option() -> None:
     every = {option.name for options in OPTIONS.values() for option in options}
     assert {name for names in PANELS.values() for name in names} <= every
     assert SHORT.keys() <= every
-    assert {name for panels in _OWN.values() for names in panels.values() for name in names} <= every
-    assert _OWN.keys() <= {name.split()[-1] for name in COMMANDS}
+    assert {name for panels in OWN.values() for names in panels.values() for name in names} <= every
+    assert OWN.keys() <= {name.split()[-1] for name in COMMANDS}
     assert EXAMPLES.keys() <= {name.split()[-1] for name in COMMANDS}
 
 
