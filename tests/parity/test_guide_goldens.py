@@ -125,10 +125,14 @@ class Run:
         self.patch.setattr(
             step_core,
             "draw_noise",
-            lambda _, inputs: None if inputs.noise_steps is None else normal(f"{noise}.{inputs.steps[0]}"),
+            lambda _, inputs: None if (at := inputs.noise_steps) is None else normal(f"{noise}.{at[0]}"),
         )
         self.patch.setattr(
-            step_core, "draw_second_noise", lambda _, inputs: normal(f"{second}.{inputs.steps[0] // 2}")
+            step_core,
+            "draw_second_noise",
+            lambda _, inputs: (
+                None if (at := inputs.second_noise_steps) is None else normal(f"{second}.{at[0] // 2}")
+            ),
         )
         zeros = {
             "mask": np.zeros((2, 1, *EVENT[1:]), np.float32),

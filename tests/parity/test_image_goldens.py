@@ -66,11 +66,13 @@ class Run:
             if inputs.noise_steps is None:
                 return None
             assert noise is not None
-            return noise(inputs.steps[0])
+            return noise(inputs.noise_steps[0])
 
-        def drawn_second(slots: Slots, inputs: Any) -> np.ndarray:
+        def drawn_second(slots: Slots, inputs: Any) -> np.ndarray | None:
+            if inputs.second_noise_steps is None:
+                return None
             assert second is not None
-            return second(inputs.steps[0])
+            return second(inputs.second_noise_steps[0])
 
         self.patch.setattr(step_core, "draw_noise", drawn)
         self.patch.setattr(step_core, "draw_second_noise", drawn_second)
