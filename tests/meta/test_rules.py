@@ -10,6 +10,7 @@ import pytest
 
 from admtrt.export import vjp
 from admtrt.export.vjp import RULES
+from admtrt.export.vjp.rule import rule
 
 FILES = [name for _, name, _ in pkgutil.iter_modules(vjp.__path__) if name != "rule"]
 
@@ -27,3 +28,12 @@ def test_the_docstring_lists_the_operators(name: str) -> None:
 
 def test_every_rule_is_in_a_file() -> None:
     assert {rule.__module__.rpartition(".")[2] for rule in RULES.values()} == set(FILES)
+
+
+def test_an_operator_has_one_rule() -> None:
+    before = dict(RULES)
+    with pytest.raises(
+        ValueError, match=r"^GridSample has a gradient rule, in admtrt\.export\.vjp\.transforms; "
+    ):
+        rule("GridSample")(lambda tape, node, incoming: [])
+    assert before == RULES

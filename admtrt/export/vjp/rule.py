@@ -30,10 +30,18 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*op_types: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators of the default domain."""
+    """Register a rule for operators of the default domain.
+
+    Raises:
+        ValueError: if an operator has one; which of two is taken would depend on the order of imports.
+    """
 
     def register(function: Rule) -> Rule:
         for op_type in op_types:
+            if op_type in RULES:
+                raise ValueError(
+                    f"{op_type} has a gradient rule, in {RULES[op_type].__module__}; extend that one"
+                )
             RULES[op_type] = function
         return function
 
