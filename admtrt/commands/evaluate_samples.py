@@ -11,6 +11,7 @@ from admtrt.commands.options import Threads
 from admtrt.console import Output, progress_bar, table
 from admtrt.errors import AdmtrtError, RequestError
 from admtrt.files import check_place
+from admtrt.runtime.backends.names import OF_FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -30,7 +31,7 @@ FeatureNames = Annotated[
     ),
 ]
 FeatureBackend = Annotated[
-    str, typer.Option("--backend", help="onnxruntime, openvino, or auto for the faster one.")
+    str, typer.Option("--backend", help=f"{', '.join(OF_FEATURES)}, or auto for the fastest.")
 ]
 FeaturePrecision = Annotated[
     str, typer.Option("--precision", help="fp32; bf16 on openvino, with what it changes.")

@@ -17,6 +17,7 @@ from admtrt.console import Output, progress_bar, table
 from admtrt.errors import RequestError
 from admtrt.files import check_place
 from admtrt.runtime.backends.default import DEFAULT_BACKEND
+from admtrt.runtime.backends.names import OF_FEATURES
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ def sweep(
     no_error: NoError = False,
     backend: BackendName = DEFAULT_BACKEND,
     features_backend: Annotated[
-        str, typer.Option(help="Backend of the features: onnxruntime, openvino or auto.")
+        str, typer.Option(help=f"Backend of the features: {', '.join(OF_FEATURES)} or auto.")
     ] = "onnxruntime",
     threads: Threads = None,
     plans: PlanFolder = None,

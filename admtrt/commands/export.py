@@ -22,6 +22,7 @@ from admtrt.commands.requirements import require
 from admtrt.commands.solver_options import SolverOptions, method_option, takes_solver_options
 from admtrt.console import Output, table
 from admtrt.errors import RequestError
+from admtrt.export.guides.built_in import FILES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -53,9 +54,10 @@ def export(
         list[str] | None,
         typer.Option(
             metavar="GUIDE",
-            help="A guide besides the classifier; may be repeated. Built in: linear, fourier, tv, range and "
-            "null (with --null-class); with a file: convolution=KERNEL.npz, classifier=CLEAN, "
-            "noisy=CLASSIFIER, weak=UNET. NAME=BUILT_IN[:FILE] gives another name; "
+            help="A guide besides the classifier; may be repeated. Built in: "
+            f"{', '.join(name for name, file in FILES.items() if not file)} (which needs --null-class); with "
+            f"NAME=FILE: {', '.join(name for name, file in FILES.items() if file)}. "
+            "NAME=BUILT_IN[:FILE] gives another name; "
             "NAME=package.module:factory imports and runs a module of yours.",
         ),
     ] = None,

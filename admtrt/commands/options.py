@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperCommand
 
 from admtrt.commands.panels import arrange, examples
+from admtrt.runtime.backends.names import NAMES
 
 
 class Command(TyperCommand):
@@ -95,8 +96,7 @@ BackendName = Annotated[
     str,
     typer.Option(
         "--backend",
-        help="onnxruntime, openvino, onnxruntime-cuda, onnxruntime-tensorrt, onnxruntime-rtx, tensorrt; "
-        "auto measures those that are installed and takes the fastest.",
+        help=f"{', '.join(NAMES)}; auto measures those that are installed and takes the fastest.",
     ),
 ]
 PrecisionName = Annotated[

@@ -12,6 +12,7 @@ from admtrt.evaluate.network import LOGITS, POOL, SPATIAL
 from admtrt.images import to_pillow
 from admtrt.memo import Memo
 from admtrt.runtime.backends import registry
+from admtrt.runtime.backends.names import OF_FEATURES
 from admtrt.runtime.backends.onnxruntime import ERRORS_ONLY, import_onnxruntime
 from admtrt.runtime.backends.openvino import computes_bf16, import_openvino
 
@@ -298,5 +299,6 @@ _RUNNERS: dict[str, Callable[[Path, str, int | None], Runner]] = {
     "onnxruntime": _OnnxRuntime,
     "openvino": _OpenVino,
 }
-BACKENDS = {name: registry.BACKENDS[name].precisions for name in _RUNNERS}
+assert _RUNNERS.keys() == set(OF_FEATURES), "the names of names.py are not those of the runners"
+BACKENDS = {name: registry.BACKENDS[name].precisions for name in OF_FEATURES}
 """Libraries that run features, and the precisions of each."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from admtrt.contract import event_shape
 from admtrt.errors import LossError, RequestError
 from admtrt.export.guides import losses
+from admtrt.export.guides.built_in import FILES
 from admtrt.export.guides.classifiers import AtZero, classifier, noisy, same_classes
 from admtrt.export.guides.encoders import Prepared, cosine
 from admtrt.export.guides.guide import Guide, Reference
@@ -21,7 +22,7 @@ from admtrt.models.pair import in_units_of
 from admtrt.models.unet import UNet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from admtrt.export.guides.guide import AnyGuide
     from admtrt.models.checkpoint import LoadedNetwork
@@ -174,16 +175,18 @@ def _weak(_: LoadedNetwork, file: Path | None) -> Reference:
     return Reference("weak", loaded.module)
 
 
-BUILT_INS: dict[str, BuiltIn] = {
-    "linear": BuiltIn(lambda unet, _: losses.linear(_event(unet))),
-    "convolution": BuiltIn(_convolution, "an .npz with the kernel, float [k, l], as arr_0"),
-    "fourier": BuiltIn(lambda unet, _: losses.fourier(_event(unet))),
-    "tv": BuiltIn(lambda unet, _: losses.total_variation(_event(unet))),
-    "range": BuiltIn(lambda unet, _: losses.value_range(_event(unet))),
-    "classifier": BuiltIn(_clean, "a classifier's checkpoint, several joined by +, or an ONNX file"),
-    "cosine": BuiltIn(_cosine, "an image encoder's ONNX file, which takes images as CLIP's do"),
-    "noisy": BuiltIn(_noisy, "a noisy classifier's checkpoint, or several joined by +"),
-    "null": BuiltIn(lambda _, __: Reference("null")),
-    "weak": BuiltIn(_weak, "the checkpoint of a smaller or earlier UNet"),
+_MAKERS: Mapping[str, Callable[[LoadedNetwork, Path | None], AnyGuide]] = {
+    "linear": lambda unet, _: losses.linear(_event(unet)),
+    "convolution": _convolution,
+    "fourier": lambda unet, _: losses.fourier(_event(unet)),
+    "tv": lambda unet, _: losses.total_variation(_event(unet)),
+    "range": lambda unet, _: losses.value_range(_event(unet)),
+    "classifier": _clean,
+    "cosine": _cosine,
+    "noisy": _noisy,
+    "null": lambda _, __: Reference("null"),
+    "weak": _weak,
 }
+assert _MAKERS.keys() == FILES.keys(), "the names of built_in.py are not those that are made here"
+BUILT_INS: dict[str, BuiltIn] = {name: BuiltIn(_MAKERS[name], file) for name, file in FILES.items()}
 """By name."""

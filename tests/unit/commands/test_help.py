@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -100,3 +101,15 @@ def test_the_shell_completes() -> None:
         check=True,
     )
     assert done.stdout.split() == ["--upsample-steps", "--upsample-scale"]
+
+
+def test_lists_in_help_are_those_of_the_tables() -> None:
+    from admtrt.evaluate.extract import BACKENDS as FOR_FEATURES
+    from admtrt.export.guides.named import BUILT_INS
+    from admtrt.runtime.backends.registry import BACKENDS
+
+    said = {(name, option.name): option.help for name, options in OPTIONS.items() for option in options}
+    assert f"{', '.join(BACKENDS)}; auto" in said["sample", "backend"]
+    assert f"{', '.join(FOR_FEATURES)}, or auto" in said["evaluate samples", "backend"]
+    assert f"{', '.join(FOR_FEATURES)} or auto" in said["evaluate sweep", "features_backend"]
+    assert all(re.search(rf"[:,] {name}\b", said["export", "guide"]) for name in BUILT_INS)
