@@ -8,21 +8,22 @@ from typing import TYPE_CHECKING, Any
 
 import admtrt
 from admtrt.installing import version_of
+from admtrt.runtime.backends.registry import BACKENDS
 from admtrt.runtime.machine import available_threads, processor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_PACKAGES = (
-    "numpy", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "tensorrt",
-    "tensorrt-rtx-cu13",
-)  # fmt: skip
+_PACKAGES = ("numpy", "torch", "onnx", "onnxscript")
+"""Besides the distributions of every backend."""
 
 
 def describe_machine(threads: int, gpu: str | None) -> dict[str, Any]:
     """Processor, threads, memory, the GPU that was used, and versions of what is installed."""
     versions = {"admtrt": admtrt.__version__, "python": platform.python_version()}
-    versions |= {package: found for package in _PACKAGES if (found := version_of(package)) is not None}
+    of_backends = (name for backend in BACKENDS.values() for name in backend.distributions)
+    packages = dict.fromkeys((*_PACKAGES, *of_backends))
+    versions |= {package: found for package in packages if (found := version_of(package)) is not None}
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "processor": processor(),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import admtrt
+from admtrt.bench.machine import describe_machine
 from admtrt.cli import run
 from admtrt.errors import RequestError
 from admtrt.runtime.backends import registry
@@ -66,7 +67,7 @@ def test_no_name_of_a_backend_is_compared_outside_its_file() -> None:
 def test_a_new_backend_is_asked_for_by_what_it_declares(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Once it is in the table, it can be chosen, its limits are kept, and ``doctor`` shows it."""
+    """Once it is in the table, it can be chosen, its limits are kept, ``doctor`` and ``bench`` show it."""
     new = Backend(
         "abacus",
         "beads on wires",
@@ -74,7 +75,7 @@ def test_a_new_backend_is_asked_for_by_what_it_declares(
         "cpu",
         (("numpy",),),
         lambda *_: pytest.fail("opened"),
-        ("numpy",),
+        ("pytest",),
     )
     monkeypatch.setitem(BACKENDS, new.name, new)
     assert BackendChoice("abacus", threads=2).name == "abacus"
@@ -84,3 +85,4 @@ def test_a_new_backend_is_asked_for_by_what_it_declares(
         BackendChoice("abacus", plans=Path("plans"))
     assert run(["doctor"]) == 0
     assert "beads on wires" in capsys.readouterr().out
+    assert describe_machine(1, None)["versions"]["pytest"] == pytest.__version__
