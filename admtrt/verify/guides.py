@@ -11,9 +11,9 @@ import torch
 
 from admtrt.contract import graph_of, guide_spec, unet_spec
 from admtrt.errors import CheckpointError
-from admtrt.export.guides import losses
 from admtrt.export.guides.graphs import GuidedUNet, NoisyLoss
-from admtrt.export.guides.guide import Guide, Reference
+from admtrt.export.guides.guide import Guide
+from admtrt.export.guides.named import BUILT_INS
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.solvers import sample_step
 from admtrt.models.unet import UNet
@@ -47,15 +47,8 @@ if TYPE_CHECKING:
     from admtrt.verify.inputs import Inputs
     from admtrt.verify.report import Row
 
-_WITHOUT_FILES = {
-    "linear": losses.linear,
-    "fourier": losses.fourier,
-    "tv": losses.total_variation,
-    "range": losses.value_range,
-}
 
-
-def guides_of(manifest: Manifest, given: Sequence[AnyGuide], event: tuple[int, ...]) -> dict[str, AnyGuide]:
+def guides_of(manifest: Manifest, given: Sequence[AnyGuide], unet: LoadedNetwork) -> dict[str, AnyGuide]:
     """The guides of a bundle in PyTorch: those that were given, and built-in ones that need no file.
 
     Raises:
@@ -66,10 +59,9 @@ def guides_of(manifest: Manifest, given: Sequence[AnyGuide], event: tuple[int, .
     if unknown is not None:
         raise CheckpointError(f"the bundle has no guide '{unknown}'", hint="Leave it out.")
     for name, config in manifest.guides.items():
-        if name not in found and config.loss in _WITHOUT_FILES:
-            found[name] = _WITHOUT_FILES[config.loss](event, name)
-        elif name not in found and config.loss == "null":
-            found[name] = Reference(name)
+        built_in = BUILT_INS.get(config.loss)
+        if name not in found and built_in is not None and not built_in.file:
+            found[name] = built_in.make(unet, None).named(name)
         elif name not in found:
             raise CheckpointError(
                 f"the bundle has the guide '{name}'", hint="Say what it is, with --guide as at its export."

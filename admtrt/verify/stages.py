@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from admtrt.config import DiffusionConfig, EdmConfig
-from admtrt.contract import CLASSIFIER_GRADIENT, bundle_specs, event_shape, threshold_quantile
+from admtrt.contract import CLASSIFIER_GRADIENT, bundle_specs, threshold_quantile
 from admtrt.errors import BundleError, CheckpointError, RequestError
 from admtrt.images import to_uint8
 from admtrt.models.pair import in_units_of
@@ -87,7 +87,7 @@ def verify_bundle(
         UserError: if the backend cannot run here.
     """
     assert isinstance(unet.module, UNet)
-    led = guides_of(bundle.manifest, guides, event_shape(unet.module.config))
+    led = guides_of(bundle.manifest, guides, unet)
     _check_comparable(bundle, unet, classifier)
     if classifier is not None:
         classifier = in_units_of(unet.config.diffusion, classifier)
