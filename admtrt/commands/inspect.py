@@ -151,7 +151,10 @@ def _shown(
         for form, entries in forms.items()
         for name, graph in entries.items()
     ]
+    from admtrt.runtime.request import numbered_names
+
     size = sum(entry.size for entry in manifest.files.values())
+    names = numbered_names(manifest.class_names)
     return [
         table(str(bundle.path), ("graph", "inputs", "outputs"), tensors),
         table("forms", ("graph", "form", "opset", "nodes", "size"), graphs),
@@ -159,6 +162,7 @@ def _shown(
         *([_plan_table(plans)] if plans else [f"no plans; build them with: admtrt build {bundle.path}"]),
         f"recommended: {manifest.recommendation}; classes: {manifest.num_classes or 'none'}; "
         f"{len(manifest.files)} files, {_size(size)}",
+        *([f"classes: {names}"] if names else []),
     ]
 
 

@@ -34,6 +34,7 @@ def show_checkpoint(path: Path, output: Output) -> None:
     require("torch", "safetensors", extra="export", purpose="Inspecting a checkpoint")
     from admtrt.commands.checkpoints import Description, identify_described
     from admtrt.models.checkpoint import open_checkpoint
+    from admtrt.runtime.request import numbered_names
 
     stored = open_checkpoint(path)
     notes: list[str] = []
@@ -65,10 +66,12 @@ def show_checkpoint(path: Path, output: Output) -> None:
         for key, value in config.to_dict().items()
         if value is not None
     ]
+    names = numbered_names(found.class_names)
     output.result(
         data,
         table(f"{path}: {found.kind}", ("section", "setting", "value"), rows),
         f"{len(stored.tensors)} tensors, {parameters / 1e6:.1f} M parameters, {', '.join(dtypes)}",
+        *([f"classes: {names}"] if names else []),
     )
 
 

@@ -17,13 +17,14 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
     """The label of each sample.
 
     ``0:10,3:5`` gives those counts; ``0,3`` takes turns until ``num`` samples (default: one each); without
-    ``classes``, every class takes turns where the bundle has classes.
+    ``classes``, every class takes turns where the bundle has classes. Case and spaces of names do not matter.
 
     Raises:
         RequestError: for an unknown class, an empty entry, a count out of range or counts that contradict
             ``num``.
     """
     from admtrt.runtime.bulk import MAX_SAMPLES
+    from admtrt.runtime.request import named_class
 
     if num is not None and not 1 <= num <= MAX_SAMPLES:
         raise RequestError(f"{num} samples were asked for; expected 1 to {MAX_SAMPLES}")
@@ -38,7 +39,7 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
             f"there is an empty entry in --classes {classes!r}",
             hint="Write e.g. --classes 0,3,7 or 0:10,3:5.",
         )
-    if any(":" in part and part not in names for part in parts):
+    if any(":" in part and named_class(part, names) is None for part in parts):
         counted = [_counted(part, manifest) for part in parts]
         total = sum(count for _, count in counted)
         if total > MAX_SAMPLES:
@@ -52,11 +53,16 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
 
 def _entries(classes: str, names: Sequence[str]) -> Iterator[str]:
     """The entries between the commas; of a name that has commas itself, as many parts as make the longest."""
-    parts, known = classes.split(","), frozenset(names)
-    longest = 1 + max((name.count(",") for name in known), default=0)
+    from admtrt.runtime.request import named_class
+
+    def is_known(text: str) -> bool:
+        return any(named_class(name, names) is not None for name in (text, text.rpartition(":")[0]))
+
+    parts = classes.split(",")
+    longest = 1 + max((name.count(",") for name in names), default=0)
     while parts:
         tries = ((",".join(parts[:end]).strip(), end) for end in range(min(longest, len(parts)), 0, -1))
-        whole = ((text, end) for text, end in tries if text in known or text.rpartition(":")[0] in known)
+        whole = ((text, end) for text, end in tries if is_known(text))
         entry, end = next(whole, (parts[0].strip(), 1))
         yield entry
         del parts[:end]
@@ -64,7 +70,7 @@ def _entries(classes: str, names: Sequence[str]) -> Iterator[str]:
 
 def _counted(part: str, manifest: Manifest) -> tuple[int, int]:
     """Class and count of ``class:count``."""
-    name, _, count = part.rpartition(":") if ":" in part else (part, "", "")
+    name, count = (text.strip() for text in part.rpartition(":")[::2]) if ":" in part else (part, "")
     if not (count.isascii() and count.isdigit()) or not int(count[:9]) >= 1 or len(count) > 9:
         raise RequestError(
             f"{part!r}: {count!r} is no count of at least 1", hint="Write e.g. --classes 0:10,3:5."

@@ -21,7 +21,7 @@ from admtrt.runtime.guide_targets import GuideTargets
 from admtrt.runtime.image_inputs import NOTHING, ImageInputs
 from admtrt.runtime.latents import Latents
 from admtrt.runtime.noise import MAX_SEED, check_seed
-from admtrt.runtime.request import class_index, one_for_each, whole_number
+from admtrt.runtime.request import class_index, one_for_each, some_names, whole_number
 from admtrt.runtime.sampler import hold
 from admtrt.runtime.slots import slots_for
 from admtrt.schedule.guides import GuideChoice, guide_choices
@@ -326,7 +326,11 @@ class Pipeline:
         checked = [class_index(label, manifest) for label in one_for_each(labels, "labels")]
         wrong = next((label for label in checked if not 0 <= label < classes), None)
         if wrong is not None:
-            raise RequestError(f"class {wrong} is out of range; the classes are 0 to {classes - 1}")
+            names = some_names(manifest.class_names)
+            raise RequestError(
+                f"class {wrong} is out of range; the classes are 0 to {classes - 1}"
+                + (f" ({names})" if names else "")
+            )
         return np.array(checked, dtype=np.int64)
 
     def check_low_res(self, low_res: NDArray[np.uint8] | Images | None) -> Images | None:

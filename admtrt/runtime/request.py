@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 import reprlib
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from admtrt.bundle import Manifest
 
@@ -62,8 +63,41 @@ def class_index(label: Any, manifest: Manifest) -> int:
     """
     if not isinstance(label, str):
         return whole_number(label, "a label")
-    names = manifest.class_names
-    if label not in names:
-        known = f"; the names are {', '.join(names[:_NAMES_SHOWN])}" if names else ""
-        raise RequestError(f"class {label!r} is neither a number nor a name of the bundle{known}")
-    return names.index(label)
+    found = named_class(label, manifest.class_names)
+    if found is None:
+        known = some_names(manifest.class_names)
+        raise RequestError(
+            f"class {label!r} is neither a number nor a name of the bundle"
+            + (f"; the names are {known}" if known else "")
+        )
+    return found
+
+
+def named_class(text: str, names: Sequence[str]) -> int | None:
+    """The class of this name: as it is written, else the only one that differs in case and spaces alone."""
+    return names.index(text) if text in names else _by_folded(tuple(names)).get(_folded(text))
+
+
+def _folded(name: str) -> str:
+    return "".join(name.split()).casefold()
+
+
+@lru_cache(maxsize=16)
+def _by_folded(names: tuple[str, ...]) -> Mapping[str, int | None]:
+    """Classes by folded names; None where several are the same then."""
+    found: dict[str, int | None] = {}
+    for index, name in enumerate(names):
+        folded = _folded(name)
+        found[folded] = None if folded in found else index
+    return found
+
+
+def some_names(names: Sequence[str]) -> str:
+    """The first names, for messages; empty where there are none."""
+    more = ", ..." if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more
+
+
+def numbered_names(names: Sequence[str]) -> str:
+    """The first classes as ``0 ant, 1 bee``, for people; empty where they have no names."""
+    return some_names([f"{index} {name}" for index, name in enumerate(names)])
