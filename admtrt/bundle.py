@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from admtrt.bundle_faults import MANIFEST, no_bundle, refuse_url
 from admtrt.config import (
     ClassifierConfig,
     Config,
@@ -49,7 +50,6 @@ from admtrt.schedule.table import sampling_schedule
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-MANIFEST = "manifest.json"
 SCHEMA_VERSION: Literal[2] = 2
 """Of new bundles; one of schema 1 has no graphs for solvers with memory, and calls its network ``unet``."""
 _READABLE = (1, 2)
@@ -258,6 +258,7 @@ class Bundle:
         Raises:
             BundleError: naming the file and what differs.
         """
+        refuse_url(str(path))
         path = Path(path)
         manifest, digest = _read_manifest(path)
         hashes = FileHashes(Memo("hashes") if memo else None)
@@ -347,8 +348,7 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
         content = read_small(resolved, _LARGEST_MANIFEST)
         data: Any = parse_json(content)
     except (FileNotFoundError, NotADirectoryError):
-        what = "does not exist" if not path.exists() else f"is not a bundle: it has no {MANIFEST}"
-        raise BundleError(f"{path} {what}", hint="Make one with: admtrt export UNET --out BUNDLE") from None
+        raise no_bundle(path) from None
     except OSError as error:
         raise BundleError(f"cannot read {file}: {error.strerror}", hint=_AGAIN) from None
     except ValueError as error:  # bad JSON, bad UTF-8, absurdly long numbers
