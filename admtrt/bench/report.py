@@ -19,7 +19,12 @@ if TYPE_CHECKING:
 SPEED_COLUMNS = ("UNet", "grad", "step", "spread", "speed", "peak", "rest", "error out", "error grad")
 COST_COLUMNS = ("GFLOP/s", "GiB", "ready s")
 """Heads of the tables; the documentation says what each means."""
-
+LEGEND = (
+    "columns: UNet, grad and step in ms; spread, distance of the quartiles over the median (large: the "
+    "machine was busy); speed, of the step relative to the row in the title; peak, the step's GFLOP/s "
+    "as part of the best measured here; rest, part of the step outside its graphs; errors, largest "
+    "difference over largest value"
+)
 
 _WHOLE = 100  # numbers from here on are shown without decimals
 
@@ -202,7 +207,7 @@ class BenchReport:
         return "\n".join([*parts, "", *(f"- {line}" for line in self.footnotes())]) + "\n"
 
     def footnotes(self) -> list[str]:
-        """The machine, peaks, operations, nodes and start-up, a line each."""
+        """The legend, the machine, peaks, operations, nodes and start-up, a line each."""
         peaks = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in self.peaks.items())
         counted = ", ".join(f"{name} {value / 1e9:,.2f} GFLOP" for name, value in self.operations.items())
         nodes = "; ".join(
@@ -212,7 +217,7 @@ class BenchReport:
         startup = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in self.startup.items())
         named = {"peak": peaks, "operations for one image": counted, "nodes": nodes, "start-up": startup}
         lines = [f"{name}: {text}" for name, text in named.items() if text]
-        return [*machine_lines(self.machine), *lines]
+        return [LEGEND, *machine_lines(self.machine), *lines]
 
     def _speed(self, m: Measurement) -> list[str]:
         if m.step is None:
