@@ -165,7 +165,10 @@ def test_people_see_plans_and_what_was_fused(tmp_path: Path, capsys: Capture) ->
     assert plan["runs_on"].endswith("on SM80 and later")
 
 
-def test_inspect_says_when_a_plan_is_of_another_graph(tmp_path: Path, capsys: Capture) -> None:
+def test_inspect_says_when_a_plan_is_of_another_graph(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")  # no cell is folded
     cache = tmp_path / "cache"
     built(capsys, copied("guided", tmp_path).path, "--graph", "unet", "--plans", cache, "--batch", "1")
     assert run(["inspect", str(exported_bundle("conditional")), "--plans", str(cache)]) == 0
