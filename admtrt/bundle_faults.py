@@ -1,4 +1,4 @@
-"""What people give in place of a bundle, and what to do with it."""
+"""Errors about what people give in place of a bundle, each with the way to a bundle."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def refuse_url(text: str) -> None:
 
 
 def no_bundle(path: Path) -> BundleError:
-    """What stands in a bundle's place, and how to come from there to a bundle."""
+    """The error for what stands in a bundle's place, with the way from there to a bundle."""
     if not path.exists():
         return BundleError(f"{path} does not exist", hint=_MAKE)
     if path.is_file() and path.name.lower().endswith(_ARCHIVES):

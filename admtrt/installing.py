@@ -1,4 +1,4 @@
-"""What is installed in the environment of this process, and command lines that install more, for hints.
+"""Versions of installed packages, and command lines that install more, for hints.
 
 admtrt itself is on no package index: whoever asks one for its name might get somebody else's package.
 """

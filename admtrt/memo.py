@@ -110,7 +110,7 @@ class FileHashes:
 
 
 def file_identity(file: Path) -> str:
-    """What changes whenever the file does."""
+    """Inode, size and times of a file: a text that changes whenever the file does."""
     status = file.stat()
     changing = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return ":".join([*map(str, changing), str(file)])

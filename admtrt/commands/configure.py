@@ -190,6 +190,7 @@ def training_file(source: str, seen: Seen) -> str:
 
 
 def _listed(names: tuple[str, ...]) -> str:
-    shown = ", ".join(" ".join(name.split()) for name in names[:8])
-    printable = "".join(each if each.isprintable() else "?" for each in shown)
-    return printable + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    from admtrt.runtime.request import some_names
+
+    shown = some_names([" ".join(name.split()) for name in names])
+    return "".join(each if each.isprintable() else "?" for each in shown)

@@ -137,6 +137,8 @@ def _shown(
     forms: Mapping[str, Mapping[GraphName, GraphEntry]],
     plans: Sequence[tuple[PlanRecord, bool, str]],
 ) -> list[RenderableType]:
+    from admtrt.runtime.request import numbered_names
+
     manifest = bundle.manifest
     tensors = [
         [
@@ -151,8 +153,6 @@ def _shown(
         for form, entries in forms.items()
         for name, graph in entries.items()
     ]
-    from admtrt.runtime.request import numbered_names
-
     size = sum(entry.size for entry in manifest.files.values())
     names = numbered_names(manifest.class_names)
     return [

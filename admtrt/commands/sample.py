@@ -244,11 +244,11 @@ def _draw_one(
     formats: list[Format],
     elsewhere: Elsewhere | None = None,
 ) -> dict[str, Any]:
-    from admtrt.runtime.bulk import draw
+    from admtrt.runtime.bulk import draw, sample_steps
     from admtrt.runtime.shards import Shards
 
     done, steps = Shards(out, request, pipeline.bundle.manifest).finished, _steps(pipeline, request)
-    with progress_bar("sampling", request.count * steps, done=done * steps) as progress:
+    with progress_bar("sampling", sample_steps(pipeline, request, formats), done=done * steps) as progress:
         written = draw(pipeline, request, out, formats, progress=progress, elsewhere=elsewhere)
     return _outcome(request, done, written)
 
@@ -261,7 +261,7 @@ def _draw_two(
     formats: list[Format],
     elsewhere: tuple[Elsewhere | None, Elsewhere | None],
 ) -> dict[str, Any]:
-    from admtrt.runtime.bulk import LOW_STAGE
+    from admtrt.runtime.bulk import LOW_STAGE, sample_steps
     from admtrt.runtime.shards import Shards
     from admtrt.runtime.two_stage import draw_two_stage, second_request
 
@@ -272,7 +272,8 @@ def _draw_two(
     )
     steps = (_steps(stages.low, low), _steps(stages.high, high))
     finished = done[0] * steps[0] + done[1] * steps[1]
-    with progress_bar("sampling", low.count * sum(steps), done=finished) as progress:
+    total = sample_steps(stages.low, low, formats) + sample_steps(stages.high, high, formats)
+    with progress_bar("sampling", total, done=finished) as progress:
         first, second = draw_two_stage(
             stages, low, high, out, formats, progress=progress, elsewhere=elsewhere
         )

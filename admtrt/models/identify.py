@@ -1,4 +1,4 @@
-"""What an opened checkpoint is: its settings, its kind, and where they come from.
+"""Identification of an opened checkpoint: its settings, its kind, and where they come from.
 
 What the file says of itself stands above what was given beside it, and that above what its tensors tell.
 All of it is compared with the name and shape of every tensor.
@@ -50,7 +50,7 @@ class IdentifiedCheckpoint:
 
     @property
     def kind(self) -> Kind:
-        """What the network is for."""
+        """The job of the network."""
         return self.config.kind
 
 
@@ -209,7 +209,7 @@ def _told_by_tensors(
     shared: Mapping[str, Any],
     options: OptionNames,
 ) -> IdentifiedCheckpoint:
-    """What names and shapes of the tensors tell, with ``settings`` where they do not."""
+    """The settings that names and shapes of the tensors tell, with ``settings`` where they do not."""
     path = stored.path
     kind = _kind_of(stored, settings)
     if kind is not None:

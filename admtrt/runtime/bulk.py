@@ -23,7 +23,7 @@ from admtrt.reading import read_json
 from admtrt.runtime.frames import Frames
 from admtrt.runtime.image_inputs import DIGESTS, NOTHING, NUMBERS, TARGETS, digest_of
 from admtrt.runtime.pipeline import consecutive_seeds
-from admtrt.runtime.request import whole_number
+from admtrt.runtime.request import names_of, whole_number
 from admtrt.runtime.shards import Shards
 from admtrt.schedule.sampler import SamplerConfig
 
@@ -158,11 +158,18 @@ def draw(
             progress((missing[start] - start) * steps, "shards of all machines")
     names = pipeline.bundle.manifest.class_names or class_names
     return [
-        _write_gif(directory / "steps.gif", pipeline, request, names)
+        _write_gif(directory / "steps.gif", pipeline, request, names, progress)
         if one == "gif"
         else _write(directory, one, request, shards, names)
         for one in formats
     ]
+
+
+def sample_steps(pipeline: Pipeline, request: BulkRequest, formats: Sequence[Format]) -> int:
+    """The sample-steps of a whole run, for a progress display; those that a GIF shows are taken twice."""
+    shown = min(GIF_LIMIT, request.count) if "gif" in formats else 0
+    schedule = request.inputs.schedule(pipeline.bundle.manifest.diffusion, request.sampler)
+    return (request.count + shown) * len(schedule)
 
 
 def recorded_shard_size(directory: Path) -> int | None:
@@ -334,14 +341,23 @@ def _write(
 
 def _names(request: BulkRequest, count: int, class_names: Sequence[str]) -> list[str] | None:
     """Of the first samples' classes."""
-    if request.labels is None:
-        return None
-    return [class_names[label] if class_names else str(label) for label in request.labels[:count].tolist()]
+    return None if request.labels is None else names_of(request.labels[:count], class_names)
 
 
-def _write_gif(path: Path, pipeline: Pipeline, request: BulkRequest, class_names: Sequence[str]) -> Path:
+def _write_gif(
+    path: Path,
+    pipeline: Pipeline,
+    request: BulkRequest,
+    class_names: Sequence[str],
+    progress: Callable[[int, str], None],
+) -> Path:
     frames, count = Frames(), min(GIF_LIMIT, request.count)
-    _drawn(pipeline, request, 0, count, frames)
+
+    def after_step(step: Step) -> None:
+        frames(step)
+        progress(step.count, f"steps.gif, step {step.index}/{step.total}")
+
+    _drawn(pipeline, request, 0, count, after_step)
     frames.save(path, _names(request, count, class_names))
     return path
 

@@ -13,9 +13,10 @@ import numpy as np
 
 from admtrt.files import atomic_file
 from admtrt.images import grid_of, save_grid, to_pillow, to_uint8, usual_columns
+from admtrt.runtime.request import names_of, some_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterator
 
     from numpy.typing import NDArray
     from PIL import Image
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Images, Labels, Slots
     from admtrt.schedule.sampler import SamplerConfig
 
-_SHOWN, _NAMED = 100, 8  # samples of a notebook's picture, and of a line
+_SHOWN = 100  # samples of a notebook's picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +51,8 @@ class Samples:
     def __repr__(self) -> str:
         count, *event = self.x.shape
         names = self.names
-        asked = "" if names is None else f", classes {_listed(names)}"
-        return f"Samples({count} of {'x'.join(map(str, event))}{asked}, seeds {_listed(self.seeds)})"
+        asked = "" if names is None else f", classes {some_names(names)}"
+        return f"Samples({count} of {'x'.join(map(str, event))}{asked}, seeds {some_names(self.seeds)})"
 
     @property
     def images(self) -> NDArray[np.uint8]:
@@ -61,9 +62,7 @@ class Samples:
     @property
     def names(self) -> list[str] | None:
         """The class of each sample by name, or by number where there are no names; None without classes."""
-        if self.labels is None:
-            return None
-        return [self.class_names[label] if self.class_names else str(label) for label in self.labels.tolist()]
+        return None if self.labels is None else names_of(self.labels, self.class_names)
 
     @property
     def pil(self) -> list[Image.Image]:
@@ -89,7 +88,6 @@ class Samples:
         if place.suffix.lower() == ".png":
             save_grid(self.images, place, usual_columns(len(self)), self.names)
             return [place]
-        place.mkdir(parents=True, exist_ok=True)
         files = []
         for index, image in enumerate(self.pil):
             prefix = "" if self.labels is None else f"{self.labels[index]}_"
@@ -107,12 +105,6 @@ class Samples:
         written = io.BytesIO()
         grid.save(written, format="PNG")
         return written.getvalue()
-
-
-def _listed(values: Sequence[object]) -> str:
-    """The first few of many."""
-    first = ", ".join(map(str, values[:_NAMED]))
-    return first + (f" and {len(values) - _NAMED} more" if len(values) > _NAMED else "")
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,10 +193,10 @@ def with_bar(callback: Callable[[Step], None] | None, total: int) -> Iterator[Ca
     """
     from admtrt.console import progress_bar
 
-    with progress_bar("sampling", total) as advance:
+    with progress_bar("sampling", total) as progress:
 
         def after_step(step: Step) -> None:
-            advance(step.count, f"step {step.index}/{step.total}")
+            progress(step.count, f"step {step.index}/{step.total}")
             if callback is not None:
                 callback(step)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from admtrt.bundle import Manifest
+    from admtrt.runtime.slots import Labels
 
 _NAMES_SHOWN = 10
 
@@ -92,10 +93,15 @@ def _by_folded(names: tuple[str, ...]) -> Mapping[str, int | None]:
     return found
 
 
-def some_names(names: Sequence[str]) -> str:
+def some_names(names: Sequence[object]) -> str:
     """The first names, for messages; empty where there are none."""
     more = ", ..." if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(names[:_NAMES_SHOWN]) + more
+    return ", ".join(map(str, names[:_NAMES_SHOWN])) + more
+
+
+def names_of(labels: Labels, names: Sequence[str]) -> list[str]:
+    """The class of each sample by name, or by number where there are no names."""
+    return [names[label] if names else str(label) for label in labels.tolist()]
 
 
 def numbered_names(names: Sequence[str]) -> str:

@@ -19,4 +19,4 @@ FILES: Mapping[str, str] = {
     "null": "",
     "weak": "the checkpoint of a smaller or earlier UNet",
 }
-"""What the file of each is; empty where it takes none."""
+"""The file that each takes, in words; empty where it takes none."""

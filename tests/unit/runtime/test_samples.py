@@ -14,8 +14,10 @@ from PIL import Image
 
 from admtrt import Frames, Pipeline, Samples
 from admtrt.cli import run
-from admtrt.errors import RequestError
+from admtrt.errors import OutputError, RequestError
 from admtrt.images import to_uint8
+from admtrt.runtime.bulk import GIF_LIMIT, BulkRequest, draw, sample_steps
+from admtrt.schedule.sampler import SamplerConfig
 
 PAGE = Path(__file__).parents[3] / "docs" / "python.md"
 
@@ -28,7 +30,7 @@ def samples() -> Samples:
 def test_a_line_for_the_terminal(samples: Samples) -> None:
     assert repr(samples) == "Samples(3 of 1x8x8, classes cat, ant, bee, seeds 0, 1, 2)"
     many = Samples(np.zeros((20, 1, 8, 8), np.float32), None, tuple(range(20)))
-    assert repr(many) == "Samples(20 of 1x8x8, seeds 0, 1, 2, 3, 4, 5, 6, 7 and 12 more)"
+    assert repr(many) == "Samples(20 of 1x8x8, seeds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...)"
     assert len(many) == 20
 
 
@@ -118,6 +120,22 @@ def test_a_gif_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "steps.gif" in capsys.readouterr().out
     with Image.open(tmp_path / "run" / "steps.gif") as gif:
         assert gif.n_frames == 3
+
+
+def test_a_gif_counts_as_work(tmp_path: Path) -> None:
+    """The samples that it shows are drawn again, which a bar has to know from the start."""
+    opened = pipeline("guided")
+    request = BulkRequest(20, np.arange(20) % 3, 0, SamplerConfig(steps="2", scale=0.0), 8, 8)
+    told: list[int] = []
+    draw(opened, request, tmp_path / "run", ["grid", "gif"], progress=lambda count, _: told.append(count))
+    assert sum(told) == sample_steps(opened, request, ["grid", "gif"]) == (20 + GIF_LIMIT) * 2
+    assert sample_steps(opened, request, ["grid"]) == 20 * 2
+
+
+def test_samples_that_cannot_be_written(samples: Samples, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OutputError, match="cannot write"):
+        samples.save(tmp_path / "file" / "folder")
 
 
 def test_the_page_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

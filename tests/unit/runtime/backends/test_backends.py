@@ -36,17 +36,6 @@ T = np.array([900, 30, 500], dtype=np.float32)
 Y = np.array([2, 0, 1])
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "admtrt"
-
-
-@pytest.fixture
-def bundle() -> Bundle:
-    return pipeline("guided").bundle
-
-
 NAMES = "onnxruntime, openvino, onnxruntime-cuda, onnxruntime-tensorrt, onnxruntime-rtx, tensorrt, auto"
 
 

@@ -33,17 +33,6 @@ T = np.array([900, 30, 500], dtype=np.float32)
 Y = np.array([2, 0, 1])
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return tmp_path / "cache" / "admtrt"
-
-
-@pytest.fixture
-def bundle() -> Bundle:
-    return pipeline("guided").bundle
-
-
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if an NVIDIA driver were installed."""
