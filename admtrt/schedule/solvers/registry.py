@@ -79,9 +79,15 @@ SOLVERS: dict[str, Solver] = {}
 
 
 def solver(name: str, **declared: Any) -> Callable[[RowsOf], RowsOf]:
-    """Declare a solver; the keywords are those of :class:`Solver`."""
+    """Declare a solver; the keywords are those of :class:`Solver`.
+
+    Raises:
+        ValueError: if the name is taken; which of two is offered would depend on the order of imports.
+    """
 
     def register(rows: RowsOf) -> RowsOf:
+        if name in SOLVERS:
+            raise ValueError(f"there is a solver '{name}', in {SOLVERS[name].rows.__module__}")
         made = Solver(name=name, rows=rows, **declared)
         assert made.options.keys() <= OPTIONS.keys()
         SOLVERS[name] = made
