@@ -7,6 +7,8 @@ TORCH ?= torch==2.13.0
 # How to install: constraints pin every other version.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 WORKERS ?= 2
+# A worker that dies is not replaced: with a replacement, pytest-xdist 3.8 may wait for ever (pytest-xdist#1378).
+PYTEST_WORKERS := -n $(WORKERS) --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 # More for the tests of a GPU: PYTEST='-k "not speed"'.
 PYTEST ?=
 
@@ -26,10 +28,10 @@ models: $(VENV)/.ready  ## train the models of Fashion-MNIST, or go on with it; 
 		--dtype fp16 --overwrite
 
 test: $(VENV)/.ready-dev chromium  ## the default tests
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest $(PYTEST_WORKERS)
 
 test-slow: $(VENV)/.ready-dev  ## the tests that take minutes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m slow
+	$(BIN)/python -m pytest $(PYTEST_WORKERS) -m slow
 
 test-page: $(VENV)/.ready-dev chromium  ## the server's page, in a real browser
 	ADMTRT_REQUIRE_CHROMIUM=1 $(BIN)/python -m pytest tests/unit/serve/test_serve_page.py -rs
