@@ -18,7 +18,7 @@ from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.sampler import ResidentDenoiser, advance, guide_feeds, step_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from admtrt.bench.plain import PlainExport
     from admtrt.bench.rows import Device, Row
@@ -37,7 +37,8 @@ class Prepared:
 
     Attributes:
         ready: seconds from nothing to the end of the first step; loading, compiling and tuning lie in here.
-        outputs: what the graphs give for the inputs that every row is given: ``out``, and ``grad`` if guided.
+        outputs: what the graphs give for the inputs that every row is given: ``out``, and ``grad`` if guided;
+            of the graph of a guide under the graph's name.
         notes: what the backend said of its choices.
     """
 
@@ -56,8 +57,7 @@ class StepTime:
         gradient: the gradient, None where nothing guides.
         outside: what the step spends outside its graphs, None where x stays on a device: there the graphs
             were timed apart from the step.
-        guides: the graph of each guide besides the classifier, by name; empty for the rows of PyTorch, which
-            have no losses.
+        guides: the graph of each guide besides the classifier that the row can run, by name.
     """
 
     step: float
@@ -114,9 +114,11 @@ class Contender:
         ready = time.perf_counter() - began + self._opened
         self._opened = 0.0
         self._led = self._guide_inputs(batch)
+        assert self._denoiser is not None
+        led = {graph: _gradient(self._denoiser.run(graph, feeds)) for graph, feeds in self._led.values()}
         self.step()
         notes, self._notes = tuple(self._notes), []
-        return Prepared(ready=ready, outputs=first.outputs, notes=notes)
+        return Prepared(ready=ready, outputs=first.outputs | led, notes=notes)
 
     def step(self) -> StepTime:
         """Take the same guided step once more."""
@@ -176,15 +178,26 @@ class Contender:
     def _guide_inputs(self, batch: int) -> dict[str, tuple[GraphName, dict[str, Array]]]:
         """The graph of each guide that has one of its own, and what it is given, by the guide's name."""
         manifest = self._bundle.manifest
-        if self._row.name in PEERS or not manifest.guides:
+        guides = {name: manifest.guides[name] for name in self._guides()}
+        if not guides:
             return {}
         led = example_slots(manifest, batch, led=True)
         inputs = step_inputs(led)
         return {
             name: (graph_of(name, guide), guide_feeds(led, inputs, name))
-            for name, guide in manifest.guides.items()
+            for name, guide in guides.items()
             if graph_of(name, guide) != "unet"
         }
+
+    def _guides(self) -> Collection[str]:
+        """Names of the guides that the row can run."""
+        if self._row.name not in PEERS:
+            return self._bundle.manifest.guides
+        if self._row.name == PLAIN:
+            return ()
+        from admtrt.bench.torch_rows import GuidedDenoiser
+
+        return self._denoiser.guides if isinstance(self._denoiser, GuidedDenoiser) else ()
 
     def _timed(self, graph: GraphName, feeds: Mapping[str, Array]) -> float:
         assert self._denoiser is not None
@@ -203,6 +216,11 @@ class Contender:
         seconds = time.perf_counter() - began
         self._slots.x, self._slots.position = start
         return watch, seconds
+
+
+def _gradient(results: Mapping[str, Array]) -> Array:
+    """The output of a guide's graph that rows are judged by: a reference has no gradient."""
+    return results["grad"] if "grad" in results else results["out"]
 
 
 class _Stopwatch:

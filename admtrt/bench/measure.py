@@ -166,5 +166,9 @@ class Bench:
 
 def _errors(outputs: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, float | None]:
     """The worst sample's error of each output; None where it is not finite."""
-    worst = {name: float(sample_errors(outputs[name], array).max()) for name, array in expected.items()}
+    worst = {
+        name: float(sample_errors(outputs[name], array).max())
+        for name, array in expected.items()
+        if name in outputs
+    }
     return {name: error if np.isfinite(error) else None for name, error in worst.items()}

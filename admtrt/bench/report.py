@@ -239,13 +239,15 @@ class BenchReport:
         return tuple(dict.fromkeys(name for m in self.measurements for name in m.guides))
 
     def _guide(self, m: Measurement, name: str) -> str:
-        """Milliseconds of a guide's graph, and its speed as part of the peak."""
-        spread, operations = m.guides.get(name), self.operations.get(f"{GUIDE_GRAPH}{name}")
+        """Milliseconds of a guide's graph; its speed as part of the peak, and its error."""
+        graph = f"{GUIDE_GRAPH}{name}"
+        spread, operations = m.guides.get(name), self.operations.get(graph)
         if spread is None:
             return ""
         peak = self.peaks.get(m.row.precision)
         share = operations and peak and m.batch * operations / spread.median / peak
-        return shown(1e3 * spread.median) + (f" ({share:.0%})" if share else "")
+        remarks = [text for text in (shown(share or None, "{:.0%}"), _error(m, graph)) if text]
+        return shown(1e3 * spread.median) + (f" ({', '.join(remarks)})" if remarks else "")
 
     def _cost(self, m: Measurement) -> list[str]:
         return [

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from admtrt.contract import Precision
-    from admtrt.models.checkpoint import Kind
+    from admtrt.export.guides.guide import AnyGuide
+    from admtrt.models.checkpoint import Kind, LoadedNetwork
     from admtrt.models.classifier import Classifier
     from admtrt.models.identify import IdentifiedCheckpoint
     from admtrt.models.unet import UNet
@@ -77,10 +78,8 @@ class Subject:
         from admtrt.models.pair import in_units_of
         from admtrt.models.unet import UNet
 
-        if self.unet is None:
-            raise CheckpointError("PyTorch needs the checkpoints", hint="Give --unet and --classifier.")
         manifest = Bundle.open(self.bundle).manifest
-        unet = load_identified(_identify(self.unet, manifest, _generator_kind(manifest))).module
+        unet = self._generator(manifest).module
         assert isinstance(unet, UNet)
         if self.classifier is None:
             return unet, None
@@ -88,6 +87,29 @@ class Subject:
         classifier = in_units_of(manifest.discrete("guidance"), guide).module
         assert isinstance(classifier, Classifier)
         return unet, classifier
+
+    def guides(self) -> dict[str, AnyGuide]:
+        """The bundle's built-in guides in PyTorch, by name, but for those made of a file.
+
+        Raises:
+            CheckpointError: as :meth:`networks`.
+        """
+        from admtrt.export.guides.named import BUILT_INS
+
+        manifest = Bundle.open(self.bundle).manifest
+        known = {name: BUILT_INS.get(guide.loss) for name, guide in manifest.guides.items()}
+        makers = {name: built.make for name, built in known.items() if built is not None and not built.file}
+        if not makers:
+            return {}
+        unet = self._generator(manifest)
+        return {name: make(unet, None).named(name) for name, make in makers.items()}
+
+    def _generator(self, manifest: Manifest) -> LoadedNetwork:
+        from admtrt.models.checkpoint import load_identified
+
+        if self.unet is None:
+            raise CheckpointError("PyTorch needs the checkpoints", hint="Give --unet and --classifier.")
+        return load_identified(_identify(self.unet, manifest, _generator_kind(manifest)))
 
 
 def subject_from_preset(

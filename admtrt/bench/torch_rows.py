@@ -11,23 +11,27 @@ import torch
 from torch import nn
 
 from admtrt.bench.rows import COMPILED, ORIGINAL
+from admtrt.bundle import Bundle
 from admtrt.contract import CLASSIFIER_GRADIENT
 from admtrt.errors import RequestError
 from admtrt.models.denoiser import TorchDenoiser, to_array, update
 from admtrt.runtime.sampler import step_inputs
+from admtrt.schedule.guides import GUIDE_GRAPH
+from admtrt.verify.guides import TorchGuides
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
     from pathlib import Path
 
     from admtrt.bench.rows import Device, Row
     from admtrt.bench.subject import Subject
     from admtrt.config import BackboneConfig, ClassifierConfig, UNetConfig
-    from admtrt.contract import Precision
+    from admtrt.contract import GraphName, Precision
+    from admtrt.export.guides.guide import AnyGuide
     from admtrt.models.classifier import Classifier
     from admtrt.models.unet import UNet
     from admtrt.runtime.sampler import HeldSlots
-    from admtrt.runtime.slots import Slots
+    from admtrt.runtime.slots import Array, Slots
 
 DTYPES: dict[Precision, torch.dtype] = {
     "fp32": torch.float32,
@@ -35,6 +39,36 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 """Names of precisions in PyTorch."""
+
+
+class GuidedDenoiser(TorchDenoiser):
+    """The same with the graphs of guides, whose gradients are autograd's through the UNet.
+
+    Args:
+        unet, classifier: of a :class:`~admtrt.models.denoiser.TorchDenoiser`.
+        config: of the UNet.
+        guides: by name.
+
+    Attributes:
+        guides: their names.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        classifier: nn.Module | None,
+        config: UNetConfig,
+        guides: Mapping[str, AnyGuide],
+    ) -> None:
+        super().__init__(unet, classifier)
+        self.guides = frozenset(guides)
+        self._guides = TorchGuides(unet, config, guides)
+
+    def run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """See :class:`~admtrt.runtime.sampler.Denoiser`."""
+        if graph.startswith(GUIDE_GRAPH):
+            return dict(self._guides.run(graph.removeprefix(GUIDE_GRAPH), feeds))
+        return super().run(graph, feeds)
 
 
 class DeviceDenoiser(TorchDenoiser):
@@ -104,6 +138,9 @@ def open_torch_row(row: Row, subject: Subject, device: Device, threads: int) -> 
         unet.compile(dynamic=False, **options)
         if classifier is not None:
             classifier.compile(dynamic=False, **options)
+    if device == "cpu" and row.precision == "fp32" and (guides := subject.guides()):
+        config = Bundle.open(subject.bundle).manifest.network
+        return GuidedDenoiser(unet, classifier, config, guides)
     made = DeviceDenoiser if device == "cuda" else TorchDenoiser
     return made(unet, classifier, torch.device(device), DTYPES[row.precision])
 

@@ -16,7 +16,6 @@ from admtrt.export.guides.guide import Guide
 from admtrt.export.guides.named import BUILT_INS
 from admtrt.models.diffusion import Diffusion
 from admtrt.models.solvers import sample_step
-from admtrt.models.unet import UNet
 from admtrt.runtime.example import example_targets
 from admtrt.runtime.noise import step_noise
 from admtrt.runtime.sampler import advance, guide_feeds, step_inputs
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from admtrt.bundle import Manifest
-    from admtrt.config import DiffusionConfig
+    from admtrt.config import DiffusionConfig, UNetConfig
     from admtrt.export.guides.guide import AnyGuide
     from admtrt.models.checkpoint import LoadedNetwork
     from admtrt.runtime.sampler import Denoiser
@@ -79,26 +78,32 @@ class TorchGuides:
     """Guides in PyTorch, differentiated by autograd.
 
     Args:
-        unet: of the bundle.
+        unet: of the bundle, called with x, t and its conditions by name.
+        config: of the UNet.
         guides: by name.
         dtype: of the computation.
     """
 
     def __init__(
-        self, unet: LoadedNetwork, guides: Mapping[str, AnyGuide], dtype: torch.dtype = torch.float32
+        self,
+        unet: nn.Module,
+        config: UNetConfig,
+        guides: Mapping[str, AnyGuide],
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        assert isinstance(unet.module, UNet)
         self._dtype = dtype
-        self._unet = in_type(unet.module, dtype)
-        self._of_unet = [tensor.name for tensor in unet_spec(unet.module.config).inputs]
+        self._unet = in_type(unet, dtype)
+        self._config = config
         self._modules = {name: self._module(guide) for name, guide in guides.items()}
         self._configs = {name: guide.config for name, guide in guides.items()}
-        self._specs = {name: guide_spec(unet.module.config, guide.config) for name, guide in guides.items()}
+        self._specs = {name: guide_spec(config, guide.config) for name, guide in guides.items()}
 
     @torch.no_grad()
     def unet(self, feeds: Mapping[str, Array]) -> Images:
         """The UNet's output for what its graph takes, among other things."""
-        out: Images = self._unet(**{name: self._tensor(feeds[name]) for name in self._of_unet}).numpy()
+        out: Images = self._unet(
+            **{one.name: self._tensor(feeds[one.name]) for one in unet_spec(self._config).inputs}
+        ).numpy()
         return out
 
     def run(self, name: str, feeds: Mapping[str, Array]) -> dict[str, Images]:
@@ -121,8 +126,9 @@ class TorchGuides:
         if not isinstance(guide, Guide):
             return self._unet if guide.network is None else in_type(guide.network, self._dtype)
         own = replace(guide, loss=in_type(guide.loss, self._dtype))
-        made: nn.Module = GuidedUNet(self._unet, own) if guide.through == "unet" else NoisyLoss(own)
-        return made.eval()
+        if guide.through == "unet":
+            return GuidedUNet(self._unet, self._config, own).eval()
+        return NoisyLoss(own).eval()
 
     def _tensor(self, array: Array) -> Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(array))

@@ -123,7 +123,7 @@ def verify_bundle(
         drift, trajectory_rows = comparison.recommended()
         return VerificationReport(str(bundle.path), (*rows, *trajectory_rows), drift)
     rows += [*comparison.update_rows(), *comparison.small_rows()]
-    led_rows = comparison.guides(TorchGuides(unet, led)) if led else None
+    led_rows = comparison.guides(TorchGuides(unet.module, bundle.manifest.network, led)) if led else None
     if led_rows is not None:
         progress("guides")
         rows += led_rows.graph_rows()

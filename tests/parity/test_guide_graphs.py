@@ -142,7 +142,12 @@ def test_gradients_are_those_of_autograd(which: str, tmp_path: Path) -> None:
     names = [tensor.name for tensor in guide_spec(UNET, guide.config).outputs]
     found = dict(zip(names, session(model).run(names, feeds), strict=True))
     # A file is run in float32 on both sides.
-    exact = TorchGuides(LOADED, {"one": guide}, torch.float32 if which == "file" else torch.float64)
+    exact = TorchGuides(
+        LOADED.module,
+        LOADED.module.config,
+        {"one": guide},
+        torch.float32 if which == "file" else torch.float64,
+    )
     expected = exact.run("one", feeds)
     assert set(found) == set(expected)
     for name, values in expected.items():
@@ -197,7 +202,7 @@ def test_the_loss_stays_in_float32_and_its_cotangent_within_fp16() -> None:
     feeds = feeds_for(guide)
     names = ["grad", "value"]
     found = session(proto(model)).run(names, feeds)
-    expected = TorchGuides(LOADED, {"one": guide}).run("one", feeds)
+    expected = TorchGuides(LOADED.module, LOADED.module.config, {"one": guide}).run("one", feeds)
     for name, values in zip(names, found, strict=True):
         a, b = (one.reshape(3, -1).astype(np.float64) for one in (values, expected[name]))
         error = np.linalg.norm(a - b, axis=1) / np.linalg.norm(b, axis=1)

@@ -19,6 +19,7 @@ from admtrt.export.passes import simplify
 from admtrt.export.tape import ConvBackward, Tape
 
 if TYPE_CHECKING:
+    from admtrt.config import UNetConfig
     from admtrt.export.guides.guide import AnyGuide
     from admtrt.models.unet import UNet
 
@@ -29,21 +30,28 @@ class GuidedUNet(nn.Module):
     """The UNet's output and - loss of each sample; then that times ``boost``, unless it is 1.
 
     Called with what the graph takes, in its order.
+
+    Args:
+        unet: called with x, t and its conditions by name.
+        config: of the UNet.
+        guide: whose loss it is.
+        boost: see :func:`guide_graph`.
     """
 
-    def __init__(self, unet: UNet, guide: Guide, boost: float = 1.0) -> None:
+    def __init__(self, unet: nn.Module, config: UNetConfig, guide: Guide, boost: float = 1.0) -> None:
         super().__init__()
         self.unet = unet
         self.loss = guide.loss
         self.boost = boost
         self.parameter_names = guide.parameters[1:]
-        self.names = [tensor.name for tensor in guide_spec(unet.config, guide.config).inputs]
-        self.of_unet = [tensor.name for tensor in unet_spec(unet.config).inputs]
+        self.names = [tensor.name for tensor in guide_spec(config, guide.config).inputs]
+        self.conditions = [one.name for one in unet_spec(config).inputs if one.name not in ("x", "t")]
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """See the class."""
         given = dict(zip(self.names, tensors, strict=True))
-        out: Tensor = self.unet(**{name: given[name] for name in self.of_unet})
+        conditions = {name: given[name] for name in self.conditions}
+        out: Tensor = self.unet(given["x"], given["t"], **conditions)
         from_x, from_out, clip = (given[name][:, None, None, None] for name in (*X0_WEIGHTS, GUIDE_CLIP))
         x0 = torch.clamp(from_x * given["x"] + from_out * out[:, : given["x"].shape[1]], -clip, clip)
         given[STATE_INPUT] = given["x"]
@@ -82,7 +90,9 @@ def guide_graph(
         return unet_graph(guide.network)
     event = event_shape(unet.config)
     boost = math.sqrt(math.prod(event)) if boosted else 1.0
-    module = GuidedUNet(unet, guide, boost) if guide.through == "unet" else NoisyLoss(guide, boost)
+    module = (
+        GuidedUNet(unet, unet.config, guide, boost) if guide.through == "unet" else NoisyLoss(guide, boost)
+    )
     spec = guide_spec(unet.config, guide.config)
     outputs = [tensor.name for tensor in spec.outputs if tensor.name != "grad"]
     inputs = example_inputs(spec)

@@ -14,6 +14,7 @@ from bundles import CLASSIFIER, SAMPLER, UNET, exported_bundle, network
 from onnx_graphs import small_classifier
 
 from admtrt.bench import plain
+from admtrt.bench.contender import Contender
 from admtrt.bench.rows import Row
 from admtrt.bench.subject import Subject, subject_from_preset
 from admtrt.bench.torch_rows import DeviceDenoiser, open_torch_row
@@ -23,6 +24,8 @@ from admtrt.config import DiffusionConfig
 from admtrt.contract import classifier_gradient_spec
 from admtrt.errors import CheckpointError, RequestError
 from admtrt.export.graphs import example_inputs
+from admtrt.export.guides.losses import linear
+from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.models.checkpoint import save_checkpoint
 from admtrt.models.classifier import log_prob_gradient
 from admtrt.models.denoiser import TorchDenoiser
@@ -135,6 +138,19 @@ def test_pytorch_without_checkpoints_says_so(tmp_path: Path) -> None:
         open_torch_row(Row("torch"), bare, "cpu", 1)
     with pytest.raises(RequestError, match="there is no original implementation"):
         open_torch_row(Row("original"), bare, "cpu", 1)
+
+
+def test_pytorch_differentiates_the_losses_of_guides(checkpoints: Path, tmp_path: Path) -> None:
+    path = tmp_path / "bundle"
+    bundle_from_checkpoints(network(UNET), None, path, guides=[linear((1, 8, 8))])
+    led = Subject("led", path, checkpoints / "unet.safetensors", None, None, tmp_path)
+    torch_row, onnx_row = (Contender(Row(name), led, "cpu", 1, {}) for name in ("torch", "onnxruntime"))
+    found, expected = torch_row.prepare(3).outputs, onnx_row.prepare(3).outputs
+    assert set(found) == {"out", "guide.linear"} == set(expected)
+    for name, values in expected.items():
+        assert sample_errors(found[name], values).max() < CLOSE
+    assert list(torch_row.step().guides) == ["linear"]
+    assert not Contender(Row("torch", "bf16"), led, "cpu", 1, {}).prepare(1).outputs.keys() - {"out"}
 
 
 @pytest.mark.parametrize(("stride", "size"), [(1, 8), (2, 8), (2, 7)])
