@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from admtrt.runtime.backends.quiet import silence
 
@@ -34,6 +35,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests import the libraries themselves, too.
 silence()
 
+# On a busy machine one example takes seconds. Examples share the fixtures of a test, which they leave alone.
+settings.register_profile(
+    "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("tests")
+
 # What the package remembers between runs (hashes, the fastest backend) stays out of the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="admtrt-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
@@ -45,6 +52,14 @@ def _no_misuse_of_the_gpu() -> Iterator[None]:
     stub = sys.modules.get("cuda_stub")
     found = stub.misuses() if stub is not None else []
     assert not found, found
+
+
+@pytest.fixture(autouse=True)
+def _signals_stay_as_they_were() -> Iterator[None]:
+    """A handler that a test leaves behind would end the worker when a later test raises that signal."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    assert {number: signal.getsignal(number) for number in before} == before
 
 
 def pytest_report_header() -> str:

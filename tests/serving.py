@@ -81,7 +81,7 @@ def running(model: Model, **options: Any) -> Iterator[Engine]:
         yield engine
     finally:
         engine.abort()
-        engine.join(10)
+        engine.join(60)
         assert not engine.is_alive()
 
 
@@ -115,7 +115,7 @@ class Asked:
         if not isinstance(event, Preview):
             self._ended.set()
 
-    def end(self, timeout: float = 20) -> Done | Failed:
+    def end(self, timeout: float = 120) -> Done | Failed:
         assert self._ended.wait(timeout), "the request has no end"
         return self.events[-1]  # type: ignore[return-value]
 
@@ -240,7 +240,7 @@ def asynchronous(test: Any) -> Any:
     """A coroutine as a test."""
 
     def wrapped(tmp_path: Path) -> None:
-        asyncio.run(asyncio.wait_for(test(tmp_path), 60))
+        asyncio.run(asyncio.wait_for(test(tmp_path), 300))
 
     wrapped.__name__, wrapped.__doc__ = test.__name__, test.__doc__
     return wrapped

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from bundles import sham_bundle
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from admtrt.bundle import MANIFEST, Bundle, Manifest
@@ -32,9 +32,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=5,
 )
-FUZZ = settings(  # no deadline: a busy machine is no fault
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+FUZZ = settings(max_examples=150)
 
 
 @pytest.fixture(scope="module")

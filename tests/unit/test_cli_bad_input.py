@@ -106,7 +106,7 @@ def test_a_graph_that_the_library_refuses_is_told_once(tmp_path: Path) -> None:
     sham_bundle(tmp_path / "bundle")
     command = [sys.executable, "-m", "admtrt", "sample", tmp_path / "bundle", "--out", tmp_path / "run"]
     environment = os.environ | {"PYTHONPATH": str(Path(admtrt.__file__).parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=60)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=180)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ONNX Runtime refuses ")
     assert len(done.stderr.splitlines()) == 1

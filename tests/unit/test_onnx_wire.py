@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from admtrt.errors import BundleError
@@ -172,7 +172,7 @@ def test_deep_nesting(tmp_path: Path) -> None:
     assert locations(tmp_path, b"\x3a" + _varint(len(data)) + data) == {"deep"}
 
 
-fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=200)
 
 
 @fuzz

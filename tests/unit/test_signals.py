@@ -51,7 +51,7 @@ def test_every_further_signal_is_heard_and_none_gives_a_traceback(number: signal
         for expected in ("ready", "cleaning", "again"):
             assert process.stdout.readline().strip() == expected
             process.send_signal(number)
-        complaint = process.communicate(timeout=30)[1]
+        complaint = process.communicate(timeout=120)[1]
     assert process.returncode == 128 + number
     assert "Traceback" not in complaint
     assert "Exception" not in complaint
@@ -85,7 +85,7 @@ def test_signals_in_quick_succession(number: signal.Signals) -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=30,
+        timeout=120,
     )
     assert done.returncode == 128 + number
     assert "Traceback" not in done.stderr
@@ -114,7 +114,7 @@ def test_a_name_that_stdout_cannot_show_is_written_out(encoding: str) -> None:
         env=ENVIRONMENT | {"PYTHONIOENCODING": encoding},
         capture_output=True,
         check=False,
-        timeout=30,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert rb"run-\udcff" in done.stdout

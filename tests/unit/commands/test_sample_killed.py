@@ -32,7 +32,7 @@ def command(bundle: Path, out: Path) -> list[str]:
 
 def finish(bundle: Path, out: Path) -> dict[str, int]:
     done = subprocess.run(
-        command(bundle, out), env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=120
+        command(bundle, out), env=ENVIRONMENT, capture_output=True, text=True, check=False, timeout=300
     )
     assert done.returncode == 0, done.stderr
     result: dict[str, int] = json.loads(done.stdout)
@@ -49,7 +49,7 @@ def kill_after(shards: int, bundle: Path, out: Path) -> None:
     with subprocess.Popen(
         command(bundle, out), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while len(finished(out)) < shards:
             assert process.poll() is None, "the run ended before it could be killed"
             assert time.monotonic() < deadline
@@ -143,7 +143,7 @@ def test_a_run_killed_at_file_operations_can_always_go_on(tmp_path: Path) -> Non
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) >= 15
@@ -169,13 +169,13 @@ def test_an_interruption_says_how_to_go_on(number: signal.Signals, tmp_path: Pat
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while not finished(out):
             assert process.poll() is None
             assert time.monotonic() < deadline
             time.sleep(0.001)
         process.send_signal(number)
-        shown, complaint = process.communicate(timeout=60)
+        shown, complaint = process.communicate(timeout=180)
     assert process.returncode == 128 + number
     assert shown == ""
     assert complaint.startswith("error: interrupted\n")

@@ -64,14 +64,14 @@ class Server:
             self.told["url"] + path, content, {"content-type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
+            with urllib.request.urlopen(request, timeout=180) as answer:
                 return answer.status, json.loads(answer.read())
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
 
     def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         self.process.send_signal(number)
-        return self.process.wait(60), self.process.communicate()[1]
+        return self.process.wait(180), self.process.communicate()[1]
 
 
 @contextlib.contextmanager
@@ -101,10 +101,10 @@ def test_a_server_from_start_to_end(tmp_path: Path) -> None:
         while server.ask("/health/ready")[0] != 503:
             time.sleep(0.01)
         assert server.ask("/v1/samples", asked)[0] == 503
-        asking.join(60)
+        asking.join(180)
         assert got[0][0] == 200
         assert len(got[0][1]["images"]) == 3
-        assert server.process.wait(60) == 0
+        assert server.process.wait(180) == 0
         errors = server.process.communicate()[1]
         assert "draining" in errors
         assert "Traceback" not in errors
@@ -134,7 +134,7 @@ def test_openais_own_client(tmp_path: Path) -> None:
 
 
 def metrics(server: Server) -> str:
-    with urllib.request.urlopen(server.told["url"] + "/metrics", timeout=60) as answer:
+    with urllib.request.urlopen(server.told["url"] + "/metrics", timeout=180) as answer:
         return str(answer.read().decode())
 
 
@@ -150,7 +150,7 @@ def test_a_second_signal_cuts_off(tmp_path: Path) -> None:
         while server.ask("/health/ready")[0] != 503:
             time.sleep(0.01)
         code, errors = server.stop(signal.SIGINT)
-        asking.join(60)
+        asking.join(180)
         assert (got[0][0], got[0][1]["error"]["code"]) == (503, "draining")
         assert code == 1
         assert "Traceback" not in errors

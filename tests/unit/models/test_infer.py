@@ -170,7 +170,7 @@ def configs(draw: st.DrawFn) -> CheckpointConfig:
     return checkpoint_config_from_settings(kind, backbone | head | process)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(configs())
 def test_any_model_is_built_again_from_its_shapes(config: CheckpointConfig) -> None:
     shapes = shapes_of_network(config)

@@ -243,7 +243,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_too(tmp_path, monkeypatch)
 def interrupted_after(
     monkeypatch: pytest.MonkeyPatch, number: signal.Signals, steps: int, *, times: int = 1
 ) -> None:
-    """Send a signal in the middle of a step, and let SIGTERM do what the command line has it do."""
+    """Send a signal in the middle of a step."""
     really = learner_module.Learner.update
 
     def update(self, data):
@@ -257,12 +257,16 @@ def interrupted_after(
 
 @pytest.fixture
 def terminable():
+    """Signals raise, as on the command line: one with its default effect would end the tests."""
+
     def stop(number, _):
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    handlers = {signal.SIGTERM: stop, signal.SIGINT: signal.default_int_handler}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     yield
-    assert signal.signal(signal.SIGTERM, before) is stop, "the handler was not put back"
+    left = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert left == handlers, "a handler was not put back"
 
 
 @pytest.mark.parametrize(
