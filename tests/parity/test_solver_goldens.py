@@ -114,7 +114,7 @@ def run(names: list[str], denoiser: Denoiser) -> None:
     [
         ("unet", "onnxruntime"),
         pytest.param("unet", "openvino", marks=pytest.mark.slow),
-        ("cm", "onnxruntime"),
+        pytest.param("cm", "onnxruntime", marks=pytest.mark.slow),  # of a small network, as OpenVINO
         ("cm", "openvino"),
     ],
 )

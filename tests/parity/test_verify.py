@@ -151,7 +151,7 @@ def test_class_conditional_with_classifier(classifier: LoadedNetwork, tmp_path: 
     assert report.passed, report.failures
 
 
-@pytest.fixture(scope="module", params=["linear", "cosine"])
+@pytest.fixture(scope="module", params=["linear", pytest.param("cosine", marks=pytest.mark.slow)])
 def unguided(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Bundle, LoadedNetwork]:
