@@ -47,11 +47,15 @@ p { max-width: 46rem }
 .grids { grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
 figure { margin: 1rem 0 }
 .grids figure { margin: 0 }
-img { max-width: 100%; background: #fff; border: 1px solid var(--line); border-radius: .4rem; padding: .4rem }
+img { max-width: 100%; background: #fff; border: 1px solid var(--line); border-radius: .4rem; padding: .4rem;
+  display: block }
 figcaption { color: var(--faint); font-size: .9rem }
 .scroll { overflow-x: auto }
+.scroll img { min-width: 34rem }
+.grids .scroll img { min-width: 0 }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums }
 td, th { padding: .25rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+th { white-space: normal; vertical-align: bottom }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
 summary { cursor: pointer; padding: .3rem 0 }
 footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .9rem;
@@ -114,7 +118,11 @@ def _facts(result: DemoResult, best: Iterable[SweepPoint]) -> str:
     rows = result.verification.rows
     errors = [row.error for row in rows if row.stage == "trajectory" and row.error is not None]
     parity = f"{len(rows) - len(result.verification.failures)} of {len(rows)}"
-    drift = f"largest difference over whole samples {max(errors):.1e}" if errors else "no sample was compared"
+    drift = (
+        f"whole samples differ by at most {max(errors):.1e} of their largest value"
+        if errors
+        else "no whole sample was compared"
+    )
     tiles = [
         (point.sampler, point.verdict.accuracy >= TARGET, f"{point.verdict.accuracy:.1%}", note)
         for point in best
@@ -190,8 +198,8 @@ def _shown(value: Value) -> str:
 
 def _figure(picture: Path, caption: str) -> str:
     text, data = html.escape(caption), base64.b64encode(picture.read_bytes()).decode()
-    picture_tag = f'<img src="data:image/png;base64,{data}" alt="{text}">'
-    return f"<figure>{picture_tag}<figcaption>{text}</figcaption></figure>\n"
+    image = f'<div class="scroll"><img src="data:image/png;base64,{data}" alt="{text}"></div>'
+    return f"<figure>{image}<figcaption>{text}</figcaption></figure>\n"
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
