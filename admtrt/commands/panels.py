@@ -146,8 +146,6 @@ def arrange(command: str, parameters: Iterable[Any]) -> None:
             parameter.rich_help_panel = panel
         if parameter.name in SHORT and SHORT[parameter.name] not in parameter.opts:
             parameter.opts.append(SHORT[parameter.name])
-        if parameter.is_flag and parameter.metavar is None:
-            parameter.metavar = ""  # nothing is given beside it
 
 
 def examples(command: str) -> str | None:
