@@ -28,38 +28,36 @@ _PACKAGES = {
     "numpy": "NumPy",
 }
 _STYLE = """
-:root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 20%, transparent);
-  --soft: color-mix(in srgb, currentColor 5%, transparent);
-  --faint: color-mix(in srgb, currentColor 65%, transparent);
-  --pass: light-dark(#1a7f37, #4ac26b); --fail: light-dark(#b42318, #ff8b80) }
+:root { color-scheme: light dark }
 * { box-sizing: border-box }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .5rem }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem }
 p { max-width: 46rem }
-.pass { color: var(--pass) }
-.fail { color: var(--fail) }
+.pass { color: light-dark(#1a7f37, #4ac26b) }
+.fail { color: light-dark(#b42318, #ff8b80) }
+small, figcaption, footer { color: color-mix(in srgb, currentColor 65%, transparent); font-size: .9rem }
+.fact, img, td, th, footer { border: 0 solid color-mix(in srgb, CanvasText 20%, transparent) }
+.fact, img { border-width: 1px; border-radius: .5rem }
+td, th { border-bottom-width: 1px }
 .facts, .grids { display: grid; gap: 1rem }
 .facts { grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); margin: 1.2rem 0 }
-.fact { border: 1px solid var(--line); border-radius: .6rem; padding: .8rem 1rem; background: var(--soft) }
+.fact { padding: .8rem 1rem; background: color-mix(in srgb, CanvasText 5%, transparent) }
 .fact b { display: block; font-size: 1.7rem; line-height: 1.3 }
-.fact small { color: var(--faint); display: block }
+.fact small { display: block }
 .grids { grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
 figure { margin: 1rem 0 }
 .grids figure { margin: 0 }
-img { max-width: 100%; background: #fff; border: 1px solid var(--line); border-radius: .4rem; padding: .4rem;
-  display: block }
-figcaption { color: var(--faint); font-size: .9rem }
+img { display: block; max-width: 100%; background: #fff; padding: .4rem }
 .scroll { overflow-x: auto }
 .scroll img { min-width: 34rem }
 .grids .scroll img { min-width: 0 }
 table { border-collapse: collapse; margin: .8rem 0; font-variant-numeric: tabular-nums }
-td, th { padding: .25rem .8rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line) }
+td, th { padding: .25rem .8rem; text-align: right; white-space: nowrap }
 th { white-space: normal; vertical-align: bottom }
 td:first-child, th:first-child { text-align: left; padding-left: 0 }
 summary { cursor: pointer; padding: .3rem 0 }
-footer { margin-top: 3rem; padding-top: 1rem; border-top: 1px solid var(--line); font-size: .9rem;
-  color: var(--faint) }
+footer { margin-top: 3rem; padding-top: 1rem; border-top-width: 1px }
 """
 
 
@@ -119,7 +117,7 @@ def _facts(result: DemoResult, best: Iterable[SweepPoint]) -> str:
     errors = [row.error for row in rows if row.stage == "trajectory" and row.error is not None]
     parity = f"{len(rows) - len(result.verification.failures)} of {len(rows)}"
     drift = (
-        f"whole samples differ by at most {max(errors):.1e} of their largest value"
+        f"whole samples: within {max(errors):.1e} of their largest value"
         if errors
         else "no whole sample was compared"
     )
