@@ -24,7 +24,7 @@ from admtrt.commands.evaluate import evaluate_app
 from admtrt.commands.export import export
 from admtrt.commands.inspect import inspect
 from admtrt.commands.invert import invert
-from admtrt.commands.options import Command
+from admtrt.commands.options import Command, Group
 from admtrt.commands.presets import presets
 from admtrt.commands.sample import sample
 from admtrt.commands.serve import serve
@@ -60,6 +60,7 @@ _PLACE_FAULTS = frozenset(
 
 app = typer.Typer(
     name="admtrt",
+    cls=Group,
     help="Train, export, verify and sample ADM diffusion models with classifier guidance.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Pillow's mode for each number of channels."""
+_MOST_COLUMNS = 20
 _SMALLEST_TILE = 64  # pixels: smaller images are enlarged, or nobody could see them
 _GAP = 2
 _FONT_SIZE = 11
@@ -43,9 +44,18 @@ def to_pillow(pixels: NDArray[np.uint8]) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
-def usual_columns(count: int) -> int:
-    """Images in a row of a grid of so many: about a square, 20 at most."""
-    return max(1, min(20, round(math.sqrt(count))))
+def usual_columns(count: int, labels: Sequence[str] | None = None) -> int:
+    """Images in a row of a grid of so many: about a square, 20 at most.
+
+    Where the labels take turns, a column has one label: a row is one turn, or several.
+    """
+    square = max(1, min(_MOST_COLUMNS, round(math.sqrt(count))))
+    turn = len(set(labels or ()))
+    if labels is None or not turn < count or turn > _MOST_COLUMNS:
+        return square
+    if any(label != labels[place % turn] for place, label in enumerate(labels)):
+        return square
+    return turn * max(1, min(_MOST_COLUMNS // turn, round(square / turn)))
 
 
 def save_grid(

@@ -200,6 +200,21 @@ class ClassifierTrainingConfig(TrainingConfig):
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
 
 
+def with_sizes_of_data(given: Any) -> Any:
+    """Content of a training file, whose networks have the sizes of ``data`` where they say none.
+
+    What has another form is returned as it is: validation tells what is wrong with it.
+    """
+    data = given.get("data") if isinstance(given, dict) else None
+    if not isinstance(data, dict):
+        return given
+    known = {"image_size": data.get("image_size"), "in_channels": data.get("channels")}
+    known = {key: value for key, value in known.items() if value is not None}
+    networks = {name: given[name] for name in ("unet", "classifier", "upsampler") if name in given}
+    filled = {name: known | one if isinstance(one, dict) else one for name, one in networks.items()}
+    return {**given, **filled}
+
+
 class RunConfig(Config):
     """One file for a UNet, its classifier and its upsampler: data, process, networks, training, sampling."""
 
@@ -217,15 +232,7 @@ class RunConfig(Config):
     @model_validator(mode="before")
     @classmethod
     def _take_sizes_of_data(cls, given: Any) -> Any:
-        """Networks without ``image_size`` or ``in_channels`` have those of ``data``."""
-        data = given.get("data") if isinstance(given, dict) else None
-        if not isinstance(data, dict):
-            return given
-        known = {"image_size": data.get("image_size"), "in_channels": data.get("channels")}
-        known = {key: value for key, value in known.items() if value is not None}
-        networks = {name: given[name] for name in ("unet", "classifier", "upsampler") if name in given}
-        filled = {name: known | one if isinstance(one, dict) else one for name, one in networks.items()}
-        return {**given, **filled}
+        return with_sizes_of_data(given)
 
     def network(self, task: Task) -> UNetConfig | ClassifierConfig | None:
         """Network of this section, if there is such a section."""

@@ -95,7 +95,9 @@ def save_comparison(task: Task, bilinear: Images, drawn: Images, path: Path) -> 
     small = task.small.repeat(factor, axis=1).repeat(factor, axis=2)
     columns = (small, to_uint8(bilinear), to_uint8(drawn), to_uint8(task.x_0))
     tiles = np.stack([column[:_GRID_ROWS] for column in columns], axis=1)
-    save_grid(tiles.reshape(-1, *tiles.shape[2:]), path, columns=len(columns))
+    titles = ["small", "bilinear", "upsampler", "true"]
+    labels = titles + [""] * (tiles.shape[0] - 1) * len(titles)
+    save_grid(tiles.reshape(-1, *tiles.shape[2:]), path, columns=len(titles), labels=labels)
 
 
 def measure(arguments: argparse.Namespace) -> None:

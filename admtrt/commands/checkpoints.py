@@ -12,7 +12,7 @@ from admtrt.config import ClassifierConfig, Config, DiffusionConfig, ProcessConf
 from admtrt.config_files import load_config, value_from_text
 from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.models.option_names import OptionNames
-from admtrt.run_config import FittedSampler, RunConfig
+from admtrt.run_config import FittedSampler, RunConfig, with_sizes_of_data
 from admtrt.schedule.recommended import recommended_choices
 from admtrt.schedule.sampler import SamplerConfig, with_choices
 from admtrt.schedule.solvers.registry import AUTO
@@ -47,8 +47,11 @@ class CheckpointSettings(Config):
     @model_validator(mode="before")
     @classmethod
     def _leave_training_out(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        filled = with_sizes_of_data(data)
         others = RunConfig.model_fields.keys() - cls.model_fields.keys()
-        return {key: data[key] for key in data if key not in others} if isinstance(data, dict) else data
+        return {key: filled[key] for key in filled if key not in others}
 
 
 @dataclass(frozen=True)

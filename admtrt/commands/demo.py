@@ -29,13 +29,13 @@ def demo(
     page = write_report(result, out)
     rows = [
         [
-            f"{method.upper()} {steps}",
-            f"{result.best(method).scale:g}",
-            f"{result.best(method).verdict.accuracy:.1%}",
-            f"{result.best(method).verdict.diversity:.2f}",
-            *(f"{value.value:.3g}" for value in result.best(method).distances.values()),
+            best.sampler,
+            f"{best.scale:g}",
+            f"{best.verdict.accuracy:.1%}",
+            f"{best.verdict.diversity:.2f}",
+            *(f"{value.value:.3g}" for value in best.distances.values()),
         ]
-        for method, steps in SAMPLERS.items()
+        for best in map(result.best, SAMPLERS)
     ]
     output.result(
         demo_numbers(result) | {"report": str(page)},

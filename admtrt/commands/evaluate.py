@@ -15,6 +15,7 @@ from admtrt.commands.evaluate_sweep import sweep
 from admtrt.commands.options import (
     BackendName,
     Command,
+    Group,
     PlanFolder,
     PrecisionName,
     Threads,
@@ -37,7 +38,9 @@ if TYPE_CHECKING:
     from admtrt.run_config import DataConfig
     from admtrt.runtime.sampler import Denoiser
 
-evaluate_app = typer.Typer(help="Judge samples or a network against real images.", no_args_is_help=True)
+evaluate_app = typer.Typer(
+    cls=Group, help="Judge samples or a network against real images.", no_args_is_help=True
+)
 evaluate_app.add_typer(features_app, name="features")
 for _command in (reference, samples, sweep):
     evaluate_app.command(cls=Command)(_command)

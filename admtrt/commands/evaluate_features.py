@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from admtrt.commands.options import Command
+from admtrt.commands.options import Command, Group
 from admtrt.commands.requirements import require
 from admtrt.console import Output, progress_bar, table
 from admtrt.files import check_place
 
-features_app = typer.Typer(help="Make a network of features, once.", no_args_is_help=True)
+features_app = typer.Typer(cls=Group, help="Make a network of features, once.", no_args_is_help=True)
 
 _Out = Annotated[Path, typer.Option(help="Folder of the features.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]

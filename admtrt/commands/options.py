@@ -8,13 +8,29 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from admtrt.commands.panels import arrange, examples
 from admtrt.runtime.backends.names import NAMES
 
 
-class Command(TyperCommand):
+class _FlagsAlone:
+    """Shows no type beside a flag: nothing is given there."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """All parameters, ``--help`` and what typer adds for completion among them."""
+        parameters: list[Any] = super().get_params(ctx)  # type: ignore[misc]
+        for parameter in parameters:
+            if getattr(parameter, "is_flag", False) and parameter.metavar is None:
+                parameter.metavar = ""
+        return parameters
+
+
+class Group(_FlagsAlone, TyperGroup):
+    """A group of commands."""
+
+
+class Command(_FlagsAlone, TyperCommand):
     """A command with its panels, short options and examples.
 
     It takes ``--cache``, as ``--plans`` was called, where it has that option.
@@ -23,13 +39,6 @@ class Command(TyperCommand):
     def __init__(self, name: str | None, **given: Any) -> None:
         super().__init__(name, **(given | {"epilog": examples(name or "")}))
         arrange(name or "", self.params)
-
-    def get_help_option(self, ctx: Any) -> Any:
-        """The option ``--help``, as every flag without a type beside it."""
-        option = super().get_help_option(ctx)
-        if option is not None:
-            option.metavar = ""
-        return option
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Put the option's name in place of the former one, which no help shows."""

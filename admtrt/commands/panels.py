@@ -124,6 +124,31 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "admtrt configure photos -o photos.toml --size 32",
         "admtrt configure images.npz -o images.toml",
     ),
+    "triton": (
+        "admtrt triton mine.bundle --out repository",
+        "admtrt triton mine.bundle other.bundle --out repository",
+        "admtrt triton mine.bundle --out repository --copy --backend openvino",
+    ),
+    "inspect": (
+        "admtrt inspect mine.bundle",
+        "admtrt inspect unet.safetensors",
+        "admtrt inspect mine.bundle --json",
+    ),
+    "reference": (
+        "admtrt evaluate reference photos -o ref.npz --features inception.features",
+        "admtrt evaluate reference training.toml:train -o ref.npz --features judge.features",
+        "admtrt evaluate reference images.npz -o ref.npz --features inception.features --backend auto",
+    ),
+    "nll": (
+        "admtrt evaluate nll --unet unet.safetensors --data photos",
+        "admtrt evaluate nll --bundle mine.bundle --data photos --images 100",
+        "admtrt evaluate nll --bundle mine.bundle --config training.toml --set data.on_bad_file=skip",
+    ),
+    "classifier": (
+        "admtrt train classifier training.toml -o runs/mine",
+        "admtrt train classifier training.toml -o runs/mine --resume",
+        "admtrt train classifier training.toml -o runs/mine --batch-size 64 --set data.random_flip=true",
+    ),
     "unet": (
         "admtrt train unet training.toml -o runs/mine",
         "admtrt train unet training.toml -o runs/mine --resume",
@@ -146,8 +171,6 @@ def arrange(command: str, parameters: Iterable[Any]) -> None:
             parameter.rich_help_panel = panel
         if parameter.name in SHORT and SHORT[parameter.name] not in parameter.opts:
             parameter.opts.append(SHORT[parameter.name])
-        if parameter.is_flag and parameter.metavar is None:
-            parameter.metavar = ""  # nothing is given beside it
 
 
 def examples(command: str) -> str | None:

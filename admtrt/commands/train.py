@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from admtrt.commands.options import Command
+from admtrt.commands.options import Command, Group
 from admtrt.commands.requirements import require
 from admtrt.console import Output, table
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from admtrt.run_config import Task
 
-train_app = typer.Typer(help="Train a network on images.", no_args_is_help=True)
+train_app = typer.Typer(cls=Group, help="Train a network on images.", no_args_is_help=True)
 
 _HELP = {
     "unet": "Train the UNet of section 'unet' with the settings of section 'train_unet'.",

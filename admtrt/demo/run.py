@@ -49,7 +49,6 @@ SAMPLERS = {"ddpm": "50", "ddim": "ddim25"}
 FEATURES = "judge.features"
 _BATCH = 100
 _GRID_ROWS = 4
-_GRID_SCALES = (0.0, 1.0, 4.0)
 _JUDGE_STEPS = 400
 
 
@@ -71,9 +70,24 @@ class SweepPoint:
         return self.row.sampler.method
 
     @property
+    def sampler(self) -> str:
+        """The sampler in words: ``DDIM, 25 steps``."""
+        return f"{self.method.upper()}, {self.row.evaluations} steps"
+
+    @property
     def scale(self) -> float:
         """Of the guidance."""
         return self.row.sampler.scale
+
+    @property
+    def grid(self) -> str:
+        """The name of the picture of its first samples, a row a sample of each class."""
+        return f"grid-{self.method}-scale-{self.scale:g}.png"
+
+    @property
+    def summary(self) -> str:
+        """The verdict in words."""
+        return f"{self.sampler}, scale {self.scale:g}: {self.verdict.accuracy:.1%} judged their class"
 
     @property
     def distances(self) -> dict[str, Value]:
@@ -92,7 +106,6 @@ class DemoResult:
         points: the sweep.
         floor: ``fd`` and ``kid`` of as many real images that neither networks nor judges saw, or fewer.
         verification: the parity of the bundle with the trained networks.
-        grids: pictures by file name and caption.
     """
 
     seconds: dict[str, float]
@@ -101,7 +114,6 @@ class DemoResult:
     points: tuple[SweepPoint, ...]
     floor: dict[str, Value]
     verification: VerificationReport
-    grids: dict[str, str]
 
     def best(self, method: str) -> SweepPoint:
         """The point of a sampler with the highest accuracy; of equals, the one with the smallest scale."""
@@ -157,16 +169,12 @@ def run_demo(out: Path, *, output: Output) -> DemoResult:
         make_judge(file, out / FEATURES, steps=_JUDGE_STEPS, overwrite=True)
     seconds["train the judge"] = time.perf_counter() - start
     start = time.perf_counter()
-    judge, grids = Judge(config.data), dict[str, str]()
+    judge = Judge(config.data)
 
     def seen(point: SweepPoint, images: Pixels) -> None:
-        text = f"scale {point.scale:g}: {point.verdict.accuracy:.1%} judged their class"
-        output.note(f"{point.method} {point.row.sampler.steps} steps, {text}")
-        if point.scale in _GRID_SCALES:
-            name = f"grid-{point.method}-scale-{point.scale:g}.png"
-            shown = images[: 10 * _GRID_ROWS]
-            save_grid(shown, out / name, columns=10, labels=[str(row % 10) for row in range(len(shown))])
-            grids[name] = f"{point.method.upper()}, {point.row.sampler.steps} steps, {text}"
+        output.note(point.summary)
+        shown = images[: 10 * _GRID_ROWS]
+        save_grid(shown, out / point.grid, columns=10, labels=[str(row % 10) for row in range(len(shown))])
 
     chosen = [
         point
@@ -184,7 +192,6 @@ def run_demo(out: Path, *, output: Output) -> DemoResult:
         points=tuple(swept),
         floor=floor,
         verification=verification,
-        grids=grids,
     )
 
 

@@ -36,9 +36,10 @@ def save_figure(rows: Sequence[Row], index: int, path: Path) -> None:
     names = list(rows[0].judged[index].metrics)
     both = {"precision", "recall"} <= {*names}
     panels = len(names) + both
-    height = -(-panels // _COLUMNS)
-    figure = Figure(figsize=(_PANEL[0] * _COLUMNS, _PANEL[1] * height), layout="constrained")
-    axes: list[Any] = [figure.add_subplot(height, _COLUMNS, place + 1) for place in range(panels)]
+    columns = min(_COLUMNS, panels)
+    height = -(-panels // columns)
+    figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * height), layout="constrained")
+    axes: list[Any] = [figure.add_subplot(height, columns, place + 1) for place in range(panels)]
     lines = _lines(rows)
     floor = rows[0].judged[index].floor
     for name, panel in zip(names, axes, strict=False):

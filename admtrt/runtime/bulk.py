@@ -335,7 +335,7 @@ def _write(
     path = directory / "grid.png"
     images = shards[:GRID_LIMIT]
     names = _names(request, len(images), class_names)
-    save_grid(images, path, columns=usual_columns(len(images)), labels=names)
+    save_grid(images, path, columns=usual_columns(len(images), names), labels=names)
     return path
 
 

@@ -71,7 +71,7 @@ class Samples:
 
     def grid(self, columns: int | None = None) -> Image.Image:
         """The samples in one image of Pillow's, each under its class; ``columns`` to a row."""
-        return grid_of(self.images, columns or usual_columns(len(self)), self.names)
+        return grid_of(self.images, columns or usual_columns(len(self), self.names), self.names)
 
     def save(self, place: str | Path) -> list[Path]:
         """Write the samples: a path that ends in .png gets the grid, a folder one PNG a sample.
@@ -86,7 +86,7 @@ class Samples:
         """
         place = Path(place)
         if place.suffix.lower() == ".png":
-            save_grid(self.images, place, usual_columns(len(self)), self.names)
+            save_grid(self.images, place, usual_columns(len(self), self.names), self.names)
             return [place]
         files = []
         for index, image in enumerate(self.pil):
@@ -99,9 +99,8 @@ class Samples:
     def _repr_png_(self) -> bytes:
         """The grid, for notebooks: of the first 100."""
         shown = slice(None, _SHOWN)
-        names = self.names
-        images = self.images[shown]
-        grid = grid_of(images, usual_columns(len(images)), None if names is None else names[shown])
+        images, names = self.images[shown], None if self.names is None else self.names[shown]
+        grid = grid_of(images, usual_columns(len(images), names), names)
         written = io.BytesIO()
         grid.save(written, format="PNG")
         return written.getvalue()

@@ -60,7 +60,8 @@ class Frames:
                 "there are no frames", hint="Give the object as the callback of a pipeline first."
             )
         images = self.images
-        grids = [grid_of(one, usual_columns(len(one)), labels).convert("RGB") for one in images]
+        columns = usual_columns(len(images[0]), labels)
+        grids = [grid_of(one, columns, labels).convert("RGB") for one in images]
         durations = [_FRAME] * (len(grids) - 1) + [_LAST]
         with atomic_file(Path(path)) as temporary:
             grids[0].save(

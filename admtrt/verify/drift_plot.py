@@ -6,9 +6,12 @@ import math
 from typing import TYPE_CHECKING
 
 from admtrt.files import atomic_file
+from admtrt.verify.plot import whole_numbers
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from matplotlib.figure import Figure
 
     from admtrt.verify.drift import DriftReport
 
@@ -16,11 +19,18 @@ _FLOOR = 1e-9  # equal values have no place on a logarithmic axis
 
 
 def plot_precision_drift(report: DriftReport, title: str, path: Path) -> None:
-    """Write a PNG: mean and largest error of x_t after each step; of each graph by range of timesteps.
+    """Write a PNG of :func:`precision_drift_figure`.
 
     Raises:
         OutputError: if the file cannot be written.
     """
+    figure = precision_drift_figure(report, title)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def precision_drift_figure(report: DriftReport, title: str) -> Figure:
+    """Mean and largest error of x_t after each step; of each graph by range of timesteps or noise levels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
@@ -32,6 +42,7 @@ def plot_precision_drift(report: DriftReport, title: str, path: Path) -> None:
     ):
         along.semilogy(count, [max(error, _FLOOR) for error in errors], marker="o", label=label)
     along.set_xlabel("steps taken")
+    whole_numbers(along.xaxis)
     along.set_ylabel("relative error of $x_t$")
     for name in dict.fromkeys(graph.graph for graph in report.graphs):
         bins = [graph for graph in report.graphs if graph.graph == name]
@@ -43,10 +54,11 @@ def plot_precision_drift(report: DriftReport, title: str, path: Path) -> None:
     across.set_xlabel(report.axis)
     if report.axis == "noise level":
         across.set_xscale("log")
+    else:
+        whole_numbers(across.xaxis)
     across.set_ylabel("mean relative error of the output")
     for axes in (along, across):
         axes.grid(visible=True, alpha=0.3)
         axes.legend()
     figure.suptitle(title)
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    return figure

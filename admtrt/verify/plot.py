@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from admtrt.errors import MissingDependencyError, OutputError
 from admtrt.files import atomic_file, check_place
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from matplotlib.figure import Figure
 
     from admtrt.verify.report import VerificationReport
 
@@ -32,11 +34,18 @@ def require_plotting(path: Path) -> None:
 
 
 def plot_drift(report: VerificationReport, path: Path) -> None:
-    """Write a PNG: the error of x_t after each step, for each sampler, with the tolerances.
+    """Write a PNG of :func:`drift_figure`.
 
     Raises:
         OutputError: if the file cannot be written.
     """
+    figure = drift_figure(report)
+    with atomic_file(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def drift_figure(report: VerificationReport) -> Figure:
+    """The error of x_t after each step, for each sampler, with the tolerances."""
     from matplotlib.figure import Figure
 
     # A figure of its own, without pyplot: no display, no global state.
@@ -50,9 +59,17 @@ def plot_drift(report: VerificationReport, path: Path) -> None:
     for bound in sorted(bounds):
         axes.axhline(bound, color="black", linestyle="--", label=f"tolerance {bound:g}")
     axes.set_xlabel("steps taken")
+    whole_numbers(axes.xaxis)
     axes.set_ylabel("largest relative error of $x_t$")
     axes.set_title("Drift of the bundle from PyTorch")
     axes.grid(visible=True, alpha=0.3)
     axes.legend()
-    with atomic_file(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
+    return figure
+
+
+def whole_numbers(axis: Any) -> None:
+    """Tick an axis of matplotlib, of steps or timesteps, at whole numbers only."""
+    from matplotlib.ticker import MaxNLocator
+
+    # One step is one tick: two would have a fraction between them.
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True, min_n_ticks=1))

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from admtrt.errors import OutputError
-from admtrt.images import save_grid, to_uint8
+from admtrt.images import save_grid, to_uint8, usual_columns
 
 
 def test_levels_are_cut_not_rounded():
@@ -37,6 +37,32 @@ def test_grid_holds_every_image_in_order(tmp_path, channels, mode):
     for index, image in enumerate(images):
         top, left = 2 + index // 3 * 66, 2 + index % 3 * 66
         assert (pixels[top : top + 64, left : left + 64].reshape(image.shape) == image).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "classes", "columns"),
+    [
+        (1, 1, 1),
+        (10, 10, 3),  # one of each: there is no turn to repeat
+        (50, 10, 10),
+        (13, 10, 10),
+        (100, 3, 9),  # three turns a row are nearest to a square
+        (100, 2, 10),
+        (1000, 10, 20),
+        (60, 20, 20),
+        (60, 21, 8),  # too many for a row
+        (100, 1, 10),
+    ],
+)
+def test_a_column_has_one_class_where_classes_take_turns(count, classes, columns):
+    labels = [str(index % classes) for index in range(count)]
+    assert usual_columns(count, labels) == columns
+    assert columns % classes == 0 or columns == usual_columns(count)
+
+
+def test_other_orders_of_classes_make_a_square():
+    for labels in (["a"] * 8 + ["b"] * 8, ["a", "b", "b", "a"] * 4, None):
+        assert usual_columns(16, labels) == usual_columns(16) == 4
 
 
 def test_small_images_are_enlarged_by_a_whole_factor(tmp_path):

@@ -205,6 +205,25 @@ def test_one_file_of_settings_for_all(tmp_path: Path, kind: str) -> None:
     assert (embedded.kind, embedded.network) == (kind, CONFIGS[kind].network)
 
 
+def test_a_training_file_whose_networks_take_their_sizes_of_its_data(tmp_path: Path) -> None:
+    network = {key: value for key, value in SMALL.items() if key not in ("image_size", "in_channels")}
+    data = {"source": "photos", "image_size": UNET.network.image_size, "channels": UNET.network.in_channels}
+    sections = {"data": data, "unet": network | {"num_classes": 10}, "diffusion": {"schedule": "cosine"}}
+    lines = [
+        line
+        for name, section in sections.items()
+        for line in (f"[{name}]", *(f"{key} = {json.dumps(value)}" for key, value in section.items()))
+    ]
+    (tmp_path / "training.toml").write_text("\n".join(lines))
+    torch.save(state_of(UNET), tmp_path / "a.pt")
+    target = tmp_path / "b.safetensors"
+    told = ["--config", str(tmp_path / "training.toml")]
+    assert run(["convert", str(tmp_path / "a.pt"), str(target), *told]) == 0
+    embedded = read_checkpoint_config(target)
+    assert embedded is not None
+    assert (embedded.network, embedded.diffusion) == (UNET.network, UNET.diffusion)
+
+
 def test_an_existing_file_stays_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, target = tmp_path / "a.safetensors", tmp_path / "b.pt"
     save_checkpoint(source, state_of(UNET), UNET)

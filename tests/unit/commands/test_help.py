@@ -74,6 +74,12 @@ def test_h_is_help(given: list[str], capsys: Capture) -> None:
     assert "Usage: admtrt" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("words", [[], ["evaluate"], ["evaluate", "features"], ["train"], ["train", "unet"]])
+def test_no_type_stands_beside_a_flag(words: list[str], capsys: Capture) -> None:
+    assert run([*words, "--help"]) == 0
+    assert "<bool>" not in capsys.readouterr().out
+
+
 def test_help_of_a_command(capsys: Capture) -> None:
     assert run(["sample", "--help"]) == 0
     shown = capsys.readouterr().out

@@ -95,14 +95,14 @@ def test_a_grid_shows_the_first_samples(pipeline: Pipeline, tmp_path: Path) -> N
     images = expected(pipeline, 4)
     header, cell = 16, 64 + 2
     for index, image in enumerate(images):
-        top, left = 2 + index // 2 * (cell + header) + header, 2 + index % 2 * cell
+        top, left = 2 + index // 3 * (cell + header) + header, 2 + index % 3 * cell  # three classes in turn
         np.testing.assert_array_equal(pixels[top : top + 64 : 8, left : left + 64 : 8], image[..., 0])
 
 
 def test_a_grid_has_an_end(pipeline: Pipeline, tmp_path: Path) -> None:
     count = GRID_LIMIT + 30
     (path,) = draw(pipeline, request(count, shard_size=150, batch_size=150), tmp_path / "run", ["grid"])
-    assert pixels_of(path).shape == (20 * 82 + 2, 20 * 66 + 2)
+    assert pixels_of(path).shape == (23 * 82 + 2, 18 * 66 + 2)  # 400; rows of six turns of the three classes
 
 
 def test_several_formats_at_once_and_one_later(pipeline: Pipeline, echo: Echo, tmp_path: Path) -> None:

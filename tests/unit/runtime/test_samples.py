@@ -47,6 +47,14 @@ def test_images_of_pillow(samples: Samples) -> None:
     assert samples.grid(columns=3).width > samples.grid(columns=1).width
 
 
+def test_a_column_of_the_grid_is_a_class_where_classes_take_turns(tmp_path: Path) -> None:
+    turns = Samples(np.zeros((8, 1, 8, 8), np.float32), np.arange(8) % 2, tuple(range(8)), ("ant", "bee"))
+    assert turns.grid().size == turns.grid(columns=4).size
+    turns.save(tmp_path / "grid.png")
+    for written in (turns._repr_png_(), (tmp_path / "grid.png").read_bytes()):
+        assert Image.open(io.BytesIO(written)).size == turns.grid().size
+
+
 def test_a_notebook_shows_the_grid(samples: Samples) -> None:
     shown = Image.open(io.BytesIO(samples._repr_png_()))
     np.testing.assert_array_equal(np.asarray(shown), np.asarray(samples.grid()))
