@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from admtrt.schedule.options import Grid
 
 _CLIPPED_LAMBDA = -5.1
-"""Fast solvers start no noisier (DPM-Solver's clip): a cosine schedule ends at 1 / alpha = 2e4."""
+"""Fast solvers start no noisier than this (DPM-Solver's clip): cosine schedules end at 1 / alpha = 2e4."""
 _MAX_SIGMA, _MIN_SIGMA, _RHO = 80.0, 0.002, 7.0
 """The ends and the exponent of Karras et al.'s grid (their table 1)."""
 

@@ -76,7 +76,7 @@ class SamplerConfig(Config):
     guided_by: tuple[GuideChoice, ...] = later(())
 
     def option(self, name: str) -> Any:
-        """An option of the solver: what was chosen, else its default; None if it takes no such option."""
+        """The value of a solver's option: the choice, else the default; None if the solver lacks it."""
         options = SOLVERS[self.method].options
         chosen = getattr(self, name)
         return options.get(name) if chosen is None or name not in options else chosen

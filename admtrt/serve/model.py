@@ -67,7 +67,7 @@ class Draw:
         return tuple(one.sampler for one in self.given), self.steps
 
     def slots(self, stage: int, index: int, small: Images | None) -> Slots:
-        """One row at the start of a stage; ``small`` is its result of the stage before, float32 [C, H, W]."""
+        """The first state of a row in a stage; ``small`` is its result of the previous stage, [C, H, W]."""
         given = self.given[stage].part(slice(index, index + 1))
         if small is not None:
             # Round to pixels first, as when each stage runs separately.
