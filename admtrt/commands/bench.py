@@ -52,7 +52,7 @@ def bench(
         Path | None,
         typer.Option(
             metavar="CHECKOUT",
-            help="Checkout of another version, with its own .venv: draw the same samples in turn and compare.",
+            help="Checkout of another version, with its own .venv: compare on the same samples, in turn.",
         ),
     ] = None,
     backend: Annotated[
