@@ -1,4 +1,4 @@
-"""The demo's report: one HTML page with its pictures beside it, and the same numbers as JSON."""
+"""The demo's report: an HTML page, its pictures, and the same numbers as JSON."""
 
 from __future__ import annotations
 
