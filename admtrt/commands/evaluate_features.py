@@ -63,7 +63,7 @@ def judge(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one step.")] = 64,
     lr: Annotated[float, typer.Option(help="Learning rate, falling to 0.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Seed of the training; should differ from the guide's.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the training; must differ from the guide's.")] = 1,
     overwrite: _Overwrite = False,
     json: _Json = False,
 ) -> None:

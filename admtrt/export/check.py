@@ -54,7 +54,7 @@ def _check_contract(name: str, model: onnx.ModelProto, spec: GraphSpec) -> None:
 
 
 def _check_operators(name: str, model: onnx.ModelProto) -> None:
-    """Refuse scatters with a reduction, which engines reject, and control flow, which breaks CUDA graphs."""
+    """Refuse scatters with a reduction, which engines reject, and control flow, which cannot be captured."""
     for node in model.graph.node:
         reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
         if node.op_type.startswith("Scatter") and reduction != "none":
