@@ -1,6 +1,6 @@
 """The command ``admtrt``, and ``python -m admtrt`` for launchers such as ``torchrun -m admtrt``.
 
-Signals are heard from the first import on: whoever is stopped says so in one line, and cleans up.
+Signals are handled from the first import on: a stopped process cleans up and says so in one line.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from types import FrameType
 
 _received: list[int] = []
-_PATIENCE = 2  # signals that raise: the first stops, the second stops waiting; the next ends the process
+_PATIENCE = 2  # signals that raise: the first stops, the second stops waiting; the third kills
 
 
 def _leave_at_once() -> None:
-    """Let signals end the process at once: an exception in the interpreter's shutdown is told as a fault."""
+    """Let signals end the process at once: an exception during interpreter shutdown prints a traceback."""
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is _stop:
             signal.signal(number, lambda received, _: os._exit(128 + received))
@@ -27,7 +27,7 @@ def _leave_at_once() -> None:
 
 def _stop(number: int, _: FrameType | None) -> None:
     _received.append(number)
-    if len(_received) > _PATIENCE:  # an exception in the middle of cleaning up would be told as a fault
+    if len(_received) > _PATIENCE:  # do not raise into the cleanup
         os._exit(128 + _received[0])
     if number == signal.SIGTERM:
         raise SystemExit(128 + number)
@@ -35,22 +35,22 @@ def _stop(number: int, _: FrameType | None) -> None:
 
 
 def _open_streams() -> None:
-    """Make all three streams usable, whatever is printed.
+    """Make all three standard streams usable, whatever is printed.
 
-    Who closed one wants no output; the files that are opened next would take its place.
+    Reopen closed standard streams on /dev/null, so that no later file gets descriptors 0 to 2.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free descriptor: this one
             setattr(sys, name, os.fdopen(number, "r" if number == 0 else "w"))
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need be no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # like stderr: file names may be invalid UTF-8
 
 
 def main() -> None:
     """Run the command line and exit with its code."""
     _open_streams()
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job may ignore it
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job may ignore SIGINT
         signal.signal(signal.SIGINT, _stop)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _stop)
@@ -61,7 +61,7 @@ def main() -> None:
             code = run()
         finally:
             _leave_at_once()
-    except BaseException:  # libraries turn an interruption of their import into anything
+    except BaseException:  # libraries convert an interrupt during their import to other exceptions
         if not _received:
             raise
         sys.stderr.write("error: interrupted\n")

@@ -1,8 +1,8 @@
-"""The bundle: a directory with graphs and a manifest, written whole and verified when read.
+"""The bundle: a directory with graphs and a manifest, written atomically and verified when read.
 
 Nothing in a bundle is executed or opened before the manifest's schema, every file's size and SHA-256, every
-path (external data of the graphs included) and the graphs' operators have been checked; what a library opened
-is used only if its files are still those that were checked.
+path (external data of the graphs included) and the graphs' operators have been checked. After a library has
+opened a file, it is checked that the file has not changed meanwhile.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
 SCHEMA_VERSION: Literal[2] = 2
-"""Of new bundles; one of schema 1 has no graphs for solvers with memory, and calls its network ``unet``."""
+"""Schema of new bundles. Schema 1 has no graphs for solvers with memory, and calls its network ``unet``."""
 _READABLE = (1, 2)
 _LARGEST_MANIFEST = 2**24  # bytes
 _AGAIN = "Copy the bundle again, or export the checkpoint again."
@@ -65,9 +65,10 @@ class FileEntry(Config):
 
 
 class GraphEntry(Config):
-    """One exported graph: its file, contract and how it was made.
+    """One exported graph: its file, contract and provenance.
 
-    ``operations`` of its products and ``peak_bytes`` of its values are for one sample, of networks alone.
+    ``operations`` (of products) and ``peak_bytes`` (of activations) are per sample, and given for networks
+    only.
     """
 
     file: str
@@ -82,11 +83,11 @@ class GraphEntry(Config):
 class Manifest(Config):
     """Everything that the runtime needs besides the graphs themselves.
 
-    ``event_shape`` is that of one sample, ``threshold_quantile`` that of the graph ``threshold``.
-    ``graphs`` are the fp32 graphs in the form that CPUs like; ``engine_graphs`` hold, for each precision that
-    was exported, the same graphs in the form that inference engines like. ``classifier_rescale_timesteps`` is
-    the classifier's own unit of t where it is not the UNet's; its graphs take the UNet's. ``guides`` are
-    those besides the classifier, in the order in which the small graphs take them.
+    ``event_shape`` is the shape of one sample, ``threshold_quantile`` the quantile of the graph
+    ``threshold``. ``graphs`` are the fp32 graphs in the CPU form; ``engine_graphs`` hold the engine form for
+    each exported precision. ``classifier_rescale_timesteps`` is the classifier's unit of t if it differs from
+    the UNet's; its graphs take the UNet's unit. ``guides`` are the guides other than the classifier, in the
+    order in which the small graphs take them.
     """
 
     schema_version: Literal[1, 2] = SCHEMA_VERSION
@@ -106,7 +107,7 @@ class Manifest(Config):
 
     @property
     def num_classes(self) -> int | None:
-        """Classes that can be asked for: the UNet's, else the classifier's, else a guide's, else None."""
+        """Number of classes to choose from: the UNet's, else the classifier's, else a guide's, else None."""
         if self.network.classes is not None:
             return self.network.classes
         if self.classifier is not None:
@@ -116,14 +117,14 @@ class Manifest(Config):
 
     @property
     def sampled_graphs(self) -> tuple[GraphName, ...]:
-        """The graphs that sampling may run: all but :data:`admtrt.contract.FURTHER`."""
+        """The graphs that sampling may run: all except :data:`admtrt.contract.FURTHER`."""
         return tuple(name for name in self.graphs if name not in FURTHER)
 
     def discrete(self, what: str) -> DiffusionConfig:
-        """The process, for what needs the timesteps of a discrete one.
+        """The process, if it is discrete.
 
         Raises:
-            RequestError: if it has none.
+            RequestError: if it is not discrete.
         """
         return require_discrete(self.diffusion, what, "bundle")
 
@@ -182,11 +183,11 @@ class Manifest(Config):
 
 
 def check_references(network: UNetConfig, guides: Mapping[str, GuideConfig]) -> None:
-    """Refuse a second network for other images or classes than the first one's, or without a null class.
+    """Refuse a reference network for other images or classes than the UNet's, or without a null class.
 
     Args:
         network: the UNet.
-        guides: by name, of any kind.
+        guides: guides of any kind, by name.
 
     Raises:
         ValueError: naming what differs.
@@ -234,8 +235,9 @@ class Bundle:
 
     Attributes:
         path: its directory.
-        manifest: what it holds.
-        digest: SHA-256 of the manifest, hexadecimal: it names every file's, and so the bundle.
+        manifest: its manifest.
+        digest: SHA-256 of the manifest, hexadecimal. The manifest has every file's hash, so this identifies
+            the bundle.
     """
 
     def __init__(
@@ -252,8 +254,8 @@ class Bundle:
 
         Args:
             path: its directory.
-            memo: believe the hash of a file that was read before and has not changed since, by its size,
-                times and inode; False reads every byte.
+            memo: trust the remembered hash of a file whose size, times and inode have not changed; False
+                reads every byte.
 
         Raises:
             BundleError: naming the file and what differs.
@@ -297,11 +299,11 @@ class Bundle:
         return graphs[name]
 
     def graph_path(self, name: GraphName, engine: Precision | None = None) -> Path:
-        """File of one graph, see :meth:`graph_entry`."""
+        """Path of one graph, see :meth:`graph_entry`."""
         return self.path / self.graph_entry(name, engine).file
 
     def with_engine(self, engine: Precision) -> Self:
-        """The same bundle with its engine graphs of a precision in place of those for CPUs.
+        """The same bundle with its engine graphs of a precision in place of the CPU graphs.
 
         Raises:
             BundleError: if it has none.
@@ -313,11 +315,10 @@ class Bundle:
 
     @contextlib.contextmanager
     def reading(self, name: GraphName, engine: Precision | None = None) -> Iterator[Path]:
-        """Yield the file of one graph, see :meth:`graph_entry`, to whoever opens it and its weights.
+        """Context in which to open the file of one graph (see :meth:`graph_entry`) and its weights.
 
         Raises:
-            BundleError: at the end, if a file of the bundle is no longer the one that was verified: what was
-                opened may be another.
+            BundleError: at the end, if a file of the bundle has changed since it was verified.
         """
         yield self.graph_path(name, engine)
         for file, identity in self._verified.items():
@@ -332,14 +333,14 @@ class Bundle:
                 )
 
     def graph_files(self, entry: GraphEntry) -> list[str]:
-        """A graph's file and those of its external weights, as the manifest lists them."""
+        """The files of a graph and its external weights, as listed in the manifest."""
         folder = PurePosixPath(entry.file).parent
         weights = sorted(external_locations(self.path / entry.file))
         return [entry.file, *((folder / name).as_posix() for name in weights)]
 
 
 def _read_manifest(path: Path) -> tuple[Manifest, str]:
-    """The manifest and its SHA-256, of the same bytes."""
+    """Read the manifest; its SHA-256 is of the same bytes."""
     file = path / MANIFEST
     resolved = _followed(path, file)
     if resolved is None:
@@ -366,10 +367,10 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
 
 
 def _inside(path: Path, name: str) -> Path:
-    """The file that a manifest's relative name means.
+    """Resolve a relative name in a manifest to its file.
 
     Raises:
-        BundleError: if it leaves the bundle, be it by "..", an absolute path or a link.
+        BundleError: if the path leaves the bundle by "..", an absolute path or a link.
     """
     relative = PurePosixPath(name)
     plain = bool(name) and not relative.is_absolute() and ".." not in relative.parts and "\\" not in name
@@ -387,7 +388,7 @@ def _followed(path: Path, file: Path) -> Path | None:
 
 
 def _check_file(path: Path, name: str, entry: FileEntry, hashes: FileHashes) -> str:
-    """Check one file; returns the identity that it had before it was read."""
+    """Check one file. Returns its identity before it was read."""
     file = _inside(path, name)
     try:
         if not file.is_file():
@@ -412,7 +413,7 @@ def _check_external_data(path: Path, name: str, graph: GraphEntry, manifest: Man
     file = _inside(path, graph.file)
     for location in external_locations(file):
         target = (PurePosixPath(graph.file).parent / location).as_posix()
-        beside = "/" not in location  # not even by links: some paths are read as addresses in memory
+        beside = "/" not in location  # no folders: some path forms are read as memory addresses
         if not beside or target not in manifest.files or _inside(path, target).parent != file.parent:
             raise BundleError(
                 f"{path}: graph '{name}' keeps weights in {location!r}, which is not a file of the bundle",
@@ -427,18 +428,18 @@ def write_bundle(
     *,
     overwrite: bool = False,
 ) -> Bundle:
-    """Write a bundle in one piece: a reader sees the old one or the new one.
+    """Write a bundle atomically: a reader sees the old one or the new one.
 
     Args:
-        path: the directory to make.
+        path: the directory to create.
         write_graphs: writes the graphs' files into the directory it is given and describes them.
-        fields: the remaining fields of the manifest, ``files`` and ``graphs`` apart.
-        overwrite: replace a bundle that stands there.
+        fields: the remaining fields of the manifest, without ``files`` and ``graphs``.
+        overwrite: replace an existing bundle.
 
     Raises:
-        BundleError: if what stands there is no bundle.
+        BundleError: if the path exists and is not a bundle.
         ConfigError: if the fields do not fit together.
-        OutputError: if the place is taken or cannot be written.
+        OutputError: if the path exists or cannot be written.
     """
     if overwrite and path.exists() and not (path / MANIFEST).is_file():
         raise BundleError(
@@ -461,7 +462,7 @@ def write_bundle(
 
 
 def _write_out(folder: Path) -> None:
-    """Have the system put files on the disk before their folder takes its place."""
+    """Sync files to the disk before their folder is renamed."""
     for file in folder.rglob("*"):
         if file.is_file():
             with file.open("rb") as opened:

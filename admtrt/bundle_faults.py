@@ -1,4 +1,4 @@
-"""Errors about what people give in place of a bundle, each with the way to a bundle."""
+"""Errors for paths that are not bundles, with hints how to get a bundle."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MANIFEST = "manifest.json"
-_URL = re.compile("(?P<scheme>[a-z][a-z0-9+.-]+):/+(?P<rest>.*)", re.IGNORECASE)  # c:/ is a drive
+_URL = re.compile("(?P<scheme>[a-z][a-z0-9+.-]+):/+(?P<rest>.*)", re.IGNORECASE)  # c:/ is a drive, not a URL
 _ARCHIVES = (".zip", ".tar", ".tgz", ".tar.gz", ".tar.xz", ".tar.bz2", ".tar.zst")
 _MAKE = "Make one with: admtrt export UNET --out BUNDLE"
 
 
 def refuse_url(text: str) -> None:
-    """Refuse an address, of whose two slashes a path has kept one.
+    """Refuse a URL. ``Path`` has merged its two slashes into one.
 
     Raises:
-        BundleError: naming it.
+        BundleError: naming the URL.
     """
     found = _URL.fullmatch(text)
     if found is not None and not os.path.lexists(text):
@@ -33,7 +33,7 @@ def refuse_url(text: str) -> None:
 
 
 def no_bundle(path: Path) -> BundleError:
-    """The error for what stands in a bundle's place, with the way from there to a bundle."""
+    """Make the error for a path that is not a bundle, with a hint how to get one."""
     if not path.exists():
         return BundleError(f"{path} does not exist", hint=_MAKE)
     if path.is_file() and path.name.lower().endswith(_ARCHIVES):

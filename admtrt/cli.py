@@ -56,7 +56,7 @@ _PLACE_FAULTS = frozenset(
         errno.EISDIR,
     }
 )
-"""Faults of a place that the user named."""
+"""OS errors of a path that the user named."""
 
 app = typer.Typer(
     name="admtrt",
@@ -72,7 +72,7 @@ _GROUPS: Mapping[str, Sequence[Callable[..., None] | tuple[str, typer.Typer]]] =
     "Train": (configure, ("train", train_app), demo),
     "Right, good, fast?": (verify, drift, ("evaluate", evaluate_app), bench, doctor),
 }
-"""Commands by the panel of ``admtrt --help`` in which they stand."""
+"""Commands by their panel in ``admtrt --help``."""
 for _panel, _members in _GROUPS.items():
     for _member in _members:
         if isinstance(_member, tuple):
@@ -102,7 +102,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     try:
         app(args=None if arguments is None else list(arguments), prog_name="admtrt")
     except SystemExit as stop:
-        if stop.code in _INTERRUPTED:  # typer turns the interruption itself into the first
+        if stop.code in _INTERRUPTED:  # typer converts KeyboardInterrupt to exit code 130
             given = list(sys.argv[1:] if arguments is None else arguments)
             _show("interrupted", _GOES_ON.get(given[0] if given else "", ""))
         return stop.code if isinstance(stop.code, int) else 1

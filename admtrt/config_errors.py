@@ -1,4 +1,4 @@
-"""Faults of configurations in words: the key by its path, what it is, and the name that was meant."""
+"""Explain errors of configurations: the path of the key, the fault, and the key that was meant."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _ORIGINAL_FLAGS = {
 
 
 def explain(error: ValidationError, cls: type[BaseModel]) -> str:
-    """Every fault that pydantic found in what should be a ``cls``, in one line."""
+    """Describe every error that pydantic found in a ``cls``, in one line."""
     lines = []
     for item in error.errors(include_url=False):
         names, model = _place(item["loc"], cls)
@@ -64,10 +64,10 @@ def _shown(value: Any) -> str:
 
 
 def _place(loc: tuple[int | str, ...], cls: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
-    """The names that lead to a fault, and the model that has the last of them, if one is known.
+    """The names that lead to a fault, and the model with the last name, if known.
 
-    Between the name of a field that takes several models and the names in it stands the chosen one's kind,
-    which nobody wrote.
+    For a field with several possible models, pydantic inserts the kind of the chosen model, which is not in
+    the user's file.
     """
     names: list[str] = []
     model: type[BaseModel] | None = cls
@@ -83,7 +83,7 @@ def _place(loc: tuple[int | str, ...], cls: type[BaseModel]) -> tuple[list[str],
         field = None if model is None else model.model_fields.get(str(part))
         if field is not None:
             choices = list(_models_in(field.annotation))
-        # Otherwise a position in a list, or a name in a table, of what came before.
+        # Otherwise an index or a key of the previous value.
     return names, model
 
 
@@ -101,7 +101,7 @@ def _suggestion(name: str, model: type[BaseModel] | None) -> str:
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str | None:
-    """The key meant by an unknown one: its name in the original's flags, else the most similar known key."""
+    """Guess the key that an unknown one means: a flag of the original, else the most similar key."""
     if _ORIGINAL_FLAGS.get(name) in known:
         return _ORIGINAL_FLAGS[name]
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)

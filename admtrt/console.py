@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Output:
-    """The sink of one command.
+    """The output of one command.
 
     Args:
         json: print exactly one JSON document on stdout, and nothing for people.
@@ -33,15 +33,15 @@ class Output:
         else:
             console = _console(stderr=False)
             for item in shown:
-                console.print(item, soft_wrap=isinstance(item, str))  # a path that is cut cannot be copied
+                console.print(item, soft_wrap=isinstance(item, str))  # a wrapped path cannot be copied
 
     def note(self, text: str) -> None:
-        """One line for people on stderr, whatever the mode."""
+        """Print one line for people on stderr, in both modes."""
         _console(stderr=True).print(printable(text), highlight=False, soft_wrap=True)
 
 
 def printable(text: str) -> str:
-    """A text in which names out of files cannot steer the terminal: control characters are escaped."""
+    """Escape control characters, so that names from files cannot control the terminal."""
     return "".join(
         each if each.isprintable() or each in "\n\t" else each.encode("unicode_escape").decode()
         for each in text
@@ -51,15 +51,15 @@ def printable(text: str) -> str:
 def _console(*, stderr: bool) -> Console:
     from rich.console import Console
 
-    # A pipe has no width: 100 columns keep tables readable in logs, unless COLUMNS says another number. Names
-    # may hold brackets: no markup.
+    # A pipe has no width: use 100 columns, unless COLUMNS is set, to keep tables readable in logs. No markup,
+    # since names may contain brackets.
     terminal = (sys.stderr if stderr else sys.stdout).isatty()
     return Console(
         stderr=stderr,
         width=None if terminal or os.environ.get("COLUMNS") else 100,
         markup=False,
         emoji=False,
-        force_interactive=terminal,  # colours may be asked for anywhere, a moving bar may not
+        force_interactive=terminal,  # colours can be forced without a terminal; progress bars cannot
     )
 
 
@@ -78,9 +78,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str | Text
 
 @contextlib.contextmanager
 def progress_bar(description: str, total: int, *, done: int = 0) -> Iterator[Callable[[int, str], None]]:
-    """A bar with elapsed time and ETA on stderr; yields ``progress(count, text)``.
+    """Show a progress bar with elapsed time and ETA on stderr; yields ``progress(count, text)``.
 
-    Without a terminal nothing is drawn: logs hold lines, not bars.
+    Nothing is shown without a terminal.
     """
     from rich.progress import (
         BarColumn,

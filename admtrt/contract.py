@@ -1,4 +1,4 @@
-"""The graphs' inputs and outputs, in one literal each: names, dtypes, shapes and the one dynamic axis.
+"""The inputs and outputs of every graph: names, dtypes, shapes and the dynamic axis.
 
 Dummy inputs, checks, engine profiles and documentation all derive from here.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 BATCH = "N"
 """Name of the dynamic axis."""
 NODE_SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata of a node: the PyTorch modules that it comes from, the outermost first."""
+"""Metadata key of a node: its PyTorch modules, the outermost first."""
 
 GraphName = Annotated[
     str,
@@ -37,32 +37,32 @@ GraphName = Annotated[
         r"|unet_vector_jacobian|guide\.[a-z][a-z0-9_]{0,31})$"
     ),
 ]
-"""A guide's graph is ``guide.`` and its name."""
+"""Name of a graph; a guide's graph is ``guide.NAME``."""
 CLASSIFIER_GRADIENT: GraphName = "classifier_gradient"
 _NETWORKS = ("unet", CLASSIFIER_GRADIENT, "unet_vector_jacobian")
 FURTHER: tuple[GraphName, ...] = ("unet_vector_jacobian",)
-"""Graphs that a bundle holds only where they were asked for, in the form for CPUs; sampling runs none."""
+"""Optional graphs of a bundle, in the CPU form only; sampling does not run them."""
 QUANTILE = 0.995
-"""Of a sample's |x_0|, to which dynamic thresholding bounds it (Imagen)."""
+"""Default quantile of |x_0| for dynamic thresholding (Imagen)."""
 MOST_TOP_K = 3840
-"""Of TensorRT's TopK."""
+"""The largest K of TensorRT's TopK."""
 X0_WEIGHTS = ("x0_from_x", "x0_from_out")
-"""Inputs of guides by a loss of x_0: the weights of the state and of the network's output in it."""
+"""Inputs of guides by a loss of x_0: the weights of the state and of the network's output in x_0."""
 GUIDE_CLIP, LEVEL_INPUT = "guide_clip", "sqrt_one_minus_alpha_bar"
-"""Further ones: the bound of that x_0; and the square root of 1 - alpha_bar, for losses that ask for it."""
+"""Further inputs: the bound of that x_0, and sqrt(1 - alpha_bar) for losses that take it."""
 DType = Literal["float32", "int64"]
 Precision = Literal["fp32", "fp16", "bf16"]
-"""Precision of a graph's arithmetic; inputs and outputs are float32 whatever it is."""
+"""Precision of a graph's arithmetic; inputs and outputs are always float32."""
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 
 
 def is_network(graph: str) -> bool:
-    """True for a network's graph; the small ones compute in float32 whatever the precision."""
+    """True for a network's graph; the small graphs always compute in float32."""
     return graph in _NETWORKS or graph.startswith(GUIDE_GRAPH)
 
 
 def graph_of(name: str, guide: GuideConfig) -> GraphName:
-    """The graph that a guide runs: one of its own, or the UNet's with the null class."""
+    """The graph that a guide runs: its own, or the UNet's with the null class."""
     return "unet" if guide.kind == "reference" and guide.network is None else f"{GUIDE_GRAPH}{name}"
 
 
@@ -72,10 +72,10 @@ def guide_input(name: str, guide: GuideConfig) -> str:
 
 
 def precision_named(name: str, what: str) -> Precision:
-    """The precision of this name.
+    """Convert a name to a precision.
 
     Raises:
-        RequestError: if there is none; ``what`` says where the name was given.
+        RequestError: if it is unknown; ``what`` says where the name was given.
     """
     for precision in PRECISIONS:
         if precision == name:
@@ -140,9 +140,9 @@ def unet_vector_jacobian_spec(config: UNetConfig) -> GraphSpec:
 def guide_spec(unet: UNetConfig, guide: GuideConfig) -> GraphSpec:
     """Inputs and outputs of a guide's graph.
 
-    A loss of x_0 takes what the UNet takes, the weights of x_0, its bound and its targets; it gives ``grad``
-    = - d loss / dx_t of each sample, the UNet's ``out``, and ``value`` = - loss. One of x_t gives no ``out``.
-    A reference is another UNet.
+    A loss of x_0 takes the UNet's inputs, the weights of x_0, its bound and the loss's targets. It returns
+    ``grad`` = - d loss / dx_t of each sample, the UNet's ``out``, and ``value`` = - loss. A loss of x_t
+    returns no ``out``. A reference is another UNet.
     """
     if guide.kind == "reference":
         return unet_spec(guide.network or unet)
@@ -170,9 +170,9 @@ def threshold_quantile(config: UNetConfig, chosen: float | None = None) -> float
 
 
 def quantile_of(size: int, chosen: float | None = None) -> float:
-    """The quantile of samples of ``size`` values.
+    """The threshold quantile for samples of ``size`` values.
 
-    That chosen for the network, else 0.995, or the least that TensorRT takes of large ones.
+    The network's choice, else 0.995, or for large samples the lowest quantile that TensorRT's TopK allows.
     """
     if chosen is not None:
         return chosen
@@ -182,7 +182,7 @@ def quantile_of(size: int, chosen: float | None = None) -> float:
 
 
 def largest_values(size: int, quantile: float) -> int:
-    """Number of the largest of ``size`` values that tell a quantile of them."""
+    """How many of the largest of ``size`` values are needed to compute a quantile."""
     return size - math.floor(quantile * (size - 1))
 
 
@@ -200,7 +200,7 @@ def update_spec(config: UNetConfig) -> GraphSpec:
 
 
 def _state_inputs(config: UNetConfig) -> tuple[TensorSpec, ...]:
-    """The state, the UNet's output and the classifier's gradient, as every update takes them."""
+    """The inputs common to all updates: the state, the UNet's output and the classifier's gradient."""
     event = event_shape(config)
     return _tensor("x", *event), _tensor("out", config.out_channels, *event[1:]), _tensor("grad", *event)
 
@@ -238,7 +238,7 @@ def update_full_spec(config: UNetConfig, guides: Guides = NO_GUIDES) -> GraphSpe
 
 
 def threshold_spec(config: UNetConfig, guides: Guides = NO_GUIDES) -> GraphSpec:
-    """``r``, the threshold of every sample, from what ``update_full`` bounds by it."""
+    """``r``, the threshold of every sample, from the inputs of ``update_full`` that determine x_0."""
     return GraphSpec(
         inputs=(
             *_state_inputs(config),
@@ -281,14 +281,14 @@ def edit_low_pass_spec(config: UNetConfig) -> GraphSpec:
 
 
 def further_specs(unet: UNetConfig) -> dict[GraphName, GraphSpec]:
-    """Of :data:`FURTHER`."""
+    """The specs of the graphs in :data:`FURTHER`."""
     return {"unet_vector_jacobian": unet_vector_jacobian_spec(unet)}
 
 
 def bundle_specs(
     unet: UNetConfig, classifier: ClassifierConfig | None, guides: Guides = NO_GUIDES, *, schema: int = 2
 ) -> dict[GraphName, GraphSpec]:
-    """The graphs that a bundle of these networks holds; one of schema 1 has no more than ``update``."""
+    """The specs of a bundle's graphs. Of the small graphs, schema 1 has only ``update``."""
     specs: dict[GraphName, GraphSpec] = {"unet": unet_spec(unet), "update": update_spec(unet)}
     if schema >= 2:
         specs["update_full"] = update_full_spec(unet, guides)

@@ -1,6 +1,6 @@
 """The errors that reach users of admtrt, and the exit code that the command line gives each.
 
-A few subclasses live beside the one place that raises and catches them.
+A few subclasses are defined next to the one place that raises and catches them.
 
 ::
 
@@ -47,7 +47,7 @@ class AdmtrtError(Exception):
 
 
 def shortened(text: str) -> str:
-    """A text for people, in which what came from elsewhere cannot bury the rest: the middle is left out."""
+    """Shorten a text for people by cutting out the middle, since it may contain long foreign data."""
 
     def cut(text: str, longest: int) -> str:
         if len(text) <= longest:
@@ -58,7 +58,7 @@ def shortened(text: str) -> str:
 
 
 class UserError(AdmtrtError):
-    """Something that the user can put right."""
+    """An error that the user can fix."""
 
     exit_code = 2
 
@@ -80,7 +80,7 @@ class BundleError(UserError):
 
 
 class RequestError(UserError):
-    """Something asked for that cannot be done: an option, or a request outside what the bundle can do."""
+    """An impossible request: an invalid option, or something that the bundle does not support."""
 
 
 class OutputError(UserError):
@@ -100,8 +100,8 @@ class MissingDependencyError(UserError):
 
     Args:
         package: the missing module.
-        extra: the extra of admtrt that installs it, or several of which one will do, with "or" between.
-        purpose: what needs it.
+        extra: the extra of admtrt that installs it; alternatives are joined by "or".
+        purpose: what needs the package.
     """
 
     def __init__(self, package: str, *, extra: str, purpose: str) -> None:
@@ -116,7 +116,7 @@ class ExportError(AdmtrtError):
 
 
 class LossError(UserError, ExportError):
-    """A guide's loss, or an ONNX file in it, is not what can be exported."""
+    """A guide's loss, or an ONNX file in it, that cannot be exported."""
 
 
 class TrainingDivergedError(AdmtrtError):

@@ -1,8 +1,8 @@
-"""Writing files so that a reader sees the old state or the new one, never half of either.
+"""Atomic writes: a reader sees the old state or the new one, never a mixture.
 
-What is being written lies in a temporary folder beside its place, ``.admtrt-XXXXXXXX.tmp``, whose lock its
-writer holds. The system frees the lock of a process that was killed: the next writer in the same place finds
-a folder that nobody holds, and removes it.
+Files are written in a temporary folder beside the target, ``.admtrt-XXXXXXXX.tmp``, whose lock the writer
+holds. The system releases the lock of a killed process. The next writer to the same place removes unlocked
+temporary folders.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ if TYPE_CHECKING:
 
 _TEMPORARY = re.compile(r"\.admtrt-[0-9a-f]{8}\.tmp")
 _LOCK = ".lock"
-_NO_REPLACE, _EXCHANGE = 1, 2  # of Linux's renameat2
+_NO_REPLACE, _EXCHANGE = 1, 2  # flags of Linux's renameat2
 
 
 class TakenError(OutputError):
-    """A place for something new that something stands at."""
+    """The target exists but must be new."""
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, replace: bool = True, sweep: bool = True) -> Iterator[Path]:
-    """Yield a temporary path that takes the place of ``path`` when the block ends without an error.
+    """Yield a temporary path that replaces ``path`` when the block ends without an error.
 
     Args:
-        path: the file; its folder is made.
-        replace: False leaves what stands there when the block ends, be it written meanwhile, and raises.
-        sweep: remove what killed writers left in the folder; whoever writes many files there calls
+        path: the file; its folder is created.
+        replace: False raises if ``path`` exists when the block ends, and leaves it.
+        sweep: remove leftovers of killed writers in the folder. To write many files, pass False and call
             :func:`remove_stale` once.
 
     Raises:
-        OutputError: if the place is taken or cannot be written; what stood at ``path`` is untouched.
+        OutputError: if ``path`` exists or cannot be written; an existing file is left unchanged.
     """
     with temporary_folder(path, sweep=sweep) as folder:
         temporary = folder / path.name
@@ -63,14 +63,14 @@ def atomic_file(path: Path, *, replace: bool = True, sweep: bool = True) -> Iter
 def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary directory that becomes ``path`` when the block ends without an error.
 
-    What it replaces disappears in the same instant, on Linux: whoever is killed leaves the one or the other.
+    On Linux the old and the new directory are exchanged atomically, so that a kill leaves one or the other.
 
     Raises:
-        OutputError: if ``path`` exists and ``overwrite`` is false, or the place cannot be written.
+        OutputError: if ``path`` exists and ``overwrite`` is false, or it cannot be written.
     """
     if path.exists() and not overwrite:
         raise _taken(path)
-    target = Path(os.path.realpath(path))  # "." has no name to put another beside
+    target = Path(os.path.realpath(path))  # "." has no name to derive a sibling from
     with temporary_folder(target, named=path) as folder:
         temporary = folder / target.name
         temporary.mkdir()
@@ -83,9 +83,9 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def temporary_folder(path: Path, *, sweep: bool = True, named: Path | None = None) -> Iterator[Path]:
-    """Yield a new folder beside ``path``, held until it is removed at the end.
+    """Yield a new locked folder beside ``path``, which is removed at the end.
 
-    Faults of what the block does there are told of ``path``, or of how the user ``named`` it.
+    OS errors in the block are reported for ``path``, or for ``named``, the path as the user gave it.
 
     Raises:
         OutputError: if the place cannot be written.
@@ -101,14 +101,14 @@ def temporary_folder(path: Path, *, sweep: bool = True, named: Path | None = Non
 
 
 def is_temporary(name: str) -> bool:
-    """True for an entry of a folder that is being written, or the remains of a killed write."""
+    """True for a temporary folder of a running or killed writer."""
     return _TEMPORARY.fullmatch(name) is not None
 
 
 def remove_stale(home: Path) -> None:
-    """Remove the temporary folders that killed writers left in a folder: only our own, which nobody holds.
+    """Remove temporary folders of killed writers: only unlocked ones of this user.
 
-    A folder is left alone where the file system offers no locks, or it cannot be removed.
+    A folder stays if the file system has no locks or it cannot be removed.
     """
     with contextlib.suppress(OSError), os.scandir(home) as entries:
         found = [Path(entry) for entry in entries if is_temporary(entry.name)]
@@ -137,11 +137,11 @@ def _held_folder(home: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _lock_of(folder: Path, *, needed: bool = True) -> Iterator[bool]:
-    """Hold the lock of a temporary folder; False where somebody else does, or has removed it meanwhile.
+    """Lock a temporary folder; False if another process holds the lock or has removed the folder.
 
     Args:
-        folder: that is held.
-        needed: False goes on without a lock where the file system has none.
+        folder: the folder to lock.
+        needed: False continues without a lock if the file system has none.
     """
     try:
         lock = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -164,9 +164,9 @@ def _lock_of(folder: Path, *, needed: bool = True) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a folder's lock, which is waited for: one process at a time does there what the block does.
+    """Wait for and hold a folder's lock: only one process at a time runs the block.
 
-    Where the file system has no locks for folders, nothing is held.
+    If the file system cannot lock folders, the block runs without a lock.
 
     Raises:
         OutputError: if the folder cannot be made or opened.
@@ -190,14 +190,14 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _rename_to_new(source: Path, target: Path) -> None:
-    """Rename to a place that must be free at that instant.
+    """Rename atomically to a path that must not exist.
 
     Raises:
-        OutputError: if it is taken.
+        OutputError: if it exists.
     """
     try:
         if source.is_dir():
-            source.rename(target)  # never takes the place of anything but an empty directory
+            source.rename(target)  # replaces at most an empty directory
         elif not _renameat2(source, target, _NO_REPLACE):
             _link_to_new(source, target)
     except FileExistsError:
@@ -209,12 +209,12 @@ def _rename_to_new(source: Path, target: Path) -> None:
 
 
 def _link_to_new(source: Path, target: Path) -> None:
-    """As exclusive, where the file system has no such renaming: by a link, or after an empty file."""
+    """Fallback for file systems without exclusive rename: a hard link, or an empty file first."""
     try:
         os.link(source, target)
     except FileExistsError:
         raise
-    except OSError:  # it has no links either; who is killed between the two leaves the empty file
+    except OSError:  # no hard links either; a kill between the two steps leaves the empty file
         os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
         source.replace(target)
 
@@ -228,7 +228,7 @@ def _taken(path: Path) -> TakenError:
 def _swap_directories(new: Path, old: Path) -> None:
     if _exchange(new, old):
         return
-    retired = old.with_name(f".{old.name}.{uuid.uuid4().hex[:8]}.old")  # which nobody sweeps after a kill
+    retired = old.with_name(f".{old.name}.{uuid.uuid4().hex[:8]}.old")  # not swept after a kill
     try:
         old.rename(retired)
         new.rename(old)
@@ -240,12 +240,12 @@ def _swap_directories(new: Path, old: Path) -> None:
 
 
 def _exchange(left: Path, right: Path) -> bool:
-    """Swap two entries in one step; False where the system or the file system cannot."""
+    """Exchange two paths atomically; False if the system or the file system does not support it."""
     return _renameat2(left, right, _EXCHANGE)
 
 
 def _renameat2(left: Path, right: Path, flag: int) -> bool:
-    """Linux's renaming with a flag; False where it fails for any reason."""
+    """Call Linux's renameat2; False if it fails for any reason."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     here = -100  # AT_FDCWD
     return rename is not None and rename(here, os.fsencode(left), here, os.fsencode(right), flag) == 0
@@ -253,7 +253,7 @@ def _renameat2(left: Path, right: Path, flag: int) -> bool:
 
 @contextlib.contextmanager
 def _faults_of(temporary: Path | None, path: Path, untouched: str) -> Iterator[None]:
-    """Turn faults on the way into output errors that name ``path``: nobody has heard of the temporary."""
+    """Convert OS errors to output errors that name ``path`` instead of the temporary folder."""
     try:
         yield
     except OutputError as error:
@@ -266,10 +266,10 @@ def _faults_of(temporary: Path | None, path: Path, untouched: str) -> Iterator[N
 
 
 def check_place(path: Path, *, folder: bool = False) -> None:
-    """Refuse a file, or a folder for files, that cannot be written, before the work whose result it is for.
+    """Refuse a file or folder that cannot be written, before the work that makes its content.
 
     Raises:
-        OutputError: naming it.
+        OutputError: naming the path.
     """
     home = path if folder else path.parent
     try:
@@ -287,7 +287,7 @@ def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a regular file.
 
     Raises:
-        OSError: if it cannot be read, or is something else.
+        OSError: if it cannot be read or is not a regular file.
     """
     with open_regular(path) as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()

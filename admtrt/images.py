@@ -21,33 +21,33 @@ if TYPE_CHECKING:
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 """Pillow's mode for each number of channels."""
 _MOST_COLUMNS = 20
-_SMALLEST_TILE = 64  # pixels: smaller images are enlarged, or nobody could see them
+_SMALLEST_TILE = 64  # pixels: smaller images are enlarged to be visible
 _GAP = 2
 _FONT_SIZE = 11
 _LABEL_HEIGHT = 16
 
 
 def to_uint8(x: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Map float32 [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C]; values between two levels are cut."""
+    """Map float32 [N, C, H, W] in [-1, 1] to uint8 [N, H, W, C]; fractional levels are truncated."""
     return ((x + 1) * 127.5).clip(0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
 def from_uint8(pixels: NDArray[Any]) -> NDArray[np.float32]:
-    """0..255 to float32 in [-1, 1], axes as they are."""
+    """Map 0..255 to float32 in [-1, 1]; the axes are kept."""
     return pixels.astype(np.float32) / 127.5 - 1
 
 
 def to_pillow(pixels: NDArray[np.uint8]) -> Image.Image:
-    """An image of Pillow's, of uint8 [H, W, C]."""
+    """Convert uint8 [H, W, C] to a Pillow image."""
     from PIL import Image
 
     return Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
 
 
 def usual_columns(count: int, labels: Sequence[str] | None = None) -> int:
-    """Images in a row of a grid of so many: about a square, 20 at most.
+    """Number of columns for a grid of ``count`` images: about square, at most 20.
 
-    Where the labels take turns, a column has one label: a row is one turn, or several.
+    Where the labels take turns, each column has one label and each row one or several turns.
     """
     square = max(1, min(_MOST_COLUMNS, round(math.sqrt(count))))
     turn = len(set(labels or ()))
@@ -72,12 +72,12 @@ def save_grid(
 
 
 def grid_of(images: NDArray[np.uint8], columns: int, labels: Sequence[str] | None = None) -> Image.Image:
-    """Images as one, row by row, each under its label; small ones are enlarged by a whole factor.
+    """Arrange images in a grid, each with its label above; small ones are enlarged by an integer factor.
 
     Args:
         images: uint8 [N, H, W, C], N at least 1, C from 1 to 4 (2 and 4: the last is the opacity).
-        columns: images in a row.
-        labels: one text for each image; cut where it is wider than the image.
+        columns: images per row.
+        labels: one text per image, cut to the width of the image.
     """
     from PIL import Image, ImageDraw, ImageFont
 
@@ -99,11 +99,11 @@ def grid_of(images: NDArray[np.uint8], columns: int, labels: Sequence[str] | Non
 
 
 def _fitted(text: str, font: FreeTypeFont | ImageFont, width: int) -> str:
-    """One line of a label, cut where it is wider than so many pixels."""
+    """The first line of a label, cut to ``width`` pixels."""
     text = " ".join(text.split())
     if len(text) <= width and font.getlength(text) <= width:
         return text
-    # Behind as many characters as pixels nothing is seen; lengths of the beginnings only grow.
+    # A character has at least one pixel; widths of prefixes increase, so bisect.
     longest = bisect_right(
         range(min(len(text), width)), width, key=lambda end: math.ceil(font.getlength(f"{text[:end]}…"))
     )

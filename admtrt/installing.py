@@ -1,6 +1,6 @@
 """Versions of installed packages, and command lines that install more, for hints.
 
-admtrt itself is on no package index: whoever asks one for its name might get somebody else's package.
+admtrt is on no package index. Installing it by name could install another author's package.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 
 def version_of(package: str) -> str | None:
-    """The version of an installed distribution, without importing it; None where there is none."""
+    """The version of a distribution, without importing it; None if it is not installed."""
     from importlib import metadata
 
     try:
@@ -23,7 +23,7 @@ def version_of(package: str) -> str | None:
 
 
 def pip_install(*arguments: str) -> str:
-    """``pip install`` with these arguments, by the pip of this environment."""
+    """The ``pip install`` command of this environment with these arguments."""
     found = shutil.which("pip")
     own = found is not None and Path(found).parent == Path(sys.executable).parent
     pip = ["pip"] if own else [sys.executable, "-m", "pip"]
@@ -31,7 +31,7 @@ def pip_install(*arguments: str) -> str:
 
 
 def install_extra(extra: str) -> str:
-    """Command that installs an extra of admtrt: from where it was installed, or else in a checkout of it."""
+    """The command that installs an extra of admtrt from its origin, or else in a checkout."""
     place, editable = _origin()
     if place is None:
         return f"{pip_install(f'.[{extra}]')}, in a checkout of admtrt"

@@ -17,15 +17,15 @@ from admtrt.reading import open_regular, parse_json
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_LIMIT = 4096  # entries of one memo: the oldest make room
-_SETTLED = 2.0  # seconds: a file that changed later than its clock's tick could change again unseen
+_LIMIT = 4096  # entries of one memo; the oldest are dropped
+_SETTLED = 2.0  # seconds: a newer file could change again within the same clock tick
 _LARGEST = 2**24  # bytes
 
 
 def cache_folder() -> Path | None:
     """``$XDG_CACHE_HOME/admtrt``, else ``~/.cache/admtrt``, which need not exist; None without a home."""
     chosen = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if chosen.is_absolute():  # the specification says to ignore a relative one
+    if chosen.is_absolute():  # the XDG specification ignores relative paths
         return chosen / "admtrt"
     try:
         return Path.home() / ".cache" / "admtrt"
@@ -36,8 +36,8 @@ def cache_folder() -> Path | None:
 class Memo:
     """JSON values by key, in one file of the cache folder.
 
-    A file that is missing, damaged, or could have been written by another user is as good as empty; a folder
-    that cannot be written is no error.
+    A file that is missing, damaged, or writable by other users counts as empty. A folder that cannot be
+    written is no error.
     """
 
     def __init__(self, name: str) -> None:
@@ -50,7 +50,7 @@ class Memo:
         return self._values.get(key)
 
     def update(self, values: Mapping[str, Any]) -> None:
-        """Remember values, beside what other processes have remembered since."""
+        """Add values to the file, keeping those that other processes have added."""
         if self._file is None or not values:
             return
         merged = {key: value for key, value in self._read().items() if key not in values} | dict(values)
@@ -78,12 +78,12 @@ class Memo:
 
 
 class FileHashes:
-    """SHA-256 of files, each remembered under everything that changes when the file does.
+    """SHA-256 of files, remembered under each file's identity, which changes when the file does.
 
-    The system notes the time of every write to a file; where the file is mapped, of the first change of a
-    page since it was written out. Written out before its times are read, a file shows every later change. In
-    file systems in memory (tmpfs), which write nothing out, a change through a mapping stays unseen; and no
-    memo helps against one who writes to the disk itself or sets the machine's clock.
+    The system updates a file's times at every write; for a memory-mapped file, at the first change of a page
+    since the page was written back. The file is therefore synced before its times are read, so that every
+    later change shows. Not detected are changes through a mapping in tmpfs, which writes nothing back, and
+    changes by somebody who writes to the disk directly or sets the clock.
     """
 
     def __init__(self, memo: Memo | None) -> None:
@@ -91,7 +91,7 @@ class FileHashes:
         self._read: dict[str, str] = {}
 
     def __call__(self, file: Path) -> tuple[str, str]:
-        """The digest of a file, and the identity that it had before it was read."""
+        """The digest of a file, and its identity before it was read."""
         with open_regular(file) as opened, contextlib.suppress(OSError):
             os.fsync(opened.fileno())
         identity = file_identity(file)
@@ -104,13 +104,13 @@ class FileHashes:
         return digest, identity
 
     def remember(self) -> None:
-        """Keep what was read for the next process."""
+        """Save new digests for the next process."""
         if self._memo is not None:
             self._memo.update(self._read)
 
 
 def file_identity(file: Path) -> str:
-    """Inode, size and times of a file: a text that changes whenever the file does."""
+    """Inode, size and times of a file as a text, which changes whenever the file does."""
     status = file.stat()
     changing = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     return ":".join([*map(str, changing), str(file)])

@@ -1,6 +1,6 @@
-"""Arrays of .npz files whose sizes are known before a byte of them is inflated; never a pickle.
+"""Read arrays of .npz files: sizes are known before anything is decompressed; pickles are refused.
 
-:func:`open_npz` opens a file once; :class:`NpzFile` keeps what the headers say and opens it for each reading.
+:func:`open_npz` opens a file once; :class:`NpzFile` keeps the headers and opens the file for each reading.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _AGAIN = "Expected a file of numpy.savez."
 
 
 class Header(NamedTuple):
-    """Header of an array; ``by_columns`` where its first axis, of several, changes fastest."""
+    """Header of an array; ``by_columns`` means Fortran order."""
 
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
@@ -42,14 +42,14 @@ class Header(NamedTuple):
 
 
 class _KnownError(ValueError):
-    """A fault that is known, as a text for people."""
+    """A known fault, described for people."""
 
 
 class Archive:
     """An opened .npz file, see :func:`open_npz`.
 
     Attributes:
-        names: of its arrays.
+        names: names of its arrays.
     """
 
     def __init__(self, archive: zipfile.ZipFile) -> None:
@@ -60,19 +60,19 @@ class Archive:
         self.names = tuple(name.removesuffix(_SUFFIX) for name in members if name.endswith(_SUFFIX))
 
     def header(self, name: str) -> Header:
-        """Type and sizes of one array, which its member really has."""
+        """Type and shape of one array, checked against the size of its member."""
         with self._archive.open(name + _SUFFIX) as member:
             return self._header(name, member)
 
     def read(self, name: str) -> NDArray[Any]:
-        """One array, of numbers or texts."""
+        """Read one array of numbers or strings."""
         self.header(name)
         with self._archive.open(name + _SUFFIX) as member:
             array: NDArray[Any] = np.lib.format.read_array(member, allow_pickle=False)
         return array
 
     def blocks(self, name: str, rows: int) -> Iterator[NDArray[Any]]:
-        """Consecutive rows of one array, as many at once: all of it never stands in memory."""
+        """Yield one array in blocks of rows, so that it need not fit in memory."""
         with self._archive.open(name + _SUFFIX) as member:
             header = self._header(name, member)
             if header.by_columns:
@@ -96,11 +96,11 @@ class Archive:
 
 @contextlib.contextmanager
 def open_npz(source: Path | IO[bytes]) -> Iterator[Archive]:
-    """Open an .npz file, or one that is open, of which no array is read yet.
+    """Open an .npz file, given as a path or an open file. No array is read yet.
 
     Raises:
-        Exception: of any kind, then and from :class:`Archive`, for a file that is no such archive or damaged;
-            :func:`reading_fault` words it.
+        Exception: of any kind, from here and from :class:`Archive`, if the file is damaged or not an .npz
+            file; :func:`reading_fault` describes it.
     """
     given = open_regular(source) if isinstance(source, Path) else contextlib.nullcontext(source)
     with given as opened, zipfile.ZipFile(opened) as archive:
@@ -108,14 +108,14 @@ def open_npz(source: Path | IO[bytes]) -> Iterator[Archive]:
 
 
 def reading_fault(error: Exception) -> str:
-    """Fault of an unreadable .npz file; the library's words on damaged bytes would mislead."""
+    """Describe why an .npz file is unreadable; the library's own messages would mislead."""
     told = error.strerror if isinstance(error, OSError) else None
     return told or "it is truncated, damaged or something else"
 
 
 @dataclass(frozen=True)
 class Member:
-    """One array of an :class:`NpzFile`, by its header alone."""
+    """One array of an :class:`NpzFile`, of which only the header has been read."""
 
     file: Path
     name: str
@@ -123,7 +123,7 @@ class Member:
     shape: tuple[int, ...]
 
     def blocks(self, rows: int) -> Iterator[NDArray[Any]]:
-        """Consecutive rows, as many at once.
+        """Yield blocks of rows.
 
         Raises:
             DataError: if the file is damaged.
@@ -132,7 +132,7 @@ class Member:
             yield from archive.blocks(self.name, rows)
 
     def read(self) -> NDArray[Any]:
-        """All of it; for what is small.
+        """Read the whole array, which should be small.
 
         Raises:
             DataError: if the file is damaged, or this is a single number.
@@ -145,7 +145,7 @@ class Member:
 
 @dataclass(frozen=True)
 class NpzFile:
-    """An .npz file that is opened for each reading: its arrays by name."""
+    """The arrays of an .npz file by name; the file is opened for each reading."""
 
     file: Path
     members: dict[str, Member]
@@ -155,7 +155,7 @@ class NpzFile:
         """Read the header of every array.
 
         Raises:
-            DataError: if the file is none or damaged, or an array cannot be read by rows.
+            DataError: if the file is damaged or not an .npz file, or an array cannot be read by rows.
         """
         with _reading(file) as archive:
             headers = {name: archive.header(name) for name in archive.names}
@@ -172,16 +172,16 @@ class NpzFile:
 
     @property
     def names(self) -> str:
-        """Description of its content, for a message."""
+        """The names of its arrays, for a message."""
         return ", ".join(sorted(self.members)) or "nothing"
 
 
 @contextlib.contextmanager
 def _reading(file: Path) -> Iterator[Archive]:
-    """An opened file; whatever the readers say of damaged bytes, as one message."""
+    """Open the file, and convert any exception of the readers to one error."""
     try:
         with open_npz(file) as archive:
             yield archive
-    except Exception as error:  # damaged bytes make zipfile, zlib and numpy raise almost anything
+    except Exception as error:  # damaged bytes make zipfile, zlib and numpy raise anything
         told = str(error) if isinstance(error, _KnownError) else reading_fault(error)
         raise DataError(f"cannot read {file}: {told}", hint=_AGAIN) from None

@@ -1,4 +1,4 @@
-"""Read an ONNX file's weights' places and nodes without onnx.
+"""Read the locations of weights and the nodes of an ONNX file without onnx.
 
 ONNX is a protocol-buffer message. Reading the few fields on the way to ``external_data`` takes a page of
 code; depending on the onnx package for it would pull the export stack into every deployment.
@@ -30,17 +30,17 @@ CHILDREN: dict[str, dict[int, str]] = {
     "tensor": {13: "entry"},
 }
 _KEY, _VALUE = 1, 2
-_GRAPH, _TRAINING, _FUNCTION = 7, 20, 25  # of a model
-_NODE = 1  # of a graph
-_NODE_NAME, _OPERATOR, _ATTRIBUTE, _DOMAIN, _NODE_METADATA = 3, 4, 5, 7, 9  # of a node
-_NESTED = (6, 11)  # graphs of an attribute
+_GRAPH, _TRAINING, _FUNCTION = 7, 20, 25  # fields of a model
+_NODE = 1  # field of a graph
+_NODE_NAME, _OPERATOR, _ATTRIBUTE, _DOMAIN, _NODE_METADATA = 3, 4, 5, 7, 9  # fields of a node
+_NESTED = (6, 11)  # fields of an attribute that hold graphs
 _OWN_DOMAINS = (b"", b"ai.onnx")
 _SHOWN = 60  # bytes of a name in a message
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 
 
 def external_locations(path: Path) -> frozenset[str]:
-    """Every file name in which an ONNX file keeps weights.
+    """The names of all files with external weights of an ONNX file.
 
     Raises:
         BundleError: if the file is no protocol-buffer message.
@@ -50,9 +50,9 @@ def external_locations(path: Path) -> frozenset[str]:
 
 
 def check_operators(path: Path) -> None:
-    """Refuse an ONNX file with anything but one graph of ONNX's own operators, of which none holds a graph.
+    """Refuse an ONNX file unless it is one graph of standard ONNX operators without subgraphs.
 
-    Loops and branches hold graphs: without them a run ends, after one run of each node.
+    Loops and branches have subgraphs. Without them, a run executes each node once and ends.
 
     Raises:
         BundleError: naming the operator, or if the file is no protocol-buffer message.
@@ -67,7 +67,7 @@ def check_operators(path: Path) -> None:
 
 
 def node_metadata(path: Path, key: str) -> dict[str, str]:
-    """One entry of the metadata of every named node that has it, by the node's name.
+    """One metadata entry of all named nodes that have it, by the node's name.
 
     Raises:
         BundleError: if the file is no protocol-buffer message.
@@ -147,7 +147,7 @@ def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, i
     while position < end:
         tag, position = _varint(data, position, end)
         number, wire_type = tag >> 3, tag & 7
-        if not 0 < number < 2**29:  # readers that keep 32 bits would take it for another field
+        if not 0 < number < 2**29:  # 32-bit readers would see another field number
             raise ValueError(f"unknown field number {number}")
         if wire_type == _BYTES:
             length, position = _varint(data, position, end)

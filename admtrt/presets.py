@@ -1,7 +1,7 @@
 """The published ADM checkpoints: network, process and recommended sampler of each, by file name.
 
 Sources: the released sampling flags, and Dhariwal & Nichol (2021), table 14, for the guidance scales. Sizes
-and costs stand here so that listing them needs no PyTorch; a test computes them again.
+and costs are written here so that listing them needs no PyTorch; a test recomputes them.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Preset:
     A classifier has the process and the sampler of the UNet that it guides.
 
     Attributes:
-        name: as the file is called.
+        name: file name without the suffix.
         network: its configuration.
         diffusion: the process that it was trained on.
-        sampler: recommended, for the most faithful images.
-        fast_sampler: recommended for 25 steps of DDIM, if the paper gives a scale for it.
-        guided_by: the classifier of a UNet that is guided.
+        sampler: the recommended sampler, for the best images.
+        fast_sampler: the recommended sampler with 25 steps of DDIM, if the paper gives a scale for it.
+        guided_by: the classifier that guides a UNet.
         note: advice on sampling, and where the sources differ.
     """
 
@@ -73,17 +73,18 @@ class Preset:
 
     @property
     def forward_flops(self) -> int:
-        """Operations of one evaluation for one image: a multiplication and an addition are two.
+        """Operations of one evaluation for one image; a multiply-add counts as two.
 
-        Counted are convolutions, linear layers and attention.
+        Counts convolutions, linear layers and attention.
         """
         return _COSTS[self.name][1]
 
     @property
     def step_flops(self) -> int:
-        """Those of the network's part of a step: of a classifier, its evaluation and its input gradient.
+        """Operations of the network's part of a step; for a classifier, with its input gradient.
 
-        Backwards to the input, a convolution costs what it does forwards, a product of attention twice that.
+        The backward pass to the input costs as much as the forward pass for a convolution, and twice as much
+        for a product of attention.
         """
         return _COSTS[self.name][2]
 
@@ -95,7 +96,7 @@ _CHANNEL_MULT = {
     512: (0.5, 1, 1, 2, 2, 4, 4),
 }
 _IMAGENET_CLASSES = 1000
-_COSTS = {  # parameters, operations of an evaluation, operations of a step
+_COSTS = {  # parameters, operations per evaluation, operations per step
     "64x64_diffusion": (295_904_454, 219_356_037_120, 219_356_037_120),
     "64x64_classifier": (65_438_568, 38_083_995_648, 80_892_876_800),
     "128x128_diffusion": (421_529_606, 613_855_789_056, 613_855_789_056),
@@ -204,7 +205,7 @@ def _published() -> Iterator[Preset]:
 
 
 def _consistency_models() -> Iterator[Preset]:
-    """Those of openai/consistency_models: Karras et al.'s diffusion models, distilled and trained ones."""
+    """The models of openai/consistency_models: EDM diffusion models, distilled and directly trained ones."""
     plain = {"learn_sigma": False, "new_attention_order": True}
     imagenet = _unet(64, model_channels=192, num_res_blocks=3, num_classes=_IMAGENET_CLASSES, **plain)
     lsun = _unet(256, scale_shift_norm=False, **plain)

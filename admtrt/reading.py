@@ -1,4 +1,4 @@
-"""Reading files that others may have put there: never waiting for a pipe, and never more than is honest."""
+"""Read untrusted files: regular files only, and no more bytes than a limit."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """Open a regular file for reading, at once: a pipe would wait for a writer, a device has no end.
+    """Open a regular file without blocking. A pipe would wait for a writer; a device may never end.
 
     Raises:
-        OSError: if it cannot be opened, or is something else.
+        OSError: if it cannot be opened or is not a regular file.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     mode = os.fstat(descriptor).st_mode
@@ -33,10 +33,10 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_small(path: Path, limit: int) -> bytes:
-    """The content of a regular file of ``limit`` bytes at most.
+    """The content of a regular file of at most ``limit`` bytes.
 
     Raises:
-        OSError: if it cannot be read, is larger or something else.
+        OSError: if it cannot be read, is larger, or is not a regular file.
     """
     with open_regular(path) as opened:
         content = opened.read(limit + 1)
@@ -46,7 +46,7 @@ def read_small(path: Path, limit: int) -> bytes:
 
 
 def read_json(path: Path, limit: int) -> Any:
-    """The value in a regular JSON file of ``limit`` bytes at most.
+    """The value in a regular JSON file of at most ``limit`` bytes.
 
     Raises:
         OSError: as :func:`read_small`.
@@ -56,10 +56,11 @@ def read_json(path: Path, limit: int) -> Any:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON document.
+    """Parse a JSON document.
 
     Raises:
-        ValueError: if it is not JSON in UTF-8, nested too deeply, or has a text that UTF-8 cannot hold.
+        ValueError: if it is not JSON in UTF-8, nested too deeply, or contains a string that UTF-8 cannot
+            encode.
     """
     document = text.decode("utf-8") if isinstance(text, bytes) else text
     try:

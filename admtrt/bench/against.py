@@ -1,9 +1,9 @@
-"""This version beside another checkout of admtrt: the same samples of the same weights, in interleaved pairs.
+"""Compare with another checkout of admtrt: the same samples of the same weights, in interleaved pairs.
 
 Each side exports the checkpoints itself and draws in a process of its own environment, through the public
-``Pipeline``. Pairs are taken in the order ABBA, so that a machine whose speed changes favours neither. Every
-few pairs both processes are started anew: the memory that a process happens to get decides its speed for as
-long as it lives, by more than the 1% that is asked for here.
+``Pipeline``. Pairs are measured in the order ABBA, so that drifts of the machine's speed favour neither side.
+Both processes are restarted every few pairs: the memory layout that a process happens to get changes its
+speed by more than the 1% to be measured.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
     from admtrt.bench.subject import Subject
 
 MOST = 1.01
-"""Largest median ratio of seconds, ours over theirs, that is no slowdown."""
+"""Largest median ratio of seconds (ours / theirs) that does not count as a slowdown."""
 PAIRS_PER_PROCESS = 5
-"""Pairs that the same two processes draw."""
+"""Pairs drawn before both processes are restarted."""
 _DRIVER = """
 import json, sys, time
 from admtrt import Pipeline
@@ -61,8 +61,8 @@ class Comparison:
 
     Attributes:
         row: backend and precision.
-        batch: its size.
-        steps: of every draw, as given to the samplers.
+        batch: batch size.
+        steps: steps of every draw, as given to the samplers.
         ours, theirs: seconds of every draw, in pairs.
     """
 
@@ -74,7 +74,7 @@ class Comparison:
 
     @property
     def ratios(self) -> list[float]:
-        """Seconds of ours over theirs, of each pair."""
+        """The ratio of seconds (ours / theirs) of each pair."""
         return [a / b for a, b in zip(self.ours, self.theirs, strict=True)]
 
     @property
@@ -83,7 +83,7 @@ class Comparison:
         return median(self.ratios)
 
     def cells(self) -> list[str]:
-        """A line for people."""
+        """One table row for people."""
         low, _, high = quantiles(self.ratios, n=4)
         return [
             f"{self.row}, batch {self.batch}, {self.steps}",
@@ -115,18 +115,18 @@ def compare_with(
     """Measure this version and another.
 
     Args:
-        checkout: of the other, with its environment in ``.venv``.
-        subject: whose checkpoints both export.
+        checkout: the other version's checkout, with its environment in ``.venv``.
+        subject: the checkpoints that both export.
         rows: backends.
         batches: sizes.
-        pairs: of draws, for each row and size.
-        steps: of a draw; each is measured.
-        threads: of CPU backends.
-        note: told what goes on.
+        pairs: pairs of draws per row and size.
+        steps: numbers of steps of a draw; each is measured.
+        threads: threads of CPU backends.
+        note: called with progress messages.
 
     Raises:
-        RequestError: if the checkout has no environment, the subject no checkpoints, or its process no such
-            steps.
+        RequestError: if the checkout has no environment, the subject has no checkpoints, or its process does
+            not have the steps.
         AdmtrtError: if a side fails.
     """
     if subject.unet is None:
@@ -164,7 +164,7 @@ def compare_with(
 
 
 def _check_steps(bundle: Path, steps: Sequence[str]) -> None:
-    """Refuse steps that the process does not have, before minutes are spent on those that it has."""
+    """Refuse impossible steps before spending minutes on the others."""
     manifest = Bundle.open(bundle).manifest
     for text in steps:
         try:
@@ -188,7 +188,7 @@ class _Side:
         return {**os.environ, "PYTHONPATH": str(self.folder)}
 
     def export(self, subject: Subject, path: Path) -> Path:
-        """Export the subject's checkpoints, unless it was done before."""
+        """Export the subject's checkpoints, unless done already."""
         if path.exists():
             return path
         guide = [] if subject.classifier is None else ["--classifier", str(subject.classifier.resolve())]
@@ -203,7 +203,7 @@ class _Side:
 
     @contextlib.contextmanager
     def drawing(self, request: list[Any]) -> Iterator[Callable[[], float]]:
-        """A process that draws once a call and tells the seconds; it has compiled and drawn already."""
+        """A warmed-up process that draws once per call and returns the seconds."""
         command = [str(self.python), "-c", _DRIVER, json.dumps(request)]
         with subprocess.Popen(  # noqa: S603 - as above
             command, cwd=self.folder, env=self._environment, text=True,
@@ -236,7 +236,7 @@ class _Side:
 def interleaved(
     openings: Sequence[Callable[[], contextlib.AbstractContextManager[Callable[[], float]]]], pairs: int
 ) -> list[list[float]]:
-    """Seconds of every draw of both sides, the processes started anew every ``PAIRS_PER_PROCESS`` pairs."""
+    """Seconds of every draw of both sides, restarting the processes every ``PAIRS_PER_PROCESS`` pairs."""
     seconds: list[list[float]] = [[], []]
     for first in range(0, pairs, PAIRS_PER_PROCESS):
         order = (0, 1) if first // PAIRS_PER_PROCESS % 2 == 0 else (1, 0)

@@ -1,4 +1,4 @@
-"""The steps of all rows as bars."""
+"""Bar chart of the step times of all rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from admtrt.bench.report import BenchReport
 
-_ROOM_FOR_TEXT = 1.4  # behind the longest bar
+_ROOM_FOR_TEXT = 1.4  # axis length relative to the longest bar
 _COLORS = {"fp32": "tab:blue", "fp16": "tab:green", "bf16": "tab:orange"}
 
 
@@ -31,9 +31,10 @@ def plot_steps(report: BenchReport, path: Path) -> None:
 
 
 def steps_figure(report: BenchReport) -> Figure:
-    """The median guided step of every row, with quartiles, a panel for each batch size.
+    """The median guided step of every row, with quartiles, in one panel per batch size.
 
-    The legend tells the colours and the machine, the titles what the numbers behind the bars are relative to.
+    The legend explains the colours and names the machine; the titles name the baseline of the relative
+    speeds.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -41,7 +42,7 @@ def steps_figure(report: BenchReport) -> Figure:
 
     panels = {batch: [m for m in report.at(batch) if m.step is not None] for batch in report.batches}
     height = 0.8 + max(len(rows) for rows in panels.values()) * 0.35 + 1.4
-    # A figure of its own, without pyplot: no display, no global state.
+    # A Figure without pyplot needs no display and no global state.
     figure = Figure(figsize=(5 * len(panels) + 2, height), layout="constrained")
     for axes, (batch, rows) in zip(
         figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True

@@ -1,4 +1,4 @@
-"""One row at work, in a process of its own: opens its denoiser and takes timed steps."""
+"""One row in a child process: opens its denoiser and takes timed steps."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Array, Slots
 
 _COMPARED = ("out", "grad")
-"""Outputs of the networks that rows are judged by."""
+"""Outputs of the networks that are compared between rows."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Preparation of a row for a batch size.
+    """The result of preparing a row for a batch size.
 
     Attributes:
-        ready: seconds from nothing to the end of the first step; loading, compiling and tuning lie in here.
-        outputs: what the graphs give for the inputs that every row is given: ``out``, and ``grad`` if guided;
-            of the graph of a guide under the graph's name.
-        notes: what the backend said of its choices.
+        ready: seconds until the end of the first step, with loading, compiling and tuning.
+        outputs: outputs of the graphs for the inputs common to all rows: ``out``, and ``grad`` if guided; of a
+            guide's graph under the graph's name.
+        notes: the backend's notes on its choices.
     """
 
     ready: float
@@ -54,10 +54,10 @@ class StepTime:
     Attributes:
         step: the whole step.
         unet: the UNet.
-        gradient: the gradient, None where nothing guides.
-        outside: what the step spends outside its graphs, None where x stays on a device: there the graphs
-            were timed apart from the step.
-        guides: the graph of each guide besides the classifier that the row can run, by name.
+        gradient: the gradient; None without guidance.
+        outside: time of the step outside its graphs. None if x stays on a device, where graphs are timed
+            separately.
+        guides: the graph of each further guide that the row can run, by name.
     """
 
     step: float
@@ -71,11 +71,11 @@ class Contender:
     """A row.
 
     Args:
-        row: what to run.
-        subject: on what.
-        device: of the rows of PyTorch.
-        threads: of every library on the CPU.
-        exports: of the row ``plain-onnx``: its graphs by batch size.
+        row: the row to run.
+        subject: the subject to run it on.
+        device: device of PyTorch's rows.
+        threads: CPU threads of every library.
+        exports: graphs of the row ``plain-onnx`` by batch size.
     """
 
     def __init__(
@@ -104,10 +104,10 @@ class Contender:
         return self._row.name in (PLAIN, AUTO)
 
     def prepare(self, batch: int) -> Prepared:
-        """Get ready for a batch size: compile, take a first step, and warm up."""
+        """Prepare a batch size: compile, take a first step, and warm up."""
         began = time.perf_counter()
         if self._one_batch_only:
-            self._denoiser = None  # gone before the next one comes
+            self._denoiser = None  # free it before opening the next one
             self._denoiser = self._open(batch)
         self._slots = example_slots(self._bundle.manifest, batch)
         first, _ = self._watched_step()
@@ -121,7 +121,7 @@ class Contender:
         return Prepared(ready=ready, outputs=first.outputs | led, notes=notes)
 
     def step(self) -> StepTime:
-        """Take the same guided step once more."""
+        """Repeat the same guided step."""
         watch, seconds = self._watched_step()
         denoiser, slots = self._denoiser, self._slots
         assert slots is not None
@@ -135,7 +135,7 @@ class Contender:
         )
 
     def sample(self, steps: int) -> float:
-        """Seconds of a whole run of so many steps, of the batch that was prepared."""
+        """Seconds of a whole run of ``steps`` steps with the prepared batch."""
         assert self._slots is not None
         assert self._denoiser is not None
         slots = self._slots
@@ -176,7 +176,7 @@ class Contender:
         return open_denoiser(self._bundle, choice, progress=lambda said: self._notes.append(str(said)))
 
     def _guide_inputs(self, batch: int) -> dict[str, tuple[GraphName, dict[str, Array]]]:
-        """The graph of each guide that has one of its own, and what it is given, by the guide's name."""
+        """The graph of each guide that has its own, and its inputs, by the guide's name."""
         manifest = self._bundle.manifest
         guides = {name: manifest.guides[name] for name in self._guides()}
         if not guides:
@@ -206,7 +206,7 @@ class Contender:
         return time.perf_counter() - began
 
     def _watched_step(self) -> tuple[_Stopwatch, float]:
-        """One step from host memory, every graph timed by itself, and its seconds."""
+        """Take one step from host memory, with every graph timed separately."""
         assert self._slots is not None
         assert self._denoiser is not None
         watch = _Stopwatch(self._denoiser)
@@ -224,7 +224,7 @@ def _gradient(results: Mapping[str, Array]) -> Array:
 
 
 class _Stopwatch:
-    """A denoiser that times another's graphs and keeps what they give."""
+    """A denoiser that times another denoiser's graphs and keeps their outputs."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self._denoiser = denoiser

@@ -1,4 +1,4 @@
-"""Speed of networks of features: images a second on each library, and of torch-fidelity's Inception."""
+"""Speed of feature networks: images per second on each library, and of torch-fidelity's Inception."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from admtrt.evaluate.network import FeatureNetwork
 
 FIDELITY = "torch-fidelity"
-_SIZE = 256  # of the images, where the graph takes any
+_SIZE = 256  # image size, if the graph takes any
 
 
 class Looker:
-    """A library that computes features, for :func:`admtrt.bench.throughput.measure_rows`."""
+    """A row that computes features, for :func:`admtrt.bench.throughput.measure_rows`."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Looker:
         self._look(self._images)
 
     def ready(self) -> float:
-        """Seconds from nothing to the end of the first batch."""
+        """Seconds until the end of the first batch."""
         return self._ready
 
     def step(self) -> float:
@@ -71,7 +71,7 @@ class Looker:
 
 
 def _fidelity(threads: int, scratch: Path) -> Callable[[NDArray[np.uint8]], object]:
-    """torch-fidelity's Inception with weights that nothing has trained: its speed is the same."""
+    """torch-fidelity's Inception with untrained weights, which do not change its speed."""
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
@@ -90,10 +90,10 @@ def _fidelity(threads: int, scratch: Path) -> Callable[[NDArray[np.uint8]], obje
 
 
 def feature_rows(names: Sequence[str], network: FeatureNetwork) -> list[tuple[str, Precision]]:
-    """Rows written ``BACKEND[:PRECISION]`` or ``torch-fidelity``; all that can run here where there are none.
+    """Parse rows ``BACKEND[:PRECISION]`` or ``torch-fidelity``; without any, all that can run here.
 
     Raises:
-        RequestError: for one that there is not.
+        RequestError: for an unknown row.
     """
     fidelity = network.kind == "inception" and find_spec("torch_fidelity") is not None
     if not names:
@@ -156,9 +156,9 @@ def run_feature_bench(
 
 
 def count_graph(path: Path) -> int | None:
-    """Operations of one image in convolutions and products with weights; an addition is one.
+    """Operations per image in convolutions and products with weights; a multiply-add counts as two.
 
-    None where the size of a feature map cannot be told from the graph.
+    None if the size of a feature map is unknown.
     """
     import onnx
 

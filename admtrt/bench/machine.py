@@ -1,4 +1,4 @@
-"""Description of the machine of a measurement."""
+"""Describe the machine of a measurement."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _PACKAGES = ("numpy", "torch", "onnx", "onnxscript")
-"""Besides the distributions of every backend."""
+"""Packages to list besides the backends' distributions."""
 
 
 def describe_machine(threads: int, gpu: str | None) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def describe_machine(threads: int, gpu: str | None) -> dict[str, Any]:
 
 
 def machine_lines(machine: Mapping[str, Any]) -> list[str]:
-    """Description by :func:`describe_machine`, for people."""
+    """Format the result of :func:`describe_machine` for people."""
     cores = f"{machine['threads']} threads on {machine['processors']} processors"
     device = [] if machine["gpu"] is None else [machine["gpu"]]
     parts = [*device, machine["processor"], cores, f"{machine['memory'] / 2**30:.0f} GiB", machine["system"]]

@@ -1,4 +1,4 @@
-"""The run: every row in a process of its own, all of them stepped in turn."""
+"""The measurement: every row in its own process, stepped in turn."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _REFERENCES = (Row(EAGER), Row(ORIGINAL), Row("onnxruntime"))
 
 
 class RemoteRow(Protocol):
-    """Something whose methods are called by name; :class:`~admtrt.bench.remote.Remote` is one."""
+    """An object whose methods are called by name, such as :class:`~admtrt.bench.remote.Remote`."""
 
     def call(self, method: str, *arguments: object) -> Any:
         """See :meth:`admtrt.bench.remote.Remote.call`."""
@@ -32,7 +32,7 @@ class RemoteRow(Protocol):
 
 @dataclass
 class _RowRun:
-    """A row at one batch size while it is measured."""
+    """The state of a row's measurement at one batch size."""
 
     row: Row
     contender: RemoteRow
@@ -55,23 +55,23 @@ class _RowRun:
 
 @dataclass(frozen=True)
 class Round:
-    """All rows at one batch size, and the row from whose outputs the errors were taken ("" for none)."""
+    """All rows at one batch size, and the name of the row that errors are relative to ("" for none)."""
 
     measurements: tuple[Measurement, ...]
     reference: str
 
 
 class Bench:
-    """Rows that are ready to be measured.
+    """Measures rows.
 
     Args:
-        contenders: the rows, each a remote :class:`~admtrt.bench.contender.Contender`, or why there is none.
-        yardstick: a :class:`~admtrt.bench.yardstick.Yardstick`, None where the peak cannot be measured.
-        operations: of a step for one image, None where they could not be counted.
-        note: told what goes on.
+        contenders: a remote :class:`~admtrt.bench.contender.Contender` for each row, or why there is none.
+        yardstick: a :class:`~admtrt.bench.yardstick.Yardstick`; None if the peak cannot be measured.
+        operations: operations of a step for one image; None if they could not be counted.
+        note: called with progress messages.
 
     Attributes:
-        peaks: by precision, the best so far, operations a second.
+        peaks: best peak so far by precision, in operations per second.
     """
 
     def __init__(
@@ -90,8 +90,8 @@ class Bench:
     def run(self, batch: int, repeat: int, sampling_steps: int | None) -> Round:
         """Measure every row at one batch size; a row that fails says why and the others go on.
 
-        Whatever slows the machine for a while meets all rows alike, since each repetition visits all of them,
-        beginning with another one each time.
+        Each repetition visits all rows, starting with a different one, so that temporary slowdowns affect all
+        alike.
         """
         runs = [
             _RowRun(row, contender)
@@ -123,7 +123,7 @@ class Bench:
         if self._yardstick is None:
             return
         for precision in sorted(precisions):
-            with contextlib.suppress(RemoteError):  # PyTorch lacks this precision here: no peak is shown
+            with contextlib.suppress(RemoteError):  # PyTorch lacks this precision here: show no peak
                 speed: float = self._yardstick.call("measure", precision)
                 self.peaks[precision] = max(self.peaks.get(precision, 0.0), speed)
 
@@ -165,7 +165,7 @@ class Bench:
 
 
 def _errors(outputs: Mapping[str, Any], expected: Mapping[str, Any]) -> dict[str, float | None]:
-    """The worst sample's error of each output; None where it is not finite."""
+    """The worst sample's error of each output; None if it is not finite."""
     worst = {
         name: float(sample_errors(outputs[name], array).max())
         for name, array in expected.items()

@@ -1,7 +1,7 @@
-"""The peer without this package: what PyTorch's own exporter makes of the networks, on ONNX Runtime.
+"""The peer ``plain-onnx``: the networks exported by PyTorch alone, on ONNX Runtime.
 
-The gradient takes the route that is left to a user: ``make_fx`` over ``torch.func.vjp``, with decompositions
-for what the exporter does not know. Batch sizes are fixed.
+The gradient is exported the way that a user without admtrt could: ``make_fx`` over ``torch.func.vjp``, with
+decompositions of operators that the exporter does not know. Batch sizes are fixed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def export_plain(subject: Subject, batch: int) -> PlainExport:
     """Export both networks at a fixed batch size by PyTorch alone.
 
     Raises:
-        Exception: whatever PyTorch raises where it cannot.
+        Exception: whatever PyTorch raises if the export fails.
     """
     began = time.perf_counter()
     unet, classifier = subject.networks()
@@ -66,12 +66,12 @@ def export_plain(subject: Subject, batch: int) -> PlainExport:
 
 
 class PlainDenoiser(GraphDenoiser):
-    """Plainly exported networks on ONNX Runtime's defaults; the small graphs are the bundle's.
+    """Networks exported by PyTorch, run with ONNX Runtime's defaults; the small graphs are the bundle's.
 
     Args:
-        bundle: whose small graphs are used.
-        exported: the graphs.
-        threads: of each operator.
+        bundle: the bundle with the small graphs.
+        exported: the exported graphs.
+        threads: threads per operator.
     """
 
     def __init__(self, bundle: Bundle, exported: PlainExport, threads: int) -> None:
@@ -83,7 +83,7 @@ class PlainDenoiser(GraphDenoiser):
         }
         paths = {**small, **exported.paths}
         self.specs = {name: bundle.graph_entry(name).spec for name in paths}
-        if "classifier_gradient" in paths:  # its export has no log_prob
+        if "classifier_gradient" in paths:  # this export has no log_prob
             spec = self.specs["classifier_gradient"]
             self.specs["classifier_gradient"] = spec.model_copy(update={"outputs": spec.outputs[:1]})
         self._sessions: dict[GraphName, Any] = {
@@ -109,7 +109,7 @@ def _program(module: nn.Module, spec: GraphSpec, batch: int) -> Any:
 
 
 def traced_gradient(classifier: Classifier, examples: tuple[Tensor, ...]) -> nn.Module:
-    """The operators that autograd runs for d log p(y | x_t) / dx_t, as a module."""
+    """Trace the operators that autograd runs for d log p(y | x_t) / dx_t to a module."""
     from torch._decomp import core_aten_decompositions
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -132,7 +132,7 @@ def traced_gradient(classifier: Classifier, examples: tuple[Tensor, ...]) -> nn.
 def convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, _bias: Any, *options: Any
 ) -> tuple[Tensor, None, None]:
-    """The input's part of a convolution's backward: a transposed convolution."""
+    """The input gradient of a convolution: a transposed convolution."""
     stride, padding, dilation, _transposed, _output_padding, groups, _mask = options
     reached = [
         (size - 1) * s - 2 * p + d * (kernel - 1) + 1
@@ -148,7 +148,7 @@ def convolution_backward(
 
 
 def _average_pool_backward(grad: Tensor, _x: Tensor, kernel: list[int], *_options: Any) -> Tensor:
-    """The backward of a pooling whose windows do not overlap, the only one in these networks."""
+    """The backward of average pooling with non-overlapping windows, the only pooling in these networks."""
     n, c, h, w = grad.shape
     spread = grad[:, :, :, None, :, None].expand(n, c, h, kernel[0], w, kernel[1])
     return spread.reshape(n, c, h * kernel[0], w * kernel[1]) / (kernel[0] * kernel[1])

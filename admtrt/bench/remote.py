@@ -1,4 +1,4 @@
-"""Objects in processes of their own: their memory is theirs alone, and their death is a message."""
+"""Objects in child processes, which isolates their memory and turns their crashes into messages."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
 _TERMINAL_CODE = re.compile(r"\x1b\[[0-9;]*m")
-_GRACE = 5.0  # seconds in which a process may leave by itself
+_GRACE = 5.0  # seconds for a process to exit by itself
 
 
 class RemoteError(AdmtrtError):
-    """Failure of the other process, in one line."""
+    """A failure of the child process, in one line."""
 
 
 class Remote:
-    """An object made and kept in a new process, whose methods are called from here, one at a time.
+    """An object created in a child process; its methods are called from here, one at a time.
 
     Args:
-        factory: makes the object; importable, as all arguments and results are picklable.
-        arguments: of ``factory``.
-        log: file that takes what the process writes on stdout and stderr, and its tracebacks.
+        factory: makes the object; must be importable. Arguments and results must be picklable.
+        arguments: arguments of ``factory``.
+        log: file for the process's stdout, stderr and tracebacks.
 
     Raises:
         RemoteError: if the object cannot be made.
@@ -57,7 +57,7 @@ class Remote:
         Raises:
             RemoteError: if it fails, or the process is gone.
         """
-        with contextlib.suppress(OSError):  # a process that died is noticed below
+        with contextlib.suppress(OSError):  # a dead process is noticed below
             self._connection.send((method, arguments))
         return self._reply()
 
@@ -81,7 +81,7 @@ class Remote:
 
 
 def run_remotely(function: Callable[..., object], *arguments: object, log: Path) -> Any:
-    """The picklable result of a function that runs in a process of its own.
+    """Run a function in a child process and return its picklable result.
 
     Raises:
         RemoteError: if it fails.
@@ -99,9 +99,9 @@ class _Deferred:
 
 
 def peak_memory() -> int:
-    """The largest resident memory that this process ever had, in bytes; mapped files count where touched."""
+    """The peak resident memory of this process, in bytes, including touched pages of mapped files."""
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss begins with what the parent had when it started this process
+    if status.exists():  # ru_maxrss starts from the parent's memory at the fork
         lines = status.read_text(encoding="utf-8").splitlines()
         return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -110,7 +110,7 @@ def peak_memory() -> int:
 def _serve(
     connection: Connection, log: Path, factory: Callable[..., object], arguments: tuple[object, ...]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is interrupted too, and stops this process
     with log.open("ab", buffering=0) as sink:
         for stream in (1, 2):
             os.dup2(sink.fileno(), stream)
@@ -125,7 +125,7 @@ def _serve(
         fault, result = None, None
         try:
             result = call()
-        except Exception as error:  # whatever a library raises is this row's failure alone
+        except Exception as error:  # an exception fails only this row
             traceback.print_exc()
             fault = _one_line(error)
         connection.send((fault, result))
@@ -141,7 +141,7 @@ def _bound(made: Any, method: str, given: tuple[object, ...]) -> Callable[[], An
 
 
 def _one_line(error: BaseException) -> str:
-    """The first line of what was wrong at bottom: libraries wrap it in pages of advice."""
+    """The first line of the root cause, which libraries wrap in pages of advice."""
     if isinstance(error, AdmtrtError):
         return " ".join(f"{error.message}. {error.hint}".split()) if error.hint else error.message
     while error.__cause__ is not None:

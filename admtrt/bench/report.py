@@ -1,4 +1,4 @@
-"""Results of a measurement, for machines and for people."""
+"""Results of a measurement, as data and as tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 SPEED_COLUMNS = ("UNet", "grad", "step", "spread", "speed", "peak", "rest", "error out", "error grad")
 COST_COLUMNS = ("GFLOP/s", "GiB", "ready s")
-"""Heads of the tables; the documentation says what each means."""
+"""Column headings; docs/benchmarks.md explains them."""
 LEGEND = (
     "columns: UNet, grad and step in ms; spread, distance of the quartiles over the median (large: the "
     "machine was busy); speed, of the step relative to the row in the title; peak, the step's GFLOP/s "
@@ -26,12 +26,12 @@ LEGEND = (
     "difference over largest value"
 )
 
-_WHOLE = 100  # numbers from here on are shown without decimals
+_WHOLE = 100  # larger numbers are shown without decimals
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Seconds of repeated measurements: the smallest, the quartiles, and how many there were."""
+    """Seconds of repeated measurements: the minimum, the quartiles, and their number."""
 
     minimum: float
     lower: float
@@ -51,17 +51,18 @@ class Measurement:
     """One row at one batch size.
 
     Attributes:
-        row, batch: which.
-        reason: why nothing was measured; empty where something was.
+        row, batch: the row and the batch size.
+        reason: why nothing was measured; empty if the measurement succeeded.
         step, unet, gradient: seconds of the guided step and of its graphs.
-        outside: median part of the step outside its graphs; None where the graphs are not within the step.
-        guides: by name, seconds of the graph of each guide besides the classifier.
-        errors: by output, the worst sample's largest difference over its largest value, from the reference.
-        operations: in a step of the whole batch, None where they could not be counted.
-        memory: largest resident memory of the row's process until then, bytes.
-        ready: seconds from nothing to the first step's end.
-        sampling: seconds of a whole run, None where none was asked for.
-        notes: what the row said of itself.
+        outside: median time of the step outside its graphs; None if the graphs were timed separately.
+        guides: seconds of the graph of each further guide, by name.
+        errors: by output, the largest difference from the reference over the largest value, of the worst
+            sample.
+        operations: operations per step of the whole batch; None if they could not be counted.
+        memory: peak resident memory of the row's process so far, in bytes.
+        ready: seconds until the end of the first step.
+        sampling: seconds of a whole run; None if not requested.
+        notes: the row's own notes.
     """
 
     row: Row
@@ -81,7 +82,7 @@ class Measurement:
 
     @property
     def speed(self) -> float | None:
-        """Operations a second in a step."""
+        """Operations per second in a step."""
         if self.step is None or self.operations is None:
             return None
         return self.operations / self.step.median
@@ -95,12 +96,12 @@ class BenchReport:
         subject: what was measured.
         machine: device, versions, threads.
         measurements: every row at every batch size, in order.
-        reference: by batch size, the row from whose outputs the errors are taken.
+        reference: by batch size, the row that errors are relative to.
         nodes: by form (``bundle``, ``plain-onnx``), nodes of each graph.
-        operations: by graph, for one image; of a guide's graph as export counted them.
-        peaks: by precision, operations a second of the largest products.
+        operations: by graph, for one image; for a guide's graph as counted by the export.
+        peaks: by precision, operations per second of large products.
         startup: seconds of imports and openings, by name.
-        sampling_steps: of a whole run, None where none was asked for.
+        sampling_steps: number of steps of a whole run; None if not requested.
     """
 
     subject: str
@@ -123,7 +124,7 @@ class BenchReport:
         return tuple(m for m in self.measurements if m.batch == batch)
 
     def baseline(self, batch: int) -> Measurement | None:
-        """Baseline of a batch size's speeds: the original in fp32, else our eager PyTorch."""
+        """The baseline of a batch size: the original in fp32, else admtrt's eager PyTorch."""
         measured = {m.row: m for m in self.at(batch) if m.step is not None}
         return next((measured[row] for row in (Row(ORIGINAL), Row(EAGER)) if row in measured), None)
 
@@ -135,12 +136,12 @@ class BenchReport:
         return baseline.step.median / measurement.step.median
 
     def of_peak(self, measurement: Measurement) -> float | None:
-        """A row's speed as part of the peak in its precision."""
+        """A row's speed as a fraction of the peak in its precision."""
         peak = self.peaks.get(measurement.row.precision)
         return None if peak is None or measurement.speed is None else measurement.speed / peak
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data; seconds, bytes, and operations a second."""
+        """JSON-ready data, in seconds, bytes, and operations per second."""
         rows = [
             {
                 "name": m.row.name,
@@ -184,11 +185,11 @@ class BenchReport:
         )
 
     def remarks(self, batch: int) -> list[str]:
-        """Notes below the table: reasons of empty rows, and the rows' own remarks."""
+        """Notes below the table: reasons of empty rows, and the rows' notes."""
         return [f"{m.row}: {text}" for m in self.at(batch) for text in ((m.reason,) if m.reason else m.notes)]
 
     def title(self, batch: int) -> str:
-        """Head of the table of one batch size."""
+        """Title of the table of one batch size."""
         baseline = self.baseline(batch)
         against = "" if baseline is None else f", speed relative to {baseline.row}"
         errors = f", errors from {self.reference[batch]}" if batch in self.reference else ""
@@ -207,7 +208,7 @@ class BenchReport:
         return "\n".join([*parts, "", *(f"- {line}" for line in self.footnotes())]) + "\n"
 
     def footnotes(self) -> list[str]:
-        """The legend, the machine, peaks, operations, nodes and start-up, a line each."""
+        """The legend, the machine, peaks, operations, nodes and start-up, one line each."""
         peaks = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in self.peaks.items())
         counted = ", ".join(f"{name} {value / 1e9:,.2f} GFLOP" for name, value in self.operations.items())
         nodes = "; ".join(
@@ -239,7 +240,7 @@ class BenchReport:
         return tuple(dict.fromkeys(name for m in self.measurements for name in m.guides))
 
     def _guide(self, m: Measurement, name: str) -> str:
-        """Milliseconds of a guide's graph; its speed as part of the peak, and its error."""
+        """Milliseconds of a guide's graph; its speed as a fraction of the peak, and its error."""
         graph = f"{GUIDE_GRAPH}{name}"
         spread, operations = m.guides.get(name), self.operations.get(graph)
         if spread is None:
@@ -266,7 +267,7 @@ def _error(m: Measurement, name: str) -> str:
 
 
 def shown(value: float | None, form: str = "", missing: str = "") -> str:
-    """A number for people, by a format of its own or with three digits."""
+    """Format a number for people, by default with three digits."""
     if value is None:
         return missing
     return form.format(value) if form else f"{value:.0f}" if value >= _WHOLE else f"{value:.3g}"

@@ -32,10 +32,10 @@ class Row:
         return f"{self.name} {self.precision}"
 
     def require(self) -> None:
-        """Make sure that the packages of a peer are installed; a backend sees to its own.
+        """Check that the packages of a peer are installed; backends check their own.
 
         Raises:
-            MissingDependencyError: naming the first that is missing.
+            MissingDependencyError: naming the first missing one.
         """
         needed = ("torch", "safetensors", *("onnx", "onnxscript") * (self.name == PLAIN))
         for package in needed if self.name in PEERS else ():
@@ -51,16 +51,16 @@ PEERS: Mapping[str, tuple[Precision, ...]] = MappingProxyType(
         PLAIN: ("fp32",),
     }
 )
-"""The peers by name, with the precisions in which they run: the original implementation, the same networks in
-PyTorch eager and compiled, and what PyTorch's own ONNX exporter makes of them, on ONNX Runtime.
+"""The peers by name, with their precisions: the original implementation, admtrt's networks in PyTorch, eager
+and compiled, and those networks exported by PyTorch's own ONNX exporter, on ONNX Runtime.
 """
 
 
 def parse_rows(items: Sequence[str]) -> tuple[Row, ...]:
-    """Rows written ``NAME`` or ``NAME:PRECISION``, in the order given.
+    """Parse rows written ``NAME`` or ``NAME:PRECISION``, in the given order.
 
     Raises:
-        RequestError: for an unknown name, a precision that it does not have, or a row that comes twice.
+        RequestError: for an unknown name, a precision that it does not have, or a repeated row.
     """
     known = _known()
     rows: list[Row] = []
@@ -78,14 +78,14 @@ def parse_rows(items: Sequence[str]) -> tuple[Row, ...]:
 
 
 def takes_plans(row: Row) -> bool:
-    """True where a folder of plans matters to a row: ``auto`` runs none in fp32."""
+    """True if a row may run plans: ``auto`` does not run plans in fp32."""
     return runs_plans(row.name, row.precision)
 
 
 def default_rows(device: Device, *, original: bool) -> tuple[Row, ...]:
     """The peers, and every backend that this machine can run, in each of its precisions.
 
-    On a CPU the peers are measured in fp32 alone.
+    On a CPU the peers are measured in fp32 only.
     """
     rows = [
         Row(name, precision)

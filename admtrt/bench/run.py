@@ -38,25 +38,25 @@ def run_bench(
     sampling_steps: int | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> BenchReport:
-    """Measure rows on a subject that was checked.
+    """Measure rows on a checked subject.
 
     Args:
-        subject: what to run.
+        subject: the subject.
         rows: in the order of the tables.
         batches: batch sizes, one after the other.
-        repeat: steps timed of every row at every batch size.
-        device: of the rows of PyTorch and of the peak.
-        threads: of every library on the CPU.
-        sampling_steps: steps of a whole run to time once, or None.
-        note: told what goes on.
+        repeat: number of timed steps per row and batch size.
+        device: device of PyTorch's rows and of the peak.
+        threads: CPU threads of every library.
+        sampling_steps: number of steps of a whole run to time once, or None.
+        note: called with progress messages.
 
     Raises:
-        UserError: if the subject cannot be used, or the process has no such number of steps.
+        UserError: if the subject cannot be used, or the process does not have that many steps.
     """
     manifest = subject.check()
     if sampling_steps is not None:
         asked = with_choices(manifest.sampler, manifest.diffusion, {"steps": sampling_steps})
-        sampling_schedule(manifest.diffusion, asked.unguided)  # refuses an impossible number now
+        sampling_schedule(manifest.diffusion, asked.unguided)  # raises now if impossible
     nodes = {"bundle": {name: graph.nodes for name, graph in manifest.graphs.items()}}
     note("measuring the start-up")
     startup = measure_startup(subject.bundle)

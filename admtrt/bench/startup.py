@@ -1,4 +1,4 @@
-"""Time until anything can begin: imports, the command line, opening a bundle."""
+"""Start-up times: imports, the command line, opening a bundle."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _OPEN = (
 
 
 def measure_startup(bundle: Path) -> dict[str, float]:
-    """Seconds, each in a new process; of what is repeated, the median.
+    """Measure seconds, each in a new process; repeated measurements give the median.
 
-    The bundle is opened twice: with nothing remembered of it, so that every byte is hashed, and again.
+    The bundle is opened twice: first without remembered hashes, so that every byte is hashed, then with them.
     """
     seconds = {
         "import admtrt": statistics.median(float(_python("-c", _IMPORT)) for _ in range(_TIMES)),
@@ -41,7 +41,7 @@ def _seconds_of_help() -> float:
 
 
 def _python(*arguments: str, cache: str | None = None) -> str:
-    """Run this interpreter with this package; its stdout."""
+    """Run this interpreter with this package on its path; returns its stdout."""
     environment = package_environment()
     if cache is not None:
         environment["XDG_CACHE_HOME"] = cache

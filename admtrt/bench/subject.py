@@ -1,4 +1,4 @@
-"""Subject of a measurement: a bundle, and the checkpoints from which it was exported."""
+"""Subject of a measurement: a bundle, and the checkpoints that it was exported from."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _AGAIN = "Give the checkpoints from which the bundle was exported."
 
 @dataclass(frozen=True)
 class Subject:
-    """One set of weights in every form that a row may want.
+    """One set of weights in every form that a row may need.
 
     Attributes:
         name: for the report.
         bundle: the exported graphs.
-        unet, classifier: checkpoints, None where there are none.
-        original: checkout of the original implementation, None where none was given.
-        scratch: folder for what a row makes for itself.
-        plans: folder of plans, None for the bundle's own.
+        unet, classifier: checkpoints; None if there are none.
+        original: checkout of the original implementation; None if not given.
+        scratch: folder for rows' temporary files.
+        plans: folder of plans; None for the bundle's own.
     """
 
     name: str
@@ -46,12 +46,12 @@ class Subject:
     plans: Path | None = None
 
     def check(self) -> Manifest:
-        """Hold the checkpoints against the bundle without reading weights, and return the manifest.
+        """Compare the checkpoints with the bundle without reading weights, and return the manifest.
 
         Raises:
             BundleError: if the bundle cannot be used.
-            CheckpointError: if a checkpoint cannot be used, is missing or is not the bundle's network.
-            RequestError: if the checkout of the original holds no networks.
+            CheckpointError: if a checkpoint cannot be used, is missing or does not fit the bundle.
+            RequestError: if the checkout of the original has no networks.
         """
         manifest = Bundle.open(self.bundle).manifest
         check_original(self.original)
@@ -68,7 +68,7 @@ class Subject:
         return manifest
 
     def networks(self) -> tuple[UNet, Classifier | None]:
-        """The networks in PyTorch, float32 weights mapped from their files.
+        """The networks in PyTorch, with float32 weights memory-mapped from their files.
 
         Raises:
             CheckpointError: if there are none, or one cannot be used.
@@ -122,11 +122,11 @@ def subject_from_preset(
 ) -> Subject:
     """A published model with generated weights, see :mod:`admtrt.models.generated`.
 
-    Checkpoints and bundle are written into ``work``, the bundle with graphs for inference engines in the
-    precisions ``engines``; what stands there already is used again.
+    Checkpoints and bundle are written into ``work``, the bundle with engine graphs in the precisions
+    ``engines``. Existing files there are reused.
 
     Raises:
-        RequestError: if there is no such model, it is a classifier, or ``original`` is no checkout.
+        RequestError: if there is no such model, it is a classifier, or ``original`` is not a checkout.
         RemoteError: if the export fails.
     """
     if name not in PRESETS or PRESETS[name].kind == "classifier":
@@ -155,10 +155,10 @@ def subject_from_preset(
 
 
 def check_original(path: Path | None) -> None:
-    """Hold a folder, where one was given, for a checkout of the original.
+    """Check that a given folder is a checkout of the original.
 
     Raises:
-        RequestError: if it holds no networks.
+        RequestError: if it has no networks.
     """
     if path is not None and not (path / "guided_diffusion" / "unet.py").is_file():
         raise RequestError(
@@ -193,7 +193,7 @@ def _generator_kind(manifest: Manifest) -> Kind:
 
 
 def _identify(path: Path, manifest: Manifest, kind: Kind) -> IdentifiedCheckpoint:
-    """A checkpoint by its own configuration, else the bundle's."""
+    """Identify a checkpoint by its own configuration, else by the bundle's."""
     from admtrt.models.checkpoint import CheckpointConfig, open_checkpoint
     from admtrt.models.identify import identify_checkpoint
 
@@ -214,6 +214,6 @@ def _identify(path: Path, manifest: Manifest, kind: Kind) -> IdentifiedCheckpoin
         raise CheckpointError(error.message, hint=_AGAIN) from None
     assert expected is not None  # a classifier is asked for only where the bundle has one
     ours, theirs = found.config.network.model_dump(), expected.model_dump()
-    if ours | {"null_class": None} != theirs | {"null_class": None}:  # which the bundle alone says
+    if ours | {"null_class": None} != theirs | {"null_class": None}:  # only the bundle has it
         raise CheckpointError(f"{path} is not the bundle's {kind}: its settings differ", hint=_AGAIN)
     return found

@@ -1,4 +1,4 @@
-"""The networks in PyTorch as the runtime's denoiser: ours, compiled, or the original implementation's."""
+"""The runtime's denoiser on PyTorch networks: admtrt's, compiled, or the original implementation's."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class GuidedDenoiser(TorchDenoiser):
 
 
 class DeviceDenoiser(TorchDenoiser):
-    """The same, keeping x on an accelerator between the steps."""
+    """A PyTorch denoiser that keeps x on an accelerator between steps."""
 
     @contextlib.contextmanager
     def hold(self, slots: Slots) -> Iterator[HeldSlots]:
@@ -95,7 +95,7 @@ class _DeviceSlots:
         }
 
     def advance(self) -> None:
-        """The noise is PyTorch's own, drawn on the device: the fastest there is, and unlike ours no array."""
+        """Use PyTorch's noise, drawn on the device, which is the fastest way."""
         inputs, x, compute = step_inputs(self._slots), self._x, self._denoiser.compute
         t, coefficients = map(self._denoiser.tensor, (inputs.t, inputs.coefficients))
         zeros = torch.zeros_like(x)
@@ -120,7 +120,7 @@ class _DeviceSlots:
 
 
 def open_torch_row(row: Row, subject: Subject, device: Device, threads: int) -> TorchDenoiser:
-    """The denoiser of a row of PyTorch.
+    """Open the denoiser of a PyTorch row.
 
     Raises:
         UserError: if the row cannot run, for instance without checkpoints.
@@ -133,7 +133,7 @@ def open_torch_row(row: Row, subject: Subject, device: Device, threads: int) -> 
     else:
         unet, classifier = subject.networks()
     if row.name == COMPILED:
-        # On an accelerator the best that the compiler has; its default on a CPU is that already.
+        # On an accelerator, the compiler's best mode; on a CPU the default is already the best.
         options: dict[str, Any] = {"mode": "max-autotune"} if device == "cuda" else {}
         unet.compile(dynamic=False, **options)
         if classifier is not None:
@@ -146,14 +146,14 @@ def open_torch_row(row: Row, subject: Subject, device: Device, threads: int) -> 
 
 
 def configure_torch(threads: int) -> None:
-    """Set the threads of this process, and make float32 mean float32 on accelerators too."""
+    """Set the threads of this process, and disable TF32 on accelerators."""
     torch.set_num_threads(threads)
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _original_networks(subject: Subject) -> tuple[nn.Module, nn.Module | None]:
-    """The networks of the original checkout with the subject's weights, as its sampling script has them."""
+    """The networks of the original checkout with the subject's weights, set up like its sampling script."""
     if subject.original is None:
         raise RequestError("there is no original implementation", hint="Give its checkout with --original.")
     ours = subject.networks()
@@ -166,7 +166,7 @@ def _original_networks(subject: Subject) -> tuple[nn.Module, nn.Module | None]:
 
 @contextlib.contextmanager
 def importing_from(checkout: Path) -> Iterator[None]:
-    """Modules of a checkout can be imported in this block."""
+    """Make the modules of a checkout importable in this block."""
     sys.path.insert(0, str(checkout))
     try:
         yield
@@ -175,7 +175,7 @@ def importing_from(checkout: Path) -> Iterator[None]:
 
 
 def original_unet(original: Any, config: UNetConfig) -> nn.Module:
-    """The network of a configuration by the checkout's module ``unet``, with weights of its own."""
+    """Build a network with the checkout's module ``unet``, with its own initial weights."""
     kind = original.UNetModel if config.low_res_size is None else original.SuperResModel
     heads = config.num_heads_upsample
     made: nn.Module = kind(
@@ -188,7 +188,7 @@ def original_unet(original: Any, config: UNetConfig) -> nn.Module:
 
 
 def original_classifier(original: Any, config: ClassifierConfig) -> nn.Module:
-    """The same of a classifier."""
+    """The same for a classifier."""
     made: nn.Module = original.EncoderUNetModel(
         **_shared(config), out_channels=config.num_classes, pool=config.pool
     )
@@ -215,7 +215,7 @@ def _shared(config: BackboneConfig) -> dict[str, Any]:
 
 
 def _with_weights(network: nn.Module, ours: UNet | Classifier) -> nn.Module:
-    """Load our weights; they take gradients, as the original's do: its checkpointing asks for theirs."""
+    """Load our weights with requires_grad, which the original's gradient checkpointing needs."""
     weights = {key: nn.Parameter(value) for key, value in ours.state_dict().items()}
     network.load_state_dict(weights, assign=True)
     return network

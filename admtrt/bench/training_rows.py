@@ -1,4 +1,4 @@
-"""One way to train a network, in a process of its own: makes everything once and takes timed steps."""
+"""One way to train a network, in a child process: sets up once and takes timed steps."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ if TYPE_CHECKING:
     from admtrt.bench.training import TrainingRow
     from admtrt.run_config import RunConfig, Task
 
-_IMAGES = 1024  # generated, so that no data are needed; what they show changes no speed
-_LOG_EVERY = 10  # steps, of the original and of what imitates it
+_IMAGES = 1024  # generated; their content does not change the speed
+_LOG_EVERY = 10  # steps, for the original and its imitation
 
 
 class Trainer:
-    """A row at work.
+    """A training row.
 
     Args:
-        row: how to train.
-        config: of the run, its batch size included.
-        task: which network.
+        row: the row, which says how to train.
+        config: configuration of the run, including its batch size.
+        task: the network to train.
         original: checkout of the original, for its row.
-        scratch: folder for what the original logs.
-        device: of the training.
-        threads: on a CPU.
+        scratch: folder for the original's logs.
+        device: device of the training.
+        threads: CPU threads.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Trainer:
         self.step()
 
     def ready(self) -> float:
-        """Seconds from nothing to the end of the first step; compiling lies in here."""
+        """Seconds until the end of the first step, including compilation."""
         return self._ready
 
     def step(self) -> float:
@@ -121,7 +121,7 @@ def _network(config: RunConfig, task: Task) -> UNet | Classifier:
 
 
 def _unet_config(shape: UNetConfig | ClassifierConfig | None) -> UNetConfig:
-    assert isinstance(shape, UNetConfig)  # a missing network is refused before
+    assert isinstance(shape, UNetConfig)  # a missing network has been refused
     return shape
 
 
@@ -144,7 +144,7 @@ def _our_step(config: RunConfig, task: Task, data: ImageSet, device: Device) -> 
 
 
 class _Batches:
-    """Batches as the original's loader gives them; made before a step is timed, and so for nothing."""
+    """Batches in the form of the original's loader, made in advance so that they cost no time."""
 
     def __init__(self, data: ImageSet, size: int, device: Device) -> None:
         assert isinstance(data.images, np.ndarray)
@@ -160,7 +160,7 @@ class _Batches:
 def _eager_step(
     config: RunConfig, task: Task, data: ImageSet, device: Device, dtype: torch.dtype
 ) -> Callable[[], None]:
-    """A plain loop as the original's: AdamW as PyTorch has it, averages a tensor at a time, losses logged."""
+    """A plain loop like the original's: PyTorch's AdamW, averages updated per tensor, losses logged."""
     settings = getattr(config, f"train_{task}")
     batches = _Batches(data, settings.batch_size, device)
     network = _network(config, task).to(device).train()
@@ -187,7 +187,7 @@ def _eager_step(
             if parameter.grad is not None
         )
         optimizer.step()
-        if task != "classifier":  # of which the original keeps no average
+        if task != "classifier":  # the original keeps no average of it
             for average, parameter in zip(averages, network.parameters(), strict=True):
                 average.mul_(0.9999).add_(parameter.detach(), alpha=1 - 0.9999)
 
@@ -203,7 +203,7 @@ def _log(values: dict[str, Tensor]) -> None:
 def _original_step(
     config: RunConfig, task: Task, data: ImageSet, device: Device, checkout: Path | None, scratch: Path
 ) -> Callable[[], None]:
-    """The step of the checkout's TrainLoop, and of its script for classifiers, which is no function."""
+    """The step of the checkout's TrainLoop, or a copy of the step in its classifier script."""
     if checkout is None:
         raise RequestError("there is no original implementation", hint="Give its checkout with --original.")
     if not isinstance(config.diffusion, DiffusionConfig) or task not in ("unet", "classifier"):
@@ -280,7 +280,7 @@ def _original_classifier_step(
 
 
 def _stand_in_for_mpi() -> None:
-    """Modules that the original imports and one process does not need."""
+    """Stub modules that the original imports but a single process does not need."""
     if find_spec("mpi4py") is None:
         stand_in = ModuleType("mpi4py")
         stand_in.MPI = SimpleNamespace(  # type: ignore[attr-defined]
@@ -288,4 +288,4 @@ def _stand_in_for_mpi() -> None:
         )
         sys.modules["mpi4py"] = stand_in
     if find_spec("blobfile") is None:
-        sys.modules["blobfile"] = ModuleType("blobfile")  # used to save and resume only
+        sys.modules["blobfile"] = ModuleType("blobfile")  # only used to save and resume

@@ -1,4 +1,4 @@
-"""Peak speed of the machine and counted operations of the networks."""
+"""Measure the peak speed of the machine, and count the operations of the networks."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _SIZES: dict[Device, tuple[int, tuple[int, int, int]]] = {
     "cpu": (2048, (8, 256, 32)),
     "cuda": (8192, (32, 512, 64)),
 }
-"""Rows and columns of the matrices; batch, channels, and height and width of the convolution."""
+"""Sizes: rows and columns of the matrices; batch, channels, height and width of the convolution."""
 
 
 class Yardstick:
-    """Large operations at their best speed, in PyTorch.
+    """Times large operations in PyTorch.
 
     Args:
-        device: on which they run.
-        threads: on a CPU.
+        device: device of the operations.
+        threads: CPU threads.
     """
 
     def __init__(self, device: Device, threads: int) -> None:
@@ -44,7 +44,7 @@ class Yardstick:
 
     @torch.no_grad()
     def measure(self, precision: Precision) -> float:
-        """Operations a second of the faster of a matrix product and a 3x3 convolution, each run once."""
+        """Run a matrix product and a 3x3 convolution once; operations per second of the faster."""
         if precision not in self._operations:
             self._operations[precision] = self._large_operations(precision)
             self.measure(precision)  # warms up
@@ -85,7 +85,7 @@ class Yardstick:
 
 
 class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """PyTorch's own counts, without the module hooks of its ``FlopCounterMode``, which break autograd."""
+    """Counts with PyTorch's formulas, but without ``FlopCounterMode``, whose module hooks break autograd."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -99,9 +99,9 @@ class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def count_operations(unet: UNetConfig, classifier: ClassifierConfig | None) -> dict[str, int]:
-    """Operations of ``unet`` and ``gradient`` for one image; a multiplication and an addition are two.
+    """Operations of ``unet`` and ``gradient`` for one image; a multiply-add counts as two.
 
-    Convolutions, linear layers and attention are counted, on tensors without memory.
+    Counts convolutions, linear layers and attention, on tensors without memory.
     """
     spec = unet_spec(unet)
     with torch.device("meta"):
@@ -122,7 +122,7 @@ def count_operations(unet: UNetConfig, classifier: ClassifierConfig | None) -> d
 
 
 def count_training(config: UNetConfig | ClassifierConfig) -> int:
-    """Operations of one image in a training step, forwards and backwards, counted as above."""
+    """Operations per image in a training step, forward and backward, counted likewise."""
     with torch.device("meta"):
         network: UNet | Classifier
         if isinstance(config, UNetConfig):

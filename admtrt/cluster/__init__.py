@@ -1,1 +1,1 @@
-"""Many machines: pieces of work on a Ray cluster. Knows nothing of sampling."""
+"""Run pieces of work on a Ray cluster. Independent of sampling."""

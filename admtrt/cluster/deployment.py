@@ -1,4 +1,4 @@
-"""The service of ``admtrt serve`` as a deployment of Ray Serve: one engine for each model and replica.
+"""``admtrt serve`` as a deployment of Ray Serve, with one engine per replica.
 
 ``serve run admtrt.cluster.deployment:application bundle=/models/digits`` starts it, :func:`application` in
 Python.
@@ -18,21 +18,22 @@ from admtrt.errors import MissingDependencyError, RequestError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_BESIDE = 32  # requests that are no drawings: health, metrics, jobs that are asked after
-_SPOOL, _KEEP = 2**30, 86400.0  # bytes, seconds: as admtrt serve has them
+_BESIDE = 32  # additional requests that draw nothing: health, metrics, states of jobs
+_SPOOL, _KEEP = 2**30, 86400.0  # bytes, seconds: the defaults of admtrt serve
 
 
 class Settings(BaseModel):
     """Settings of the served models; fields are options of ``admtrt serve``.
 
     Attributes:
-        bundle: its directory, which every node sees under the same path.
-        name: of the model; that of the directory where left out.
-        backend, precision, threads, max_rows, timeout, max_requests, client_share: as there; a replica takes
-            ``threads`` CPUs, one where left out, and ``gpus`` GPUs.
-        hosts: names by which clients call the service, with commas between.
-        token_file: who may ask, on every node.
-        replicas: engines; jobs are asked after at the replica that has them, and so need a single one.
+        bundle: directory of the bundle, at the same path on every node.
+        name: name of the model; by default the name of the directory.
+        backend, precision, threads, max_rows, timeout, max_requests, client_share: as there; a replica
+            reserves ``threads`` CPUs (default 1) and ``gpus`` GPUs.
+        hosts: host names of the service, separated by commas.
+        token_file: file of the clients' tokens, on every node.
+        replicas: number of engines. Jobs need a single replica, because only the replica that has a job can
+            answer for it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,13 +55,13 @@ class Settings(BaseModel):
 
 
 class Replica:
-    """One process of the service: an engine, and the application before it.
+    """One process of the service: an engine behind the HTTP application.
 
     Args:
-        settings: of the deployment.
+        settings: the deployment's settings.
 
     Raises:
-        UserError: as opening and warming do.
+        UserError: from opening the bundle and warming the engine.
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -91,7 +92,7 @@ class Replica:
         self._spool = self._held.enter_context(Spool(Path(folder), largest=_SPOOL, keep=_KEEP))
 
     def __serve_build_asgi_app__(self) -> Any:
-        """The application, in the replica's own loop."""
+        """Build the application in the replica's event loop."""
         from admtrt.serve.app import Access, make_app
         from admtrt.serve.web import Tokens
 
@@ -101,16 +102,16 @@ class Replica:
         return make_app(self._service, self._spool, Access(tokens, hosts))
 
     def check_health(self) -> None:
-        """Have Ray replace this replica once its engine has failed.
+        """Raise if the engine has failed, so that Ray replaces this replica.
 
         Raises:
-            RuntimeError: if it has.
+            RuntimeError: if the engine has failed.
         """
         if not self._service.live:
             raise RuntimeError(f"the engine has failed: {self._engine.fault}")
 
     def __del__(self) -> None:
-        """End; Ray waits for the requests that are in before."""
+        """Shut down. Ray waits for admitted requests first."""
         engine = getattr(self, "_engine", None)
         if engine is not None and engine.is_alive():
             engine.abort()
@@ -119,13 +120,13 @@ class Replica:
 
 
 def application(args: Settings | Mapping[str, Any]) -> Any:
-    """The application that ``ray.serve.run`` takes.
+    """Make the application for ``ray.serve.run``.
 
     Args:
-        args: the settings, or their fields as ``serve run`` has them.
+        args: the settings, or their fields as given to ``serve run``.
 
     Raises:
-        RequestError: for settings that cannot be.
+        RequestError: for invalid settings.
         MissingDependencyError: if Ray Serve is not installed.
     """
     if not isinstance(args, Settings):
@@ -143,7 +144,7 @@ def application(args: Settings | Mapping[str, Any]) -> Any:
     deployment = serve.deployment(
         name="admtrt",
         num_replicas=args.replicas,
-        # Whoever is one too many is told so by the engine's own admission, not kept by Ray's queue.
+        # Excess requests should be refused by the engine's admission, not wait in Ray's queue.
         max_ongoing_requests=args.max_requests + _BESIDE,
         graceful_shutdown_timeout_s=args.drain_timeout,
         ray_actor_options={"num_cpus": args.threads, "num_gpus": args.gpus},

@@ -1,6 +1,6 @@
-"""Pieces of work as Ray tasks: each writes its own file, so that one that is done twice is there once.
+"""Pieces of work as Ray tasks. Each writes its own file, so repeating one does no harm.
 
-Tasks, not actors: an actor whose node is lost can wait for ever for another that fits, a task goes anywhere.
+Tasks, not actors: an actor whose node is lost may wait forever for a suitable node; a task can run anywhere.
 """
 
 from __future__ import annotations
@@ -17,42 +17,42 @@ from admtrt.errors import AdmtrtError, EngineError, MissingDependencyError, Requ
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-_AHEAD = 4  # tasks a worker that are handed out: enough to keep it busy, few enough to go elsewhere
-_PATIENCE = 10.0  # seconds for a connection
+_AHEAD = 4  # submitted tasks per worker: enough to keep it busy, few enough to move elsewhere
+_PATIENCE = 10.0  # seconds to wait for a connection
 LOCAL = "local"
-"""The address by which Ray starts a cluster on this machine, for as long as the work takes."""
+"""The address that starts a temporary cluster on this machine."""
 
 
 class Work(Protocol):
-    """A function of a piece that can be pickled and belongs to an importable module.
+    """A picklable function of a piece of work, from an importable module.
 
-    It leaves its result in a file, whole or not at all, and does nothing where that is there.
+    It writes its result to a file, atomically, and does nothing if the file exists.
     """
 
     def __call__(self, piece: int, /) -> int:
-        """Do a piece; returns it."""
+        """Do a piece of work, and return the piece."""
         ...
 
 
 def spread(work: Work, pieces: Sequence[int], *, address: str, cpus: int, gpus: float = 0) -> Iterator[int]:
-    """Do pieces wherever the cluster has room, and yield each when it is done, in any order.
+    """Run pieces on the cluster, and yield each when done, in any order.
 
-    A piece whose worker or node is lost is done again, without end; one that fails by itself ends the run.
+    A piece whose worker or node is lost is repeated without limit. A piece that raises ends the run.
 
     Args:
-        work: what is done.
-        pieces: of it.
-        address: of a cluster as Ray has them (``auto``, ``HOST:PORT``), or :data:`LOCAL`.
-        cpus, gpus: of each task.
+        work: the work to do.
+        pieces: the pieces.
+        address: Ray's address of a cluster (``auto``, ``HOST:PORT``), or :data:`LOCAL`.
+        cpus, gpus: resources of each task.
 
     Raises:
         MissingDependencyError: if Ray is not installed.
-        EngineError: if there is no cluster, or it cannot run such a task.
-        AdmtrtError: the fault of a piece.
+        EngineError: if there is no cluster, or it can never run such a task.
+        AdmtrtError: raised by a piece.
     """
     ray = _import_ray()
     _check_reachable(address)
-    # Ray tells of lost workers on stdout, which is for results.
+    # Ray reports lost workers on stdout, which is reserved for results.
     with contextlib.redirect_stdout(sys.stderr):
         try:
             ray.init(
@@ -61,7 +61,7 @@ def spread(work: Work, pieces: Sequence[int], *, address: str, cpus: int, gpus: 
                 include_dashboard=False if address == LOCAL else None,
                 configure_logging=False,
             )
-        except Exception as error:  # it raises types of its own for every cause
+        except Exception as error:  # Ray raises types of its own
             raise EngineError(
                 f"cannot join the Ray cluster {address!r}: {' '.join(str(error).split())[:300]}",
                 hint=f"Start one as Ray's documentation says, or use --ray {LOCAL}.",
@@ -97,7 +97,7 @@ def _results(ray: Any, work: Work, pieces: Sequence[int], cpus: int, gpus: float
 
 
 def _do(work: Work, piece: int) -> tuple[int, tuple[bool, str, str] | None]:
-    """A piece; a foreseen fault is no exception, which Ray would wrap in its own."""
+    """Run a piece. Return, not raise, foreseen errors: Ray would wrap the exception."""
     try:
         return work(piece), None
     except AdmtrtError as error:
@@ -109,14 +109,14 @@ def _error(users: bool, message: str, hint: str) -> AdmtrtError:
 
 
 def _check_reachable(address: str) -> None:
-    """Refuse an address where nothing listens, for which Ray itself takes minutes.
+    """Refuse an address where nothing listens; Ray itself would take minutes to notice.
 
     Raises:
-        EngineError: naming it.
+        EngineError: naming the address.
     """
     host, colon, port = address.rpartition(":")
     if not colon or "/" in address or not port.isdecimal():
-        return  # a name that Ray knows
+        return  # a name for Ray
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=_PATIENCE):
             pass

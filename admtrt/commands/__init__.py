@@ -1,1 +1,1 @@
-"""One file for each command: read the options, make one call, show the result."""
+"""One file per command: read the options, make one call, show the result."""

@@ -1,4 +1,4 @@
-"""Findings of ``--backend auto``: said at once, and kept for the JSON document."""
+"""Findings of ``--backend auto``: shown at once and kept for the JSON output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class BackendReport:
     """Called with each message and each finding.
 
     Attributes:
-        found: the findings so far; none unless ``auto`` was asked for.
+        found: the findings so far; empty unless the backend is ``auto``.
     """
 
     def __init__(self, output: Output) -> None:
@@ -21,11 +21,11 @@ class BackendReport:
         self.found: list[Fastest] = []
 
     def __call__(self, said: str | Fastest) -> None:
-        """Say it, and keep it where it is a finding."""
+        """Show a message, and keep it if it is a finding."""
         if not isinstance(said, str):
             self.found.append(said)
         self._output.note(str(said))
 
     def to_list(self) -> list[dict[str, Any]]:
-        """JSON-ready data."""
+        """The findings as JSON values."""
         return [found.to_dict() for found in self.found]

@@ -35,13 +35,15 @@ def bench(
     unet: Annotated[
         Path | None, typer.Option(help="Checkpoint of its UNet, for the rows that run in PyTorch.")
     ] = None,
-    classifier: Annotated[Path | None, typer.Option(help="Checkpoint of its classifier, likewise.")] = None,
+    classifier: Annotated[
+        Path | None, typer.Option(help="Checkpoint of its classifier, for the same rows.")
+    ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="In place of a bundle: a published model, with generated weights.")
+        str | None, typer.Option(help="Instead of a bundle: a published model with generated weights.")
     ] = None,
     work: Annotated[
         Path | None,
-        typer.Option(help="Folder that keeps what a preset makes, and the logs; used again as it stands."),
+        typer.Option(help="Folder that keeps a preset's bundle and the logs for further runs."),
     ] = None,
     original: Annotated[
         Path | None, typer.Option(help="Checkout of the original implementation, to measure it as well.")
@@ -50,7 +52,7 @@ def bench(
         Path | None,
         typer.Option(
             metavar="CHECKOUT",
-            help="Another version, with its own .venv: draw the same samples in interleaved pairs instead.",
+            help="Checkout of another version, with its own .venv: compare on the same samples, in turn.",
         ),
     ] = None,
     backend: Annotated[
@@ -76,24 +78,24 @@ def bench(
         ),
     ] = None,
     sampling: Annotated[
-        int | None, typer.Option(metavar="STEPS", help="Time a whole run of so many steps as well.")
+        int | None, typer.Option(metavar="STEPS", help="Also time a whole run of this many steps.")
     ] = None,
     device: Annotated[
-        Literal["cpu", "cuda"], typer.Option(help="Of PyTorch's rows and of the peak.")
+        Literal["cpu", "cuda"], typer.Option(help="Device of PyTorch's rows and of the measured peak.")
     ] = "cpu",
-    threads: Annotated[int | None, typer.Option(help="CPU threads of every row; all where left out.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of every row. Default: all.")] = None,
     plans: PlanFolder = None,
     training: Annotated[
         Path | None,
         typer.Option(
-            metavar="CONFIG.toml", help="In place of a bundle: how fast this file's networks train."
+            metavar="CONFIG.toml", help="Instead of a bundle: measure how fast this file's networks train."
         ),
     ] = None,
     features: Annotated[
         str | None,
         typer.Option(
             metavar="FOLDER|NAME=FILE.onnx",
-            help="In place of a bundle: how fast a network of admtrt evaluate features looks.",
+            help="Instead of a bundle: measure a network of admtrt evaluate features.",
         ),
     ] = None,
     out: Annotated[
@@ -103,10 +105,10 @@ def bench(
 ) -> None:
     """Measure guided steps on every backend and in PyTorch: speed, parity and memory of the same weights.
 
-    With --training: images a second of training steps, ours, the original's and a plain loop's; with
-    --features: of a network of features on every library.
+    With --training: images per second of training steps of admtrt, the original and a plain loop. With
+    --features: images per second of a feature network on every library.
 
-    Exit codes: 0 at least one row was measured, 1 none, or with --against one was slower.
+    Exit codes: 0 if at least one row was measured; 1 if none was, or if with --against one was slower.
     """
     from admtrt.bench.rows import ORIGINAL, default_rows, parse_rows, takes_plans
     from admtrt.bench.run import run_bench

@@ -1,4 +1,4 @@
-"""``admtrt bench --training`` and ``--features``: images a second of training steps and of features."""
+"""``admtrt bench --training`` and ``--features``: images per second of training steps and of features."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from admtrt.run_config import Task
 
 _REPEAT = 15
-_IMAGES = 16  # of a batch of features, as `admtrt evaluate` has it
+_IMAGES = 16  # batch size, the default of `admtrt evaluate`
 _TASKS: tuple[Task, ...] = ("unet", "classifier")
 
 
@@ -41,8 +41,8 @@ def bench_training(
     """Measure the UNet and the classifier of a training file; False if no row could be measured.
 
     Raises:
-        ConfigError: if the file has neither.
-        RequestError: for a row that there is not.
+        ConfigError: if the file describes neither.
+        RequestError: for an unknown row.
     """
     require("torch", "accelerate", "safetensors", extra="train", purpose="Training")
     import torch
@@ -100,10 +100,10 @@ def bench_features(
     out: Path | None,
     output: Output,
 ) -> bool:
-    """Measure a network of features on every library; False if no row could be measured.
+    """Measure a feature network on every library; False if no row could be measured.
 
     Raises:
-        RequestError: if it is no network of features, or for a row that there is not.
+        RequestError: if it is not a feature network, or for an unknown row.
     """
     from admtrt.bench.feature_rows import feature_rows, run_feature_bench
     from admtrt.evaluate.network import open_network

@@ -1,4 +1,4 @@
-"""``admtrt build``: the graphs of a bundle to plans of TensorRT or TensorRT-RTX."""
+"""``admtrt build``: build plans of TensorRT or TensorRT-RTX from a bundle's graphs."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ _PER_GRAPH = 100  # steps of the progress bar
 def build(
     bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
     library: Annotated[
-        str, typer.Option(help="tensorrt, rtx, or auto: tensorrt where there is a GPU, else rtx.")
+        str, typer.Option(help="tensorrt, rtx, or auto: tensorrt if there is a GPU, else rtx.")
     ] = "auto",
     precision: Annotated[
-        str, typer.Option(help="fp32, fp16 or bf16, as far as the bundle has engine graphs in it.")
+        str, typer.Option(help="fp32, fp16 or bf16, if the bundle has engine graphs in that precision.")
     ] = "fp32",
     graph: Annotated[
         list[str] | None, typer.Option(help="Build this graph only; may be repeated. Default: every graph.")
@@ -49,8 +49,10 @@ def build(
             help="rtx: compute capability, e.g. 89 for 8.9; may be repeated. Default: 8.0 and later."
         ),
     ] = None,
-    workspace: Annotated[int | None, typer.Option(help="MiB of scratch memory at most.")] = None,
-    optimization_level: Annotated[int, typer.Option(help="0, quick to build, to 5, every tactic.")] = 3,
+    workspace: Annotated[int | None, typer.Option(help="Limit of scratch memory, in MiB.")] = None,
+    optimization_level: Annotated[
+        int, typer.Option(help="From 0, quick to build, to 5, every tactic tried.")
+    ] = 3,
     tf32: Annotated[
         bool, typer.Option("--tf32", help="Let fp32 products round their inputs to TF32: faster, less exact.")
     ] = False,
@@ -63,7 +65,7 @@ def build(
     hardware_compatible: Annotated[
         str | None,
         typer.Option(
-            help="tensorrt: ampere_plus or same_compute_capability; other such GPUs run the plan too."
+            help="tensorrt: ampere_plus or same_compute_capability: let other such GPUs run the plan too."
         ),
     ] = None,
     refit: Annotated[
@@ -73,14 +75,14 @@ def build(
         bool, typer.Option("--strip", help="tensorrt: leave the weights out of the plan.")
     ] = False,
     plans: Annotated[
-        Path | None, typer.Option(help="Folder that keeps the plans; the bundle's own where left out.")
+        Path | None, typer.Option(help="Folder that keeps the plans. Default: the bundle's own.")
     ] = None,
     report: Annotated[
-        bool, typer.Option("--report", help="Show what the builder fused, as its log tells.")
+        bool, typer.Option("--report", help="Show what the builder fused, according to its log.")
     ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Build plans of a bundle's graphs; what is built already, with the same options, is kept.
+    """Build plans of a bundle's graphs. Plans already built with the same options are kept.
 
     TensorRT-RTX builds without a GPU, for several compute capabilities in one plan.
     """
@@ -133,11 +135,11 @@ def _library(name: str, *, gpu: bool) -> Library:
 
 
 def _sources(bundle: Bundle, graphs: Sequence[str], precision: str) -> list[GraphSource]:
-    """The graphs that were asked for, or all.
+    """The requested graphs, or all.
 
     Raises:
         RequestError: for an unknown graph or precision.
-        BundleError: if the bundle has no such form.
+        BundleError: if the bundle does not have a graph in this precision.
     """
     from admtrt.contract import precision_named
     from admtrt.runtime.engines.sources import graph_source
@@ -180,7 +182,7 @@ class _Bar:
         self._shown = 0
 
     def show(self, done: float, phase: str) -> None:
-        """``done`` from 0 to 1."""
+        """Show the fraction ``done``, 0 to 1."""
         reached = int(done * _PER_GRAPH)
         self._progress(reached - self._shown, f"{self._graph}: {phase}")
         self._shown = reached

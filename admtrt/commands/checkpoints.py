@@ -1,4 +1,4 @@
-"""Options that several commands share: checkpoints with their settings, and the recommended sampler."""
+"""Shared options: checkpoints with their settings, and the recommended sampler."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 
 
 _NO_FACTS = frozenset({"sampler", "class_names"})
-"""Options that nothing contradicts: a file's recommendation and its class names."""
+"""Settings that cannot contradict a file: its recommendation and its class names."""
 
 
 class CheckpointSettings(Config):
-    """The file given by ``--config``: what checkpoints that carry no settings are.
+    """The file given by ``--config``: settings of checkpoints that carry none.
 
-    It may be the one that they were trained with, whose other sections say nothing of that.
+    It may be the training file, whose other sections are ignored.
     """
 
     unet: UNetConfig | None = None
@@ -62,7 +62,7 @@ class Description:
         preset: name of a published model.
         config: TOML file with :class:`CheckpointSettings`.
         settings: single settings, each as ``key=value``.
-        options: what the options that give these are called.
+        options: the names of the options that gave these values.
     """
 
     preset: str | None = None
@@ -88,25 +88,25 @@ def load_pair(
     null_class: int | None = None,
     note: Callable[[str], None] = lambda _: None,
 ) -> tuple[LoadedNetwork, LoadedNetwork | None]:
-    """Load a generator (UNet or upsampler) and, where given, its classifier.
+    """Load a generator (UNet or upsampler) and, if given, its classifier.
 
-    Both are identified and held against each other before the weights of either are read.
+    Both are identified and compared before any weights are read.
 
     Args:
         unet: the generator's file.
         classifier: the classifier's file.
-        unet_preset: the published model that the generator is.
+        unet_preset: name of the published model that the generator is.
         classifier_preset: the same for the classifier.
         config: TOML file with :class:`CheckpointSettings`.
-        unet_set: settings of the generator that its shapes do not tell, each as ``key=value``.
+        unet_set: settings of the generator that cannot be inferred from shapes, each as ``key=value``.
         classifier_set: the same for the classifier.
-        unet_weights: which to take of a generator's file that holds several.
+        unet_weights: which weights to use of a generator's file with several sets.
         classifier_weights: the same for the classifier.
-        null_class: the UNet's class that means none; the same as the setting ``null_class``.
-        note: told what was assumed of a file.
+        null_class: the UNet's null class; the same as the setting ``null_class``.
+        note: called with what was assumed about a file.
 
     Raises:
-        UserError: if a checkpoint cannot be used; nothing of it has been executed.
+        UserError: if a checkpoint cannot be used. No code in a checkpoint is ever executed.
     """
     from admtrt.models.checkpoint import load_identified, open_checkpoint
     from admtrt.models.pair import check_pair
@@ -168,12 +168,12 @@ def identify_described(
     note: Callable[[str], None],
     shared: Mapping[str, Any] = MappingProxyType({}),
 ) -> IdentifiedCheckpoint:
-    """Identify an opened file: by what it says, else the preset, else ``--config``, else its tensors.
+    """Identify an opened file by its own settings, else the preset, else ``--config``, else its tensors.
 
-    ``shared`` are settings of the network that it goes with, which its tensors may leave open.
+    ``shared`` are settings of the network that it belongs to, used where its tensors are ambiguous.
 
     Raises:
-        UserError: if it cannot be told, or contradicts the file.
+        UserError: if the file cannot be identified, or the options contradict it.
     """
     from admtrt.models.checkpoint import checkpoint_config_from_preset
     from admtrt.models.identify import identify_checkpoint
@@ -197,10 +197,10 @@ def identify_described(
 
 
 def parse_settings(items: Sequence[str]) -> dict[str, Any]:
-    """Settings written ``key=value``, the value in TOML notation or as plain text.
+    """Parse settings written ``key=value``, with the value in TOML notation or as plain text.
 
     Raises:
-        ConfigError: for one that is not of this form, or a key that comes twice.
+        ConfigError: for another form, or a repeated key.
     """
     settings: dict[str, Any] = {}
     for item in items:
@@ -215,7 +215,7 @@ def parse_settings(items: Sequence[str]) -> dict[str, Any]:
 def _described(
     description: Description, said: CheckpointSettings, stored: StoredCheckpoint, kinds: Sequence[Kind]
 ) -> list[CheckpointConfig]:
-    """A configuration for each section of ``--config`` that is a network of one of the kinds."""
+    """The configurations of ``--config``'s sections that describe networks of the given kinds."""
     from admtrt.models.checkpoint import CheckpointConfig
 
     if not any((said.unet, said.upsampler, said.classifier)):
@@ -239,15 +239,15 @@ def _described(
 def recommended_sampler(checkpoint: CheckpointConfig, choices: Mapping[str, Any]) -> SamplerConfig:
     """The sampler that a generator's checkpoint recommends, with some choices replaced.
 
-    The method ``auto`` is that of :mod:`admtrt.schedule.recommended`, with its steps and options.
+    The method ``auto`` stands for :mod:`admtrt.schedule.recommended`, with its steps and options.
 
     Raises:
         ConfigError: if the result is impossible.
-        RequestError: if the checkpoint's process cannot be respaced so.
+        RequestError: if the checkpoint's process cannot be respaced this way.
     """
     if choices.get("method") == AUTO:
         given = {name: value for name, value in choices.items() if value is not None and name != "method"}
         choices = {**recommended_choices(checkpoint.diffusion), **given}
     sampler = with_choices(checkpoint.sampler, checkpoint.diffusion, choices)
-    sampling_schedule(checkpoint.diffusion, sampler)  # refuses an impossible one now
+    sampling_schedule(checkpoint.diffusion, sampler)  # raises now if impossible
     return sampler

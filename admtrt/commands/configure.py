@@ -1,4 +1,4 @@
-"""``admtrt configure``: a commented training file for images that are there."""
+"""``admtrt configure``: write a commented training file for existing images."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from admtrt.errors import OutputError
 if TYPE_CHECKING:
     from admtrt.data.sources import Source
 
-_LOOKED_AT = 1000  # files of a folder, for their sizes
-_LARGEST = 64  # pixels that are proposed: larger images take days on one GPU
-_LEAST_SIDE = 7  # of the coarsest level
+_LOOKED_AT = 1000  # files of a folder to read sizes from
+_LARGEST = 64  # pixels, the largest proposed size: larger images take days on one GPU
+_LEAST_SIDE = 7  # pixels at the coarsest level
 _MOST_LEVELS = 4
-_ATTENDING = 16  # pixels: from this size down attention is cheap
+_ATTENDING = 16  # pixels: attention is cheap up to this size
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Images that were found at a place.
+    """Properties of the images found.
 
     Attributes:
-        count: images.
+        count: number of images.
         size: proposed height and width.
         channels: 1 for grey images, else 3.
-        classes: their names; empty where nothing is labelled.
+        classes: class names; empty without labels.
         sides: a phrase about the sizes of the images.
     """
 
@@ -45,14 +45,14 @@ def configure(
     out: Annotated[Path, typer.Option(metavar="FILE.toml", help="The file to write.")],
     size: Annotated[
         int | None,
-        typer.Option(min=4, max=1024, help="Height and width to train on; looked for if left out."),
+        typer.Option(min=4, max=1024, help="Height and width to train on. Default: chosen from the images."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file, if it is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Look at images and write a commented training file with sound sizes for them.
 
-    Every image is decoded once: what could not be trained on is named now.
+    Every image is decoded once, so that unusable images are reported now.
     """
     import tomllib
 
@@ -83,7 +83,7 @@ def configure(
 
 
 def look(source: str, size: int | None) -> Seen:
-    """Read the images at a place, as training will.
+    """Read the images as training will.
 
     Raises:
         DataError: as training would.
@@ -118,14 +118,14 @@ def _sides(found: Source) -> tuple[list[int], int]:
 
 
 def _proposed(side: int, *, exact: bool) -> int:
-    """The images' own size where it is small and halves, else a power of two."""
+    """Propose the images' own size if it is small and can be halved, else a power of two."""
     if exact and side <= _LARGEST and side % 4 == 0:
         return side
     return max(power for power in (8, 16, 32, _LARGEST) if power <= max(side, 8))
 
 
 def training_file(source: str, seen: Seen) -> str:
-    """The file's text."""
+    """The text of the training file."""
     import json
 
     levels, side = 1, seen.size

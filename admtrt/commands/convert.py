@@ -1,4 +1,4 @@
-"""``admtrt convert``: checkpoints between the original layout and one that describes itself."""
+"""``admtrt convert``: convert checkpoints between the original layout and a self-describing one."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ def convert(
     ] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="One setting of it; may be repeated."),
+        typer.Option("--set", metavar="KEY=VALUE", help="A setting of the checkpoint; may be repeated."),
     ] = None,
     weights: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="Which weights to take of a file that has several, e.g. ema."),
+        typer.Option(metavar="NAME", help="Which weights to take from a file with several, e.g. ema."),
     ] = None,
     dtype: Annotated[
         Literal["fp32", "bf16", "fp16"] | None,
-        typer.Option(help="Round the weights to this type; they stay as they are where left out."),
+        typer.Option(help="Round the weights to this type. Default: keep their type."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that stands there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing file.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Write a checkpoint as .safetensors with its configuration inside, or as the original's .pt.
 
-    Names, types and bytes of the tensors stay as they are, unless --dtype makes a smaller file; those of
-    diffusers' folders get ADM's names.
+    Names, types and bytes of the tensors are kept, except that --dtype rounds them and tensors of diffusers'
+    folders get ADM's names.
     """
     require("torch", "safetensors", extra="export", purpose="Converting")
     from admtrt.commands.checkpoints import Description, identify_described

@@ -1,4 +1,4 @@
-"""``admtrt demo``: the whole way on real images, with a report."""
+"""``admtrt demo``: the complete workflow on real images, with a report."""
 
 from __future__ import annotations
 

@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for.
+    """The result of looking for one component.
 
     Attributes:
-        name: of the thing.
-        found: it is there and can be loaded.
-        version: its own; empty where it was not found.
-        detail: what it does here, or what is wrong.
-        hint: what to do where it is missing.
-        builds: the library that it is, where it can build plans here.
-        runs_plans: it can run plans here.
+        name: name of the component.
+        found: whether it is installed and can be loaded.
+        version: its version; empty if it was not found.
+        detail: its use on this machine, or the fault.
+        hint: what to do if it is missing.
+        builds: the library, if it can build plans here.
+        runs_plans: whether it can run plans here.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Ability:
-    """One backend of ``admtrt sample``: whether it runs here, and if not why and what to do."""
+    """Whether one backend of ``admtrt sample`` runs here, and if not, why and what to do."""
 
     name: str
     runs: bool
@@ -89,14 +89,14 @@ def _lines(*texts: str) -> str:
 
 
 def _once(ability: Ability, said: set[str]) -> str:
-    """The reason that a backend does not run here, without what the first table said."""
+    """Why a backend does not run here, unless the first table has said it."""
     if any(ability.detail.endswith(detail) for detail in said if detail):
         return "needs an NVIDIA GPU"
     return _lines(ability.detail, ability.hint)
 
 
 def _in_short(findings: Sequence[Finding], abilities: Sequence[Ability]) -> str:
-    """One sentence of what can be done here, and one of what to install for a GPU."""
+    """One sentence on what works here, and one on what to install for a GPU."""
     found = {finding.name for finding in findings if finding.found}
     can = [f"sample with {', '.join(each.name for each in abilities if each.runs) or 'nothing'}"]
     can += ["train, export and verify"] * ("PyTorch" in found)
@@ -111,7 +111,7 @@ def _in_short(findings: Sequence[Finding], abilities: Sequence[Ability]) -> str:
 
 
 def examine(driver: Driver) -> list[Finding]:
-    """Look for everything; nothing that is missing is an error."""
+    """Look for every component. A missing one is no error."""
     return [
         *_hardware(driver),
         _engine("tensorrt", driver),
@@ -140,7 +140,7 @@ def examine(driver: Driver) -> list[Finding]:
 
 
 def backends(findings: Sequence[Finding]) -> list[Ability]:
-    """Every backend; one that runs plans also needs a library that runs them on this GPU."""
+    """Check every backend. One that runs plans also needs a library that supports this GPU."""
     from admtrt.runtime.backends.registry import BACKENDS
 
     abilities = []
@@ -208,12 +208,12 @@ def _engine(flavor: Flavor, driver: Driver) -> Finding:
 
 
 def _package(name: str, module: str, purpose: str, hint: str) -> Finding:
-    """A package, by importing it."""
+    """Look for a package by importing it."""
     from admtrt.runtime.backends.quiet import silence
 
     silence()
     try:
-        version = str(importlib.import_module(module).__version__).partition("-")[0]  # less a commit
+        version = str(importlib.import_module(module).__version__).partition("-")[0]  # without the commit
     except ModuleNotFoundError:
         return Finding(name, found=False, detail=f"not installed: {purpose}", hint=hint)
     except Exception as error:  # a missing or unfitting shared library shows as several types
@@ -222,7 +222,7 @@ def _package(name: str, module: str, purpose: str, hint: str) -> Finding:
 
 
 def _torch() -> Finding:
-    """PyTorch by its metadata: importing it takes seconds."""
+    """Look for PyTorch by its metadata, since importing it takes seconds."""
     purpose, version = "training, export and verification", version_of("torch")
     if version is not None:
         return Finding("PyTorch", found=True, version=version, detail=purpose)

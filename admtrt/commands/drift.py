@@ -1,4 +1,4 @@
-"""``admtrt drift``: what a backend or a precision changes in a bundle's graphs and images."""
+"""``admtrt drift``: how a backend or a precision changes a bundle's graphs and images."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def drift(
             "the CPU, every value rounded to its type.",
         ),
     ] = None,
-    images: Annotated[int, typer.Option(help="Images to draw on both sides.")] = 64,
+    images: Annotated[int, typer.Option(help="Number of images to draw on each side.")] = 64,
     steps: Annotated[
         str | None,
         steps_option(
@@ -50,12 +50,13 @@ def drift(
     seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
     threads: Threads = None,
     plans: PlanFolder = None,
-    plot: Annotated[Path | None, typer.Option(metavar="PATH.png", help="Draw the errors.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="PATH.png", help="Write a plot of the errors.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Measure how far a backend or a precision moves from fp32 on ONNX Runtime, with the same seeds.
+    """Measure how far a backend or a precision differs from fp32 on ONNX Runtime, with the same seeds.
 
-    Graphs are compared at the x_t of the fp32 trajectory; trajectories and images while both run freely.
+    Graphs are compared at the x_t of the fp32 trajectory. For trajectories and images, each side follows its
+    own.
     """
     if images < 1 or batch_size < 1:
         raise RequestError(f"--images is {images}, --batch-size {batch_size}; expected at least 1 of each")
@@ -145,7 +146,7 @@ def _emulated(bundle: Bundle, engine: str, threads: int | None) -> AbstractConte
     require("onnx", "onnxscript", extra="export", purpose="Emulating engine graphs")
     from admtrt.verify.emulation import emulated
 
-    bundle.graph_entry("unet", chosen)  # says what is there, before any work
+    bundle.graph_entry("unet", chosen)  # raises before any work
     return emulated(bundle, chosen, threads=threads)
 
 

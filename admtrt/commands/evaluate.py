@@ -1,4 +1,4 @@
-"""``admtrt evaluate``: samples and networks judged against real images."""
+"""``admtrt evaluate``: judge samples and networks against real images."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _BOUND = "the bound in bits per dim"
 
 
 class _OpenedNetwork(NamedTuple):
-    """A network that is opened for batches of at most so many images, and what it says of itself."""
+    """An opened network, its largest batch, and its configuration."""
 
     open: Callable[[int], Denoiser]
     config: UNetConfig
@@ -94,19 +94,19 @@ def nll(
         ),
     ] = "bound",
     tolerance: Annotated[
-        float | None, typer.Option(help="Of the solver of --method ode; 1e-5 where left out.")
+        float | None, typer.Option(help="Tolerance of the ODE solver of --method ode. Default: 1e-5.")
     ] = None,
-    images: Annotated[int | None, typer.Option(help="Images to take at random; all where left out.")] = None,
+    images: Annotated[int | None, typer.Option(help="Number of random images. Default: all.")] = None,
     steps: Annotated[str | None, steps_option("Fewer steps, e.g. 250; all where left out.")] = None,
     batch_size: Annotated[int, typer.Option(help="Images computed at once.")] = 16,
     seed: Annotated[int, typer.Option(help="Seed of the noise and of the choice of images.")] = 0,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Negative log likelihood in bits per dim: the whole variational bound, or by the probability-flow ODE.
+    """Negative log likelihood in bits per dim: the variational bound, or by the probability-flow ODE.
 
-    Images that the data holds out are taken, or all where it holds out none. A checkpoint and its bundle are
-    given the same images and noise by the same data and seed. Either needs the extra train, PyTorch with it:
-    the bound itself is computed there.
+    Uses the held-out images of the data, or all if none are held out. With the same data and seed, a
+    checkpoint and its bundle get the same images and noise. Both need the extra train with PyTorch, which
+    computes the bound.
     """
     if (unet is None) == (bundle is None):
         raise RequestError("give either --unet, for a checkpoint, or --bundle, for its exported graph")
@@ -160,7 +160,7 @@ def nll(
         assert unet is not None
         judged = _from_checkpoint(unet, unet_preset, unet_set or (), unet_weights, config, output)
     if not flow:
-        _evaluations(judged.diffusion, steps)  # refuses an impossible respacing now
+        _evaluations(judged.diffusion, steps)  # raises now for an impossible respacing
     data_config = _data_config(data, config, set_ or (), judged.config)
     chosen = load_images(data_config, judged.config, judged.class_names)
     subject = str(bundle if bundle is not None else unet)
@@ -177,7 +177,7 @@ def nll(
 
 
 def _evaluations(process: ProcessConfig, steps: str | None) -> int:
-    """Evaluations of the network that the bound takes for an image."""
+    """Network evaluations per image for the bound."""
     from admtrt.schedule.process import require_discrete, retained_timesteps
 
     return len(retained_timesteps(require_discrete(process, _BOUND, "network").steps, steps or ""))
@@ -186,7 +186,7 @@ def _evaluations(process: ProcessConfig, steps: str | None) -> int:
 def _bound(
     judged: _OpenedNetwork, data: ImageSet, steps: str | None, common: dict[str, Any]
 ) -> tuple[dict[str, Any], list[list[str]]]:
-    """The variational bound: for JSON, and rows for people."""
+    """The variational bound: JSON data, and rows for people."""
     from admtrt.schedule.process import require_discrete
     from admtrt.verify.nll import evaluate_nll
 
@@ -214,7 +214,7 @@ def _bound(
 def _flow(
     judged: _OpenedNetwork, data: ImageSet, tolerance: float, common: dict[str, Any]
 ) -> tuple[dict[str, Any], list[list[str]]]:
-    """The likelihood of the probability-flow ODE, in the same way."""
+    """The likelihood by the probability-flow ODE: JSON data, and rows for people."""
     from admtrt.verify.nll_ode import evaluate_flow
 
     denoiser = judged.open(_largest_batch(data, common))
@@ -256,7 +256,7 @@ def _from_checkpoint(
     from admtrt.models.denoiser import TorchDenoiser
     from admtrt.models.unet import UNet
 
-    # It may be another network's file, given for its data: what the checkpoint says of itself stands.
+    # The file may be another network's, given for its data: the checkpoint's own settings win.
     said = preset is not None or path.is_dir() or read_checkpoint_config(path) is not None
     loaded, _ = load_pair(
         path,

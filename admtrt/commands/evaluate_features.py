@@ -1,4 +1,4 @@
-"""``admtrt evaluate features``: the networks whose features samples are compared in."""
+"""``admtrt evaluate features``: make the networks whose features are compared."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from admtrt.commands.requirements import require
 from admtrt.console import Output, progress_bar, table
 from admtrt.files import check_place
 
-features_app = typer.Typer(cls=Group, help="Make a network of features, once.", no_args_is_help=True)
+features_app = typer.Typer(cls=Group, help="Make a feature network, once.", no_args_is_help=True)
 
-_Out = Annotated[Path, typer.Option(help="Folder of the features.")]
-_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what stands at --out.")]
+_Out = Annotated[Path, typer.Option(help="Folder of the feature network.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing --out.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -28,12 +28,14 @@ def inception(
     out: _Out,
     unknown_weights: Annotated[
         bool,
-        typer.Option("--unknown-weights", help="Take a file of another hash; nothing is comparable then."),
+        typer.Option(
+            "--unknown-weights", help="Accept a file with another hash. Results are then not comparable."
+        ),
     ] = False,
     overwrite: _Overwrite = False,
     json: _Json = False,
 ) -> None:
-    """The Inception of FID as one ONNX graph, from the weights file that you have; held to NumPy first."""
+    """Convert the weights of FID's Inception to an ONNX graph, and check it against NumPy."""
     require("onnx", extra="export", purpose="Writing the graph")
     if weights.suffix in (".pth", ".pt"):
         require("torch", extra="export", purpose="Reading a .pth file")
@@ -61,13 +63,13 @@ def judge(
     steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of one step.")] = 64,
     lr: Annotated[float, typer.Option(help="Learning rate, falling to 0.")] = 1e-3,
-    seed: Annotated[int, typer.Option(help="Of the training; another than the guide's.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the training; must differ from the guide's.")] = 1,
     overwrite: _Overwrite = False,
     json: _Json = False,
 ) -> None:
-    """Train a judge for small data: a classifier of clean images that no network and no floor sees.
+    """Train a judge for small data: a classifier on held-out images that training and the floor do not use.
 
-    It needs PyTorch; judging does not. The guide is never the judge: guidance climbs its gradient.
+    It needs PyTorch; judging does not. Never judge with the guide: guidance maximises its score.
     """
     require("torch", "onnx", "safetensors", extra="train", purpose="Training a judge")
     from admtrt.features.folder import make_judge

@@ -1,4 +1,4 @@
-"""``admtrt evaluate reference`` and ``samples``: what samples are compared with, and how good they are."""
+"""``admtrt evaluate reference`` and ``samples``: make reference statistics, and measure samples."""
 
 from __future__ import annotations
 
@@ -46,17 +46,18 @@ Metrics = Annotated[
     ),
 ]
 Parts = Annotated[
-    int | None, typer.Option("--parts", min=1, help="Parts of the IS; of 5,000 images each where left out.")
+    int | None,
+    typer.Option("--parts", min=1, help="Number of splits of the IS. Default: splits of 5,000 images."),
 ]
-NoError = Annotated[bool, typer.Option("--no-error", help="Leave out the error of FID, which takes time.")]
+NoError = Annotated[bool, typer.Option("--no-error", help="Skip the slow error estimate of FID.")]
 Floor = Annotated[
     str | None,
     typer.Option(
-        "--floor", metavar="DATA", help="Real images not in the reference: the same metrics of them."
+        "--floor", metavar="DATA", help="Real images outside the reference, measured by the same metrics."
     ),
 ]
-Lossy = Annotated[bool, typer.Option("--lossy", help="Take JPEG files, too.")]
-Seed = Annotated[int, typer.Option("--seed", min=0, help="Of every draw.")]
+Lossy = Annotated[bool, typer.Option("--lossy", help="Accept JPEG files, too.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="Seed of every random choice.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
@@ -78,7 +79,7 @@ def reference(
     seed: Seed = 0,
     json: Json = False,
 ) -> None:
-    """Statistics of all images of a set, and some of the images, in a file that the ADM evaluator reads."""
+    """Write statistics of all images of a set, and some of the images, in the ADM evaluator's format."""
     from admtrt.evaluate.images import open_images
     from admtrt.evaluate.judging import Computing
     from admtrt.evaluate.network import open_network
@@ -110,7 +111,7 @@ def samples(
     threads: Threads = None,
     batch_size: FeatureBatch = 16,
     count: Annotated[
-        int | None, typer.Option(min=1, help="Samples to take, drawn by the seed; all where left out.")
+        int | None, typer.Option(min=1, help="Number of samples, drawn by the seed. Default: all.")
     ] = None,
     seed: Seed = 0,
     metrics: Metrics = None,
@@ -118,7 +119,7 @@ def samples(
     floor: Floor = None,
     nearest: Annotated[
         str | None,
-        typer.Option(metavar="DATA", help="Training images: each sample's nearest one is looked for."),
+        typer.Option(metavar="DATA", help="Training images in which to find each sample's nearest one."),
     ] = None,
     no_error: NoError = False,
     lossy: Lossy = False,
@@ -137,7 +138,7 @@ def samples(
         bool,
         typer.Option(
             "--self-check",
-            help="Hold the result to the published numbers of the published ImageNet-256 batch.",
+            help="Check the result against the published numbers of the published ImageNet-256 batch.",
         ),
     ] = False,
     json: Json = False,
@@ -208,7 +209,7 @@ def _on_cluster(
     count: int | None,
     seed: int,
 ) -> None:
-    """Have a cluster leave the features of the samples where the evaluation looks for them."""
+    """Let a cluster compute the samples' features and store them where the evaluation reads them."""
     from admtrt.evaluate.elsewhere import block_work, computed_elsewhere
 
     works = [block_work(opened, network, computing, count=count, seed=seed) for network in networks]
@@ -219,7 +220,7 @@ def _on_cluster(
 
 
 def shown_result(result: Judged) -> list[RenderableType]:
-    """A table of the metrics and, where it was looked for, of the nearest training images."""
+    """A table of the metrics and, if requested, of the nearest training images."""
     columns = ["metric", "value", "samples", "reference"]
     if result.floor is not None:
         columns.append("real images")

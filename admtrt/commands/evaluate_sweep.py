@@ -1,4 +1,4 @@
-"""``admtrt evaluate sweep``: samples under every combination of choices, judged: a table and a figure."""
+"""``admtrt evaluate sweep``: draw and judge samples for every combination of choices; table and figure."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _SHORT = {
     "fid_infinity": "fid inf",
     "fd_infinity": "fd inf",
 }
-"""Headings of the metrics, for a table that fits a terminal."""
+"""Short headings of the metrics, for a table that fits a terminal."""
 
 
 @takes_solver_options
@@ -72,10 +72,10 @@ def sweep(
     *,
     solver_options: SolverOptions,
 ) -> None:
-    """Draw and judge the product of the choices: one table, sweep.json, and the figure of the paper.
+    """Draw and judge every combination of the choices: one table, sweep.json, and the figure of the paper.
 
-    The reference is looked at once; every combination draws the same seeds. Options of solvers hold for
-    every combination. A sweep that was cut off goes on.
+    The reference is processed once, and every combination draws the same seeds. Solver options apply to every
+    combination. An interrupted sweep continues.
     """
     require("matplotlib", extra="plot", purpose="The figure of a sweep")
     from admtrt.bundle import Bundle
@@ -177,7 +177,7 @@ def _table(rows: Sequence[Row], index: int) -> RenderableType:
 
 
 def _list(text: str | None, option: str, read: Callable[[str], Item]) -> list[Item]:
-    """The entries of a comma list, each once."""
+    """The entries of a comma-separated list, without duplicates."""
     if text is None:
         return []
     entries = [entry.strip() for entry in text.split(",")]

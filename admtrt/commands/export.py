@@ -1,4 +1,4 @@
-"""``admtrt export``: checkpoints to a bundle."""
+"""``admtrt export``: export checkpoints to a bundle."""
 
 from __future__ import annotations
 
@@ -87,9 +87,7 @@ def export(
             help="Add the UNet's vector-Jacobian product for evaluate nll --method ode; over twice its size.",
         ),
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a bundle that stands there.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing bundle.")] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
     *,
     solver_options: SolverOptions,
@@ -159,7 +157,7 @@ def _islands(text: str | None, engines: Sequence[str]) -> tuple[Island, ...]:
 
 
 def show_bundle(bundle: Bundle, output: Output) -> None:
-    """Print what a bundle holds."""
+    """Print the contents of a bundle."""
     manifest = bundle.manifest
     rows = [
         [

@@ -1,4 +1,4 @@
-"""Groups of options that stand in a dataclass of their own, so that commands stay short."""
+"""Groups of options, declared in a dataclass, so that commands stay short."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Command = TypeVar("Command", bound="Callable[..., None]")
 
 
 def takes_group(group: type[Any], parameter: str) -> Callable[[Command], Command]:
-    """A decorator that gives a command the options of a group; they arrive together as one parameter.
+    """A decorator that adds a group's options to a command, which receives them as one parameter.
 
     Args:
-        group: a dataclass whose fields are annotated as typer takes parameters, each with a default.
-        parameter: the command's own, which becomes no option.
+        group: a dataclass whose fields are annotated like typer's parameters and have defaults.
+        parameter: the command's parameter that receives the group; it is no option itself.
     """
     own_fields = fields(group)
     hints = get_type_hints(group, include_extras=True)

@@ -1,4 +1,4 @@
-"""Options of ``admtrt sample`` for guides besides the classifier."""
+"""Options of ``admtrt sample`` for guides other than the classifier."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _option(help_text: str, metavar: str, *flag: str) -> Any:
 
 @dataclass(frozen=True)
 class GuideOptions:
-    """The options as they were given."""
+    """The options as given."""
 
     guide: Annotated[
         list[str] | None, _option("Guide by this guide of the bundle; may be repeated.", "NAME")
@@ -71,14 +71,14 @@ class GuideOptions:
 
     @property
     def names(self) -> list[str]:
-        """The guides that guide."""
+        """The names of the guides to use."""
         return list(self.guide or ())
 
     def check(self) -> None:
-        """Refuse options of guides where none guides, and a guide that is named twice.
+        """Refuse guide options without a guide, and a guide that is named twice.
 
         Raises:
-            RequestError: naming it.
+            RequestError: naming the option or the guide.
         """
         twice = next((name for name in self.names if self.names.count(name) > 1), None)
         if twice is not None:
@@ -91,10 +91,10 @@ class GuideOptions:
                 )
 
     def choices(self, manifest: Manifest, bundle: Path) -> tuple[GuideChoice, ...] | None:
-        """Choices of the guides; None where there are none.
+        """The guides' choices; None without guides.
 
         Raises:
-            RequestError: for what cannot be.
+            RequestError: for impossible choices.
         """
         from admtrt.schedule.guides import guide_choices
 
@@ -111,14 +111,14 @@ class GuideOptions:
         )
 
     def targets(self, manifest: Manifest, mask: Path | None) -> GuideTargets:
-        """Targets read from the files.
+        """Read the targets from the files.
 
         Args:
-            manifest: of the bundle.
-            mask: of known pixels, which is the mask of the one guide that takes one.
+            manifest: the bundle's manifest.
+            mask: the file of ``--mask``, used as the target ``mask`` of the one guide that takes a mask.
 
         Raises:
-            RequestError: if a file cannot be read, or it is not said whose it is.
+            RequestError: if a file cannot be read, or it is unclear which guide it belongs to.
         """
         from admtrt.contract import event_shape
         from admtrt.runtime.guide_targets import OPERATOR, GuideTargets, target_sizes
@@ -131,7 +131,7 @@ class GuideOptions:
         for text in self.target or ():
             whole, equals, file = text.partition("=")
             guide, point, name = whole.rpartition(".")
-            if not equals or not name or not file:  # an empty path would be this folder and its pictures
+            if not equals or not name or not file:  # an empty path would mean the current folder
                 raise RequestError(f"--target {text!r} is not of the form [GUIDE.]NAME=FILE")
             guide = self._one(guide if point else None, "--target")
             config = manifest.guides[guide]
@@ -155,7 +155,7 @@ class GuideOptions:
         return GuideTargets(given)
 
     def cost(self, manifest: Manifest, evaluations: int) -> str:
-        """Cost that the guides add to the networks' work, for people; empty where it is not known."""
+        """The guides' additional cost, for people; empty if unknown."""
         from admtrt.schedule.guides import GUIDE_GRAPH
 
         unet = manifest.graphs["unet"]
@@ -163,7 +163,7 @@ class GuideOptions:
         counts = [entry.operations for entry in entries]
         if unet.operations is None or None in counts or not counts:
             return ""
-        # A loss of x_0 comes with the UNet's output.
+        # The graph of a loss of x_0 includes the UNet.
         alone = any(manifest.guides[name].kind == "denoiser" for name in self.names)
         total = sum(filter(None, counts)) + (0 if alone else unet.operations)
         memory = max(entry.peak_bytes or 0 for entry in (unet, *entries))
@@ -174,7 +174,7 @@ class GuideOptions:
         )
 
     def _by_guide(self, texts: Sequence[str] | None, option: str) -> list[tuple[str, str]]:
-        """Each value with its guide."""
+        """Pair each value with its guide."""
         pairs = []
         for text in texts or ():
             guide, equals, value = text.partition("=")
@@ -206,7 +206,7 @@ def _number(text: str) -> float:
 
 
 def _read(file: Path, option: str, sizes: tuple[int, ...], *, mask: bool) -> Any:
-    """The values of a target: pictures or a folder of them where it is an image, else arr_0 of an .npz."""
+    """Read a target: pictures or a folder of them if it is an image, else arr_0 of an .npz."""
     from admtrt.runtime.images_in import PICTURES, read_images, read_mask, read_npz
 
     if mask and len(sizes) == 3:
@@ -215,7 +215,7 @@ def _read(file: Path, option: str, sizes: tuple[int, ...], *, mask: bool) -> Any
         return read_images(file, sizes, option)[0]
 
     def check(header: Header) -> None:
-        if math.prod(header.shape[1:]) != math.prod(sizes):  # before a byte is inflated
+        if math.prod(header.shape[1:]) != math.prod(sizes):  # before decompressing
             listed = ", ".join(map(str, sizes))
             raise RequestError(f"{option} {file}: arr_0 is {header}; expected float32 [N, {listed}]")
 
@@ -223,11 +223,11 @@ def _read(file: Path, option: str, sizes: tuple[int, ...], *, mask: bool) -> Any
 
 
 takes_guide_options = takes_group(GuideOptions, "guide_options")
-"""Gives a command the options of :class:`GuideOptions`: they arrive as its parameter ``guide_options``."""
+"""Adds the options of :class:`GuideOptions` to a command, as its parameter ``guide_options``."""
 
 
 def interval_of(text: str) -> tuple[float, float]:
-    """Two noise levels of ``LOW:HIGH``."""
+    """Parse two noise levels, ``LOW:HIGH``."""
     low, colon, high = text.partition(":")
     try:
         return float(low), float(high if colon else "")

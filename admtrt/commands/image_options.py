@@ -1,4 +1,4 @@
-"""Options of ``admtrt sample`` for images to start at and images that hold samples."""
+"""Options of ``admtrt sample`` for images to start from and images to condition on."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _PANEL = "Images as a start and as a frame"
 _PARAMETER = "image_options"
-_STEPS_BETWEEN = 8  # samples of an interpolation where --num is left out
+_STEPS_BETWEEN = 8  # samples of an interpolation without --num
 _FILES = "an .npz (arr_0), an image or a folder; one image serves all samples"
 
 
@@ -40,10 +40,10 @@ class ReadImages:
     """The contents of the files that the options name.
 
     Attributes:
-        inputs: of the samples, not checked together yet.
-        labels: int64 [N] where a file has them, or None.
-        count: of the samples.
-        compared: images that samples are compared with, or None.
+        inputs: the samples' inputs, not yet checked together.
+        labels: int64 [N] if a file has labels, else None.
+        count: number of samples.
+        compared: images to compare the samples with, or None.
     """
 
     inputs: ImageInputs
@@ -57,7 +57,7 @@ class ReadImages:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """The options as they were given."""
+    """The options as given."""
 
     init: Annotated[Path | None, _option(f"Start at noised images: {_FILES}.", "IMAGES")] = None
     strength: Annotated[
@@ -112,16 +112,16 @@ class ImageOptions:
     def read(
         self, manifest: Manifest, num: int | None, targets: GuideTargets, *, own_mask: bool
     ) -> ReadImages | None:
-        """Everything that is named; None where nothing is.
+        """Read all files that the options name; None if there are none.
 
         Args:
-            manifest: of the bundle.
-            num: of samples, where it was given.
-            targets: of the guides, which belong to the samples as images do.
-            own_mask: whether ``--mask`` is of ``--known``; else it is a guide's.
+            manifest: the bundle's manifest.
+            num: the number of samples, if given.
+            targets: the guides' targets.
+            own_mask: whether ``--mask`` belongs to ``--known``; otherwise it is a guide's.
 
         Raises:
-            RequestError: if something cannot be read, or is not what it should be.
+            RequestError: if a file cannot be read, or has the wrong content.
         """
         from admtrt.contract import event_shape
         from admtrt.runtime.image_inputs import ImageInputs, Known
@@ -175,7 +175,7 @@ class ImageOptions:
         return ReadImages(inputs, labels, count, compared)
 
     def choices(self, images: ReadImages | None, given: SamplerChoices) -> SamplerChoices:
-        """A sampler's choices, with those of an inversion where none are made."""
+        """A sampler's choices, completed by those of an inversion."""
         latents = None if images is None else cast("Latents | None", images.inputs.latents)
         return given if latents is None else latents.choices(given)
 
@@ -187,10 +187,10 @@ class ImageOptions:
         sampler: SamplerConfig,
         note: Callable[[str], None],
     ) -> ImageInputs:
-        """The inputs of a run, checked against its bundle and sampler.
+        """Check the inputs of a run against its bundle and sampler.
 
         Raises:
-            RequestError: for what these cannot do.
+            RequestError: for inputs that these do not support.
         """
         from admtrt.runtime.image_inputs import ImageInputs
 
@@ -211,7 +211,7 @@ class ImageOptions:
     def differences(
         self, images: ReadImages | None, shards: Shards, directory: Path, *, grid: bool
     ) -> list[str]:
-        """The files of ``--difference`` of a finished run, written; none where it was not asked for."""
+        """Write the files of ``--difference`` for a finished run; does nothing without the option."""
         from admtrt.runtime.difference import write_difference
 
         if not self.difference or images is None or images.compared is None:
@@ -219,7 +219,7 @@ class ImageOptions:
         return [str(path) for path in write_difference(shards, images.compared, directory, grid=grid)]
 
     def _latents(self, manifest: Manifest, num: int | None) -> Latents | None:
-        """The latents of the file, those between two of them, or between those of two seeds."""
+        """The latents of the file, between two of them, or between those of two seeds."""
         from admtrt.contract import event_shape
         from admtrt.runtime.latents import Latents
 
@@ -235,11 +235,11 @@ class ImageOptions:
 
 
 takes_image_options = takes_group(ImageOptions, _PARAMETER)
-"""Gives a command the options of :class:`ImageOptions`: they arrive as its parameter ``image_options``."""
+"""Adds the options of :class:`ImageOptions` to a command, as its parameter ``image_options``."""
 
 
 def _two_numbers(text: str, option: str, form: str, example: str) -> tuple[int, int]:
-    """Two whole numbers, not below 0, of ``A:B``."""
+    """Parse two non-negative whole numbers, ``A:B``."""
     parts = text.split(":")
     if len(parts) != 2 or not all(_is_number(part) for part in parts):
         raise RequestError(

@@ -1,4 +1,4 @@
-"""``admtrt inspect``: what a bundle holds, and where its plans run; or what a checkpoint is."""
+"""``admtrt inspect``: show a bundle's contents and where its plans run, or identify a checkpoint."""
 
 from __future__ import annotations
 
@@ -24,22 +24,18 @@ if TYPE_CHECKING:
 def inspect(
     bundle: Annotated[
         Path,
-        typer.Argument(help="Directory of the bundle; or a checkpoint, which diffusers' folders are too."),
+        typer.Argument(help="Directory of the bundle; or a checkpoint, also a diffusers folder."),
     ],
-    plans: Annotated[
-        Path | None, typer.Option(help="Folder of plans to look into; the bundle's own where left out.")
-    ] = None,
+    plans: Annotated[Path | None, typer.Option(help="Folder of plans. Default: the bundle's own.")] = None,
     layers: Annotated[
         str | None,
-        typer.Option(
-            metavar="PLAN", help="List the layers of this plan, by the beginning of its name; needs its GPU."
-        ),
+        typer.Option(metavar="PLAN", help="List the layers of the plan whose name begins so; needs its GPU."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Check a bundle and its plans (schema, hashes, paths); show graphs, plans and recommended sampler.
 
-    Of a checkpoint: its network, process and recommended sampler.
+    For a checkpoint: show its network, process and recommended sampler.
     """
     from admtrt.commands.inspect_checkpoint import is_checkpoint, show_checkpoint
 
@@ -93,10 +89,10 @@ def inspect(
 
 
 def _chosen(records: Sequence[PlanRecord], beginning: str) -> PlanRecord:
-    """The one plan whose name begins so.
+    """The plan whose name begins with ``prefix``.
 
     Raises:
-        RequestError: if there is none, or there are several.
+        RequestError: if no plan or several plans match.
     """
     found = [record for record in records if record.key.digest.startswith(beginning)]
     if len(found) == 1:
@@ -110,7 +106,7 @@ def _chosen(records: Sequence[PlanRecord], beginning: str) -> PlanRecord:
 
 
 def is_current(record: PlanRecord, bundle: Bundle) -> bool:
-    """True where a plan was built from a graph that the bundle holds as it is now."""
+    """True if a plan was built from the bundle's current graph."""
     from admtrt.errors import BundleError
     from admtrt.runtime.engines.sources import graph_source
 
@@ -121,14 +117,14 @@ def is_current(record: PlanRecord, bundle: Bundle) -> bool:
 
 
 def _forms(bundle: Bundle) -> dict[str, Mapping[GraphName, GraphEntry]]:
-    """The graphs for CPUs and those for engines, by what people call the forms."""
+    """The CPU graphs and the engine graphs, by the name of the form for people."""
     manifest = bundle.manifest
     engines = {f"engine {precision}": graphs for precision, graphs in manifest.engine_graphs.items()}
     return {"cpu fp32": manifest.graphs, **engines}
 
 
 def _bytes(bundle: Bundle, entry: GraphEntry) -> int:
-    """Of a graph's file and its external weights."""
+    """Bytes of a graph's file and its external weights."""
     return sum(bundle.manifest.files[name].size for name in bundle.graph_files(entry))
 
 

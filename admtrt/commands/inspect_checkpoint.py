@@ -1,4 +1,4 @@
-"""Checkpoints in ``admtrt inspect``: files, and folders of diffusers'."""
+"""Checkpoints in ``admtrt inspect``: files and diffusers' folders."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ _CONFIGS = ("unet/config.json", "config.json")
 
 
 def is_checkpoint(path: Path) -> bool:
-    """True for a checkpoint, which is no bundle, by its name and what lies in it."""
+    """True if a path looks like a checkpoint, by its name and contents, and not like a bundle."""
     if path.is_dir():
         return not (path / "manifest.json").exists() and any((path / name).is_file() for name in _CONFIGS)
     return path.suffix.lower() in _SUFFIXES
 
 
 def show_checkpoint(path: Path, output: Output) -> None:
-    """Show the settings of a checkpoint that says them, or whose tensors tell them.
+    """Show a checkpoint's settings, as stored in it or inferred from its tensors.
 
     Raises:
-        CheckpointError: if it cannot be used, or does not tell its settings.
+        CheckpointError: if it cannot be used, or its settings cannot be determined.
     """
     require("torch", "safetensors", extra="export", purpose="Inspecting a checkpoint")
     from admtrt.commands.checkpoints import Description, identify_described

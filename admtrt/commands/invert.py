@@ -1,4 +1,4 @@
-"""``admtrt invert``: images to the latents that DDIM turns into them."""
+"""``admtrt invert``: find the latents that DDIM decodes into given images."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def invert(
     ],
     out: Annotated[Path, typer.Option(help="Directory of the run; a run that was cut off continues there.")],
     classes: Annotated[
-        str | None, typer.Option(help="Classes of the images, as for sample; those of the file else.")
+        str | None, typer.Option(help="Classes of the images, as for sample. Default: the file's labels.")
     ] = None,
     steps: Annotated[str, steps_option("Of ddim, e.g. ddim100 or 250.")] = "ddim100",
     levels: Annotated[
-        int | None, typer.Option(help="Number of the steps to go up; all but one if left out.")
+        int | None, typer.Option(help="Number of steps to go up. Default: all but one.")
     ] = None,
     clip: Annotated[
         bool,
-        typer.Option("--clip/--no-clip", help="Bound x_0 to [-1, 1]: then the way back is not exact."),
+        typer.Option("--clip/--no-clip", help="Bound x_0 to [-1, 1]. The reconstruction is then not exact."),
     ] = False,
     batch_size: Annotated[int, typer.Option(help="Images computed at once, and kept in one file.")] = 16,
     backend: BackendName = DEFAULT_BACKEND,
@@ -38,7 +38,7 @@ def invert(
     plans: PlanFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Turn images into latents (latents.npz) for sample --latents, and report how well they come back."""
+    """Invert images to latents (latents.npz) for sample --latents, and report the reconstruction error."""
     from admtrt.bundle import Bundle
     from admtrt.contract import event_shape
     from admtrt.runtime.backends.choice import BackendChoice

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -> list[int] | None:
     """The label of each sample.
 
-    ``0:10,3:5`` gives those counts; ``0,3`` takes turns until ``num`` samples (default: one each); without
-    ``classes``, every class takes turns where the bundle has classes. Case and spaces of names do not matter.
+    ``0:10,3:5`` gives those counts; ``0,3`` alternates until there are ``num`` samples (default: one each).
+    Without ``classes``, all classes of the bundle alternate. Case and spaces of names do not matter.
 
     Raises:
         RequestError: for an unknown class, an empty entry, a count out of range or counts that contradict
@@ -52,7 +52,7 @@ def requested_labels(classes: str | None, num: int | None, manifest: Manifest) -
 
 
 def _entries(classes: str, names: Sequence[str]) -> Iterator[str]:
-    """The entries between the commas; of a name that has commas itself, as many parts as make the longest."""
+    """Split at commas, but keep class names that contain commas whole; the longest match wins."""
     from admtrt.runtime.request import named_class
 
     def is_known(text: str) -> bool:
@@ -69,7 +69,7 @@ def _entries(classes: str, names: Sequence[str]) -> Iterator[str]:
 
 
 def _counted(part: str, manifest: Manifest) -> tuple[int, int]:
-    """Class and count of ``class:count``."""
+    """Parse ``class:count``."""
     name, count = (text.strip() for text in part.rpartition(":")[::2]) if ":" in part else (part, "")
     if not (count.isascii() and count.isdigit()) or not int(count[:9]) >= 1 or len(count) > 9:
         raise RequestError(
@@ -79,7 +79,7 @@ def _counted(part: str, manifest: Manifest) -> tuple[int, int]:
 
 
 def _class_index(text: str, manifest: Manifest) -> int:
-    """A class by name, else by number."""
+    """The index of a class, given by name or else by number."""
     from admtrt.runtime.request import class_index
 
     if text not in manifest.class_names:

@@ -1,4 +1,4 @@
-"""Options that several commands share; in a file of their own so that ``--help`` stays quick."""
+"""Options that several commands share, in a module of their own so that ``--help`` stays quick."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Group(_FlagsAlone, TyperGroup):
 class Command(_FlagsAlone, TyperCommand):
     """A command with its panels, short options and examples.
 
-    It takes ``--cache``, as ``--plans`` was called, where it has that option.
+    It accepts ``--cache``, the former name of ``--plans``.
     """
 
     def __init__(self, name: str | None, **given: Any) -> None:
@@ -41,7 +41,7 @@ class Command(_FlagsAlone, TyperCommand):
         arrange(name or "", self.params)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Put the option's name in place of the former one, which no help shows."""
+        """Replace the former name, which no help shows, by the option's name."""
         options = list(takewhile(lambda word: word != "--", args))
         names = [word.partition("=")[0] for word in options]
         if "--cache" in names and any("--plans" in parameter.opts for parameter in self.params):
@@ -53,7 +53,7 @@ class Command(_FlagsAlone, TyperCommand):
 
 
 def _not_empty(text: str | None) -> str | None:
-    """An unset shell variable would mean every step of the process."""
+    """Refuse an empty text: an unset shell variable would mean every step of the process."""
     if text is not None and not text.strip():
         raise typer.BadParameter("it is empty; leave it out, or give a number of steps")
     return text
@@ -81,7 +81,7 @@ SettingsFile = Annotated[
 UnetWeights = Annotated[
     str | None,
     typer.Option(
-        metavar="NAME", help="Which weights to take of a UNet file that has several, e.g. state_dict_ema."
+        metavar="NAME", help="Which weights to take from a UNet file with several, e.g. state_dict_ema."
     ),
 ]
 ClassifierWeights = Annotated[
@@ -91,15 +91,15 @@ NullClass = Annotated[
     int | None,
     typer.Option(
         metavar="INDEX",
-        help="Which class of the UNet means none, where it was trained for classifier-free guidance.",
+        help="The UNet's null class, if it was trained for classifier-free guidance.",
     ),
 ]
 UnetSet = Annotated[
     list[str] | None,
-    typer.Option(metavar="KEY=VALUE", help="One setting of the UNet, e.g. image_size=64; may be repeated."),
+    typer.Option(metavar="KEY=VALUE", help="A setting of the UNet, e.g. image_size=64; may be repeated."),
 ]
 ClassifierSet = Annotated[
-    list[str] | None, typer.Option(metavar="KEY=VALUE", help="One of the classifier; may be repeated.")
+    list[str] | None, typer.Option(metavar="KEY=VALUE", help="A setting of the classifier; may be repeated.")
 ]
 BackendName = Annotated[
     str,
@@ -109,7 +109,7 @@ BackendName = Annotated[
     ),
 ]
 PrecisionName = Annotated[
-    str, typer.Option("--precision", help="fp32, fp16 or bf16, where the backend has it.")
+    str, typer.Option("--precision", help="fp32, fp16 or bf16, if the backend supports it.")
 ]
 PlanFolder = Annotated[
     Path | None,
@@ -120,4 +120,4 @@ PlanFolder = Annotated[
         "those are run that were built here.",
     ),
 ]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; every core where left out.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: every core.")]

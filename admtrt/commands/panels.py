@@ -1,6 +1,7 @@
 """Layout of ``--help``: panels of options, short options and examples, in one place for every command.
 
-A name means the same in every command, so that the tables go by name; :data:`OWN` has the exceptions.
+A parameter name means the same in every command, so the tables are keyed by name; :data:`OWN` has the
+exceptions.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
         "features_backend",
     ),
 }  # fmt: skip
-"""Parameters of each panel; one that stands in none and declares none is shown first, under "Options"."""
+"""Parameters of each panel. A parameter without a panel is shown first, under "Options"."""
 OWN: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "serve": {
         "Address and access": ("host", "port", "token_file", "allow_host", "allow_origin"),
@@ -155,11 +156,11 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
         "admtrt train unet training.toml -o runs/tuned --init unet.safetensors --set train_unet.lr=1e-5",
     ),
 }
-"""Command lines by the name of their command."""
+"""Example command lines by command."""
 
 
 def arrange(command: str, parameters: Iterable[Any]) -> None:
-    """Put a command's parameters into panels, and give those of :data:`SHORT` their short options."""
+    """Assign a command's parameters to panels, and add the short options of :data:`SHORT`."""
     own = OWN.get(command, {})
     for parameter in parameters:
         if parameter.param_type_name != "option" or parameter.name == "help":
@@ -174,6 +175,6 @@ def arrange(command: str, parameters: Iterable[Any]) -> None:
 
 
 def examples(command: str) -> str | None:
-    """The examples of a command, for the end of its help; None where there are none."""
+    """The examples for the end of a command's help; None without examples."""
     lines = EXAMPLES.get(command)
     return None if lines is None else "Examples:\n\n" + "\n".join(f"    {line}" for line in lines)

@@ -1,4 +1,4 @@
-"""Optional packages, asked for before any work starts."""
+"""Check for optional packages before any work starts."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from admtrt.errors import MissingDependencyError
 
 
 def require(*packages: str, extra: str, purpose: str) -> None:
-    """Make sure that optional packages are installed.
+    """Check that optional packages are installed.
 
     Raises:
-        MissingDependencyError: naming the first that is missing, and the extra of admtrt that has it.
+        MissingDependencyError: naming the first missing one and the extra of admtrt that installs it.
     """
     for package in packages:
         if find_spec(package) is None:

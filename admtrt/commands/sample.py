@@ -1,4 +1,4 @@
-"""``admtrt sample``: images from a bundle."""
+"""``admtrt sample``: draw images from a bundle."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def sample(
     out: Annotated[Path, typer.Option(help="Directory of the run; a run that was cut off continues there.")],
     num: Annotated[
         int | None,
-        typer.Option(
-            help="Samples in all; the classes asked for take turns. One of each class where left out."
-        ),
+        typer.Option(help="Number of samples; the requested classes alternate. Default: one of each class."),
     ] = None,
     classes: Annotated[
         str | None,
         typer.Option(help="Classes by number or name, e.g. 0,3,7; or with counts, e.g. 0:10,3:5."),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the first sample; each further one has the next.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the first sample; further samples count up from it.")
+    ] = 0,
     steps: Annotated[
         str | None,
         steps_option("Of ddpm and ddim, e.g. 250, ddim25 or 90,60,60,20,20; of others, evaluations."),
@@ -76,7 +76,7 @@ def sample(
         str | None, steps_option("Steps of the second stage; its bundle's own where left out.")
     ] = None,
     upsample_scale: Annotated[
-        float | None, typer.Option(help="Guidance scale of the second stage; 0 where left out.")
+        float | None, typer.Option(help="Guidance scale of the second stage. Default: 0.")
     ] = None,
     formats: Annotated[
         list[str] | None,
@@ -85,12 +85,10 @@ def sample(
             help="npz, png, grid or gif (the steps of the first 16); may be repeated. Default: npz and grid.",
         ),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Samples computed at once; those of one file on the way at most.")
-    ] = 16,
+    batch_size: Annotated[int, typer.Option(help="Samples computed at once; at most the shard size.")] = 16,
     shard_size: Annotated[
         int | None,
-        typer.Option(help="Samples kept in one file on the way; a batch where left out."),
+        typer.Option(help="Samples per intermediate file. Default: one batch."),
     ] = None,
     backend: BackendName = DEFAULT_BACKEND,
     precision: PrecisionName = "fp32",
@@ -213,7 +211,7 @@ def sample(
 
 
 def _on_cluster(pipeline: Pipeline, address: str, choice: BackendChoice) -> Elsewhere:
-    """Have a Ray cluster draw the shards of a run."""
+    """Let a Ray cluster draw the shards of a run."""
     from admtrt.cluster.tasks import spread
     from admtrt.runtime.backends.registry import BACKENDS
     from admtrt.runtime.shard_work import ShardWork, Source
@@ -295,7 +293,7 @@ def _outcome(request: BulkRequest, done: int, written: list[Path]) -> dict[str, 
 def _asked_labels(
     classes: str | None, num: int | None, images: SmallImages | ReadImages | None, manifest: Manifest
 ) -> list[int] | None:
-    """The label of each sample as the command line says; None where the images say it, or nothing.
+    """The label of each sample from the command line; None if labels come from the images or are absent.
 
     Raises:
         RequestError: as :func:`requested_labels`.
@@ -308,7 +306,7 @@ def _asked_labels(
 
 
 def _uses_labels(manifest: Manifest, sampler: SamplerConfig) -> bool:
-    """True where the UNet or any guide looks at the samples' classes."""
+    """True if the UNet or any guide uses the samples' classes."""
     from admtrt.schedule.guides import LABELLED
 
     labelled = any(manifest.guides[choice.name].loss in LABELLED for choice in sampler.guided_by)
@@ -321,7 +319,7 @@ def _labels(
     pipeline: Pipeline,
     sampler: SamplerConfig,
 ) -> Labels | None:
-    """The checked label of each sample: those asked for, else those of the images.
+    """The checked label of each sample: as requested, else from the images.
 
     Raises:
         RequestError: as :meth:`Pipeline.check_labels`.
@@ -329,7 +327,7 @@ def _labels(
     if asked is not None or images is None:
         return pipeline.check_labels(asked, sampler)
     if pipeline.bundle.manifest.num_classes is None:
-        return images.labels  # kept beside the images
+        return images.labels  # only stored with the images
     return pipeline.check_labels(None if images.labels is None else images.labels.tolist(), sampler)
 
 

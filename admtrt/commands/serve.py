@@ -1,4 +1,4 @@
-"""``admtrt serve``: bundles behind HTTP, many requests in each step."""
+"""``admtrt serve``: serve bundles over HTTP, batching many requests in each step."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def serve(
     ],
     upsample: Annotated[
         Path | None,
-        typer.Option(metavar="BUNDLE", help="Enlarge what the one bundle draws: both are one model."),
+        typer.Option(metavar="BUNDLE", help="Enlarge the single bundle's images; both form one model."),
     ] = None,
     guides: Annotated[
         str | None,
         typer.Option(
             metavar="NAME,NAME,...",
-            help="Guides besides the classifier that are served; all where left out. Each takes memory.",
+            help="Guides to serve besides the classifier; each takes memory. Default: all.",
         ),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any that is free.")] = _DEFAULT_PORT,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free port.")] = _DEFAULT_PORT,
     token_file: Annotated[
         Path | None,
         typer.Option(help="File of clients' tokens: NAME TOKEN, one a line. Left out: no token is needed."),
@@ -58,16 +58,18 @@ def serve(
     ] = None,
     allow_origin: Annotated[
         list[str] | None,
-        typer.Option(help="Origin of pages that may ask, e.g. https://a.example; may be repeated."),
+        typer.Option(help="Origin of pages that may send requests, e.g. https://a.example; may be repeated."),
     ] = None,
-    max_rows: Annotated[int, typer.Option(min=1, max=4096, help="The largest batch that is tried.")] = 16,
+    max_rows: Annotated[int, typer.Option(min=1, max=4096, help="The largest batch to try.")] = 16,
     sizes: Annotated[
-        str | None, typer.Option(metavar="N,N,...", help="Batches to prepare, in place of measured ones.")
+        str | None, typer.Option(metavar="N,N,...", help="Batch sizes to prepare, instead of measuring.")
     ] = None,
     memory: Annotated[
         float | None,
         typer.Option(
-            min=0.001, metavar="GIB", help="Most that copies of the weights take; half of the machine's."
+            min=0.001,
+            metavar="GIB",
+            help="Limit for copies of the weights. Default: half of the machine's memory.",
         ),
     ] = None,
     order: Annotated[
@@ -77,10 +79,15 @@ def serve(
             "and static-any: a batch (of equal settings, of any) runs to its end, to compare with."
         ),
     ] = "fair",
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take at most.")] = 300.0,
-    max_requests: Annotated[int, typer.Option(min=1, help="Requests that are in at once.")] = 256,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Time limit of a request, in seconds.")] = 300.0,
+    max_requests: Annotated[int, typer.Option(min=1, help="The most requests admitted at once.")] = 256,
     client_share: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Of the work that the timeout allows, one client's most.")
+        float,
+        typer.Option(
+            min=0.01,
+            max=1.0,
+            help="Largest fraction of the work within the timeout that one client may queue.",
+        ),
     ] = 0.5,
     max_body: Annotated[
         int | None,
@@ -90,24 +97,24 @@ def serve(
             help="Of a request; 8 MiB, or what the targets of the guides take for one sample.",
         ),
     ] = None,
-    read_timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds in which a request has to come.")
-    ] = 30.0,
-    max_connections: Annotated[int, typer.Option(min=2, help="Most at once.")] = 1024,
+    read_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to receive a request.")] = 30.0,
+    max_connections: Annotated[int, typer.Option(min=2, help="The most connections at once.")] = 1024,
     spool: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder that keeps jobs; without it they end with the server."),
+        typer.Option(
+            metavar="DIR", help="Folder that keeps jobs across restarts; without it they end with the server."
+        ),
     ] = None,
-    spool_bytes: Annotated[int, typer.Option(min=1, help="Most that the jobs take there.")] = _GIB,
+    spool_bytes: Annotated[int, typer.Option(min=1, help="Limit of the folder's size.")] = _GIB,
     keep: Annotated[
-        float, typer.Option(min=0.001, metavar="HOURS", help="For which ended jobs are kept.")
+        float, typer.Option(min=0.001, metavar="HOURS", help="How long finished jobs are kept.")
     ] = 24.0,
     drain_grace: Annotated[
         float,
-        typer.Option(min=0, help="Seconds for which a stopped server still answers new requests, by 503."),
+        typer.Option(min=0, help="Seconds for which a stopping server still answers new requests with 503."),
     ] = 5.0,
     drain_timeout: Annotated[
-        float, typer.Option(min=0, help="Seconds after which a stopped server cuts off what is not done.")
+        float, typer.Option(min=0, help="Seconds after which a stopping server aborts unfinished work.")
     ] = 300.0,
     backend: BackendName = DEFAULT_BACKEND,
     precision: PrecisionName = "fp32",
@@ -115,7 +122,7 @@ def serve(
     plans: PlanFolder = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document when ready.")] = False,
 ) -> None:
-    """Serve bundles over HTTP, with a page to draw in; without PyTorch."""
+    """Serve bundles over HTTP, with a web page to draw samples; without PyTorch."""
     for package in ("starlette", "uvicorn", "prometheus_client"):
         _need(package)
     from admtrt.bundle import Bundle
@@ -225,10 +232,10 @@ def _model(name: str, pipeline: Any, upsampler: Any) -> Model:
 
 
 def _check_guides(names: Sequence[str], bundles: Iterable[Bundle]) -> None:
-    """Refuse names that no bundle has.
+    """Refuse guides that no bundle has.
 
     Raises:
-        RequestError: naming the first.
+        RequestError: naming the first one.
     """
     known = {name for bundle in bundles for name in bundle.manifest.guides}
     unknown = next((name for name in names if name not in known), None)
@@ -240,7 +247,7 @@ def _check_guides(names: Sequence[str], bundles: Iterable[Bundle]) -> None:
 
 
 def named_bundles(bundles: Sequence[Path]) -> dict[str, Path]:
-    """The bundles by name: that of NAME=BUNDLE, else of the directory.
+    """The bundles by name: from NAME=BUNDLE, else the name of the directory.
 
     Raises:
         RequestError: for a name that is empty, not printable or given twice.
@@ -273,10 +280,10 @@ def _sizes(text: str | None) -> tuple[int, ...]:
 
 
 def _bound(host: str, port: int) -> socket.socket:
-    """A socket at the address, which does not listen yet: that it is free shows before anything is compiled.
+    """Bind a socket without listening yet, so that a used port is reported before anything is compiled.
 
     Raises:
-        RequestError: if it is not.
+        RequestError: if the address is not free.
     """
     import socket
 

@@ -1,4 +1,4 @@
-"""Options of solvers on the command line, derived from :mod:`admtrt.schedule.options`."""
+"""Solver options on the command line, derived from :mod:`admtrt.schedule.options`."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _PANEL = "Options of solvers"
 _PARAMETER = "solver_options"
 
 SolverOptions = dict[str, Any]
-"""Options of solvers that were given, by name."""
+"""The given solver options, by name."""
 
 
 def method_option(purpose: str, *, auto: str = "what the bundle recommends") -> Any:
-    """The option ``--method``; ``auto`` says what is taken for the word."""
+    """The option ``--method``; ``auto`` describes what that method stands for."""
     implied = [one for one in SOLVERS.values() if one.implied_by is not None]
     named = ", ".join(f"{one.name} for {one.implied_by}N" for one in implied if one.implied_by)
     other = next(one.name for one in implied if not one.implied_by)
@@ -37,9 +37,9 @@ def method_option(purpose: str, *, auto: str = "what the bundle recommends") -> 
 
 
 def takes_solver_options(command: Command) -> Command:
-    """Give a command an option for each of :data:`OPTIONS`.
+    """Add an option to a command for each of :data:`OPTIONS`.
 
-    They arrive as its parameter ``solver_options``, a dictionary by name of those that were given.
+    The command receives the given ones as its parameter ``solver_options``, a dictionary by name.
     """
 
     @functools.wraps(command)
@@ -76,7 +76,7 @@ def _annotation(option: Option) -> Any:
 
 
 def _parsed(option: Option, value: Any) -> Any:
-    """The value of an option that is written as text."""
+    """Parse the text of an option's value."""
     if option.flag or option.values:
         return value
     try:
@@ -88,7 +88,7 @@ def _parsed(option: Option, value: Any) -> Any:
 
 
 def _churn(text: str) -> tuple[float, ...]:
-    """Amount, noise levels and factor; without levels every step is churned."""
+    """Parse churn: amount, noise levels and factor. Without levels, every step is churned."""
     parts = [float(part) for part in text.split(":")]
     if len(parts) not in (1, 3, 4):
         raise ValueError

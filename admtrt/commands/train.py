@@ -33,7 +33,7 @@ _HELP = {
 }
 
 _SHOWN = ("loss", "accuracy", "held_out_loss", "held_out_accuracy", "images_per_second", "lr")
-"""Metrics of the result table; --json and metrics.jsonl have all of them."""
+"""Metrics in the result table; --json and metrics.jsonl have all."""
 
 _Config = Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="Data, process, networks and settings.")]
 _Out = Annotated[
@@ -41,7 +41,7 @@ _Out = Annotated[
 ]
 _Data = Annotated[str | None, typer.Option(help="Path of the images, or 'digits' (data.source).")]
 _Steps = Annotated[int | None, typer.Option(help="Optimiser steps of the whole run.")]
-_BatchSize = Annotated[int | None, typer.Option(help="Images of one optimiser step, over all processes.")]
+_BatchSize = Annotated[int | None, typer.Option(help="Images per optimiser step, over all processes.")]
 _Lr = Annotated[float | None, typer.Option(help="Learning rate.")]
 _Precision = Annotated[str | None, typer.Option(help="fp32, bf16, or fp16 (CUDA only).")]
 _Seed = Annotated[int | None, typer.Option(help="Seed of all random numbers.")]
@@ -65,17 +65,17 @@ _Init = Annotated[
         "process are taken where [unet] and [diffusion] are absent.",
     ),
 ]
-_Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")]
+_Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")]
 _Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the run in --out, if there is one.")]
 _OF_TASKS = {"teacher": "consistency", "init": "unet"}
-"""Options of one task alone."""
+"""Options that only one task has."""
 _Json = Annotated[bool, typer.Option("--json", help="Print the outcome as one JSON document.")]
 
 
 def _overrides(
     task: Task, set_: list[str] | None, data: str | None, settings: dict[str, float | str | None]
 ) -> list[str]:
-    """Overrides of the configuration file; a flag stands after, and so above, ``--set``."""
+    """Overrides of the configuration file. Flags come after ``--set`` and win."""
     flags = {"data.source": data, **{f"train_{task}.{key}": value for key, value in settings.items()}}
     given = (
         f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in flags.items() if value is not None

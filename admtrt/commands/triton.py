@@ -1,4 +1,4 @@
-"""``admtrt triton``: a model repository for NVIDIA's Triton."""
+"""``admtrt triton``: write a model repository for NVIDIA's Triton."""
 
 from __future__ import annotations
 
@@ -63,19 +63,17 @@ def triton(
     ],
     out: Annotated[Path, typer.Option(help="The model repository, a new directory.")],
     copy: Annotated[
-        bool, typer.Option("--copy", help="Copy the bundles in place of linking to them.")
+        bool, typer.Option("--copy", help="Copy the bundles instead of linking to them.")
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a repository that is there.")
-    ] = False,
-    max_rows: Annotated[int, typer.Option(min=1, max=4096, help="The largest batch that is tried.")] = 16,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds that a request may take at most.")] = 300.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing repository.")] = False,
+    max_rows: Annotated[int, typer.Option(min=1, max=4096, help="The largest batch to try.")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Time limit of a request, in seconds.")] = 300.0,
     backend: BackendName = DEFAULT_BACKEND,
     precision: PrecisionName = "fp32",
     threads: Threads = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
-    """Write a model repository in which Triton serves bundles by the engine of admtrt serve."""
+    """Write a model repository for Triton, which then serves bundles with the engine of admtrt serve."""
     from admtrt.bundle import Bundle
     from admtrt.commands.serve import named_bundles
     from admtrt.files import atomic_directory
@@ -129,7 +127,7 @@ def _write(folder: Path, name: str, bundle: Bundle, settings: Mapping[str, str],
 
 
 def _config(name: str, bundle: Bundle, settings: Mapping[str, str]) -> str:
-    """Of a decoupled model: its own engine batches, Triton's batcher does not."""
+    """The configuration of a decoupled model, in which the engine batches instead of Triton."""
     inputs = [("seed", "TYPE_UINT64")]
     if bundle.manifest.num_classes is not None:
         inputs.insert(0, ("label", "TYPE_INT64"))

@@ -1,4 +1,4 @@
-"""``admtrt verify``: a bundle against the checkpoints that it was exported from."""
+"""``admtrt verify``: compare a bundle with the checkpoints that it was exported from."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def verify(
     guide: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="GUIDE", help="A guide as it was exported; those that need no file may be left out."
+            metavar="GUIDE", help="A guide, given as for the export; guides without a file may be omitted."
         ),
     ] = None,
     steps: Annotated[
@@ -61,7 +61,7 @@ def verify(
         bool,
         typer.Option(
             "--all-solvers",
-            help="Compare every solver and option, in place of ddpm, ddim and one that has memory.",
+            help="Compare every solver and option, instead of ddpm, ddim and one with memory.",
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the inputs and the noise.")] = 0,
@@ -69,21 +69,21 @@ def verify(
     threads: Threads = None,
     plans: PlanFolder = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="PATH.png", help="Draw the drift after every step.")
+        Path | None, typer.Option(metavar="PATH.png", help="Write a plot of the drift after every step.")
     ] = None,
     polygraphy: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR",
-            help="Save what every graph was given, and PyTorch's outputs, for `polygraphy run` to load.",
+            help="Save every graph's inputs and PyTorch's outputs for `polygraphy run`.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Compare a bundle with its PyTorch checkpoints: graphs, steps, whole samples, images.
 
-    In fp32 on any backend; what a lower precision costs is measured by `admtrt drift`.
-    Exit codes: 0 all within tolerance, 1 not, 3 a graph cannot be loaded, 4 a graph fails when run.
+    In fp32 on any backend; use `admtrt drift` to measure a lower precision. Exit codes: 0 all within
+    tolerance, 1 not, 3 a graph cannot be loaded, 4 a graph fails when run.
     """
     from admtrt.bundle import Bundle
     from admtrt.commands.checkpoints import load_pair

@@ -1,1 +1,1 @@
-"""Images from files: read, checked, labelled, cropped and divided, without PyTorch."""
+"""Images from files: read, check, label, crop and split them, without PyTorch."""

@@ -1,4 +1,4 @@
-"""Images of one size and number of channels: read, cropped, flipped and divided."""
+"""Sets of images of one size and number of channels: read, crop, flip and split them."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 _SPLIT_SEED = 0  # fixed: every network holds out the same images
-_CROP_FRACTIONS = (0.8, 1.0)  # of the smaller side that a random crop keeps
+_CROP_FRACTIONS = (0.8, 1.0)  # range of a random crop's side, relative to the smaller side
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images of one size and number of channels, read when asked for.
+    """Images of one size and number of channels, read on demand.
 
     Attributes:
-        config: says how they are cropped, flipped and converted.
+        config: how to crop, flip and convert them.
         images: uint8 [N, H, W, C] with the configured channels, or N image files.
-        labels: int64 [N], indices of ``class_names``; None where nothing is labelled.
+        labels: int64 [N], indices of ``class_names``; None without labels.
         class_names: empty when there are no labels.
-        numbered: whether labels are the network's classes by number, and not by name.
-        skipped: the bad files left out.
+        numbered: whether labels match the network's classes by number, not by name.
+        skipped: the unusable files that were left out.
     """
 
     config: DataConfig
@@ -73,13 +73,13 @@ class ImageSet:
         return pixels
 
     def stack(self, rows: Sequence[int], rngs: Sequence[np.random.Generator]) -> Pixels:
-        """Several images, uint8 [n, H, W, C], each with a generator of its own; see :meth:`pixels`."""
+        """Several images, uint8 [n, H, W, C], each with its own random generator; see :meth:`pixels`."""
         if not isinstance(self.images, tuple):
             return np.stack(list(map(self.pixels, rows, rngs)))
         return np.stack(list[Pixels](in_threads(self.pixels, rows, rngs)))
 
     def subset(self, rows: NDArray[np.int64]) -> ImageSet:
-        """The images at the given indices, with the classes of the whole."""
+        """The images at the given indices, with the classes of the whole set."""
         images = self.images
         return replace(
             self,
@@ -100,7 +100,7 @@ def load_data(config: DataConfig) -> ImageSet:
 
 
 def _fitted(images: Pixels, config: DataConfig) -> Pixels:
-    """Convert the channels and, unless random crops need the whole image, crop: once for all epochs."""
+    """Convert the channels and, unless random crops are used, crop, once for all epochs."""
     size = config.image_size
     if images.shape[1:] == (size, size, config.channels):
         return images
@@ -143,10 +143,10 @@ def require_classes(data: ImageSet, num_classes: int) -> None:
 
 
 def split(data: ImageSet, hold_out: float) -> tuple[ImageSet, ImageSet]:
-    """Divide into images to train on and images held out, the given fraction of each class.
+    """Split into training images and held-out images, the given fraction of each class.
 
-    The choice depends on nothing but the labels. Of a class with two images or more, at least one lands on
-    either side when ``hold_out`` > 0. Held-out images are never augmented.
+    The split depends only on the labels. If ``hold_out`` > 0, each class with two or more images has at least
+    one on either side. Held-out images are never augmented.
     """
     labels = np.zeros(len(data), np.int64) if data.labels is None else data.labels
     held = np.zeros(len(data), bool)
@@ -159,19 +159,19 @@ def split(data: ImageSet, hold_out: float) -> tuple[ImageSet, ImageSet]:
 
 
 def in_threads(read: Callable[..., Item], *arguments: Sequence[Any]) -> list[Item]:
-    """Results of a function that reads images, as ``map``: Pillow decodes outside the interpreter's lock."""
+    """Like ``map``, in threads, for a function that reads images: Pillow releases the GIL while decoding."""
     with _signals_wait(), ThreadPoolExecutor() as pool:
         return list(pool.map(read, *arguments))
 
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Signals that end the process are heard at the end of the block.
+    """Defer signals that end the process to the end of the block.
 
-    What their handlers raise could otherwise leave a lock of the pool held, for which its threads, and then
-    the process, would wait for ever.
+    Otherwise an exception raised by a handler could leave a lock of the pool held, and the process would
+    hang.
     """
-    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+    if threading.current_thread() is not threading.main_thread():  # only it receives signals
         yield
         return
     heard = list[int]()
@@ -189,12 +189,12 @@ def _signals_wait() -> Iterator[None]:
 
 
 def stream_of(seed: int, *stream: int) -> np.random.Generator:
-    """A stream of random numbers of one seed."""
+    """An independent random generator of one seed."""
     return np.random.default_rng(np.random.SeedSequence(seed, spawn_key=stream))
 
 
 def _to_pixels(image: Image.Image) -> Pixels:
-    """Uint8 [H, W, C]."""
+    """Convert to uint8 [H, W, C]."""
     pixels = np.asarray(image)
     return pixels if pixels.ndim == 3 else pixels[..., None]
 
@@ -219,7 +219,7 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Pixe
 
 
 def _scaled(image: Image.Image, smaller_side: int) -> Pixels:
-    # Averaging by halves first: bicubic alone would alias, and published models were trained on this.
+    # Halve by averaging first: bicubic alone would alias, and published models were trained this way.
     while min(image.size) >= 2 * smaller_side:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = smaller_side / min(image.size)

@@ -1,1 +1,1 @@
-"""The demonstration: the whole way from real images to judged samples, with a report."""
+"""The demo: the complete workflow from real images to judged samples, with a report."""

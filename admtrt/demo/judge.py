@@ -1,4 +1,4 @@
-"""The independent judge of the demo's samples: a support vector machine on images that no network saw."""
+"""The independent judge of the demo's samples: a support vector machine trained on held-out images."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Verdict:
     """Judgement of a set of samples.
 
     Attributes:
-        accuracy: fraction judged to be the class that was asked for.
-        diversity: mean distance between two samples of one class over the same for real images; 1 = as
-            diverse as the data, 0 = all alike.
+        accuracy: fraction judged to be of the requested class.
+        diversity: mean distance between two samples of a class, relative to real images; 1 = as diverse as
+            the data, 0 = all equal.
     """
 
     accuracy: float
@@ -35,12 +35,11 @@ class Verdict:
 
 
 class Judge:
-    """A classifier fitted on the held-out part of a labelled set, and that part's own diversity.
+    """A classifier fitted to the held-out part of a labelled set, and the diversity of that part.
 
     Attributes:
-        images: held-out images that it was fitted on.
-        accuracy: on real images that it was not fitted on (those that the networks learn from, up to
-            10,000 of them).
+        images: number of held-out images that it was fitted to.
+        accuracy: accuracy on up to 10,000 of the networks' training images, which it was not fitted to.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -60,14 +59,14 @@ class Judge:
         self._spread = _spread(features, held_out.labels)
 
     def __call__(self, images: Pixels, labels: NDArray[np.int64]) -> Verdict:
-        """Judge uint8 [N, H, W, C] against the classes [N] that were asked for."""
+        """Judge samples uint8 [N, H, W, C] of the requested classes [N]."""
         features = _features(images)
         correct = self._model.predict(features) == labels
         return Verdict(accuracy=float(correct.mean()), diversity=_spread(features, labels) / self._spread)
 
 
 def _pixels(data: ImageSet) -> Pixels:
-    assert isinstance(data.images, np.ndarray)  # the demo's digits are kept in memory
+    assert isinstance(data.images, np.ndarray)  # the demo's digits are in memory
     return data.images
 
 

@@ -1,4 +1,4 @@
-"""Train, export, verify, sample and judge: each stage resumes where an earlier attempt was cut off."""
+"""Train, export, verify, sample and judge. Each stage resumes an interrupted attempt."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 
 SCALES = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
 SAMPLES = 200
-"""Judged at every scale, 20 of each class."""
+"""Number of samples judged at every scale, 20 of each class."""
 TARGET = 0.95
-"""Fraction of guided samples that must be judged their class at the best scale, in both samplers."""
+"""Required accuracy of guided samples at the best scale, for both samplers."""
 SAMPLERS = {"ddpm": "50", "ddim": "ddim25"}
 FEATURES = "judge.features"
 _BATCH = 100
@@ -57,8 +57,8 @@ class SweepPoint:
     """One sampler at one guidance scale.
 
     Attributes:
-        row: of the sweep, judged in the features of a classifier.
-        verdict: of the support vector machine.
+        row: the sweep's row, judged in the features of a classifier.
+        verdict: the verdict of the support vector machine.
     """
 
     row: Row
@@ -66,7 +66,7 @@ class SweepPoint:
 
     @property
     def method(self) -> str:
-        """Of the sampler."""
+        """Method of the sampler."""
         return self.row.sampler.method
 
     @property
@@ -76,7 +76,7 @@ class SweepPoint:
 
     @property
     def scale(self) -> float:
-        """Of the guidance."""
+        """Guidance scale."""
         return self.row.sampler.scale
 
     @property
@@ -101,10 +101,10 @@ class DemoResult:
 
     Attributes:
         seconds: of each stage.
-        judge_accuracy: of the judge on real images that it was not fitted on.
-        judge_images: real images that it was fitted on.
+        judge_accuracy: accuracy of the judge on real images that it was not fitted to.
+        judge_images: number of real images that it was fitted to.
         points: the sweep.
-        floor: ``fd`` and ``kid`` of as many real images that neither networks nor judges saw, or fewer.
+        floor: ``fd`` and ``kid`` of at most as many real images, unseen by networks and judges.
         verification: the parity of the bundle with the trained networks.
     """
 
@@ -116,14 +116,14 @@ class DemoResult:
     verification: VerificationReport
 
     def best(self, method: str) -> SweepPoint:
-        """The point of a sampler with the highest accuracy; of equals, the one with the smallest scale."""
+        """The point of a sampler with the highest accuracy; among equals, that with the smallest scale."""
         return max(
             (p for p in self.points if p.method == method), key=lambda p: (p.verdict.accuracy, -p.scale)
         )
 
     @property
     def passed(self) -> bool:
-        """True where both samplers reach the target and the bundle computes what PyTorch computes."""
+        """True if both samplers reach the target and the bundle passes verification."""
         reached = all(self.best(method).verdict.accuracy >= TARGET for method in SAMPLERS)
         return reached and self.verification.passed
 
@@ -139,7 +139,7 @@ def _config_file() -> AbstractContextManager[Path]:
 
 
 def run_demo(out: Path, *, output: Output) -> DemoResult:
-    """Do everything in ``out`` and return what was found; networks that are trained already are kept."""
+    """Run everything in ``out`` and return the results; trained networks are kept."""
     config = demo_config()
     seconds: dict[str, float] = {}
     for kind in ("classifier", "unet"):
@@ -204,14 +204,14 @@ def sweep_digits(
     backend: str = "onnxruntime",
     seen: Callable[[SweepPoint, Pixels], None],
 ) -> list[SweepPoint]:
-    """Draw the same seeds at every point, and judge them; what was drawn and seen before is kept.
+    """Draw the same seeds at every point, and judge them; earlier samples and features are reused.
 
     Args:
-        bundle: of the demo.
+        bundle: the demo's bundle.
         chosen: the points.
-        out: folder of the demo, which has the judge's features.
+        out: the demo's folder, which has the judge's features.
         judge: the support vector machine.
-        backend: what draws.
+        backend: the backend to draw with.
         seen: called with each point and its images uint8 [N, H, W, C].
     """
     swept = Sweep(
@@ -223,7 +223,7 @@ def sweep_digits(
         batch_size=_BATCH,
         options={},
     )
-    folder = out / f"sweep-{bundle.digest[:8]}"  # other networks draw into another
+    folder = out / f"sweep-{bundle.digest[:8]}"  # another bundle uses another folder
     found = []
 
     def add(row: Row) -> None:
@@ -238,7 +238,7 @@ def sweep_digits(
 
 
 def _evaluator(features: Path) -> Evaluator:
-    """Distances in the features of a classifier that learned from neither side's images."""
+    """Distances in the features of a classifier trained on images of neither side."""
     data = demo_config().data.model_copy(update={"random_crop": False, "random_flip": False})
     images = load_data(data)
     reference, floor = (

@@ -1,1 +1,1 @@
-"""Metrics of sample quality on features of a network that runs as an ONNX graph, without PyTorch."""
+"""Metrics of sample quality on features of an ONNX network, without PyTorch."""

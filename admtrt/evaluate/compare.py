@@ -1,4 +1,4 @@
-"""Every metric of one set of features against a reference, with its error and what to know about it."""
+"""Compute every metric of a set of features against a reference, with errors and warnings."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ DEFAULT = ("fid", "sfid", "is", "precision", "recall", "kid", "density", "covera
 METRICS = (*DEFAULT, "fid-infinity")
 """Names for ``--metrics``; ``fd`` is another name of ``fid``."""
 USUAL_SAMPLES = 50_000
-"""Samples behind published numbers."""
+"""Number of samples behind published numbers."""
 _OF_MANIFOLD = ("precision", "recall", "density", "coverage")
 _NEEDS = {"sfid": SPATIAL, "is": LOGITS, "accuracy": LOGITS}
 
 
 class Warned(NamedTuple):
-    """Something to know about a result: a code for machines and a sentence."""
+    """A warning about a result: a code for programs and a sentence."""
 
     code: str
     text: str
@@ -44,10 +44,10 @@ class Value:
     """One metric.
 
     Attributes:
-        value: None where it cannot be formed.
-        error: standard error; None where it is unknown or was not asked for.
-        samples, reference: images on either side; None for the reference where only statistics are stored, or
-            the metric has none.
+        value: None if it cannot be computed.
+        error: standard error; None if unknown or not requested.
+        samples, reference: numbers of images; None for the reference if only statistics are stored, or the
+            metric uses none.
     """
 
     value: float | None
@@ -70,8 +70,8 @@ class Reference:
     """The reference that samples are compared with.
 
     Attributes:
-        features: of the reference's images; None where only statistics are stored.
-        stored: statistics that stand in for those of the images, by output.
+        features: features of the reference's images; None if only statistics are stored.
+        stored: stored statistics by output, which replace those of the images.
     """
 
     features: FeatureSet | None
@@ -80,11 +80,11 @@ class Reference:
     _fitted: dict[str, Gaussian] = field(default_factory=dict)
 
     def is_stored(self, output: str) -> bool:
-        """True where the statistics of an output are stored ones."""
+        """True if the statistics of an output are stored."""
         return output in self.stored
 
     def gaussian(self, output: str) -> Gaussian | None:
-        """Mean and covariance of an output: the stored ones, else those of the images."""
+        """Mean and covariance of an output, stored or computed from the images."""
         if output in self.stored:
             return self.stored[output]
         if output not in self._fitted:
@@ -99,11 +99,11 @@ class Asked:
     """Metrics to compute.
 
     Attributes:
-        metrics: of :data:`METRICS`.
-        by_name: whether the user named them; else those that cannot be formed are left out.
-        parts: of the inception score; None for the original's parts of 5,000 images.
-        errors: whether to compute standard errors that take time.
-        seed: of every draw.
+        metrics: names of :data:`METRICS`.
+        by_name: whether the user named them; otherwise metrics that cannot be computed are skipped.
+        parts: number of splits of the inception score; None for the original's splits of 5,000 images.
+        errors: whether to compute slow standard errors.
+        seed: seed of every random choice.
     """
 
     metrics: tuple[str, ...] = DEFAULT
@@ -114,7 +114,7 @@ class Asked:
 
 
 def asked_metrics(text: str | None) -> tuple[str, ...]:
-    """The metrics of ``--metrics``, a comma list; the default ones where None.
+    """Parse ``--metrics``, a comma-separated list; None gives the default metrics.
 
     Raises:
         RequestError: for an unknown one.
@@ -130,7 +130,7 @@ def asked_metrics(text: str | None) -> tuple[str, ...]:
 
 
 def key_of(metric: str, network: FeatureNetwork | None) -> str:
-    """A metric's name in results: FID and inception score are those of Inception's features alone."""
+    """A metric's key in results: only on Inception's features are they called FID and inception score."""
     kind = None if network is None else network.kind
     if metric.startswith("fid") and kind != "inception":
         metric = metric.replace("fid", "fd", 1)
@@ -148,21 +148,21 @@ def compare(
     labels: Labels | None = None,
     warn: Callable[[Warned], None],
 ) -> dict[str, Value]:
-    """Every metric asked for that these features allow, by :func:`key_of`.
+    """Compute the requested metrics that these features allow, by :func:`key_of`.
 
     Args:
         samples: features of the samples.
         reference: what they are compared with.
-        network: of the features; None where they are given as numbers.
+        network: the network of the features; None if features were given directly.
         asked: the request.
-        labels: class that was asked for, of each sample.
-        warn: told what to know about the numbers.
+        labels: the requested class of each sample.
+        warn: called with warnings about the numbers.
 
     Raises:
-        RequestError: if a metric that was named cannot be formed.
+        RequestError: if a metric that the user named cannot be computed.
         DataError: if there is one sample, or sets do not fit together.
     """
-    with np.errstate(over="ignore", invalid="ignore"):  # values that overflow are told as such
+    with np.errstate(over="ignore", invalid="ignore"):  # overflow becomes a warning
         return _compared(samples, reference, network, asked, labels, warn)
 
 
@@ -210,7 +210,7 @@ def _is_possible(
     network: FeatureNetwork | None,
     asked: Asked,
 ) -> bool:
-    """True where the features have what a metric needs."""
+    """True if the features allow a metric."""
     lacking = ""
     output = _NEEDS.get(metric)
     if output is not None and output not in samples.outputs:
@@ -375,7 +375,7 @@ def _value(
     metric: str,
     warn: Callable[[Warned], None],
 ) -> Value:
-    """A value that JSON can hold."""
+    """Make a value that JSON can represent."""
     if value is not None and not math.isfinite(value):
         warn(Warned("overflow", f"{metric}: the features are too large for float64"))
         value = error = None
@@ -387,7 +387,7 @@ def _value(
 def set_warnings(
     samples: FeatureSet, network: FeatureNetwork | None, asked: Sequence[str], precision: str
 ) -> list[Warned]:
-    """Warnings about a set of features, before any metric."""
+    """Warnings about a set of features, independent of metrics."""
     warnings = []
     distinct = len(np.unique(samples.hashes))
     if distinct == 1 < len(samples):

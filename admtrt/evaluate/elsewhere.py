@@ -1,7 +1,7 @@
-"""Features of a run's samples as pieces of work for other processes: each leaves a block that is then found.
+"""Compute features of a run's samples in other processes, which store blocks for the evaluation to find.
 
-A block is the same file as one that is computed here, so that whatever is computed of the features afterwards
-is computed alike, in the order of the samples.
+A block is the same file as one computed in this process, so the later computations are the same, in the order
+of the samples.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Seeing:
-    """An extractor as it can be opened anywhere; ``network`` is the text of ``--features``, absolute."""
+    """How to open an extractor in another process; ``network`` is ``--features`` with an absolute path."""
 
     network: str
     digest: str
@@ -51,12 +51,12 @@ class BlockWork:
     """Computes blocks of features of a run's samples.
 
     Attributes:
-        seeing: the extractor; each process opens it once.
-        run: the run's folder, absolute, which every machine sees.
-        shards: name and number of samples of each, in order: a run that still draws has more later.
-        rows: of all samples, those that are taken, int64 ascending; None for all.
+        seeing: the extractor, which each process opens once.
+        run: absolute path of the run's folder, on a file system that all machines share.
+        shards: name and number of samples of each shard, in order, at this time; a run in progress adds more.
+        rows: indices of the chosen samples, int64 ascending; None for all.
         batch_size: images computed at once.
-        name: of the set, for messages.
+        name: name of the set, for messages.
     """
 
     seeing: _Seeing
@@ -68,16 +68,16 @@ class BlockWork:
 
     @property
     def blocks(self) -> range:
-        """The pieces of work."""
+        """The blocks to compute."""
         count = sum(rows for _, rows in self.shards) if self.rows is None else len(self.rows)
         return range(-(-count // BLOCK))
 
     def __call__(self, block: int) -> int:
-        """Compute a block's features, if they are not there; returns it.
+        """Compute a block's features unless they exist. Returns the block.
 
         Raises:
             OutputError: if the run's folder is not seen here, or cannot be written.
-            RequestError: if the features here are others.
+            RequestError: if the feature network here has another digest.
             DataError: if a shard cannot be read, or features are not finite.
         """
         if not (self.run / REQUEST).is_file():
@@ -96,7 +96,7 @@ class BlockWork:
         return block
 
     def _images(self, block: int) -> Pixels:
-        """The images of a block, read from the shards that hold any."""
+        """Read the images of a block from its shards."""
         ends = np.cumsum([rows for _, rows in self.shards])
         first, stop = block * BLOCK, (block + 1) * BLOCK
         wanted = np.arange(first, min(stop, int(ends[-1]))) if self.rows is None else self.rows[first:stop]
@@ -123,16 +123,16 @@ def _opened(seeing: _Seeing) -> Extractor:
 def block_work(
     opened: OpenedSet, network: FeatureNetwork, computing: Computing, *, count: int | None, seed: int
 ) -> BlockWork:
-    """The work of a set's features.
+    """Make the work for a set's features.
 
     Args:
         opened: the set.
-        network: that looks at it.
-        computing: how.
-        count, seed: that it was drawn with, see :func:`~admtrt.evaluate.images.draw`.
+        network: the feature network.
+        computing: settings of the feature extraction.
+        count, seed: how the set was drawn, see :func:`~admtrt.evaluate.images.draw`.
 
     Raises:
-        RequestError: if it is no run, or the backend is ``auto``.
+        RequestError: if the set is not a run, or the backend is ``auto``.
         DataError: if a shard cannot be read.
     """
     if computing.backend == AUTO:
@@ -167,7 +167,7 @@ def block_work(
 
 
 def computed_elsewhere(work: BlockWork, address: str) -> Iterator[int]:
-    """Have a cluster compute every block, and yield the images of each when it is done, in any order.
+    """Let a cluster compute every block. Yields each block's number of images when done, in any order.
 
     Raises:
         MissingDependencyError, EngineError, AdmtrtError: as :func:`~admtrt.cluster.tasks.spread`.

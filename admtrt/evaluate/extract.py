@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 _TIMED_BATCH = 8
-_KEPT_SHAPES = 2  # full batches and a rest
+_KEPT_SHAPES = 2  # full batches and a remainder
 _Sizes = tuple[int | None, ...]
 
 
 class Runner(Protocol):
-    """A graph on a library.
+    """Runs a graph on a library.
 
     Attributes:
-        input: name, element type and sizes of its only input; None is free.
+        input: name, element type and sizes of its only input; None is a dynamic size.
         outputs: the same for each output.
     """
 
@@ -43,7 +43,7 @@ class Runner(Protocol):
     outputs: list[tuple[str, str, _Sizes]]
 
     def run(self, images: NDArray[np.uint8]) -> Sequence[NDArray[Any]]:
-        """Every output, in order."""
+        """Run the graph: every output, in order."""
         ...
 
 
@@ -51,21 +51,21 @@ class Extractor:
     """Images to features.
 
     Args:
-        network: its graph and what is known of it.
-        backend: of :data:`BACKENDS`, or ``auto`` for the faster one here, measured once and remembered.
-        precision: ``fp32``, or ``bf16`` where backend and processor have it.
+        network: the graph and its manifest.
+        backend: one of :data:`BACKENDS`, or ``auto`` for the fastest here, measured once and remembered.
+        precision: ``fp32``, or ``bf16`` if the backend and the processor support it.
         threads: None takes every core.
-        note: told what ``auto`` measures.
+        note: called with what ``auto`` measures.
 
     Attributes:
-        backend: that it runs on.
-        size: height and width that the graph demands; None where it takes any.
-        channels: that it takes.
-        outputs: those of ``pool``, ``spatial`` and ``logits`` that it has.
+        backend: the backend that it runs on.
+        size: height and width that the graph requires; None for any.
+        channels: number of channels that it takes.
+        outputs: which of ``pool``, ``spatial`` and ``logits`` it has.
 
     Raises:
-        RequestError: for an unknown backend or a precision that it has not.
-        BundleError: if the graph is refused, or is no network of features.
+        RequestError: for an unknown backend or an unsupported precision.
+        BundleError: if the graph is refused, or is not a feature network.
         UserError: if a library is missing.
     """
 
@@ -99,14 +99,14 @@ class Extractor:
 
     @property
     def resize(self) -> str:
-        """Resizing of images to the network's input size."""
+        """Describes how images are resized to the network's input size."""
         manifest = self.network.manifest
         if manifest is not None and self.size is None:
             return manifest.resize
         return "in the graph" if self.size is None else "Pillow bicubic, where the size differs"
 
     def __call__(self, images: NDArray[np.uint8]) -> dict[str, Features]:
-        """Features [n, D] by name of images uint8 [n, H, W, C].
+        """Compute features [n, D] by output name, of images uint8 [n, H, W, C].
 
         Raises:
             RequestError: if the images have channels that the network does not take.
@@ -115,7 +115,7 @@ class Extractor:
         prepared = self._fitted(images)
         try:
             results = self._runner.run(prepared)
-        except Exception as error:  # every library has types of its own for every cause
+        except Exception as error:  # each library raises its own types
             reason = " ".join(str(error).split()) or type(error).__name__
             raise EngineError(
                 f"{self.backend} cannot compute features of {len(images)} images: {reason}",
@@ -151,10 +151,10 @@ class Extractor:
 
 
 def check_backend(backend: str, precision: str) -> None:
-    """Refuse what no machine could open.
+    """Refuse a choice that no machine could open.
 
     Raises:
-        RequestError: for an unknown backend, or a precision that it has not.
+        RequestError: for an unknown backend or an unsupported precision.
     """
     if backend != AUTO and backend not in BACKENDS:
         raise RequestError(f"features run on {', '.join(BACKENDS)} or {AUTO}; {backend!r} is none of them")
@@ -169,7 +169,7 @@ def check_backend(backend: str, precision: str) -> None:
 
 
 def _places(graph: Path, outputs: Sequence[tuple[str, str, _Sizes]]) -> dict[str, int]:
-    """Match outputs to roles; the only one of rank 2, or the first, is ``pool`` where none is called so."""
+    """Match outputs to roles. If none is called ``pool``, it is the only output of rank 2, or the first."""
     flat = [(name, place) for place, (name, _, sizes) in enumerate(outputs) if len(sizes) == 2]
     named = {name: place for name, place in flat if name in (POOL, SPATIAL, LOGITS)}
     rest = [place for name, place in flat if name not in named]
@@ -186,7 +186,7 @@ def _open(graph: Path, backend: str, precision: str, threads: int | None) -> Run
         return _RUNNERS[backend](graph, precision, threads)
     except (MissingDependencyError, RequestError, EngineError):
         raise
-    except Exception as error:  # the libraries raise types of their own for every cause
+    except Exception as error:  # the libraries raise types of their own
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BundleError(f"{backend} refuses {graph}: {reason}") from None
 
@@ -290,7 +290,7 @@ class _OpenVino:
             model = self._core.read_model(str(self._graph))
             model.reshape(list(shape))
             compiled = self._core.compile_model(model, "CPU", self._settings)
-        self._compiled[shape] = compiled  # the last is the last that was used
+        self._compiled[shape] = compiled  # the dictionary is ordered by use
         results = compiled({0: images})
         return [results[port] for port in compiled.outputs]
 
@@ -301,4 +301,4 @@ _RUNNERS: dict[str, Callable[[Path, str, int | None], Runner]] = {
 }
 assert _RUNNERS.keys() == set(OF_FEATURES), "the names of names.py are not those of the runners"
 BACKENDS = {name: registry.BACKENDS[name].precisions for name in OF_FEATURES}
-"""Libraries that run features, and the precisions of each."""
+"""Libraries that compute features, with their precisions."""

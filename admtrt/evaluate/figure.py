@@ -1,4 +1,4 @@
-"""The paper's Figure 4 of a sweep: every metric against the guidance scale, and precision against recall."""
+"""Figure 4 of the paper for a sweep: metrics against the guidance scale, and precision against recall."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _PANEL = (3.6, 2.9)  # inches
 def save_figure(rows: Sequence[Row], index: int, path: Path) -> None:
     """Draw one set of features of a sweep as PNG.
 
-    A panel a metric: value and error against the scale, a line for each combination of the other choices, the
-    same metric of real images as a dashed line. The last panel is precision against recall.
+    One panel per metric shows value and error against the scale, one line per combination of the other
+    choices, and real images as a dashed line. The last panel shows precision against recall.
 
     Args:
-        rows: of the sweep, one or more.
-        index: of the features among those that judged.
+        rows: one or more rows of the sweep.
+        index: index of the set of features.
         path: the file.
 
     Raises:
@@ -75,9 +75,9 @@ def save_figure(rows: Sequence[Row], index: int, path: Path) -> None:
 
 
 def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows that differ in nothing but the scale, ascending, under what they share.
+    """Group rows that differ only in the scale, ascending, under a label of what they share.
 
-    Rows at scale 0 know no guidance interval, and begin every line of one.
+    Rows at scale 0 have no guidance interval and are added to the lines of all intervals.
     """
     lines: dict[str, list[Row]] = {}
     for row in rows:

@@ -2,9 +2,9 @@
 
     d = |m1 - m2|^2 + tr S1 + tr S2 - 2 tr (S1 S2)^(1/2)                     (Heusel et al. 2017, eq. 6)
 
-A covariance S is kept as a root F with F'F = S. Then tr (S1 S2)^(1/2) is the sum of the singular values of
-F1 F2', which is real whatever the rounding, exact where images are fewer than features, and needs no small
-number on a diagonal. x x' is never formed for a value, as that would square the condition number.
+A covariance S is kept as a root F with F'F = S. Then tr (S1 S2)^(1/2) is the sum of the singular values of F1
+F2', which is always real, exact with fewer images than features, and needs no regularisation of the diagonal.
+Values are never computed from x x', which would square the condition number.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ Features = NDArray[np.float32]
 Matrix = NDArray[np.float64]
 
 _BLOCK = 4096
-"""Rows of one factorisation. Fixed: the sums depend neither on batches nor on how the images come."""
+"""Rows per factorisation. Fixed, so that sums do not depend on batches or on how images are read."""
 _HALVES = 20
-_SIZES = 12  # of subsets, for the line in 1/N
-_SMALLEST_SUBSET = 0.2  # of the samples
-_NEGATIVE = 1e-3  # of the largest eigenvalue: more below zero is no rounding
+_SIZES = 12  # number of subset sizes for the fit in 1/N
+_SMALLEST_SUBSET = 0.2  # fraction of the samples
+_NEGATIVE = 1e-3  # relative to the largest eigenvalue: rounding explains no more
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +38,8 @@ class Gaussian:
 
     Attributes:
         mean: float64 [D].
-        root: float64 [r, D] with root' root = the covariance; r is D, or less where images are few.
-        count: images; None where only the statistics are known.
+        root: float64 [r, D] with root' root = the covariance; r is D, or less with few images.
+        count: number of images; None if only the statistics are known.
     """
 
     mean: Matrix
@@ -48,12 +48,12 @@ class Gaussian:
 
     @classmethod
     def fit(cls, features: Iterable[Features], name: str = "the set") -> Self:
-        """Mean and unbiased covariance (N - 1) of features that come in parts, each [n, D].
+        """Fit mean and unbiased covariance (N - 1) to features given in parts, each [n, D].
 
         Blocks are merged by the QR of ``[R1; X2 - m2; sqrt(n1 n2 / (n1 + n2)) (m1 - m2)]``.
 
         Raises:
-            DataError: if there is one image or none.
+            DataError: if there are fewer than two images.
         """
         mean, root, count = np.zeros(0), np.zeros((0, 0)), 0
         for block in _blocks(features):
@@ -77,10 +77,10 @@ class Gaussian:
 
     @classmethod
     def from_statistics(cls, mean: NDArray[Any], covariance: NDArray[Any], name: str) -> Self:
-        """Stored statistics, [D] and [D, D]; eigenvalues that rounding made negative are cut.
+        """Use stored statistics, [D] and [D, D]; eigenvalues that rounding made negative are set to 0.
 
         Raises:
-            DataError: if they are no mean and covariance; ``name`` says whose.
+            DataError: if they are not a mean and a covariance; ``name`` is for the message.
         """
         if mean.ndim != 1 or not mean.size or covariance.shape != (mean.size, mean.size):
             raise DataError(
@@ -124,10 +124,10 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def half_sample_error(features: Features, reference: Gaussian, seed: int) -> float | None:
-    """Standard error of the distance of features [N, D]: its deviation over halves without replacement.
+    """Standard error of the distance of features [N, D]: its deviation over random halves.
 
-    The delete-half jackknife needs no further factor. Drawing with replacement would make duplicates.
-    None below four images.
+    The halves are drawn without replacement, since duplicates would bias the distance. The delete-half
+    jackknife needs no correction factor. None below four images.
     """
     count = len(features)
     if count < 4:
@@ -139,7 +139,7 @@ def half_sample_error(features: Features, reference: Gaussian, seed: int) -> flo
 
 
 def infinite_distance(features: Features, reference: Gaussian, seed: int) -> tuple[float, float] | None:
-    """Distance at infinite N and its standard error: a line in 1/N through subsets (Chong & Forsyth 2020).
+    """Distance at infinite N and its standard error: a fit in 1/N over subsets (Chong & Forsyth 2020).
 
     Subsets of a fifth of the samples up to all are drawn without replacement. None below 20 images.
     """
@@ -161,16 +161,16 @@ def infinite_distance(features: Features, reference: Gaussian, seed: int) -> tup
 def _subset_distances(
     features: Features, subsets: Iterable[NDArray[np.int64]], reference: Gaussian
 ) -> Matrix:
-    """Distances of rows of the features, to half the digits: products in place of factorisations.
+    """Distances of subsets of the features, with half the digits: by products instead of factorisations.
 
-    The singular values of X R' are the roots of the eigenvalues of (X R')(X R')', on its smaller side. What
-    that loses, 1e-8 of the trace, is far below the deviations for which alone these distances serve.
+    The singular values of X R' are the roots of the eigenvalues of (X R')(X R')', on its smaller side. The
+    loss, 1e-8 of the trace, is far below the deviations that these distances are used for.
     """
     return np.array([_subset_distance(features, np.sort(rows), reference) for rows in subsets])
 
 
 def _subset_distance(features: Features, rows: NDArray[np.int64], reference: Gaussian) -> float:
-    mean = features[rows[:_BLOCK]].astype(np.float64).mean(axis=0)  # near enough to centre sums on
+    mean = features[rows[:_BLOCK]].astype(np.float64).mean(axis=0)  # an approximate mean suffices to centre
     d, n = features.shape[1], len(rows)
     total, squares = np.zeros(d), 0.0
     gram = np.zeros((d, d)) if n > d else None
@@ -185,7 +185,7 @@ def _subset_distance(features: Features, rows: NDArray[np.int64], reference: Gau
     if gram is not None:
         covariance = (gram - n * np.outer(shift, shift)) / (n - 1)
         product = reference.root @ covariance @ reference.root.T
-    else:  # fewer images than features: everything fits one block or two
+    else:  # fewer images than features: one or two blocks
         x = (features[rows] - (mean + shift)) / math.sqrt(n - 1)
         y = x @ reference.root.T
         product = y @ y.T
@@ -200,7 +200,7 @@ def _distance(mean: Matrix, trace: float, other: Gaussian, fidelity: float) -> f
 
 
 def _blocks(parts: Iterable[Features]) -> Iterator[Features]:
-    """The same rows in blocks of a fixed size."""
+    """Regroup rows into blocks of a fixed size."""
     waiting: list[Features] = []
     held = 0
     for part in parts:

@@ -1,4 +1,4 @@
-"""Sets of images to be judged, whatever they stand in: read block by block, always in the same order."""
+"""Sets of images from any supported source, read block by block in a fixed order."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class ImageSource:
     """Images of one size.
 
     Attributes:
-        kind: what they stand in, in a word.
-        count: how many.
+        kind: kind of the source, in a word.
+        count: number of images.
         shape: height, width and channels (1 or 3).
-        read: all images in order, uint8 [n, H, W, C], in parts of any size; raises DataError where one can
+        read: all images in order, uint8 [n, H, W, C], in parts of any size; raises DataError if an image can
             no longer be read.
-        labels: int64 [N]; None where nothing is labelled.
-        run: folder of the run that drew them; None elsewhere.
-        asked: samples of that whole run; None where unknown.
+        labels: int64 [N]; None without labels.
+        run: folder of the run that drew them; None for other sources.
+        asked: number of samples of the whole run; None if unknown.
     """
 
     kind: str
@@ -83,7 +83,7 @@ def blocks(source: ImageSource, rows: int) -> Iterator[Pixels]:
 
 
 def chosen_images(source: ImageSource, rows: NDArray[np.int64]) -> Pixels:
-    """Some images, uint8 [len(rows), H, W, C], in the order asked for."""
+    """Read some images, uint8 [len(rows), H, W, C], in the requested order."""
     kept: dict[int, Pixels] = {}
     wanted, first = np.unique(rows), 0
     for part in source.read():
@@ -94,7 +94,7 @@ def chosen_images(source: ImageSource, rows: NDArray[np.int64]) -> Pixels:
 
 
 def chosen_rows(held: int, count: int, seed: int) -> NDArray[np.int64]:
-    """Ascending indices of ``count`` of the images held, every one as likely.
+    """Draw ``count`` indices of images uniformly, ascending.
 
     Raises:
         RequestError: if there are fewer.
@@ -110,7 +110,7 @@ def chosen_rows(held: int, count: int, seed: int) -> NDArray[np.int64]:
 
 
 def draw(source: ImageSource, count: int | None, seed: int) -> ImageSource:
-    """So many images of a source, drawn by the seed; all where None.
+    """Draw ``count`` images of a source by the seed; None takes all.
 
     Raises:
         RequestError: if there are fewer.
@@ -132,16 +132,16 @@ def draw(source: ImageSource, count: int | None, seed: int) -> ImageSource:
 
 
 def open_images(text: str, *, size: int | None = None, lossy: bool = False) -> ImageSource:
-    """Images of a run, a folder of PNG files, an .npz file, IDX files, the digits or a training file.
+    """Open images: a run, a folder of PNG files, an .npz file, IDX files, the digits or a training file.
 
     Args:
         text: a path; ``digits``; or ``CONFIG.toml[:PART]``, the data of a training file or one of its
             :data:`PARTS`.
         size: crop to squares of this size, as training does; None takes the images as they are.
-        lossy: take JPEG files, too.
+        lossy: accept JPEG files, too.
 
     Raises:
-        DataError: if nothing usable stands there.
+        DataError: if there are no usable images.
         RequestError: for a part or a size that does not fit.
     """
     config, part = _training_file(text)
@@ -180,7 +180,7 @@ def training_part(images: ImageSet, part: str) -> ImageSet:
     """One of :data:`PARTS` of a training file's images.
 
     Raises:
-        DataError: if it is empty: nothing is held out, or one image.
+        DataError: if it is empty, because at most one image is held out.
     """
     if part == "all":
         return images
@@ -198,7 +198,7 @@ def training_part(images: ImageSet, part: str) -> ImageSet:
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
         order = stream_of(_HALVES_SEED, int(label)).permutation(rows)
-        first[order[: (len(rows) + int(label) % 2) // 2]] = True  # odd classes give the judge one more
+        first[order[: (len(rows) + int(label) % 2) // 2]] = True  # odd labels: the judge rounds up
     chosen = np.flatnonzero(first if part == "judge" else ~first)
     if not len(chosen):
         raise DataError(f"{config.source}: the part '{part}' is empty", hint="Hold out more images.")
@@ -212,7 +212,7 @@ def _cropped(text: str, path: Path, size: int) -> ImageSource:
 
 
 def _whole(text: str) -> ImageSource:
-    """Digits and IDX files, at their own size."""
+    """Digits and IDX files, uncropped."""
     probe = DataConfig.from_dict({"source": text, "image_size": 8, "channels": 1}, source=text)
     images = read_source(probe).images
     assert isinstance(images, np.ndarray)  # folders are read elsewhere
@@ -227,7 +227,7 @@ def training_images(images: ImageSet) -> ImageSource:
     config = images.config
     if config.channels not in (1, 3):
         raise DataError(f"{config.source}: {config.channels} channels; expected 1 or 3")
-    unused = np.random.default_rng()  # nothing is augmented
+    unused = np.random.default_rng()  # no augmentation
 
     def read() -> Iterator[Pixels]:
         for first in range(0, len(images), _READ_ROWS):
@@ -239,7 +239,7 @@ def training_images(images: ImageSet) -> ImageSource:
 
 
 def npz_images(archive: NpzFile) -> ImageSource:
-    """``arr_0`` and, where they are labels, ``arr_1`` of an .npz file."""
+    """``arr_0`` of an .npz file, and ``arr_1`` if it holds labels."""
     if "arr_0" not in archive:
         raise DataError(
             f"{archive.file} has no images: it has {archive.names}",
@@ -289,7 +289,7 @@ def _run_images(folder: Path) -> ImageSource:
 
 
 def drawn_images(folder: Path, shards: Shards, labels: Labels | None) -> ImageSource:
-    """All samples of a run whose request is known."""
+    """All samples of a run with a known request."""
     return ImageSource("run", len(shards), shards.image_shape, shards.images, labels, folder, len(shards))
 
 
@@ -340,16 +340,16 @@ def _image_files(folder: Path, *, lossy: bool) -> list[Path]:
 
 
 def _form_of(file: Path) -> tuple[int, int, int]:
-    """Shape of the first file's pixels, to whose channels all are converted."""
+    """Shape of the first image; all images are converted to its channels."""
     try:
         with open_image(file) as image:
             if image.mode.startswith(("I", "F")):
                 raise DataError(f"{file} has pixels of mode {image.mode}, not 8 bits a channel")
-            width, height = ImageOps.exif_transpose(image).size  # as read_image turns it
+            width, height = ImageOps.exif_transpose(image).size  # rotated like in read_image
             return height, width, 1 if image.mode in ("1", "L") else 3
     except DataError:
         raise
-    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+    except Exception as error:  # damaged files make Pillow's decoders raise anything
         raise DataError(f"{file} cannot be read: it is no image, or damaged") from error
 
 

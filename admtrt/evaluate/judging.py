@@ -1,4 +1,4 @@
-"""One evaluation: samples against a reference in every set of features, real images beside them."""
+"""One evaluation: judge samples, and real images, against a reference in every set of features."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 
 
 Progress: TypeAlias = "Callable[[int, str], None]"
-"""Called with images done and a text."""
+"""Called with the number of images done and a text."""
 PROTOCOL = "adm-2021"
-"""Name of what the paper's numbers are: published weights, 50,000 samples, stored statistics, fp32."""
+"""Name of the paper's protocol: published weights, 50,000 samples, stored statistics, fp32."""
 _PRECISION_IMAGES = 256
 
 
@@ -48,8 +48,8 @@ class Computing:
 
     Attributes:
         backend, precision, threads: as of :class:`~admtrt.evaluate.extract.Extractor`.
-        batch_size: images at once; it changes nothing beyond rounding.
-        note: told what ``auto`` measures.
+        batch_size: images computed at once; it changes results by rounding only.
+        note: called with what ``auto`` measures.
     """
 
     backend: str = "onnxruntime"
@@ -64,14 +64,14 @@ class Judged:
     """Results in one set of features.
 
     Attributes:
-        name: of the features.
-        about: what they are, what computed them, and a hash of the samples: plain data.
-        metrics: of the samples.
-        floor: the same of real images; None where there are none.
-        nearest: None where it was not asked for.
-        warnings: in the order in which they came.
-        protocol: :data:`PROTOCOL`, or None.
-        precision_change: of the Fréchet distance, by another precision than fp32; None in fp32.
+        name: name of the features.
+        about: the network, the backend, and a hash of the samples, as plain data.
+        metrics: the samples' metrics.
+        floor: the same metrics of real images; None without real images.
+        nearest: nearest training images; None if not requested.
+        warnings: in order of occurrence.
+        protocol: :data:`PROTOCOL` if the conditions are met, else None.
+        precision_change: change of the Fréchet distance against fp32; None in fp32.
     """
 
     name: str
@@ -101,12 +101,12 @@ class Evaluator:
     """One set of features: judges any number of sample sets against one reference.
 
     Args:
-        network: of the features; None where samples come as features.
+        network: the feature network; None if samples are given as features.
         reference: what samples are compared with.
         asked: the metrics.
         computing: how features are computed.
-        floor: real images that the reference does not hold; as many are taken as there are samples.
-        training: images whose copies are looked for.
+        floor: real images outside the reference; as many are used as there are samples.
+        training: training images, to find copies of them.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Evaluator:
         self._floors: dict[int, dict[str, Value]] = {}
 
     def total(self, samples: OpenedSet) -> int:
-        """Images that judging these samples looks at."""
+        """Number of images to process when judging these samples."""
         others = (one for name, one in self._sets.items() if name not in self._known and one is not None)
         return len(samples) + sum(len(one) for one in others)
 
@@ -135,7 +135,8 @@ class Evaluator:
         """Judge samples.
 
         Raises:
-            RequestError: if a metric that was named cannot be formed, or samples do not fit the features.
+            RequestError: if a metric that the user named cannot be computed, or samples do not fit the
+                network.
             DataError: if a set cannot be used.
         """
         warnings: list[Warned] = []
@@ -147,7 +148,7 @@ class Evaluator:
         network, asked = self._network, self._asked
         extractor = self._extractor()
         ours = features_of(samples, extractor, batch_size=self._computing.batch_size, progress=progress)
-        assert ours is not None  # statistics alone are refused as samples
+        assert ours is not None  # samples are never statistics alone
         reference = self._prepared(extractor, progress)
         for warned in (
             *set_warnings(ours, network, asked.metrics, self._computing.precision),
@@ -157,7 +158,7 @@ class Evaluator:
             warn(warned)
         change = self._precision_change(samples, extractor, reference)
         about = {"samples_sha256": ours.digest, **_about(network, extractor)}
-        del extractor  # its memory is needed below
+        del extractor  # frees memory for what follows
         metrics = compare(ours, reference, network, asked, labels=samples.labels, warn=warn)
         floor, training = self._known["floor"], self._known["training"]
         if floor is not None and len(floor) < len(ours):
@@ -190,7 +191,7 @@ class Evaluator:
         return Extractor(self._network, c.backend, c.precision, threads=c.threads, note=c.note)
 
     def _prepared(self, extractor: Extractor | None, progress: Progress) -> Reference:
-        """The reference, floor and training images, seen when they are first needed."""
+        """The features of reference, floor and training images, computed when first needed."""
 
         def seen(name: str) -> FeatureSet | None:
             if name not in self._known:
@@ -215,7 +216,7 @@ class Evaluator:
         return self._reference
 
     def _floor_metrics(self, floor: FeatureSet, count: int, reference: Reference) -> dict[str, Value]:
-        """The same metrics of real images, as many as there are samples where there are so many."""
+        """The same metrics of real images, as many as there are samples if possible."""
         taken = min(count, len(floor))
         if taken not in self._floors:
             opened = self._sets["floor"]
@@ -235,7 +236,7 @@ class Evaluator:
     def _precision_change(
         self, samples: OpenedSet, extractor: Extractor | None, reference: Reference
     ) -> float | None:
-        """Effect of the precision on the Fréchet distance: with it, minus in fp32, of the same samples."""
+        """Change of the Fréchet distance of the same samples by the precision, against fp32."""
         theirs = reference.gaussian(POOL)
         unchanged = extractor is None or extractor.precision == "fp32"
         if extractor is None or unchanged or samples.images is None or theirs is None or len(samples) < 2:
@@ -264,7 +265,7 @@ class Evaluator:
 
 
 def _shape_warnings(samples: OpenedSet, reference: OpenedSet | None) -> list[Warned]:
-    """Warnings about two sets of images, whatever the features."""
+    """Warnings about two sets of images, independent of features."""
     found = []
     ours, theirs = samples.images, None if reference is None else reference.images
     if ours is not None and theirs is not None and ours.shape[:2] != theirs.shape[:2]:
@@ -281,7 +282,7 @@ def _shape_warnings(samples: OpenedSet, reference: OpenedSet | None) -> list[War
 
 
 def _check_seen(network: FeatureNetwork, floor: FeatureSet, warn: Callable[[Warned], None]) -> None:
-    """A judge that learned from the floor's images finds them too good."""
+    """Refuse a judge that was trained on the floor's images: it would rate them too high."""
     file = None if network.folder is None else network.folder / SEEN
     if file is None or not file.exists():
         return

@@ -1,7 +1,7 @@
-"""Features of a set of images, kept block by block: what is there already is never computed again.
+"""Features of a set of images, stored block by block so that none is computed twice.
 
-A block is known by its images' bytes, the network, the library and the precision. It is the same whether an
-evaluation was killed, whether the run that draws goes on, and wherever the images stand.
+A block is identified by its images' bytes, the network, the library and the precision. It can therefore be
+reused after a kill, while a run is still drawing, and when the images move.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from admtrt.evaluate.images import ImageSource, Pixels
 
 BLOCK = 256
-"""Images of one file: the most that a kill loses."""
+"""Images per file: the most work that a kill loses."""
 _FOLDER = "features"
 
 
@@ -41,8 +41,8 @@ class FeatureSet:
     """Features of N images.
 
     Attributes:
-        outputs: names of what there is.
-        hashes: uint64 [N], of each image (or of each row, where there are no images).
+        outputs: names of the available outputs.
+        hashes: uint64 [N], a hash of each image (of each row, if only features are given).
         digest: SHA-256 of all images, in order.
     """
 
@@ -56,14 +56,14 @@ class FeatureSet:
         return len(self.hashes)
 
     def parts(self, output: str) -> Iterator[Features]:
-        """One output, in parts float32 [n, D]."""
+        """Yield one output in parts, float32 [n, D]."""
         if output in self._given:
             yield self._given[output]
         for file in self._files:
             yield NpzFile.open(file)[output].read()
 
     def subset(self, rows: NDArray[np.int64]) -> FeatureSet:
-        """Some images, in memory; the rows are ascending."""
+        """Some rows of all outputs, in memory; the indices are ascending."""
         if len(rows) == len(self):
             return self
         given = {output: self.matrix(output)[rows] for output in self.outputs}
@@ -78,7 +78,7 @@ class FeatureSet:
 
 
 def _joined(parts: Iterable[Features], rows: int) -> Features:
-    """Parts as one array of so many rows, of which there is never a second copy."""
+    """Join parts into one array of ``rows`` rows without a second copy."""
     whole, first = None, 0
     for part in parts:
         if whole is None:
@@ -91,10 +91,10 @@ def _joined(parts: Iterable[Features], rows: int) -> Features:
 
 
 def given_features(path: Path, archive: NpzFile, count: int | None = None, seed: int = 0) -> FeatureSet:
-    """Features in an .npz file: ``pool`` [N, D], and ``spatial`` and ``logits`` where there are any.
+    """Read features from an .npz file: ``pool`` [N, D], and optionally ``spatial`` and ``logits``.
 
     Raises:
-        DataError: if they are no features, or hold NaN or infinity.
+        DataError: if they are not features, or contain NaN or infinity.
     """
     arrays = {}
     for name in (POOL, "spatial", "logits"):
@@ -103,7 +103,7 @@ def given_features(path: Path, archive: NpzFile, count: int | None = None, seed:
         member = archive[name]
         if member.dtype.kind != "f" or len(member.shape) != 2 or not all(member.shape):
             raise DataError(f"{path}: {name} is {member.dtype} {list(member.shape)}; expected floats [N, D]")
-        with np.errstate(over="ignore"):  # what float32 cannot hold is infinite, and refused
+        with np.errstate(over="ignore"):  # overflow becomes infinity, which is refused
             arrays[name] = member.read().astype(np.float32, copy=False)
         _check_finite(arrays[name], name, str(path), 0)
     counts = {name: len(array) for name, array in arrays.items()}
@@ -125,19 +125,19 @@ def extract(
     progress: Callable[[int, str], None] = lambda _count, _text: None,
     each_block: Callable[[Pixels], None] = lambda _: None,
 ) -> FeatureSet:
-    """Features of every image: those that are kept, and the others computed now.
+    """Features of every image, loaded if stored, else computed.
 
     Args:
         source: the images.
         extractor: the network.
-        name: of the images, for messages.
+        name: name of the images, for messages.
         batch_size: images computed at once.
         progress: called with the images done.
-        each_block: given each block of images as it is read.
+        each_block: called with each block of images as it is read.
 
     Raises:
         DataError: naming the first image whose features are NaN or infinite.
-        UserError: as reading and computing.
+        UserError: from reading and computing.
     """
     folder = block_folder(source.run, extractor)
     files, hashes, first = [], [], 0
@@ -155,14 +155,14 @@ def extract(
 def keep_block(
     folder: Path, images: Pixels, extractor: Extractor, name: str, first: int, batch_size: int
 ) -> tuple[Path, NDArray[np.uint64]]:
-    """The file of a block's features, computed where it is not there, and the hashes of its images.
+    """Return the file of a block's features, computed if missing, and the hashes of its images.
 
     Args:
         folder: of :func:`block_folder`.
-        images: of the block.
+        images: the block's images.
         extractor: the network.
         name: of the set, for messages.
-        first: place of the block's first image in the set.
+        first: index of the block's first image in the set.
         batch_size: images computed at once.
 
     Raises:
@@ -198,7 +198,7 @@ def _check_finite(values: Features, output: str, name: str, first: int) -> None:
 
 
 def block_folder(run: Path | None, extractor: Extractor) -> Path:
-    """In the run that drew the images, else in the user's cache, else for this process alone."""
+    """The folder of blocks: in the images' run, else in the user's cache, else temporary."""
     parts = (extractor.network.digest, extractor.backend, extractor.precision, extractor.resize)
     key = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
     homes = [home for home in (run, cache_folder()) if home is not None]
@@ -223,7 +223,7 @@ _own: tempfile.TemporaryDirectory[str] | None = None
 
 
 def _is_whole(file: Path, outputs: tuple[str, ...], count: int) -> bool:
-    """True where a block is kept, with everything that is asked of it."""
+    """True if a block is stored with all requested outputs."""
     if not file.exists():
         return False
     try:
@@ -237,7 +237,7 @@ def _is_whole(file: Path, outputs: tuple[str, ...], count: int) -> bool:
 
 
 def row_hashes(rows: NDArray[np.uint8]) -> NDArray[np.uint64]:
-    """64 bits of the BLAKE2 of each row, uint8 [N, values]: equal rows, equal numbers."""
+    """A 64-bit BLAKE2 hash of each row of uint8 [N, values]."""
     digests = b"".join(hashlib.blake2b(row, digest_size=8).digest() for row in rows)
     return np.frombuffer(digests, "<u8")
 

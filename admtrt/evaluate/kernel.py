@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from admtrt.evaluate.frechet import Features, Matrix
 
 MAX_IMAGES = 10_000
-"""Images of each set that are compared; of more, so many are drawn: all pairs are formed."""
+"""The most images per set, drawn from larger sets: the cost grows with the number of pairs."""
 _BLOCK = 2048
 
 
@@ -20,7 +20,8 @@ def kernel_distance(reference: Features, samples: Features) -> tuple[float, floa
     """KID of samples [N, D] against a reference [M, D], and its standard error.
 
     The kernel is (x . y / D + 1)^3 over all pairs of different images. The error is the delete-one
-    jackknife's, over both sets; None below three images of either. Nothing where either has one image.
+    jackknife's, over both sets; It is None if either set has fewer than three images. The result is None if
+    either has one image.
     """
     m, n = len(reference), len(samples)
     if min(m, n) < 2:
@@ -42,7 +43,7 @@ def kernel_distance(reference: Features, samples: Features) -> tuple[float, floa
 
 
 def _row_sums(a: Features, b: Features) -> NDArray[np.float64]:
-    """Sums of the kernel's rows between two sets; within one, pairs of an image with itself are left out."""
+    """Row sums of the kernel between two sets; within one set, without the diagonal."""
     sums = np.zeros(len(a))
     for i in range(0, len(a), _BLOCK):
         x = a[i : i + _BLOCK].astype(np.float64)

@@ -1,8 +1,8 @@
 """Precision and recall (Kynkäänniemi et al. 2019), density and coverage (Naeem et al. 2020), exactly.
 
-Squared distances come from float32 products of centred features, block by block. Wherever rounding could
-decide, next to a radius, a distance is computed again from differences in float64: the counts are those of
-exact arithmetic, and equal images are at distance 0.
+Squared distances come from float32 products of centred features, block by block. Where rounding could decide,
+close to a radius, the distance is recomputed from differences in float64. The counts are therefore exact, and
+equal images have distance 0.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ NEIGHBOURS = 3
 DENSITY_NEIGHBOURS = 5
 """k of density and coverage in their paper."""
 _BLOCK = 2048  # rows and columns of one product
-_SPARE = 4  # neighbours beyond those sought whose distances are formed exactly as well
-_MANY = 1 / 256  # of a block's distances that are too close to call: products in float64 leave fewer
-_OPEN_ROWS = 256  # rows that need float64 and are formed at once
-_EXACT_VALUES = 2**23  # numbers of one computation by differences: 64 MiB
+_SPARE = 4  # additional neighbours whose distances are computed exactly
+_MANY = 1 / 256  # fraction of undecided distances of a block from which to use float64 products
+_OPEN_ROWS = 256  # rows computed at once in float64
+_EXACT_VALUES = 2**23  # values per computation by differences: 64 MiB
 
 
 @dataclass(frozen=True)
 class Manifold:
     """Fractions of samples (precision) and of reference images (recall, coverage); density, a mean of counts.
 
-    None where either set has no more images than neighbours.
+    None if either set has no more images than neighbours.
 
     Attributes:
         density_error: standard error of ``density`` over the samples.
@@ -57,8 +57,8 @@ def manifold_metrics(
     Args:
         reference: float32.
         samples: float32.
-        k: neighbours that make the radius of precision and recall, an image itself not among them; ``<=`` is
-            inside.
+        k: number of neighbours, without the image itself, that define the radius of precision and recall; a
+            distance equal to the radius is inside.
         density_k: the same for density and coverage.
     """
     fewest = min(len(reference), len(samples))
@@ -67,8 +67,8 @@ def manifold_metrics(
     ks = [one for one in (k, density_k) if fewest > one]
     wide = dict(zip(ks, radii(reference, ks), strict=True))
     (own,) = radii(samples, [k]) if k in wide else (None,)
-    inside = np.zeros(len(samples), bool)  # some reference image's ball holds the sample
-    held = np.zeros(len(reference), bool)  # some sample's ball holds the reference image
+    inside = np.zeros(len(samples), bool)  # the sample lies in some reference image's ball
+    held = np.zeros(len(reference), bool)  # the reference image lies in some sample's ball
     covered = np.zeros(len(reference), bool)  # some sample lies in the reference image's ball
     counts = np.zeros(len(samples), np.int64)
     for r, c, block in _Distances(reference, samples).blocks():
@@ -94,7 +94,7 @@ def radii(features: Features, ks: Sequence[int]) -> Matrix:
     """Squared distance from each of N > max(ks) images to its k-th nearest other one: [len(ks), N]."""
     found = np.empty((len(ks), len(features)))
     for rows, values, _ in _Distances(features, features).nearest(max(ks) + 1):
-        found[:, rows] = values[:, list(ks)].T  # the image itself, at 0, comes first
+        found[:, rows] = values[:, list(ks)].T  # index 0 is the image itself
     return found
 
 
@@ -109,8 +109,8 @@ def nearest_images(samples: Features, training: Features) -> tuple[Matrix, NDArr
 class _Distances:
     """Squared distances between the rows of two matrices: fast within a bound, or exact.
 
-    Both are centred on one mean and scaled by a power of two, so that float32 neither loses what an offset
-    covers nor overflows.
+    Both are centred on the same mean and scaled by a power of two, so that float32 neither loses digits to an
+    offset nor overflows.
     """
 
     def __init__(self, a: Features, b: Features) -> None:
@@ -122,7 +122,7 @@ class _Distances:
         self._y, self._yy = (self._x, self._xx) if b is a else self._prepared(b)
 
     def blocks(self) -> Iterator[tuple[slice, slice, _Block]]:
-        """Every block of the matrix, with its rows and columns."""
+        """Yield every block of the matrix, with its rows and columns."""
         for i in range(0, len(self._a), _BLOCK):
             rows = slice(i, min(i + _BLOCK, len(self._a)))
             for j in range(0, len(self._b), _BLOCK):
@@ -132,7 +132,7 @@ class _Distances:
     def approximate(
         self, rows: _Rows, columns: slice, dtype: type[np.floating[Any]] = np.float32
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Scaled squared distances from products in a precision, and bounds of their errors: [n, m] both."""
+        """Scaled squared distances from products in a dtype, and bounds of their errors; both [n, m]."""
         xx, yy = self._xx[rows, None].astype(dtype), self._yy[None, columns].astype(dtype)
         if dtype is np.float32:
             x, y = self._x[rows], self._y[columns]
@@ -143,12 +143,12 @@ class _Distances:
         values *= -2
         values += xx
         values += yy
-        # Of a product of D terms (Higham 2002, section 3.1), of centring and of the sums of squares.
+        # Errors of a product of D terms (Higham 2002, section 3.1), of centring and of the sums of squares.
         unit = (self._a.shape[1] + 8) * np.finfo(dtype).eps
         return values, unit * xx + unit * yy
 
     def exact(self, rows: NDArray[np.int64], columns: NDArray[np.int64]) -> Matrix:
-        """Squared distances of pairs, by differences in float64, not scaled."""
+        """Unscaled squared distances of pairs, by differences in float64."""
         found = np.empty(len(rows))
         step = max(1, _EXACT_VALUES // self._a.shape[1])
         for first in range(0, len(rows), step):
@@ -171,20 +171,20 @@ class _Distances:
             order = np.lexsort((columns, values))[:, :count]
             values = np.take_along_axis(values, order, axis=1)
             columns = np.take_along_axis(columns, order, axis=1)
-            # No distance is below 0; whatever is no candidate is at least `bound` away.
+            # Distances are at least 0; all but the candidates are at least `bound`.
             open_rows = np.flatnonzero(values[:, -1] > np.maximum(bound, 0))
             for part in np.array_split(open_rows, -(-len(open_rows) // _OPEN_ROWS)) if len(open_rows) else ():
                 values[part], columns[part] = self._settled(rows[part], values[part, -1], count)
             yield rows, values, columns
 
     def _candidates(self, rows: slice, count: int) -> tuple[NDArray[np.int64], Matrix]:
-        """Columns of small distances, [n, up to count], and what no other column falls short of, [n]."""
+        """Candidate columns with small distances, [n, up to count], and a lower bound for all others, [n]."""
         size = rows.stop - rows.start
         values, columns = np.empty((size, 0), np.float32), np.empty((size, 0), np.int64)
         bound = np.full(size, np.inf)
         for first in range(0, len(self._b), _BLOCK):
             block, error = self.approximate(rows, slice(first, first + _BLOCK))
-            block -= error  # at least so far away
+            block -= error  # lower bounds
             values = np.concatenate([values, block], axis=1)
             numbers = np.arange(first, first + block.shape[1])
             columns = np.concatenate([columns, np.broadcast_to(numbers, block.shape)], axis=1)
@@ -198,9 +198,9 @@ class _Distances:
     def _settled(
         self, rows: NDArray[np.int64], upper: Matrix, count: int
     ) -> tuple[Matrix, NDArray[np.int64]]:
-        """The same for rows whose candidates lie too close together for float32.
+        """The same for rows whose candidates are too close together for float32.
 
-        ``upper`` [n] is at least the largest of the distances sought.
+        ``upper`` [n] is an upper bound for the distances sought.
         """
         values, error = self.approximate(rows, slice(None), np.float64)
         limit = upper * self.scale**2
@@ -212,7 +212,7 @@ class _Distances:
         return exact[chosen], found[chosen]
 
     def _prepared(self, features: Features) -> tuple[Features, Matrix]:
-        """Centred and scaled, float32, and the sums of squares, float64."""
+        """Centre and scale to float32; also the sums of squares in float64."""
         centred, squares = np.empty(features.shape, np.float32), np.empty(len(features))
         for first in range(0, len(features), _BLOCK):
             part = (features[first : first + _BLOCK] - self._centre) * self.scale
@@ -235,7 +235,7 @@ class _Block:
         self._values, self._error = distances.approximate(rows, columns)
 
     def within(self, radius: Matrix) -> NDArray[np.bool_]:
-        """Mask of distances of at most the radius, which is squared and broadcasts against the block."""
+        """Mask of distances within a radius, given squared and broadcastable to the block."""
         inside, unsure = self._compared(radius)
         if self._values.dtype == np.float32 and np.count_nonzero(unsure) > inside.size * _MANY:
             self._values, self._error = self._distances.approximate(self._rows, self._columns, np.float64)
@@ -247,11 +247,11 @@ class _Block:
         return inside
 
     def _compared(self, radius: Matrix) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-        """Masks of distances of at most the radius, and of those that rounding could decide."""
+        """Masks of distances within the radius, and of those that rounding could decide."""
         dtype = self._values.dtype
         scaled = (radius * self._distances.scale**2).astype(dtype)
         gap = self._values - scaled
         inside = gap <= 0
         np.abs(gap, out=gap)
         gap -= self._error
-        return inside, gap <= 8 * np.finfo(dtype).eps * scaled  # the radius was rounded as well
+        return inside, gap <= 8 * np.finfo(dtype).eps * scaled  # the radius is rounded, too

@@ -1,4 +1,4 @@
-"""Memorisation: each sample's nearest training image, beside what held-out images are from it."""
+"""Memorisation: the distance of each sample to its nearest training image, compared with held-out images."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from admtrt.evaluate.images import ImageSource, Labels, Pixels
 
 PERCENTILE = 1.0
-"""Of the held-out images' own distances, below which a sample is suspiciously near."""
+"""Percentile of the held-out images' distances below which a sample is suspiciously near."""
 SHOWN = 16
 
 
@@ -28,11 +28,11 @@ class Nearest:
     """Distances in the space of the features.
 
     Attributes:
-        distances: float64 [N], of each sample to its nearest training image.
-        indices: int64 [N], that image.
-        training: training images.
-        threshold: the :data:`PERCENTILE` of held-out images' distances; None where there are none.
-        held_out: how many of these.
+        distances: float64 [N], distance of each sample to its nearest training image.
+        indices: int64 [N], index of that image.
+        training: number of training images.
+        threshold: the :data:`PERCENTILE` of held-out images' distances; None without held-out images.
+        held_out: number of held-out images.
     """
 
     distances: Matrix
@@ -47,7 +47,7 @@ class Nearest:
         return np.argsort(self.distances, kind="stable")[:SHOWN]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; ``share_below`` of honest samples is about 1%."""
+        """Plain data for JSON. Without memorisation, ``share_below`` is about 1%."""
         below = None if self.threshold is None else float((self.distances < self.threshold).mean())
         return {
             "training": self.training,
@@ -68,7 +68,7 @@ class Nearest:
 
 
 def find_nearest(samples: Features, training: Features, held_out: Features | None) -> Nearest:
-    """Compare samples [N, D] with training images [M, D], and held-out images [K, D] with them."""
+    """Compare samples [N, D] and held-out images [K, D] with training images [M, D]."""
     distances, indices = nearest_images(samples, training)
     threshold = None
     if held_out is not None:
@@ -77,7 +77,7 @@ def find_nearest(samples: Features, training: Features, held_out: Features | Non
 
 
 def save_pairs(nearest: Nearest, samples: ImageSource, training: ImageSource, path: Path) -> None:
-    """A picture of the worst pairs: each sample, and right of it the training image.
+    """Write a picture of the nearest pairs, each sample left of its training image.
 
     Raises:
         OutputError: if it cannot be written.

@@ -1,4 +1,4 @@
-"""Networks whose features are compared: described by a manifest beside the graph, or the graph alone."""
+"""Feature networks: a graph with a manifest, or a graph alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 GRAPH, MANIFEST, SEEN = "features.onnx", "manifest.json", "seen.npy"
-"""Files of a folder of features; the last holds hashes of the images that a judge learned from."""
+"""Files of a feature network's folder; the last holds hashes of a judge's training images."""
 POOL, SPATIAL, LOGITS = "pool", "spatial", "logits"
 _LARGEST_MANIFEST = 2**20  # bytes
 Kind = Literal["inception", "judge", "onnx"]
@@ -27,7 +27,7 @@ _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Weights(Config):
-    """The file that a network's weights came from; ``known`` where it is a published one."""
+    """The file of a network's weights; ``known`` names it if it is a published one."""
 
     name: str
     sha256: _Hash
@@ -35,9 +35,9 @@ class Weights(Config):
 
 
 class FeatureManifest(Config):
-    """Everything about a network of features besides its graph.
+    """Everything about a feature network except its graph.
 
-    ``image_size`` is None where the graph resizes whatever comes; ``class_names`` are those of ``logits``.
+    ``image_size`` is None if the graph resizes its input; ``class_names`` belong to ``logits``.
     """
 
     schema_version: Literal[1] = 1
@@ -56,12 +56,12 @@ class FeatureNetwork:
     """A network on disk.
 
     Attributes:
-        name: for people and for the keys of results.
-        kind: what it is; ``onnx`` for any other graph.
+        name: its name in tables and results.
+        kind: kind of network; ``onnx`` for a graph without a manifest.
         graph: its file.
-        digest: SHA-256 of the graph, with its external weights.
+        digest: SHA-256 of the graph and its external weights.
         manifest: None for a graph alone.
-        folder: of the manifest; None for a graph alone.
+        folder: its folder; None for a graph alone.
     """
 
     name: str
@@ -73,16 +73,16 @@ class FeatureNetwork:
 
     @property
     def published(self) -> bool:
-        """True where the weights are the published ones."""
+        """True if the weights are published ones."""
         return self.manifest is not None and self.manifest.weights.known
 
 
 def open_network(text: str) -> FeatureNetwork:
-    """The network of ``--features``: a folder that `admtrt evaluate features` made, or ``NAME=FILE.onnx``.
+    """Open the network of ``--features``: a folder of `admtrt evaluate features`, or ``NAME=FILE.onnx``.
 
     Raises:
         RequestError: if it is neither.
-        BundleError: if the folder is incomplete or altered, or the file is no graph.
+        BundleError: if the folder is incomplete or altered, or the file is not a graph.
     """
     name, equals, file = text.partition("=")
     if equals and name and not Path(text).exists():
@@ -104,10 +104,10 @@ def open_network(text: str) -> FeatureNetwork:
 
 
 def open_networks(texts: Sequence[str]) -> list[FeatureNetwork]:
-    """Every network asked for, each under a name of its own.
+    """Open all requested networks, with different names.
 
     Raises:
-        RequestError: if two have one name; else as :func:`open_network`.
+        RequestError: if two have the same name; else as :func:`open_network`.
     """
     networks = [open_network(text) for text in texts]
     for index, network in enumerate(networks):

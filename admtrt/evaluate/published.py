@@ -1,4 +1,4 @@
-"""The ADM evaluator's own numbers for one published batch: what a whole installation is held to."""
+"""The ADM evaluator's numbers for one published batch, to check a whole installation against."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 
 class Expected(NamedTuple):
-    """A published value, and how far from it this evaluator may be."""
+    """A published value and the tolerance for this evaluator."""
 
     value: float
     tolerance: float
 
 
 BATCH = "admnet_guided_upsampled_imagenet256.npz against VIRTUAL_imagenet256_labeled.npz"
-"""The files, as guided-diffusion's README of the evaluations names them."""
+"""The files, as named in guided-diffusion's README of the evaluations."""
 PUBLISHED = {
     "fid": Expected(3.9426, 0.005),
     "sfid": Expected(6.1404, 0.005),
@@ -26,11 +26,11 @@ PUBLISHED = {
     "precision": Expected(0.8265, 0.004),
     "recall": Expected(0.5309, 0.004),
 }
-"""Precision and recall were computed with distances in float16, which moves them by up to 0.004."""
+"""The published precision and recall used float16 distances, which change them by up to 0.004."""
 
 
 def self_check(metrics: Mapping[str, Value]) -> dict[str, Any]:
-    """Each published value beside what was found; ``passed`` where all agree."""
+    """Compare each published value with the result; ``passed`` if all agree."""
     rows = {}
     for name, expected in PUBLISHED.items():
         found = metrics[name].value if name in metrics else None

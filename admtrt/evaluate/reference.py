@@ -34,19 +34,19 @@ def write_reference(
 ) -> dict[str, Any]:
     """Write ``arr_0``, images drawn by the seed, and ``mu``, ``sigma`` (``mu_s``, ``sigma_s``) of all.
 
-    Images are read once and written as they come; they never stand in memory.
+    Images are read once and streamed to the file; they need not fit in memory.
 
     Args:
-        images: the set; the statistics are of all of it.
-        network: of the features, whose hash is kept in the file.
+        images: the set; the statistics cover all of it.
+        network: the feature network, whose hash is stored in the file.
         computing: how features are computed.
         path: the file; replaced if it exists.
-        keep: images to keep, at most.
-        seed: of their draw.
+        keep: the most images to store.
+        seed: seed of the choice of images.
         progress: called with the images done.
 
     Raises:
-        DataError: if there is one image, or one that cannot be read.
+        DataError: if there is only one image, or one cannot be read.
         OutputError: if the file cannot be written.
     """
     extractor = Extractor(

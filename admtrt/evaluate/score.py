@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from admtrt.evaluate.frechet import Features, Matrix
 
 PART = 5000
-"""Images of a part in the ADM evaluator: consecutive, not shuffled; a short last one counts as a whole."""
+"""Images per split in the ADM evaluator: consecutive, not shuffled; a shorter last split counts fully."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Score:
     Attributes:
         value: from 1 to the number of classes.
         error: standard error by the delete-one jackknife within each part; None where a part has one image.
-        parts: how many.
-        shortest: images of the smallest part.
+        parts: number of splits.
+        shortest: number of images of the smallest split.
     """
 
     value: float
@@ -39,8 +39,8 @@ def inception_score(logits: Features, parts: int | None = None) -> Score:
 
     Args:
         logits: finite float32. The softmax is taken in float64 from its logarithm: no probability underflows.
-        parts: equal parts (the first ones one image longer, where it does not come out even); None for the
-            ADM evaluator's parts of :data:`PART` images.
+        parts: number of equal splits (the first may be one image longer); None for the ADM evaluator's splits
+            of :data:`PART` images.
     """
     scores, variances, sizes = [], [], []
     for part in _parts(logits, parts):

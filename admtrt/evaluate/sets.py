@@ -1,4 +1,4 @@
-"""Inputs of an evaluation: samples and their reference, as images, as features or as statistics."""
+"""Inputs of an evaluation: samples and their reference, as images, features or statistics."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 STATISTICS = {POOL: ("mu", "sigma"), SPATIAL: ("mu_s", "sigma_s")}
 """Names of stored statistics, as in the ADM evaluator's reference files."""
 FEATURES_KEY = "features"
-"""Name under which `admtrt evaluate reference` says whose statistics they are."""
+"""Name under which `admtrt evaluate reference` stores which network the statistics belong to."""
 
 
 @dataclass(frozen=True, eq=False)
 class OpenedSet:
-    """One set.
+    """One set of samples or reference data.
 
     Attributes:
         name: for messages and the progress display.
-        images: None where there are none.
-        features: given as numbers; None elsewhere.
+        images: the images; None if there are none.
+        features: features given directly; else None.
         archive: an .npz file that may hold statistics.
     """
 
@@ -46,7 +46,7 @@ class OpenedSet:
 
     @property
     def labels(self) -> Labels | None:
-        """Of the images."""
+        """The labels of the images."""
         return None if self.images is None else self.images.labels
 
     def __len__(self) -> int:
@@ -77,17 +77,17 @@ def open_set(
     count: int | None = None,
     seed: int = 0,
 ) -> OpenedSet:
-    """Images or features; statistics alone are a reference and nothing else.
+    """Open images or features as samples; statistics alone can only be a reference.
 
     Args:
         text: as of :func:`admtrt.evaluate.images.open_images`, or an .npz file with ``pool``.
-        name: of the set.
-        size, lossy: as there.
-        count, seed: draw so many.
+        name: name of the set.
+        size, lossy: see :func:`~admtrt.evaluate.images.open_images`.
+        count, seed: draw this many images by the seed.
 
     Raises:
         DataError: if nothing usable stands there.
-        RequestError: if there are fewer than asked for.
+        RequestError: if there are fewer images than requested.
     """
     path = Path(text).expanduser()
     if path.suffix == ".npz" and path.is_file() and size is None:
@@ -103,7 +103,7 @@ def open_set(
 
 
 def open_reference(text: str, *, lossy: bool = False) -> OpenedSet:
-    """Images, features or statistics.
+    """Open a reference: images, features or statistics.
 
     Raises:
         DataError: if nothing usable stands there.
@@ -118,7 +118,7 @@ def open_reference(text: str, *, lossy: bool = False) -> OpenedSet:
 
 
 def check_networks(samples: OpenedSet, networks: Sequence[FeatureNetwork]) -> None:
-    """Features are given, or computed by networks that are named: one or the other.
+    """Check that features are either given or computed by named networks, not both.
 
     Raises:
         RequestError: if there are both, or neither.
@@ -141,10 +141,10 @@ def features_of(
     batch_size: int,
     progress: Callable[[int, str], None] = lambda _count, _text: None,
 ) -> FeatureSet | None:
-    """Features of a set: those given, or computed; None of statistics alone.
+    """Features of a set, given or computed; None for statistics alone.
 
     Raises:
-        RequestError: if images have no network.
+        RequestError: if there are images but no network.
     """
     if opened.features is not None:
         return opened.features
@@ -164,10 +164,10 @@ def reference_of(
     features: Callable[[], FeatureSet | None],
     warn: Callable[[Warned], None],
 ) -> Reference:
-    """A set as a reference: its stored statistics where they are of this network, and its images' features.
+    """Make a reference of a set: stored statistics, if they are of this network, and images' features.
 
     Raises:
-        DataError: if the statistics are damaged, or are another network's and all there is.
+        DataError: if the statistics are damaged, or belong to another network and there are no images.
     """
     stored = {}
     archive = opened.archive
@@ -202,7 +202,7 @@ def _member(archive: NpzFile, name: str, beside: str) -> Any:
 
 
 def _are_of(archive: NpzFile, network: FeatureNetwork | None) -> bool:
-    """True where stored statistics are this network's; published files do not say, and are Inception's."""
+    """True if stored statistics belong to this network. Unlabelled, published files are Inception's."""
     if FEATURES_KEY in archive:
         return network is not None and archive[FEATURES_KEY].read().tolist() == [network.digest]
     return network is None or network.kind == "inception"

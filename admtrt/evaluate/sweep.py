@@ -1,4 +1,4 @@
-"""A sweep: samples of a bundle under every combination of choices, each drawn once and judged."""
+"""A sweep: draw and judge samples of a bundle for every combination of choices."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class Point:
     """One combination; None is the bundle's recommendation.
 
     Attributes:
-        method, steps, scale: of the sampler.
+        method, steps, scale: choices of the sampler.
         precision: of the networks.
-        guidance_interval: noise levels that are guided; None guides all.
+        guidance_interval: interval of guided noise levels; None guides all.
     """
 
     method: str | None
@@ -46,7 +46,7 @@ class Point:
 
     @property
     def name(self) -> str:
-        """For people and for the folder of the run."""
+        """The name of the point in tables and of its run's folder."""
         interval = self.guidance_interval
         parts = [
             self.method or "method",
@@ -65,7 +65,7 @@ def points(
     precisions: Sequence[str],
     intervals: Sequence[tuple[float, float] | None],
 ) -> list[Point]:
-    """The product of the choices; at scale 0 nothing is guided, and an interval makes no second point."""
+    """All combinations of the choices. At scale 0 the guidance interval has no effect and is not varied."""
     every = (
         Point(method, step, scale, precision, None if scale == 0 else interval)
         for method, step, scale, precision, interval in itertools.product(
@@ -77,13 +77,13 @@ def points(
 
 @dataclass(frozen=True, eq=False)
 class Row:
-    """A point and what came of it.
+    """A point and its results.
 
     Attributes:
         point: the combination.
-        sampler: that it means for the bundle.
-        evaluations: of the network, a sample.
-        judged: by each set of features.
+        sampler: the resulting sampler of the bundle.
+        evaluations: network evaluations per sample.
+        judged: the results in each set of features.
     """
 
     point: Point
@@ -107,12 +107,12 @@ class Sweep:
     """Axes of a sweep.
 
     Attributes:
-        pipelines: of the bundle, by precision.
+        pipelines: the bundle's pipelines by precision.
         points: the combinations.
-        labels: class of each sample; None where the bundle knows no classes.
-        count, seed: samples of each point, and the first's seed: the same noise everywhere.
+        labels: class of each sample; None if the bundle has no classes.
+        count, seed: number of samples and first seed of each point: all points use the same noise.
         batch_size: samples computed at once, and kept in one file.
-        options: of the solver, by name, the same for every point.
+        options: solver options by name, the same for every point.
     """
 
     pipelines: dict[str, Pipeline]
@@ -124,7 +124,7 @@ class Sweep:
     options: Mapping[str, Any]
 
     def request(self, point: Point) -> BulkRequest:
-        """Request of one point.
+        """The request of one point.
 
         Raises:
             RequestError: if the bundle cannot do it.
@@ -147,7 +147,7 @@ class Sweep:
         )
 
     def evaluations(self, point: Point) -> int:
-        """Evaluations of the network for a sample of a point: the rows of its schedule."""
+        """Network evaluations per sample of a point: the rows of its schedule."""
         manifest = self.pipelines[point.precision].bundle.manifest
         return len(sampling_schedule(manifest.diffusion, self.request(point).sampler))
 
@@ -165,23 +165,23 @@ def run_sweep(
     progress: Progress,
     seen: Callable[[Row], None] = lambda _: None,
 ) -> list[Row]:
-    """Draw and judge every point; ``sweep.json`` is complete up to the last one that is done.
+    """Draw and judge every point. ``sweep.json`` is written after each point.
 
-    What is drawn and every feature is kept in a folder for each point: the same command goes on after a kill.
+    Samples and features are stored in one folder per point, so the same command continues after a kill.
 
     Args:
-        sweep: what is drawn.
-        evaluators: judge it.
+        sweep: what to draw.
+        evaluators: judge the samples.
         out: the folder.
-        about: what the results are of, for ``sweep.json``.
+        about: description of the sweep, for ``sweep.json``.
         progress: called with the sample-steps done.
-        seen: called with each row.
+        seen: called with each finished row.
 
     Raises:
         RequestError: if a point is impossible, before anything is drawn.
         OutputError: if a folder holds another run, or a shard that is damaged.
     """
-    requests = [sweep.request(point) for point in sweep.points]  # refuses what is impossible now
+    requests = [sweep.request(point) for point in sweep.points]  # raises now if impossible
     rows = []
     for point, request in zip(sweep.points, requests, strict=True):
         folder = out / point.name
@@ -198,5 +198,5 @@ def run_sweep(
 
 
 def labels_of(count: int, classes: int | None) -> list[int] | None:
-    """Every class takes turns."""
+    """All classes alternate."""
     return None if classes is None else (np.arange(count) % classes).tolist()

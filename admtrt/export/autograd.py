@@ -1,4 +1,4 @@
-"""Exported derivatives beside PyTorch's own, on rows that the graph was not made with."""
+"""Compare exported derivatives with PyTorch's autograd, on inputs other than the example."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ if TYPE_CHECKING:
     _Results = dict[str, Tensor]  # by output, on the CPU in float64
 
 _TOLERANCE = 1e-3
-"""Of a sample's largest value: float32 in another order moves deep networks by 1e-6 to 1e-5; a wrong rule, or
-a value that was frozen, moves them by tenths."""
+"""Relative to a sample's largest value. Another order of float32 sums changes deep networks by 1e-6 to 1e-5;
+a wrong rule or a frozen value changes them by tenths."""
 _AS_FAR_AS_PYTORCH = 10.0
-"""Times PyTorch's own float32 error: where a gradient cancels, another order of sums leaves another rest."""
+"""Factor on PyTorch's own float32 error: if a gradient cancels, the order of sums determines what remains."""
 _DRAWS = 3
-"""A value within rounding of a kink takes either side by chance, in few draws; a wrong rule fails in each."""
+"""A value within rounding of a kink falls on the wrong side in a few draws; a wrong rule fails in all."""
 _NEIGHBOURS = 4
 _ROUNDING = 1e-6
-"""Distance of a row's neighbours, relative to its values and to 0.01: as far as rounding moves them."""
+"""Distance of a row's neighbours, relative to its values and to 0.01: the size of rounding errors."""
 _REPEATED = 1e-6
-"""Of a sample's largest value: a module run twice in one type, even if a GPU adds up in another order."""
-_ROWS: tuple[Draw, ...] = (  # of the example x and of normal numbers z
+"""Relative to a sample's largest value: allowed between two runs of a module; a GPU may reorder sums."""
+_ROWS: tuple[Draw, ...] = (  # functions of the example x and of normal numbers z
     lambda x, z: x + z,
     lambda x, z: x + z.abs(),
-    lambda x, z: x * torch.exp(-z.abs() / 10),  # within most domains that the example keeps to
-    lambda _, z: z * 1e-5,  # where an epsilon counts
+    lambda x, z: x * torch.exp(-z.abs() / 10),  # stays in most domains that contain x
+    lambda _, z: z * 1e-5,  # so small that an epsilon matters
     lambda x, _: torch.zeros_like(x),
     lambda _, z: z * 30,
 )
-_OTHER_ROWS = (*_ROWS[:3], *[_ROWS[1]] * 3)  # of the inputs that are not differentiated
+_OTHER_ROWS = (*_ROWS[:3], *[_ROWS[1]] * 3)  # for inputs that are not differentiated
 _HINT = (
     "Does the module use detach() or no_grad()? Otherwise report it with the module; check=False exports it "
     "all the same."
@@ -51,14 +51,14 @@ _HINT = (
 
 @dataclass(frozen=True)
 class Derivative:
-    """Outputs that a graph adds to those of its module, by name.
+    """The derivative outputs that a graph has beside its module's outputs, by name.
 
     Attributes:
-        wrt: the input that is differentiated.
-        outputs: of the module, in order.
-        of: the output that is differentiated.
-        cotangent: the input that weighs the elements of ``of``; None where each counts once.
-        vector: the input that the second derivative is multiplied by; None where there is none.
+        wrt: the input to differentiate by.
+        outputs: the module's outputs, in order.
+        of: the output to differentiate.
+        cotangent: the input that weighs the elements of ``of``; None weighs each by 1.
+        vector: the input that the Hessian is multiplied by; None without second derivatives.
     """
 
     wrt: str
@@ -76,24 +76,24 @@ class Derivative:
 def check_against_autograd(
     path: Path, module: nn.Module, inputs: Mapping[str, Tensor], derivative: Derivative
 ) -> None:
-    """Run a written graph and autograd on rows near the example, near 0, at 0 and far from both.
+    """Compare a written graph with autograd on rows near the example, near 0, at 0 and far from both.
 
-    Autograd runs in float64 where the module allows it: in float32 it loses the gradient of a log-probability
-    near 0, which the graph keeps. A row on which its results are not finite says nothing. One that differs is
-    forgiven where PyTorch's own float32, or PyTorch for neighbours within rounding, differs as much; then all
-    rows are drawn again, and what fails in every draw is refused. Nothing is run where a type is narrower
-    than float32.
+    Autograd runs in float64 if the module allows it: in float32 it loses the gradient of a log-probability
+    near 0, which the graph keeps. Rows on which autograd is not finite are ignored. A row may differ as much
+    as PyTorch's own float32 differs, or PyTorch for neighbours within rounding. If a row differs by more, all
+    rows are drawn again; a graph that fails in every draw is refused. Graphs with types narrower than float32
+    are not checked.
 
     Args:
         path: the graph.
-        module: returns a tuple of the tensors that ``derivative`` names; it is given the inputs but for the
+        module: returns a tuple of the tensors in ``derivative.outputs``; it takes the inputs except the
             cotangent and the vector.
         inputs: the example, by name, in the order of the graph.
-        derivative: what is differentiated.
+        derivative: which derivative the graph computes.
 
     Raises:
-        ExportError: if ONNX Runtime refuses the graph, the two differ, the module gives another result each
-            time, or no row has a finite one.
+        ExportError: if ONNX Runtime refuses the graph, graph and autograd differ, the module is not
+            deterministic, or no row has a finite result.
     """
     if any(t.is_floating_point() and t.dtype.itemsize < 4 for t in (*inputs.values(), *module.parameters())):
         return
@@ -129,7 +129,7 @@ def _session(path: Path) -> Any:
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the library raises types of its own for every cause
+    except Exception as error:  # the library raises types of its own
         raise ExportError(f"ONNX Runtime does not run the exported graph: {error}") from None
 
 
@@ -143,7 +143,7 @@ def _run(session: Any, rows: Mapping[str, Tensor], derivative: Derivative) -> _R
 
 
 def _drawn(inputs: Mapping[str, Tensor], wrt: str, seed: int) -> dict[str, Tensor]:
-    """A batch of another size than most examples: a row of ``wrt`` of each kind, other inputs disturbed."""
+    """A batch with one row of ``wrt`` of each kind, and other inputs perturbed; rarely the example's size."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {}
     for name, tensor in inputs.items():
@@ -169,10 +169,10 @@ def _neighbours(rows: Mapping[str, Tensor], seed: int) -> Iterator[dict[str, Ten
 
 
 def _reference(module: nn.Module, derivative: Derivative) -> Callable[[Mapping[str, Tensor]], _Results]:
-    """PyTorch's result, in float64 where the module allows it."""
+    """PyTorch's result, in float64 if the module allows it."""
     try:
         wide = copy.deepcopy(module).double()
-    except Exception:  # a module may refuse to be copied
+    except Exception:  # some modules cannot be copied
         wide = module
 
     def result(rows: Mapping[str, Tensor]) -> _Results:
@@ -181,7 +181,7 @@ def _reference(module: nn.Module, derivative: Derivative) -> Callable[[Mapping[s
         }
         try:
             return _differentiated(wide, widened, derivative)
-        except Exception:  # or hold anything to float32
+        except Exception:  # or insist on float32
             try:
                 return _differentiated(module, rows, derivative)
             except RuntimeError as error:  # a function without a second derivative, for instance
@@ -228,7 +228,7 @@ def _refuse_randomness(first: _Results, second: _Results) -> None:
     for name, one in first.items():
         other = second[name]
         difference, largest = _flat(one - other).abs().amax(1), _flat(one).abs().amax(1)
-        if (difference > _REPEATED * largest).any():  # never so where they are not finite
+        if (difference > _REPEATED * largest).any():  # False for NaN
             raise ExportError(
                 "the module gives another result each time for the same inputs", hint=RANDOM_HINT
             )
@@ -241,19 +241,19 @@ def _differing(
     finite: Tensor,
     own: Sequence[_Results] | None,
 ) -> str:
-    """Say which output differs by more than is allowed on a row; empty where none does.
+    """Say which output differs by more than the tolerance on a row; empty if none does.
 
     Args:
-        derivative: what was differentiated.
-        expected: of PyTorch.
-        found: of the graph.
+        derivative: which derivative the graph computes.
+        expected: PyTorch's results.
+        found: the graph's results.
         finite: the rows to compare, [N].
-        own: further results of PyTorch, as far from ``expected`` as rounding moves them.
+        own: further results of PyTorch that differ from ``expected`` by rounding.
     """
-    # A log-probability near 0 is a difference of numbers near 1: float32 rounds it to 1e-7 of these. What is
-    # left of a gradient that cancels is noise, far below what float32 can tell of the value.
+    # A log-probability near 0 is a difference of numbers near 1, which float32 rounds by 1e-7. A gradient
+    # that cancels leaves rounding noise, far below float32's resolution of the value.
     seen = _flat(expected[derivative.of]).abs().amax(1).nan_to_num(0, 0).clamp_min(1e-2)
-    for name in reversed(derivative.names):  # derivatives of what is wrong are wrong, too
+    for name in reversed(derivative.names):  # outputs first: a wrong one makes its derivatives wrong
         right, made = expected[name], found[name]
         if right.shape != made.shape:
             return f"'{name}' has shape {[*made.shape]}, PyTorch's has {[*right.shape]}"

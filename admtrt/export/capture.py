@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
 OPSET = 18
-"""The oldest opset that expresses every graph; group norm is its InstanceNormalization form."""
+"""The oldest opset that can express every graph, with group norms as InstanceNormalization."""
 RANDOM_HINT = "Draw random numbers outside of the module and give them to it as an input."
 _RANDOM = (
     "Bernoulli", "Multinomial", "RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike",
@@ -34,7 +34,7 @@ _RANDOM = (
 
 
 class _Positional(nn.Module):
-    """Gives every module the one signature that the dynamic axes below describe."""
+    """Wraps a module in the signature that the dynamic axes below describe."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -57,13 +57,13 @@ def graph_from_module(
     The module returns a tensor, or a tuple of several.
 
     Args:
-        module: any module, all of it in evaluation mode.
+        module: any module, with all submodules in evaluation mode.
         inputs: example tensors by graph name, in the order of ``forward``; batch of at least 2.
         outputs: graph names of the outputs, in order.
-        opset: of the default ONNX domain, or the newest of the ONNX files in the module.
+        opset: of the default ONNX domain; raised to the newest opset of the ONNX files in the module.
 
     Raises:
-        ExportError: if PyTorch cannot capture the module, or its batch size is not free.
+        ExportError: if PyTorch cannot capture the module, or the graph works for one batch size only.
     """
     if any(part.training for part in module.modules()):
         raise ExportError("the module or a part of it is in training mode", hint="Call module.eval() first.")
@@ -98,7 +98,7 @@ def graph_from_module(
             )
     except Exception as error:  # torch raises many unrelated types here
         raise ExportError(f"PyTorch cannot export the module: {_innermost(error)}") from error
-    assert program is not None  # it is where the dynamo exporter returns
+    assert program is not None  # always set by the dynamo exporter
     model: ir.Model = program.model
     if len(model.graph.outputs) != len(outputs):
         raise ExportError(
@@ -123,16 +123,16 @@ def graph_from_module(
 
 
 def _innermost(error: BaseException) -> str:
-    """The first line of the cause of all: PyTorch wraps it in pages of advice, several times over."""
+    """The first line of the root cause, which PyTorch wraps repeatedly in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _refuse_randomness(graph: ir.Graph) -> None:
-    """A gradient of numbers that are drawn anew inside is the gradient of another function each time."""
+    """Refuse modules that draw random numbers: each run would differentiate another function."""
     for node in graph:
-        # PyTorch writes a Dropout only where it is switched on.
+        # PyTorch exports a Dropout only in training mode.
         if node.op_type in _RANDOM or node.op_type == "Dropout":
             raise ExportError(
                 f"the module draws random numbers: operator '{node.op_type}'{module_of(node)}",
@@ -141,9 +141,9 @@ def _refuse_randomness(graph: ir.Graph) -> None:
 
 
 def _note_sources(graph: ir.Graph) -> None:
-    """Of what PyTorch notes of a node its module stays, and in memory the function that it is from.
+    """Keep a node's module in its metadata, and its PyTorch function in memory. Remove all else.
 
-    The rest goes: the call stack has paths of this machine.
+    The call stack contains paths of this machine.
     """
     for node in graph:
         scopes = node.metadata_props.get(NODE_SCOPES)
@@ -155,7 +155,7 @@ def _note_sources(graph: ir.Graph) -> None:
 
 
 def _rename_clashes(graph: ir.Graph) -> None:
-    """PyTorch calls values after operators, and never looks at the names of inputs and outputs."""
+    """Rename inner values that clash with inputs or outputs: PyTorch names them without checking."""
     ends = (*graph.inputs, *graph.outputs)
     taken = {value.name for value in ends}
     for value in (*_all_values(graph), *graph.initializers.values()):
@@ -164,7 +164,7 @@ def _rename_clashes(graph: ir.Graph) -> None:
 
 
 def _check_batch_free(graph: ir.Graph) -> None:
-    """PyTorch's fallbacks ignore the dynamic axis without a word; a graph of one batch size is of no use."""
+    """Refuse graphs for one batch size: PyTorch's fallbacks silently ignore the dynamic axis."""
     for value in graph.inputs:
         if value.shape is None or isinstance(value.shape[0], int):
             raise ExportError(
@@ -175,7 +175,7 @@ def _check_batch_free(graph: ir.Graph) -> None:
 
 
 def _name_batch_axis(model: ir.Model) -> None:
-    """Call the batch axis by its contract name everywhere; torch may have chosen ``s0``."""
+    """Rename the batch axis to its contract name; PyTorch may have called it ``s0``."""
     first = model.graph.inputs[0].shape
     assert first is not None
     symbol = first[0]

@@ -54,7 +54,7 @@ def _check_contract(name: str, model: onnx.ModelProto, spec: GraphSpec) -> None:
 
 
 def _check_operators(name: str, model: onnx.ModelProto) -> None:
-    """Only plain operators: engines reject reducing scatters, and control flow cannot be captured."""
+    """Refuse scatters with a reduction, which engines reject, and control flow, which cannot be captured."""
     for node in model.graph.node:
         reduction = next((a.s.decode() for a in node.attribute if a.name == "reduction"), "none")
         if node.op_type.startswith("Scatter") and reduction != "none":
@@ -68,10 +68,9 @@ def _check_operators(name: str, model: onnx.ModelProto) -> None:
 
 
 def _check_frozen_batch(name: str, model: onnx.ModelProto, example_batch: int) -> None:
-    """No value other than an initializer may have lost its batch axis to the traced example.
+    """Refuse values, other than initializers, whose batch axis has the traced example's size.
 
-    A frozen example shows as an activation whose first size is the example's batch where its producer
-    received a dynamic one.
+    The sign of a frozen value: its first size is the example's batch, but its producer has a dynamic input.
     """
     dynamic = {value.name for value in model.graph.input}
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
@@ -79,7 +78,7 @@ def _check_frozen_batch(name: str, model: onnx.ModelProto, example_batch: int) -
         value.name: dims_of_value(value) for value in (*inferred.graph.value_info, *inferred.graph.output)
     }
     for node in model.graph.node:
-        if dynamic.isdisjoint(node.input) or node.op_type == "Shape":  # sizes of values are no values
+        if dynamic.isdisjoint(node.input) or node.op_type == "Shape":  # a Shape is no activation
             continue
         dynamic.update(node.output)
         for output in node.output:
@@ -89,7 +88,7 @@ def _check_frozen_batch(name: str, model: onnx.ModelProto, example_batch: int) -
 
 
 def rtx_parser_errors(path: Path) -> list[str] | None:
-    """Errors of the real TensorRT-RTX parser, which needs no GPU; None where it is not to be had."""
+    """Errors of TensorRT-RTX's parser, which needs no GPU; None if it is not installed."""
     try:
         trt = find_library("rtx").module
     except UserError:

@@ -1,4 +1,4 @@
-"""Cost of a graph for one sample: operations of its products, and memory of its values."""
+"""Cost of a graph for one sample: operations of its products, and memory of its activations."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ def operations(model: ir.Model) -> int:
 
 
 def peak_bytes(model: ir.Model) -> int:
-    """Bytes of the values that are alive at once for one sample, at most; weights are not among them.
+    """Peak bytes of live activations for one sample, without weights.
 
-    Every node has results of its own here; libraries that work in place need less.
+    Assumes that every node allocates its results; libraries that work in place need less.
     """
     last: dict[ir.Value, ir.Node | None] = {}
     for node in model.graph:
@@ -40,10 +40,10 @@ def peak_bytes(model: ir.Model) -> int:
 
 
 def _operations(node: ir.Node) -> int:
-    """2 for every product of two numbers."""
+    """Operations of one node: 2 per multiplication and addition."""
     if node.op_type in ("Conv", "ConvTranspose"):
         weight = _sizes(node.inputs[1])
-        # A convolution gathers for each place of its result, a transposed one spreads each of its input.
+        # A convolution works per output position, a transposed convolution per input position.
         places = _sizes(node.outputs[0] if node.op_type == "Conv" else node.inputs[0])
         return 2 * math.prod(places) * math.prod(weight[1:])
     if node.op_type in ("MatMul", "Gemm"):
@@ -59,7 +59,7 @@ def _bytes(value: ir.Value) -> int:
 
 
 def _sizes(value: ir.Value | None) -> list[int]:
-    """Sizes for a batch of 1, which is the one size that is not known."""
+    """The shape for a batch of 1; the batch is the only dynamic size."""
     if value is None or value.shape is None:
         return [0]
     return [dim if isinstance(dim, int) else 1 for dim in value.shape]

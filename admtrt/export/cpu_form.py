@@ -1,4 +1,4 @@
-"""The form of a graph that CPUs like: fewer multiplications for the same result."""
+"""The CPU form of a graph: the same result with fewer multiplications."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def cpu_form(model: ir.Model) -> ir.Model:
-    """A copy of a captured or differentiated graph as CPUs like it; it shares the weights that stay."""
+    """Make the CPU form of a captured or differentiated graph: a copy that shares unchanged weights."""
     made = model.clone()
     if fold_enlargement_into_conv(made):
         simplify(made)

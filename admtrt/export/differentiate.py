@@ -2,10 +2,10 @@
 
 Inference engines have no autograd, so the backward pass is written out as ordinary forward operators: the
 graph is walked once from its output to its input, and the rule of each operator (:mod:`admtrt.export.vjp`)
-adds the few nodes of its vector-Jacobian product. Because the forward graph is captured first and its
-values are used in place, no saved tensor can turn into a constant of the traced example, only values that
-the gradient needs are kept, and every operator's backward is written in the form that inference engines
-like. Nothing depends on PyTorch's autograd internals.
+adds the few nodes of its vector-Jacobian product. The forward graph is captured first and its values are used
+in place. Therefore no saved tensor can become a constant of the traced example, and only values that the
+gradient needs are kept. Every backward is written in operators that inference engines run well. Nothing
+depends on PyTorch's autograd internals.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _HINTS = {
     "Pad": f"{_SIZE_HINT} Do not pad the batch.",
     "Resize": f"{_SIZE_HINT} Enlarge by whole factors with mode='nearest', or write it as a matrix product.",
 }
-_MOST = 10  # gaps that a message lists
+_MOST = 10  # missing rules that a message lists
 _GRAPHS = (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
 
 
@@ -57,7 +57,7 @@ def add_input_gradient(
 ) -> None:
     """Add d sum(``of`` * ``cotangent``) / d ``wrt`` to a graph, in place, as the first output.
 
-    Its own result can be differentiated in turn: with ``of`` a gradient, the new output is the product of the
+    The result can be differentiated again: if ``of`` is a gradient, the new output is the product of the
     Hessian and the cotangent.
 
     Args:
@@ -65,11 +65,12 @@ def add_input_gradient(
         wrt: name of a floating-point input.
         of: name of an output.
         name: name of the new output; it has the shape of the input.
-        cotangent: name of a new input, shaped as ``of``, that weighs its elements; None weighs all by 1.
+        cotangent: name of a new input that weighs the elements of ``of`` and has its shape; None weighs all
+            by 1.
         conv_backward: see :data:`ConvBackward`.
 
     Raises:
-        ExportError: if the output does not depend on the input, an operator on the way has no rule, or a
+        ExportError: if the output does not depend on the input, an operator between them has no rule, or a
             name is taken.
     """
     graph = model.graph
@@ -101,12 +102,12 @@ def add_input_gradient(
             passed = _differentiate(tape, node, incoming)
         except ExportError as error:
             gaps.append(_told(error, node))
-            passed = node.inputs  # stands in, so that the gaps before this one are found too
+            passed = node.inputs  # a placeholder, to find further missing rules
         for value, gradient in zip(node.inputs, passed, strict=True):
             if value is None or gradient is None or value not in tape.active:
                 continue
             if gradient is not value:
-                gradient.shape = value.shape  # reshapes hide the batch axis from shape inference
+                gradient.shape = value.shape  # shape inference loses the batch axis at reshapes
             known = gradients.get(value)
             gradients[value] = gradient if known is None else tape.op("Add", known, gradient)
     _refuse(gaps)
@@ -132,7 +133,7 @@ def refuse_unknown(model: ir.Model) -> None:
     """Refuse a graph with an operator that has no rule.
 
     Raises:
-        ExportError: naming it.
+        ExportError: naming the operator.
     """
     gaps = []
     for node in model.graph:
@@ -145,15 +146,15 @@ def refuse_unknown(model: ir.Model) -> None:
 
 
 def _told(error: ExportError, node: ir.Node) -> ExportError:
-    """With the module that a node comes from, and what to do about it."""
+    """Add to a message the module that a node comes from, and make the error with its hint."""
     return ExportError(f"{error.message}{module_of(node)}", hint=error.hint or _HINTS.get(node.op_type, ""))
 
 
 def _refuse(gaps: list[ExportError]) -> None:
-    """Name all gaps at once.
+    """Report all missing rules in one error.
 
     Raises:
-        ExportError: if there is one.
+        ExportError: if any rule is missing.
     """
     messages = list(dict.fromkeys(gap.message for gap in reversed(gaps)))  # in the order of the forward graph
     if not messages:
@@ -185,7 +186,7 @@ def _named(values: Sequence[ir.Value], name: str, what: str) -> ir.Value:
 
 
 def _depends_on(graph: ir.Graph, source: ir.Value) -> set[ir.Value]:
-    """Floating-point values through which a change of ``source`` travels."""
+    """The floating-point values that depend on ``source``."""
     active = {source}
     for node in graph:
         if any(attribute.type in _GRAPHS for attribute in node.attributes.values()):

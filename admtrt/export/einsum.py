@@ -1,4 +1,4 @@
-"""Einsum as the plain operators that it is made of: sums, transposes, reshapes and matrix products."""
+"""Decompose Einsum into plain operators: sums, transposes, reshapes and matrix products."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class _Term(NamedTuple):
 
 
 def nodes_of_einsum(graph: ir.Graph, einsum: ir.Node) -> list[ir.Node]:
-    """Nodes that compute the same; none where a label repeats in an operand, or stands for two sizes."""
+    """Nodes that compute the Einsum; empty if a label repeats in an operand or has two sizes."""
     parsed = _parsed(einsum)
     if parsed is None:
         return []
     terms, out, sizes = parsed
     if sum(not isinstance(size, int) for size in sizes.values()) > 1:
-        return []  # a Reshape has room for one unknown size
+        return []  # a Reshape can have one unknown size
     writer = _EinsumWriter(graph, sizes)
     terms = [
         writer.summed(
@@ -50,7 +50,7 @@ def nodes_of_einsum(graph: ir.Graph, einsum: ir.Node) -> list[ir.Node]:
 
 
 def _parsed(einsum: ir.Node) -> tuple[list[_Term], list[str], Sizes] | None:
-    """The operands, the labels of the result and the size of each; None where the form is another."""
+    """Parse the equation: operands, labels of the result, size of each label; None if not supported."""
     equation = einsum.attributes["equation"].as_string().replace(" ", "")
     given, arrow, out = equation.partition("->")
     sizes: Sizes = {}
@@ -75,7 +75,7 @@ def _parsed(einsum: ir.Node) -> tuple[list[_Term], list[str], Sizes] | None:
 
 
 def _labels(own: str, rank: int) -> tuple[str, ...]:
-    """Labels of an operand; axes of an ellipsis are numbers, counted from the last."""
+    """The labels of an operand. Axes of an ellipsis get numbers, counted from the last."""
     hidden = [str(number) for number in range(rank - len(own.replace("...", "")))]
     return tuple(
         part for label in own.replace("...", ".") for part in (hidden[::-1] if label == "." else [label])
@@ -83,14 +83,14 @@ def _labels(own: str, rank: int) -> tuple[str, ...]:
 
 
 class _EinsumWriter:
-    """Collects the nodes."""
+    """Writes the nodes of one Einsum."""
 
     def __init__(self, graph: ir.Graph, sizes: Sizes) -> None:
         self.graph, self.sizes = graph, sizes
         self.tape = ir.tape.Tape()
 
     def summed(self, term: _Term, kept: set[str]) -> _Term:
-        """Without the axes that nothing else has."""
+        """Sum over axes whose labels appear nowhere else."""
         axes = [axis for axis, label in enumerate(term.labels) if label not in kept]
         if not axes:
             return term
@@ -98,9 +98,9 @@ class _EinsumWriter:
         return _Term(total, tuple(label for label in term.labels if label in kept))
 
     def product(self, a: _Term, b: _Term, out: Sequence[str]) -> ir.Value:
-        """The sum over the labels that both have and ``out`` has not."""
+        """Multiply two terms and sum over the labels that both have and ``out`` lacks."""
         if out and out[-1] in a.labels and out[-1] not in b.labels:
-            a, b = b, a  # the columns of the result are those of the right operand
+            a, b = b, a  # the right operand provides the result's columns
         batch = [[label] for label in out if label in a.labels and label in b.labels]
         shared = [label for label in a.labels if label in b.labels and label not in out]
         rows, columns = (
@@ -115,7 +115,7 @@ class _EinsumWriter:
         return self.arranged(_Term(product, every), [[label] for label in out])
 
     def arranged(self, term: _Term, groups: Sequence[Sequence[str]]) -> ir.Value:
-        """A value's axes in the order of the groups, each group as one axis."""
+        """Transpose and reshape a value so that each group of labels becomes one axis, in order."""
         value, order = term.value, [label for group in groups for label in group]
         if order != list(term.labels):
             perm = [term.labels.index(label) for label in order]

@@ -1,6 +1,6 @@
-"""The form of a graph that inference engines like, as small passes on a copy of the captured graph.
+"""The engine form of a graph: small passes on a copy of the captured graph.
 
-The operators are those of opset 22, the first in which convolutions may be bf16.
+It uses opset 22, the first in which convolutions may be bf16.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ENGINE_OPSET = 22
 
 
 def engine_form(model: ir.Model) -> ir.Model:
-    """A copy of a captured or differentiated graph as engines like it; it shares the weights.
+    """Make the engine form of a captured or differentiated graph: a copy that shares the weights.
 
     Raises:
         ExportError: if an operator has no form in :data:`ENGINE_OPSET`.
@@ -44,7 +44,7 @@ def engine_form(model: ir.Model) -> ir.Model:
 class _GroupNorm(NamedTuple):
     """Pattern of one GroupNormalization: ``result`` from ``x``, both [N, C, ...], with constants [C].
 
-    ``target`` is the shape input that reshapes to the result; None where the two have one shape.
+    ``target`` is the shape input that reshapes to the result; None if no reshape is needed.
     """
 
     x: ir.Value
@@ -57,8 +57,8 @@ class _GroupNorm(NamedTuple):
 def fuse_group_norms(model: ir.Model) -> bool:
     """Reshape - InstanceNormalization - Reshape (- Mul - Add) -> GroupNormalization.
 
-    Left alone is a norm whose normalised groups the graph uses themselves, as a gradient graph does: they
-    would be computed a second time.
+    A norm whose normalised groups have other readers, as in a gradient graph, is not fused: they would be
+    computed twice.
     """
     changed = False
     for node in list(model.graph):
@@ -83,9 +83,9 @@ def fuse_group_norms(model: ir.Model) -> bool:
 
 
 def put_queries_first(model: ir.Model) -> bool:
-    """``v p'`` -> ``(p v')'`` for a softmax p: the order of products that engines fuse into one kernel.
+    """``v p'`` -> ``(p v')'`` for a softmax p: the form of attention that engines fuse into one kernel.
 
-    Left alone is a p that the graph uses elsewhere, as a gradient graph does.
+    A p with other readers, as in a gradient graph, is left alone.
     """
     changed = False
     for softmax in list(model.graph):
@@ -126,7 +126,7 @@ def _match_group_norm(norm: ir.Node) -> _GroupNorm | None:
         return None
     if _dims(result)[1] != channels:
         return None
-    # A sample must stay one: what is not the batch has as many values in all three.
+    # Samples must not mix: all three shapes must have the same number of values per sample.
     if _size(dims) is None or not _size(dims) == _size(groups) == _size(_dims(result)):
         return None
     target = None if _dims(result)[1:] == dims[1:] else merge.inputs[1]
@@ -135,7 +135,7 @@ def _match_group_norm(norm: ir.Node) -> _GroupNorm | None:
 
 
 def _with_affine(norm: _GroupNorm) -> _GroupNorm:
-    """Take in ``* gamma + beta`` where it follows and both are constants of one value for each channel."""
+    """Include a following ``* gamma + beta`` if both are constants with one value per channel."""
     dims = _dims(norm.result)
     product = _channel_constant(norm.result, "Mul", dims)
     total = None if product is None else _channel_constant(product[0], "Add", dims)
@@ -160,13 +160,13 @@ def _channel_constant(
 
 
 def _size(dims: Sequence[object]) -> int | None:
-    """Values of one sample; None where a size is unknown."""
+    """Number of values of one sample; None if a size is unknown."""
     sizes = [dim for dim in dims[1:] if isinstance(dim, int)]
     return math.prod(sizes) if len(sizes) == len(dims) - 1 else None
 
 
 def _dims(value: ir.Value | None) -> list[object]:
-    """Sizes; the name of a dynamic one. Empty where the shape is unknown."""
+    """The sizes, dynamic ones by name; empty if the shape is unknown."""
     if value is None or value.shape is None:
         return []
     return [dim if isinstance(dim, int) else dim.value for dim in value.shape]

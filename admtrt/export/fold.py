@@ -1,7 +1,7 @@
-"""Passes that work constants into weights: each removes operators that a network would repeat at every step.
+"""Passes that fold constants into weights: each removes operators that would run at every step.
 
-Each changes a model in place, says whether it did, and leaves alone what it does not recognise. Weights are
-combined in float64 and rounded once, so that results move by rounding only.
+Each pass changes a model in place, returns whether it did, and ignores what it does not recognise. Weights
+are combined in float64 and rounded once, so that results change by rounding only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def fold(model: ir.Model) -> None:
-    """Run once the passes for CPUs and engines alike; they open ways for each other in this order only."""
+    """Run the passes for CPUs and engines once. The order matters: each enables later ones."""
     for one in (
         fold_padding_into_conv,
         fold_scale_shift,
@@ -74,7 +74,7 @@ def fold_scale_shift(model: ir.Model) -> bool:
 
 
 def fold_padding_into_conv(model: ir.Model) -> bool:
-    """``Conv(Pad(x))`` -> ``Conv(x)`` with larger pads, where zeros are put around the image alone."""
+    """``Conv(Pad(x))`` -> ``Conv(x)`` with larger pads, if Pad adds zeros around the image only."""
     changed = False
     for conv in _nodes(model, "Conv"):
         pad = None if conv.inputs[0] is None else conv.inputs[0].producer()
@@ -91,7 +91,7 @@ def fold_padding_into_conv(model: ir.Model) -> bool:
 
 
 def fold_affine_into_conv(model: ir.Model) -> bool:
-    """``Conv(n * gamma + beta)`` -> ``Conv(n)`` with other weights, where nothing is padded."""
+    """``Conv(n * gamma + beta)`` -> ``Conv(n)`` with other weights, if the Conv does not pad."""
     changed = False
     for conv in _nodes(model, "Conv"):
         affine = _affine(conv.inputs[0])
@@ -104,7 +104,7 @@ def fold_affine_into_conv(model: ir.Model) -> bool:
         gamma = gamma.reshape(-1, *[1] * (weight.ndim - 2))
         taps = weight.sum(axis=tuple(range(2, weight.ndim)))
         _replace_constant(model, conv, 1, weight * gamma)
-        # A sum, not a matrix product: libraries add those in an order of the processor's.
+        # A sum, not a matrix product, whose order of additions depends on the processor.
         _set_bias(model, conv, _bias(conv, len(weight)) + (taps * beta.reshape(-1)).sum(axis=1))
         conv.replace_input_with(0, normalised)
         changed = True
@@ -112,7 +112,7 @@ def fold_affine_into_conv(model: ir.Model) -> bool:
 
 
 def fold_scale_into_conv(model: ir.Model) -> bool:
-    """Work the constant factors of parts of a Conv's channels (queries and keys) into its weights."""
+    """Fold constant factors of some of a Conv's channels (queries and keys) into its weights."""
     changed = False
     for product in _nodes(model, "Mul"):
         source, constant_factor = product.inputs
@@ -141,7 +141,7 @@ def fold_scale_into_conv(model: ir.Model) -> bool:
 
 
 def merge_projections(model: ir.Model) -> bool:
-    """Projections of one vector (the embedding, in every block) as one Gemm, unsqueezed and split once."""
+    """Merge the projections of one vector (every block's, of the embedding) into one Gemm with one Split."""
     groups: dict[tuple[ir.Value, tuple[int, ...]], list[tuple[ir.Node, ir.Node, ir.Node | None]]] = {}
     for unsqueeze in _nodes(model, "Unsqueeze"):
         gemm = None if unsqueeze.inputs[0] is None else unsqueeze.inputs[0].producer()
@@ -155,7 +155,7 @@ def merge_projections(model: ir.Model) -> bool:
         assert source is not None
         rank = 2 + axes.const_value.size
         key = (source, tuple(int(axis) % rank for axis in axes.const_value.numpy()))
-        if min(key[1]) < 2:  # the features no longer lie along axis 1
+        if min(key[1]) < 2:  # unsqueezed before the features: they are not along axis 1
             continue
         groups.setdefault(key, []).append((gemm, unsqueeze, split))
     changed = False
@@ -167,15 +167,16 @@ def merge_projections(model: ir.Model) -> bool:
 
 
 _TAPS = (np.array([[1, 0, 0], [0, 1, 1]]), np.array([[1, 1, 0], [0, 0, 1]]))
-"""Sums of three taps on an image enlarged to twice its size, by the two pixels of the small one that they
-meet: at even positions, whose first is the pixel before, and at odd ones."""
+"""Which of three taps on an enlarged image meet which of two small pixels: at even positions, where the first
+pixel is the previous one, and at odd positions."""
 
 
 def fold_enlargement_into_conv(model: ir.Model) -> bool:
-    """A 3x3 Conv of an image enlarged to twice its size -> four 2x2 ones of the image itself, interleaved.
+    """A 3x3 Conv of an image enlarged by 2 -> four interleaved 2x2 Convs of the image itself.
 
-    4/9 of the multiplications. Three neighbours on the large image are two pixels of the small one, the taps
-    that meet the same pixel add up, and which they are depends on the parity of row and column alone.
+    This needs 4/9 of the multiplications. Three neighbours in the large image come from two pixels of the
+    small one, so the taps that meet the same pixel add up. Which taps do depends only on the parity of row
+    and column.
     """
     changed = False
     for conv in _nodes(model, "Conv"):
@@ -253,17 +254,17 @@ def _merge(
 
 
 def _nodes(model: ir.Model, op_type: str) -> Iterator[ir.Node]:
-    """Nodes of one kind that are still in use, over a copy of the list."""
+    """Iterate over a copy of the nodes of one kind, skipping those removed meanwhile."""
     return (node for node in list(model.graph) if node.op_type == op_type and any(map(_users, node.outputs)))
 
 
 def _users(value: ir.Value) -> int:
-    """Number of readers of a value; being a graph output counts."""
+    """Number of readers of a value; a graph output counts as one."""
     return len(list(value.uses())) + int(value.is_graph_output())
 
 
 def _zeros_around(pad: ir.Node) -> list[int] | None:
-    """The widths before and behind each spatial axis of a Pad that puts zeros there alone; else None."""
+    """The pads of each spatial axis if a Pad only adds zeros there; else None."""
     widths = pad.inputs[1].const_value if len(pad.inputs) > 1 and pad.inputs[1] is not None else None
     value = pad.inputs[2] if len(pad.inputs) > 2 else None
     mode = pad.attributes["mode"].as_string() if "mode" in pad.attributes else "constant"
@@ -286,27 +287,27 @@ def _other(node: ir.Node, value: ir.Value) -> ir.Value | None:
 
 
 def _array(value: ir.Value | None) -> Array:
-    """A constant's values in float64, a copy."""
+    """A copy of a constant's values in float64."""
     assert value is not None
     assert value.const_value is not None
     return value.const_value.numpy().astype(np.float64)
 
 
 def _scalar(value: ir.Value | None) -> float | None:
-    """A constant of one element."""
+    """The value of a one-element constant."""
     if value is None or value.const_value is None or value.const_value.size != 1:
         return None
     return float(value.const_value.numpy().reshape(()))
 
 
 def _same_rank(node: ir.Node, value: ir.Value) -> bool:
-    """True where a node's result has as many axes as this operand: a constant of one number may add some."""
+    """True if a node's result has as many axes as this operand: a one-element constant may add axes."""
     shape, result = value.shape, node.outputs[0].shape
     return shape is not None and result is not None and len(shape) == len(result)
 
 
 def _affine(value: ir.Value | None) -> tuple[ir.Value, Array, Array] | None:
-    """n, gamma and beta of ``n * gamma + beta``, constants of more than one element read nowhere else."""
+    """n, gamma and beta of ``n * gamma + beta``: constants of several elements without other readers."""
     operands = []
     for op_type in ("Add", "Mul"):
         node = None if value is None else value.producer()
@@ -323,7 +324,7 @@ def _affine(value: ir.Value | None) -> tuple[ir.Value, Array, Array] | None:
 
 
 def _one_for_each_channel(values: Array, like: ir.Value, channels: int) -> bool:
-    """True where a constant that broadcasts to [N, channels, ...] has one value for each channel."""
+    """True if a constant that broadcasts to [N, channels, ...] has one value per channel."""
     sizes = _sizes(like)
     if sizes is None or not sizes or sizes[0] != channels:
         return False
@@ -332,7 +333,7 @@ def _one_for_each_channel(values: Array, like: ir.Value, channels: int) -> bool:
 
 
 def _projection(split: ir.Node) -> ir.Node | None:
-    """The Gemm whose unsqueezed output a Split divides, each read by nothing else."""
+    """The Gemm whose unsqueezed output a Split divides, if none of them has other readers."""
     unsqueeze = None if split.inputs[0] is None else split.inputs[0].producer()
     if unsqueeze is None or unsqueeze.op_type != "Unsqueeze" or _users(unsqueeze.outputs[0]) != 1:
         return None
@@ -341,7 +342,7 @@ def _projection(split: ir.Node) -> ir.Node | None:
 
 
 def _plain_gemm(node: ir.Node) -> bool:
-    """``x W' + b`` with constants and one reader."""
+    """True for ``x W' + b`` with constant W and b and one reader."""
     return (
         node.op_type == "Gemm"
         and len(node.inputs) == 3
@@ -362,7 +363,7 @@ def _attribute(node: ir.Node, name: str, default: float) -> float:
 
 
 def _sizes(value: ir.Value | None) -> list[int] | None:
-    """One sample's axes; None where a size is unknown."""
+    """The shape of one sample; None if a size is unknown."""
     if value is None or value.shape is None:
         return None
     sizes = [size for size in list(value.shape)[1:] if isinstance(size, int)]
@@ -370,7 +371,7 @@ def _sizes(value: ir.Value | None) -> list[int] | None:
 
 
 def _halves(split: ir.Node) -> bool:
-    """True where a Split divides the channels into two equal parts."""
+    """True if a Split divides the channels into two equal parts."""
     sizes = [None if value.shape is None else value.shape[1] for value in split.outputs]
     return split.attributes["axis"].as_int() == 1 and isinstance(sizes[0], int) and sizes[0] == sizes[1]
 
@@ -406,7 +407,7 @@ def _replace_constant(model: ir.Model, node: ir.Node, index: int, values: Array)
 
 
 def _up(value: ir.Value | None, through: tuple[str, ...]) -> ir.Value | None:
-    """Follow a value up through nodes of these kinds; None where anything on the way has another reader."""
+    """Follow a value up through nodes of these kinds; None if a value on the way has another reader."""
     while value is not None and _users(value) == 1:
         node = value.producer()
         if node is None or node.op_type not in through:
@@ -416,7 +417,7 @@ def _up(value: ir.Value | None, through: tuple[str, ...]) -> ir.Value | None:
 
 
 def _channels_of_part(split: ir.Node, part: ir.Value) -> tuple[ir.Node, Array] | None:
-    """The Conv behind a Split and the output channels that one part holds, if no other part shares them."""
+    """The Conv that feeds a Split, and the output channels of one part, if no other part shares them."""
     conv_out = _up(split.inputs[0], ("Reshape",))
     conv = None if conv_out is None else conv_out.producer()
     if conv is None or conv.op_type != "Conv" or not _plain_weights(conv) or _users(conv.outputs[0]) != 1:

@@ -1,4 +1,4 @@
-"""The graphs of a bundle's networks, each typed and named as :mod:`admtrt.contract` says."""
+"""The graphs of a bundle's networks, with the types and names of :mod:`admtrt.contract`."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 _DTYPES = {"float32": torch.float32, "int64": torch.int64}
 EXAMPLE_BATCH = 7
-"""Batch size of the captured example, which no network has for another size; no graph may remember it."""
+"""Batch size of the captured example. No network has an axis of this size, so a frozen batch shows."""
 
 
 def example_inputs(spec: GraphSpec, batch: int = EXAMPLE_BATCH) -> dict[str, Tensor]:
-    """Tensors of the contract's shapes and types; capturing reads nothing else of them."""
+    """Tensors of the contract's shapes and types. Capturing does not depend on their values."""
     return {
         tensor.name: torch.zeros(tensor.sized(batch), dtype=_DTYPES[tensor.dtype]) for tensor in spec.inputs
     }
 
 
 class PositionalUNet(nn.Module):
-    """The UNet with the contract's inputs in order, those that the network lacks left out."""
+    """The UNet with the contract's inputs in order, without those that it does not take."""
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -56,13 +56,13 @@ class _LogProb(nn.Module):
 
 
 def unet_graph(unet: UNet) -> ir.Model:
-    """The UNet, upsamplers included."""
+    """The graph of a UNet or an upsampler."""
     spec = unet_spec(unet.config)
     return graph_from_module(PositionalUNet(unet).eval(), example_inputs(spec), ["out"])
 
 
 def unet_vector_jacobian_graph(unet: UNet) -> ir.Model:
-    """The UNet, and the product of a cotangent of its output and its Jacobian with respect to x."""
+    """The graph of the UNet and its vector-Jacobian product with respect to x."""
     spec = unet_spec(unet.config)
     model = graph_from_module(PositionalUNet(unet).eval(), example_inputs(spec), ["out"])
     add_input_gradient(model, wrt="x", of="out", name="grad", cotangent="cotangent")
@@ -70,7 +70,7 @@ def unet_vector_jacobian_graph(unet: UNet) -> ir.Model:
 
 
 def classifier_gradient_graph(classifier: Classifier, *, conv_backward: ConvBackward = "flipped") -> ir.Model:
-    """d log p(y | x_t, t) / dx_t and log p of every sample."""
+    """The graph of d log p(y | x_t, t) / dx_t and log p of every sample."""
     spec = classifier_gradient_spec(classifier.config)
     model = graph_from_module(_LogProb(classifier).eval(), example_inputs(spec), ["log_prob"])
     add_input_gradient(model, wrt="x", of="log_prob", name="grad", conv_backward=conv_backward)

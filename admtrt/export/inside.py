@@ -1,4 +1,4 @@
-"""ONNX files inside PyTorch modules: run by ONNX Runtime, captured as their own nodes, and differentiated."""
+"""ONNX files as PyTorch modules: run by ONNX Runtime, exported as their own nodes, differentiable."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _DOMAIN, _NODE, _HANDLE = "admtrt", "File", "handle"
-_OPSETS = (18, 22)  # the oldest and the newest that graphs are made in
-_LARGEST = 2**31  # bytes of a file that protocol buffers can hold
+_OPSETS = (18, 22)  # the oldest and the newest supported
+_LARGEST = 2**31  # bytes, the limit of protocol buffers
 _HINT = "Export it with a dynamic batch: one image input [N, C, H, W], the features as its first output."
 
 
 @dataclass(frozen=True, eq=False)
 class _File:
-    """An ONNX file with one image as its input, and its first output.
+    """An ONNX file with one image input, of which the first output is used.
 
     Attributes:
         path: of the file.
-        model: with shapes, its batch called N.
+        model: the model with inferred shapes; its batch axis is called N.
     """
 
     path: Path
@@ -50,30 +50,30 @@ class _File:
 
     @property
     def result(self) -> tuple[int, ...]:
-        """Sizes of its output but the batch."""
+        """Shape of its output without the batch."""
         return sizes_of_value(self.model.graph.output[0])[1:]
 
     def copy(self) -> ir.Model:
-        """A graph of its own: names that change in one read from a message change in the message too."""
+        """A copy of the graph. Graphs read from the same message would share renamed values."""
         copied = onnx.ModelProto()
         copied.CopyFrom(self.model)
         return ir.from_proto(copied)
 
     @property
     def opset(self) -> int:
-        """Of its operators."""
+        """The opset of its operators."""
         versions = {one.domain: one.version for one in self.model.opset_import}
         found: int = versions.get("") or versions["ai.onnx"]
         return found
 
     @cached_property
     def session(self) -> Any:
-        """It, on ONNX Runtime."""
+        """An ONNX Runtime session of the file."""
         return self._session(self.model)
 
     @cached_property
     def gradient(self) -> Any:
-        """Its vector-Jacobian product on ONNX Runtime: ``grad`` from ``x`` and ``cotangent``."""
+        """An ONNX Runtime session of the vector-Jacobian product: ``grad`` from ``x`` and ``cotangent``."""
         from admtrt.export.differentiate import add_input_gradient
 
         model = self.copy()
@@ -115,13 +115,13 @@ _LOCK = threading.Lock()
 
 
 class OnnxFile(nn.Module):
-    """An ONNX file as a module: images [N, C, H, W] to its first output.
+    """An ONNX file as a module that maps images [N, C, H, W] to its first output.
 
     Args:
         path: of the file; one image input in float32 with a dynamic batch.
 
     Raises:
-        LossError: if it cannot be read, or takes something else.
+        LossError: if the file cannot be read or has other inputs.
     """
 
     def __init__(self, path: Path) -> None:
@@ -225,7 +225,7 @@ def _(x: Tensor, cotangent: Tensor, handle: int) -> Tensor:  # noqa: ARG001 - on
     return torch.empty_like(x)
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - of PyTorch
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001 - PyTorch's signature
     ctx.save_for_backward(inputs[0])
     ctx.handle = inputs[1]
 
@@ -239,7 +239,7 @@ _run.register_autograd(_backward, setup_context=_keep)
 
 
 def insert_files(model: ir.Model) -> None:
-    """Put the nodes of each file in the place of the operator that stands for it."""
+    """Replace each operator that stands for a file by the file's nodes."""
     for count, node in enumerate([node for node in model.graph if node.domain == _DOMAIN]):
         file = _FILES[node.attributes[_HANDLE].as_int()]
         read = file.copy()
@@ -267,7 +267,7 @@ def insert_files(model: ir.Model) -> None:
 
 
 def newest_opset(module: nn.Module) -> int:
-    """The newest opset of the files in a module; 0 where there is none."""
+    """The newest opset of the ONNX files in a module; 0 without files."""
     files = [part for part in module.modules() if isinstance(part, OnnxFile)]
     return max((_FILES[file.handle].opset for file in files), default=0)
 

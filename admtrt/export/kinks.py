@@ -1,7 +1,7 @@
-"""PyTorch's gradient where a function has none, as far as an operator of ONNX does not tell.
+"""PyTorch's gradient at ties and ends, where functions are not differentiable.
 
-Several functions of PyTorch become the same operator and differ at ties and ends alone. A captured node says
-which one it is from (:data:`admtrt.export.nodes.ATEN`).
+Several PyTorch functions are exported as the same ONNX operator but have different gradients at ties and
+ends. A captured node records its function (:data:`admtrt.export.nodes.ATEN`).
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ if TYPE_CHECKING:
 
 
 def is_clamp(node: ir.Node) -> bool:
-    """True for a Max, Min or Clip that bounds its first input; Max and Min otherwise treat both alike."""
+    """True for a Max, Min or Clip that clamps its first input. A plain Max or Min treats both alike."""
     return _function(node).startswith("clamp")
 
 
 def passes_at_ends(node: ir.Node) -> bool:
-    """True where the gradient passes at the bounds themselves of a Clip, or of a Max and a Min that clamp.
+    """True if the gradient passes exactly at the bounds of a Clip, or of a Max and a Min that clamp.
 
-    ReLU6 and Hardtanh have 0 there; clamp, which a Clip is taken for, has what this release of PyTorch has.
+    For ReLU6 and Hardtanh it is 0 there. Every other Clip counts as clamp, whose gradient there depends on
+    the PyTorch release.
     """
     return _function(node).split(".")[0] not in ("relu6", "hardtanh") and _clamp_passes()
 
 
 def first_of_equals(node: ir.Node) -> bool:
-    """True where all of the gradient of a ReduceMax or ReduceMin goes to the first of equal values."""
+    """True if the whole gradient of a ReduceMax or ReduceMin goes to the first of equal values."""
     return _function(node) in ("max.dim", "min.dim")
 
 
 def finite_at_zero(node: ir.Node) -> bool:
-    """True where the slope of a power is 0 at 0 where it would be infinite."""
+    """True if the slope of a power at 0 is taken as 0 instead of infinite."""
     return _function(node).startswith("linalg_vector_norm")
 
 
@@ -46,7 +47,7 @@ def _function(node: ir.Node) -> str:
 
 @cache
 def _clamp_passes() -> bool:
-    """1 at its ends up to torch 2.13, 0 from 2.14 on."""
+    """Whether clamp's gradient is 1 at its ends (up to torch 2.13) or 0 (from 2.14 on)."""
     with torch.enable_grad():
         end = torch.ones(1, requires_grad=True)
         (slope,) = torch.autograd.grad(end.clamp(0, 1).sum(), end)

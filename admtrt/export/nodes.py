@@ -1,4 +1,4 @@
-"""Queries of passes and gradient rules: attributes, shapes, transposes of two axes."""
+"""Queries on nodes for passes and gradient rules: attributes, shapes, transposes of two axes."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 
 
 ATEN = "aten"
-"""Key of a node's ``meta``: the function of PyTorch that a captured node is from, such as ``max.dim``."""
+"""Key of a node's ``meta``: the PyTorch function that the node was captured from, such as ``max.dim``."""
 
 
 LOSS = "admtrt.loss"
-"""Metadata of a node that belongs to a guide's loss, forward or backward; it computes in float32."""
+"""Metadata key of nodes that belong to a guide's loss, forward or backward; they compute in float32."""
 
 
 TILING: dict[str, Any] = {
@@ -32,12 +32,12 @@ TILING: dict[str, Any] = {
 
 
 def module_of(node: ir.Node) -> str:
-    """`` in the module '0.conv'`` for messages; empty where nothing is known."""
+    """`` in the module '0.conv'``, for messages; empty if the module is unknown."""
     try:
         path = str(ast.literal_eval(node.metadata_props[NODE_SCOPES])[-2])
     except (KeyError, IndexError, TypeError, ValueError, SyntaxError):
         return ""
-    path = re.sub(r"^(module(\.|$))+", "", path)  # of the exporter's own wrappers
+    path = re.sub(r"^(module(\.|$))+", "", path)  # the exporter's own wrappers
     return f" in the module '{path}'" if path else ""
 
 
@@ -62,15 +62,15 @@ def swapped_last(rank: int) -> list[int]:
 
 
 def swaps_last(transpose: ir.Node, rank: int) -> bool:
-    """True where a Transpose swaps the last two axes; without the attribute it reverses all."""
+    """True if a Transpose swaps the last two axes. Without ``perm`` it reverses all axes."""
     return ints_attribute(transpose, "perm", range(rank - 1, -1, -1)) == swapped_last(rank)
 
 
 def shape_of(value: ir.Value) -> ir.Shape:
-    """A shape that has to be known.
+    """The shape of a value.
 
     Raises:
-        ExportError: naming the value, if it is not.
+        ExportError: naming the value, if its shape is unknown.
     """
     if value.shape is None:
         raise ExportError(f"the shape of '{value.name}' is unknown; the graph cannot be differentiated")
@@ -90,14 +90,14 @@ def dims_of(value: ir.Value) -> list[int | None]:
 
 
 def enlargement_of(resize: ir.Node) -> list[int] | None:
-    """The whole factors of a nearest-neighbour enlargement, one for each axis behind the channels."""
+    """The integer factors of a nearest-neighbour upsampling, one per spatial axis."""
     text = {name: attribute.as_string() for name, attribute in resize.attributes.items() if name in TILING}
     sizes, out_sizes = (dims_of(value)[2:] for value in (input_of(resize, 0), resize.outputs[0]))
     pairs = [(a, b) for a, b in zip(sizes, out_sizes, strict=True) if a is not None and b is not None]
     if text != TILING or len(pairs) != len(sizes) or any(b % a for a, b in pairs):
         return None
     factors = [b // a for a, b in pairs]
-    scales = resize.inputs[2] if len(resize.inputs) > 2 else None  # from which sizes were rounded down
+    scales = resize.inputs[2] if len(resize.inputs) > 2 else None  # the sizes may be rounded down from these
     if scales is not None and scales.const_value is None:
         return None
     if scales is not None and scales.const_value is not None and scales.const_value.size:

@@ -1,4 +1,4 @@
-"""Checkpoints -> bundle."""
+"""Export checkpoints to a bundle."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ _FOR_CPUS: ConvBackward = "flipped"
 _FOR_ENGINES: Mapping[Precision, ConvBackward] = {
     "fp32": "transposed",
     "fp16": "transposed",
-    "bf16": "flipped",  # engines have no bf16 deconvolution
+    "bf16": "flipped",  # engines have no bf16 transposed convolution
 }
 
 
@@ -80,25 +80,26 @@ def bundle_from_checkpoints(
     overwrite: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
-    """Export a UNet (or upsampler) and, where given, its classifier's gradient, and pack them.
+    """Export a UNet (or upsampler) and, if given, its classifier's gradient, into a bundle.
 
     Args:
         unet: the loaded generator.
         classifier: the noisy classifier, or None for plain sampling.
         path: the bundle's directory.
-        guides: besides the classifier, each with a name of its own.
-        sampler: what to recommend; None takes the UNet checkpoint's. Without a classifier its scale is 0.
-        engines: precisions in which to add the graphs in the form that inference engines like.
-        islands: what stays float32 in those; see :mod:`admtrt.export.precision`.
-        likelihood: add the graph ``unet_vector_jacobian``, of more than twice the UNet's size.
-        overwrite: replace a bundle that stands there.
+        guides: further guides, with different names.
+        sampler: the recommended sampler; None takes the UNet checkpoint's. Without a classifier its scale is
+            0.
+        engines: precisions in which to add the engine form of the graphs.
+        islands: the parts that stay float32 in those; see :mod:`admtrt.export.precision`.
+        likelihood: add the graph ``unet_vector_jacobian``, which is more than twice as large as the UNet's.
+        overwrite: replace an existing bundle.
         progress: called with the name of each stage as it starts.
 
     Raises:
         CheckpointError: if the two networks do not fit together.
         ExportError: if a graph or a guide's loss fails a check.
-        OutputError: if the place is taken or cannot be written.
-        RequestError: if engines do not take a graph that is asked for.
+        OutputError: if the path exists already or cannot be written.
+        RequestError: if a requested graph has no engine form.
     """
     assert isinstance(unet.module, UNet)
     generator = unet.module
@@ -110,12 +111,12 @@ def bundle_from_checkpoints(
     own_unit = None
     if classifier is not None and adapted is not classifier:
         process = classifier.config.diffusion
-        assert isinstance(process, DiffusionConfig)  # no other has a unit
+        assert isinstance(process, DiffusionConfig)  # only discrete processes have a unit of t
         own_unit = process.rescale_timesteps
     recommended = sampler or unet.config.sampler
     described = {name: guide.config for name, guide in networks.guides.items()}
     try:
-        check_references(generator.config, described)  # before minutes of export
+        check_references(generator.config, described)  # fail before minutes of export
     except ValueError as error:
         raise CheckpointError(str(error), hint=_REFERENCE) from None
     specs = bundle_specs(generator.config, None if noisy is None else noisy.config, described)
@@ -169,10 +170,10 @@ def bundle_from_checkpoints(
 
 
 def _by_name(guides: Sequence[AnyGuide], event: tuple[int, ...]) -> dict[str, AnyGuide]:
-    """The guides by name, their losses checked on images of a shape.
+    """The guides by name, after checking their losses on images of a shape.
 
     Raises:
-        LossError: if a name comes twice, or a loss is none.
+        LossError: if a name is used twice, or a loss is invalid.
     """
     named: dict[str, AnyGuide] = {}
     for guide in guides:
@@ -186,7 +187,7 @@ def _by_name(guides: Sequence[AnyGuide], event: tuple[int, ...]) -> dict[str, An
 
 @dataclass(frozen=True, eq=False)
 class _Networks:
-    """Networks and guides that graphs are made of."""
+    """The networks and guides to export."""
 
     unet: UNet
     classifier: Classifier | None
@@ -195,8 +196,8 @@ class _Networks:
     def forms(
         self, name: GraphName, engines: Collection[Precision], islands: Collection[Island], quantile: float
     ) -> Iterator[tuple[Precision | None, ir.Model]]:
-        """The form of a graph for CPUs, with None, then that for engines in each precision."""
-        if name in SMALL_GRAPHS:  # x itself is never rounded
+        """Yield the CPU form of a graph (precision None), then the engine form in each precision."""
+        if name in SMALL_GRAPHS:  # the update must not round x
             described = {guide.name: guide.config for guide in self.guides.values()}
             given = (self.unet.config, described, quantile)
             yield None, cpu_form(SMALL_GRAPHS[name](*given))
@@ -225,7 +226,7 @@ class _Networks:
 def _written(
     model: ir.Model, directory: Path, name: str, spec: GraphSpec, shared: SharedWeights
 ) -> GraphEntry:
-    """Write a graph as a file of the bundle and check it."""
+    """Write a graph into the bundle and check it."""
     file = directory / name
     write_graph(model, file, shared=shared)
     check_graph(file, spec, example_batch=EXAMPLE_BATCH)

@@ -1,4 +1,4 @@
-"""Small graph passes: each does one thing to a model in place and says whether it changed it."""
+"""Small graph passes. Each makes one kind of change in place and returns whether it changed anything."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def simplify(model: ir.Model) -> None:
 
 
 def infer_shapes(model: ir.Model) -> None:
-    """Fill in the type and shape of every value that can be told; what cannot is found when it is needed."""
-    logger = logging.getLogger("onnx_ir")  # which would print its own traceback
+    """Infer types and shapes where possible. A missing shape is reported by the code that needs it."""
+    logger = logging.getLogger("onnx_ir")  # would print its own traceback
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
@@ -60,12 +60,12 @@ def remove_unused(model: ir.Model) -> bool:
 
 
 def share_equal_constants(model: ir.Model) -> bool:
-    """Keep equal small constants once; hashing gigabytes of weights would find nothing."""
+    """Deduplicate small constants. Large weights are never equal, so they are not hashed."""
     return bool(DeduplicateInitializersPass(size_limit=1024)(model).modified)
 
 
 def unsqueeze_constants(model: ir.Model) -> bool:
-    """Unsqueeze of a constant -> the constant with further axes of size 1, its values shared."""
+    """Unsqueeze of a constant -> a constant with more axes of size 1, sharing the values."""
     changed = False
     for node in model.graph:
         values = [value.const_value if value is not None else None for value in node.inputs]
@@ -91,7 +91,7 @@ def merge_unsqueezes(model: ir.Model) -> bool:
             continue
         rank, inner_rank = len(node.outputs[0].shape), len(inner.outputs[0].shape)
         added = {axis % rank for axis in axes[0]}
-        places = [axis for axis in range(rank) if axis not in added]  # of the inner result's axes
+        places = [axis for axis in range(rank) if axis not in added]  # of the inner result
         every = sorted([*added, *(places[axis % inner_rank] for axis in axes[1])])
         node.replace_input_with(0, inner.inputs[0])
         node.replace_input_with(1, constant(model.graph, np.array(every, np.int64)))
@@ -100,7 +100,7 @@ def merge_unsqueezes(model: ir.Model) -> bool:
 
 
 def merge_transposes(model: ir.Model) -> bool:
-    """Transpose(Transpose(x)) -> Transpose(x), or x where they undo each other."""
+    """Transpose(Transpose(x)) -> Transpose(x), or x if they cancel."""
     changed = False
     for node in model.graph:
         inner = _first_input_from(node, "Transpose")
@@ -133,7 +133,7 @@ def drop_whole_slices(model: ir.Model) -> bool:
 
 
 def _first_input_from(node: ir.Node, op_type: str) -> ir.Node | None:
-    """The node of this kind whose result another of the same kind takes."""
+    """The producer of a node's first input, if it is of the same kind."""
     producer = node.inputs[0].producer() if node.op_type == op_type and node.inputs[0] is not None else None
     return producer if producer is not None and producer.op_type == op_type else None
 
@@ -145,7 +145,7 @@ def _constant_ints(value: ir.Value | None) -> list[int] | None:
 
 
 def free_name(graph: ir.Graph, name: str) -> str:
-    """The name, which no value within the graph has from here on; inputs and outputs keep theirs."""
+    """Free a name: rename inner values that have it. Inputs and outputs keep their names."""
     values = {value.name: value for node in graph for value in node.outputs} | dict(graph.initializers)
     inner = values.get(name)
     if inner is not None and not inner.is_graph_output():
@@ -157,7 +157,7 @@ def free_name(graph: ir.Graph, name: str) -> str:
 
 
 def pass_by(value: ir.Value, source: ir.Value) -> bool:
-    """Have the readers of a value read its source; an output of the graph stays as it is."""
+    """Let the readers of a value read another one. Graph outputs are not changed."""
     if value.is_graph_output() or not value.uses():
         return False
     value.replace_all_uses_with(source)
@@ -165,7 +165,7 @@ def pass_by(value: ir.Value, source: ir.Value) -> bool:
 
 
 def stable_log_sigmoid(model: ir.Model) -> bool:
-    """Log(Sigmoid(x)) -> -Softplus(-x): finite, and differentiable, where the sigmoid is 0."""
+    """Log(Sigmoid(x)) -> -Softplus(-x): finite and differentiable even if the sigmoid underflows to 0."""
     changed = False
     for node in list(model.graph):
         source = node.inputs[0] if node.op_type == "Log" else None
@@ -182,7 +182,7 @@ def stable_log_sigmoid(model: ir.Model) -> bool:
 
 
 def static_reshapes(model: ir.Model) -> bool:
-    """Replace a Reshape's computed target by a constant where at most one size is dynamic."""
+    """Replace a Reshape's computed target by a constant if at most one size is dynamic."""
     changed = False
     for node in model.graph:
         if node.op_type != "Reshape":
@@ -212,9 +212,9 @@ def merge_reshapes(model: ir.Model) -> bool:
 
 
 def join_before_reshaping(model: ir.Model) -> bool:
-    """Concat(Reshape(a), Reshape(b)) -> Reshape(Concat(a, b)), where each merges the same two axes.
+    """Concat(Reshape(a), Reshape(b)) -> Reshape(Concat(a, b)), if each merges the same two axes.
 
-    The gradients of queries, keys and values, joined head by head in place of channel by channel.
+    This joins the gradients of queries, keys and values by heads instead of by channels.
     """
     changed = False
     for node in list(model.graph):
@@ -243,7 +243,7 @@ def join_before_reshaping(model: ir.Model) -> bool:
 
 
 def _merged_at(value: ir.Value | None, axis: int) -> ir.Value | None:
-    """The source of a Reshape that makes one axis of two, ``axis`` and the next, for one reader alone."""
+    """The source of a Reshape that merges ``axis`` and the next, if it has one reader."""
     producer = None if value is None else value.producer()
     if value is None or producer is None or producer.op_type != "Reshape":
         return None
@@ -258,7 +258,7 @@ def _merged_at(value: ir.Value | None, axis: int) -> ir.Value | None:
     whole = after[:axis] + after[axis + 1 :]
     if first is None or second is None or first * second != merged or apart != whole:
         return None
-    # One size that is not known is the same in both: all others are.
+    # A single unknown size is the same in both shapes, since all other sizes are equal.
     return source if apart.count(None) <= 1 else None
 
 
@@ -276,7 +276,7 @@ def constant_sizes(value: ir.Value) -> list[int] | None:
 
 
 def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
-    """The one node that reads a value, if there is one only and it is of this kind."""
+    """The only reader of a value, if there is exactly one and it is of this kind."""
     users = list(value.uses())
     if value.is_graph_output() or len(users) != 1 or users[0].node.op_type != op_type:
         return None
@@ -284,13 +284,13 @@ def only_user(value: ir.Value, op_type: str) -> ir.Node | None:
 
 
 def insert_in_place_of(graph: ir.Graph, place: ir.Node, nodes: Sequence[ir.Node], result: ir.Value) -> None:
-    """Insert nodes behind a place; the output of the last takes over from ``result``."""
+    """Insert nodes; the last one's output replaces ``result``."""
     graph.insert_after(place, nodes)
     made = nodes[-1].outputs[0]
     made.shape, made.type = result.shape, result.type
     result.replace_all_uses_with(made, replace_graph_outputs=True)
     if made.is_graph_output():
-        made.name, result.name = result.name, f"{result.name}_replaced"  # unused from here on, not nameless
+        made.name, result.name = result.name, f"{result.name}_replaced"  # now unused, but it must have a name
 
 
 def constant(graph: ir.Graph, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> ir.Value:

@@ -1,4 +1,4 @@
-"""Captured operators as plainer ones that compute the same, which have gradient rules and run everywhere."""
+"""Replace captured operators by equivalent plain ones, which have gradient rules and run everywhere."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def plain(model: ir.Model) -> None:
 
 
 def clamps_as_clips(model: ir.Model) -> bool:
-    """Min(Max(x, low), high) of a clamp by two numbers -> Clip; both give ``high`` where low > high."""
+    """Min(Max(x, low), high) of a clamp by two numbers -> Clip. Both give ``high`` if low > high."""
     changed = False
     for node in list(model.graph):
         inner = None if node.op_type != "Min" or node.inputs[0] is None else node.inputs[0].producer()
@@ -45,7 +45,8 @@ def clamps_as_clips(model: ir.Model) -> bool:
 def drop_restriding(model: ir.Model) -> bool:
     """Gather(Reshape(x)) by the strides of an as_strided -> x of the same shape.
 
-    PyTorch restrides what adaptive pooling made of a channels-last image, [N, C, 1, 1]: the same values.
+    PyTorch restrides the result [N, C, 1, 1] of adaptive pooling of a channels-last image. The values are the
+    same.
     """
     changed = False
     for node in list(model.graph):
@@ -61,7 +62,7 @@ def drop_restriding(model: ir.Model) -> bool:
 
 
 def drop_whole_assignments(model: ir.Model) -> bool:
-    """ScatterND of an assignment to a slice that is all of its value -> what is assigned."""
+    """ScatterND that assigns to the whole of a value -> the assigned value."""
     changed = False
     for node in list(model.graph):
         if node.op_type != "ScatterND" or not node.meta.get(ATEN, "").startswith("slice_scatter"):
@@ -73,7 +74,7 @@ def drop_whole_assignments(model: ir.Model) -> bool:
 
 
 def einsums_as_products(model: ir.Model) -> bool:
-    """An Einsum -> MatMul of two operands after another, with what they need around them."""
+    """Einsum -> a chain of MatMuls, with transposes and reshapes."""
     changed = False
     for node in list(model.graph):
         nodes = nodes_of_einsum(model.graph, node) if node.op_type == "Einsum" else []
@@ -84,7 +85,7 @@ def einsums_as_products(model: ir.Model) -> bool:
 
 
 def vectors_as_matrices(model: ir.Model) -> bool:
-    """A MatMul with a vector on the right -> with a matrix of one column."""
+    """MatMul by a vector -> MatMul by a matrix of one column."""
     changed = False
     for node in list(model.graph):
         left, right = (*node.inputs, None, None)[:2]
@@ -102,7 +103,7 @@ def vectors_as_matrices(model: ir.Model) -> bool:
 
 
 def losses_as_selections(model: ir.Model) -> bool:
-    """Cross entropies that are not summed over samples -> minus the selected log-probabilities."""
+    """Cross entropies without reduction -> minus the selected log-probabilities."""
     changed = False
     for node in list(model.graph):
         if node.op_type not in ("SoftmaxCrossEntropyLoss", "NegativeLogLikelihoodLoss"):
@@ -114,7 +115,7 @@ def losses_as_selections(model: ir.Model) -> bool:
             continue
         tape, one = ir.tape.Tape(), constant(model.graph, np.array([1]))
         log_p, labels = input_of(node, 0), input_of(node, 1)
-        node.outputs[0].shape = labels.shape  # PyTorch notes that of a mean
+        node.outputs[0].shape = labels.shape  # PyTorch records the shape of the mean
         if node.op_type == "SoftmaxCrossEntropyLoss":
             log_p = tape.op("LogSoftmax", [log_p], attributes={"axis": 1})
         dtype, float_dtype = labels.dtype, input_of(node, 0).dtype

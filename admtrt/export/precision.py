@@ -1,9 +1,9 @@
-"""Typed precision: a float32 graph becomes a strongly typed one with a narrow torso and float32 islands.
+"""Lower a float32 graph to a strongly typed one with a narrow (fp16 or bf16) torso and float32 islands.
 
-Every node is given one type. Casts then stand exactly where a value is read in another type than it has, one
-for each value and type, so no two cancel; constants are stored in the type that reads them. Inputs and
-outputs stay float32. Nothing depends on names: what a node is follows from its operator and its neighbours,
-so the pass serves the captured graph and its gradient alike.
+Every node gets one type. Casts are inserted only where a value is read in another type, one per value and
+type, so that no two cancel. Constants are stored in the type of their reader. Inputs and outputs stay
+float32. A node's role follows from its operator and its neighbours, not from names, so the pass works for the
+captured graph and its gradient.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from admtrt.contract import Precision
 
 Island = Literal["group_norm", "softmax", "output", "embedding", "activation", "residual"]
-"""Parts that may stay float32: group norms and their backward; softmaxes and theirs; the last product before
-each output and what follows it; what is computed from the timestep and the label alone; pointwise
-operators; sums of the residual stream and of its gradient."""
+"""Parts that may stay float32: group norms and their backward; softmaxes and their backward; the last product
+before each output and everything after it; everything that depends only on the timestep and the label;
+pointwise operators; sums of the residual stream and of its gradient."""
 
 ISLANDS: tuple[Island, ...] = get_args(Island)
 DEFAULT_ISLANDS: tuple[Island, ...] = ("group_norm", "softmax", "output")
@@ -45,17 +45,17 @@ _STATISTICS = frozenset(
 )
 _SOFTMAX = frozenset({"Exp", "LogSoftmax", "ReduceSum", "Softmax"})
 _NARROWED = _PRODUCTS | _MOVES | _POINTWISE | _STATISTICS | _SOFTMAX
-_FIRST_INPUT_ONLY = frozenset({"Gather", "Resize"})  # the others are indices, or scales that stay float32
+_FIRST_INPUT_ONLY = frozenset({"Gather", "Resize"})  # other inputs are indices or float32 scales
 
 
 def lower(model: ir.Model, precision: Precision, islands: Collection[Island] = DEFAULT_ISLANDS) -> None:
-    """Type a float32 graph, in place.
+    """Lower a float32 graph in place.
 
     Args:
         model: a graph of float32 with the shapes of its values.
         precision: fp16 or bf16 for the torso; fp32 changes nothing.
-        islands: what stays float32. Sines and cosines of timesteps, the sums behind them, the losses of
-            guides and operators that this pass does not know always do; in bf16 so do transposed
+        islands: parts that stay float32. Always float32 are: sines and cosines of timesteps and all they
+            depend on, the losses of guides, and operators unknown to this pass; in bf16 also transposed
             convolutions, which engines lack.
 
     Raises:
@@ -93,10 +93,10 @@ def _wide_nodes(graph: ir.Graph, islands: frozenset[Island]) -> set[ir.Node]:
 
 
 def _absorb(nodes: list[ir.Node], wide: set[ir.Node]) -> None:
-    """Widen what lies between wide nodes: rounding there would cost Casts and save nothing.
+    """Also widen nodes between wide nodes, where rounding would cost Casts and save nothing.
 
-    These are pointwise operators that only wide nodes read, those that apply constants to a wide value (the
-    scale and bias of a norm), and moves from a wide value to a wide reader.
+    These are pointwise operators that only wide nodes read, pointwise operators of a wide value and constants
+    (the scale and bias of a norm), and data movement between wide nodes.
     """
     size = -1
     while size != len(wide):
@@ -122,7 +122,7 @@ def _applies_constants(node: ir.Node, wide: set[ir.Node]) -> bool:
 
 
 def _upstream(nodes: Iterable[ir.Node | None], stop: frozenset[str]) -> set[ir.Node]:
-    """These nodes and those that they follow from, up to and with operators of ``stop``."""
+    """These nodes and all that they depend on, up to and including operators in ``stop``."""
     found: set[ir.Node] = set()
     waiting = list(nodes)
     while waiting:
@@ -136,7 +136,7 @@ def _upstream(nodes: Iterable[ir.Node | None], stop: frozenset[str]) -> set[ir.N
 
 
 def _without_images(graph: ir.Graph, nodes: list[ir.Node]) -> set[ir.Node]:
-    """Nodes that no input with positions reaches."""
+    """Nodes that do not depend on an image input."""
     reached = {value for value in graph.inputs if value.shape is not None and len(value.shape) > 2}
     for node in graph:
         if not reached.isdisjoint(node.inputs):
@@ -145,7 +145,7 @@ def _without_images(graph: ir.Graph, nodes: list[ir.Node]) -> set[ir.Node]:
 
 
 def _is_residual_sum(node: ir.Node) -> bool:
-    """True for a sum of two computed maps of one shape; SiLU's derivative adds its sigmoid, and is none."""
+    """True for a sum of two computed maps of equal shape, except the one in SiLU's derivative."""
     if node.op_type != "Add" or any(value is None or value.shape is None for value in node.inputs):
         return False
     sizes = [list(value.shape)[1:] for value in node.inputs if value is not None and value.shape is not None]
@@ -158,7 +158,7 @@ def _is_residual_sum(node: ir.Node) -> bool:
 
 
 def _typed_inputs(node: ir.Node) -> Iterator[ir.Value]:
-    """The inputs that have the node's floating type."""
+    """The inputs that must have the node's floating-point type."""
     return (value for _, value in _typed_places(node))
 
 
@@ -169,7 +169,7 @@ def _typed_places(node: ir.Node) -> Iterator[tuple[int, ir.Value]]:
 
 
 def _readers(node: ir.Node) -> Iterator[ir.Node | None]:
-    """Nodes that read the floating outputs of a node; None for the graph's own output."""
+    """The readers of a node's floating-point outputs; None stands for a graph output."""
     for value in filter(_is_float, node.outputs):
         if value.is_graph_output():
             yield None
@@ -182,7 +182,7 @@ def _is_float(value: ir.Value | None) -> bool:
 
 
 class _Typing:
-    """Gives every value its type and puts the Casts in between."""
+    """Assigns a type to every value and inserts the Casts."""
 
     def __init__(self, graph: ir.Graph, narrow: ir.DataType) -> None:
         self._graph = graph

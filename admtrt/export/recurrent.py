@@ -1,4 +1,4 @@
-"""LSTM, GRU and RNN as the plain operators of every step, which have gradient rules."""
+"""Unroll LSTM, GRU and RNN into the plain operators of every step, which have gradient rules."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 
 
 def unroll(model: ir.Model) -> bool:
-    """Write out recurrences with constant weights over sequences of known length; leaves others alone."""
+    """Unroll recurrences with constant weights and known sequence length; others are left alone."""
     changed = False
     for node in list(model.graph):
         if node.op_type in _GATES and _plain(node):
@@ -35,7 +35,7 @@ def unroll(model: ir.Model) -> bool:
 
 
 def _plain(node: ir.Node) -> bool:
-    """True where a node asks for nothing but what PyTorch's modules write."""
+    """True if a node has only the attributes that PyTorch's modules export."""
     x, *weights = node.inputs[:3]
     bias = node.inputs[3] if len(node.inputs) > 3 else None
     others = {"activations", "activation_alpha", "activation_beta", "clip", "layout", "input_forget"}
@@ -52,7 +52,7 @@ def _plain(node: ir.Node) -> bool:
 
 
 class _Unrolled:
-    """The nodes that compute what a recurrence does."""
+    """Writes the nodes of an unrolled recurrence."""
 
     def __init__(self, graph: ir.Graph, node: ir.Node) -> None:
         self.graph, self.node = graph, node
@@ -101,7 +101,7 @@ class _Unrolled:
         hidden = recurrent.shape[1]
         biases = self._array(3)[index] if len(self.node.inputs) > 3 and self.node.inputs[3] else None
         of_x, of_h = (None, None) if biases is None else np.split(biases, 2)
-        apart = self.kind == "GRU"  # its reset gate stands between the two
+        apart = self.kind == "GRU"  # its reset gate is applied between the two
         added = of_x if apart or of_x is None or of_h is None else of_x + of_h
         driven = self._op("MatMul", self.x, self._constant(weights.T))
         if added is not None:

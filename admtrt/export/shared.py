@@ -1,4 +1,4 @@
-"""Weights that several graphs of a folder have in common, stored in the file of the first that has them."""
+"""Store weights that several graphs of a folder share once, in the file of the first graph."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 SMALLEST = 1024
-"""Bytes of weights up to which they stay in the graph's own file."""
+"""Weights of up to this many bytes stay in the graph's own file."""
 
 
 class SharedWeights:
-    """Weights that were written so far, by folder, type and hash: their file and place in it."""
+    """The weights written so far, by folder, type and hash: their file and offset."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Path, ir.DataType, str], tuple[str, int, int]] = {}
 
     def save(self, model: ir.Model, path: Path, data: str, folder: Path) -> None:
-        """Write a graph, and those of its weights that no other graph of the folder has.
+        """Write a graph, and its weights that no earlier graph of the folder has written.
 
         Args:
-            model: the graph, which stays as it is.
-            path: of the graph.
-            data: the file beside it for its own weights; not written where it has none.
-            folder: in which the graph will stand.
+            model: the graph, which is not changed.
+            path: path of the graph.
+            data: the file beside it for its own weights; not written if there are none.
+            folder: the folder in the bundle that the graph will be in.
         """
         values = [value for value in model.graph.initializers.values() if value.const_value is not None]
         kept = [value.const_value for value in values]

@@ -1,7 +1,7 @@
-"""Arithmetic of sizes, computed once where it does not depend on the batch.
+"""Fold shape arithmetic that does not depend on the batch into constants.
 
-PyTorch's decompositions write the size of an axis as a computation even where the example fixed it; then the
-shapes behind it are unknown, and no gradient rule can do with them.
+PyTorch's decompositions compute sizes at run time even if the example fixed them. The shapes that follow are
+then unknown, and gradient rules need known shapes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    Numbers = NDArray[Any]  # whole numbers, None where one depends on the batch
+    Numbers = NDArray[Any]  # integers; None if it depends on the batch
 
 _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
     "Add": lambda a, b: a + b,
@@ -30,7 +30,7 @@ _ARITHMETIC: dict[str, Callable[[Any, Any], Any]] = {
 
 
 def compute_sizes(model: ir.Model) -> bool:
-    """Replace sizes that are known by constants; says whether there were any."""
+    """Replace known sizes by constants. Returns whether there were any."""
     known: dict[ir.Value, Numbers] = {}
     changed = False
     for node in model.graph:
@@ -53,7 +53,7 @@ def compute_sizes(model: ir.Model) -> bool:
 
 
 def _fix_target(model: ir.Model, reshape: ir.Node, known: dict[ir.Value, Numbers]) -> bool:
-    """A Reshape to sizes of which one depends on the batch -> to a constant with -1 for it."""
+    """A Reshape target with one size that depends on the batch -> a constant with -1 for that size."""
     target, out = reshape.inputs[1], reshape.outputs[0]
     numbers = None if target is None or target.const_value is not None else known.get(target)
     if numbers is None or list(numbers).count(None) != 1 or 0 in numbers or -1 in numbers:
@@ -68,7 +68,7 @@ def _fix_target(model: ir.Model, reshape: ir.Node, known: dict[ir.Value, Numbers
 
 
 def _numbers(node: ir.Node, known: dict[ir.Value, Numbers]) -> Numbers | None:
-    """Result of a node that computes sizes; None for any other."""
+    """The result of a node that computes sizes; None for other nodes."""
     if node.op_type == "Shape":
         value = node.inputs[0]
         if value is None or value.shape is None:

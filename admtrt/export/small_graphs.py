@@ -1,8 +1,7 @@
-"""The small graphs of a bundle: what a step does besides the networks, elementwise but for the threshold.
+"""The small graphs of a bundle: the rest of a step beside the networks, elementwise except the threshold.
 
 Each is written node by node from its columns; :mod:`admtrt.schedule.table` has the equations. They compute in
-float32
-whatever the precision of the networks: x itself is never rounded.
+float32 whatever the precision of the networks, because x must not be rounded.
 """
 
 from __future__ import annotations
@@ -38,12 +37,12 @@ if TYPE_CHECKING:
 
 
 class _Writer:
-    """Nodes over the inputs of a graph's spec.
+    """Writes nodes over the inputs of a graph's spec.
 
     Args:
         spec: of the graph.
         name: of the graph.
-        columns: of its input ``coefficients``, in order.
+        columns: the columns of its input ``coefficients``, in order.
     """
 
     def __init__(self, spec: GraphSpec, name: str, columns: Sequence[str]) -> None:
@@ -68,13 +67,13 @@ class _Writer:
         return self._tape.initializer(ir.tensor(value, dtype=ir.DataType.FLOAT, name=name))
 
     def op(self, kind: str, *operands: ir.Value, **attributes: int | list[int]) -> ir.Value:
-        """A node of one output."""
+        """Add a node with one output."""
         return self._tape.op(kind, list(operands), attributes=attributes or None)
 
     def split(
         self, kind: str, operands: Sequence[ir.Value], outputs: int, **attributes: int
     ) -> Sequence[ir.Value]:
-        """A node of several outputs."""
+        """Add a node with several outputs."""
         return self._tape.op_multi_out(kind, list(operands), attributes=attributes, num_outputs=outputs)
 
     def mul(self, a: ir.Value, b: ir.Value) -> ir.Value:
@@ -117,7 +116,7 @@ def _value(tensor: TensorSpec) -> ir.Value:
 
 
 def _value_and_log_weight(config: UNetConfig, write: _Writer) -> tuple[ir.Value, ir.Value]:
-    """The network's value channels, and log w."""
+    """The first C channels of the network's output, and log w."""
     c, out = write.columns, write.inputs["out"]
     if not config.learn_sigma:
         return out, c["log_weight"]
@@ -147,7 +146,7 @@ def update_graph(config: UNetConfig) -> ir.Model:
 def update_full_graph(config: UNetConfig, guides: Guides = NO_GUIDES) -> ir.Model:
     """One evaluation's update with memory, for every solver and guide.
 
-    The terms of ``update`` come first and in its order, so that a row of it gives the same bits here.
+    The terms of ``update`` come first and in the same order, so that its rows give bit-equal results here.
     """
     columns = columns_with_guides(UPDATE_FULL, tuple(guides))
     write = _Writer(update_full_spec(config, guides), "update_full", columns)
@@ -181,7 +180,7 @@ def threshold_graph(
 ) -> ir.Model:
     """The threshold of dynamic thresholding: the quantile of |y| over a sample, interpolated as NumPy does.
 
-    Only the values from the quantile on are needed: TopK of a fixed number of them.
+    Only the values above the quantile are needed: a TopK of fixed size.
 
     Args:
         config: of the network.
@@ -207,7 +206,7 @@ def threshold_graph(
 
 
 def _unbounded(write: _Writer, value: ir.Value, tensors: Mapping[str, ir.Value]) -> ir.Value:
-    """The prediction of x_0 before any bound."""
+    """The prediction of x_0 before clipping."""
     c, given = write.columns, write.inputs
     return write.add(
         write.mul(c["x0_from_x"], given["x"]),
@@ -218,7 +217,7 @@ def _unbounded(write: _Writer, value: ir.Value, tensors: Mapping[str, ir.Value])
 
 
 def _guide_tensors(config: UNetConfig, guides: Guides, write: _Writer) -> dict[str, ir.Value]:
-    """Tensor of each guide, in the shape of x: a gradient, or the value channels of a reference."""
+    """The tensor of each guide, shaped as x: a gradient, or the first C channels of a reference's output."""
     tensors = {}
     for name, guide in guides.items():
         tensor = write.inputs[guide_input(name, guide)]
@@ -261,7 +260,7 @@ def edit_low_pass_graph(config: UNetConfig, *, products: bool = True) -> ir.Mode
 
     Args:
         config: of the network.
-        products: as matrix products; else as sums of elementwise ones, which engines fuse.
+        products: use matrix products; otherwise sums of elementwise products, which engines fuse.
     """
     write = _Writer(edit_low_pass_spec(config), "edit_low_pass", EDIT)
     state, missing = _renoised(write)
@@ -271,7 +270,7 @@ def edit_low_pass_graph(config: UNetConfig, *, products: bool = True) -> ir.Mode
         transposed = write.op("Transpose", write.op("Unsqueeze", columns, one), perm=[0, 1, 3, 2])
         passed = write.op("MatMul", write.op("MatMul", write.op("Unsqueeze", rows, one), missing), transposed)
     else:
-        # Plans of Turing take no products in float32 beside those in fp16.
+        # On Turing, a plan cannot mix matrix products in float32 and fp16.
         for matrix, own, image, summed in ((rows, [1, 4], [2], [3]), (columns, [1, 2], [3], [4])):
             name = "rows" if matrix is rows else "columns"
             left = write.op("Unsqueeze", matrix, write.ints(f"{name}_own", own))
@@ -298,9 +297,9 @@ SMALL_GRAPHS: Mapping[GraphName, Callable[..., ir.Model]] = {
     "edit": lambda config, *_: edit_graph(config),
     "edit_low_pass": lambda config, *_: edit_low_pass_graph(config),
 }
-"""The makers of the small graphs by name: of a network, the guides beside it, the quantile of thresholds."""
+"""Functions that make the small graphs, by name, from a network, further guides and a threshold quantile."""
 FOR_ENGINES: Mapping[GraphName, Callable[..., ir.Model]] = {
     **SMALL_GRAPHS,
     "edit_low_pass": lambda config, *_: edit_low_pass_graph(config, products=False),
 }
-"""The same in the form that inference engines take."""
+"""The same for the engine form."""

@@ -30,7 +30,7 @@ class Tape:
         self.graph = graph
         self.conv_backward = conv_backward
         self.active: set[ir.Value] = set()
-        self.gradients: dict[ir.Value, ir.Value] = {}  # of forward values; whole once all readers are done
+        self.gradients: dict[ir.Value, ir.Value] = {}  # by forward value; complete once all readers are done
         self.origin: ir.Node | None = None  # the forward node whose backward is being written
         self._forward = set(graph)
 
@@ -43,7 +43,7 @@ class Tape:
             attributes=[ir.convenience.convert_attribute(name, value) for name, value in attributes.items()],  # type: ignore[arg-type]
             num_outputs=outputs,
         )
-        if self.origin is not None:  # an engine that refuses a node then names the module it comes from
+        if self.origin is not None:  # so that errors of engines can name the module
             node.metadata_props.update(self.origin.metadata_props)
         self.graph.append(node)
         like = inputs[1] if op_type == "Where" else inputs[0]
@@ -74,7 +74,7 @@ class Tape:
         return constant(self.graph, values)
 
     def one_hot(self, indices: ir.Value, like: ir.Value, axis: int) -> ir.Value:
-        """1 at the place along an axis of known size that ``indices`` (of size 1 there) says, 0 elsewhere."""
+        """One-hot along an axis of known size, where ``indices`` has size 1."""
         shape = shape_of(like)
         size = shape[axis]
         assert isinstance(size, int)
@@ -83,14 +83,14 @@ class Tape:
         return self.cast(self.op("Equal", indices, self.array(places)), like.dtype)
 
     def padded(self, value: ir.Value, before: Sequence[int], after: Sequence[int]) -> ir.Value:
-        """Zeros before and after every axis."""
+        """Pad every axis with zeros."""
         if not any(before) and not any(after):
             return value
         return self.op("Pad", value, self.ints(*before, *after))
 
     def reshape_like(self, value: ir.Value, like: ir.Value) -> ir.Value:
-        """Reshape to the shape of a forward value, with constants wherever at most one size is dynamic."""
-        shape_of(like)  # has to be known
+        """Reshape to the shape of a forward value; the target is constant if at most one size is dynamic."""
+        shape_of(like)  # raises if unknown
         sizes = constant_sizes(like)
         target = self.op("Shape", like) if sizes is None else self.ints(*sizes)
         return self.op("Reshape", value, target)
@@ -109,7 +109,7 @@ class Tape:
         return value
 
     def swap_last(self, value: ir.Value) -> ir.Value:
-        """Transpose the last two axes; a value that is such a transpose gives its source."""
+        """Transpose the last two axes. If the value is such a transpose itself, return its source."""
         rank = len(shape_of(value))
         perm = swapped_last(rank)
         producer = value.producer()
@@ -122,7 +122,7 @@ class Tape:
         return transposed
 
     def only_reader(self, value: ir.Value, op_type: str) -> ir.Node | None:
-        """The one forward node that reads a value, if there is one only and it is of this kind."""
+        """The only forward reader of a value, if there is exactly one and it is of this kind."""
         readers = [use.node for use in value.uses() if use.node in self._forward]
         if value.is_graph_output() or len(readers) != 1 or readers[0].op_type != op_type:
             return None

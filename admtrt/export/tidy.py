@@ -1,7 +1,8 @@
-"""Exact simplifications of what PyTorch's exporter leaves behind.
+"""Exact simplifications of the graphs of PyTorch's exporter.
 
 PyTorch's own optimisation (``torch.onnx.export(optimize=True)``) is not used: its patterns compare constants
-with a tolerance, so that it deletes ``+ 1e-8`` and ``* 1.000005``, and other rewrites move ties and ends.
+with a tolerance, so that it deletes ``+ 1e-8`` and ``* 1.000005``, and other rewrites change gradients at
+ties and ends.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from admtrt.export.passes import remove_unused
 if TYPE_CHECKING:
     import onnx_ir as ir
 
-_LARGEST = 2**24  # elements of a constant that is computed once, before the graph runs
+_LARGEST = 2**24  # elements of the largest constant to fold
 
 
 def tidy(model: ir.Model) -> None:
-    """Compute what depends on constants alone, take sequences apart, keep equal nodes once."""
+    """Fold constants, replace sequence operators, and merge equal nodes."""
     changed = True
-    while changed:  # a sequence is taken apart one operator at a time
+    while changed:  # each pass removes one sequence operator
         changed = bool(
             fold_constants(
                 model, onnx_shape_inference=True, input_size_limit=_LARGEST, output_size_limit=_LARGEST

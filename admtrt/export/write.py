@@ -1,4 +1,4 @@
-"""Graph -> file, with its weights beside it where they are large."""
+"""Write a graph to a file, with large weights in a second file."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from admtrt.export.shared import SharedWeights
 
 EXTERNAL_THRESHOLD = 64 * 2**20
-"""Bytes of weights above which they go to a file of their own (protocol buffers end at 2 GiB)."""
+"""Weights of more bytes than this go to a file of their own (protocol buffers are limited to 2 GiB)."""
 
 
 def write_graph(
@@ -28,19 +28,20 @@ def write_graph(
     check: Callable[[Path], None] | None = None,
     shared: SharedWeights | None = None,
 ) -> None:
-    """Write ``path`` and, where its weights exceed :data:`EXTERNAL_THRESHOLD`, ``path.data`` beside it.
+    """Write ``path`` and, if the weights exceed :data:`EXTERNAL_THRESHOLD`, ``path.data`` beside it.
 
-    While a graph that stands there reads that file, its successor's is ``path.other.data``: whoever is killed
-    leaves the old graph or the new one, with its own weights.
+    If an existing graph uses that file, the new weights go to ``path.other.data``. A kill thus leaves either
+    the old or the new graph, with its own weights.
 
     Args:
         model: the graph.
-        path: its place.
-        check: given the written graph before it takes its place; what it raises leaves the place as it was.
-        shared: weights of other graphs in the folder, which need not be written again.
+        path: where to write.
+        check: called with the written graph before it replaces the old one; if it raises, nothing is
+            replaced.
+        shared: weights that other graphs in the folder have written.
 
     Raises:
-        OutputError: if the place cannot be written.
+        OutputError: if the path cannot be written.
     """
     values = [value.const_value for value in model.graph.initializers.values()]
     large = sum(tensor.nbytes for tensor in values if tensor is not None) > EXTERNAL_THRESHOLD
@@ -60,7 +61,7 @@ def write_graph(
         for file in (written, own) if large else (written,):
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
-        if large:  # first, and beside what an older graph reads: one that stands there always has its own
+        if large:  # first, and never over the weights of the existing graph
             own.replace(path.with_name(data))
         written.replace(path)
         for name in read & {f"{path.name}.data", f"{path.name}.other.data"}:
@@ -68,7 +69,7 @@ def write_graph(
 
 
 def _weights_of(path: Path) -> frozenset[str]:
-    """The files that the graph at a place reads; none where there is no graph."""
+    """The weight files of the graph at a path; empty if there is no graph."""
     try:
         return external_locations(path) if path.exists() else frozenset()
     except (BundleError, OSError):

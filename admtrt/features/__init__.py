@@ -1,1 +1,1 @@
-"""Builders of the networks whose features judge samples: Inception from its weights, a judge by training."""
+"""Build feature networks: Inception from its weights, a judge by training."""

@@ -1,4 +1,4 @@
-"""Folders of features: a graph, what it is, and that it was checked; written whole or not at all."""
+"""Write folders of feature networks, with graph and manifest, atomically and after a check."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ JUDGE_WEIGHTS = "judge.safetensors"
 def make_inception(
     weights_file: Path, out: Path, *, unknown_weights: bool = False, overwrite: bool = False
 ) -> tuple[FeatureManifest, dict[str, float]]:
-    """Write the FID Inception from a weights file, held to the network in NumPy before it takes its place.
+    """Write the FID Inception from a weights file, after checking it against the network in NumPy.
 
     Args:
         weights_file: TensorFlow's ``.pb`` or PyTorch's ``.pth``.
         out: the folder.
-        unknown_weights: take a file that is none of the published ones; every result will say so.
+        unknown_weights: accept an unpublished file; every result will say so.
         overwrite: replace a folder that is there.
 
     Returns:
         The manifest, and the largest relative error of each output.
 
     Raises:
-        CheckpointError: if it is no Inception of 2015-12-05, or an unknown one and not allowed.
+        CheckpointError: if it is not the Inception of 2015-12-05, or is unknown and not allowed.
         DataError: if there is no such file.
         ExportError: if the graph computes something else.
         OutputError: if the folder cannot be written.
@@ -82,21 +82,21 @@ def make_judge(
     overwrite: bool = False,
     progress: Callable[[int, str], None] = lambda _count, _text: None,
 ) -> tuple[FeatureManifest, float]:
-    """Train a classifier of clean images on a part that no network sees, and write its features and logits.
+    """Train a classifier of clean images on held-out data, and write its features and logits as a graph.
 
     Args:
         config_file: a training file, whose section ``data`` names labelled images and holds some out.
         out: the folder.
-        part: ``judge``, half of what is held out, or ``held-out``, all of it.
-        steps, batch_size, lr, seed: of the training; another seed than the guide's.
+        part: ``judge``, half of the held-out images, or ``held-out``, all of them.
+        steps, batch_size, lr, seed: of the training; the seed must differ from the guide's.
         overwrite: replace a folder that is there.
         progress: called with the steps done.
 
     Returns:
-        The manifest, and the fraction of the networks' training images (2,000 at most) that it gets right.
+        The manifest, and its accuracy on the networks' training images (at most 2,000).
 
     Raises:
-        RequestError: for another part, or the guide's own seed.
+        RequestError: for another part, or the guide's seed.
         DataError: if the images have no labels, or nothing is held out.
         OutputError: if the folder cannot be written.
     """

@@ -1,4 +1,4 @@
-"""The FID Inception as one ONNX graph, from its weights: onnx and NumPy only."""
+"""Build the FID Inception as one ONNX graph from its weights, with only onnx and NumPy."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ if TYPE_CHECKING:
 
 OPSET = 18
 IR_VERSION = 9
-_CHECKED_SIZES = ((40, 72), (320, 305))  # one is enlarged, one shrunk, neither is square
+_CHECKED_SIZES = ((40, 72), (320, 305))  # one to enlarge, one to shrink, neither square
 _TOLERANCES = {"pool": 1e-5, "spatial": 1e-4, "logits": 1e-5}
-"""Of the largest value, float32 throughout: two orders of summation differ by 1e-6 to 6e-6 in ``pool``, and
-by up to 3e-5 in ``spatial``, behind fewer layers but of single positions."""
+"""Relative to the largest value, in float32: two orders of summation differ by 1e-6 to 6e-6 in ``pool``, and
+by up to 3e-5 in ``spatial``, which is not averaged over positions."""
 
 
 def write_inception(weights: dict[str, Array], path: Path) -> None:
     """Write the graph: ``images`` uint8 [N, H, W, 3] -> ``pool``, ``spatial``, ``logits`` (without the bias).
 
-    The resize is TensorFlow 1's, in the graph, bit for bit; ``spatial`` is flattened as the ADM evaluator
-    does (17, 17, 7), which stored statistics depend on. Batch normalisations are folded in float64.
+    The resize is TensorFlow 1's, in the graph, bit for bit; ``spatial`` is flattened like in the ADM
+    evaluator (17, 17, 7), which stored statistics depend on. Batch normalisations are folded in float64.
 
     Raises:
         CheckpointError: if the weights do not fit together.
@@ -52,10 +52,10 @@ def write_inception(weights: dict[str, Array], path: Path) -> None:
 def check_inception(
     weights: dict[str, Array], run: Callable[[NDArray[np.uint8]], dict[str, Array]]
 ) -> dict[str, float]:
-    """Hold a written graph to the network in NumPy, on generated images; the largest relative errors.
+    """Compare a written graph with NumPy on generated images. Returns the largest relative errors.
 
     Raises:
-        ExportError: if an output differs by more than float32 explains.
+        ExportError: if an output differs by more than float32 rounding.
     """
     worst = dict.fromkeys(_TOLERANCES, 0.0)
     rng = np.random.default_rng(0)
@@ -91,7 +91,7 @@ class _Onnx:
         x = self._node("Cast", [images], to=TensorProto.FLOAT)
         x = self._node("Transpose", [x], perm=[0, 3, 1, 2])
         sizes = self._node("Shape", [images], start=1, end=3)
-        for axis, index in ((3, 1), (2, 0)):  # as TensorFlow: along the width first
+        for axis, index in ((3, 1), (2, 0)):  # like TensorFlow: width first
             x = self._interpolated(x, axis, self._node("Gather", [sizes, self._constant(np.array([index]))]))
         x = self._node("Sub", [x, self._constant(np.float32(128))])
         return self._node("Mul", [x, self._constant(np.float32(0.0078125))])
@@ -145,7 +145,7 @@ class _Onnx:
         return self._node("Concat", parts, axis=1)
 
     def finish(self, last: str, spatial: str) -> None:
-        """The outputs."""
+        """Add the outputs."""
         mean = self._node("GlobalAveragePool", [last])
         self._node("Flatten", [mean], "pool", axis=1)
         ends = [self._constant(np.array([value])) for value in (0, SPATIAL_CHANNELS, 1)]
@@ -155,7 +155,7 @@ class _Onnx:
         self._node("MatMul", ["pool", classes], "logits")
 
     def model(self) -> onnx.ModelProto:
-        """The whole."""
+        """The finished model."""
 
         def value(name: str, kind: int, *sizes: str | int) -> Any:
             return helper.make_tensor_value_info(name, kind, ["N", *sizes])

@@ -1,4 +1,4 @@
-"""A judge for small data: a classifier of clean images, its penultimate layer as features."""
+"""A judge for small data: a classifier of clean images whose penultimate layer gives the features."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from admtrt.run_config import DataConfig
 
 WIDTH = 32
-"""Channels of the finest level; the coarsest has four times as many: 128 features."""
-_SMALLEST = 16  # the coarsest level's size that needs no further level
+"""Channels at the finest level; the coarsest has four times as many, 128 features."""
+_SMALLEST = 16  # no further level below this size
 _WEIGHT_DECAY = 0.05
-_CHECKED = 16  # images on which the graph is held to PyTorch
-_TOLERANCE = 1e-5  # of the largest value: float32 in another order
+_CHECKED = 16  # images for the comparison of graph and PyTorch
+_TOLERANCE = 1e-5  # relative to the largest value: float32 sums in another order
 _JUDGED = 2000
 _BATCH = 256
 
 
 def judge_images(config: DataConfig, part: str) -> tuple[ImageSet, ImageSet]:
-    """The images that a judge learns from, and some that it does not see: those of the networks.
+    """A judge's training images, and some images for its accuracy: training images of the networks.
 
     Raises:
-        DataError: if nothing is held out, or there are no labels or one class only.
+        DataError: if nothing is held out, or there are no labels or only one class.
     """
     images = load_data(config)
     require_classes(images, len(images.class_names))
@@ -94,7 +94,7 @@ class Judge(nn.Module):
         return self.features(images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1)
 
     def features(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same of x [N, C, H, W] in [-1, 1]."""
+        """``pool`` and ``logits`` of x [N, C, H, W] in [-1, 1]."""
         embedding = self.classifier.embed_time(torch.zeros(1))
         pooled = self.head(self.classifier.encode(x, embedding)[-1])
         return pooled.flatten(1), self.last(pooled)
@@ -106,7 +106,7 @@ class Judge(nn.Module):
         save_file(self.classifier.state_dict(), path)
 
     def accuracy(self, images: ImageSet) -> float:
-        """Fraction of labelled images that it classes rightly."""
+        """Fraction of labelled images that it classifies correctly."""
         assert images.labels is not None
         right = 0
         for first in range(0, len(images), _BATCH):
@@ -117,10 +117,10 @@ class Judge(nn.Module):
         return right / len(images)
 
     def check(self, extractor: Extractor, images: ImageSet) -> None:
-        """Hold the exported graph to this network.
+        """Compare the exported graph with this network.
 
         Raises:
-            ExportError: if they differ by more than float32 explains.
+            ExportError: if they differ by more than float32 rounding.
         """
         pixels = _pixels(images, 0, _CHECKED)
         with torch.no_grad():
@@ -133,7 +133,7 @@ class Judge(nn.Module):
 
     @staticmethod
     def seen(images: ImageSet) -> NDArray[np.uint64]:
-        """Hashes of images, ascending."""
+        """Sorted hashes of images."""
         parts = []
         for first in range(0, len(images), _BATCH):
             pixels = _pixels(images, first, _BATCH)
@@ -150,7 +150,7 @@ def train_judge(
     seed: int,
     progress: Callable[[int, str], None],
 ) -> Judge:
-    """AdamW, the rate falling to 0 along a line; a function of its arguments on one machine."""
+    """Train with AdamW and a learning rate falling linearly to 0. Deterministic on one machine."""
     torch.manual_seed(seed)
     judge = Judge(Classifier(judge_config(images.config, len(images.class_names))))
     optimizer = torch.optim.AdamW(judge.classifier.parameters(), lr=lr, weight_decay=_WEIGHT_DECAY)

@@ -1,4 +1,4 @@
-"""The FID Inception in NumPy, straight from its weights: what the exported graph is held to."""
+"""The FID Inception in NumPy, from its weights, as the reference for the exported graph."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Inception of FID, once, for every way to compute it: names and strides of the graph of 2015-12-05.
+"""The structure of FID's Inception, shared by all implementations: names and strides of the 2015-12-05 graph.
 
 Source: TensorFlow's ``classify_image_graph_def.pb``. It differs from later Inceptions: average pools do not
 count padding, and the last block has a max pool.
@@ -12,7 +12,7 @@ SIZE = 299
 """Height and width that images are resized to."""
 POOL, SPATIAL, CLASSES = 2048, 17 * 17 * 7, 1008
 EPSILON = 0.001
-"""Of every batch normalisation."""
+"""Epsilon of every batch normalisation."""
 _SPATIAL_BLOCK = "mixed_6"
 SPATIAL_CHANNELS = 7
 
@@ -23,19 +23,19 @@ class Operations(Protocol[T]):
     """Layers of the network; images are [N, C, H, W]."""
 
     def convolution(self, name: str, x: T, stride: int = 1, *, same: bool = True) -> T:
-        """Convolution, batch normalisation, ReLU; ``same`` pads by half the kernel, else not at all."""
+        """Convolution, batch normalisation, ReLU; ``same`` pads by half the kernel, otherwise no padding."""
         ...
 
     def average(self, x: T) -> T:
-        """Mean of 3x3 neighbours, padding not counted."""
+        """3x3 average pooling; padding is not counted."""
         ...
 
     def largest(self, x: T) -> T:
-        """Largest of 3x3 neighbours."""
+        """3x3 max pooling."""
         ...
 
     def halved(self, x: T) -> T:
-        """Largest of 3x3 neighbours, stride 2, no padding."""
+        """3x3 max pooling, stride 2, no padding."""
         ...
 
     def joined(self, parts: list[T]) -> T:
@@ -115,7 +115,7 @@ def inception(ops: Operations[T], x: T) -> tuple[T, T]:
 
 
 class _Names:
-    """Operations that compute nothing but the names of the convolutions."""
+    """Operations that only record the names of the convolutions."""
 
     def __init__(self) -> None:
         self.names: list[str] = []

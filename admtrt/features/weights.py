@@ -1,4 +1,4 @@
-"""Weights of the FID Inception from the two files that people have, by TensorFlow's names."""
+"""Read the weights of FID's Inception from either published file, by TensorFlow's names."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class KnownFile:
     url: str
 
     def matches(self, path: Path) -> bool:
-        """True where a file is this one."""
+        """True if a file is this one."""
         if path.stat().st_size != self.size:
             return False
         with open_regular(path) as opened:
@@ -45,7 +45,7 @@ KNOWN = (
     KnownFile(
         "classify_image_graph_def.pb",
         95_673_916,
-        "md5",  # the only digest of this file that is published; nothing in it is executed
+        "md5",  # the only published digest of this file; nothing in it is executed
         "e6bb154e85f5d4331c22abcddb5dcf31",
         "https://openaipublic.blob.core.windows.net/diffusion/jul-2021/ref_batches/classify_image_graph_def.pb",
     ),
@@ -60,18 +60,18 @@ KNOWN = (
 
 
 def known_files() -> str:
-    """The files that can be given, for a message."""
+    """The accepted files, for a message."""
     return "; ".join(
         f"{file.name}, {file.size:,} bytes, {file.algorithm} {file.digest}, {file.url}" for file in KNOWN
     )
 
 
 def read_weights(path: Path) -> dict[str, Array]:
-    """Every weight: ``NAME/conv2d_params`` HWIO, ``NAME/batchnorm/PART``, ``softmax/weights``.
+    """Read every weight: ``NAME/conv2d_params`` HWIO, ``NAME/batchnorm/PART``, ``softmax/weights``.
 
     Args:
-        path: TensorFlow's frozen graph (``.pb``), of which constants are read and nothing is executed, or a
-            state dict of PyTorch (``.pth``), read without code.
+        path: TensorFlow's frozen graph (``.pb``), of which only constants are read, or a PyTorch state dict
+            (``.pth``), read without executing code.
 
     Raises:
         CheckpointError: if it cannot be read, or lacks a weight.
@@ -133,7 +133,7 @@ _TOWERS: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 def torch_name(name: str) -> str:
-    """PyTorch's module of a convolution that TensorFlow calls ``name``."""
+    """PyTorch's module name for a convolution that TensorFlow calls ``name``."""
     if name in _STEM:
         return _STEM[name]
     block, _, rest = name.partition("/")
@@ -155,7 +155,7 @@ def _from_torch(path: Path) -> dict[str, Array]:
         with open_regular(path) as opened:
             state = torch.load(opened, map_location="cpu", weights_only=True)
         arrays = {key: tensor.float().numpy() for key, tensor in state.items()}
-    except Exception as error:  # damaged files make PyTorch's reader fail in any way
+    except Exception as error:  # damaged files can make PyTorch's reader raise anything
         raise CheckpointError(f"cannot read {path}: it is no state dict of PyTorch, or damaged") from error
     found: dict[str, Array] = {}
     norm = dict(zip(NORM, ("bias", "weight", "running_mean", "running_var"), strict=True))
@@ -219,7 +219,7 @@ def _tensor(message: Any) -> Array | None:
     fields = dict(entries)
     if fields.get(_DTYPE) != _FLOAT or _SHAPE not in fields:
         return None
-    # Values stand as bytes, or as numbers one by one, packed or not.
+    # Values are stored as bytes, or as single numbers, packed or not.
     content = b"".join(bytes(value) for key, value in entries if key in (_CONTENT, _FLOATS))
     sizes = [dict(_fields(size)).get(_SIZE, 0) for key, size in _fields(fields[_SHAPE]) if key == _DIMENSION]
     return np.frombuffer(content, "<f4").reshape(sizes)

@@ -1,6 +1,6 @@
 """Checkpoints: weights as safetensors with their configuration inside, and the published ``.pt`` files.
 
-Reading never runs code from a file, and every fault of a file becomes a :class:`CheckpointError`.
+Reading never runs code from a file. Every error in a file becomes a :class:`CheckpointError`.
 """
 
 from __future__ import annotations
@@ -56,17 +56,17 @@ def save_checkpoint(
     prefix: str = "",
     replace: bool = True,
 ) -> None:
-    """Write a state dict and its configuration as safetensors; the old file stays until the new one is whole.
+    """Write a state dict and its configuration as safetensors, atomically.
 
     Args:
         path: the file.
         state: tensors by bare name.
-        config: what the file says of itself.
-        prefix: what stands before the names where the file is converted back.
-        replace: a file that stands there.
+        config: configuration to store in the file.
+        prefix: prefix of the names when the file is converted back.
+        replace: whether to replace an existing file.
 
     Raises:
-        OutputError: if the place cannot be written, or is taken and not to be replaced.
+        OutputError: if the path cannot be written, or exists and may not be replaced.
     """
     metadata = {METADATA_KEY: json.dumps(config.to_dict())} | ({PREFIX_KEY: prefix} if prefix else {})
     write_safetensors(path, state, metadata, replace=replace)
@@ -79,14 +79,14 @@ def open_checkpoint(
 
     Args:
         path: a ``.safetensors`` file, a ``.pt`` or ``.pth`` file with a state dict, or diffusers' folder.
-        weights: which to take of a file that holds several: the name of a state dict in it, or what stands
-            before the names of its tensors.
-        options: what the command line's options for this file are called, for advice.
+        weights: which weights to use of a file with several: the name of a state dict in it, or the prefix of
+            tensor names.
+        options: names of the command-line options for this file, for hints.
 
     Raises:
-        CheckpointError: if the file is missing, damaged, no state dict or wants to run code, or holds the
-            weights of several networks, or of others than were asked for; for a folder that is none of
-            diffusers', or of a network or a process that ADM has not.
+        CheckpointError: if the file is missing or damaged, is not a state dict, would run code, holds several
+            networks, or lacks the requested weights; for a folder that is not diffusers', or whose network or
+            process ADM does not have.
     """
     opened = Opened(path, weights, options)
     return next(reader for reader in READERS if reader.recognises(opened)).read(opened)
@@ -95,7 +95,7 @@ def open_checkpoint(
 def load_identified(found: IdentifiedCheckpoint) -> LoadedNetwork:
     """Read the weights of an identified checkpoint into its network.
 
-    Weights stored in float32 stay mapped; others are converted one by one.
+    Weights stored in float32 stay memory-mapped; others are converted one by one.
 
     Raises:
         CheckpointError: if a weight is not dense, real and finite.
@@ -131,13 +131,14 @@ def load_network(
 def convert_checkpoint(
     stored: StoredCheckpoint, target: Path, config: CheckpointConfig | None, *, overwrite: bool = False
 ) -> None:
-    """Write an opened file in the other layout with the same keys, dtypes and bytes of every tensor.
+    """Write an opened file in the other layout, with the same keys, dtypes and bytes of every tensor.
 
     Args:
         stored: the file.
-        target: ``.safetensors`` describes itself; ``.pt`` and ``.pth`` are as the original code writes them.
+        target: the file; ``.safetensors`` includes the configuration, ``.pt`` and ``.pth`` are in the
+            original's layout.
         config: the identified configuration; a ``.safetensors`` target needs it.
-        overwrite: replace a file that stands there.
+        overwrite: replace an existing file.
 
     Raises:
         CheckpointError: if a weight is not dense, real and finite.
@@ -154,16 +155,16 @@ def convert_checkpoint(
         assert config is not None
         save_checkpoint(target, stored.tensors, config, prefix=stored.prefix, replace=overwrite)
         return
-    # Safetensors files are sorted; the original's order is that of the network.
+    # Safetensors files are sorted; the original has the network's order.
     keys = stored.shapes if config is None else shapes_of_network(config)
     write_pickle(target, {stored.prefix + key: stored.tensors[key] for key in keys}, replace=overwrite)
 
 
 def rounded(stored: StoredCheckpoint, dtype: torch.dtype) -> StoredCheckpoint:
-    """An opened file whose tensors are rounded to a floating-point type, in memory.
+    """Round the tensors of an opened file to a floating-point type, in memory.
 
     Raises:
-        CheckpointError: if a weight is too large for it.
+        CheckpointError: if a weight is too large for the type.
     """
     check_weights(stored.path, stored.tensors)
     tensors = {key: tensor.to(dtype) for key, tensor in stored.tensors.items()}
@@ -177,10 +178,10 @@ def rounded(stored: StoredCheckpoint, dtype: torch.dtype) -> StoredCheckpoint:
 
 
 def check_target(path: Path, *, overwrite: bool) -> None:
-    """Refuse a place for a checkpoint before any work.
+    """Refuse an unusable target for a checkpoint before any work.
 
     Raises:
-        OutputError: if it has an unknown suffix or is taken.
+        OutputError: if it has an unknown suffix or exists.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise OutputError(f"{path} has the suffix '{path.suffix}'; expected .safetensors, .pt or .pth")

@@ -34,7 +34,7 @@ class Classifier(Encoder):
                 nn.Flatten(),
             )
         elif config.pool == "attention":
-            assert config.num_head_channels is not None  # the configuration refuses it
+            assert config.num_head_channels is not None  # the configuration guarantees it
             self.out = nn.Sequential(
                 group_norm(channels, config),
                 nn.SiLU(),
@@ -64,7 +64,7 @@ class Classifier(Encoder):
 
 
 def log_prob(classifier: nn.Module, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """log p(y | x_t, t) of each sample, [N]; the label enters as a one-hot product, never as an index."""
+    """log p(y | x_t, t) of each sample, [N]. The label is used in a one-hot product, not as an index."""
     logits = classifier(x, t)
     one_hot = F.one_hot(y, logits.shape[1]).to(logits.dtype)
     return (F.log_softmax(logits, dim=-1) * one_hot).sum(dim=-1)

@@ -1,4 +1,4 @@
-"""Networks in PyTorch as the runtime's denoiser: what samplers, evaluation and the bench run of it."""
+"""The runtime's denoiser on PyTorch networks, for sample grids, evaluation and the bench."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class TorchDenoiser:
     """Networks in PyTorch as a :class:`~admtrt.runtime.sampler.Denoiser`; float32 in and out.
 
     Args:
-        unet: called with x, t and, where conditioned, ``y`` and ``low_res``.
-        classifier: called with x and t, gives logits; None without guidance.
-        device: on which they run.
-        dtype: of the computation; others than float32 by autocast.
-        quantile: of dynamic thresholds, as for :func:`~admtrt.contract.threshold_quantile`.
+        unet: called with x, t and, if it takes them, ``y`` and ``low_res``.
+        classifier: called with x and t, returns logits; None without guidance.
+        device: device of the networks.
+        dtype: dtype of the computation; other than float32 by autocast.
+        quantile: quantile of dynamic thresholds, as for :func:`~admtrt.contract.threshold_quantile`.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class TorchDenoiser:
         return {name: to_array(values) for name, values in results.items()}
 
     def compute(self, graph: GraphName, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """:meth:`run`, from tensors on the device to float32 tensors on it."""
+        """Like :meth:`run`, with tensors on the device; the results are float32."""
         if graph == "unet":
             return {"out": self._evaluate(**given)}
         if graph == "classifier_gradient":
@@ -65,7 +65,7 @@ class TorchDenoiser:
     def _evaluate(self, x: Tensor, t: Tensor, **conditions: Tensor) -> Tensor:
         with self._cast():
             out: Tensor = self._unet(x, t, **conditions)
-        # A compiled network's output lies where the next compiled network's graph may write.
+        # Copy: the next compiled network may overwrite the output buffer of this one.
         return out.float().clone()
 
     @torch.enable_grad()
@@ -80,7 +80,7 @@ class TorchDenoiser:
         return {"grad": grad, "log_prob": log_prob.detach()[:, 0]}
 
     def tensor(self, array: Array) -> Tensor:
-        """An array on the device. A CUDA device copies while the host goes on."""
+        """Copy an array to the device, asynchronously for CUDA."""
         tensor = torch.from_numpy(array)
         if self._device.type != "cuda":
             return tensor.to(self._device)
@@ -165,7 +165,7 @@ SMALL_GRAPHS: Mapping[GraphName, Callable[..., dict[str, Tensor]]] = {
 def _given(
     names: tuple[str, ...], x: Tensor, out: Tensor, coefficients: Tensor
 ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-    """The columns, the network's value channels, and log w."""
+    """The columns, the first C channels of the network's output, and log w."""
     c = {name: coefficients[:, i, None, None, None] for i, name in enumerate(names)}
     value, *learned = torch.split(out, x.shape[1], dim=1)
     return c, value, c["log_weight"] + (c["log_weight_from_v"] * learned[0] if learned else 0)
@@ -174,7 +174,7 @@ def _given(
 def _renoised(
     x_prev: Tensor, reference: Tensor, noise2: Tensor, coefficients: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The column ``keep``, x'' and what the noised reference differs from it."""
+    """The column ``keep``, x'' and the noised reference minus x''."""
     c = {name: coefficients[:, i, None, None, None] for i, name in enumerate(EDIT)}
     x = x_prev + c["renoise"] * noise2
     return c["keep"], x, c["reference"] * reference + c["noise"] * noise2 - x
@@ -185,6 +185,6 @@ def _unbounded(c: dict[str, Tensor], x: Tensor, value: Tensor, grad: Tensor) -> 
 
 
 def to_array(tensor: Tensor) -> Array:
-    """A tensor of any device as an array."""
+    """Convert a tensor on any device to an array."""
     made: Array = tensor.cpu().numpy()
     return made

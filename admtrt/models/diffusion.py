@@ -1,7 +1,7 @@
 """The diffusion process in PyTorch, written as the papers write it.
 
-It shares the tables of :mod:`admtrt.schedule` with the runtime but none of the formulas of its rows. Training
-takes its losses from here; sampling is in :mod:`admtrt.models.solvers`.
+It shares the tables of :mod:`admtrt.schedule` with the runtime, but not the formulas of its rows, so that it
+can serve as a reference. Training uses it for losses; sampling is in :mod:`admtrt.models.solvers`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class Network(Protocol):
-    """A network bound to its labels and conditioning: (x, t) -> out."""
+    """A network with its labels and conditioning bound: (x, t) -> out."""
 
     def __call__(self, x: Tensor, t: Tensor, /) -> Tensor:
         """Run the network."""
@@ -42,7 +42,7 @@ class Prediction:
 
 
 class Diffusion:
-    """A (respaced) process acting on tensors of one type; steps are int64 [N] indices into ``process``."""
+    """A (respaced) process on tensors of one dtype; steps are int64 [N] indices into ``process``."""
 
     def __init__(self, config: DiffusionConfig, process: Process, dtype: torch.dtype = torch.float32) -> None:
         self.config = config
@@ -75,7 +75,7 @@ class Diffusion:
     def predict(
         self, out: Tensor, x_t: Tensor, step: Tensor, bound: Callable[[Tensor], Tensor] | None = None
     ) -> Prediction:
-        """Interpret a network's output as p(x_{t-1} | x_t), x_0 bounded where ``bound`` says how."""
+        """Interpret a network's output as p(x_{t-1} | x_t); ``bound``, if given, bounds x_0."""
         variance, log_variance = self._variance(out, x_t, step)
         value = out[:, : x_t.shape[1]]
         if self.config.mean_type == "eps":
@@ -109,7 +109,7 @@ class Diffusion:
     def x_0_from_eps(self, x_t: Tensor, step: Tensor, eps: Tensor) -> Tensor:
         """x_0 = x_t / sqrt(alpha_bar) - sqrt(1 / alpha_bar - 1) * eps."""
         a = self.process.alpha_bar
-        with np.errstate(divide="ignore"):  # infinite where no signal is left
+        with np.errstate(divide="ignore"):  # infinite if no signal is left
             return self.at(np.sqrt(1 / a), step) * x_t - self.at(np.sqrt(1 / a - 1), step) * eps
 
     def eps_from_x_0(self, x_t: Tensor, step: Tensor, x_0: Tensor) -> Tensor:
@@ -132,12 +132,12 @@ def clipped(x_0: Tensor) -> Tensor:
 
 
 def bounded(x_0: Tensor, sampler: SamplerConfig, quantile: float) -> Tensor:
-    """x_0 as a sampler bounds it: within +-c, or dynamically (Saharia et al. 2022, section 2.3).
+    """Bound x_0 as a sampler does: to +-c, or dynamically (Saharia et al. 2022, section 2.3).
 
     Args:
         x_0: [N, C, H, W].
         sampler: its ``clip`` is c, its ``threshold_max`` the largest dynamic threshold.
-        quantile: of each sample's |x_0| that is its threshold, where it is above c.
+        quantile: quantile of each sample's |x_0| that is its threshold if it exceeds c.
     """
     c = sampler.bound
     if c is None:

@@ -1,8 +1,8 @@
 """EDM's process in PyTorch, written as the papers write it: Karras et al. 2022, table 1 and eq. 7.
 
-With ``boundary`` the preconditioning is that of Song et al. 2023, appendix C, which makes a network the
-identity at the smallest noise level. See :mod:`admtrt.models.diffusion` for why this shares no formula with
-the runtime. Noise levels S are tensors [N].
+``boundary`` selects the preconditioning of Song et al. 2023, appendix C, which makes the network the identity
+at the smallest noise level. See :mod:`admtrt.models.diffusion` for why this shares no formula with the
+runtime. Noise levels S are tensors [N].
 """
 
 from __future__ import annotations

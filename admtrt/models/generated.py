@@ -1,8 +1,8 @@
-"""Weights for networks that were never trained: deterministic, and no layer is zero.
+"""Generated weights for untrained networks: deterministic, and no layer is zero.
 
-ADM zeroes the last layer of every branch at initialisation, so that an untrained UNet returns 0 and any
-comparison passes. These weights exercise every layer. The recipe is that of the golden tensors in
-``tests/data``.
+ADM initialises the last layer of every branch with zeros, so that an untrained UNet returns 0 and any
+comparison passes. These weights exercise every layer. The golden tensors in ``tests/data`` use the same
+recipe.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ SALT = "golden-1/"
 
 
 def standard_normal(name: str, shape: tuple[int, ...], salt: str = SALT) -> NDArray[np.float32]:
-    """A float32 tensor that depends on its name, shape and salt alone."""
+    """A float32 tensor determined by its name, shape and salt."""
     seed = int.from_bytes(hashlib.sha256((salt + name).encode()).digest()[:8], "little")
     return np.random.Generator(np.random.PCG64(seed)).standard_normal(shape).astype(np.float32)
 

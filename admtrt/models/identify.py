@@ -1,7 +1,7 @@
-"""Identification of an opened checkpoint: its settings, its kind, and where they come from.
+"""Identify an opened checkpoint: its settings, its kind, and their source.
 
-What the file says of itself stands above what was given beside it, and that above what its tensors tell.
-All of it is compared with the name and shape of every tensor.
+The file's own settings take precedence over given ones, and those over settings inferred from tensors. All
+are compared with the name and shape of every tensor.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ _ADVICE = "Give the configuration that this network was trained with."
 
 @dataclass(frozen=True)
 class IdentifiedCheckpoint:
-    """A checkpoint of which all is known but the weights.
+    """A checkpoint whose settings are known; its weights are not read yet.
 
     Attributes:
         stored: the file.
-        config: its settings, which fit its tensors.
-        source: where they come from: the ``file`` says them, they were ``given``, or its ``tensors`` and the
-            published model that these are told them.
-        note: what people are told of how it was read and what was assumed; may be empty.
+        config: settings that fit its tensors.
+        source: origin of the settings: ``file``, ``given``, or ``tensors`` (inferred, with the help of a
+            matching published model).
+        note: note for the user on how it was read and what was assumed; may be empty.
     """
 
     stored: StoredCheckpoint
@@ -50,7 +50,7 @@ class IdentifiedCheckpoint:
 
     @property
     def kind(self) -> Kind:
-        """The job of the network."""
+        """The kind of the network."""
         return self.config.kind
 
 
@@ -63,21 +63,21 @@ def identify_checkpoint(
     shared: Mapping[str, Any] = _NOTHING,
     options: OptionNames = _OPTIONS,
 ) -> IdentifiedCheckpoint:
-    """Identify an opened checkpoint, whatever it says of itself.
+    """Identify an opened checkpoint, with or without settings of its own.
 
     Args:
         stored: the file, see :func:`~admtrt.models.checkpoint.open_checkpoint`.
-        kinds: what it may hold.
-        configs: for a file that carries no configuration, at most one of each kind: the one of its kind is
-            taken, else the first. It may not contradict a file that carries one.
-        settings: single settings that replace those of ``configs`` or, without any, answer what the shapes do
-            not tell.
-        shared: settings of the network that it goes with, which are its own where its shapes allow them.
-        options: what the command line's options for this file are called, for advice.
+        kinds: the accepted kinds.
+        configs: configurations for a file without one, at most one per kind. The one of the file's kind is
+            used, else the first. It may not contradict the file's own configuration.
+        settings: single settings that override ``configs`` or, without any, supply what shapes do not
+            determine.
+        shared: settings of the network that it belongs to, used if its shapes allow them.
+        options: names of the command-line options for this file, for hints.
 
     Raises:
-        CheckpointError: if the file is of another kind, its tensors are not those of its configuration, or
-            no configuration can be found.
+        CheckpointError: if the file is of another kind, its tensors do not fit its configuration, or no
+            configuration can be found.
         ConfigError: for an unknown name or an impossible value in ``settings``.
     """
     config = _of_its_kind(stored, configs, settings)
@@ -91,7 +91,7 @@ def identify_checkpoint(
     elif config is not None:
         found = IdentifiedCheckpoint(stored, config, "given", _layout_in_words(stored))
     else:
-        return _told_by_tensors(stored, kinds, settings, shared, options)  # which are held against them there
+        return _told_by_tensors(stored, kinds, settings, shared, options)  # compares them with the tensors
     _check_fits(found, kinds, options)
     return found
 
@@ -107,12 +107,12 @@ def _of_its_kind(
 
 
 def _kind_of(stored: StoredCheckpoint, settings: Mapping[str, Any]) -> Kind | None:
-    """The kind of network that the file says it holds, else that of its shapes; None if unknown."""
+    """The kind of network stored in the file, else inferred from shapes; None if unknown."""
     if stored.embedded is not None:
         return stored.embedded.kind
     try:
         return traits_of(stored.shapes, settings).kind
-    except CheckpointError:  # which whoever needs more than the kind is told
+    except CheckpointError:  # raised later, if more than the kind is needed
         return None
 
 
@@ -131,7 +131,7 @@ def _said_by_file(
     settings: Mapping[str, Any],
     options: OptionNames,
 ) -> IdentifiedCheckpoint:
-    """A file's own settings, which what was given beside it may not contradict; the null class is added."""
+    """A file's own settings, with a given null class. Other given settings may not contradict them."""
     path = stored.path
     check_names(embedded.kind, settings)
     others = {key: value for key, value in settings.items() if key != "null_class"}
@@ -144,7 +144,7 @@ def _said_by_file(
 def _changed(
     path: Path, embedded: CheckpointConfig, settings: Mapping[str, Any], options: OptionNames
 ) -> CheckpointConfig:
-    """A file's settings with some replaced, which may be impossible together with the others."""
+    """A file's settings with some replaced; raises if the combination is impossible."""
     kind = settings.get("kind", embedded.diffusion.kind)
     if kind != embedded.diffusion.kind:
         raise _contradicted(path, [f"kind is {embedded.diffusion.kind} in the file, {kind} given"], options)
@@ -183,7 +183,7 @@ def _contradicted(path: Path, different: list[str], options: OptionNames) -> Che
 
 
 def _with_null_class(path: Path, embedded: CheckpointConfig, null: Any) -> CheckpointConfig:
-    """A file's settings, with the null class that was given beside it."""
+    """A file's settings with the given null class."""
     if embedded.unet is None or null is None:
         return embedded
     network = UNetConfig.from_dict(embedded.unet.to_dict() | {"null_class": null}, source=str(path))
@@ -209,7 +209,7 @@ def _told_by_tensors(
     shared: Mapping[str, Any],
     options: OptionNames,
 ) -> IdentifiedCheckpoint:
-    """The settings that names and shapes of the tensors tell, with ``settings`` where they do not."""
+    """The settings inferred from names and shapes of the tensors, completed by ``settings``."""
     path = stored.path
     kind = _kind_of(stored, settings)
     if kind is not None:
@@ -234,13 +234,13 @@ def _told_by_tensors(
 
 
 def _check_fits(found: IdentifiedCheckpoint, kinds: Sequence[Kind], options: OptionNames) -> None:
-    """Hold a configuration against the tensors.
+    """Compare a configuration with the tensors.
 
     Raises:
         CheckpointError: naming what differs.
     """
     stored, network = found.stored, found.config.network
-    if network.num_blocks > len(stored.shapes):  # before a network of any depth is built to compare the rest
+    if network.num_blocks > len(stored.shapes):  # before building a network of any depth for the comparison
         raise CheckpointError(
             f"the tensors of {stored.path} are not those of its configuration: it has {len(stored.shapes)} "
             f"tensors, too few for {len(network.channel_mult)} levels of {network.num_res_blocks} residual "

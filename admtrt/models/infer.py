@@ -1,8 +1,8 @@
-"""The configuration of a network from the names and shapes of its tensors.
+"""Infer the configuration of a network from the names and shapes of its tensors.
 
-Shapes tell widths, depth, attention levels, classes and more, but neither the image size of a UNet nor how
-attention is split into heads, nor anything of the diffusion process. What they do not tell and what changes
-the result is never guessed: it is asked for by name.
+Shapes determine widths, depth, attention levels, classes and more. They determine neither the image size of a
+UNet, nor the attention heads, nor anything of the diffusion process. Settings that are not determined and
+change the result are never guessed: the error asks for them by name.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 """The shape of every tensor of a state dict by its bare name."""
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-_MAX_CHANNELS = 4  # of images
+_MAX_CHANNELS = 4  # channels of images
 _HEADS = ("num_heads", "num_head_channels")
 _PROCESS = ("schedule", "steps", "rescale_timesteps")
 _OUTPUT = ("mean_type", "variance_type")
@@ -33,7 +33,7 @@ _CONDITION = (
     "(segmentation, inpainting, colouring), which admtrt does not have"
 )
 _PREFIXES = ("_orig_mod.", "module.", "model.diffusion_model.", "denoise_fn.", "ema_model.", "ema.", "model.")
-"""Prefixes that wrappers put before every name."""
+"""Prefixes that wrappers add to every name."""
 
 UNTOLD = (
     "image_size",
@@ -50,15 +50,15 @@ UNTOLD = (
     "norm_groups",
     *(name for name in DiffusionConfig.model_fields if name != "kind"),
 )
-"""Settings that shapes do not tell, or not of every network."""
+"""Settings that shapes do not determine, or not for every network."""
 
 
 class UntoldSettingError(CheckpointError):
-    """Something that shapes do not tell and that was not given."""
+    """A setting that shapes do not determine was not given."""
 
 
 class _SeveralReadingsError(UntoldSettingError):
-    """Shapes that mean several networks; ``first`` is what chooses the first of them."""
+    """The shapes fit several networks; ``first`` has the settings that select the first."""
 
     def __init__(self, message: str, first: Mapping[str, Any]) -> None:
         super().__init__(message)
@@ -67,13 +67,13 @@ class _SeveralReadingsError(UntoldSettingError):
 
 @dataclass(frozen=True)
 class Traits:
-    """Configuration that shapes tell.
+    """The part of the configuration that shapes determine.
 
     Attributes:
-        kind: what the network is for.
+        kind: the kind of network.
         settings: values of its configuration.
         attends: for each level, finest first, whether it has attention.
-        side: height and width of the coarsest level, where a classifier's pooling tells it.
+        side: height and width of the coarsest level, if a classifier's pooling determines it.
         pads_after: whether ``downsample_padding`` was given as ``after``, which rounds odd sizes down.
     """
 
@@ -85,7 +85,7 @@ class Traits:
 
     @property
     def _rounds_up(self) -> bool:
-        # The first is told where neither a block nor pooling halves.
+        # The choice shows only if strided convolutions downsample.
         return bool(self.settings.get("conv_resample")) and not self.pads_after
 
     def level_sizes(self, image_size: int) -> tuple[int, ...]:
@@ -94,7 +94,7 @@ class Traits:
 
     @property
     def image_sizes(self) -> tuple[int, int] | None:
-        """The smallest and the largest image size whose coarsest level is as large, where that is told."""
+        """The smallest and the largest image size that fit the coarsest level, if its size is known."""
         if self.side is None:
             return None
         count = 1 << (len(self.attends) - 1)
@@ -111,24 +111,24 @@ def infer_config(
     told: Mapping[str, Any] = _NOTHING,
     asks: Collection[str] = (),
 ) -> CheckpointConfig:
-    """The configuration of the network whose tensors have these shapes.
+    """Infer the configuration of a network whose tensors have these shapes.
 
     Args:
         shapes: every tensor's shape by its bare name.
-        given: settings of the network and the process that are known; they may not contradict the shapes.
-        assumed: values of :data:`UNTOLD` settings, used where neither the shapes nor ``given`` say.
+        given: known settings of the network and the process; they may not contradict the shapes.
+        assumed: values of :data:`UNTOLD` settings, used if neither the shapes nor ``given`` determine them.
         told: settings that the file tells otherwise.
-        asks: settings that are asked for although they have defaults; of ``kind``, unless it is plain.
+        asks: settings that must be given although they have defaults, such as ``kind`` if it is not clear.
 
     Raises:
         CheckpointError: if these are not the tensors of an ADM network, or ``given`` contradicts them.
-        UntoldSettingError: if something must be given: by name.
+        UntoldSettingError: naming a setting that must be given.
         ConfigError: for an unknown name or an impossible value in ``given``.
     """
     traits = traits_of(shapes, given, told=told)
     check_names(traits.kind, given)
     known = {**_usable(assumed, traits, given), **traits.settings, **parsed(given)}
-    if "num_heads" in known and known.get("pool") != "attention":  # the other key would override it
+    if "num_heads" in known and known.get("pool") != "attention":  # num_head_channels would override it
         known.setdefault("num_head_channels", None)
     size = known.get("image_size")
     if isinstance(size, int):
@@ -137,7 +137,7 @@ def infer_config(
         known = {"attention_resolutions": resolutions} | known
         _check_given(given, {"attention_resolutions": resolutions})
     _check_given(given, traits.settings)
-    # Such files hold processes of either kind, unless something of a discrete one is known.
+    # Such files may have either kind of process, unless a given setting implies a discrete one.
     plain = traits.settings.get("learn_sigma") or any(key in known for key in _PROCESS)
     either = "kind" in asks and not plain
     missing = _missing(traits, known, kind_untold=either)
@@ -148,7 +148,7 @@ def infer_config(
 
 
 def stand_in(shapes: Shapes, given: Mapping[str, Any] = _NOTHING) -> CheckpointConfig:
-    """Some network of such tensors, if there is any: settings without a trace in shapes are made up.
+    """Any network with such tensors, if there is one; settings that shapes do not show are arbitrary.
 
     Raises:
         CheckpointError: if these are not the tensors of an ADM network.
@@ -178,17 +178,17 @@ def traits_of(
     told: Mapping[str, Any] = _NOTHING,
     any_reading: bool = False,
 ) -> Traits:
-    """Configuration that shapes tell, with ``given`` only where they allow several readings.
+    """The configuration that shapes determine; ``given`` is used only if they are ambiguous.
 
     Args:
         shapes: every tensor's shape by its bare name.
-        given: settings that are known.
-        told: settings that the file tells otherwise, added to the result.
-        any_reading: take one of several readings that nothing decides between.
+        given: known settings.
+        told: settings known from the file's layout, added to the result.
+        any_reading: accept an arbitrary one of several possible readings.
 
     Raises:
         CheckpointError: if these are not the tensors of an ADM network.
-        UntoldSettingError: if something must be given to choose a reading.
+        UntoldSettingError: if a setting is needed to choose a reading.
     """
     values = parsed(given)
     while True:
@@ -217,7 +217,7 @@ def _traits(shapes: Shapes, given: Mapping[str, Any]) -> Traits:
     }
     if layout.resampling is not None:
         settings["resblock_updown"] = layout.resampling == "block"
-    if layout.resampling in ("conv", "pool"):  # which a block makes irrelevant
+    if layout.resampling in ("conv", "pool"):  # irrelevant if residual blocks resample
         settings["conv_resample"] = layout.resampling == "conv"
     attends = tuple(level.attends for level in layout.levels)
     first = _axis(shapes, "input_blocks.0.0.weight", 1)
@@ -248,7 +248,7 @@ def _axis(shapes: Shapes, key: str, axis: int) -> int:
 
 
 def multiplier(width: int, model_channels: int) -> float:
-    """The multiplier whose product, rounded down, is a level's width."""
+    """The channel multiplier that gives a level's width after rounding down."""
     multiplier = width / max(model_channels, 1)
     return multiplier if int(multiplier * model_channels) == width else math.nextafter(multiplier, math.inf)
 
@@ -257,7 +257,7 @@ def multiplier(width: int, model_channels: int) -> float:
 
 
 class _InputBlock(NamedTuple):
-    """An input block: a residual one (perhaps with attention), a strided convolution, or pooling."""
+    """An input block: a residual block (with or without attention), a strided convolution, or pooling."""
 
     layer: Literal["block", "conv", "pool"]
     width: int
@@ -287,15 +287,15 @@ def _stages(shapes: Shapes) -> list[_InputBlock]:
 
 
 def _upsampling_blocks(shapes: Shapes) -> set[int]:
-    """The output blocks that end with a second residual block, which doubles the size."""
+    """The output blocks that end with a second residual block, which upsamples."""
     found = (re.match(r"output_blocks\.(\d{1,4})\.[12]\.in_layers\.0\.weight$", key) for key in shapes)
     return {int(match[1]) for match in found if match}
 
 
 def _layout(stages: list[_InputBlock], upsampling: set[int] | None, given: Mapping[str, Any]) -> _Layout:
-    """Divide input blocks into levels: each ``num_res_blocks`` and, but for the last, one that halves.
+    """Divide input blocks into levels: ``num_res_blocks`` each and, except in the last, a downsampling block.
 
-    Where a block does the halving it looks like any other: then widths, attention and the decoder decide.
+    If residual blocks downsample, they look like any other. Then widths, attention and the decoder decide.
     """
     total = len(stages) + 1
     found = []
@@ -341,8 +341,8 @@ def _read_as(groups: list[list[_InputBlock]], num_res_blocks: int) -> _Layout | 
 
 
 def _ends(first: int, last: int, given: Mapping[str, Any]) -> tuple[Kind, dict[str, Any]]:
-    """Kind, image channels and learned sigma from what the first and the last convolution take and give."""
-    found: list[tuple[int, dict[str, Any]]] = []  # channels beside x_t
+    """Kind, image channels and learned sigma, from the channels of the first and the last convolution."""
+    found: list[tuple[int, dict[str, Any]]] = []  # (channels besides x_t, settings)
     for learn_sigma in (False, True):
         channels, rest = divmod(last, 1 + learn_sigma)
         if not rest and 1 <= channels <= min(first, _MAX_CHANNELS):
@@ -380,7 +380,7 @@ def _classifier_head(shapes: Shapes) -> tuple[dict[str, Any], int | None]:
         if side < 1 or side**2 != positions:
             raise CheckpointError(f"{tokens} is of {positions} positions, which are those of no square image")
         return {"pool": "attention", "num_classes": _axis(shapes, "out.2.c_proj.weight", 0)}, side
-    if len(shapes.get("out.0.weight", ())) == 2:  # a linear map, where the other heads normalise
+    if len(shapes.get("out.0.weight", ())) == 2:  # a linear layer; other heads begin with a norm
         plain = "out.2.weight" in shapes
         key = "out.2.weight" if plain else "out.3.weight"
         return {"pool": "spatial" if plain else "spatial_v2", "num_classes": _axis(shapes, key, 0)}, None
@@ -391,12 +391,12 @@ def _classifier_head(shapes: Shapes) -> tuple[dict[str, Any], int | None]:
 
 
 def _usable(assumed: Mapping[str, Any], traits: Traits, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Assumptions that go with the rest."""
+    """The assumptions that are compatible with the other settings."""
     usable = {key: value for key, value in assumed.items() if key in UNTOLD}
     if traits.side is not None and "image_size" in usable:
         fits = traits.level_sizes(usable["image_size"])[-1] == traits.side
         usable = usable if fits else {key: value for key, value in usable.items() if key != "image_size"}
-    if any(key in given for key in _HEADS):  # then of heads nothing but what was given
+    if any(key in given for key in _HEADS):  # given heads exclude assumed ones
         usable = {key: value for key, value in usable.items() if not key.startswith("num_head")}
     if traits.kind == "classifier":
         return usable

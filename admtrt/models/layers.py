@@ -21,9 +21,9 @@ MAX_PERIOD = 10_000.0
 def embedding_frequencies(count: int, shift: int = 0) -> Tensor:
     """``MAX_PERIOD ** (-i / (count - shift))``, float32 [count] on the CPU: the same bits on every machine.
 
-    The exponents are float32, as in the original that networks were trained with: products and quotients are
-    rounded correctly everywhere. The last bit of an exponential of PyTorch, NumPy or C depends on the
-    processor; Decimal's is rounded correctly by its specification.
+    The exponents are float32, as in the original: products and quotients are correctly rounded everywhere.
+    The exponential is computed with Decimal, which is correctly rounded by its specification; in PyTorch,
+    NumPy or C its last bit depends on the processor.
     """
     exponents = (
         np.float32(-math.log(MAX_PERIOD)) * np.arange(count, dtype=np.float32) / np.float32(count - shift)
@@ -37,14 +37,14 @@ def embedding_frequencies(count: int, shift: int = 0) -> Tensor:
 class TimestepEmbedding(nn.Module):
     """Sinusoidal embedding of (fractional) timesteps: [N] -> [N, dim], cosines first.
 
-    A module so that its frequencies are one constant of an exported graph; they are not in the state dict.
+    A module, so that the frequencies are a constant of an exported graph. They are not in the state dict.
     """
 
     frequencies: Tensor
 
     def __init__(self, dim: int, shift: int = 0) -> None:
         super().__init__()
-        # Real even where a module is built on the meta device: no checkpoint would fill them in.
+        # Not on the meta device: no checkpoint would fill them in.
         self.register_buffer("frequencies", embedding_frequencies(dim // 2, shift), persistent=False)
 
     def forward(self, t: Tensor) -> Tensor:
@@ -54,9 +54,10 @@ class TimestepEmbedding(nn.Module):
 
 
 class GroupNorm(nn.GroupNorm):
-    """PyTorch's, by way of the layout that its CPU kernel is made for.
+    """PyTorch's group norm, computed in the layout that its CPU kernel is made for.
 
-    On channels-last images of few channels a group that kernel takes 25 times as long; two copies do not.
+    On channels-last images with few channels per group, the kernel takes 25 times as long; two copies are
+    faster.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def zeroed(module: nn.Conv2d | nn.Conv1d) -> nn.Conv2d | nn.Conv1d:
 
 
 class Upsample(nn.Module):
-    """Nearest-neighbour upsampling by 2, then a 3x3 convolution where asked."""
+    """Nearest-neighbour upsampling by 2, then an optional 3x3 convolution."""
 
     def __init__(self, channels: int, *, use_conv: bool) -> None:
         super().__init__()
@@ -99,7 +100,7 @@ class Upsample(nn.Module):
 class Downsample(nn.Module):
     """Halving by a strided 3x3 convolution or by 2x2 average pooling.
 
-    The convolution has zeros on both sides of the image or, with ``after``, right and below of it alone.
+    The convolution pads with zeros on both sides of the image or, with ``after``, only right and below.
     """
 
     def __init__(self, channels: int, *, use_conv: bool, after: bool = False) -> None:
@@ -192,7 +193,7 @@ class SelfAttention(nn.Module):
         self.new_order = new_order
 
     def forward(self, qkv: Tensor, queries: int | None = None) -> Tensor:
-        """[N, 3C, T] -> [N, C, T], or [N, C, queries] where only the first positions ask."""
+        """[N, 3C, T] -> [N, C, T], or [N, C, queries] with only the first positions as queries."""
         width, length = qkv.shape[1:]
         size = width // (3 * self.heads)
         if self.new_order:
@@ -228,7 +229,7 @@ class AttentionBlock(nn.Module):
         return self._forward(x)
 
     def _forward(self, x: Tensor) -> Tensor:
-        # On images, not on rows of positions: what runs convolutions then need not change its layout.
+        # On images, not on rows of positions, so that the convolutions' layout can be kept.
         qkv = F.conv2d(self.norm(x), self.qkv.weight[..., None], self.qkv.bias)
         out = self.attention(qkv.flatten(2)).reshape(-1, *x.shape[1:])
         return x + F.conv2d(out, self.proj_out.weight[..., None], self.proj_out.bias)
@@ -248,7 +249,7 @@ class AttentionPool(nn.Module):
         """[N, C, H, W] -> [N, out_features]."""
         x = x.flatten(2)
         x = torch.cat([x.mean(dim=-1, keepdim=True), x], dim=-1) + self.positional_embedding[None]
-        pooled = self.attention(self.qkv_proj(x), queries=1)  # nothing else reaches the output
+        pooled = self.attention(self.qkv_proj(x), queries=1)  # only the mean token's output is used
         out: Tensor = self.c_proj(pooled).flatten(1)
         return out
 

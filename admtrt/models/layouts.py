@@ -1,4 +1,4 @@
-"""Layouts of forks' files: several state dicts, prefixes, attention as convolutions of images."""
+"""Layouts of forks' files: several state dicts, prefixes, attention as 2-D convolutions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ROOT = "time_embed.0.weight"
-"""A tensor that every ADM network has, once."""
+"""A tensor that every ADM network has exactly once."""
 
 _PLAIN = "plain"
 _ATTENTION = re.compile(r"\.(qkv|proj_out)\.weight$")
@@ -26,8 +26,8 @@ class WeightSet:
     """The weights of one network in a file.
 
     Attributes:
-        tensors: by bare name, as they are stored.
-        prefix: what stood before every name.
+        tensors: by bare name, as stored.
+        prefix: the prefix removed from every name.
     """
 
     tensors: Mapping[str, Tensor]
@@ -37,16 +37,17 @@ class WeightSet:
 def choose_weights(
     path: Path, state_dicts: Mapping[str, Mapping[str, Tensor]], wanted: str | None, option: str
 ) -> WeightSet:
-    """The weights in a file that holds one network's, or those that were asked for.
+    """Choose the weights of one network in a file: the only ones, or the requested ones.
 
     Args:
         path: the file, for messages.
-        state_dicts: what the file holds, by name; "" where it is a state dict itself.
-        wanted: a name of weights: of a state dict, or what stands before the tensors' names.
-        option: what asks for them, for advice.
+        state_dicts: the state dicts of the file by name; "" if the file is a state dict itself.
+        wanted: the name of a state dict, or the prefix of tensor names.
+        option: the option that requests weights, for hints.
 
     Raises:
-        CheckpointError: if there are several (averaged beside plain ones) and none was chosen, or no such.
+        CheckpointError: if there are several (for instance averaged and plain ones) and none was chosen, or
+            the chosen ones are missing.
     """
     named = {name: one for key, tensors in state_dicts.items() for name, one in _sets(key, tensors).items()}
     if wanted is None:
@@ -72,7 +73,7 @@ def choose_weights(
 
 
 def _sets(name: str, tensors: Mapping[str, Tensor]) -> dict[str, WeightSet]:
-    """The networks in one state dict by what sets them apart: its name, what stands before names, or both."""
+    """The networks in one state dict, by the state dict's name, the prefix of names, or both."""
     prefixes = [key.removesuffix(_ROOT) for key in tensors if key == _ROOT or key.endswith(f".{_ROOT}")]
     if not prefixes:
         return {name or _PLAIN: WeightSet(tensors)}
@@ -90,12 +91,12 @@ def _sets(name: str, tensors: Mapping[str, Tensor]) -> dict[str, WeightSet]:
 
 
 def convolved_attention(tensors: Mapping[str, Tensor]) -> frozenset[str]:
-    """Attention's weights, if all are those of 1x1 convolutions of images, [.., .., 1, 1]."""
+    """Attention's weights, if all belong to 2-D 1x1 convolutions, [.., .., 1, 1]."""
     names = [name for name in tensors if _ATTENTION.search(name)]
     convolved = all(tensors[name].ndim == 4 and tensors[name].shape[2:] == (1, 1) for name in names)
     return frozenset(names) if convolved else frozenset()
 
 
 def partial_prefix(tensors: Mapping[str, Tensor]) -> str:
-    """Prefix of a network's tensors, beside others in one state dict; "" if none."""
+    """Prefix of a network's tensors in a state dict with other tensors; "" if there is none."""
     return next((key.removesuffix(f".{_ROOT}") for key in tensors if key.endswith(f".{_ROOT}")), "")

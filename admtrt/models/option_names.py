@@ -1,4 +1,4 @@
-"""Command-line names of the options that describe a checkpoint: for advice that can be followed."""
+"""Names of the command-line options that describe a checkpoint, for hints."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 
 class OptionNames(NamedTuple):
-    """Names of options.
+    """Names of the options for one checkpoint.
 
     Attributes:
-        prefix: how those for a preset and for single settings begin.
+        prefix: prefix of the options for a preset and for single settings.
         config: the option for a file that describes the network.
     """
 

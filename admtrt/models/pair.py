@@ -1,4 +1,4 @@
-"""A generator and its classifier: what the two checkpoints must have in common."""
+"""A generator and its classifier: check that the two checkpoints fit together."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ if TYPE_CHECKING:
     from admtrt.models.settings import CheckpointConfig
 
 _PREDICTED = {"mean_type", "variance_type", "rescale_timesteps"}
-"""Fields in which the two may differ: the UNet's prediction and unit of t; the noise must agree."""
+"""Fields in which the two may differ: prediction type and unit of t. The noise schedule must agree."""
 
 
 def check_pair(generator: CheckpointConfig, guide: CheckpointConfig | None) -> None:
-    """Refuse a classifier for other images, classes or noise than its UNet's, and names of other classes.
+    """Refuse a classifier with other images, classes, class names or noise schedule than its UNet.
 
     Raises:
         CheckpointError: naming what differs.
     """
-    assert generator.unet is not None  # its kind says so
+    assert generator.unet is not None  # guaranteed by its kind
     try:
         check_networks(generator.unet, None if guide is None else guide.classifier, generator.diffusion)
     except ValueError as error:
@@ -54,15 +54,15 @@ def check_pair(generator: CheckpointConfig, guide: CheckpointConfig | None) -> N
 
 
 def in_units_of(diffusion: DiffusionConfig | EdmConfig, guide: LoadedNetwork) -> LoadedNetwork:
-    """The classifier with its UNet's unit of ``t``, which a step gives to both.
+    """Convert the classifier to its UNet's unit of ``t``, because a step gives both the same ``t``.
 
-    Where only one of them was trained on rescaled timesteps, the ratio of the units goes into the frequencies
-    of the classifier's time embedding: their products with ``t`` are what they were.
+    If only one was trained on rescaled timesteps, the ratio of the units is multiplied into the frequencies
+    of the classifier's time embedding, so that their products with ``t`` do not change.
     """
     factor = guide.config.diffusion.time_factor / diffusion.time_factor
     if factor == 1:
         return guide
-    assert isinstance(diffusion, DiffusionConfig)  # no other has a unit
+    assert isinstance(diffusion, DiffusionConfig)  # only discrete processes have a unit
     with torch.device("meta"):
         module = build_network(guide.config)
     module.load_state_dict(guide.module.state_dict(), assign=True)

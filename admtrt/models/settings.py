@@ -1,4 +1,4 @@
-"""Settings of a checkpoint: its network, its process and how to sample from it."""
+"""Settings of a checkpoint: its network, its process and its recommended sampler."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 
 
 PROCESS_FIELDS = tuple(dict.fromkeys([*DiffusionConfig.model_fields, *EdmConfig.model_fields]))
-"""Settings of a process of any kind; no network has one of these names."""
+"""Settings of processes of any kind. Networks use none of these names."""
 
 
 class CheckpointConfig(Config):
     """Settings of a checkpoint.
 
     ``unet`` is set for the kinds ``unet`` and ``upsampler``, ``classifier`` for ``classifier``. ``sampler``
-    is a recommendation, ``threshold_quantile`` that of its dynamic thresholds where it is not the usual one.
-    ``run``, ``step`` and ``ema_rate`` tell how the weights came about.
+    is the recommended sampler, ``threshold_quantile`` the quantile of its dynamic thresholds if not the
+    default. ``run``, ``step`` and ``ema_rate`` describe how the weights were trained.
     """
 
     format_version: Literal[1] = 1
@@ -58,20 +58,20 @@ class CheckpointConfig(Config):
     def network(self) -> UNetConfig | ClassifierConfig:
         """The configuration of the network that the file holds."""
         network = self.classifier or self.unet
-        assert network is not None  # the validator refuses it
+        assert network is not None  # guaranteed by the validator
         return network
 
     @property
     def classes(self) -> int | None:
-        """Classes that can be asked for."""
+        """Number of classes that can be requested."""
         network = self.network
         return network.classes if isinstance(network, UNetConfig) else network.num_classes
 
     @property
     def facts(self) -> dict[str, Any]:
-        """Settings of network and process that a file cannot have otherwise, equal where their effect is."""
+        """The settings that options may not contradict, normalised so that equal effects compare equal."""
         facts = self.network.model_dump(mode="json") | self.diffusion.model_dump(mode="json")
-        facts.pop("null_class", None)  # said beside the file
+        facts.pop("null_class", None)  # given by options, not by files
         facts["attention_resolutions"] = sorted(self.network.attention_resolutions)
         if "rescale_timesteps" in facts:
             facts["rescale_timesteps"] = self.diffusion.time_factor != 1
@@ -136,10 +136,10 @@ def checkpoint_config_from_preset(name: str) -> CheckpointConfig:
 def checkpoint_config_from_settings(
     kind: Kind, settings: Mapping[str, Any], **fields: Any
 ) -> CheckpointConfig:
-    """From one flat table with the keys of the network and of the process.
+    """Make settings from one flat table with keys of the network and of the process.
 
     Args:
-        kind: what the network is for.
+        kind: the kind of network.
         settings: keys of its network configuration and of its :data:`~admtrt.config.ProcessConfig`.
         fields: further fields of the result.
 
@@ -166,15 +166,15 @@ def with_settings(config: CheckpointConfig, settings: Mapping[str, Any]) -> Chec
     kept = data[_section(config.kind)]
     if settings.get("kind", config.diffusion.kind) == config.diffusion.kind:
         kept |= config.diffusion.model_dump()
-    if "num_heads" in settings:  # which the other key would override
+    if "num_heads" in settings:  # num_head_channels would override it
         kept["num_head_channels"] = None
     rest = {key: data[key] for key in data if key not in ("kind", "unet", "classifier", "diffusion")}
-    rest["sampler"] = config.sampler  # which knows whether its steps were given
+    rest["sampler"] = config.sampler  # keeps which of its fields were set
     return checkpoint_config_from_settings(config.kind, kept | dict(settings), **rest)
 
 
 def check_names(kind: Kind, settings: Mapping[str, Any]) -> None:
-    """Refuse keys that neither the network nor the process has.
+    """Refuse keys that belong to neither the network nor the process.
 
     Raises:
         ConfigError: naming the nearest known key.

@@ -1,4 +1,4 @@
-"""A checkpoint that a reader opened: its tensors by ADM's names, and what it says of itself."""
+"""A checkpoint opened by a reader: its tensors by ADM's names, and its own settings."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ if TYPE_CHECKING:
     from admtrt.models.infer import Shapes
 
 METADATA_KEY = "admtrt"
-"""Name of the JSON of a :class:`CheckpointConfig` in a safetensors header."""
+"""Key of a :class:`CheckpointConfig` as JSON in a safetensors header."""
 
 PREFIX_KEY = "admtrt.key_prefix"
-"""Name there of the text that stood before every key in the file that it was converted from."""
+"""Key in that header of the prefix that all names had in the file that was converted."""
 
 _FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
 class StoredCheckpoint:
-    """An opened file or folder: its tensors are mapped, their bytes not yet read.
+    """An opened file or folder; its tensors are memory-mapped.
 
     Attributes:
         path: the file or folder.
-        tensors: by ADM's bare name, as they are stored.
-        prefix: what stood before every name.
-        embedded: what the file says of itself, if it says all of it.
-        convolved: attention's weights that are stored as 1x1 convolutions of images, [.., .., 1, 1].
-        told: settings that the layout tells beside the shapes; others may not be given.
+        tensors: by ADM's bare name, as stored.
+        prefix: the prefix removed from every name.
+        embedded: the file's own settings, if complete.
+        convolved: attention's weights that are stored as 2-D 1x1 convolutions, [.., .., 1, 1].
+        told: settings implied by the layout; other values may not be given.
         asks: settings that must be given although they have defaults.
-        made_from: the system in whose layout it is, where it is none of the original code's.
-        names: what tensors are called in the file, where it is not their name here.
-        note: what people are told of how it was read.
+        made_from: the system of its layout, if it is not the original code's.
+        names: the tensors' names in the file, where they differ.
+        note: note for the user on how it was read.
     """
 
     path: Path
@@ -63,11 +63,11 @@ class StoredCheckpoint:
 
     @property
     def by_stored_name(self) -> Mapping[str, Tensor]:
-        """The tensors by what they are called in the file, for messages."""
+        """The tensors by their names in the file, for messages."""
         return {self.names.get(key, key): tensor for key, tensor in self.tensors.items()}
 
     def in_network(self, key: str) -> Tensor:
-        """A tensor as the network has it."""
+        """A tensor in the network's shape."""
         tensor = self.tensors[key]
         return tensor[..., 0] if key in self.convolved else tensor
 
@@ -76,7 +76,7 @@ def read_checkpoint_config(path: Path) -> CheckpointConfig | None:
     """The configuration in a file's header; None if there is none.
 
     Raises:
-        CheckpointError: if the file is missing or damaged, or says something that cannot be used.
+        CheckpointError: if the file is missing or damaged, or has an unusable configuration.
     """
     text = read_metadata(path).get(METADATA_KEY)
     if text is None:

@@ -1,7 +1,7 @@
-"""PyTorch's files, checked before PyTorch reads them: a small file must not cost much time or memory.
+"""Check PyTorch's files before PyTorch reads them: a small file must not cost much time or memory.
 
-PyTorch's reader for weights alone runs no code, but does whatever work the file asks of it: it inflates, and
-it hashes tuples of tuples. A state dict needs little of that, and the rest is refused here.
+PyTorch's weights-only reader runs no code, but does any amount of work that a file demands: it decompresses,
+and it hashes nested tuples. A state dict needs little of that; everything else is refused here.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 if TYPE_CHECKING:
     from pathlib import Path
 
-_ZIP_START = b"PK\x03\x04"  # by which PyTorch tells archives from the files of before 1.6
+_ZIP_START = b"PK\x03\x04"  # distinguishes archives from files before PyTorch 1.6
 _LONG_END, _LOCATOR, _END = map(struct.Struct, ("<4sQ2H2L4Q", "<4sLQL", "<4s4H2LH"))
-_LONGEST_DIRECTORY = 2**23  # bytes; about 90 a tensor
+_LONGEST_DIRECTORY = 2**23  # bytes; about 90 per tensor
 _LEGACY_PICKLES = 5  # magic number, version, system, the object itself, the names of the storages
-_LARGEST_PICKLE = 2**24  # bytes; that of a state dict has about 200 a tensor
-_MOST_STEPS = 200_000  # about 40 a tensor
+_LARGEST_PICKLE = 2**24  # bytes; a state dict has about 200 per tensor
+_MOST_STEPS = 200_000  # about 40 per tensor
 _DEEPEST = 100
-_MOST_WORK = 20_000_000  # objects taken up again and again, shared ones every time
+_MOST_WORK = 20_000_000  # visited objects; shared ones count each time
 
 _OPCODES = frozenset(
     {
@@ -34,10 +34,10 @@ _OPCODES = frozenset(
         *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING"),
     }
 )
-"""Of those that PyTorch's reader knows, the ones that dictionaries of tensors are written with."""
+"""The opcodes of PyTorch's reader that dictionaries of tensors are written with."""
 
 _GROWTH = frozenset({"SETITEM", "SETITEMS", "APPEND", "APPENDS", "BUILD"})
-"""Those that add to the first object that they take."""
+"""Opcodes that append to their first operand."""
 
 _CALLED = frozenset(
     {
@@ -49,36 +49,36 @@ _CALLED = frozenset(
         "torch._utils._rebuild_parameter",
     }
 )
-"""Callables that are allowed: all of them make dictionaries, sizes and views of the file's own bytes."""
+"""Allowed callables: they only make dictionaries, sizes and views of the file's bytes."""
 
 _NAMED = re.compile(r"torch\.(storage\.)?(\w*Storage|bool|[a-z]+\d+(_\w+)?)")
-"""Names that are allowed besides: types of storages and numbers."""
+"""Other allowed names: types of storages and numbers."""
 
 
 class UnneededGlobalError(ValueError):
-    """The pickle uses something that weights do not need; ``args`` hold its name."""
+    """The pickle uses a name that weights do not need; ``args`` holds it."""
 
 
 class _Object(NamedTuple):
-    """Depth and size of an object, known without making it."""
+    """Depth and size of an object, without creating it."""
 
     depth: int = 0
     size: int = 1
     name: str = ""
 
 
-_ATOM, _MARK = _Object(), _Object()  # told apart by identity
+_ATOM, _MARK = _Object(), _Object()  # compared by identity
 
 
 def check_torch_file(path: Path) -> bool:
-    """Make sure that PyTorch can read a file in bounded time and memory, without reading its weights.
+    """Check that PyTorch can read a file in bounded time and memory, without reading its weights.
 
     Returns:
-        Whether it is an archive, which can be mapped; files from before PyTorch 1.6 are none.
+        Whether it is an archive, which can be memory-mapped; files before PyTorch 1.6 are not.
 
     Raises:
-        UnneededGlobalError: if a name in its pickle is none that weights need.
-        Exception: of many types, if it is damaged, or more than the weights of a network.
+        UnneededGlobalError: if its pickle uses a name that weights do not need.
+        Exception: of various types, if it is damaged or demands more work than weights need.
     """
     with path.open("rb") as opened:
         start = opened.read(_LARGEST_PICKLE)
@@ -97,13 +97,14 @@ def check_torch_file(path: Path) -> bool:
 
 
 def _directory_of(path: Path) -> int:
-    """Offset of an archive's directory, by the record at its very end and ZIP64's before that.
+    """Offset of an archive's directory, from the end record and ZIP64's record before it.
 
-    Python and PyTorch look for it in ways that differ where an archive does not end as PyTorch writes it.
+    Python and PyTorch can find different directories in an archive that does not end the way PyTorch writes
+    it.
 
     Raises:
-        ValueError: if it does not, or the directory is absurdly long.
-        struct.error: if it is too short for any.
+        ValueError: for such an archive, or if the directory is too long.
+        struct.error: if the file is too short.
     """
     with path.open("rb") as opened:
         size = opened.seek(0, io.SEEK_END)
@@ -122,12 +123,12 @@ def _directory_of(path: Path) -> int:
 
 
 def _pickle_in(path: Path, entries: list[zipfile.ZipInfo]) -> zipfile.ZipInfo:
-    """The one pickle of an archive, whose other members are raw bytes.
+    """The only pickle of an archive; its other members are raw bytes.
 
     Raises:
-        ValueError: if it is not such an archive, or its members could be larger than it is.
+        ValueError: if it is not such an archive, or its members claim to be larger than the file.
     """
-    names = {entry.filename.lower() for entry in entries}  # PyTorch's reader does not tell cases apart
+    names = {entry.filename.lower() for entry in entries}  # PyTorch's reader ignores case
     if len(names) != len(entries) or len({name.partition("/")[0] for name in names}) != 1:
         raise ValueError("two members of the archive have one name, or they lie in several folders")
     for entry in entries:
@@ -142,7 +143,7 @@ def _pickle_in(path: Path, entries: list[zipfile.ZipInfo]) -> zipfile.ZipInfo:
 
 
 def _check_pickle(stream: io.BytesIO) -> None:
-    """Follow one pickle, leaving its objects unmade.
+    """Simulate one pickle without creating its objects.
 
     Raises:
         UnneededGlobalError: for a name that weights do not need.
@@ -180,7 +181,7 @@ def _check_pickle(stream: io.BytesIO) -> None:
 
 
 def _taken(stack: list[_Object], opcode: pickletools.OpcodeInfo) -> list[_Object]:
-    """Remove what an opcode takes from the stack, in the order in which it was put there."""
+    """Pop an opcode's operands from the stack, in the order in which they were pushed."""
     before = opcode.stack_before
     taken: list[_Object] = []
     if pickletools.markobject in before:
@@ -192,10 +193,10 @@ def _taken(stack: list[_Object], opcode: pickletools.OpcodeInfo) -> list[_Object
 
 
 def _allowed(argument: str) -> str:
-    """The full name of what the opcode GLOBAL asks for.
+    """Check the name that the opcode GLOBAL requests, and return it in full.
 
     Raises:
-        UnneededGlobalError: if weights do not need it.
+        UnneededGlobalError: if weights do not need the name.
     """
     name = argument.replace(" ", ".", 1)
     if name not in _CALLED and not _NAMED.fullmatch(name):

@@ -113,13 +113,14 @@ class UNet(Encoder):
         return Upsample(channels, use_conv=config.conv_resample)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, low_res: Tensor | None = None) -> Tensor:
-        """Predict eps (or what the process says) and, where sigma is learned, its variance channels.
+        """Predict eps (or the process's ``mean_type``) and, if sigma is learned, the variance channels.
 
         Args:
             x: [N, C, H, W], the noisy image.
             t: float32 [N], in the units the network was trained with.
-            y: int64 [N], labels; if and only if the network is class-conditional.
-            low_res: [N, C, h, w] in [-1, 1]; if and only if it is an upsampler. Enlarged bilinearly.
+            y: int64 [N], labels; required if and only if the network is class-conditional.
+            low_res: [N, C, h, w] in [-1, 1]; required if and only if it is an upsampler. Upsampled
+                bilinearly.
 
         Returns:
             [N, C or 2C, H, W].

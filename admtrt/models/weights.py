@@ -1,4 +1,4 @@
-"""State dicts in files: mapped into memory, never executed, every fault a :class:`CheckpointError`."""
+"""State dicts in files: memory-mapped, never executed; every error is a :class:`CheckpointError`."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
-"""Of the files that are read and written."""
+"""Suffixes of the files that are read and written."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""Types of weights by the name of their precision."""
+"""Dtypes of weights by the name of the precision."""
 
-_LONGEST_HEADER = 2**23  # bytes: 50,000 tensors and more
-_MOST_SHARING = 4  # times the file that its tensors may have together: some networks tie weights
-_DEEPEST = 3  # dictionaries in dictionaries around a state dict
+_LONGEST_HEADER = 2**23  # bytes: more than 50,000 tensors
+_MOST_SHARING = 4  # tensors may have this many times the file's size, since some networks tie weights
+_DEEPEST = 3  # nested dictionaries around a state dict
 _RESAVE = "If you trust its source, save its state dict alone as .safetensors where it was made."
 
 
@@ -55,13 +55,13 @@ def suffix_of(path: Path) -> str:
 
 
 def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The state dicts of a file by their names in it, or one called "" where the file is one itself.
+    """The state dicts of a file by name; a file that is a state dict itself gives one called "".
 
-    Tensors are as they are stored, and mapped: their bytes are read when they are used.
+    Tensors keep their stored form and are memory-mapped: their bytes are read when used.
 
     Raises:
-        CheckpointError: if the file is missing or damaged, wants to run code, holds no state dict, or tensors
-            that repeat what it holds.
+        CheckpointError: if the file is missing or damaged, would run code, has no state dict, or has tensors
+            that repeat its bytes excessively.
     """
     if suffix_of(path) == ".safetensors":
         found = {"": _read_safetensors(path)}
@@ -73,7 +73,7 @@ def read_state_dicts(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def read_part(path: Path) -> dict[str, Tensor]:
-    """The tensors of one of the files that a folder's weights are in, a ``.safetensors`` file or a pickle.
+    """The tensors of one weight file of a folder, a ``.safetensors`` file or a pickle.
 
     Raises:
         CheckpointError: as :func:`read_state_dicts`, or if it holds several state dicts.
@@ -94,7 +94,7 @@ def read_part(path: Path) -> dict[str, Tensor]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The texts in the header of a safetensors file; a file of another type has none.
+    """The metadata in the header of a safetensors file; empty for other files.
 
     Raises:
         CheckpointError: if the file is missing or damaged.
@@ -108,7 +108,7 @@ def read_metadata(path: Path) -> dict[str, str]:
 def write_safetensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, object], *, replace: bool = True
 ) -> None:
-    """Write tensors, and texts or JSON values beside them; the old file stays until the new one is whole.
+    """Write tensors with metadata (strings or JSON values), atomically.
 
     Raises:
         OutputError: if the place cannot be written, or is taken and not to be replaced.
@@ -118,7 +118,7 @@ def write_safetensors(
     for key, value in tensors.items():
         tensor = value.detach().cpu().contiguous()
         address = tensor.untyped_storage().data_ptr()
-        # The format has no place for tensors that share memory, as those of a flattened copy do.
+        # The format does not allow tensors that share memory, such as views of a flat buffer.
         plain[key] = tensor.clone() if address in storages else tensor
         storages.add(address)
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
@@ -126,11 +126,11 @@ def write_safetensors(
         temporary.touch()
         mode = temporary.stat().st_mode
         try:
-            save_file(plain, temporary, metadata=texts)  # by way of another temporary in the same folder
+            save_file(plain, temporary, metadata=texts)  # itself writes a temporary file in the same folder
         except SafetensorError as error:
-            # It has an error of its own for a full disk.
+            # safetensors has its own error for a full disk.
             raise OSError(str(error)) from error
-        # It also makes its files unreadable for others, whatever the umask says.
+        # safetensors makes files unreadable for others, ignoring the umask.
         temporary.chmod(mode)
 
 
@@ -145,7 +145,7 @@ def write_pickle(path: Path, tensors: Mapping[str, Tensor], *, replace: bool = T
         try:
             torch.save(OrderedDict(tensors), opened)
         except RuntimeError as error:
-            # Its writer has no other for a full disk.
+            # PyTorch's writer raises this for a full disk.
             raise OSError(str(error).splitlines()[0]) from error
 
 
@@ -153,14 +153,14 @@ def check_weights(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Refuse weights unless they are dense, real and finite.
 
     Raises:
-        CheckpointError: naming one that is not.
+        CheckpointError: naming the first that is not.
     """
     for key, stored in tensors.items():
         _check_plain(path, key, stored)
 
 
 def _check_extent(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse tensors that repeat the numbers of the file: whoever reads them needs memory without bound."""
+    """Refuse tensors that repeat the file's bytes: reading them would need unbounded memory."""
     stored = path.stat().st_size
     sizes = {key: value.numel() * value.element_size() for key, value in tensors.items()}
     largest = max(sizes, key=sizes.__getitem__, default="")
@@ -191,11 +191,11 @@ def _check_plain(path: Path, key: str, stored: Tensor) -> None:
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     with _opened_safetensors(path) as opened:
-        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - it is no dict
+        return {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 - not a dict
 
 
 @contextlib.contextmanager
-def _opened_safetensors(path: Path) -> Iterator[Any]:  # whose methods have no types
+def _opened_safetensors(path: Path) -> Iterator[Any]:  # its methods are untyped
     try:
         with path.open("rb") as header:
             length = int.from_bytes(header.read(8), "little")
@@ -212,7 +212,7 @@ def _opened_safetensors(path: Path) -> Iterator[Any]:  # whose methods have no t
 def _read_pickle(path: Path) -> object:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about formats, to developers
+            warnings.simplefilter("ignore")  # notices about formats
             mapped = check_torch_file(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except UnneededGlobalError as error:
@@ -223,7 +223,7 @@ def _read_pickle(path: Path) -> object:
         ) from None
     except MemoryError:
         raise
-    except Exception as error:  # arbitrary bytes make the readers fail in any way
+    except Exception as error:  # arbitrary bytes can raise anything
         reason = f": {error}" if type(error) is ValueError else ""
         raise CheckpointError(
             f"{path} is truncated, damaged or no PyTorch file of weights alone{reason}; "
@@ -257,7 +257,7 @@ def _state_dicts(path: Path, content: object) -> dict[str, dict[str, Tensor]]:
 def _named(
     content: Mapping[object, object], place: tuple[str, ...] = ()
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """State dicts anywhere in what was saved; empty ones for averages that were saved without names."""
+    """Find state dicts anywhere in a saved object; averages saved without names give empty ones."""
     for key, value in content.items():
         if not isinstance(key, str) or key.startswith("opt") or len(place) == _DEEPEST:
             continue
@@ -266,7 +266,7 @@ def _named(
             yield name, dict(value)
         elif isinstance(value, Mapping):
             yield from _named(value, (*place, key))
-        elif key == "shadow_params":  # as torch_ema calls them
+        elif key == "shadow_params":  # the name in torch_ema
             yield name, {}
 
 

@@ -1,1 +1,1 @@
-"""Sampling from a bundle: noise, the step over a set of slots, backends, and the pipeline. No torch."""
+"""Sampling from a bundle: noise, the step over a set of slots, backends, the pipeline. No torch here."""

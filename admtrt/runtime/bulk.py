@@ -1,8 +1,8 @@
-"""Long runs: samples in shards that survive a kill, then one file in the format asked for.
+"""Long runs: draw samples into shards that survive a kill, then write the requested formats.
 
-A run directory holds ``request.json`` (what is drawn, so that nothing else is ever mixed in), ``shards/``
-(each written whole) and, when every shard is there, the results. A sample's seed is the first seed plus its
-index, so a shard can be drawn by any process at any time and is the same.
+A run directory holds ``request.json`` (what the run draws, so that runs are never mixed), ``shards/`` (each
+written whole) and, when every shard is there, the results. A sample's seed is the first seed plus its index,
+so a shard can be drawn by any process at any time and is the same.
 """
 
 from __future__ import annotations
@@ -40,38 +40,38 @@ if TYPE_CHECKING:
 
 Format = Literal["npz", "png", "grid", "gif"]
 MAX_SAMPLES = 10_000_000
-"""Samples of one run: their labels are held in memory."""
+"""The most samples of one run: their labels are held in memory."""
 GRID_LIMIT = 400
-"""Samples on a grid; more are not readable."""
+"""The most samples in a grid; more would be unreadable."""
 GIF_LIMIT = 16
-"""Samples whose steps a GIF shows."""
+"""The most samples in a GIF."""
 LOW_STAGE = "low"
-"""Folder of the first stage's run within that of a two-stage run."""
+"""Subfolder of a two-stage run that holds the first stage's run."""
 REQUEST, LARGEST_REQUEST = "request.json", 2**26
 """File that describes a run, and its largest size in bytes: earlier versions wrote every label."""
 _LATER = {*DIGESTS, *NUMBERS, TARGETS}
-"""Keys of a request that stand only where they were asked for: absent is None."""
+"""Keys that a request has only if they were given; a missing key means None."""
 _UNSHOWN = {"bundle": "bundle differs", "labels": "labels differ"} | {
     name: f"{name} differs" for name in ("low_res", "images", TARGETS, *DIGESTS)
 }
-"""Description of hashes and long lists in messages, in place of their values."""
+"""What messages show in place of hashes and long lists."""
 
 
 class SmallImages(Protocol):
-    """An upsampler's conditioning, of which a part is read at a time; an array is one."""
+    """Small images for an upsampler, read a part at a time. A NumPy array is one."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, rows: slice, /) -> NDArray[np.uint8]:
-        """Those rows, uint8 [n, h, w, C]."""
+        """Return these rows, uint8 [n, h, w, C]."""
         ...
 
 
 class Elsewhere(Protocol):
-    """Has other processes write shards of a claimed run."""
+    """A function that has other processes write the shards of a claimed run."""
 
     def __call__(self, request: BulkRequest, directory: Path, starts: Sequence[int], /) -> Iterable[int]:
-        """Each of ``starts``, the first samples of shards, when its shard is written."""
+        """Yield each of ``starts`` (the first sample of a shard) once its shard is written."""
         ...
 
 
@@ -81,12 +81,12 @@ class BulkRequest:
 
     Attributes:
         count: samples in all.
-        labels: int64 [count], or None; where the bundle knows no classes they are only kept with the images.
+        labels: int64 [count], or None; a bundle without classes only stores them with the images.
         first_seed: sample i has the seed ``first_seed + i``.
-        sampler: one for all.
+        sampler: of all samples.
         batch_size, shard_size: samples computed at once, and kept in one file.
         low_res: uint8 [count, h, w, C], conditioning of an upsampler, or None.
-        inputs: images to start at or to hold samples to, one for all or ``count``.
+        inputs: images to start from or to condition on, either one for all samples or ``count``.
 
     Raises:
         RequestError: if a size is out of range, or there is not one label and small image for each sample.
@@ -128,18 +128,18 @@ def draw(
     Args:
         pipeline: the sampler.
         request: what to draw.
-        directory: of the run; made, or continued where it holds the same request.
+        directory: the run directory; created, or continued if it holds the same request.
         formats: ``npz`` (``samples.npz``, the original's format), ``png`` (a file for each sample), ``grid``
             (``grid.png``, labelled), ``gif`` (``steps.gif``: the first 16, drawn again step by step).
-        class_names: for the labels where the bundle has none of its own.
+        class_names: names of the labels, if the bundle has none.
         progress: called with the sample-steps done and a text, for a progress display.
-        elsewhere: has other processes write the shards; None draws them here.
+        elsewhere: lets other processes write the shards; None draws them in this process.
 
     Raises:
         OutputError: if the directory holds another run or a damaged shard, or cannot be written.
-        RequestError: if the request is impossible.
+        RequestError: if the bundle cannot draw the request.
     """
-    # Before an impossible request takes the directory; the first image shows the size of all.
+    # Check before claiming the directory. All images have the size of the first.
     pipeline.check_low_res(None if request.low_res is None else request.low_res[:1])
     request = replace(request, inputs=pipeline.check_inputs(request.sampler, request.inputs))
     for name, length in request.inputs.lengths.items():
@@ -166,14 +166,14 @@ def draw(
 
 
 def sample_steps(pipeline: Pipeline, request: BulkRequest, formats: Sequence[Format]) -> int:
-    """The sample-steps of a whole run, for a progress display; those that a GIF shows are taken twice."""
+    """Sample-steps of a whole run, for a progress display. Samples shown in a GIF count twice."""
     shown = min(GIF_LIMIT, request.count) if "gif" in formats else 0
     schedule = request.inputs.schedule(pipeline.bundle.manifest.diffusion, request.sampler)
     return (request.count + shown) * len(schedule)
 
 
 def recorded_shard_size(directory: Path) -> int | None:
-    """Shard size of a run, or first stage, that began here; None where none did."""
+    """Shard size of the run, or of the first stage, that began in a directory; None if none did."""
     for place in (directory, directory / LOW_STAGE):
         with contextlib.suppress(OSError, ValueError):
             size = _settings(read_json(place / REQUEST, LARGEST_REQUEST)).get("shard_size")
@@ -183,7 +183,7 @@ def recorded_shard_size(directory: Path) -> int | None:
 
 
 def check_run(pipeline: Pipeline, request: BulkRequest, directory: Path) -> None:
-    """Refuse a directory where a run cannot begin or go on, whatever its small images will be.
+    """Refuse a directory in which a run can neither begin nor continue, before its small images are known.
 
     Raises:
         OutputError: if it holds another run, or something else.
@@ -194,7 +194,7 @@ def check_run(pipeline: Pipeline, request: BulkRequest, directory: Path) -> None
 
 
 def _identity(pipeline: Pipeline, request: BulkRequest) -> dict[str, Any]:
-    """Everything that decides the images, and how they are divided into shards."""
+    """Everything that determines the images and their division into shards."""
     return {
         "bundle": pipeline.bundle.digest,
         "count": request.count,
@@ -209,7 +209,7 @@ def _identity(pipeline: Pipeline, request: BulkRequest) -> dict[str, Any]:
 
 
 def claim(directory: Path, identity: dict[str, Any]) -> None:
-    """Start a run directory, or make sure that it holds this very run, whoever else is starting one there.
+    """Start a run directory, or check that it holds this run. Safe against concurrent starts.
 
     Raises:
         OutputError: if it holds another run or something else.
@@ -222,7 +222,7 @@ def claim(directory: Path, identity: dict[str, Any]) -> None:
 
 
 def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
-    """True where a directory holds this very run already, False where it can begin there."""
+    """True if a directory already holds this run, False if the run can begin there."""
     file = directory / REQUEST
     if not os.path.lexists(file):
         if directory.exists() and (not directory.is_dir() or not _is_unclaimed(directory)):
@@ -265,22 +265,22 @@ def _check_run(directory: Path, identity: dict[str, Any]) -> bool:
 
 
 def _settings(identity: Any) -> dict[str, Any]:
-    """An identity whose sampler's fields stand among the others; nothing of what is no identity."""
+    """Flatten an identity: its sampler's fields beside the others. Empty if it is not an identity."""
     if not isinstance(identity, dict) or not isinstance(identity.get("sampler"), dict):
         return {}
-    try:  # options that are newer than the run have their defaults there
+    try:  # options newer than the run get their defaults
         sampler = SamplerConfig.from_dict(identity["sampler"])
         labels = _labels_digest(identity.get("labels"))
     except (ConfigError, TypeError, ValueError, OverflowError):
         return {}
     if not sampler.scale:
-        sampler = sampler.unguided  # an interval has no effect then
+        sampler = sampler.unguided  # without guidance, the interval has no effect
     others = {key: value for key, value in identity.items() if key not in ("sampler", "labels")}
     return {**others, "labels": labels, **sampler.model_dump(mode="json")}
 
 
 def _labels_digest(labels: Any) -> Any:
-    """Digest that stands for the labels; earlier versions wrote the whole list."""
+    """Digest of the labels. Earlier versions wrote the whole list."""
     return digest_of(np.array(labels, dtype=np.int64)) if isinstance(labels, list) else labels
 
 
@@ -289,7 +289,7 @@ def _difference(key: str, old: Any, new: Any) -> str:
 
 
 def _is_unclaimed(directory: Path) -> bool:
-    """True where a directory holds nothing but a first stage, or the remains of a killed claim."""
+    """True if a directory holds at most a first stage or the remains of a killed claim."""
     return all(
         is_temporary(path.name) or (path.name == LOW_STAGE and path.is_dir()) for path in directory.iterdir()
     )
@@ -340,7 +340,7 @@ def _write(
 
 
 def _names(request: BulkRequest, count: int, class_names: Sequence[str]) -> list[str] | None:
-    """Of the first samples' classes."""
+    """Names of the first samples' classes."""
     return None if request.labels is None else names_of(request.labels[:count], class_names)
 
 
@@ -363,7 +363,7 @@ def _write_gif(
 
 
 def _write_npz(path: Path, request: BulkRequest, shards: Shards) -> Path:
-    """``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 [N], streamed: they need not fit in memory."""
+    """``arr_0`` uint8 [N, H, W, C] and ``arr_1`` int64 [N], streamed, so that they need not fit in memory."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (request.count, *shards.image_shape)}
     with atomic_file(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         with archive.open("arr_0.npy", "w", force_zip64=True) as member:

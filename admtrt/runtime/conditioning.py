@@ -1,4 +1,4 @@
-"""Small images that an upsampler enlarges: read from files, and whether they are what a bundle takes."""
+"""Small images that an upsampler enlarges: read them from files and check them against a bundle."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 
 
 class Sized(Protocol):
-    """An array, or what is known of one that has not been read."""
+    """An array, or the dtype and shape of one that has not been read."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of its values."""
+        """Dtype of the values."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The number of images first."""
+        """Shape, the number of images first."""
 
 
 def check_conditioning(bundle: Bundle, images: Sized | None) -> None:
-    """Refuse small images that are missing, not wanted or of other sizes than the bundle enlarges.
+    """Refuse small images that are missing, not wanted, or not of the size that the bundle enlarges.
 
     Raises:
         RequestError: naming what differs.
@@ -53,7 +53,7 @@ def check_conditioning(bundle: Bundle, images: Sized | None) -> None:
         )
     expected = {np.dtype(np.uint8): (size, size, channels), np.dtype(np.float32): (channels, size, size)}
     if expected.get(images.dtype) != images.shape[1:]:
-        found = ", ".join(["N", *map(str, images.shape[1:])][: len(images.shape)])  # N is not at fault
+        found = ", ".join(["N", *map(str, images.shape[1:])][: len(images.shape)])  # N may be any number
         raise RequestError(
             f"low_res is {images.dtype} [{found}]; expected uint8 [N, {size}, {size}, {channels}] "
             f"or finite float32 [N, {channels}, {size}, {size}]"
@@ -72,15 +72,15 @@ class SmallImages:
 
 
 def read_small_images(path: Path, bundle: Bundle, *, most: int) -> SmallImages:
-    """Read ``arr_0`` and ``arr_1`` of an .npz file, whose sizes are those of the bundle.
+    """Read ``arr_0`` and ``arr_1`` of an .npz file and check their sizes against the bundle.
 
     Args:
         path: the file.
-        bundle: the upsampler's.
-        most: images that it may hold.
+        bundle: the upsampler's bundle.
+        most: the largest number of images allowed.
 
     Raises:
-        RequestError: if it cannot be read, or holds something else.
+        RequestError: if the file cannot be read or holds something else.
     """
 
     def check_images(found: Header) -> None:

@@ -1,8 +1,8 @@
 """A thin layer over cuda-core: one GPU's memory, streams, events and graphs, each a context manager.
 
-Nothing here waits for the device unless its name says so (``sync``). A :class:`CudaDevice` and what it made
-belong to the thread that last called :meth:`CudaDevice.activate`. Whatever CUDA refuses, now or in work that
-was enqueued before, is an :class:`~admtrt.errors.EngineError` of the method that hears of it.
+Only methods named ``sync`` wait for the device. A :class:`CudaDevice` and the objects it made belong to the
+thread that last called :meth:`CudaDevice.activate`. A CUDA error, also one of work enqueued earlier, is
+raised as an :class:`~admtrt.errors.EngineError` by the method that receives it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ USED = (
     "Stream.sync",
     "Stream.wait",
 )
-"""Every member that is used of ``cuda.core``; a test walks it."""
+"""Every member of ``cuda.core`` that is used here; a test checks the list."""
 
 USED_OF_DRIVER = (
     "CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL",
@@ -59,12 +59,12 @@ USED_OF_DRIVER = (
     "cuStreamBeginCapture",
     "cuStreamEndCapture",
 )
-"""The same of ``cuda.bindings.driver``."""
+"""The same for ``cuda.bindings.driver``."""
 
-_OUT_OF_MEMORY = "OUT_OF_MEMORY"  # in the driver's name of the fault
+_OUT_OF_MEMORY = "OUT_OF_MEMORY"  # part of the driver's error name
 _FULL = "Use a smaller --batch-size, or end other programs on the GPU."
 _HINT = "Use a CPU backend, or see what this machine lacks with: admtrt doctor"
-# Faults of work on the device, after which the driver refuses everything else that the process asks for.
+# Sticky errors: after them, every further CUDA call of the process fails.
 _FATAL = re.compile(
     r"ILLEGAL_(ADDRESS|INSTRUCTION)|MISALIGNED|INVALID_(ADDRESS_SPACE|PC)|LAUNCH_(FAILED|TIMEOUT)"
     r"|HARDWARE_STACK|ASSERT|ECC|CONTAINED|LEAK"
@@ -75,9 +75,9 @@ _AFRESH = (
 
 
 def at_exit(close: Callable[[], object]) -> Callable[..., None]:
-    """``close`` as :meth:`contextlib.ExitStack.push` takes it: its fault never replaces one under way.
+    """Wrap ``close`` for :meth:`contextlib.ExitStack.push`: its error never replaces one already raised.
 
-    What fails while things are given back is most often the consequence of what failed before.
+    An error during cleanup is most often the consequence of the earlier error.
     """
 
     def leave(_: object, error: BaseException | None, __: object) -> None:
@@ -91,7 +91,7 @@ def at_exit(close: Callable[[], object]) -> Callable[..., None]:
 
 
 class _Closing:
-    """Something of the device that is given back at the end of a ``with`` block."""
+    """A device resource that is released at the end of a ``with`` block."""
 
     def close(self) -> None:
         raise NotImplementedError
@@ -104,13 +104,13 @@ class _Closing:
 
 
 class Event(_Closing):
-    """A mark in a stream, for other streams or the host to wait for."""
+    """A CUDA event: a mark in a stream that other streams or the host can wait for."""
 
     def __init__(self, event: Any) -> None:
         self.inner = event
 
     def sync(self) -> None:
-        """Wait until the device has passed the mark; at once if it was never set."""
+        """Wait until the device has passed the mark. Returns at once if it was never recorded."""
         _ask(self.inner.sync)
 
     def close(self) -> None:
@@ -143,39 +143,38 @@ class Stream(_Closing):
 
     @property
     def handle(self) -> int:
-        """The ``cudaStream_t``, as engines want it."""
+        """The ``cudaStream_t``, as engines expect it."""
         return int(self.inner.handle)
 
     def record(self, event: Event) -> None:
-        """Set the mark behind everything that was enqueued so far."""
+        """Record the event behind everything enqueued so far."""
         _ask(self.inner.record, event.inner)
 
     def wait(self, event: Event) -> None:
-        """Let what is enqueued from now on wait for a mark, on the device."""
+        """Make work enqueued from now on wait for an event, on the device."""
         _ask(self.inner.wait, event.inner)
 
     def sync(self) -> None:
-        """Wait until the device has done everything that was enqueued."""
+        """Wait until the device has finished everything enqueued."""
         _ask(self.inner.sync)
 
     def capture(self, enqueue: Callable[[], None]) -> Graph:
-        """Capture the work that ``enqueue`` puts into this stream and those that wait for it.
+        """Capture the work that ``enqueue`` puts into this stream and into streams that wait for it.
 
-        Nothing of it runs. Streams that joined have to be waited for again before ``enqueue`` ends. By the
-        driver's own functions: cuda-core's graph builder, as of 1.2, takes the process down with it when a
-        capture failed.
+        None of the work runs. Before ``enqueue`` ends, this stream has to wait for every stream that joined.
+        Uses the driver API: cuda-core's graph builder (1.2) crashes the process when a capture fails.
 
         Raises:
-            Exception: whatever ``enqueue`` raises; the stream is usable.
+            Exception: whatever ``enqueue`` raises; the stream stays usable.
         """
         driver, stream = self._driver, self.handle
-        # Another thread may allocate meanwhile; a forbidden call of this one must fail, not be lost.
+        # Other threads may allocate during the capture; a forbidden call of this thread must fail.
         mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
         _value(driver.cuStreamBeginCapture(stream, mode))
         try:
             enqueue()
         except BaseException:
-            _, graph = driver.cuStreamEndCapture(stream)  # with a fault of its own, which says less
+            _, graph = driver.cuStreamEndCapture(stream)  # its own error says less
             if graph is not None:
                 driver.cuGraphDestroy(graph)
             raise
@@ -215,7 +214,7 @@ class DeviceArray(_Closing):
         return int(self.inner.handle)
 
     def rows(self, first: int, count: int) -> DeviceArray:
-        """``count`` rows from ``first`` on, in the same memory; there is nothing to give back."""
+        """A view of ``count`` rows from ``first`` on; it needs no close."""
         size = self.inner.size // self.shape[0]
         part = _ask(type(self.inner).from_handle, self.address + first * size, count * size, owner=self.inner)
         return DeviceArray(part, (count, *self.shape[1:]), self.dtype)
@@ -225,19 +224,19 @@ class DeviceArray(_Closing):
         _ask(self.inner.copy_from, source.inner, stream=stream.inner)
 
     def clear(self, stream: Stream) -> None:
-        """Enqueue filling with zeros."""
+        """Enqueue filling the array with zeros."""
         _ask(self.inner.fill, 0, stream=stream.inner)
 
     def close(self) -> None:
-        """Give it back, after what was enqueued on the stream that it was allocated for."""
+        """Release it, after the work enqueued on its stream."""
         _ask(self.inner.close)
 
 
 class PinnedArray(_Closing):
-    """An array in host memory that the device reads and writes while the host goes on.
+    """An array in pinned host memory, which the device copies asynchronously.
 
     Attributes:
-        array: the same memory for NumPy; not to be touched after the end.
+        array: the same memory as a NumPy array; invalid once closed.
     """
 
     def __init__(self, buffer: Any, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
@@ -245,7 +244,7 @@ class PinnedArray(_Closing):
         self.array: NDArray[Any] = _ask(np.from_dlpack, buffer).view(dtype).reshape(shape)
 
     def copy_from(self, source: DeviceArray, stream: Stream) -> None:
-        """Enqueue a copy of an equally large array; it is there after a ``sync``."""
+        """Enqueue a copy of an equally large array; it is complete after a ``sync``."""
         _ask(self.inner.copy_from, source.inner, stream=stream.inner)
 
     def close(self) -> None:
@@ -258,7 +257,7 @@ class CudaDevice:
     """The first GPU.
 
     Attributes:
-        gpu: its name, compute capability and memory.
+        gpu: the GPU's name, compute capability and memory.
 
     Raises:
         MissingDependencyError: if cuda-core is not installed.
@@ -291,15 +290,15 @@ class CudaDevice:
         return Stream(_ask(self._device.create_stream), self._driver)
 
     def event(self) -> Event:
-        """A new mark; a thread that waits for it sleeps."""
+        """A new event; a thread that waits for it sleeps instead of spinning."""
         options = self._core.EventOptions(blocking_sync=True)
         return Event(_ask(self._device.create_event, options=options))
 
     def array(self, shape: tuple[int, ...], dtype: DTypeLike, stream: Stream) -> DeviceArray:
-        """Memory of the device, not yet filled, usable after what was enqueued on a stream.
+        """An uninitialised device array, usable in work enqueued on ``stream`` from now on.
 
         Raises:
-            EngineError: if it is full.
+            EngineError: if the device is out of memory.
         """
         size = _bytes(shape, dtype)
         with self._allocating(size, "the samples"):
@@ -307,7 +306,7 @@ class CudaDevice:
         return DeviceArray(buffer, shape, np.dtype(dtype))
 
     def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> PinnedArray:
-        """Host memory that the device reaches, not yet filled.
+        """An uninitialised array in pinned host memory.
 
         Raises:
             EngineError: if there is not enough.
@@ -318,9 +317,9 @@ class CudaDevice:
         return PinnedArray(buffer, shape, np.dtype(dtype))
 
     def full(self, size: int, purpose: str) -> EngineError:
-        """The error of a device that has not ``size`` bytes left for something."""
+        """The error of a device without ``size`` bytes of free memory."""
         left = ""
-        with contextlib.suppress(Exception):  # a figure for people; the fault itself is known
+        with contextlib.suppress(Exception):  # the amount of free memory is optional
             _, free, total = self._driver.cuMemGetInfo()
             left = f"; {_mebibytes(free)} of {_mebibytes(total)} are free"
         return EngineError(
@@ -339,10 +338,10 @@ class CudaDevice:
 
 
 def _ask(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """Result of a function of cuda-core.
+    """Call a function of cuda-core.
 
     Raises:
-        EngineError: in place of what it raises, whose types are of private modules.
+        EngineError: in place of cuda-core's exceptions, whose types are private.
     """
     try:
         return function(*arguments, **options)
@@ -351,10 +350,10 @@ def _ask(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
 
 
 def _value(returned: tuple[Any, ...]) -> Any:
-    """Result of a driver's function beside its code, if it returns anything.
+    """The value that a driver function returned beside its status code, if any.
 
     Raises:
-        EngineError: naming the code, if it is one of a fault.
+        EngineError: naming the code, if it is an error.
     """
     code, *values = returned
     if code:
@@ -363,13 +362,13 @@ def _value(returned: tuple[Any, ...]) -> Any:
 
 
 def _refusal(said: str) -> EngineError:
-    """The error of anything that CUDA refuses; ``said`` begins with the name of its code."""
+    """Make the error of a failed CUDA call; ``said`` begins with the name of the error code."""
     hint = _FULL if _OUT_OF_MEMORY in said else _AFRESH if _FATAL.search(said) else _HINT
     return EngineError(f"CUDA refuses: {' '.join(said.split())}", hint=hint)
 
 
 def _usable_gpu(needed: int) -> Gpu:
-    """The first GPU, if its driver is as new as the bindings, which are for CUDA ``needed``."""
+    """The first GPU, if its driver supports CUDA ``needed``, which the bindings are made for."""
     driver = query_driver()
     if driver.cuda is not None and int(driver.cuda.split(".")[0]) < needed:
         raise EngineError(

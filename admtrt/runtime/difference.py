@@ -1,4 +1,4 @@
-"""The difference of samples from the images that they started at: anomaly maps."""
+"""Differences between samples and the images that they started from: anomaly maps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from admtrt.runtime.bulk import SmallImages
 
-_BLOCK = 256  # images that are compared at once
+_BLOCK = 256  # images compared at once
 
 
 def write_difference(drawn: SmallImages, given: NDArray[Any], directory: Path, *, grid: bool) -> list[Path]:
@@ -26,15 +26,16 @@ def write_difference(drawn: SmallImages, given: NDArray[Any], directory: Path, *
 
     Args:
         drawn: the samples, uint8 [N, H, W, C].
-        given: uint8 [N, H, W, C] or float32 [N, C, H, W] in [-1, 1]; one serves all.
-        directory: where to.
-        grid: whether ``difference.png`` shows the first of them.
+        given: the images, uint8 [N, H, W, C] or float32 [N, C, H, W] in [-1, 1]; a single one is compared
+            with all samples.
+        directory: where to write.
+        grid: whether to write ``difference.png`` with the first samples.
 
     Returns:
-        The files. Values are levels of uint8, 0 to 255.
+        The files. Differences are in uint8 levels, 0 to 255.
 
     Raises:
-        OutputError: if they cannot be written, or a shard is damaged.
+        OutputError: if the files cannot be written, or a shard is damaged.
     """
     path = directory / "difference.npz"
     shape = (len(drawn), *_difference(drawn[:1], given[:1]).shape[1:])

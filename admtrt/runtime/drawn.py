@@ -26,18 +26,18 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Images, Labels, Slots
     from admtrt.schedule.sampler import SamplerConfig
 
-_SHOWN = 100  # samples of a notebook's picture
+_SHOWN = 100  # samples shown in a notebook
 
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Samples that were drawn.
+    """The result of sampling.
 
     Attributes:
         x: float32 [N, C, H, W], unclipped x_0 of the last step.
-        labels: int64 [N], or None where no class was asked for.
+        labels: int64 [N], or None if no classes were requested.
         seeds: one for each sample; the same seed gives the same image in any batch.
-        class_names: of all classes, where the bundle has names.
+        class_names: names of all classes, if the bundle has names.
     """
 
     x: Images
@@ -61,20 +61,20 @@ class Samples:
 
     @property
     def names(self) -> list[str] | None:
-        """The class of each sample by name, or by number where there are no names; None without classes."""
+        """The class name of each sample, or its number if there are no names; None without classes."""
         return None if self.labels is None else names_of(self.labels, self.class_names)
 
     @property
     def pil(self) -> list[Image.Image]:
-        """The samples as images of Pillow's."""
+        """The samples as Pillow images."""
         return [to_pillow(image) for image in self.images]
 
     def grid(self, columns: int | None = None) -> Image.Image:
-        """The samples in one image of Pillow's, each under its class; ``columns`` to a row."""
+        """The samples in one Pillow image, ``columns`` to a row, each labelled with its class."""
         return grid_of(self.images, columns or usual_columns(len(self), self.names), self.names)
 
     def save(self, place: str | Path) -> list[Path]:
-        """Write the samples: a path that ends in .png gets the grid, a folder one PNG a sample.
+        """Write the samples: to a path that ends in .png as a grid, to a folder as one PNG per sample.
 
         Files in a folder are named as ``admtrt sample --format png`` names them, ``CLASS_INDEX.png``.
 
@@ -97,7 +97,7 @@ class Samples:
         return files
 
     def _repr_png_(self) -> bytes:
-        """The grid, for notebooks: of the first 100."""
+        """The grid of the first 100 samples, for notebooks."""
         shown = slice(None, _SHOWN)
         images, names = self.images[shown], None if self.names is None else self.names[shown]
         grid = grid_of(images, usual_columns(len(images), names), names)
@@ -108,16 +108,16 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """State that a callback sees after each evaluation of a batch.
+    """What a callback gets after each evaluation of a batch.
 
     Attributes:
         index: evaluations done, from 1 to ``total``.
-        total: steps in all.
+        total: number of evaluations.
         first: position of the batch's first sample among all samples.
         count: samples of the batch.
-        timestep: of the base process, at which the evaluation was, fractional between two; None where the
-            process has none.
-        state: gives ``x`` and ``x_0``; see there.
+        timestep: timestep of the evaluation in the base process, which may be fractional; None if the process
+            has no timesteps.
+        state: computes ``x`` and ``x_0``.
     """
 
     index: int
@@ -129,16 +129,16 @@ class Step:
 
     @property
     def x(self) -> Images:
-        """x_t after the step, float32 [N, C, H, W]; the first look waits for the device.
+        """x_t after the step, float32 [N, C, H, W]. The first access waits for the device.
 
         Raises:
-            RuntimeError: if the first look at the images comes after a later step.
+            RuntimeError: if the first access comes after a later step.
         """
         return self._images[0]
 
     @property
     def x_0(self) -> Images:
-        """The predicted x_0, otherwise as ``x``."""
+        """The predicted x_0; otherwise like ``x``."""
         return self._images[1]
 
     @cached_property
@@ -148,7 +148,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """A checked request, rows for its samples; :meth:`Pipeline.check` makes it."""
+    """A checked request, made by :meth:`Pipeline.check`, with one row per sample."""
 
     sampler: SamplerConfig
     labels: Labels | None
@@ -160,7 +160,7 @@ class Given:
         return len(self.seeds)
 
     def part(self, rows: slice) -> Given:
-        """Some of the samples."""
+        """The part of the request for some samples."""
         return Given(
             sampler=self.sampler,
             labels=None if self.labels is None else self.labels[rows],
@@ -184,11 +184,11 @@ def state_after(index: int, slots: Slots, held: HeldSlots) -> tuple[Images, Imag
 
 @contextmanager
 def with_bar(callback: Callable[[Step], None] | None, total: int) -> Iterator[Callable[[Step], None]]:
-    """The callback of a request behind a bar on the terminal.
+    """Show a progress bar on the terminal before calling the caller's callback.
 
     Args:
         callback: the caller's own.
-        total: steps of all samples together.
+        total: sum of the steps of all samples.
     """
     from admtrt.console import progress_bar
 

@@ -1,4 +1,4 @@
-"""A batch to measure with, the same for every backend and every process, and its steps on a device."""
+"""A batch for measurements, equal for every backend and process, and its steps on a device."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Images, Labels, Slots
     from admtrt.schedule.guides import GuideConfig
 
-_STEPS = 10  # at once on a device: waiting for one alone would be counted as its cost
+_STEPS = 10  # steps per measurement on a device: the final wait would distort that of a single step
 
 
 def example_slots(manifest: Manifest, batch: int, *, led: bool = False) -> Slots:
-    """A batch whose samples stand at different places of the recommended schedule.
+    """A batch whose samples are at different positions of the recommended schedule.
 
-    The first stands at its start, the others in its first half. Every step is guided where there is a
-    classifier, and with ``led`` by all other guides of the bundle too; such slots give the inputs of their
-    graphs, and are not to be stepped: a solver may have no place for a guide.
+    The first is at the start, the others are in the first half. Every step is guided if there is a
+    classifier. With ``led``, all other guides of the bundle are included: such slots only provide the inputs
+    of the guides' graphs. Do not step them: the solver may not support every guide.
     """
     unet = manifest.network
     scale = example_scale(manifest)
@@ -58,7 +58,7 @@ def example_slots(manifest: Manifest, batch: int, *, led: bool = False) -> Slots
 
 
 def example_labels(manifest: Manifest, batch: int) -> Labels | None:
-    """Classes spread over all that the bundle has, int64 [N]; None where it has none."""
+    """Labels spread over all classes of the bundle, int64 [N]; None without classes."""
     classes = manifest.num_classes
     if classes is None:
         return None
@@ -67,7 +67,7 @@ def example_labels(manifest: Manifest, batch: int) -> Labels | None:
 
 
 def every_guide(manifest: Manifest) -> tuple[GuideChoice, ...]:
-    """All guides of a bundle but the classifier, for the inputs of their graphs."""
+    """All guides of a bundle except the classifier, for the inputs of their graphs."""
     return tuple(
         GuideChoice(name=name, scale=2.0, place=guide.place, clip=guide.clip)
         for name, guide in manifest.guides.items()
@@ -75,7 +75,7 @@ def every_guide(manifest: Manifest) -> tuple[GuideChoice, ...]:
 
 
 def example_targets(guide: GuideConfig, batch: int, seed: int = 0) -> dict[str, Images]:
-    """Targets of a guide that its loss was checked with: uniform in [0, 1], float32 [N, ...] each."""
+    """Targets of a guide, drawn as for the check of its loss: uniform in [0, 1], float32 [N, ...] each."""
     generator = np.random.default_rng(seed)
     return {
         name: generator.uniform(0, 1, (batch, *sizes)).astype(np.float32)
@@ -84,12 +84,12 @@ def example_targets(guide: GuideConfig, batch: int, seed: int = 0) -> dict[str, 
 
 
 def example_scale(manifest: Manifest) -> float:
-    """The recommended guidance, and some where there is a classifier but none is recommended."""
+    """The recommended guidance scale, or a default if there is a classifier but no recommendation."""
     return 0.0 if manifest.classifier is None else manifest.sampler.scale or 1.0
 
 
 def held_step(denoiser: ResidentDenoiser, slots: Slots) -> float:
-    """Seconds of a step of slots that stay on the device, among several between which nothing waits."""
+    """Seconds per step of slots held on the device, averaged over several steps enqueued without waiting."""
     x, position = slots.x, slots.position.copy()
     count = min(_STEPS, len(slots.schedules[0]) - int(position.max()))
     with denoiser.hold(slots) as held:

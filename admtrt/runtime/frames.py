@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.drawn import Step
 
 _MOST = 60
-"""Frames of a GIF; of more steps, so many are taken, evenly."""
+"""The most frames of a GIF. If there are more steps, that many are picked evenly."""
 _FRAME, _LAST = 80, 2000  # milliseconds
 
 

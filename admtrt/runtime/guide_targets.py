@@ -1,4 +1,4 @@
-"""Targets of guides: what a loss measures images against, a row for each sample."""
+"""Targets of guides: the data that a loss compares images with, one row per sample."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from admtrt.schedule.guides import GuideChoice, GuideConfig
 
 OPERATOR = "operator"
-"""Stands among the targets of the guide ``linear`` for its rows and columns."""
+"""Target of the guide ``linear`` that replaces its rows and columns."""
 _MASKED = frozenset({"linear", "convolution", "fourier"})
 _SHOWN = (
     "Give it by --target NAME=FILE, in Python by {name: array}, with a row for each sample or one for all."
@@ -35,20 +35,20 @@ _SHOWN = (
 class GuideTargets:
     """Targets by guide and name: float32 [N, ...], images also uint8 [N, H, W, C]; one row serves all.
 
-    Of the guide ``linear``, ``operator`` (see :class:`~admtrt.runtime.operators.Operator`) may stand for
-    ``rows`` and ``columns``; its measurement then has the size of the operator's result. What is left out of
-    it is a mask of ones and the identity.
+    For the guide ``linear``, ``operator`` (see :class:`~admtrt.runtime.operators.Operator`) may replace
+    ``rows`` and ``columns``; the measurement then has the size of the operator's result. By default the mask
+    is all ones and the operator the identity.
     """
 
     given: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    ready: bool = field(default=False, init=False, repr=False)  # checked, with all that graphs take
+    ready: bool = field(default=False, init=False, repr=False)  # checked and complete
 
     def checked(self, manifest: Manifest, chosen: Sequence[GuideChoice]) -> Self:
-        """Themselves as arrays that the graphs take.
+        """Check the targets and return them as the arrays that the graphs take.
 
         Args:
-            manifest: of the bundle.
-            chosen: the guides of the sampler.
+            manifest: the bundle's manifest.
+            chosen: the guides that the sampler uses.
 
         Raises:
             RequestError: for a target that is missing, unknown, of another shape or type, or not finite.
@@ -68,11 +68,11 @@ class GuideTargets:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Rows of each, by what messages call it."""
+        """Number of rows of each target, by its name for messages."""
         return {f"rows of the target {name}": len(array) for name, array in self._arrays()}
 
     def part(self, rows: slice) -> Self:
-        """Some of the samples' targets."""
+        """The targets of some samples."""
         taken = {
             guide: {name: one if len(one) == 1 else one[rows] for name, one in targets.items()}
             for guide, targets in self.given.items()
@@ -82,7 +82,7 @@ class GuideTargets:
     def of_slots(
         self, count: int, labels: Labels | None, guides: Mapping[str, GuideConfig]
     ) -> dict[str, dict[str, Array]]:
-        """A row for each sample; weights of classes from labels where none are given.
+        """One row per sample. Missing class weights are made from the labels.
 
         Raises:
             RequestError: as :meth:`check_labels`.
@@ -101,10 +101,10 @@ class GuideTargets:
         return full
 
     def check_labels(self, labels: Labels | None, guides: Mapping[str, GuideConfig]) -> None:
-        """Refuse guides that need classes, where there are neither labels nor weights.
+        """Refuse guides that need classes if there are neither labels nor weights.
 
         Raises:
-            RequestError: naming the first.
+            RequestError: naming the first such guide.
         """
         for guide, targets in self.given.items() if labels is None else ():
             if guides[guide].loss in LABELLED and WEIGHTS not in targets:
@@ -115,7 +115,7 @@ class GuideTargets:
 
     @property
     def arrays(self) -> dict[str, Array]:
-        """All of them, by guide and name."""
+        """All targets, by guide and name."""
         return dict(self._arrays())
 
     def _made(self, given: Mapping[str, Mapping[str, Any]], *, ready: bool) -> Self:
@@ -135,10 +135,10 @@ class GuideTargets:
 def target_sizes(
     guide: str, config: GuideConfig, name: str, operator: object, event: tuple[int, ...]
 ) -> tuple[int, ...]:
-    """The sizes of one row of a target as it is given: a measurement has those of the operator's result.
+    """The shape of one row of a target as the user gives it. A measurement has the operator's result's shape.
 
     Raises:
-        RequestError: if the guide has no such target, or there is no such operator.
+        RequestError: if the guide has no such target, or the operator is unknown.
     """
     if name not in config.targets:
         listed = ", ".join(config.targets) or "none"
@@ -178,7 +178,7 @@ def _checked(
 
 
 def _operator(guide: str, targets: dict[str, Any], event: tuple[int, ...]) -> Operator | None:
-    """The operator of ``linear``; None where rows or columns are given as they are."""
+    """The operator of ``linear``; None if rows or columns are given directly."""
     text = targets.pop(OPERATOR, None)
     both = [name for name in ("rows", "columns") if name in targets]
     if text is None:

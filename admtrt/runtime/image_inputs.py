@@ -1,4 +1,4 @@
-"""Images and targets that samples start at, are held to or are led to, and their allowed combinations."""
+"""Images and targets that samples start from or are conditioned on, and their allowed combinations."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ if TYPE_CHECKING:
     from admtrt.schedule.table import SamplingSchedule
 
 DIGESTS = ("init", "known", "mask", "reference", "latents")
-"""Of an identity: arrays, by their digests."""
+"""Keys of an identity whose values are digests of arrays."""
 NUMBERS = ("strength", "jump", "known_as_sampled", "low_pass", "levels_up", "recurrence")
-"""Of an identity: everything else but :data:`TARGETS`."""
+"""The other keys of an identity, except :data:`TARGETS`."""
 TARGETS = "targets"
-"""Of an identity: digests of the targets of guides, by guide and name."""
-_BLOCK = 256  # images of which a digest reads at once
+"""Key of an identity: digests of the guides' targets, by guide and name."""
+_BLOCK = 256  # images that a digest reads at once
 
 
 @dataclass(frozen=True, eq=False)
 class Known:
-    """Known pixels of images, the others to be drawn.
+    """Inpainting: known pixels of images. The others are sampled.
 
     Attributes:
         images: uint8 [N, H, W, C] or float32 [N, C, H, W] in [-1, 1]; one serves all samples.
-        mask: 1 or True where known, [H, W], [N, H, W] or [N, 1, H, W]; one serves all samples.
-        as_sampled: leave the known pixels of the result as the networks made them.
+        mask: 1 or True marks known pixels, [H, W], [N, H, W] or [N, 1, H, W]; one serves all samples.
+        as_sampled: keep the networks' output in the known pixels, instead of copying the given values.
     """
 
     images: Any
@@ -57,18 +57,19 @@ class Known:
 
 @dataclass(frozen=True, eq=False)
 class ImageInputs:
-    """Images for samples; where there is one of a kind, it serves all.
+    """Images for samples. A single image of a kind serves all samples.
 
     Attributes:
-        init: images to start at, uint8 [N, H, W, C] or float32 [N, C, H, W] in [-1, 1].
-        strength: how much of the way is gone from them, in (0, 1]: the last round(strength * evaluations).
-        known: pixels that are kept.
-        jump: (L, N), resampling jumps over L steps until a step was reached N times.
-        reference: images whose low frequencies are kept, otherwise as ``init``.
-        low_pass: by what factor they are reduced, or that and the step down to which they hold.
-        latents: float32 [N, C, H, W] in place of noise drawn from the seeds, or those of an inversion.
-        targets: of the guides.
-        recurrence: how often each level is evaluated, with noise back to it in between; see
+        init: images to start from, uint8 [N, H, W, C] or float32 [N, C, H, W] in [-1, 1].
+        strength: fraction of the schedule to run from them, in (0, 1]: its last round(strength *
+            evaluations).
+        known: known pixels, for inpainting.
+        jump: (L, N), RePaint's resampling: jump back L steps until each step was reached N times.
+        reference: images whose low frequencies are kept (ILVR), in the form of ``init``.
+        low_pass: downsampling factor N of the low-pass filter, or (N, last step that uses the reference).
+        latents: float32 [N, C, H, W] in place of noise drawn from the seeds, or the result of an inversion.
+        targets: targets of the guides.
+        recurrence: how often each noise level is evaluated, with noise added in between; see
             :class:`~admtrt.schedule.edits.Recurrence`.
     """
 
@@ -83,13 +84,13 @@ class ImageInputs:
     recurrence: int | None = None
 
     def checked(self, event: tuple[int, ...]) -> Self:
-        """Themselves, with arrays in place of what they were made of.
+        """Check the inputs and return them as arrays.
 
         Args:
             event: (C, H, W) of the network.
 
         Raises:
-            RequestError: for images, masks or numbers that cannot be, or that exclude each other.
+            RequestError: for invalid or mutually exclusive images, masks or numbers.
         """
         for one, other, reason in (
             ("init", "strength", "belong together"),
@@ -127,7 +128,7 @@ class ImageInputs:
 
     @property
     def lengths(self) -> Mapping[str, int]:
-        """The number of each that there is, by name."""
+        """The number of rows of each input that was given, by name."""
         arrays = {
             "init": self.init,
             "known": None if self.known is None else self.known.images,
@@ -139,7 +140,7 @@ class ImageInputs:
         return lengths | self.targets.lengths
 
     def schedule(self, process: DiffusionConfig | EdmConfig, sampler: SamplerConfig) -> SamplingSchedule:
-        """The schedule of samples with these inputs, which are checked.
+        """The schedule of samples with these inputs, which have to be checked.
 
         Raises:
             RequestError: if the sampler has no such schedule.
@@ -148,7 +149,7 @@ class ImageInputs:
         levels = self.latents.levels if isinstance(self.latents, Latents) else None
         if levels is not None:
             check_respaced(sampler, "latents of an inversion")
-            assert process.kind == "discrete"  # which those solvers declare
+            assert process.kind == "discrete"  # as those solvers declare
             self._check_levels(process.steps, sampler)
             return decoding_schedule(process, sampler, levels, edit)
         if self.strength is None:
@@ -163,7 +164,7 @@ class ImageInputs:
         return sampling_schedule(process, sampler, count, edit)
 
     def part(self, rows: slice) -> Self:
-        """Some of the samples' inputs."""
+        """The inputs of some samples."""
 
         def taken(given: Any) -> Any:
             return given if given is None or len(given) == 1 else given[rows]
@@ -191,14 +192,14 @@ class ImageInputs:
         }
 
     def finished(self, x: Images) -> Images:
-        """Samples with known pixels to the bit, float32 [N, C, H, W]; the edit of the last step rounds."""
+        """Samples with exact known pixels, float32 [N, C, H, W]: the edit of the last step rounds them."""
         if self.known is None or self.known.as_sampled:
             return x
         return np.where(self.known.mask, as_states(self.known.images), x)
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Identity of the inputs, JSON-ready; empty where nothing was given."""
+        """The inputs' part of a run's identity, as JSON values; empty if nothing was given."""
         known, latents = self.known, None if self.latents is None else _latents(self.latents)
         arrays = (
             self.init,
@@ -267,7 +268,7 @@ NOTHING = ImageInputs()
 
 
 def digest_of(images: Any) -> str:
-    """SHA-256 of the values of an array, or of what gives rows of one."""
+    """SHA-256 of the values of an array, which may be read a part at a time."""
     digest = hashlib.sha256()
     for start in range(0, len(images), _BLOCK):
         digest.update(np.ascontiguousarray(images[start : start + _BLOCK]).data)
@@ -300,7 +301,7 @@ def _recurrence(given: Any) -> None:
 
 
 def _jump(given: Any) -> tuple[int, int]:
-    """(L, N) of a jump."""
+    """Check the (L, N) of a jump."""
     length, times = _pair(given, "jump", "(10, 10)")
     if length < 1 or times < 2:
         raise RequestError(
@@ -311,7 +312,7 @@ def _jump(given: Any) -> tuple[int, int]:
 
 
 def _low_pass(given: Any, event: tuple[int, ...]) -> tuple[int, int]:
-    """The factor of a reduction that fits the images, and the step down to which it holds."""
+    """Check ``low_pass``: a factor that divides the images' size, and the last step that uses it."""
     factor, until = _pair(given, "low_pass", "(4, 0)") if _is_pair(given) else (given, 0)
     factor = whole_number(factor, "low_pass")
     sides = event[1:]

@@ -1,4 +1,4 @@
-"""Images and masks that users give: read from files, and checked; never resized or converted silently."""
+"""Read and check the images and masks that users give. Nothing is resized or converted silently."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     Check = Callable[[Header], None]
 
-_BEYOND = 1e-3  # outside of [-1, 1], of rounding
-_KNOWN = 128  # of a mask's pixels: lighter ones are known
+_BEYOND = 1e-3  # rounding error allowed outside of [-1, 1]
+_KNOWN = 128  # pixels of a mask picture from this value on are known
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
 _FORMATS = ("PNG", "JPEG", "BMP", "WEBP")
 _SAVED = "Give the samples.npz of a run, or a file that np.savez wrote."
@@ -34,7 +34,7 @@ _AS_THEY_ARE = "Images are taken as they are: resize or convert them before."
 
 
 class Upload(BytesIO):
-    """A file that came with a request, under the name by which messages call it."""
+    """A file that came with a request, and its name for messages."""
 
     def __init__(self, content: bytes, name: str) -> None:
         super().__init__(content)
@@ -45,21 +45,21 @@ class Upload(BytesIO):
 
 
 def checked_images(given: Any, event: tuple[int, ...], name: str) -> NDArray[Any]:
-    """Images that fit a network, as they are: uint8 [N, H, W, C] or float32 [N, C, H, W].
+    """Check that images fit a network. Returns them unchanged: uint8 [N, H, W, C] or float32 [N, C, H, W].
 
     Args:
         given: the images.
         event: (C, H, W) of the network.
-        name: whose they are, for messages.
+        name: what the images are, for messages.
 
     Raises:
-        RequestError: for another type, shape or range, or if there is none.
+        RequestError: for another type, shape or range, or if there are no images.
     """
     images = np.asarray(given)
     check_sizes(images, event, name)
     if images.dtype == np.float32:
         low, high = float(images.min()), float(images.max())
-        if not (low >= -1 - _BEYOND and high <= 1 + _BEYOND):  # NaN is neither
+        if not (low >= -1 - _BEYOND and high <= 1 + _BEYOND):  # false for NaN
             raise RequestError(
                 f"{name} holds values from {low:g} to {high:g}; expected -1 to 1",
                 hint="Map 0 to 255 by x / 127.5 - 1, or give uint8.",
@@ -68,15 +68,15 @@ def checked_images(given: Any, event: tuple[int, ...], name: str) -> NDArray[Any
 
 
 def check_sizes(images: NDArray[Any] | Header, event: tuple[int, ...], name: str) -> None:
-    """Refuse images that do not fit a network, arguments as of :func:`checked_images`; no value is looked at.
+    """Like :func:`checked_images`, but check only type and shape, not the values.
 
     Raises:
-        RequestError: for another type or shape, or if there is none.
+        RequestError: for another type or shape, or if there are no images.
     """
     channels, height, width = event
     expected = {"uint8": (height, width, channels), "float32": event}
     if not images.shape or expected.get(str(images.dtype)) != images.shape[1:]:
-        found = ", ".join(["N", *map(str, images.shape[1:])][: len(images.shape)])  # N is not at fault
+        found = ", ".join(["N", *map(str, images.shape[1:])][: len(images.shape)])  # N may be any number
         raise RequestError(
             f"{name} is {images.dtype} [{found}]; expected uint8 [N, {height}, {width}, {channels}] or "
             f"float32 [N, {channels}, {height}, {width}] in [-1, 1]",
@@ -87,7 +87,7 @@ def check_sizes(images: NDArray[Any] | Header, event: tuple[int, ...], name: str
 
 
 def as_states(images: NDArray[Any]) -> Images:
-    """Checked images as float32 [N, C, H, W] in [-1, 1], of which ``to_uint8`` makes the same uint8 again."""
+    """Convert checked images to float32 [N, C, H, W] in [-1, 1]; ``to_uint8`` inverts this exactly."""
     if images.dtype == np.float32:
         return images
     states = np.ascontiguousarray(from_uint8(images.transpose(0, 3, 1, 2)))
@@ -96,14 +96,14 @@ def as_states(images: NDArray[Any]) -> Images:
 
 
 def checked_mask(given: Any, event: tuple[int, ...]) -> NDArray[np.bool_]:
-    """A mask or one for each sample, bool [N, 1, H, W]: True is known.
+    """Check masks, one for all samples or one each. Returns bool [N, 1, H, W]: True means known.
 
     Args:
         given: bool, or 0 and 1 of any type, [H, W], [N, H, W] or [N, 1, H, W].
         event: (C, H, W) of the network.
 
     Raises:
-        RequestError: for another shape, other values, or a mask that knows all or nothing.
+        RequestError: for another shape, other values, or a mask in which all or no pixels are known.
     """
     mask, size = np.asarray(given), event[1:]
     _check_mask_sizes(mask, size)
@@ -139,7 +139,7 @@ def _check_mask_sizes(mask: NDArray[Any] | Header, size: tuple[int, ...]) -> Non
 
 
 def read_images(path: Path, event: tuple[int, ...], name: str) -> tuple[NDArray[Any], Labels | None]:
-    """Images of a file or a folder, and their labels where the file has them.
+    """Read images from a file or a folder, and labels if the file has them.
 
     Args:
         path: .npz with ``arr_0`` (and labels int64 [N] as ``arr_1``), an image file, or a folder of them,
@@ -148,7 +148,7 @@ def read_images(path: Path, event: tuple[int, ...], name: str) -> tuple[NDArray[
         name: the option, for messages.
 
     Raises:
-        RequestError: if it cannot be read or holds other images.
+        RequestError: if it cannot be read or the images do not fit.
     """
     shown = f"{name} {path}"
     if path.is_dir():
@@ -178,10 +178,10 @@ def read_images(path: Path, event: tuple[int, ...], name: str) -> tuple[NDArray[
 
 
 def read_mask(path: Path, event: tuple[int, ...]) -> NDArray[np.bool_]:
-    """A mask of an image file (from 128 on known) or of .npz (``arr_0``), as :func:`checked_mask`.
+    """Read a mask from an image file (known from 128 on) or from .npz (``arr_0``); see :func:`checked_mask`.
 
     Raises:
-        RequestError: if it cannot be read or is no mask of these images.
+        RequestError: if it cannot be read or does not fit the images.
     """
     if path.suffix.lower() not in PICTURES:
         checks = {"arr_0": lambda header: _check_mask_sizes(header, event[1:])}
@@ -190,7 +190,7 @@ def read_mask(path: Path, event: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def read_mask_picture(path: Path | Upload, event: tuple[int, ...]) -> NDArray[np.bool_]:
-    """A mask of an image file, otherwise as :func:`read_mask`."""
+    """Like :func:`read_mask`, for image files only."""
     opened = _opened(path, event)
     if opened.has_transparency_data:
         raise RequestError(
@@ -208,16 +208,16 @@ def read_npz(
     *,
     whole: Callable[[Mapping[str, Header]], None] = lambda _: None,
 ) -> dict[str, NDArray[Any]]:
-    """Arrays of an .npz file by name, each after a look at its header: what is refused is never inflated.
+    """Read arrays of an .npz file by name. Each header is checked before the array is decompressed.
 
     Args:
-        path: the file, or what came in its place.
+        path: the file, or an upload.
         name: the option, for messages; may be empty.
-        needed, known: the arrays that it must have, and those that it may have; each with its check.
-        whole: checks all of them beside each other, when each has passed.
+        needed, known: the required and the optional arrays, each with its check.
+        whole: checks the arrays together after each has passed its own check.
 
     Raises:
-        RequestError: if it cannot be read, or lacks an array; and those of the checks.
+        RequestError: if it cannot be read, lacks an array, or a check fails.
     """
     shown = f"{name} {path}".strip()
     try:
@@ -233,16 +233,16 @@ def read_npz(
             return {one: archive.read(one) for one in found}
     except RequestError:
         raise
-    except Exception as error:  # arbitrary bytes make the reader fail in any way
+    except Exception as error:  # arbitrary bytes can raise anything
         raise RequestError(
             f"cannot read {shown} as .npz with {', '.join(needed)}: {reading_fault(error)}", hint=_SAVED
         ) from None
 
 
 def read_picture(path: Path | Upload, event: tuple[int, ...]) -> NDArray[np.uint8]:
-    """uint8 [H, W, C] of a file whose size and channels are those of the network."""
+    """Read a picture with the network's size and channels, uint8 [H, W, C]."""
     opened, mode = _opened(path, event), MODES[event[0]]
-    plain = {"1": "L", "P": "RGB"}.get(opened.mode, opened.mode)  # ways to store the same
+    plain = {"1": "L", "P": "RGB"}.get(opened.mode, opened.mode)  # other encodings of the same mode
     if plain != mode or (opened.has_transparency_data and event[0] in (1, 3)):
         raise RequestError(
             f"{path} has pixels of mode {opened.mode}; the network's are {mode} ({event[0]} channels)",
@@ -252,7 +252,7 @@ def read_picture(path: Path | Upload, event: tuple[int, ...]) -> NDArray[np.uint
 
 
 def _opened(path: Path | Upload, event: tuple[int, ...]) -> Any:
-    """A decoded picture of the network's size."""
+    """Open and decode a picture after checking its size."""
     from PIL import Image
 
     try:

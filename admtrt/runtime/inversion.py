@@ -1,4 +1,4 @@
-"""Inversion: images to the latents that DDIM turns into them, and how well it works.
+"""DDIM inversion: find the latents that DDIM decodes into given images, and measure the error.
 
 A run directory holds ``request.json``, ``shards/`` and, when every shard is there, ``latents.npz``.
 """
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from admtrt.schedule.table import SamplingSchedule
 
 DEFAULT_STEPS = "ddim100"
-_LARGEST = 1e3  # of a latent, which is near standard normal where inversion works
+_LARGEST = 1e3  # bound of a latent's values; a valid latent is near standard normal
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,8 +46,8 @@ class InversionRequest:
         pipeline: of the bundle.
         images: uint8 [N, H, W, C] or float32 [N, C, H, W].
         labels: int64 [N] for networks that take them, or None.
-        sampler: of method ddim, unguided.
-        schedule: from an image up.
+        sampler: of the method ddim, unguided.
+        schedule: the steps from an image up to x_T.
         batch_size, shard_size: images inverted at once, and kept in one file.
     """
 
@@ -72,20 +72,20 @@ class InversionRequest:
         batch_size: int,
         shard_size: int | None = None,
     ) -> InversionRequest:
-        """A request that the bundle can meet.
+        """Make a request and check it against the bundle.
 
         Args:
             pipeline: of the bundle.
             images: uint8 [N, H, W, C] or float32 [N, C, H, W] in [-1, 1].
             labels: of each image, needed where the UNet is class-conditional.
-            steps: of ddim.
-            levels: how many steps to go up; all but one where left out.
-            clip: bound x_0 on the way, where inversion then cannot be exact.
+            steps: DDIM steps, as for sampling.
+            levels: number of steps to go up; all but one by default.
+            clip: bound x_0 on the way. Where the bound acts, inversion is not exact.
             batch_size: images computed at once.
-            shard_size: images kept in one file; a batch where left out.
+            shard_size: images kept in one file; a batch by default.
 
         Raises:
-            RequestError: for anything that the bundle cannot do.
+            RequestError: if the bundle cannot do this.
         """
         manifest = pipeline.bundle.manifest
         if manifest.network.low_res_size is not None:
@@ -121,7 +121,7 @@ class InversionRequest:
         return range(0, len(self), self.shard_size)
 
     def latents(self, x: Images, rows: slice) -> Latents:
-        """The record of some images' latents."""
+        """Make the :class:`Latents` of some of the images."""
         return Latents(
             x=x,
             levels=len(self.schedule),
@@ -132,7 +132,7 @@ class InversionRequest:
         )
 
     def inverted(self, rows: slice, callback: Callable[[Step], None] | None) -> Images:
-        """x_T of some images, float32 [n, C, H, W].
+        """Invert some of the images: their x_T, float32 [n, C, H, W].
 
         Raises:
             RequestError: if it is no number, or of no use.
@@ -145,7 +145,7 @@ class InversionRequest:
         return np.concatenate(parts)
 
     def slots(self, rows: slice) -> Slots:
-        """Some of the images at the start of their way up."""
+        """Slots of some of the images, before the first step up."""
         manifest = self.pipeline.bundle.manifest
         images = as_states(self.images[rows])
         return slots_for(
@@ -160,7 +160,7 @@ class InversionRequest:
         )
 
     def finished(self, x: Images) -> Images:
-        """x_T of some images, of their states after the last evaluation.
+        """Check the states after the last evaluation and return them as x_T.
 
         Raises:
             RequestError: if it is no number, or of no use.
@@ -178,7 +178,7 @@ class InversionRequest:
         return self.finished(slots.x)
 
     def decoded(self, x: Images, rows: slice, callback: Callable[[Step], None] | None) -> Images:
-        """The same images drawn from their latents, float32 [n, C, H, W]."""
+        """Decode the latents of some of the images again, float32 [n, C, H, W]."""
         samples = self.pipeline.draw(
             self.sampler,
             None if self.labels is None else self.labels[rows].tolist(),
@@ -190,7 +190,7 @@ class InversionRequest:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that decides the latents, and how they are divided into shards."""
+        """Everything that determines the latents and their division into shards."""
         return {
             "kind": "inversion",
             "bundle": self.pipeline.bundle.digest,
@@ -209,8 +209,8 @@ def invert_into(
     """Invert every missing shard, decode it again, and write ``latents.npz``.
 
     Args:
-        request: what is inverted.
-        directory: of the run; made, or continued where it holds the same request.
+        request: what to invert.
+        directory: the run directory; created, or continued if it holds the same request.
         progress: called with the image-steps done and a text, for a progress display.
 
     Returns:
@@ -219,7 +219,7 @@ def invert_into(
 
     Raises:
         OutputError: if the directory holds something else or a damaged shard, or cannot be written.
-        RequestError: if the latents leave the range of states.
+        RequestError: if the latents are too large or not finite.
     """
     claim(directory, request.identity)
     latents, errors = [], []
@@ -236,7 +236,7 @@ def invert_into(
 
 
 def finished_images(request: InversionRequest, directory: Path) -> int:
-    """Images in the shards that a run directory already holds."""
+    """Number of images in the shards that a run directory already holds."""
     done = (start for start in request.starts if (directory / "shards" / f"{start:08d}.npz").exists())
     return sum(min(request.shard_size, len(request) - start) for start in done)
 
@@ -271,5 +271,5 @@ def _read_shard(request: InversionRequest, start: int, file: Path) -> tuple[Imag
             return archive.read("latents"), archive.read("error")
     except OutputError:
         raise
-    except Exception as error:  # damaged bytes make the reader fail in any way
+    except Exception as error:  # damaged bytes can raise anything
         raise OutputError(f"cannot read the shard {file}: {reading_fault(error)}", hint=again) from error

@@ -1,4 +1,4 @@
-"""Latents: the x_T that samples begin at, of inverted images or of seeds; and the way between two of them."""
+"""Latents: the x_T that samples start from, of inverted images or of seeds, and paths between two of them."""
 
 from __future__ import annotations
 
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Images, Labels
     from admtrt.schedule.sampler import SamplerChoices
 
-_STRAIGHT = 1e-4  # angles at which a slerp is a straight line: their sine divides
+_STRAIGHT = 1e-4  # below this angle a slerp is linear: it divides by the sine
 _OPTIONAL = {"levels", "steps", "clip", "labels", "images"}
 _DDIM = "ddim"
 
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """States at which samples begin.
+    """States that samples start from.
 
     Attributes:
         x: float32 [N, C, H, W].
-        levels: up to which images were inverted; None for states of standard normal noise, at which any
-            solver begins.
+        levels: number of steps that the images were inverted by; None for standard normal noise, which every
+            solver can start from.
         steps, clip: of the inversion; None where there was none.
-        labels: int64 [N] that the images were inverted with, or None.
-        images: those images, uint8 [N, H, W, C] or float32 [N, C, H, W], or None.
+        labels: int64 [N], the labels of the inversion, or None.
+        images: the inverted images, uint8 [N, H, W, C] or float32 [N, C, H, W], or None.
     """
 
     x: Images
@@ -53,10 +53,10 @@ class Latents:
 
     @classmethod
     def of_seeds(cls, seeds: Sequence[int], network: UNetConfig) -> Self:
-        """The noise at which samples of these seeds begin.
+        """The initial noise of samples with these seeds.
 
         Raises:
-            RequestError: for what is no seed.
+            RequestError: for an invalid seed.
         """
         checked = [check_seed(seed) for seed in seeds]
         return cls(initial_noise(checked, event_shape(network), stage=network.low_res_size or 0))
@@ -65,7 +65,7 @@ class Latents:
         return len(self.x)
 
     def __getitem__(self, rows: slice) -> Self:
-        """Some of them."""
+        """The latents at these indices."""
         return replace(
             self,
             x=self.x[rows],
@@ -74,7 +74,7 @@ class Latents:
         )
 
     def checked(self, event: tuple[int, ...]) -> Self:
-        """Themselves, if they fit a network.
+        """Check the latents against a network and return them.
 
         Raises:
             RequestError: for another type, shape or values that are not finite.
@@ -86,7 +86,7 @@ class Latents:
         return replace(self, x=x)
 
     def choices(self, given: SamplerChoices) -> SamplerChoices:
-        """A request's choices, with those of the inversion where the request makes none."""
+        """A request's choices, completed by those of the inversion."""
         if self.levels is None:
             return given
         chosen: SamplerChoices = {**given}
@@ -99,10 +99,10 @@ class Latents:
         return chosen
 
     def between(self, first: int, second: int, count: int) -> Self:
-        """``count`` latents on the way from one to another of these, ends included.
+        """``count`` latents on the path from one of these to another, ends included.
 
         Raises:
-            RequestError: if there are no such two, fewer than two are asked for, or their labels differ.
+            RequestError: if an index is out of range, ``count`` is below two, or their labels differ.
         """
         for index in (first, second):
             if not 0 <= whole_number(index, "the index of latents") < len(self):
@@ -119,7 +119,7 @@ class Latents:
         )
 
     def save(self, path: Path) -> None:
-        """Write .npz: ``latents``, and what else there is by its name.
+        """Write an .npz file: ``latents``, and every other field that is not None.
 
         Raises:
             OutputError: if it cannot be written.
@@ -128,14 +128,14 @@ class Latents:
             self.write(opened)
 
     def write(self, opened: IO[bytes]) -> None:
-        """The same into an open file."""
+        """Like :meth:`save`, into an open file."""
         held = {name: getattr(self, name) for name in sorted(_OPTIONAL)}
         arrays = {name: np.asarray(one) for name, one in held.items() if one is not None}
         np.savez(opened, latents=self.x, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def read(cls, path: Path | Upload, event: tuple[int, ...]) -> Self:
-        """Those of a file that :meth:`save` wrote; ``latents`` alone are states of standard normal noise.
+        """Read a file of :meth:`save`. ``latents`` without further fields are standard normal noise.
 
         Raises:
             RequestError: if it cannot be read or holds something else.
@@ -194,9 +194,10 @@ def _check_sizes(x: Images | Header, event: tuple[int, ...]) -> None:
 
 
 def slerp(first: Images, second: Images, count: int) -> Images:
-    """``count`` states on the great circle from one to another, ends included, float32 [count, *event].
+    """Slerp: ``count`` states on the great circle between two, ends included, float32 [count, *event].
 
-    The straight line where their angle is below 1e-4, or they lie opposite: every circle leads there.
+    It takes a straight line if the angle is below 1e-4, or if the states are opposite, where the great circle
+    is not unique.
 
     Raises:
         RequestError: if fewer than two are asked for.

@@ -1,4 +1,4 @@
-"""The low-pass filter of ILVR: bicubic reduction by a factor and enlargement again, as a matrix."""
+"""The low-pass filter of ILVR as a matrix: bicubic downsampling by a factor, then upsampling."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
     Float64 = NDArray[np.float64]
 
 _A = -0.5
-"""Keys' cubic: the one of MATLAB's imresize, which ILVR's resizer follows."""
+"""Parameter of Keys' cubic kernel, as in MATLAB's imresize, which ILVR's resizer follows."""
 
 
 def low_pass_matrix(size: int, factor: int) -> Float64:
-    """L with L x the low frequencies of a column x of ``size`` values, float64 [size, size].
+    """The matrix L such that L x are the low frequencies of a column x, float64 [size, size].
 
     Args:
         size: a multiple of ``factor``.
@@ -30,7 +30,7 @@ def low_pass_matrix(size: int, factor: int) -> Float64:
 def bicubic_matrix(size: int, target: int) -> Float64:
     """Bicubic resizing of ``size`` values to ``target``, float64 [target, size].
 
-    Reductions widen the kernel; borders repeat in the mirror.
+    Downsampling widens the kernel. Borders are mirrored.
     """
     scale = target / size
     width = min(scale, 1.0)

@@ -1,4 +1,4 @@
-"""Processor features and thread counts that decide the speed of this machine."""
+"""The properties of this machine that affect speed: processor, threads, memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def available_threads() -> int:
-    """Processors that this process may use."""
+    """Number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -18,7 +18,7 @@ def physical_memory() -> int:
 
 
 def package_environment() -> dict[str, str]:
-    """The environment of a process of its own that has to find this package, installed or not."""
+    """Environment variables for a child process that imports this package, installed or not."""
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
 

@@ -1,7 +1,7 @@
 """Counter-based noise: a pure function of a sample's seed, the stage and the step, whatever the batch.
 
-A *stage* is one network of a cascade, named by the size of the images that it enlarges: 0 for a network that
-enlarges none. The same seed thus gives every stage noise of its own, alone or in the cascade.
+A *stage* is one network of a cascade, identified by the size of the images that it enlarges, or 0 if it
+enlarges none. The same seed thus gives every stage different noise, whether it runs alone or in the cascade.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 MAX_SEED = 2**64 - 1
 _INITIAL = 0  # counter of x_T; the noise of step i uses i + 1
-_SECOND = 1 << 31  # of a counter of a step's second noise
-_STAGE_BITS = 32  # of a counter below its stage: no schedule has half as many steps
+_SECOND = 1 << 31  # counter bit of a step's second noise
+_STAGE_BITS = 32  # counter bits below the stage; no schedule has 2**31 steps
 
 
 def check_seed(seed: int) -> int:
-    """Return ``seed`` as an int if it is usable: a whole number from 0 to 2**64 - 1."""
+    """Check that ``seed`` is a whole number from 0 to 2**64 - 1, and return it as an int."""
     seed = whole_number(seed, "a seed")
     if not 0 <= seed <= MAX_SEED:
         raise RequestError(
@@ -49,7 +49,7 @@ def step_noise(
 def second_noise(
     seeds: Sequence[int], steps: Sequence[int], shape: tuple[int, ...], *, stage: int = 0
 ) -> NDArray[np.float32]:
-    """Further noise of each sample at the same step, of an edited state; otherwise as :func:`step_noise`."""
+    """The noise of a step's edit; otherwise like :func:`step_noise`."""
     return _drawn(seeds, [_SECOND + step + 1 for step in steps], shape, stage)
 
 
@@ -57,7 +57,7 @@ def _drawn(
     seeds: Sequence[int], counters: Sequence[int], shape: tuple[int, ...], stage: int
 ) -> NDArray[np.float32]:
     out = np.empty((len(seeds), *shape), dtype=np.float32)
-    bits = np.random.Philox(key=0)  # one for all: setting its state costs a fifth of making another
+    bits = np.random.Philox(key=0)  # shared: setting its state costs a fifth of creating another
     generator, state = np.random.Generator(bits), bits.state
     for row, seed, counter in zip(out, seeds, counters, strict=True):
         state["state"]["key"] = np.array([seed, (stage << _STAGE_BITS) + counter], dtype=np.uint64)

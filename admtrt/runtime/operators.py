@@ -1,7 +1,7 @@
-"""Linear operators of images as matrices of rows and columns: what the guide ``linear`` takes as data.
+"""Separable linear operators on images, as matrices of rows and columns, for the guide ``linear``.
 
-An operator A is x -> R x C' on every channel. Where its result is smaller than the image, R and C have rows
-of zeros below, and the measurement is filled up with zeros to match.
+An operator A maps each channel x to R x C'. If the result is smaller than the image, R and C are padded with
+rows of zeros, and the measurement with zeros.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _HINT = "Write e.g. sr:4 (bicubic reduction), pool:2 (means of 2x2 pixels) or bl
 
 
 class Operator:
-    """An operator by its text.
+    """A linear operator, parsed from its text.
 
     Args:
         text: ``identity``; ``sr:N`` reduces by N with MATLAB's bicubic kernel, ``pool:N`` by means;
@@ -38,7 +38,7 @@ class Operator:
         rows, columns: float64 [h, H] and [w, W].
 
     Raises:
-        RequestError: for a form that there is none of, or a number that does not fit.
+        RequestError: for an unknown form or a number out of range.
     """
 
     def __init__(self, text: str, event: tuple[int, ...]) -> None:
@@ -48,7 +48,7 @@ class Operator:
 
     @property
     def result(self) -> tuple[int, int]:
-        """(h, w) of what it gives."""
+        """(h, w) of the result."""
         return len(self.rows), len(self.columns)
 
     def targets(self) -> dict[str, NDArray[np.float32]]:
@@ -61,7 +61,7 @@ class Operator:
         return np.ascontiguousarray(self.rows @ images.astype(np.float64) @ self.columns.T, np.float32)
 
     def filled(self, measurement: NDArray[np.float32]) -> NDArray[np.float32]:
-        """A measurement [N, C, h, w] with zeros up to the size of the image."""
+        """Pad a measurement [N, C, h, w] with zeros to the size of the image."""
         full = np.zeros((*measurement.shape[:2], *self._event[1:]), np.float32)
         full[:, :, : measurement.shape[2], : measurement.shape[3]] = measurement
         return full
@@ -107,8 +107,8 @@ def _blurred(size: int, numbers: list[float], text: str) -> Float64:
             f"operator {text!r}: {width} places do not fit; expected an odd number below {2 * size}",
             hint=_HINT,
         )
-    # As DPS makes it (SciPy's gaussian_filter of an impulse): 4 sigma to either side, folded into the width.
-    if sigma > size:  # a request may name any number, and the kernel is as long
+    # As in DPS (SciPy's gaussian_filter of an impulse): 4 sigma to either side, folded into the width.
+    if sigma > size:  # bounds the kernel's length, which grows with sigma
         raise RequestError(f"operator {text!r}: a blur of {sigma:g} pixels is wider than {size}", hint=_HINT)
     reach = int(4 * sigma + 0.5)
     weights = np.exp(-(np.arange(-reach, reach + 1) ** 2) / (2 * sigma**2))

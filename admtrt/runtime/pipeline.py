@@ -1,4 +1,4 @@
-"""Images from a bundle: checks a request against the manifest, then drives the step core to the end."""
+"""Sample images from a bundle: check a request against the manifest, then run all steps."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ class Pipeline:
 
     Args:
         bundle: a verified bundle.
-        denoiser: its graphs on some backend; they may come from elsewhere, for instance PyTorch.
-        computed: what computes them, for the record of long runs.
+        denoiser: runs the graphs; a backend, or for instance PyTorch.
+        computed: describes what runs the graphs, for the record of long runs.
     """
 
     def __init__(self, bundle: Bundle, denoiser: Denoiser, *, computed: str = "") -> None:
@@ -82,11 +82,11 @@ class Pipeline:
         """Open a bundle.
 
         Args:
-            path: the bundle's directory, or the bundle where it is open already.
+            path: the bundle's directory, or an open bundle.
             backend, precision, threads, plans, batch_size: as of
                 :class:`~admtrt.runtime.backends.choice.BackendChoice`.
-            guides: of the bundle, that may be used; None for all. The graphs of others are not opened.
-            progress: told what the backend ``auto`` measures, and what it has found.
+            guides: names of the bundle's guides to open; None for all.
+            progress: called with what the backend ``auto`` measures and finds.
 
         Raises:
             BundleError: if the bundle is incomplete or altered.
@@ -109,7 +109,7 @@ class Pipeline:
         guides: Collection[str] | None = None,
         progress: Callable[[str | Fastest], None] = lambda _: None,
     ) -> Self:
-        """A bundle that is open on the backend of a choice.
+        """Open the graphs of an open bundle on the chosen backend.
 
         Raises:
             RequestError, UserError: as :meth:`from_bundle`.
@@ -148,15 +148,15 @@ class Pipeline:
         Args:
             labels: class of each sample, by number or name; needed where the UNet is class-conditional or the
                 scale is not 0.
-            seeds: of each sample, 0 to 2**64 - 1; 0, 1, 2, ... where left out.
+            seeds: seed of each sample, 0 to 2**64 - 1; by default 0, 1, 2, ...
             low_res: conditioning of an upsampler: uint8 [N, h, w, C], or float32 [N, C, h, w] in [-1, 1].
             latents, init, strength, known, jump, reference, low_pass, recurrence: as
-                :class:`~admtrt.runtime.image_inputs.ImageInputs`; samples of inverted latents take the
-                inversion's steps, method and clip where none are chosen.
-            guides: the bundle's guides that guide, with the targets of each, as
+                :class:`~admtrt.runtime.image_inputs.ImageInputs`; inverted latents bring the inversion's
+                steps, method and clip as defaults.
+            guides: the guides to use, with the targets of each, as
                 :class:`~admtrt.runtime.guide_targets.GuideTargets`.
             guide_scale, guide_interval, guide_place, guide_clip: as :meth:`guide_choices`.
-            batch_size: samples computed at once; it does not change them beyond rounding.
+            batch_size: samples computed at once; it changes samples only by rounding.
             callback: called after every evaluation of every batch.
             progress: show a bar on a terminal.
             choices: as :meth:`sampler`.
@@ -198,7 +198,7 @@ class Pipeline:
         callback: Callable[[Step], None] | None = None,
         progress: bool = False,
     ) -> Samples:
-        """Draw samples as a sampler of :meth:`sampler` says; otherwise as calling the pipeline."""
+        """Draw samples with a sampler made by :meth:`sampler`; otherwise like calling the pipeline."""
         if whole_number(batch_size, "batch_size") < 1:
             raise RequestError(f"batch_size is {batch_size}; expected at least 1")
         given = self.check(sampler, labels, seeds, low_res=low_res, inputs=inputs)
@@ -224,7 +224,7 @@ class Pipeline:
         low_res: NDArray[np.uint8] | Images | None = None,
         inputs: ImageInputs = NOTHING,
     ) -> Given:
-        """A request whose parts fit the bundle and each other; arguments as :meth:`draw`.
+        """Check a request's parts against the bundle and each other; arguments as :meth:`draw`.
 
         Raises:
             RequestError: for anything that the bundle cannot do.
@@ -249,9 +249,9 @@ class Pipeline:
         """The bundle's recommended sampler with some choices replaced, checked against the bundle.
 
         Args:
-            choices: as :class:`~admtrt.schedule.sampler.SamplerConfig`; what is left out is the bundle's
-                recommendation. Plain ``steps`` "ddimN" imply the method ``ddim``, any other ``ddpm``; the
-                method ``auto`` keeps the recommended one.
+            choices: as :class:`~admtrt.schedule.sampler.SamplerConfig`; defaults are the bundle's
+                recommendation. ``steps`` without a method imply one: "ddimN" the method ``ddim``, others
+                ``ddpm``. The method ``auto`` keeps the recommended one.
 
         Raises:
             RequestError: if the result is impossible.
@@ -275,7 +275,7 @@ class Pipeline:
                     hint="Leave it out, or use another scale.",
                 )
             sampler = sampler.unguided
-        schedule = sampling_schedule(manifest.diffusion, sampler)  # refuses an impossible one now
+        schedule = sampling_schedule(manifest.diffusion, sampler)  # raises now if impossible
         if schedule.full and "update_full" not in manifest.graphs:
             raise RequestError(
                 f"method '{sampler.method}' needs the graph 'update_full', which {self.bundle.path} has not",
@@ -292,7 +292,7 @@ class Pipeline:
         place: Mapping[str, Place] | None = None,
         clip: Mapping[str, bool] | None = None,
     ) -> tuple[GuideChoice, ...]:
-        """Choices of the bundle's guides, for ``guided_by`` of :meth:`sampler`.
+        """Make the value of ``guided_by`` of :meth:`sampler` from choices for the bundle's guides.
 
         Arguments and errors are those of :func:`admtrt.schedule.guides.guide_choices`.
         """
@@ -307,10 +307,10 @@ class Pipeline:
         )
 
     def check_labels(self, labels: Sequence[int | str] | None, sampler: SamplerConfig) -> Labels | None:
-        """Labels as int64 [N], or None.
+        """Check labels and return them as int64 [N], or None.
 
         Raises:
-            RequestError: if they are missing, not wanted, no classes or out of range.
+            RequestError: if they are missing, not wanted, unknown or out of range.
         """
         manifest = self.bundle.manifest
         classes = manifest.num_classes
@@ -334,7 +334,7 @@ class Pipeline:
         return np.array(checked, dtype=np.int64)
 
     def check_low_res(self, low_res: NDArray[np.uint8] | Images | None) -> Images | None:
-        """An upsampler's conditioning as float32 [N, C, h, w], or None.
+        """Check an upsampler's conditioning and return it as float32 [N, C, h, w], or None.
 
         Raises:
             RequestError: if it is missing, not wanted or of another shape or type.
@@ -350,10 +350,10 @@ class Pipeline:
         return np.ascontiguousarray(images)
 
     def check_inputs(self, sampler: SamplerConfig, inputs: ImageInputs) -> ImageInputs:
-        """Images to start at or to hold samples to, checked.
+        """Check the images to start from or to condition on.
 
         Raises:
-            RequestError: for images that do not fit, or what the bundle or the sampler cannot do with them.
+            RequestError: for images that do not fit, or that the bundle or the sampler cannot use.
         """
         manifest = self.bundle.manifest
         checked = inputs.checked(event_shape(manifest.network))
@@ -367,7 +367,7 @@ class Pipeline:
         return checked
 
     def slots(self, given: Given) -> Slots:
-        """The samples of a checked request at the start of their schedule."""
+        """Slots of a checked request's samples, at the start of their schedule."""
         manifest = self.bundle.manifest
         schedule = given.inputs.schedule(manifest.diffusion, given.sampler)
         return slots_for(
@@ -384,7 +384,7 @@ class Pipeline:
         )
 
     def finished(self, given: Given, x: Images) -> Images:
-        """The samples of a checked request, of their states after the last evaluation, float32 [N, C, H, W].
+        """Check the states after the last evaluation and return them as samples, float32 [N, C, H, W].
 
         Raises:
             RequestError: if they are not finite.
@@ -416,14 +416,14 @@ class Pipeline:
         batch_size: int = DEFAULT_BATCH,
         callback: Callable[[Step], None] | None = None,
     ) -> Latents:
-        """The latents that DDIM turns into these images, for ``latents`` of a call.
+        """Find the latents that DDIM decodes into these images, for the argument ``latents`` of a call.
 
         Args:
             images: uint8 [N, H, W, C] or float32 [N, C, H, W] in [-1, 1].
             labels: of each image, needed where the UNet is class-conditional.
-            steps: of ddim.
-            levels: how many of the steps to go up; all but one where left out.
-            clip: bound x_0 on the way; where that acts, inversion is not exact.
+            steps: DDIM steps, as for sampling.
+            levels: number of steps to go up; all but one by default.
+            clip: bound x_0 on the way. Where the bound acts, inversion is not exact.
             batch_size: images computed at once.
             callback: called after every evaluation of every batch.
 
@@ -438,10 +438,10 @@ class Pipeline:
         return request.latents(request.inverted(slice(None), callback), slice(None))
 
     def drive(self, slots: Slots, first: int, callback: Callable[[Step], None] | None) -> None:
-        """Take every evaluation of samples that share a schedule, in place.
+        """Run all steps of samples that share a schedule, in place.
 
         Args:
-            slots: at the start.
+            slots: the samples, at the start of their schedule.
             first: position of the first among all samples, for the callback.
             callback: called after every evaluation.
         """
@@ -467,7 +467,7 @@ def consecutive_seeds(first: int, count: int) -> range:
     """Seeds of ``count`` samples from ``first`` on.
 
     Raises:
-        RequestError: if they leave the range, or there are none.
+        RequestError: if a seed is out of range, or ``count`` is 0.
     """
     if whole_number(count, "count") < 1:
         raise RequestError(f"{count} samples were asked for; expected at least 1")

@@ -19,10 +19,10 @@ _NAMES_SHOWN = 10
 
 
 def whole_number(value: Any, name: str) -> int:
-    """A whole number of any type, numpy's included, as an int; ``name`` says whose it is.
+    """Convert a whole number of any type, including NumPy's, to int; ``name`` is for messages.
 
     Raises:
-        RequestError: if it is none; neither ``True`` nor ``2.0`` nor ``"2"`` is one.
+        RequestError: for anything else, including ``True``, ``2.0`` and ``"2"``.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -34,10 +34,10 @@ def whole_number(value: Any, name: str) -> int:
 
 
 def one_for_each(given: Any, name: str) -> Sequence[Any]:
-    """A value given per sample, if it has a length.
+    """Check that a value is a sequence with one entry per sample, and return it.
 
     Raises:
-        RequestError: if it is a single value, or a text.
+        RequestError: if it is a single value or a string.
     """
     if isinstance(given, str | bytes) or not _has_length(given):
         raise RequestError(
@@ -51,16 +51,16 @@ def one_for_each(given: Any, name: str) -> Sequence[Any]:
 def _has_length(given: Any) -> bool:
     try:
         len(given)
-    except TypeError:  # an array of no dimension has the method, and no length
+    except TypeError:  # 0-dimensional arrays have __len__, which raises
         return False
     return True
 
 
 def class_index(label: Any, manifest: Manifest) -> int:
-    """A class by its number, whose range is not checked, or by its name in the bundle.
+    """The index of a class, given by its number (whose range is not checked) or by its name.
 
     Raises:
-        RequestError: for an unknown name, or what is neither.
+        RequestError: for an unknown name, or a value that is neither.
     """
     if not isinstance(label, str):
         return whole_number(label, "a label")
@@ -75,7 +75,7 @@ def class_index(label: Any, manifest: Manifest) -> int:
 
 
 def named_class(text: str, names: Sequence[str]) -> int | None:
-    """The class of this name: as it is written, else the only one that differs in case and spaces alone."""
+    """Find a class by its exact name, else by the only name that differs just in case and spaces."""
     return names.index(text) if text in names else _by_folded(tuple(names)).get(_folded(text))
 
 
@@ -85,7 +85,7 @@ def _folded(name: str) -> str:
 
 @lru_cache(maxsize=16)
 def _by_folded(names: tuple[str, ...]) -> Mapping[str, int | None]:
-    """Classes by folded names; None where several are the same then."""
+    """Classes by case-folded name; None marks a folded name that several classes share."""
     found: dict[str, int | None] = {}
     for index, name in enumerate(names):
         folded = _folded(name)
@@ -94,16 +94,16 @@ def _by_folded(names: tuple[str, ...]) -> Mapping[str, int | None]:
 
 
 def some_names(names: Sequence[object]) -> str:
-    """The first names, for messages; empty where there are none."""
+    """The first names, for messages; empty without names."""
     more = ", ..." if len(names) > _NAMES_SHOWN else ""
     return ", ".join(map(str, names[:_NAMES_SHOWN])) + more
 
 
 def names_of(labels: Labels, names: Sequence[str]) -> list[str]:
-    """The class of each sample by name, or by number where there are no names."""
+    """The class name of each sample, or its number if there are no names."""
     return [names[label] if names else str(label) for label in labels.tolist()]
 
 
 def numbered_names(names: Sequence[str]) -> str:
-    """The first classes as ``0 ant, 1 bee``, for people; empty where they have no names."""
+    """The first classes as ``0 ant, 1 bee``, for people; empty without names."""
     return some_names([f"{index} {name}" for index, name in enumerate(names)])

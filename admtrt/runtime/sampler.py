@@ -1,4 +1,4 @@
-"""The core of sampling: one guided step over a set of slots, each at its own place in its own schedule."""
+"""The core of sampling: one guided step of a set of slots, each at its own position of its own schedule."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _NOISY = [EDIT.index(name) for name in ("noise", "renoise")]
 
 
 class Denoiser(Protocol):
-    """The graphs as functions on arrays; a backend over a bundle is one, PyTorch modules are another."""
+    """Runs graphs on arrays. Implemented by the backends, and over PyTorch modules."""
 
     def run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """Every output of one graph by name, owned by the caller.
+        """Run one graph. Returns every output by name; the caller owns the arrays.
 
         Inputs and outputs are those of :mod:`admtrt.contract`.
         """
@@ -44,18 +44,18 @@ class StepInputs(NamedTuple):
     """Inputs of one evaluation of every slot, besides its state and conditioning.
 
     Attributes:
-        t: float32 [N], in the model's units.
-        coefficients: of the graph that takes the step, float32 [N, columns]: those of ``update``, or where
-            ``full`` those of ``update_full`` and behind it the columns of every guide of the bundle.
-        guided: bool [N], whose evaluation uses the classifier's gradient.
-        guides: of each other guide that any slot's evaluation uses, whose do, bool [N].
-        of_losses: what guides by a loss of x_0 take from the schedules, float32 [N] each, but their bound.
-        guide_clips: that bound of each of them, float32 [N].
-        noise_steps: the steps that name each slot's noise, or None where no slot's evaluation adds any.
-        second_noise_steps: the same of the noise of edits.
+        t: float32 [N], the timestep in the model's units.
+        coefficients: of the update graph, float32 [N, columns]: those of ``update`` or, if ``full``, those of
+            ``update_full`` followed by the columns of every guide of the bundle.
+        guided: bool [N], True for slots whose evaluation uses the classifier's gradient.
+        guides: for each other guide in use, bool [N], True for slots whose evaluation uses it.
+        of_losses: inputs of guides by a loss of x_0, float32 [N] each, except ``guide_clip``.
+        guide_clips: ``guide_clip`` of each such guide, float32 [N].
+        noise_steps: the step number of each slot's noise, or None if no slot's evaluation adds noise.
+        second_noise_steps: the same for the noise of edits.
         full: whether any slot's schedule needs the graph ``update_full``.
         dynamic: whether any slot's evaluation needs the graph ``threshold``.
-        edits: float32 [N, len(EDIT)] of each graph that edits any slot's next state, zeros for other slots.
+        edits: coefficients of each edit graph in use, float32 [N, len(EDIT)], zeros for other slots.
     """
 
     t: NDArray[np.float32]
@@ -72,12 +72,12 @@ class StepInputs(NamedTuple):
 
     @property
     def clip(self) -> NDArray[np.float32]:
-        """The bound of x_0 of each slot, float32 [N]."""
+        """The clip of x_0 of each slot, float32 [N]."""
         return np.ascontiguousarray(self.coefficients[:, UPDATE_FULL.index("clip")])
 
 
 def step_inputs(slots: Slots) -> StepInputs:
-    """The inputs of the slots' next evaluation. No slot may be finished."""
+    """Collect the inputs of the slots' next evaluation. No slot may be finished."""
     places = _Places(slots)
     needs = places.read(lambda schedule: schedule.needs)
     guided, stochastic, dynamic = needs.T
@@ -99,7 +99,7 @@ def step_inputs(slots: Slots) -> StepInputs:
 
 
 class _Places:
-    """The place of every slot in its schedule. Most batches share one schedule, which is read at once."""
+    """The position of every slot in its schedule. A schedule that all slots share is read in one go."""
 
     def __init__(self, slots: Slots) -> None:
         self._schedules = slots.schedules
@@ -107,7 +107,7 @@ class _Places:
         self._shared = len(set(slots.schedules)) == 1
 
     def read(self, column: Callable[[SamplingSchedule], Array]) -> Array:
-        """Entry of every slot in an array over the evaluations of its schedule, [N, ...]."""
+        """Pick every slot's entry from an array with one entry per evaluation, [N, ...]."""
         if self._shared:
             return column(self._schedules[0])[self._position]
         rows = zip(self._schedules, self._position.tolist(), strict=True)
@@ -133,7 +133,7 @@ def _guide_active(name: str, schedule: SamplingSchedule) -> NDArray[np.bool_]:
 
 
 def _of_guides(places: _Places, slots: Slots) -> dict[str, Any]:
-    """The fields of :class:`StepInputs` that are of guides besides the classifier."""
+    """The fields of :class:`StepInputs` for guides other than the classifier."""
     active, clips = {}, {}
     for name in slots.guides:
         guided = places.read(partial(_guide_active, name))
@@ -164,14 +164,14 @@ def _edit_columns(places: _Places, slots: Slots) -> dict[EditGraph, NDArray[np.f
 
 
 def draw_noise(slots: Slots, inputs: StepInputs) -> Images | None:
-    """The noise of a step, float32 [N, C, H, W], or None where no slot's step is stochastic."""
+    """The noise of a step, float32 [N, C, H, W], or None if no slot's step is stochastic."""
     if inputs.noise_steps is None:
         return None
     return step_noise(slots.seeds, inputs.noise_steps, slots.x.shape[1:], stage=slots.stage)
 
 
 def draw_second_noise(slots: Slots, inputs: StepInputs) -> Images | None:
-    """The noise of the edits of a step, float32 [N, C, H, W], or None where no slot's edit adds any."""
+    """The noise of a step's edits, float32 [N, C, H, W], or None if no slot's edit adds noise."""
     if inputs.second_noise_steps is None:
         return None
     return second_noise(slots.seeds, inputs.second_noise_steps, slots.x.shape[1:], stage=slots.stage)
@@ -183,12 +183,11 @@ def advance(slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int] = ()) 
     Args:
         slots: the samples.
         denoiser: the graphs.
-        guided_sizes: batches to which guided slots are filled up where others are not guided; powers of two
-            where none is given or large enough.
+        guided_sizes: batch sizes to pad the guided slots to when only some are guided. Powers of two if none
+            is given or large enough.
 
-    Gradients are computed for the slots whose evaluation is guided, noise where any slot's adds some. Slots
-    of solvers with memory and of others may share a batch, which then runs ``update_full``. States are edited
-    where a slot's schedule says so.
+    Gradients are computed for guided slots only; noise is drawn only if some slot adds it. If any slot's
+    solver has memory, the batch runs ``update_full``. States are edited where a slot's schedule says so.
     """
     inputs = step_inputs(slots)
     given = {"x": slots.x, **_evaluated(slots, inputs, denoiser, guided_sizes)}
@@ -210,9 +209,9 @@ def advance(slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int] = ()) 
 def _evaluated(
     slots: Slots, inputs: StepInputs, denoiser: Denoiser, sizes: Sequence[int]
 ) -> dict[str, Images]:
-    """``out``, ``grad`` and, where ``update_full`` runs, the tensor of every guide of the bundle.
+    """Run the networks: ``out``, ``grad`` and, for ``update_full``, the tensor of every guide of the bundle.
 
-    A loss of x_0 comes with the UNet's output: the UNet runs for the other samples alone.
+    The graph of a loss of x_0 also returns the UNet's output, so the UNet runs only for the other samples.
     """
     results = {
         name: _on_rows(
@@ -272,13 +271,13 @@ def _feeds(slots: Slots, inputs: StepInputs, graph: GraphName) -> dict[str, Arra
 
 
 def gathered_size(count: int, batch: int, sizes: Sequence[int] = ()) -> int:
-    """The samples that a gradient runs for where ``count`` of a batch are guided, see :func:`advance`."""
+    """The padded batch size of a gradient if ``count`` samples of a batch are guided, see :func:`advance`."""
     powers = 1 << (count - 1).bit_length()
     return min(min((size for size in sizes if size >= count), default=powers), batch)
 
 
 def guide_feeds(slots: Slots, inputs: StepInputs, name: str) -> dict[str, Array]:
-    """Inputs of a guide's graph in an evaluation that it guides."""
+    """The inputs of a guide's graph."""
     guide, feeds = slots.guides[name], _feeds(slots, inputs, f"{GUIDE_GRAPH}{name}")
     if guide.kind == "denoiser":
         feeds |= {weight: inputs.of_losses[weight] for weight in X0_WEIGHTS}
@@ -295,10 +294,10 @@ def _on_rows(
     denoiser: Denoiser,
     sizes: Sequence[int],
 ) -> dict[str, Array]:
-    """The outputs of a graph for some rows, zeros for the others.
+    """Run a graph for some rows; the other rows of its outputs are zeros.
 
-    Where they are not all, they are gathered, and filled up to a power of two by copies of the last one:
-    backends compile each size, and so meet few.
+    A subset of rows is gathered and padded to a power of two with copies of the last one, so that backends
+    that compile every batch size compile only a few.
     """
     if chosen.all():
         return denoiser.run(graph, feeds)
@@ -314,9 +313,9 @@ def _on_rows(
 
 
 class HeldSlots(Protocol):
-    """Slots whose x stays where the denoiser computes, until it is read.
+    """Slots whose x stays on the denoiser's device until it is read.
 
-    Between the steps nothing of the slots may be changed but by :meth:`replace`.
+    Between steps, only :meth:`replace` may change the slots.
     """
 
     def advance(self) -> None:
@@ -324,11 +323,11 @@ class HeldSlots(Protocol):
         ...
 
     def read(self) -> None:
-        """Wait for the last step and bring ``x`` and ``x_0`` of the slots up to date, as new arrays."""
+        """Wait for the last step and update ``x`` and ``x_0`` of the slots with new arrays."""
         ...
 
     def replace(self, rows: Sequence[int], slots: Slots) -> None:
-        """Put other samples in place of these rows, here and on the device; see :meth:`Slots.replace`.
+        """Replace the samples in these rows, here and on the device; see :meth:`Slots.replace`.
 
         Raises:
             ValueError: as there.
@@ -338,15 +337,15 @@ class HeldSlots(Protocol):
 
 @runtime_checkable
 class ResidentDenoiser(Denoiser, Protocol):
-    """A denoiser that can keep x on its device between the steps."""
+    """A denoiser that can keep x on its device between steps."""
 
     def hold(self, slots: Slots) -> AbstractContextManager[HeldSlots]:
-        """Take the slots to the device; what was not read when the block ends is lost."""
+        """Move the slots to the device. Results that were not read before the block ends are lost."""
         ...
 
 
 class _HostSlots:
-    """Slots in host memory, advanced by a denoiser on arrays."""
+    """The fallback: slots in host memory."""
 
     def __init__(self, slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int]) -> None:
         self._slots = slots
@@ -357,7 +356,7 @@ class _HostSlots:
         advance(self._slots, self._denoiser, self._guided_sizes)
 
     def read(self) -> None:
-        """Nothing is left to do: every step ends in host memory."""
+        """Do nothing: the results are in host memory already."""
 
     def replace(self, rows: Sequence[int], slots: Slots) -> None:
         self._slots.replace(rows, slots)
@@ -366,10 +365,10 @@ class _HostSlots:
 def hold(
     slots: Slots, denoiser: Denoiser, guided_sizes: Sequence[int] = ()
 ) -> AbstractContextManager[HeldSlots]:
-    """The slots on the denoiser's device where it can keep them there, else in host memory.
+    """Hold the slots on the denoiser's device if it supports that, else in host memory.
 
-    The steps of samples that guides beside the classifier guide are put together in host memory.
-    ``guided_sizes`` are as for :func:`advance`; a device has sizes of its own.
+    Samples with guides other than the classifier are stepped in host memory. ``guided_sizes`` are as for
+    :func:`advance`; a device uses its own sizes.
     """
     if isinstance(denoiser, ResidentDenoiser) and not any(one.guides for one in slots.schedules):
         return denoiser.hold(slots)

@@ -1,4 +1,4 @@
-"""The drawing of a run's shards as a function that other processes can be sent."""
+"""A picklable function that draws a run's shards in other processes."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """A pipeline as it can be opened anywhere.
+    """How to open a pipeline in another process.
 
     Attributes:
-        bundle: its directory, absolute.
-        digest: that the bundle must have.
+        bundle: absolute path of the bundle.
+        digest: the digest that the bundle must have.
         backend, precision, threads, plans, batch_size: as for :meth:`Pipeline.from_bundle`.
     """
 
@@ -43,9 +43,9 @@ class ShardWork:
     """Draws shards of a run.
 
     Attributes:
-        source: of the pipeline; each process opens it once.
-        request: what the run draws, checked.
-        directory: of the run, absolute, in a folder that every machine sees; it is claimed.
+        source: the pipeline, which each process opens once.
+        request: the checked request of the run.
+        directory: absolute path of the claimed run directory, on a file system that all machines share.
     """
 
     source: Source
@@ -53,11 +53,11 @@ class ShardWork:
     directory: Path
 
     def __call__(self, start: int) -> int:
-        """Draw the shard that begins with this sample, if it is not there; returns that.
+        """Draw the shard that begins with this sample unless it exists. Returns ``start``.
 
         Raises:
             OutputError: if the run's folder is not seen here, or cannot be written.
-            RequestError: if the bundle here is another.
+            RequestError: if the bundle here has another digest.
         """
         if not (self.directory / REQUEST).is_file():
             raise OutputError(

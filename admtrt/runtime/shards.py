@@ -1,4 +1,4 @@
-"""The shards of a run of samples: files of images, written whole, and not trusted because they are there."""
+"""The shards of a run: files of images, written atomically and checked when read."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from admtrt.runtime.bulk import BulkRequest
 
 SHARDS = "shards"
-"""Folder of the shards in that of their run."""
+"""Name of the folder of shards in a run directory."""
 _AGAIN = "Delete it and repeat the command: it alone is drawn again."
 
 
 class Shards:
-    """The images of a run that is finished, or will be when they are read: one array, read by shards.
+    """The images of a run as one array, read shard by shard. The shards may be written later.
 
     Args:
-        directory: of the run.
-        request: what it draws.
-        manifest: of the bundle that draws it, which says what an image is.
+        directory: the run directory.
+        request: what the run draws.
+        manifest: of the bundle, which gives the shape of an image.
 
     Attributes:
-        image_shape: H, W, C of one.
+        image_shape: (H, W, C) of an image.
     """
 
     def __init__(self, directory: Path, request: BulkRequest, manifest: Manifest) -> None:
@@ -47,7 +47,7 @@ class Shards:
         return self._request.count
 
     def __getitem__(self, rows: slice, /) -> NDArray[np.uint8]:
-        """Those rows, uint8 [n, H, W, C].
+        """Read these rows, uint8 [n, H, W, C].
 
         Raises:
             OutputError: if a shard is missing, damaged or not of this request.
@@ -62,7 +62,7 @@ class Shards:
         )
 
     def images(self) -> Iterator[NDArray[np.uint8]]:
-        """The images of each shard in order.
+        """Yield the images of each shard in order.
 
         Raises:
             OutputError: as above.
@@ -71,14 +71,14 @@ class Shards:
 
     @property
     def finished(self) -> int:
-        """Samples in the shards that are there."""
+        """Number of samples in the existing shards."""
         return sum(stop - start for start, stop in self._parts() if self.holds(start))
 
     def missing(self) -> Iterator[tuple[int, int]]:
-        """The first sample of each missing shard, and the one behind its last; those there are checked.
+        """The range (start, stop) of each missing shard. Existing shards are checked.
 
         Raises:
-            OutputError: if one of those is damaged or not of this request.
+            OutputError: if an existing shard is damaged or not of this request.
         """
         remove_stale(self._folder)
         for start, stop in self._parts():
@@ -88,11 +88,11 @@ class Shards:
                 yield start, stop
 
     def holds(self, start: int) -> bool:
-        """The shard that begins with this sample is there."""
+        """True if the shard that begins with this sample exists."""
         return self._path(start).exists()
 
     def write(self, start: int, images: NDArray[np.uint8]) -> None:
-        """Keep one shard.
+        """Write one shard.
 
         Args:
             start: its first sample.
@@ -125,13 +125,13 @@ class Shards:
         return images
 
     def _opened(self, start: int, use: Callable[[Archive], Any]) -> Any:
-        """Result of ``use`` on a shard that this request drew."""
+        """Open a shard, check that it belongs to this request, and return the result of ``use``."""
         file = self._path(start)
         try:
             with open_npz(file) as archive:
                 fault = self._fault(archive, start)
                 made = None if fault else use(archive)
-        except Exception as error:  # damaged bytes make the readers fail in any way
+        except Exception as error:  # damaged bytes can raise anything
             raise OutputError(f"cannot read the shard {file}: {reading_fault(error)}", hint=_AGAIN) from error
         if fault:
             raise OutputError(f"the shard {file} is not of this run: {fault}", hint=_AGAIN)

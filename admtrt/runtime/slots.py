@@ -1,4 +1,4 @@
-"""Samples in flight: what each carries from step to step, and how batches of them are put together."""
+"""Samples in flight: the state that each carries from step to step, and how batches are formed."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Array = NDArray[Any]
 Images = NDArray[np.float32]
 Labels = NDArray[np.int64]
 Conditions = dict[GraphName, dict[str, Array]]
-"""Further inputs of graphs, by graph and tensor; a row for each sample."""
+"""Further inputs of graphs, by graph and tensor, with one row per sample."""
 
 _OF_A_STEP = ("x", "t", *X0_WEIGHTS, GUIDE_CLIP, LEVEL_INPUT)
 _MEMORY = ("x_0", "saved", "h2")
@@ -48,14 +48,14 @@ class Slots:
 
     Attributes:
         x: float32 [N, *event], the current x_t.
-        schedules: what each sample follows.
+        schedules: the schedule of each sample.
         position: int64 [N], steps already done.
         seeds: one for each sample; the noise depends on it, the step and ``stage`` alone.
         conditions: further inputs of each graph; ``classifier_gradient`` is among them if and only if samples
             may be guided.
-        stage: of a cascade, see :mod:`admtrt.runtime.noise`.
-        guides: all of the bundle besides the classifier; ``guide.NAME`` is among the conditions of those that
-            may guide a sample, with all that its graph takes.
+        stage: stage of a cascade, see :mod:`admtrt.runtime.noise`.
+        guides: the bundle's guides other than the classifier. For a guide that may be used, ``conditions``
+            has ``guide.NAME`` with all further inputs of its graph.
         x_0: the data prediction of the last evaluation, zeros before the first.
         saved, h2: further memory of the solvers, see :mod:`admtrt.schedule.table`; their ``h1`` is ``x_0``.
     """
@@ -72,7 +72,7 @@ class Slots:
     h2: Images = field(init=False)
 
     def __post_init__(self) -> None:
-        # Zeros, not what another sample left: 0 * NaN is NaN.
+        # Zeros, not the values of an earlier sample: 0 * NaN is NaN.
         self.x_0, self.saved, self.h2 = (np.zeros_like(self.x) for _ in _MEMORY)
 
     def __len__(self) -> int:
@@ -89,7 +89,7 @@ class Slots:
         return any(schedule.full for schedule in self.schedules)
 
     def take(self, rows: Sequence[int] | NDArray[np.int64] | NDArray[np.bool_]) -> Slots:
-        """A copy of these rows, by index or mask, with everything that a sample carries."""
+        """Copy these rows, by index or mask, with all state of their samples."""
         chosen = np.arange(len(self))[rows]
         taken = Slots(
             x=self.x[chosen],
@@ -109,10 +109,10 @@ class Slots:
 
     @staticmethod
     def join(parts: Sequence[Slots]) -> Slots:
-        """A copy of all rows of all parts, in order.
+        """Concatenate copies of the parts, in order.
 
-        Rows of a part without some graph's conditions are those of samples that do not use the graph, and get
-        zeros: label 0 is valid.
+        A part without the conditions of a graph does not use that graph; its rows get zeros, which are valid
+        labels.
 
         Raises:
             ValueError: if there is no part, stages or shapes differ, or a part whose schedules use a graph
@@ -138,10 +138,10 @@ class Slots:
         return joined
 
     def replace(self, rows: Sequence[int], slots: Slots) -> None:
-        """Put other samples in place of these rows, everything that a sample carries included.
+        """Replace the samples in these rows, with all their state.
 
         Raises:
-            ValueError: if there are not as many rows as samples, or as :meth:`join`.
+            ValueError: if the numbers of rows and samples differ, or as :meth:`join`.
         """
         order = np.arange(len(self))
         replaced = order[list(rows)]
@@ -166,22 +166,22 @@ def slots_for(
     guides: Guides = NO_GUIDES,
     targets: Mapping[str, Mapping[str, Array]] = MappingProxyType({}),
 ) -> Slots:
-    """Samples at the start of their schedules.
+    """Make slots for samples at the start of their schedules.
 
     Args:
-        unet, classifier: the networks.
+        unet, classifier: configurations of the networks.
         schedules, seeds: one for each sample.
-        labels: int64 [N], for those networks that take them.
+        labels: int64 [N], for networks that take labels.
         low_res: float32 [N, C, h, w] in [-1, 1], for an upsampler.
         guided: whether the classifier may guide the samples.
         latents: float32 [N, *event], x_T in place of noise drawn from the seeds.
-        images: float32 [N, *event] in [-1, 1], at which samples begin whose schedules do.
+        images: float32 [N, *event] in [-1, 1], for samples whose schedules start from an image.
         edits: inputs of the graphs that edit states, for samples whose schedules are edited.
-        guides: of the bundle, besides the classifier.
+        guides: the bundle's guides other than the classifier.
         targets: by guide and name, float32 [N, ...], of every guide that may guide the samples.
 
     Raises:
-        ValueError: if something is missing that the networks take, or has another shape.
+        ValueError: if an input of the networks is missing or has another shape.
     """
     event, stage = event_shape(unet), unet.low_res_size or 0
     x_T = initial_noise(seeds, event, stage=stage) if latents is None else latents
@@ -210,7 +210,7 @@ def _first_states(
     images: Images | None,
     stage: int,
 ) -> Images:
-    """The first x of every sample: x_T, with an image or the noise of churn where schedules ask."""
+    """The first x of every sample: x_T, plus an image or the noise of churn if its schedule has them."""
     column = (-1, *[1] * (x_T.ndim - 1))
     scale, signal, noise = (
         np.array([getattr(schedule, f"init_{name}") for schedule in schedules], np.float32)
@@ -222,7 +222,7 @@ def _first_states(
             raise ValueError("samples begin at images, and there are none")
         x += images * signal.reshape(column)
     if noise.any():
-        # Named as that of an evaluation before the first.
+        # Its noise has the number of an evaluation before the first.
         z = step_noise(seeds, [len(schedule) for schedule in schedules], x.shape[1:], stage=stage)
         x += z * noise.reshape(column)
     return x
@@ -238,12 +238,12 @@ def conditions_for(
     guides: Guides = NO_GUIDES,
     targets: Mapping[str, Mapping[str, Array]] = MappingProxyType({}),
 ) -> Conditions:
-    """The conditions of samples, arguments as of :func:`slots_for`: the one place that knows who takes them.
+    """The conditions of samples. Only this function knows which graph takes which; see :func:`slots_for`.
 
     Raises:
-        ValueError: if something is missing that the networks take.
+        ValueError: if an input of the networks is missing.
     """
-    # Labels are the classes that can be asked for; a UNet with a null class counts that one as well.
+    # ``num_classes`` of a UNet counts its null class, which cannot be requested.
     of_unet = {"y": unet.own_labels(labels), "low_res": low_res}
     conditions: Conditions = {"unet": _taken("unet", unet_spec(unet), of_unet)}
     if guided:
@@ -265,7 +265,7 @@ def conditions_for(
 
 
 def _taken(graph: GraphName, spec: GraphSpec, given: Mapping[str, Array | None]) -> dict[str, Array]:
-    """Further inputs of a graph, besides those of every step."""
+    """A graph's inputs that do not change from step to step, by name."""
     taken = {}
     for tensor in spec.inputs:
         if tensor.name in _OF_A_STEP:

@@ -1,4 +1,4 @@
-"""Images that samples are held to on the way: rows whose state is edited before the next evaluation.
+"""Conditioning on images: rows whose state is edited before the next evaluation.
 
 The graphs ``edit`` and ``edit_low_pass`` work on the state x that a row leads to, with a second noise z2::
 
@@ -32,19 +32,19 @@ EDIT_GRAPHS: tuple[EditGraph, ...] = get_args(EditGraph)
 EDIT = ("keep", "reference", "noise", "renoise")
 """Columns of the graphs ``edit`` and ``edit_low_pass``, in order."""
 _OF_THE_STATE = ("guidance", "noise", "shift")
-"""Columns that weigh terms of the next state, beside those named prev_from_*."""
+"""Columns that weigh terms of the next state and are not named prev_from_*."""
 
 
 @dataclass(frozen=True)
 class KnownRegion:
     """Known pixels, as in RePaint (Lugmayr et al. 2022, algorithm 1).
 
-    They are replaced by those of the noised image at the level of the next evaluation, and at the end by the
-    image itself.
+    They are replaced by the image noised to the level of the next evaluation, and at the end by the image
+    itself.
 
     Attributes:
-        jump: (L, N), see :func:`~admtrt.schedule.jumps.evaluated_steps`; None for none.
-        as_sampled: leave the known pixels of the result as the networks made them, as the original does.
+        jump: (L, N), see :func:`~admtrt.schedule.jumps.evaluated_steps`; None for no jumps.
+        as_sampled: keep the networks' output in the known pixels of the result, as the original does.
     """
 
     graph: ClassVar[EditGraph] = "edit"
@@ -73,11 +73,12 @@ class KnownRegion:
 class LowPass:
     """Low frequencies of a reference, as in ILVR (Choi et al. 2021, algorithm 1).
 
-    They are replaced by those of the reference noised at the level of the evaluation, one above that of the
-    state: as published.
+    They are replaced by those of the reference noised to the level of the evaluation, which is one step
+    noisier than the state: as published.
 
     Attributes:
-        until: steps from here down are left free; 0 leaves the last one (the original's ``range_t``).
+        until: steps from this one down are not edited; 0 leaves out the last step (the original's
+            ``range_t``).
     """
 
     graph: ClassVar[EditGraph] = "edit_low_pass"
@@ -102,7 +103,7 @@ class LowPass:
 
 @dataclass(frozen=True)
 class Recurrence:
-    """Every level is evaluated several times, with noise back to it in between; no image holds the sample.
+    """Evaluate every level several times, with noise added back in between; without an image.
 
     The self-recurrence of Universal Guidance (Bansal et al. 2023) and FreeDoM's time travel.
 
@@ -139,7 +140,7 @@ Edit = KnownRegion | LowPass | Recurrence
 
 
 def _scaled(rows: Rows, back: Float64) -> Rows:
-    """Rows whose next states are multiplied."""
+    """Rows with their next states multiplied by a factor."""
     columns = {
         name: column * back if name in _OF_THE_STATE or name.startswith("prev_from") else column
         for name, column in rows.columns.items()

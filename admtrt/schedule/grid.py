@@ -1,4 +1,4 @@
-"""Grids: the noise levels that a sampler's choices lead through."""
+"""Grids: the noise levels of a sampler's evaluations."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from admtrt.schedule.sampler import SamplerConfig
 
 _SAME = 1e-9
-"""Relative distance of noise levels that are one and the same, computed in two ways."""
+"""Relative difference below which two noise levels count as equal."""
 
 
 def grid_of(levels: NoiseLevels, sampler: SamplerConfig) -> Grid:
-    """The grid that a sampler asks for, or the default of its process.
+    """The grid that a sampler chooses, or the default of its process.
 
     Raises:
         RequestError: if the process has no such grid.
@@ -36,10 +36,10 @@ def grid_of(levels: NoiseLevels, sampler: SamplerConfig) -> Grid:
 
 
 def evaluations(sampler: SamplerConfig, *, least: int = 1) -> int:
-    """The number of network evaluations that a sampler asks for.
+    """The number of network evaluations that a sampler chooses.
 
     Raises:
-        RequestError: if its steps are no whole number, or too few.
+        RequestError: if the steps are not a whole number, or too few.
     """
     text = sampler.steps.strip()
     if not (text.isascii() and text.isdigit()) or len(text) > 6 or int(text) < least:
@@ -52,12 +52,12 @@ def evaluations(sampler: SamplerConfig, *, least: int = 1) -> int:
 
 
 def path(levels: NoiseLevels, sampler: SamplerConfig, count: int, start: Level | None) -> list[Level | None]:
-    """The levels of ``count`` evaluations and the one where the last step leads, None for the image itself.
+    """The levels of ``count`` evaluations and the level after the last step; None is the image itself.
 
-    With ``start``, those that are no noisier than it.
+    With ``start``, only the levels that are no noisier.
 
     Raises:
-        RequestError: if the grid has no such number of levels, or as :func:`from_start`.
+        RequestError: if the grid does not have that many levels, or as :func:`from_start`.
     """
     kind = grid_of(levels, sampler)
     to_zero = ends_at_zero(sampler)
@@ -85,7 +85,7 @@ def from_start(passed: list[Level | None], sampler: SamplerConfig, start: Level)
     """The levels that are no noisier than ``start``.
 
     Raises:
-        RequestError: if no step is left, as behind an evaluation inside of the last one.
+        RequestError: if no step is left.
     """
     left = [level for level in passed if level is None or level.lam >= start.lam - _SAME]
     if len(left) < 2 and not sampler.option("denoise_to_zero"):
@@ -97,15 +97,15 @@ def from_start(passed: list[Level | None], sampler: SamplerConfig, start: Level)
 
 
 def ends_at_zero(sampler: SamplerConfig) -> bool:
-    """True where the steps lead to the image itself; a step left for the last evaluation ends before it."""
+    """True if the last step leads to the image itself, not to the level of a last evaluation."""
     return sampler.option("to") == "zero" and not sampler.option("denoise_to_zero")
 
 
 def check_distinct(passed: list[Level | None], sampler: SamplerConfig) -> None:
-    """Refuse levels that repeat: between two equal ones a multistep solver would divide by zero.
+    """Refuse repeated levels: a multistep solver would divide by zero.
 
     Raises:
-        RequestError: with their number.
+        RequestError: naming the number of levels.
     """
     again = sum(times - 1 for times in Counter(level.lam for level in passed if level is not None).values())
     if again:

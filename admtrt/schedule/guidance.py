@@ -1,4 +1,4 @@
-"""Guidance: the scale of each evaluation, and how far it moves the predicted x_0."""
+"""Guidance: the scale at each evaluation, and the resulting shift of the predicted x_0."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def guidance_scales(sigma: Float64, sampler: SamplerConfig) -> Float64:
     """The classifier's guidance scale at each noise level S, float64 [R]: 0 outside the sampler's interval.
 
-    0 too where S is infinite: no classifier sees anything in pure noise.
+    It is also 0 where S is infinite: in pure noise a classifier sees nothing.
 
     Raises:
         RequestError: if no level lies in the interval.
@@ -30,7 +30,7 @@ def guidance_scales(sigma: Float64, sampler: SamplerConfig) -> Float64:
 def scales_in(
     sigma: Float64, scale: float, interval: tuple[float, float] | None, *, off: float = 0.0
 ) -> Float64:
-    """A scale at each noise level S, float64 [R]; ``off`` outside of the interval, and where S is infinite.
+    """A scale at each noise level S, float64 [R]; ``off`` outside the interval and where S is infinite.
 
     Raises:
         RequestError: if no level lies in the interval.
@@ -51,8 +51,8 @@ def scales_in(
 def x0_shifts(sigma: Float64, sampler: SamplerConfig) -> Float64:
     """Weight of the classifier's gradient in the predicted x_0 at each noise level S, float64 [R].
 
-    eps moves by -scale sigma g (Dhariwal & Nichol 2021, Algorithm 2), so x_0 by scale sigma^2 / alpha g,
-    which is scale S^2 alpha g.
+    eps shifts by -scale sigma g (Dhariwal & Nichol 2021, Algorithm 2), so x_0 shifts by scale sigma^2 / alpha
+    g = scale S^2 alpha g.
     """
     shifts: Float64 = guidance_scales(sigma, sampler) * sigma**2 / np.hypot(1.0, sigma)
     return shifts

@@ -1,4 +1,4 @@
-"""Guides by a loss of the predicted x_0, by a noisy network, or by a second one: what is said of each.
+"""Configuration of guides: by a loss of the predicted x_0, a loss of x_t, or a second network.
 
 A guide gives a tensor g in every evaluation that it guides, and enters the update in one of these places,
 with c = scale (1 - a) / sqrt(a), a = alpha_bar of the evaluation:
@@ -39,21 +39,21 @@ if TYPE_CHECKING:
     Float64 = NDArray[np.float64]
 
 LossPlace = Literal["variance", "score", "before_clip", "shift"]
-"""Places in which a gradient may enter."""
+"""Places where a gradient can enter the update."""
 Place = Literal["variance", "score", "before_clip", "shift", "reference"]
 LOSS_PLACES: tuple[LossPlace, ...] = get_args(LossPlace)
 Kind = Literal["denoiser", "noisy", "reference"]
-"""Of a guide: a loss of the x_0 that the UNet predicts, one of x_t itself, or a second network."""
+"""Kinds of guides: a loss of the UNet's predicted x_0, a loss of x_t, or a second network."""
 GUIDE_COLUMNS = ("guidance", "x0_shift", "x0_from_grad", "shift")
-"""Columns that each guide adds to ``update_full``, with its name behind a point."""
+"""Columns that each guide adds to ``update_full``, as COLUMN.NAME."""
 GUIDE_GRAPH = "guide."
-"""The graph of a guide is called by this and its name."""
+"""Prefix of the name of a guide's graph."""
 LABELLED = frozenset({"classifier", "noisy"})
-"""Built-in losses whose target :data:`WEIGHTS`, [classes], follows from labels where it is not given."""
+"""Built-in losses whose target :data:`WEIGHTS`, [classes], is made from labels if not given."""
 WEIGHTS = "weights"
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,31}")
 _TAKEN = frozenset(
-    ("x", "t", "y", "low_res", "out", "grad", "value", "boosted", "x_0", "x_t")  # as the graphs have them
+    ("x", "t", "y", "low_res", "out", "grad", "value", "boosted", "x_0", "x_t")  # the graphs' tensors
 )
 _LARGEST_SCALE = 1e6
 
@@ -105,15 +105,16 @@ class GuideConfig(Config):
 
     Attributes:
         kind: see :data:`~admtrt.schedule.guides.Kind`.
-        loss: the built-in that it is, or ``custom``.
-        place: where it enters unless a sampler asks for another place.
-        scale: that is taken unless a sampler asks for another.
-        clip: whether the loss sees x_0 within [-1, 1]; there a clamped pixel has no gradient.
-        normalise: of the gradient of each sample: ``none``; ``unit`` length; ``eps``, as large as the
-            network's output in the root mean square (FreeDoM); ``cap:R``, at most R of it (Crowson).
+        loss: name of the built-in loss, or ``custom``.
+        place: default of the place where it enters the update.
+        scale: default of the scale.
+        clip: whether the loss gets x_0 clipped to [-1, 1]; a clipped pixel has no gradient.
+        normalise: normalisation of each sample's gradient: ``none``; ``unit``, length 1; ``eps``, to the root
+            mean square of the network's output (FreeDoM); ``cap:R``, to a root mean square of at most R
+            (Crowson).
         targets: further inputs of the loss by name, float32 ``[N, *sizes]``.
         level_input: whether the loss takes sqrt(1 - alpha_bar).
-        network: of a reference that is another network; None where it is the UNet with its null class.
+        network: configuration of a reference's network; None if it is the UNet with its null class.
     """
 
     kind: Kind = "denoiser"
@@ -138,7 +139,7 @@ class GuideConfig(Config):
 
 
 class GuideChoice(Config):
-    """Choices of one guide; see :class:`GuideConfig`, ``interval`` as of the classifier's."""
+    """A sampler's choices for one guide; see :class:`GuideConfig`. ``interval`` is as for the classifier."""
 
     name: GuideName
     scale: Scale
@@ -155,7 +156,7 @@ class GuideChoice(Config):
 
 
 def check_choices(choices: tuple[GuideChoice, ...], method: str, *, respaced: bool) -> None:
-    """Refuse guides in places that a solver has not.
+    """Refuse guides in places that a solver does not support.
 
     Raises:
         ValueError: naming the guide.
@@ -194,19 +195,19 @@ def guide_columns(
     """The columns of one guide by their name in :data:`GUIDE_COLUMNS`, float64 [R] each.
 
     Args:
-        choice: of the sampler.
-        rows: of the solver.
+        choice: the sampler's choice.
+        rows: the solver's rows.
         table: the columns of the other terms.
         levels: of the process.
         process: of the networks.
 
     Raises:
-        RequestError: if its interval holds no evaluation.
+        RequestError: if no evaluation lies in its interval.
     """
     sigma = np.array([level.sigma for level in rows.levels])
     scale = scales_in(sigma, choice.scale, choice.interval, off=1.0 if choice.place == "reference" else 0.0)
     columns = {name: np.zeros(len(rows)) for name in GUIDE_COLUMNS}
-    # A jump back multiplies the whole state that the row leads to.
+    # A jump back scales the whole next state.
     back = np.ones(len(rows)) if rows.edits is None else np.sqrt(1 - rows.edits[:, -1] ** 2)
     if choice.place == "reference":
         columns["x0_from_grad"] = (1 - scale) * table["x0_from_out"]
@@ -215,7 +216,7 @@ def guide_columns(
         columns["shift"] = scale * back
     elif choice.place == "variance":
         small = getattr(process, "variance_type", None) == "fixed_small"
-        # As the classifier's: the true posterior variance of the last step is 0.
+        # As for the classifier: the true posterior variance of the last step is 0.
         columns["guidance"] = scale * back * ((table["noise"] > 0) if small else 1.0)
     else:
         c = scale * sigma**2 * np.array([levels.c_in(level) for level in rows.levels])
@@ -228,7 +229,7 @@ def guide_columns(
 
 
 def reference_factor(choices: tuple[GuideChoice, ...], sigma: Float64) -> Float64:
-    """Factor of the network's own output beside a reference, float64 [R]."""
+    """Weight of the network's own output when a reference guides, float64 [R]."""
     for choice in choices:
         if choice.place == "reference":
             return scales_in(sigma, choice.scale, choice.interval, off=1.0)
@@ -245,16 +246,16 @@ def guide_choices(
     place: Mapping[str, Place] | None = None,
     clip: Mapping[str, bool] | None = None,
 ) -> tuple[GuideChoice, ...]:
-    """A sampler's choices of guides, checked.
+    """Check choices of guides and make a sampler's ``guided_by``.
 
     Args:
-        known: the guides that there are.
-        names: of those that guide.
-        where: they are, for messages.
-        scale, interval, place, clip: by guide, in place of its own.
+        known: the bundle's guides.
+        names: names of the guides to use.
+        where: where the guides are, for messages.
+        scale, interval, place, clip: values by guide that replace its defaults.
 
     Raises:
-        RequestError: for a guide that there is none of, or an impossible choice.
+        RequestError: for an unknown guide or an impossible choice.
     """
     chosen = list(names)
     given = {"scale": scale or {}, "interval": interval or {}, "place": place or {}, "clip": clip or {}}
@@ -278,7 +279,7 @@ def guide_choices(
 
 
 def unknown_guide(name: str, known: Any, place: str) -> RequestError:
-    """That a bundle has no such guide."""
+    """The error of an unknown guide."""
     listed = ", ".join(known)
     return RequestError(
         f"{place} has no guide '{name}'" + (f"; it has {listed}" if listed else " and no other"),

@@ -1,11 +1,11 @@
-"""DDIM backwards: from an image to the noise that DDIM turns into it, and back.
+"""DDIM inversion: from an image to the noise that DDIM decodes into it, and back.
 
 With a_next the alpha_bar of the next noisier step (Dhariwal & Nichol 2021, appendix F)::
 
     x_{t+1} = sqrt(a_next) x_0(x_t) + sqrt(1 - a_next) eps(x_t)
 
-The image counts as the state at the first step; after L rows the state is that at step L, where decoding
-starts with the evaluation of step L.
+The image counts as the state at step 0. After L rows the state is that at step L, and decoding starts with
+the evaluation of step L.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
 def inversion_schedule(
     process: DiffusionConfig, sampler: SamplerConfig, levels: int | None = None
 ) -> SamplingSchedule:
-    """The schedule from an image up; rows are never guided.
+    """The schedule from an image up, without guidance.
 
     Args:
         process: of the networks.
-        sampler: of method ddim with eta 0.
-        levels: how many steps to go up; None for all but one, behind which alpha_bar is 0.
+        sampler: of the method ddim with eta 0.
+        levels: number of steps to go up; None for all but one, since alpha_bar would be 0 after the last.
 
     Raises:
-        RequestError: if there are no such levels.
+        RequestError: if ``levels`` is out of range.
     """
     noise_levels = DiscreteLevels(process)
     config, steps = respaced(noise_levels, sampler)
@@ -64,12 +64,13 @@ def inversion_schedule(
 def decoding_schedule(
     process: DiffusionConfig, sampler: SamplerConfig, levels: int, edit: Edit | None = None
 ) -> SamplingSchedule:
-    """The schedule of a sample that enters at a level of its respaced process, from there down.
+    """The schedule of a sample that starts at a level of its respaced process.
 
     Args:
         process: of the networks.
-        sampler: of a method that walks a respaced process.
-        levels: that were gone up; the last ``levels`` + 1 evaluations are taken.
+        sampler: of a method that uses a respaced process.
+        levels: number of steps that the inversion went up; the schedule has the last ``levels`` + 1
+            evaluations.
         edit: as :func:`~admtrt.schedule.table.sampling_schedule`.
     """
     schedule = sampling_schedule(process, sampler, levels + 1, edit)

@@ -1,20 +1,20 @@
-"""Resampling jumps of RePaint (Lugmayr et al. 2022): which steps are evaluated, up as well as down."""
+"""Resampling jumps of RePaint (Lugmayr et al. 2022): the order of the evaluated steps."""
 
 from __future__ import annotations
 
 from admtrt.errors import RequestError
 
 MOST_EVALUATIONS = 100_000
-"""Of a sample with jumps; RePaint's own 250 steps with jumps 10:10 are 2,410."""
+"""The most evaluations of a sample with jumps. RePaint's 250 steps with jumps 10:10 need 2,410."""
 
 
 def evaluated_steps(steps: int, jump: tuple[int, int] | None) -> list[int]:
     """The step of each evaluation from ``steps`` - 1 to 0 with RePaint's jumps (its ``get_schedule_jump``).
 
     Args:
-        steps: without jumps.
-        jump: (L, N): a sample that reaches a multiple of L jumps L steps back and comes down again, until it
-            has come there N times; None for no jump.
+        steps: number of steps without jumps.
+        jump: (L, N): at each multiple of L, the sample jumps L steps back and comes down again, until it has
+            reached that step N times; None for no jumps.
 
     Raises:
         RequestError: if no jump fits, or there would be too many evaluations.

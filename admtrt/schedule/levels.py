@@ -1,8 +1,8 @@
-"""Noise levels of a process as a continuum: signal-to-noise ratios, the networks' t, and grids of levels.
+"""Continuous noise levels of a process: signal-to-noise ratios, the networks' t, and grids.
 
 Notation: ``alpha`` and ``sigma`` are the weights of x_0 and of the noise in x_t, lambda = log(alpha / sigma)
 is half the log signal-to-noise ratio, and ``S = sigma / alpha = exp(-lambda)`` the noise level of Karras et
-al. 2022, in which x~ = x_0 + S eps. What a network is given is ``c_in(S) x~``: with c_in = alpha, the x_t of
+al. 2022, in which x~ = x_0 + S eps. A network's input is ``c_in(S) x~``; with c_in = alpha this is the x_t of
 a variance-preserving process.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from admtrt.schedule.options import Grid
 
 _CLIPPED_LAMBDA = -5.1
-"""Fast solvers start no noisier (DPM-Solver's clip): a cosine schedule ends at 1 / alpha = 2e4."""
+"""Fast solvers start no noisier than this (DPM-Solver's clip): cosine schedules end at 1 / alpha = 2e4."""
 _MAX_SIGMA, _MIN_SIGMA, _RHO = 80.0, 0.002, 7.0
 """The ends and the exponent of Karras et al.'s grid (their table 1)."""
 
@@ -37,8 +37,8 @@ class Level:
 
     Attributes:
         lam: lambda, half the log signal-to-noise ratio.
-        t: what the networks are given.
-        timestep: of the discrete process, fractional between two; None where the process has none.
+        t: the networks' input ``t``.
+        timestep: timestep of the discrete process, possibly fractional; None if the process has none.
     """
 
     lam: float
@@ -56,9 +56,9 @@ class NoiseLevels(ABC):
 
     Attributes:
         kind: of the process.
-        noisiest: where fast solvers start.
-        cleanest: the smallest level of the training.
-        grids: the grids that there are; the first is the default.
+        noisiest: the level at which fast solvers start.
+        cleanest: the smallest level used in training.
+        grids: the supported grids; the first is the default.
     """
 
     kind: str
@@ -68,11 +68,11 @@ class NoiseLevels(ABC):
 
     @abstractmethod
     def c_in(self, level: Level | None) -> float:
-        """Scale of the state at a level; 1 for None, the image itself."""
+        """Scale of the networks' input at a level; 1 for None, the image itself."""
 
     @abstractmethod
     def at_sigma(self, sigma: float) -> Level:
-        """The level of this S."""
+        """The level with this S."""
 
     def ends(self, kind: Grid) -> tuple[Level, Level]:  # noqa: ARG002 - the same for most grids
         """The noisiest and the cleanest level of a grid."""
@@ -80,14 +80,14 @@ class NoiseLevels(ABC):
 
     @abstractmethod
     def prior_scale(self, level: Level) -> float:
-        """Weight of standard normal noise in the state of a sample that starts at a level."""
+        """Standard deviation of the initial noise of a sample that starts at a level."""
 
     def start_scale(self, level: Level, start: Level | None) -> float:
-        """Weight of the initial noise in a sample's first state: alone, or beside an image to start at."""
+        """Weight of the initial noise in the first state, without or with an image to start from."""
         return self.prior_scale(level) if start is None else self.c_in(level) * level.sigma
 
     def rounded(self, level: Level) -> Level:
-        """The nearest level that the networks were trained on: itself in a continuous process."""
+        """The nearest level that the networks were trained on; the level itself in a continuous process."""
         return level
 
     def grid(self, kind: Grid, start: Level, end: Level, steps: int) -> list[Level]:
@@ -114,7 +114,7 @@ class NoiseLevels(ABC):
 
 
 class DiscreteLevels(NoiseLevels):
-    """A discrete process whose log alpha is linear between its timesteps, as DPM-Solver takes it.
+    """A discrete process with log alpha interpolated linearly between timesteps, as in DPM-Solver.
 
     Args:
         config: of the process.
@@ -125,7 +125,7 @@ class DiscreteLevels(NoiseLevels):
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.config = config
-        with np.errstate(divide="ignore"):  # where no signal is left at the last step
+        with np.errstate(divide="ignore"):  # log(0) if the last step has no signal
             self._log_alpha = 0.5 * np.cumsum(np.log1p(-betas(config)))
         self._timesteps = np.arange(config.steps, dtype=np.float64)
         self._lambdas = _lambda_of(self._log_alpha)
@@ -170,7 +170,7 @@ class DiscreteLevels(NoiseLevels):
             return super()._inner(kind, start, end, steps)
         assert start.timestep is not None
         assert end.timestep is not None
-        if kind == "quadratic":  # in timestep + 1, the continuous time times the number of timesteps
+        if kind == "quadratic":  # in timestep + 1 = continuous time * number of timesteps
             ends = math.sqrt(start.timestep + 1), math.sqrt(end.timestep + 1)
             timesteps = np.linspace(*ends, steps + 1) ** 2 - 1
         else:

@@ -1,4 +1,4 @@
-"""Steps, orders and rows that the multistep solvers share."""
+"""Steps, orders and rows shared by the multistep solvers."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     where the step leads, and its order."""
 
 _FEW_DPM_SOLVER, _FEW_DIFFUSERS = 10, 15
-"""Below these numbers of steps DPM-Solver's code and diffusers let the order fall at the end."""
+"""Below these numbers of steps, DPM-Solver's code and diffusers lower the order at the end."""
 
 
 def steps_of(
     levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
 ) -> tuple[list[Level | None], Level | None]:
-    """The levels that the steps pass, and the level of one more evaluation at their end, or None.
+    """The levels of the steps, and the level of an additional evaluation at the end, or None.
 
     Raises:
         RequestError: as :func:`~admtrt.schedule.grid.path`; or for a ``denoise_to_zero`` that has no noise
@@ -47,10 +47,10 @@ def steps_of(
 
 
 def orders_of(sampler: SamplerConfig, steps: int, *, to_zero: bool) -> list[int]:
-    """The order of each step: as high as the predictions so far allow, then as ``final_order`` says.
+    """The order of each step: as high as the number of predictions allows, at the end by ``final_order``.
 
-    ``falling`` ends 2, 1 (order 3) or 1; ``dpm-solver`` does so below 10 steps, ``diffusers`` below 15, and
-    in its last step to the image; ``full`` never.
+    ``falling`` ends with orders 2, 1 (order 3) or 1 (order 2). ``dpm-solver`` does this below 10 steps;
+    ``diffusers`` below 15, and always in a last step to the image; ``full`` never.
     """
     order, rule = sampler.option("order"), sampler.option("final_order")
     falls = {
@@ -70,10 +70,10 @@ def orders_of(sampler: SamplerConfig, steps: int, *, to_zero: bool) -> list[int]
 def multistep_rows(
     levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, weights: Weights
 ) -> Rows:
-    """Rows of a solver that remembers the predictions of its last evaluations, one a step.
+    """Rows of a multistep solver, one per step.
 
     Raises:
-        RequestError: as :func:`steps_of`; or for levels that repeat.
+        RequestError: as :func:`steps_of`; or for repeated levels.
     """
     passed, last = steps_of(levels, sampler, start)
     check_distinct(passed, sampler)

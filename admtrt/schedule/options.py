@@ -1,7 +1,7 @@
 """The options of samplers, each declared once: its values and what it does.
 
-The command line, the checks and the documentation derive from here. Imports nothing heavy, so that ``--help``
-stays quick.
+The command line, the checks and the documentation derive from these declarations. Heavy imports are avoided,
+so that ``--help`` stays quick.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ class Option:
     """One option of a sampler.
 
     Attributes:
-        name: of the field of :class:`~admtrt.schedule.sampler.SamplerConfig`.
-        values: the values that there are; empty for a number, a flag or a list.
+        name: name of the field of :class:`~admtrt.schedule.sampler.SamplerConfig`.
+        values: the allowed values; empty for a number, a flag or a list.
         help: one sentence for people.
-        metavar: how a value is written on the command line; empty where ``values`` say it, or for a flag.
+        metavar: form of the value in the help; empty for a flag or if ``values`` are given.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Option:
 
     @property
     def flag(self) -> bool:
-        """True where it is only on or off."""
+        """True for an option that is either on or off."""
         return not self.values and not self.metavar
 
 
@@ -79,4 +79,4 @@ _ALL = (
     Option("levels_of", "Number of levels that those indices count.", metavar="INTEGER"),
 )
 OPTIONS = {option.name: option for option in _ALL}
-"""Every option of some solvers alone, by name."""
+"""Options that only some solvers take, by name."""

@@ -1,4 +1,4 @@
-"""Parameterisations of networks: weights of the state and of the output in x_0, and DDPM's variance."""
+"""Parameterisations: x_0 as a weighted sum of state and network output, and DDPM's variance."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def x0_weights(config: DiffusionConfig | EdmConfig, levels: Sequence[Level]) -> 
 
 
 def process_x0_weights(mean_type: str, process: Process) -> tuple[Float64, Float64]:
-    """The same at the steps of a respaced process, float64 [S]."""
+    """Like :func:`x0_weights`, at the steps of a respaced process, float64 [S]."""
     if mean_type == "eps":
         return 1 / np.sqrt(process.alpha_bar), -np.sqrt(1 / process.alpha_bar - 1)
     if mean_type == "x_0":

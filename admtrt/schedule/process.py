@@ -1,7 +1,7 @@
 """The discrete process: noise schedule, respacing and the tables of a respaced process, in float64.
 
-Notation (Ho et al. 2020; Nichol & Dhariwal 2021): ``beta`` per step, ``alpha_bar`` the running product of
-``1 - beta``, ``alpha_bar_prev`` the same one step earlier (1 before the first step). A *process* is a base
+Notation (Ho et al. 2020; Nichol & Dhariwal 2021): ``beta`` per step, ``alpha_bar`` the running product of ``1
+- beta``, ``alpha_bar_prev`` its value one step earlier (1 before the first step). A *process* is a base
 schedule or a respaced subset of its steps; ``beta`` of a respaced process is recomputed so that its
 ``alpha_bar`` are those of the retained steps.
 """
@@ -30,10 +30,10 @@ _MAX_BETA = 0.999
 
 
 def require_discrete(process: DiffusionConfig | EdmConfig, what: str, whose: str) -> DiffusionConfig:
-    """The process, for what needs the timesteps of a discrete one.
+    """Check that a process is discrete, and return it.
 
     Raises:
-        RequestError: if it has none.
+        RequestError: if it is not.
     """
     if isinstance(process, EdmConfig):
         raise RequestError(f"{what} needs a discrete process, and this {whose}'s is of kind 'edm'")
@@ -54,7 +54,7 @@ def betas(config: NoiseConfig) -> Float64:
             for i in range(steps + 1)
         ]
         made = np.array([min(1 - grid[i + 1] / grid[i], _MAX_BETA) for i in range(steps)])
-    elif start is None or end is None:  # both, and only of linear
+    elif start is None or end is None:  # both are needed, and only linear has them
         scale = 1000 / steps
         made = np.linspace(scale * 1e-4, scale * 0.02, steps, dtype=np.float64)
     elif config.schedule == "scaled_linear":
@@ -67,7 +67,7 @@ def betas(config: NoiseConfig) -> Float64:
 
 
 def _without_last_signal(made: Float64) -> Float64:
-    """Betas whose sqrt(alpha_bar) runs from the same first value to 0 (Lin et al. 2024, algorithm 1)."""
+    """Rescale betas so that sqrt(alpha_bar) ends at 0, with the same start (Lin et al. 2024, algorithm 1)."""
     signal = np.sqrt(np.cumprod(1 - made))
     first, last = signal[0], signal[-1]
     alpha_bar = ((signal - last) * (first / (first - last))) ** 2
@@ -79,12 +79,12 @@ def retained_timesteps(steps: int, respacing: str) -> tuple[int, ...]:
 
     Args:
         steps: length of the base process.
-        respacing: ``""`` (all), ``"250"`` (that many, evenly spaced), ``"90,60,60,20,20"`` (so many in each
-            of equal sections), ``"ddim25"`` (the integer stride that gives 25 steps, DDIM App. D), or one of
+        respacing: ``""`` (all), ``"250"`` (that many, evenly spaced), ``"90,60,60,20,20"`` (numbers of steps
+            in equal sections), ``"ddim25"`` (the integer stride that gives 25 steps, DDIM App. D), or one of
             diffusers' spacings, see :func:`~admtrt.schedule.spacing.spaced_timesteps`.
 
     Raises:
-        RequestError: if the text is none of these, or the process cannot be divided so.
+        RequestError: if the text has none of these forms, or the process has too few steps.
     """
     text = respacing.strip()
     if not text:
@@ -134,7 +134,7 @@ def _sectioned_timesteps(steps: int, text: str) -> tuple[int, ...]:
                 hint=f"Ask for at most {length} there.",
             )
         stride = (length - 1) / (count - 1) if count > 1 else 1.0
-        # Accumulated, not multiplied: the rounding of ties then agrees with the published sampler.
+        # Accumulate instead of multiplying, so that ties round as in the published sampler.
         position = 0.0
         for _ in range(count):
             retained.append(start + round(position))
@@ -145,7 +145,7 @@ def _sectioned_timesteps(steps: int, text: str) -> tuple[int, ...]:
 
 def _positive_int(part: str, whole: str) -> int:
     text = part.strip()
-    # Nine digits are more than any process has, and keep int() from refusing absurdly long numbers.
+    # At most nine digits: more than any process has, and int() raises for very long numbers.
     if not (text.isascii() and text.isdigit()) or len(text) > 9 or int(text) < 1:
         raise RequestError(
             f"steps {whole!r}: {part!r} is not a positive whole number",
@@ -160,11 +160,11 @@ class Process:
 
     Attributes:
         timesteps: the retained timesteps of the base process (int64).
-        model_t: what the networks are given as ``t``: the timesteps, times 1000 / T where the model was
-            trained on rescaled timesteps.
+        model_t: the networks' input ``t``: the timesteps, multiplied by 1000 / T if the model was trained on
+            rescaled timesteps.
         beta, alpha_bar, alpha_bar_prev: of this process.
         posterior_variance: beta~, of q(x_{t-1} | x_t, x_0) (Ho et al. eq. 7); 0 at the first step.
-        posterior_log_variance: its log, with the second step's value at the first.
+        posterior_log_variance: its log; the first step repeats the second's value.
         posterior_mean_x0, posterior_mean_xt: the weights of x_0 and x_t in that posterior's mean.
     """
 
@@ -197,7 +197,7 @@ def process_from_config(config: DiffusionConfig, respacing: str = "") -> Process
     alpha_bar_prev = np.append(1.0, alpha_bar[:-1])
     beta = 1.0 - alpha_bar / alpha_bar_prev
     posterior_variance = beta * (1.0 - alpha_bar_prev) / (1.0 - alpha_bar)
-    first_variance = posterior_variance[1] if len(beta) > 1 else beta[0]  # of a step that adds no noise
+    first_variance = posterior_variance[1] if len(beta) > 1 else beta[0]  # the first step adds no noise
     return Process(
         timesteps=timesteps,
         model_t=timesteps.astype(np.float64) * config.time_factor,

@@ -1,6 +1,6 @@
-"""The sampler that the measurements recommend, in one place with its reason.
+"""The sampler that the measurements recommend, and why.
 
-``admtrt export --method auto`` writes it into the bundle, and ``admtrt sample --method auto`` takes it from
+``admtrt export --method auto`` writes it into the bundle, and ``admtrt sample --method auto`` reads it from
 there.
 """
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 DISCRETE: Mapping[str, Any] = MappingProxyType({"method": "sa", "order": 3, "steps": "10"})
 """SA-Solver of order 3, 10 evaluations: the tables of ``docs/solvers.md`` (``tools/solver_table.py``).
 
-On the digits and on Fashion-MNIST it has the accuracy and diversity of DDPM's 250 steps within the error of
-the measure. Deterministic solvers come as near on the digits; on Fashion-MNIST, whose network is less sure of
-x_0 at high noise, they keep its first errors to the end and lose 10 to 20 points of accuracy; fresh noise
-forgets them.
+On the digits and on Fashion-MNIST its accuracy and diversity equal those of DDPM's 250 steps within the
+measurement error. Deterministic solvers do as well on the digits. On Fashion-MNIST, whose network predicts
+x_0 less reliably at high noise, they carry early errors to the end and lose 10 to 20 points of accuracy;
+fresh noise removes those errors.
 """
 
 
 def recommended_choices(process: DiffusionConfig | EdmConfig) -> Mapping[str, Any]:
-    """Method, steps and options for networks of a process; scale and bound are the checkpoint's matter.
+    """Method, steps and options for a process. The checkpoint decides about scale and clip.
 
-    Networks of kind ``edm`` get the method that they are made for.
+    Networks of the kind ``edm`` get the method that they were made for.
     """
     if not isinstance(process, EdmConfig):
         return DISCRETE

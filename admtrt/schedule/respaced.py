@@ -1,4 +1,4 @@
-"""Rows of the solvers that walk the timesteps of a respaced process, DDPM and DDIM."""
+"""Rows of the solvers on a respaced process, DDPM and DDIM."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
 
 
 def respaced(levels: NoiseLevels, sampler: SamplerConfig) -> tuple[DiffusionConfig, Process]:
-    """The process that a sampler's steps retain.
+    """The respaced process of a sampler's steps.
 
     Raises:
         RequestError: as :func:`~admtrt.schedule.process.retained_timesteps`.
     """
-    assert isinstance(levels, DiscreteLevels)  # these solvers declare no other kind
+    assert isinstance(levels, DiscreteLevels)  # as these solvers declare
     return levels.config, process_from_config(levels.config, sampler.steps)
 
 
 def rows_of_process(
     config: DiffusionConfig, process: Process, columns: dict[str, NDArray[np.float64]], start: Level | None
 ) -> Rows:
-    """Rows of columns that are given in the order of the process, the cleanest first.
+    """Make rows from columns in the order of the process, the cleanest step first.
 
-    ``start`` is the level of one of its steps: those that are noisier are left out.
+    ``start`` is the level of one of its steps; noisier steps are left out.
     """
     x0_from_x, x0_from_out = process_x0_weights(config.mean_type, process)
     columns = {"x0_from_x": x0_from_x, "x0_from_out": x0_from_out, **columns}

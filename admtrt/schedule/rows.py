@@ -1,8 +1,8 @@
-"""Rows: what a solver gives of each evaluation of the networks, as weights in the next state and memory.
+"""Rows: a solver's weights for the next state and memory, one row per evaluation of the networks.
 
-A sample carries its state x and three more tensors: ``saved``, whatever the solver keeps, and ``h1`` and
-``h2``, the data predictions of the two evaluations before. The prediction of this one is m, guided and
-bounded.
+A sample carries its state x and three more tensors: ``saved``, which the solver defines, and ``h1`` and
+``h2``, the data predictions of the two previous evaluations. m is the prediction of the current evaluation,
+guided and clipped.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """The evaluations of one sample in the order of use.
+    """The evaluations of one sample, in order.
 
     Attributes:
-        levels: at which the networks are asked.
-        columns: weights by name, float64 [R]; see :data:`admtrt.schedule.table.UPDATE_FULL`. Columns that are
-            left out are 0 or follow from the parameterisation and the sampler.
+        levels: noise levels of the evaluations.
+        columns: weights by name, float64 [R]; see :data:`admtrt.schedule.table.UPDATE_FULL`. Missing columns
+            are 0 or follow from the parameterisation and the sampler.
         init_scale, init_noise: weights of x_T and of further noise in the first state.
-        edits: float64 [R, 4], the columns of a graph that edits the states, see :mod:`admtrt.schedule.edits`;
-            None where none does.
-        edit_graph: that one.
+        edits: float64 [R, 4], the columns of the graph that edits the states, see
+            :mod:`admtrt.schedule.edits`; None without edits.
+        edit_graph: name of that graph.
     """
 
     levels: list[Level]
@@ -49,17 +49,17 @@ class Rows:
 
 
 def in_order(rows: Rows, order: NDArray[np.int64]) -> Rows:
-    """The same rows in another order, some left out or repeated."""
+    """Reorder the rows; rows may be left out or repeated."""
     columns = {name: column[order] for name, column in rows.columns.items()}
     return replace(rows, levels=[rows.levels[index] for index in order], columns=columns)
 
 
 @dataclass
 class RowBuilder:
-    """Collects rows that are written in x~ = x_0 + S eps, and scales them to what the networks are given.
+    """Collects rows written in x~ = x_0 + S eps, and scales them to the networks' input.
 
     Args:
-        levels: of the process, for the scale of the state at each level.
+        levels: the noise levels of the process, which give the scale c_in.
     """
 
     levels: NoiseLevels
@@ -74,14 +74,14 @@ class RowBuilder:
         *,
         keep: Mapping[str, float] | None = None,
     ) -> None:
-        """One evaluation at ``level`` whose result is the state at ``to``, or the image itself.
+        """Add an evaluation at ``level`` that leads to the state at ``to``, or to the image itself (None).
 
         Args:
-            level: where the networks are asked.
-            to: where the state goes.
+            level: level of the evaluation.
+            to: level of the next state.
             weights: of ``x``, ``x0``, ``saved``, ``h1`` and ``h2`` in the next state, and ``noise``, the
                 standard deviation of fresh noise.
-            keep: the same for the next ``saved``.
+            keep: the weights of the next ``saved``.
         """
         c, c_next = self.levels.c_in(level), self.levels.c_in(to)
         row = {_column(name): c_next * value for name, value in weights.items()}
@@ -93,7 +93,7 @@ class RowBuilder:
         self._rows.append(row)
 
     def rows(self, *, init_scale: float, init_noise: float = 0.0) -> Rows:
-        """Everything that was added."""
+        """The rows added so far."""
         names = sorted({name for row in self._rows for name in row})
         columns = {name: np.array([row.get(name, 0.0) for row in self._rows]) for name in names}
         return Rows(self._at, columns, init_scale, init_noise)

@@ -1,4 +1,4 @@
-"""Sampler configuration: the choices of a sampler, checked against what its solver takes."""
+"""Sampler configuration: a sampler's choices, checked against its solver's declaration."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def _bound(value: Any) -> Any:
-    """A bound of x_0 as it is stored: True for 1, False for 0."""
+    """Normalise a bound of x_0 for storage: True stands for 1, False for 0."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return bool(value) if number and value in (0, 1) else value
 
@@ -42,13 +42,13 @@ class SamplerConfig(Config):
     """Sampler settings.
 
     ``method`` names a solver of :data:`~admtrt.schedule.solvers.SOLVERS`. ``steps`` is a respacing for ddpm
-    and ddim (see :func:`admtrt.schedule.process.retained_timesteps`), of which a number may be given as one,
-    and a number of network evaluations for every other. ``scale`` multiplies the classifier's gradient, 0 =
-    unguided; ``clip`` bounds x_0 to [-1, 1], a number to another range. ``guidance_interval`` (low, high)
-    guides only the evaluations at a noise level sigma = sqrt((1 - alpha_bar) / alpha_bar) with
-    low < sigma <= high (Kynkaanniemi et al. 2024); None guides all. ``guided_by`` are those of the bundle's
-    guides that guide besides. The other fields are those of :mod:`admtrt.schedule.options`; None is the
-    solver's own default.
+    and ddim (see :func:`admtrt.schedule.process.retained_timesteps`), where an int is accepted too, and a
+    number of network evaluations for all other methods. ``scale`` multiplies the classifier's gradient, 0 =
+    unguided. ``clip`` bounds x_0 to [-1, 1]; a number R bounds it to [-R, R]. ``guidance_interval`` (low,
+    high) guides only the evaluations at a noise level sigma = sqrt((1 - alpha_bar) / alpha_bar) with low <
+    sigma <= high (Kynkaanniemi et al. 2024); None guides all. ``guided_by`` lists further guides of the
+    bundle to use. The other fields are the options of :mod:`admtrt.schedule.options`; None means the solver's
+    default.
     """
 
     method: str = "ddpm"
@@ -76,7 +76,7 @@ class SamplerConfig(Config):
     guided_by: tuple[GuideChoice, ...] = later(())
 
     def option(self, name: str) -> Any:
-        """An option of the solver: what was chosen, else its default; None if it takes no such option."""
+        """The value of a solver's option: the choice, else the default; None if the solver lacks it."""
         options = SOLVERS[self.method].options
         chosen = getattr(self, name)
         return options.get(name) if chosen is None or name not in options else chosen
@@ -90,13 +90,13 @@ class SamplerConfig(Config):
 
     @property
     def bound(self) -> float | None:
-        """The bound of |x_0|; None where there is none."""
+        """The bound of |x_0|; None if unbounded."""
         return 1.0 if self.clip is True else self.clip or None
 
     @property
     def unguided(self) -> SamplerConfig:
-        """The same without the classifier's guidance."""
-        return self.model_copy(update={"scale": 0.0, "guidance_interval": None})  # its guides stay
+        """The same sampler without the classifier's guidance."""
+        return self.model_copy(update={"scale": 0.0, "guidance_interval": None})  # keeps ``guided_by``
 
     @field_validator("method")
     @classmethod
@@ -163,7 +163,7 @@ class SamplerConfig(Config):
 
 
 class SamplerChoices(TypedDict, total=False):
-    """Choices in place of those of a recommended sampler, see :class:`SamplerConfig`; None leaves one."""
+    """Choices that replace those of a recommended sampler, see :class:`SamplerConfig`; None keeps one."""
 
     method: str | None
     steps: str | int | None
@@ -193,12 +193,12 @@ class SamplerChoices(TypedDict, total=False):
 def with_choices(
     sampler: SamplerConfig, process: DiffusionConfig | EdmConfig, choices: SamplerChoices | Mapping[str, Any]
 ) -> SamplerConfig:
-    """A recommended sampler with each choice that is not None in place of its own.
+    """Replace a recommended sampler's choices by those that are not None.
 
-    On a discrete process, plain ``steps`` imply a method: ``ddim`` for "ddimN", else ``ddpm``; diffusers'
-    spacings leave a recommended method that respaces. The method :data:`AUTO` keeps the recommended one. A
-    method other than the recommended one begins with its own defaults, and with its own number of steps
-    where the recommended ones mean something else to it.
+    On a discrete process, ``steps`` without a method imply one: ``ddim`` for "ddimN", else ``ddpm``;
+    diffusers' spacings keep a recommended method that respaces. The method :data:`AUTO` keeps the recommended
+    one. Another method starts from its own defaults, and from its own number of steps if the recommended
+    steps have another meaning for it.
 
     Raises:
         ConfigError: if the result is impossible.
@@ -219,7 +219,7 @@ def with_choices(
     if isinstance(chosen.get("levels"), list | tuple):
         chosen.setdefault("steps", str(len(chosen["levels"]) - 1))
     elif chosen.get("steps", sampler.steps) != sampler.steps:
-        kept.pop("levels", None)  # which are those of another number of evaluations
+        kept.pop("levels", None)  # they belong to another number of evaluations
     method = SOLVERS.get(chosen.get("method", sampler.method))
     if method is not None and method.name != sampler.method:
         kept = {name: value for name, value in kept.items() if name not in OPTIONS}

@@ -17,7 +17,7 @@ _FORM = re.compile(r"(leading|linspace|trailing):([0-9]{1,9})(?:\+([0-9]{1,9}))?
 
 
 def is_spacing(respacing: str) -> bool:
-    """True for a respacing that names a spacing, and so goes with DDPM and DDIM alone."""
+    """True if a respacing names a spacing, which only DDPM and DDIM support."""
     return respacing.strip().partition(":")[0] in _KINDS
 
 
@@ -26,9 +26,8 @@ def spaced_timesteps(steps: int, respacing: str) -> tuple[int, ...]:
 
     Args:
         steps: T.
-        respacing: ``"leading:N"``, i floor(T / N); ``"leading:N+OFFSET"``, that far above;
-            ``"linspace:N"``, evenly from 0 to T - 1; ``"trailing:N"``, T - i T / N less 1. Halves are rounded
-            to even.
+        respacing: ``"leading:N"``, i floor(T / N); ``"leading:N+OFFSET"``, the same plus OFFSET;
+            ``"linspace:N"``, evenly from 0 to T - 1; ``"trailing:N"``, T - i T / N - 1. Halves round to even.
 
     Raises:
         RequestError: if the text is none of these, or the process has no such timesteps.
@@ -48,7 +47,7 @@ def spaced_timesteps(steps: int, respacing: str) -> tuple[int, ...]:
     elif kind == "linspace":
         timesteps = np.linspace(0, steps - 1, count).round()
     else:
-        # The last of them is above 0, so that no more than the first N can be meant.
+        # The last one is above 0, so only the first N can be meant.
         timesteps = np.arange(steps, 0, -steps / count)[:count].round()[::-1] - 1
     if timesteps[-1] >= steps:
         raise RequestError(

@@ -1,7 +1,7 @@
-"""The table of a sample: float32 coefficients of every evaluation, lowered from a solver's rows.
+"""The schedule table of a sample: float32 coefficients of every evaluation, lowered from a solver's rows.
 
-One update serves every solver, parameterisation, variance and guide, because each is linear once x_0 is
-bounded::
+One update covers every solver, parameterisation, variance and guide, because each is linear once x_0 is
+clipped::
 
     y      = x0_from_x x + x0_from_out value + x0_from_grad g
     d      = clamp(y, -r, r) (clip / r)             r = clip, or that of the graph ``threshold``
@@ -14,9 +14,9 @@ bounded::
 
 ``out`` is (value, v), ``g`` the unscaled gradient of the classifier's log probability, ``z`` standard normal
 noise. Each guide of the bundle adds the four terms of g once more, for its own tensor
-(:mod:`admtrt.schedule.guides`). The combinations are formed in float64 and rounded once, which avoids the
-1 / alpha amplification of the textbook order of operations. The graph ``update`` has the first columns (no
-memory, nothing of the guide before the bound), ``update_full`` has them all.
+(:mod:`admtrt.schedule.guides`). The combined coefficients are computed in float64 and rounded once, which
+avoids the 1 / alpha amplification of the textbook order of operations. The graph ``update`` takes the first
+columns (no memory, no guide before the clip); ``update_full`` takes all.
 """
 
 from __future__ import annotations
@@ -62,14 +62,12 @@ UPDATE_FULL = (
 )  # fmt: skip
 """Columns of the graphs ``update_full`` and ``threshold``, in order.
 
-``bound`` is read by ``threshold`` alone: r = min(max(clip, quantile), bound), so that a row whose bound is
-its clip keeps a static threshold beside others in a batch.
+Only ``threshold`` reads ``bound``: r = min(max(clip, quantile), bound). A row with ``bound`` equal to
+``clip`` keeps its static threshold in a mixed batch.
 """
 _LARGEST = float(np.finfo(np.float32).max)
 _GUIDED = tuple(UPDATE_FULL.index(name) for name in ("guidance", "x0_shift", "x0_from_grad", "shift"))
-_MORE = {
-    "state_clip": _LARGEST
-}  # what is not 0 in the columns behind those of ``update``, in rows of ``update``
+_MORE = {"state_clip": _LARGEST}  # the further columns of ``update`` rows that are not 0
 _ONLY_FULL = tuple(
     UPDATE_FULL.index(name) for name in UPDATE_FULL[len(UPDATE) :] if name not in ("bound", *_MORE)
 )
@@ -78,11 +76,11 @@ _CLIP, _BOUND, _NOISE = (UPDATE_FULL.index(name) for name in ("clip", "bound", "
 
 @dataclass(frozen=True, eq=False)
 class GuideRows:
-    """Effect of a guide in each evaluation of a sample.
+    """A guide's coefficients in each evaluation of a sample.
 
     Attributes:
         columns: float32 [R, 4], see :data:`~admtrt.schedule.guides.GUIDE_COLUMNS`.
-        clip: the bound of the x_0 that its loss sees.
+        clip: the bound of the x_0 that its loss gets.
     """
 
     columns: Float32
@@ -90,27 +88,27 @@ class GuideRows:
 
     @functools.cached_property
     def active(self) -> NDArray[np.bool_]:
-        """True for evaluations that it guides, bool [R]."""
+        """True for evaluations that use the guide, bool [R]."""
         return np.asarray(self.columns.any(axis=1))
 
 
 @dataclass(frozen=True, eq=False)
 class SamplingSchedule:
-    """A sample's schedule in the order of use: entry 0 is the noisiest of R evaluations.
+    """A sample's schedule of R evaluations, in order.
 
     Attributes:
         model_t: float32 [R], the ``t`` given to the graphs.
         coefficients: float32 [R, len(UPDATE_FULL)].
-        step: int64 [R], R-1 down to 0: evaluations that are still to come, which name the noise of this one.
-        timesteps: of the base process, [R]: int64 where all are whole, float64 otherwise; empty where there
-            are none.
+        step: int64 [R], R-1 down to 0: the number of evaluations still to come; it selects the noise.
+        timesteps: timesteps of the base process, [R]: int64 if all are whole, else float64; empty if the
+            process has none.
         sigma: float64 [R], the noise level S of each evaluation.
         init_signal, init_scale, init_noise: weights of a given image, of the sample's initial noise and of
             further noise in the first state.
-        edits: float32 [R, len(EDIT)], see :mod:`admtrt.schedule.edits`; zeros where nothing is edited.
-        edit_graph: the graph that edits; None where none does.
-        guides: those that guide the sample besides the classifier, by name.
-        x0_weights: float32 [R, 2], of the state and of the network's output in x_0, as losses take them.
+        edits: float32 [R, len(EDIT)], see :mod:`admtrt.schedule.edits`; zeros without edits.
+        edit_graph: the graph that edits the states; None without edits.
+        guides: the guides of the sample other than the classifier, by name.
+        x0_weights: float32 [R, 2], weights of the state and of the network's output in x_0, for losses.
     """
 
     model_t: Float32
@@ -130,7 +128,7 @@ class SamplingSchedule:
         return len(self.step)
 
     def timestep(self, index: int) -> float | None:
-        """Timestep of an evaluation, an int where all are whole; None where the process has none."""
+        """Timestep of an evaluation, an int if all are whole; None if the process has none."""
         return self.timesteps[index].item() if len(self.timesteps) else None
 
     @functools.cached_property
@@ -162,7 +160,7 @@ class SamplingSchedule:
         return np.ascontiguousarray(self.coefficients[:, : len(UPDATE)])
 
     def guide(self, name: str) -> GuideRows:
-        """Effect of a guide on the sample, zeros where it guides none of its evaluations."""
+        """A guide's coefficients for the sample; zeros if it is not used."""
         return self.guides.get(name, self._no_guide)
 
     @functools.cached_property
@@ -171,7 +169,7 @@ class SamplingSchedule:
 
     @functools.cached_property
     def full(self) -> bool:
-        """True where the sample needs the graph ``update_full``: memory, guides, or one before the bound."""
+        """True if the sample needs ``update_full``: for memory, further guides or a guide before the clip."""
         return bool(self.guides or self.coefficients[:, _ONLY_FULL].any() or self.dynamic.any())
 
 
@@ -182,16 +180,16 @@ def sampling_schedule(
     start: int | None = None,
     edit: Edit | None = None,
 ) -> SamplingSchedule:
-    """The schedule of one sample.
+    """Make the schedule of one sample.
 
     Args:
         process: of the networks.
         sampler: method, steps, scale and everything else.
-        start: the last so many evaluations alone, of a sample that starts at an image; None for all.
-        edit: to images that hold the sample on the way; None for none.
+        start: number of evaluations of a sample that starts from an image (the last ones); None for all.
+        edit: how the sample is conditioned on images; None if it is not.
 
     Raises:
-        RequestError: if the process cannot be sampled so.
+        RequestError: if the process cannot be sampled this way.
     """
     levels = levels_of(process)
     chosen = SOLVERS[sampler.method]
@@ -219,10 +217,10 @@ def sampling_schedule(
 
 
 def check_respaced(sampler: SamplerConfig, what: str) -> None:
-    """Refuse a solver that walks no respaced process: ddpm and ddim do.
+    """Refuse solvers other than ddpm and ddim, which alone use a respaced process.
 
     Raises:
-        RequestError: naming it; ``what`` says what was asked for.
+        RequestError: naming the solver; ``what`` is the feature that needs a respaced process.
     """
     if SOLVERS[sampler.method].steps != "respacing":
         able = " and ".join(name for name, one in SOLVERS.items() if one.steps == "respacing")
@@ -239,7 +237,7 @@ def lower(
     *,
     from_image: bool = False,
 ) -> SamplingSchedule:
-    """A solver's rows as a table, with what the parameterisation, the guide and the bound add."""
+    """Lower a solver's rows to a table, adding the parameterisation, the guides and the clip."""
     table = float64_table(rows, process, sampler)
     guides = {
         choice.name: _guide_rows(guide_columns(choice, rows, table, levels, process), clipped=choice.clip)

@@ -1,4 +1,4 @@
-"""Admission: by the work that is ahead, not by a count alone, and by deadlines."""
+"""Admission control: by the amount of queued work, the number of requests, and deadlines."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 class RefusedError(Exception):
-    """A request that is not let in now.
+    """The request is refused for now.
 
     Attributes:
         reason: ``draining``, ``not_ready``, ``queue_full``, ``client_share`` or ``deadline``.
         message: for people.
-        retry_after: seconds after which it might be.
+        retry_after: seconds after which to retry.
     """
 
     def __init__(self, reason: str, message: str, retry_after: float) -> None:
@@ -31,12 +31,13 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True)
 class Bounds:
-    """Bounds of the requests that are in.
+    """Limits on the admitted requests.
 
     Attributes:
-        requests: most at once: each holds memory, and most of them a connection.
-        timeout: seconds that a request may take where it does not say so itself.
-        client_share: of the work that a timeout allows, the most that one client may have ahead.
+        requests: most at once: each holds memory and usually a connection.
+        timeout: default time limit of a request, in seconds.
+        client_share: the largest fraction of the work that fits into ``timeout`` that one client may have
+            queued.
     """
 
     requests: int = 256
@@ -45,7 +46,7 @@ class Bounds:
 
 
 def row_seconds(stations: Sequence[Station], row: Row) -> float:
-    """Of the machine's time, what a row has still to come: a share of full steps."""
+    """Machine time that a row still needs: its share of full steps."""
     draw, seconds = row.flight.draw, 0.0
     for stage in range(row.stage, len(draw.steps)):
         cap, costs, steps = stations[stage].sizes.cap, stations[stage].costs, draw.steps[stage]
@@ -56,7 +57,7 @@ def row_seconds(stations: Sequence[Station], row: Row) -> float:
 
 
 def own_seconds(stations: Sequence[Station], flight: Flight, beside: int) -> float:
-    """From a request's first step to its last, with so many other rows beside its own."""
+    """Time from a request's first step to its last, beside ``others`` other rows."""
     seconds, draw = 0.0, flight.draw
     for stage, runs in enumerate(draw.runs):
         cap, costs = stations[stage].sizes.cap, stations[stage].costs
@@ -69,16 +70,16 @@ def own_seconds(stations: Sequence[Station], flight: Flight, beside: int) -> flo
 def admit(
     flight: Flight, flights: Sequence[Flight], stations: Sequence[Station], bounds: Bounds, now: float
 ) -> float:
-    """The seconds after which a request is expected to be done.
+    """Admit a request and return the seconds after which it is expected to be done.
 
     Args:
-        flight: that asks.
-        flights: that are in.
-        stations: of the model.
-        bounds: of the server.
+        flight: the new request.
+        flights: the admitted requests.
+        stations: the model's stations.
+        bounds: the server's limits.
         now: in the engine's clock.
 
-    A request that may take for ever (a job) is refused for the others that are in alone.
+    A request without a deadline (a job) is refused only for the number of admitted requests.
 
     Raises:
         RefusedError: if the queue or the client's share of it is full, or the deadline cannot be met.

@@ -1,4 +1,4 @@
-"""Answers to a request that was let in: at its end, or by events; whoever leaves gives it up."""
+"""Answers to an admitted request: at its end, or as events. A client that disconnects cancels it."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ if TYPE_CHECKING:
     from admtrt.serve.flight import Done
     from admtrt.serve.service import Opened, Service
 
-_ALIVE = 10.0  # seconds: silence is a client's timeout
+_ALIVE = 10.0  # seconds between keep-alive messages: clients time out on silence
 _NPZ = "application/x-npz"
 
 
 async def _left(receive: Receive) -> None:
-    """Return when the client has left."""
+    """Wait until the client disconnects."""
     while (await receive())["type"] != "http.disconnect":
         pass
 
 
 async def end_or_leave(request: Request, opened: Opened) -> Done | None:
-    """The end of a request; None where its client has left before, which gives it up.
+    """Wait for the end of a request. If the client disconnects first, cancel it and return None.
 
     Raises:
         HttpError: if it could not be finished.
@@ -54,7 +54,7 @@ async def end_or_leave(request: Request, opened: Opened) -> Done | None:
 
 
 async def whole(service: Service, request: Request, opened: Opened, *, as_npz: bool) -> Response:
-    """An answer when everything is drawn: JSON, or npz."""
+    """Answer when all images are drawn, with JSON or npz."""
     done = await end_or_leave(request, opened)
     if done is None:
         return Response(status_code=CLIENT_LEFT)
@@ -70,11 +70,11 @@ async def whole(service: Service, request: Request, opened: Opened, *, as_npz: b
 
 
 class EventStream(Response):
-    """Server-sent events until a request ends or its client leaves.
+    """Server-sent events until a request ends or its client disconnects.
 
     Args:
-        opened: the request.
-        events: turns events of the engine into named data.
+        opened: the admitted request.
+        events: converts the engine's events to named data.
         first: an event that is sent at once.
     """
 
@@ -125,7 +125,7 @@ class EventStream(Response):
                     await say(_event(name, data))
             except OSError:
                 raise
-            except Exception as error:  # the answer has begun: its status can no longer tell
+            except Exception as error:  # too late for an HTTP status: the response has begun
                 await say(_event("error", as_http_error(error).body), more=False)
                 return
             if not isinstance(event, Preview):

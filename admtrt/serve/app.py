@@ -44,14 +44,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Access:
-    """Rules of who may ask, and how.
+    """Who may send requests, and their limits.
 
     Attributes:
-        tokens: of the clients; empty asks for none.
-        hosts: names of the server beside localhost and addresses.
-        origins: of pages elsewhere that may ask.
-        max_body: bytes.
-        read_timeout: seconds for a body.
+        tokens: the clients' tokens; empty if none is required.
+        hosts: names of the server, besides localhost and addresses.
+        origins: origins of other sites' pages that may send requests (CORS).
+        max_body: largest request body, in bytes.
+        read_timeout: seconds to receive a body.
     """
 
     tokens: Tokens
@@ -62,7 +62,7 @@ class Access:
 
 
 def make_app(service: Service, spool: Spool, access: Access) -> ASGIApp:
-    """The application: :class:`Guard` before Starlette."""
+    """Make the application: :class:`Guard` in front of Starlette."""
     bodies = Bodies(access.max_body, access.read_timeout)
     jobs = Jobs(service, spool, bodies)
     routes = _Routes(service, bodies)
@@ -160,7 +160,7 @@ class _Routes:
 
 
 def _described(engine: Engine) -> dict[str, Any]:
-    """A model: what it draws, what can be asked of it, and what it recommends."""
+    """Describe a model: its images, the supported options, and its recommendation."""
     model = engine.model
     manifest = model.pipelines[0].bundle.manifest
     height, width, channels = model.image_shape
@@ -197,7 +197,7 @@ def _described(engine: Engine) -> dict[str, Any]:
 
 
 def _page_headers(html: str) -> dict[str, str]:
-    """Headers by which the page may load nothing but its own text, named by its hash."""
+    """Headers whose content security policy allows only the page's own scripts and styles, by hash."""
 
     def hashes(tag: str) -> str:
         found: Sequence[str] = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.DOTALL)

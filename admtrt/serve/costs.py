@@ -1,4 +1,4 @@
-"""Costs of a step: seconds of every graph by batch size, measured at start and ever after."""
+"""Costs of a step: seconds of every graph by batch size, measured at start and while serving."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Array
     from admtrt.schedule.table import SamplingSchedule
 
-_KEPT = 15  # measurements of a graph and size: a median of them follows a machine that slows down
+_KEPT = 15  # measurements per graph and size: few, so that the median follows changes
 _NEAR_BEST = 1.05
 
 
@@ -31,14 +31,14 @@ class Costs:
         self._seconds: dict[GraphName, dict[int, float]] = {}
 
     def record(self, graph: GraphName, size: int, seconds: float) -> None:
-        """One more measurement."""
+        """Add a measurement."""
         kept = self._measured.setdefault((graph, size), deque(maxlen=_KEPT))
         kept.append(seconds)
-        # Other threads read what stands here whole; a deque could not be read while it grows.
+        # Replace the tuple: other threads read it, and a deque cannot be read while it changes.
         self._seconds[graph] = {**self._seconds.get(graph, {}), size: sorted(kept)[len(kept) // 2]}
 
     def seconds(self, graph: GraphName, size: int) -> float:
-        """Of one run; between sizes that were measured on a straight line, beyond them in proportion."""
+        """Seconds of one run, interpolated linearly between measured sizes and extrapolated in proportion."""
         known = self._seconds.get(graph, {})
         if not known or size < 1:
             return 0.0
@@ -52,23 +52,23 @@ class Costs:
         return known[low] + (known[high] - known[low]) * (size - low) / (high - low)
 
     def of(self, runs: Mapping[GraphName, int], size: int) -> float:
-        """Of so many runs of each graph, at one batch size."""
+        """Seconds of the given numbers of runs of each graph, at one batch size."""
         return sum(count * self.seconds(graph, size) for graph, count in runs.items())
 
 
 def runs_of(schedule: SamplingSchedule, guides: Guides) -> dict[GraphName, int]:
-    """Runs of each graph on a row's way.
+    """How often a row runs each graph.
 
     Args:
-        schedule: that it follows.
-        guides: of the bundle, besides the classifier.
+        schedule: the row's schedule.
+        guides: the bundle's guides other than the classifier.
     """
     runs: Counter[GraphName] = Counter()
     plain = np.ones(len(schedule), dtype=bool)
     for name, rows in schedule.guides.items():
         runs[graph_of(name, guides[name])] += int(rows.active.sum())
         if guides[name].kind == "denoiser":
-            plain &= ~rows.active  # a loss of x_0 comes with the UNet's output
+            plain &= ~rows.active  # the graph of a loss of x_0 includes the UNet
     runs["unet"] += int(plain.sum())
     runs[CLASSIFIER_GRADIENT] += int(schedule.guided.sum())
     runs["update_full" if schedule.full else "update"] += len(schedule)
@@ -79,17 +79,17 @@ def runs_of(schedule: SamplingSchedule, guides: Guides) -> dict[GraphName, int]:
 
 
 def best_size(seconds: Mapping[int, float]) -> int:
-    """The smallest size whose rows a second are within 5% of the best: more rows would only wait longer.
+    """The smallest size with a throughput within 5% of the best: larger ones only add latency.
 
     Args:
-        seconds: of a step at each size.
+        seconds: seconds of a step at each size.
     """
     best = min(each / size for size, each in seconds.items())
     return min(size for size, each in seconds.items() if each / size <= best * _NEAR_BEST)
 
 
 class MeasuredDenoiser:
-    """A denoiser on arrays whose every run is measured.
+    """A denoiser that measures every run.
 
     Attributes:
         busy: seconds in graphs so far.

@@ -1,4 +1,4 @@
-"""From a request's fields to the pipeline's arguments: images, latents, classes and seeds."""
+"""Convert a request's fields to the pipeline's arguments: images, latents, classes and seeds."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
     from admtrt.serve.schema import SampleRequest
 
 _SAFE_SEEDS = 2**53
-"""Of integers that JavaScript holds exactly."""
-_OPERATOR = 200  # characters: each part of one costs a product of matrices
-_WIDEST = 8  # bytes of a number
+"""Number of integers that JavaScript represents exactly."""
+_OPERATOR = 200  # characters: each part costs a matrix product
+_WIDEST = 8  # bytes of the widest accepted dtype
 _ZIP = b"PK"
 _OF_GUIDES = ("guide_scale", "guide_interval", "guide_place", "guide_clip")
 _CHOICES = ("method", "steps", "scale", "clip", "guidance_interval", *OPTIONS)
 
 
 def checked_draw(request: SampleRequest, model: Model) -> Draw:
-    """The draw that a request asks of a model.
+    """Check a request against a model and make its draw.
 
     Raises:
         RequestError: for anything that the model cannot do.
@@ -129,7 +129,7 @@ def _known(request: SampleRequest, event: tuple[int, ...]) -> Known | None:
 
 
 def _targets(request: SampleRequest, model: Model, event: tuple[int, ...]) -> GuideTargets:
-    """The targets of the guides, none of which is inflated before its sizes are known."""
+    """Decode the guides' targets. Sizes are checked before anything is decompressed."""
     manifest = model.pipelines[0].bundle.manifest
     targets: dict[str, dict[str, Any]] = {}
     for guide, sent in (request.guides or {}).items():
@@ -151,7 +151,7 @@ def _targets(request: SampleRequest, model: Model, event: tuple[int, ...]) -> Gu
 
 
 def _target(upload: Upload, sizes: tuple[int, ...], *, mask: bool) -> NDArray[Any]:
-    """A target as it came: an npz, or a picture where it is an image."""
+    """Decode one target: an npz, or a picture if the target is an image."""
     if len(sizes) == 3 and not upload.getvalue().startswith(_ZIP):
         return read_mask_picture(upload, sizes) if mask else read_picture(upload, sizes)[None]
 
@@ -168,10 +168,10 @@ def _target(upload: Upload, sizes: tuple[int, ...], *, mask: bool) -> NDArray[An
 
 
 def pictures(given: Sequence[str], name: str, event: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Images of a request, uint8 [N, H, W, C].
+    """Decode the images of a request, uint8 [N, H, W, C].
 
     Raises:
-        RequestError: naming the one that is none, or of another size.
+        RequestError: naming the field that is not an image or has another size.
     """
     return np.stack(
         [read_picture(_upload(text, f"{name}[{index}]"), event) for index, text in enumerate(given)]
@@ -185,11 +185,11 @@ def _latents(text: str, event: tuple[int, ...]) -> Latents:
 
 
 def _check_extent(upload: Upload, limit: int) -> None:
-    """Refuse arrays that would take more memory than any request needs, before one is inflated."""
+    """Refuse arrays that are larger than any request needs, before decompressing them."""
     try:
         with open_npz(upload) as archive:
             headers = [archive.header(name) for name in archive.names]
-    except Exception as error:  # arbitrary bytes make the readers fail in any way
+    except Exception as error:  # arbitrary bytes can raise anything
         raise RequestError(f"cannot read {upload} as .npz: {reading_fault(error)}") from None
     size = sum(math.prod(header.shape) * header.dtype.itemsize for header in headers)
     if size > limit:

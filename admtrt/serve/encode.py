@@ -1,4 +1,4 @@
-"""Images for clients: PNG, npz, and their place in JSON."""
+"""Encode images for clients: PNG, npz, and base64 for JSON."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 
     from admtrt.runtime.slots import Images
 
-_FAST = 1  # of PNG's levels: the images are small and sent once
+_FAST = 1  # PNG compression level: the images are small and sent once
 
 
 def png(x: Images) -> bytes:
-    """One image as PNG, of float32 [C, H, W] in [-1, 1]."""
+    """Encode an image, float32 [C, H, W] in [-1, 1], as PNG."""
     written = io.BytesIO()
     to_pillow(to_uint8(x[None])[0]).save(written, "PNG", compress_level=_FAST)
     return written.getvalue()
 
 
 def base64_png(x: Images) -> str:
-    """The same as text."""
+    """Encode an image as base64 PNG."""
     return base64.b64encode(png(x)).decode("ascii")
 
 

@@ -1,4 +1,4 @@
-"""The engine of a model: one thread in which requests join and leave at any step."""
+"""The engine of a model: one thread that steps all requests; they join and leave at any step."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from admtrt.serve.model import Model
     from admtrt.serve.policy import Policy
 
-_MOST_FAULTS = 3  # steps in a row that fail: the library or the device is at fault, not a request
+_MOST_FAULTS = 3  # consecutive failed steps after which the library or the device is to blame, not a request
 
 
 class Engine(threading.Thread):
     """Draws the requests of one model.
 
-    :meth:`warm` comes first, then :meth:`start`. Requests are told of their events from this thread.
+    Call :meth:`warm`, then :meth:`start`. Requests are notified of events from the engine's thread.
 
     Args:
-        model: that is served.
-        policy: of the order; requests join and leave at every step where left out.
-        bounds: of what is let in.
-        max_rows: the largest batch that is tried.
-        memory: bytes that the copies of the weights may take.
-        sizes: batches to prepare, in place of chosen ones.
-        clock: seconds; for tests.
+        model: the model to serve.
+        policy: chooses the rows of each step; by default requests join and leave at every step.
+        bounds: limits of admission.
+        max_rows: the largest batch to try.
+        memory: bytes available for copies of the weights.
+        sizes: batch sizes to prepare; None lets :meth:`warm` choose.
+        clock: returns seconds; replaced in tests.
 
     Attributes:
-        counts: since the start, by name.
-        busy: seconds in steps.
-        stations: of the model's stages, once it is warm.
-        step_seconds: told each step's seconds, its batch size and how many of its rows were somebody's.
+        counts: counters by name, since the start.
+        busy: seconds spent in steps.
+        stations: the stations of the model's stages, once warm.
+        step_seconds: called after each step with its seconds, its batch size and its number of real rows.
     """
 
     def __init__(
@@ -70,16 +70,16 @@ class Engine(threading.Thread):
         self._clock = clock
         self._changed = threading.Condition(threading.RLock())
         self._flights: dict[int, Flight] = {}
-        self._arrived = False  # or cancelled, or told to stop
+        self._arrived = False  # set by new requests, cancellation and shutdown
         self._draining = self._aborting = False
-        self._stale: set[int] = set()  # stages whose rows are to be chosen anew
+        self._stale: set[int] = set()  # stages whose rows have to be chosen again
         self._turn = 0
         self._since_choice: Counter[int] = Counter()
         self._faults = 0
         self.fault = ""
 
     def warm(self, note: Callable[[str], None] = lambda _: None) -> None:
-        """Measure and compile what will be run.
+        """Measure and compile the graphs.
 
         Raises:
             RequestError, EngineError: as :func:`~admtrt.serve.sizes.prepare`.
@@ -98,30 +98,30 @@ class Engine(threading.Thread):
 
     @property
     def ready(self) -> bool:
-        """Requests are taken."""
+        """True if requests are accepted."""
         return self.is_alive() and not self._draining and not self.fault
 
     @property
     def draining(self) -> bool:
-        """The engine stops when it is done."""
+        """True if the engine stops once its requests are done."""
         return self._draining
 
     @property
     def flights(self) -> list[Flight]:
-        """Requests that are in."""
+        """Number of admitted requests."""
         with self._changed:
             return list(self._flights.values())
 
     @property
     def graph_seconds(self) -> float:
-        """In graphs, of all steps; 0 where the steps stay on a device."""
+        """Seconds spent in graphs; 0 if the steps stay on a device."""
         return sum(station.measured.busy for station in self.stations if station.measured is not None)
 
     def submit(self, flight: Flight) -> float:
-        """Let a request in; the seconds after which it is expected to be done.
+        """Admit a request. Returns the seconds after which it is expected to be done.
 
         Raises:
-            RefusedError: if it cannot be let in now.
+            RefusedError: if it cannot be admitted now.
         """
         with self._changed:
             try:
@@ -141,7 +141,7 @@ class Engine(threading.Thread):
         return expected
 
     def let_in(self, flight: Flight) -> None:
-        """Take a request whatever is ahead."""
+        """Take a request without admission control."""
         with self._changed:
             flight.arrived = self._clock()
             self._flights[flight.id] = flight
@@ -149,19 +149,19 @@ class Engine(threading.Thread):
             self._wake()
 
     def cancel(self, flight: Flight) -> None:
-        """Have a request's rows leave before the next step, if it is not done."""
+        """Cancel an unfinished request: its rows leave before the next step."""
         flight.cancelled = True
         with self._changed:
             self._wake()
 
     def drain(self) -> None:
-        """Take no more requests, finish those that are in, then end."""
+        """Accept no more requests, finish the admitted ones, then stop."""
         with self._changed:
             self._draining = True
             self._wake()
 
     def abort(self) -> None:
-        """End after this step; requests that are in fail."""
+        """Stop after the current step; unfinished requests fail."""
         with self._changed:
             self._draining = self._aborting = True
             self._wake()
@@ -175,7 +175,7 @@ class Engine(threading.Thread):
         try:
             while self._await_work():
                 self.turn()
-        except Exception as error:  # a fault of ours must not leave anybody waiting
+        except Exception as error:  # a bug must not leave clients waiting
             self.fault = f"{type(error).__name__}: {error}"
             raise
         finally:
@@ -195,7 +195,7 @@ class Engine(threading.Thread):
         return True
 
     def turn(self) -> None:
-        """Take one step of the requests that are in."""
+        """Take one step of the admitted requests."""
         with self._changed:
             if self._arrived:
                 self._arrived = False
@@ -226,7 +226,7 @@ class Engine(threading.Thread):
         self.step_seconds(seconds, size, len(rows))
 
     def _sweep(self) -> None:
-        """End the requests whose client has left, or whose time is over."""
+        """End cancelled requests and those past their deadline."""
         now = self._clock()
         for flight in self.flights:
             if flight.cancelled:
@@ -236,7 +236,7 @@ class Engine(threading.Thread):
                 self._fail(flight, "expired", f"its time was over while {begun}")
 
     def _next_station(self, flights: Sequence[Flight]) -> Station | None:
-        """The stages take turns; those whose rows may have changed choose them first."""
+        """Pick the next stage, in turn. Stages whose rows may have changed choose them first."""
         for _ in self.stations:
             station = self.stations[self._turn % len(self.stations)]
             self._turn += 1
@@ -254,7 +254,7 @@ class Engine(threading.Thread):
         return None
 
     def _begun(self, rows: Sequence[Row], station: Station) -> list[Row]:
-        """Rows with their state; a request of which none can be made fails alone."""
+        """Create the state of rows. If that fails, only the row's request fails."""
         running, begun = set(station.rows), []
         for row in rows:
             if row.slots is None and row not in running:

@@ -1,4 +1,4 @@
-"""Requests in flight, and the rows that they are made of."""
+"""Requests in flight and their rows."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _ids = itertools.count()
 
 @dataclass(frozen=True, eq=False)
 class Preview:
-    """Predictions of x_0 on the way.
+    """An event with predictions of x_0 while drawing.
 
     Attributes:
-        step: evaluations that the request's rows have done on average.
-        images: float32 [C, H, W] of each row; None for one that has not begun.
+        step: average number of evaluations done by the request's rows.
+        images: float32 [C, H, W] of each row; None for a row that has not begun.
     """
 
     step: int
@@ -32,12 +32,12 @@ class Preview:
 
 @dataclass(frozen=True)
 class Done:
-    """The end of a request whose rows are all drawn.
+    """The last event of a successful request.
 
     Attributes:
         images: float32 [C, H, W] of each row.
-        queued: seconds until its first step.
-        drawn: seconds from then on.
+        queued: seconds until the first step.
+        drawn: seconds from the first step to the end.
     """
 
     images: list[Images]
@@ -47,7 +47,7 @@ class Done:
 
 @dataclass(frozen=True)
 class Failed:
-    """Any other end of a request, and why, for people."""
+    """The last event of a failed request, with the reason for people."""
 
     reason: Reason
     message: str
@@ -63,13 +63,13 @@ class Row:
 
     Attributes:
         flight: the request.
-        index: among its rows.
-        stage: of the model, which the row is in.
-        to_go: evaluations that are left in this stage.
-        done: evaluations that were taken, of all stages.
-        slots: its state, one slot; None before it begins, and while a station holds it.
-        x_0: its last prediction that was looked at, float32 [C, H, W].
-        result: float32 [C, H, W], of the last stage.
+        index: index among the request's rows.
+        stage: the row's current stage of the model.
+        to_go: evaluations left in this stage.
+        done: evaluations done, in all stages.
+        slots: its state, one slot; None before it begins and while a station holds it.
+        x_0: its last prediction that was read, float32 [C, H, W].
+        result: the result of the last stage, float32 [C, H, W].
     """
 
     flight: Flight
@@ -87,12 +87,12 @@ class Flight:
     """A request from its admission to its end.
 
     Attributes:
-        draw: what is drawn.
-        notify: told of every event, from the engine's thread; it must not wait.
-        client: who asks, for fairness.
-        priority: ``batch`` requests take what interactive ones leave, and a tenth at least.
-        deadline: in the engine's clock; None for none.
-        preview_every: evaluations between two previews; 0 for none.
+        draw: what to draw.
+        notify: called with every event from the engine's thread; must not block.
+        client: name of the client, for fairness.
+        priority: ``batch`` requests get what interactive ones leave, and at least a tenth.
+        deadline: in the engine's clock; None without a deadline.
+        preview_every: evaluations between previews; 0 for no previews.
         arrived, started: in the engine's clock.
     """
 
@@ -114,21 +114,21 @@ class Flight:
 
     @property
     def total(self) -> int:
-        """Evaluations of a row, of all stages."""
+        """Evaluations of a row, in all stages."""
         return sum(self.draw.steps)
 
     @property
     def step(self) -> int:
-        """Evaluations that its rows have done on average, rounded down."""
+        """Average number of evaluations done by its rows, rounded down."""
         return sum(row.done for row in self.rows) // len(self.rows)
 
     @property
     def drawn(self) -> bool:
-        """Every row has its result."""
+        """True if every row has its result."""
         return all(row.result is not None for row in self.rows)
 
     def preview_is_due(self) -> bool:
-        """True once each time that as many steps as wished have gone by."""
+        """True once per ``preview_every`` evaluations."""
         if not self.preview_every or self.step - self._shown < self.preview_every:
             return False
         self._shown = self.step - self.step % self.preview_every

@@ -1,4 +1,4 @@
-"""Inversion over HTTP: images to the latents at which samples begin, step by step beside everything else."""
+"""Inversion over HTTP: images to latents, batched with all other requests."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Inversion(Draw):
-    """A checked inversion: its rows go up the first stage's schedule, and end there."""
+    """A checked inversion: its rows follow the inversion schedule of the first stage."""
 
     request: InversionRequest
 
@@ -43,35 +43,35 @@ class Inversion(Draw):
 
     @property
     def seeds(self) -> list[int]:
-        """None: nothing is drawn at random."""
+        """None: inversion is deterministic."""
         return []
 
     @property
     def labels(self) -> list[int] | None:
-        """Of every row, where the network knows classes."""
+        """The label of every row, if the network knows classes."""
         return None if self.request.labels is None else self.request.labels.tolist()
 
     @property
     def settings(self) -> Hashable:
-        """As of :class:`Draw`."""
+        """See :class:`Draw`."""
         return self.request.sampler, self.steps
 
     def slots(self, stage: int, index: int, small: Images | None) -> Slots:  # noqa: ARG002 - there is one stage
-        """One row at its image."""
+        """The initial state of one row: its image."""
         return self.request.slots(slice(index, index + 1))
 
     def finished(self, stage: int, index: int, x: Images) -> Images:  # noqa: ARG002
         """One row's latent, float32 [C, H, W].
 
         Raises:
-            RequestError: if it is of no use.
+            RequestError: if it is too large or not finite.
         """
         latent: Images = self.request.finished(x[None])[0]
         return latent
 
 
 def checked_inversion(asked: InversionAsked, model: Model) -> Inversion:
-    """The inversion that a request asks of a model.
+    """Check a request against a model and make its inversion.
 
     Raises:
         RequestError: for anything that the model cannot do.
@@ -94,7 +94,7 @@ def checked_inversion(asked: InversionAsked, model: Model) -> Inversion:
 
 
 async def invert(service: Service, bodies: Bodies, request: Request) -> Response:
-    """``POST /v1/inversions``: what ``admtrt invert`` writes, as base64 in JSON or as it is."""
+    """``POST /v1/inversions``: returns the file of ``admtrt invert``, raw or as base64 in JSON."""
     asked = await bodies.read(request, InversionAsked)
     opened = await service.open(asked, client_of(request), draw_of=checked_inversion)
     done = await end_or_leave(request, opened)

@@ -1,4 +1,4 @@
-"""Jobs: requests that are answered later, drawn one after another as the engines have room."""
+"""Jobs: requests that are answered later, submitted as the engines have room."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from admtrt.serve.service import Opened, Service
     from admtrt.serve.web import Bodies
 
-_AT_ONCE = 4  # jobs that are in an engine: enough to fill its steps, few enough to leave the queue to others
+_AT_ONCE = 4  # jobs in an engine at once: enough to fill its steps, few enough to leave room in the queue
 _RETRY, _SWEEP = 0.5, 60.0  # seconds
 _NPZ = "application/x-npz"
 _log = logging.getLogger("admtrt.serve")
@@ -35,9 +35,9 @@ class Jobs:
     """The jobs of a server.
 
     Args:
-        service: that draws them.
-        spool: that keeps them.
-        bodies: reads requests.
+        service: draws the jobs.
+        spool: stores the jobs.
+        bodies: reads request bodies.
     """
 
     def __init__(self, service: Service, spool: Spool, bodies: Bodies) -> None:
@@ -48,7 +48,7 @@ class Jobs:
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
-        """Draw what is stored and what comes, until cancelled."""
+        """Draw stored and new jobs until cancelled."""
         for job in await asyncio.to_thread(self._spool.unfinished):
             await self._enqueue(job)
         async with asyncio.TaskGroup() as group:
@@ -91,7 +91,7 @@ class Jobs:
                 self._running.pop(job.id, None)
 
     async def _draw(self, job: StoredJob) -> None:
-        """Draw a job and store its end; a server that stops leaves it to the next one."""
+        """Draw a job and store its result. If the server stops, the job is drawn after the restart."""
         try:
             request = SampleRequest.model_validate_json(dump(job.request))
             opened = await self._opened(job, request)
@@ -104,7 +104,7 @@ class Jobs:
             result = dump(answer).encode()
             if request.format == "npz":
                 result = await self._service.archive(opened, event)
-        except Exception as error:  # none may end the drawing of the others
+        except Exception as error:  # one job must not stop the others
             end = {"state": "failed", **as_http_error(error).body}
             await asyncio.to_thread(self._spool.finish, job.id, end)
             return
@@ -122,11 +122,11 @@ class Jobs:
             if job.id in self._running:
                 self._running[job.id] = opened
             else:
-                opened.leave()  # it was deleted meanwhile
+                opened.leave()  # deleted meanwhile
             return opened
 
     async def post(self, request: Request) -> Response:
-        """Take a job: 202, and where to ask for it."""
+        """Accept a job: 202 with its location."""
         sent = await self._bodies.read(request, SampleRequest)
         for name in ("stream", "timeout"):
             if getattr(sent, name):
@@ -150,7 +150,7 @@ class Jobs:
         )
 
     async def get(self, request: Request) -> Response:
-        """Tell the state of a job."""
+        """Return the state of a job."""
         job = await self._stored(request)
         state: dict[str, Any] = {"state": "queued"}
         if job.end is not None:
@@ -162,7 +162,7 @@ class Jobs:
         return JSONResponse({"id": job.id, "seeds": _safe(job.request["seeds"]), **state})
 
     async def result(self, request: Request) -> Response:
-        """Answer with the images of a job, as the request would have been answered."""
+        """Return the images of a job, in the form of a direct request's answer."""
         job = await self._stored(request)
         if job.end is None:
             raise HttpError(409, "not_done", f"job {job.id} is not done", retry_after=2)
@@ -174,7 +174,7 @@ class Jobs:
         return Response(content, media_type=_NPZ if as_npz else "application/json")
 
     async def delete(self, request: Request) -> Response:
-        """Give a job up and forget it."""
+        """Cancel and delete a job."""
         job = await self._stored(request)
         for waiting in self._waiting.values():
             waiting[:] = [one for one in waiting if one.id != job.id]
@@ -185,10 +185,10 @@ class Jobs:
         return Response(status_code=204)
 
     async def _stored(self, request: Request) -> StoredJob:
-        """The job of a path, if it is its client's.
+        """The job in a URL's path, if it belongs to the client.
 
         Raises:
-            HttpError: if there is none, or no longer.
+            HttpError: if the job does not exist or has expired.
         """
         name = request.path_params["job"]
         job = await asyncio.to_thread(self._spool.get, name)

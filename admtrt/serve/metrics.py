@@ -1,4 +1,4 @@
-"""Numbers for Prometheus; nothing that a client sent is a label."""
+"""Metrics for Prometheus. Labels never contain client data."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _REASONS = ("queue_full", "client_share", "deadline", "draining", "not_ready")
 
 
 class Metrics:
-    """All numbers of a server."""
+    """The metrics of a server."""
 
     def __init__(self, engines: Mapping[str, Engine]) -> None:
         self._registry = CollectorRegistry()
@@ -62,7 +62,7 @@ class Metrics:
         self._registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
-        """The engines' own counts; called by the library."""
+        """Collect the engines' counters; called by the library."""
         info = GaugeMetricFamily("admtrt_build_info", "Version", labels=["version"])
         info.add_metric([__version__], 1)
         yield info
@@ -105,5 +105,5 @@ class Metrics:
         yield from families.values()
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """The metrics in Prometheus' text format."""
         return generate_latest(self._registry)

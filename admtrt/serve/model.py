@@ -1,4 +1,4 @@
-"""A model, served under one name: a bundle, or a bundle and the upsampler that enlarges its images."""
+"""A served model: a bundle, or a bundle and the upsampler that enlarges its images."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Images, Slots
     from admtrt.schedule.sampler import SamplerChoices
 
-_BESIDE = 2**20  # bytes of a request beside the values of its targets: headers of files, images, other fields
+_BESIDE = 2**20  # bytes of a request besides its targets' values: file headers, images, other fields
 
 
 @dataclass(frozen=True, eq=False)
 class Draw:
-    """A checked request: what its rows are at the start of each stage, and what is left to do at the end.
+    """A checked request: how its rows start in each stage, and how they are finished.
 
     Attributes:
-        pipelines: of the model's stages.
-        given: what each stage draws.
+        pipelines: the pipelines of the model's stages.
+        given: the checked request of each stage.
         steps: evaluations of a row in each stage.
         runs: how often a row runs each graph in each stage.
     """
@@ -52,30 +52,30 @@ class Draw:
 
     @property
     def seeds(self) -> list[int]:
-        """Of every row."""
+        """The seed of every row."""
         return self.given[0].seeds
 
     @property
     def labels(self) -> list[int] | None:
-        """Of every row, where a stage knows classes."""
+        """The label of every row, if a stage knows classes."""
         labels = next((one.labels for one in self.given if one.labels is not None), None)
         return None if labels is None else labels.tolist()
 
     @cached_property
     def settings(self) -> Hashable:
-        """Equal for requests that a server without step batching can put in one batch."""
+        """Equal for requests that a server without step batching could put into one batch."""
         return tuple(one.sampler for one in self.given), self.steps
 
     def slots(self, stage: int, index: int, small: Images | None) -> Slots:
-        """One row at the start of a stage; ``small`` is its result of the stage before, float32 [C, H, W]."""
+        """The first state of a row in a stage; ``small`` is its result of the previous stage, [C, H, W]."""
         given = self.given[stage].part(slice(index, index + 1))
         if small is not None:
-            # Rounded to pixels first, as where each stage runs by itself.
+            # Round to pixels first, as when each stage runs separately.
             given = replace(given, low_res=self.pipelines[stage].check_low_res(to_uint8(small[None])))
         return self.pipelines[stage].slots(given)
 
     def finished(self, stage: int, index: int, x: Images) -> Images:
-        """One row after the last evaluation of a stage, float32 [C, H, W].
+        """Check and return one row after the last evaluation of a stage, float32 [C, H, W].
 
         Raises:
             RequestError: if it is not finite.
@@ -89,9 +89,9 @@ class Model:
     """A model that is served.
 
     Args:
-        name: under which it is asked for.
-        pipeline: of its bundle.
-        upsampler: of the bundle that enlarges its images, if there is one.
+        name: its name in requests.
+        pipeline: the bundle's pipeline.
+        upsampler: the pipeline of the bundle that enlarges its images, if any.
 
     Raises:
         RequestError: if the two do not fit together.
@@ -104,35 +104,35 @@ class Model:
 
     @property
     def digest(self) -> str:
-        """Of the bundles."""
+        """Digest of the bundles."""
         return "+".join(pipeline.bundle.digest for pipeline in self.pipelines)
 
     @property
     def num_classes(self) -> int | None:
-        """Classes that can be asked for."""
+        """Number of classes that can be requested."""
         return next((one.num_classes for one in self._manifests if one.num_classes is not None), None)
 
     @property
     def class_names(self) -> Sequence[str]:
-        """Their names, where there are any."""
+        """Names of the classes, if any."""
         return next((one.class_names for one in self._manifests if one.class_names), ())
 
     @property
     def guides(self) -> Guides:
-        """Guides besides the classifier that can be asked for: those whose graphs are open."""
+        """Guides other than the classifier that can be requested: those with open graphs."""
         graphs = open_graphs(self.pipelines[0])
         known = self._manifests[0].guides
         return {name: guide for name, guide in known.items() if graph_of(name, guide) in graphs}
 
     @property
     def target_bytes(self) -> int:
-        """Bytes of a request that gives one sample all targets of all guides, as base64 of float32."""
+        """Bytes of a request with all targets of all guides for one sample, as base64 of float32."""
         values = sum(math.prod(sizes) for one in self.guides.values() for sizes in one.targets.values())
         return values * 4 * 4 // 3 + _BESIDE
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """H, W, C of the images."""
+        """(H, W, C) of the images."""
         network = self._manifests[-1].network
         return network.image_size, network.image_size, network.in_channels
 
@@ -168,7 +168,7 @@ class Model:
                 steps=upsample_steps, scale=UNGUIDED if upsample_scale is None else upsample_scale
             )
             numbers = None if given[0].labels is None else given[0].labels.tolist()
-            small = np.zeros((len(given[0]), *_image_shape(first)), np.uint8)  # until the first stage is done
+            small = np.zeros((len(given[0]), *_image_shape(first)), np.uint8)  # a placeholder
             given.append(second.check(upsampler, self._cascade.labels_of_high(numbers), seeds, low_res=small))
         schedules = [
             one.inputs.schedule(manifest.diffusion, one.sampler)

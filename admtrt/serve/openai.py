@@ -1,4 +1,4 @@
-"""``/v1/images/generations`` as OpenAI's clients call it; what cannot be honoured is refused, not ignored."""
+"""``/v1/images/generations`` for OpenAI's clients. Unsupported parameters are refused, not ignored."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ async def _steps(service: Service, sample: SampleRequest) -> int:
 
 
 def _translated(asked: ImageRequest, model: Model) -> SampleRequest:
-    """The same in our own words.
+    """Translate the request to a :class:`SampleRequest`.
 
     Raises:
-        RequestError: for what the model cannot do.
+        RequestError: for anything that the model cannot do.
     """
     height, width, _ = model.image_shape
     if asked.size not in (None, "auto", f"{width}x{height}"):

@@ -1,4 +1,4 @@
-"""The description of the API for machines, derived from the schema."""
+"""The OpenAPI description, derived from the schema."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _COMMON = {
 
 
 def description() -> dict[str, Any]:
-    """OpenAPI 3.1."""
+    """Make the description, OpenAPI 3.1."""
     schemas: dict[str, Any] = {}
 
     def body(model: type[BaseModel]) -> dict[str, Any]:

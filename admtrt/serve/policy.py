@@ -1,4 +1,4 @@
-"""The choice of the rows of the next step: of what is in flight, without a clock or a thread."""
+"""Policies that choose the rows of the next step. Pure: no clock, no thread."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ if TYPE_CHECKING:
 
 Order = Literal["fair", "shortest", "static", "static-any"]
 QUANTUM = 8
-"""Steps after which rows are chosen anew although no request came or went."""
+"""Steps after which rows are chosen again even if no request came or went."""
 BATCH_SHARE = 0.1
-"""Of all row-steps, the least that requests of the class ``batch`` get while there are any."""
+"""Minimum fraction of row-steps for requests of the class ``batch``."""
 
 
 class Policy(Protocol):
     """Chooses rows.
 
     Attributes:
-        whole_batches: a request ends when the batch that it ran in does.
+        whole_batches: whether requests end only when their whole batch ends.
     """
 
     whole_batches: bool
 
     def choose(self, flights: Sequence[Flight], running: Sequence[Row], stage: int, cap: int) -> list[Row]:
-        """At most ``cap`` unfinished rows in a stage.
+        """Choose at most ``cap`` unfinished rows of a stage.
 
         Args:
-            flights: in the order of their arrival.
+            flights: the requests in order of arrival.
             running: unfinished rows of the last step of this stage.
-            stage: of the model.
-            cap: most rows of a step.
+            stage: number of the stage.
+            cap: the most rows of a step.
         """
         ...
 
@@ -47,13 +47,13 @@ class Policy(Protocol):
 class StepPolicy:
     """Rows join and leave at every step.
 
-    Two classes, ``interactive`` before ``batch``; within each, the client that has had the fewest row-steps
-    comes next (start-time fair queueing); within a client, first come, first served; the rows of a request go
-    on together, so that all of them can be watched.
+    Two classes, ``interactive`` before ``batch``. Within a class, the client with the fewest row-steps so far
+    comes next (start-time fair queueing). Within a client: first come, first served. The rows of a request
+    advance together, so that previews show all of them.
 
     Args:
-        shortest: the rows with the fewest evaluations left first, in place of clients in turn: better for
-            most, worse for the longest.
+        shortest: instead take rows with the fewest evaluations left first: faster for most requests, slower
+            for the longest.
     """
 
     whole_batches = False
@@ -61,7 +61,7 @@ class StepPolicy:
     def __init__(self, *, shortest: bool = False) -> None:
         self._shortest = shortest
         self._served: dict[str, float] = {}
-        self._owed = 0.0  # row-steps that the class ``batch`` has not had
+        self._owed = 0.0  # row-steps owed to the class ``batch``
         self._contended = False
 
     def choose(self, flights: Sequence[Flight], running: Sequence[Row], stage: int, cap: int) -> list[Row]:
@@ -89,7 +89,7 @@ class StepPolicy:
             self._owed = 0.0
 
     def _meet(self, flights: Sequence[Flight]) -> None:
-        """Newcomers begin where those are that have had least: what they did not ask for is not owed."""
+        """Start new clients at the smallest count of the others: they have no claim to past steps."""
         here = dict.fromkeys(flight.client for flight in flights)
         least = min((self._served[client] for client in here if client in self._served), default=0.0)
         self._served = {client: self._served.get(client, least) for client in here}
@@ -97,7 +97,7 @@ class StepPolicy:
     def _ordered(self, flights: Sequence[Flight], stage: int) -> Iterator[Row]:
         queues: dict[str, deque[Row]] = {}
         for flight in flights:
-            # In step with each other, as far as choosing anew every so often allows.
+            # Keeps rows at similar steps, though rows are chosen only every QUANTUM steps.
             for row in sorted(flight.rows, key=lambda row: row.done // QUANTUM):
                 if row.stage == stage and row.to_go:
                     queues.setdefault(flight.client, deque()).append(row)
@@ -117,10 +117,10 @@ class StepPolicy:
 
 
 class StaticPolicy:
-    """The usual server, to compare with: a batch of what waits runs to its end before the next begins.
+    """Static batching, for comparison: a batch of waiting requests runs to its end before the next begins.
 
     Args:
-        any_settings: batch requests of different settings, too; a request is answered when its batch ends.
+        any_settings: also batch requests with different settings; they are answered when the batch ends.
     """
 
     def __init__(self, *, any_settings: bool = False) -> None:
@@ -138,7 +138,7 @@ class StaticPolicy:
         return same[:cap]
 
     def charge(self, rows: Sequence[Row]) -> None:
-        """Nobody is owed anything."""
+        """Do nothing: static batching keeps no account."""
 
 
 def policy_named(name: Order) -> Policy:

@@ -1,7 +1,7 @@
-"""Requests: every field, its type and its limits; the API's description derives from here.
+"""Requests: every field with its type and limits. The OpenAPI description derives from this.
 
 Fields have the names of the command line's options and of :class:`~admtrt.runtime.pipeline.Pipeline`'s
-arguments. What a bundle can do with them is for the pipeline to say.
+arguments. The pipeline checks whether a bundle supports them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from admtrt.schedule.sampler import SamplerConfig
 from admtrt.serve.flight import Priority
 
 MAX_IMAGES = 64
-"""Samples of one request."""
+"""The most samples of one request."""
 _NAME = 64  # characters
-_RESPACING = (  # bounded: a table of evaluations is made before any is refused
+_RESPACING = (  # bounded, since the schedule is computed before it can be refused
     r"^ *((ddim)?[0-9]{1,4}( *, *[0-9]{1,4})*|(leading|linspace|trailing):[0-9]{1,4}([+][0-9]{1,4})?) *$"
 )
-_MAX_BASE64 = 2**26  # characters: the server's limit of a body is far below
+_MAX_BASE64 = 2**26  # characters; the server's limit of a body is far lower
 
 Label = Annotated[int, Field(ge=0, le=10**6)] | Annotated[str, Field(max_length=200)]
 Seed = Annotated[int, Field(ge=0, lt=2**64)] | Annotated[str, Field(pattern=r"^[0-9]{1,20}$")]
@@ -36,13 +36,13 @@ _MOST_GUIDES = 8
 
 
 class Strict(BaseModel):
-    """Base of what clients send: unknown fields and other types are refused."""
+    """Base of request models: unknown fields and wrong types are refused."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
 def _option_fields() -> dict[str, Any]:
-    """A field for each option of solvers, of the type that the sampler's configuration gives it."""
+    """One field per solver option, with its type in the sampler's configuration."""
     fields, made = SamplerConfig.model_fields, {}
     for name, option in OPTIONS.items():
         kind: Any = fields[name].annotation
@@ -183,7 +183,7 @@ class ImageRequest(Strict):
 
 
 def faults_of(error: ValidationError) -> list[dict[str, str]]:
-    """The faults of a request, field by field; of what was sent nothing is repeated."""
+    """The faults of a request by field, without repeating client data."""
     found: dict[str, str] = {}
     for fault in error.errors(include_url=False, include_input=False, include_context=False):
         where = [part for place, part in enumerate(fault["loc"]) if place == 0 or isinstance(part, int)]

@@ -1,4 +1,4 @@
-"""The process: sockets, signals and the way to its end."""
+"""The server process: sockets, signals and shutdown."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ if TYPE_CHECKING:
     from admtrt.serve.engine import Engine
 
 _HEADERS = 16 * 2**10  # bytes
-_LOOK = 0.05  # seconds between two looks at whether all is done
-_LAST_WORDS = 2.0  # seconds in which answers that are ready are sent
+_LOOK = 0.05  # seconds between checks whether all work is done
+_LAST_WORDS = 2.0  # seconds to send finished answers
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 FAILED = 3
 """Exit code of a server whose engine has failed."""
 
 
 class Server(uvicorn.Server):
-    """Serves until a signal: then new work is refused, accepted work finished, and the process ends.
+    """Serves until a signal; then refuses new work, finishes accepted work, and exits.
 
-    The socket still listens for a while (``grace``): whoever has not heard yet that this server goes is told
-    503, not refused a connection. A second signal cuts off what is left.
+    During ``grace`` the socket still listens: clients that do not know yet that the server is stopping get
+    503 instead of a refused connection. A second signal aborts the remaining work.
 
     Args:
         app: the application.
-        engines: that are drained.
-        grace: seconds for which new requests are answered by 503 at least.
-        timeout: seconds after which what is left is cut off.
-        connections: most at once.
+        engines: the engines to drain.
+        grace: minimum time for which new requests get 503, in seconds.
+        timeout: seconds after which remaining work is aborted.
+        connections: the most connections at once.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Server(uvicorn.Server):
         self._draining: asyncio.Task[None] | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002 - uvicorn's signature
-        """The first signal drains, the second cuts off."""
+        """The first signal drains, the second aborts."""
         self._signalled += 1
         if self._signalled > 1:
             for engine in self._engines:
@@ -100,7 +100,7 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def _watch(self) -> None:
-        """End when an engine has failed: whoever started this process starts it again."""
+        """Exit when an engine has failed, so that the supervisor restarts the process."""
         while not any(engine.fault for engine in self._engines):
             await asyncio.sleep(_LOOK * 4)
         self._begin_drain()
@@ -117,7 +117,7 @@ class Server(uvicorn.Server):
                 await watching
 
     def run_until_done(self, listening: socket.socket) -> int:
-        """Serve on a socket that listens; the exit code: 0, 1 if work was cut off, 3 after a fault."""
+        """Serve on a listening socket; returns the exit code: 0, 1 if work was aborted, 3 after a fault."""
         for engine in self._engines:
             engine.start()
         before = {number: signal.getsignal(number) for number in _SIGNALS}

@@ -1,4 +1,4 @@
-"""Requests to engines, and their events back: between HTTP and the engines, and of use without HTTP."""
+"""Between HTTP and the engines: submit requests, receive events. Usable without HTTP."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _AGAIN = 5.0  # seconds
 
 
 class Mailbox:
-    """The events of one request for a reader that may be slow: of previews only the newest waits."""
+    """The events of one request. For slow readers only the newest preview is kept."""
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -39,7 +39,7 @@ class Mailbox:
 
     def notify(self, event: Event) -> None:
         """Put an event in, from any thread."""
-        with contextlib.suppress(RuntimeError):  # nobody reads when the loop has ended
+        with contextlib.suppress(RuntimeError):  # the loop has ended, so nobody reads
             self._loop.call_soon_threadsafe(self._put, event)
 
     def _put(self, event: Event) -> None:
@@ -50,7 +50,7 @@ class Mailbox:
         self._there.set()
 
     async def get(self) -> Event:
-        """The next event; its end is a request's last."""
+        """Wait for the next event. Done or Failed is the last."""
         await self._there.wait()
         if self._end is not None:
             return self._end
@@ -60,7 +60,7 @@ class Mailbox:
         return preview
 
     async def end(self) -> Done | Failed:
-        """The last event."""
+        """Wait for the last event."""
         while True:
             event = await self.get()
             if not isinstance(event, Preview):
@@ -68,12 +68,12 @@ class Mailbox:
 
 
 class Opened:
-    """A request that was let in.
+    """An admitted request.
 
     Attributes:
-        engine, flight: that draw it.
-        mailbox: of its events.
-        meta: what is known of it from the start, for the answer.
+        engine, flight: the engine that draws it, and its flight there.
+        mailbox: its events.
+        meta: fields of the answer that are known from the start.
     """
 
     def __init__(self, engine: Engine, flight: Flight, mailbox: Mailbox) -> None:
@@ -88,7 +88,7 @@ class Opened:
         }
 
     def leave(self) -> None:
-        """Give it up, if it is not done."""
+        """Cancel it if it is not done."""
         self.engine.cancel(self.flight)
 
 
@@ -96,8 +96,8 @@ class Service:
     """The models of a server.
 
     Args:
-        engines: by the models' names.
-        metrics: of the server.
+        engines: engines by model name.
+        metrics: the server's metrics.
     """
 
     def __init__(self, engines: Mapping[str, Engine], metrics: Metrics) -> None:
@@ -109,16 +109,16 @@ class Service:
 
     @property
     def ready(self) -> bool:
-        """Every model takes requests."""
+        """True if every model accepts requests."""
         return all(engine.ready for engine in self.engines.values())
 
     @property
     def live(self) -> bool:
-        """No engine has failed."""
+        """True if no engine has failed."""
         return not any(engine.fault for engine in self.engines.values())
 
     def engine(self, name: str | None) -> Engine:
-        """The engine of a model; where there is one, it need not be named.
+        """The engine of a model. With a single model, the name may be omitted.
 
         Raises:
             HttpError: if there is no such model.
@@ -142,16 +142,16 @@ class Service:
         deadline: float | None = None,
         draw_of: Callable[[Any, Model], Draw] = checked_draw,
     ) -> Opened:
-        """Check a request and let it in.
+        """Check and admit a request.
 
         Args:
-            request: of the schema.
-            client: who asks.
-            deadline: of the engine's clock, in place of the request's timeout.
-            draw_of: checks it and makes the draw.
+            request: a request of the schema.
+            client: name of the client.
+            deadline: in the engine's clock, in place of the request's timeout.
+            draw_of: checks the request and makes its draw.
 
         Raises:
-            HttpError, RequestError, RefusedError: if the model cannot do it, or not now.
+            HttpError, RequestError, RefusedError: if the model cannot do it, or refuses it for now.
         """
         engine = self.engine(request.model)
         loop = asyncio.get_running_loop()
@@ -171,19 +171,19 @@ class Service:
         return Opened(engine, flight, mailbox)
 
     async def answer(self, opened: Opened, done: Done) -> dict[str, Any]:
-        """The images of a request and all that is told of them."""
+        """The answer to a finished request: images and metadata."""
         timing = self.timing(opened, done)
         return {**opened.meta, "images": await self.pictures(done.images), "timing": timing}
 
     def timing(self, opened: Opened, done: Done) -> dict[str, float]:
-        """Seconds that a request took, for the answer and the metrics."""
+        """The durations of a request, for the answer and the metrics."""
         name = opened.engine.model.name
         self.metrics.request_seconds.labels(name).observe(done.queued + done.drawn)
         self.metrics.queue_seconds.labels(name).observe(done.queued)
         return {"queued": round(done.queued, 4), "drawn": round(done.drawn, 4)}
 
     async def pictures(self, images: Sequence[Images | None]) -> list[str | None]:
-        """Base64 PNG of each; None where there is none yet."""
+        """Base64 PNG of each image; None for missing ones."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self.encoders, lambda: [None if one is None else base64_png(one) for one in images]
@@ -196,7 +196,7 @@ class Service:
 
 
 def failure(failed: Failed) -> HttpError:
-    """The answer to a request that was let in and could not be finished."""
+    """The error response of an admitted request that failed."""
     return HttpError(
         _STATUS[failed.reason],
         _CODE.get(failed.reason, failed.reason),

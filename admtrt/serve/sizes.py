@@ -1,4 +1,4 @@
-"""The batch sizes that are prepared for a model: measured, few, and within the memory that there is."""
+"""Choose the batch sizes to prepare for a model: by measurement, few, and within the memory."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from admtrt.contract import GraphName
     from admtrt.runtime.pipeline import Pipeline
 
-_REPEATS, _LONG = 7, 0.5  # runs of a graph that are measured, and seconds after which no more are
+_REPEATS, _LONG = 7, 0.5  # measured runs of a graph, and the seconds after which to stop
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Batches of one network.
+    """The batch sizes of one network.
 
     Attributes:
-        prepared: in rising order, the cap last; what does not fit is padded to the next.
-        any_size: nothing is padded: the library takes any size alike.
+        prepared: ascending, the cap last. Other batches are padded to the next size.
+        any_size: whether all sizes cost the same, so that nothing is padded.
     """
 
     prepared: tuple[int, ...]
@@ -37,25 +37,25 @@ class Sizes:
 
     @property
     def cap(self) -> int:
-        """Most rows of a step."""
+        """The most rows of a step."""
         return self.prepared[-1]
 
     def padded(self, count: int) -> int:
-        """The batch that so many rows run in."""
+        """The batch size in which ``rows`` rows run."""
         return count if self.any_size else min(size for size in self.prepared if size >= count)
 
 
 def open_graphs(pipeline: Pipeline) -> list[GraphName]:
-    """The graphs that a pipeline can run: those of guides that are not served may not be open."""
+    """The graphs that a pipeline can run. Graphs of guides that are not served may be closed."""
     held, denoiser = pipeline.bundle.manifest.sampled_graphs, pipeline.denoiser
     known = denoiser.specs if isinstance(denoiser, GraphDenoiser) else held
     return [graph for graph in held if graph in known]
 
 
 def weight_bytes(bundle: Bundle, graphs: Sequence[GraphName]) -> int:
-    """Bytes of the networks' files, which the compiled graphs hold at least, each its own copy.
+    """Bytes of the networks' files. Each compiled graph holds at least its own copy.
 
-    A guide's graph holds the UNet's weights once more, though their file may be the same.
+    A guide's graph holds another copy of the UNet's weights, even if it shares their file.
     """
     networks = [bundle.graph_entry(graph) for graph in graphs if is_network(graph)]
     return sum(bundle.manifest.files[name].size for entry in networks for name in bundle.graph_files(entry))
@@ -70,16 +70,16 @@ def prepare(
     sizes: Sequence[int] = (),
     note: Callable[[str], None] = lambda _: None,
 ) -> Sizes:
-    """Measure every graph, choose the cap, and have the backend compile what will be run.
+    """Measure every graph, choose the cap, and let the backend compile the sizes.
 
     Args:
-        pipeline: of the bundle.
-        costs: filled with what was measured.
+        pipeline: the bundle's pipeline.
+        costs: receives the measurements.
         max_rows: the largest batch that is tried.
         memory: bytes that the copies of the weights may take.
-        sizes: the batches to prepare; where none are given, powers of two up to the cap, or 1 and the cap
-            alone where more would not fit.
-        note: told what is done.
+        sizes: batch sizes to prepare; by default powers of two up to the cap, or 1 and the cap if more do not
+            fit.
+        note: called with progress messages.
 
     Raises:
         RequestError: if the weights do not fit.
@@ -120,13 +120,13 @@ def prepare(
 
 
 def _powers(cap: int, fitting: int) -> tuple[int, ...]:
-    """Powers of two below the cap and the cap, or the first and the last of them, or the first alone."""
+    """Powers of two below the cap, and the cap; if they do not fit, 1 and the cap, or only 1."""
     powers = (*(1 << bit for bit in range(cap.bit_length()) if 1 << bit < cap), cap)
     return powers if len(powers) <= fitting else tuple(sorted({1, cap if fitting > 1 else 1}))
 
 
 def _measured_cap(pipeline: Pipeline, costs: Costs, max_rows: int) -> int:
-    """Powers of two are tried as long as rows get cheaper."""
+    """Measure powers of two as long as the cost per row falls."""
     graphs = [graph for graph in open_graphs(pipeline) if is_network(graph)]
     seconds: dict[int, float] = {}
     for size in (*(1 << bit for bit in range(max_rows.bit_length()) if 1 << bit < max_rows), max_rows):
@@ -138,9 +138,9 @@ def _measured_cap(pipeline: Pipeline, costs: Costs, max_rows: int) -> int:
 
 
 def _measure(pipeline: Pipeline, costs: Costs, size: int) -> None:
-    """Run every graph at a batch size; the first run of each compiles, where the backend does.
+    """Time every graph at a batch size, after a first run that may compile.
 
-    The shortest of several runs counts: whatever else the machine does only makes them longer.
+    The shortest of several runs counts, because other load only makes runs longer.
     """
     for graph in open_graphs(pipeline):
         _run(pipeline, graph, size)

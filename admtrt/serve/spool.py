@@ -1,7 +1,8 @@
 """Stored jobs: files that survive a kill at any moment, bounded in time and size.
 
-A job is ``<id>.request.json`` from the moment that its client is told of it. Its end is ``<id>.end.json``,
-written after ``<id>.result``. What has no end is drawn again after a restart: same seeds, same images.
+A job is stored as ``<id>.request.json`` before its client gets the answer. ``<id>.end.json``, written after
+``<id>.result``, marks its end. Jobs without an end are drawn again after a restart, with the same seeds and
+thus the same images.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ class StoredJob:
     """A job on disk.
 
     Attributes:
-        id: begins with the second of its making.
-        client: who asked.
-        request: as it came, its seeds filled in.
-        end: None until it has ended: ``state`` is ``done``, ``failed`` or ``cancelled``.
+        id: begins with the time of its creation, in seconds.
+        client: name of the client.
+        request: the request as received, with seeds filled in.
+        end: None until the job has ended; its ``state`` is ``done``, ``failed`` or ``cancelled``.
     """
 
     id: str
@@ -48,15 +49,15 @@ class StoredJob:
 
 
 class Spool:
-    """The folder of the jobs; one process at a time.
+    """The folder of the jobs, used by one process at a time.
 
     Args:
-        folder: made where it does not exist.
-        largest: bytes of all files.
-        keep: seconds for which an end is kept.
+        folder: path, created if missing.
+        largest: limit for the bytes of all files.
+        keep: seconds for which finished jobs are kept.
 
     Raises:
-        OutputError: if it cannot be used, or another process does.
+        OutputError: if the folder cannot be used, or another process uses it.
     """
 
     def __init__(self, folder: Path, *, largest: int, keep: float) -> None:
@@ -77,7 +78,7 @@ class Spool:
         self._size = sum(entry.stat().st_size for entry in os.scandir(folder) if entry.is_file())
 
     def close(self) -> None:
-        """Let another process have it."""
+        """Release the folder for other processes."""
         os.close(self._lock)
 
     def __enter__(self) -> Self:
@@ -88,21 +89,21 @@ class Spool:
 
     @property
     def full(self) -> bool:
-        """No further job is taken."""
+        """True if no further job is accepted."""
         return self._size >= self._largest
 
     @staticmethod
     def new_id() -> str:
-        """A name that nobody guesses."""
+        """A new id that cannot be guessed."""
         return f"{int(time.time()):08x}-{secrets.token_hex(12)}"
 
     def expired(self, job: str) -> bool:
-        """There may have been a job of this name, and it was kept long enough."""
+        """True if a job of this id may have existed but has expired."""
         made = _ID.fullmatch(job)
         return made is not None and int(made[1], 16) + self._keep <= time.time()
 
     def add(self, job: StoredJob) -> None:
-        """Keep a new job.
+        """Store a new job.
 
         Raises:
             OutputError: if it cannot be written.
@@ -110,7 +111,7 @@ class Spool:
         self._write(job.id + _REQUEST, _json({"client": job.client, "request": job.request}))
 
     def finish(self, job: str, end: dict[str, Any], result: bytes | None = None) -> None:
-        """Keep the end of a job, and what it drew.
+        """Store the end of a job and its result.
 
         Raises:
             OutputError: if it cannot be written.
@@ -120,7 +121,7 @@ class Spool:
         self._write(job + _END, _json(end))
 
     def get(self, job: str) -> StoredJob | None:
-        """A job by its name, if there is one."""
+        """The job with this id, or None."""
         if _ID.fullmatch(job) is None:
             return None
         try:
@@ -133,7 +134,7 @@ class Spool:
         return StoredJob(job, told["client"], told["request"], end)
 
     def result(self, job: str) -> bytes:
-        """The images of a job, as they are sent.
+        """The result of a job, as sent to clients.
 
         Raises:
             OSError: if it cannot be read.
@@ -141,8 +142,8 @@ class Spool:
         return read_small(self._folder / (job + _RESULT), _LARGEST)
 
     def remove(self, job: str) -> None:
-        """Forget a job."""
-        for suffix in (_REQUEST, _RESULT, _END):  # the first alone makes it a job
+        """Delete a job."""
+        for suffix in (_REQUEST, _RESULT, _END):  # request first: without it there is no job
             file = self._folder / (job + suffix)
             with contextlib.suppress(OSError), self._guard:
                 size = file.stat().st_size
@@ -150,12 +151,12 @@ class Spool:
                 self._size -= size
 
     def unfinished(self) -> list[StoredJob]:
-        """Jobs without an end, the oldest first."""
+        """Unfinished jobs, the oldest first."""
         jobs = (self.get(name) for name in sorted(self._names()))
         return [job for job in jobs if job is not None and job.end is None]
 
     def sweep(self) -> None:
-        """Forget what ended longer ago than it is kept, and what no job belongs to."""
+        """Delete expired jobs and files that belong to no job."""
         now = time.time()
         for entry in list(os.scandir(self._folder)):
             name, _, suffix = entry.name.partition(".")

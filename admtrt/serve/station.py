@@ -1,4 +1,4 @@
-"""A station: one network's rows on its backend, which all take each step together."""
+"""A station: the rows of one network, which take every step together."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ if TYPE_CHECKING:
 class Station:
     """The rows of one stage.
 
-    While the same rows step, their joined slots stay as they are, on the device where the backend keeps them
-    there. Rows that leave take everything that a sample carries along.
+    As long as the rows do not change, their joined slots are kept, on the device if the backend supports it.
+    Rows that leave take all their state along.
 
     Args:
-        stage: its number in the model.
-        pipeline: of the stage.
-        sizes: batches that are prepared.
-        costs: of its graphs.
+        stage: number of the stage.
+        pipeline: the stage's pipeline.
+        sizes: the prepared batch sizes.
+        costs: costs of its graphs.
 
     Attributes:
-        rows: that step, without what fills the batch up.
-        size: of the batch.
+        rows: the current rows, without padding.
+        size: the batch size.
     """
 
     def __init__(self, stage: int, pipeline: Pipeline, sizes: Sizes, costs: Costs) -> None:
@@ -53,7 +53,7 @@ class Station:
         self._on_device = ExitStack()
 
     def change(self, rows: Sequence[Row]) -> None:
-        """Have these rows step from now on; those that are not among them keep their state themselves."""
+        """Replace the current rows. Rows that leave get their state back."""
         wanted = set(rows)
         if wanted == set(self.rows):
             return
@@ -85,20 +85,20 @@ class Station:
             self._slots = joined
 
     def step(self) -> dict[Row, EngineError]:
-        """Take a step of every row; those are returned that the library cannot compute, with its error."""
+        """Take a step of every row. Returns the rows that failed, with their error."""
         slots = self._slots
         assert slots is not None
         if self._held is None:
             sizes = () if self.sizes.any_size else self.sizes.prepared
             self._held = self._on_device.enter_context(hold(slots, self._denoiser, sizes))
-        before = vars(slots).copy()  # a step puts arrays in the place of others
+        before = vars(slots).copy()  # a step replaces these arrays
         try:
             self._held.advance()
         except EngineError as error:
             self._on_device.close()
             self._held = None
             if self.measured is None:
-                lost, self.rows, self._slots = self.rows, [], None  # x was on the device
+                lost, self.rows, self._slots = self.rows, [], None  # their state was on the device
                 return dict.fromkeys(lost, error)
             vars(slots).update(before)
             return self._each_alone(slots)
@@ -108,7 +108,7 @@ class Station:
         return {}
 
     def _each_alone(self, slots: Slots) -> dict[Row, EngineError]:
-        """The same step row by row, to find who is at fault."""
+        """Repeat the step row by row, to find the rows that fail."""
         parts, failed, well = [], {}, []
         for index, row in enumerate(self.rows):
             alone = slots.take([index])
@@ -126,7 +126,7 @@ class Station:
         return failed
 
     def read(self) -> None:
-        """Bring the rows' state up to date with the device."""
+        """Update the rows' state from the device."""
         if self._held is not None:
             self._held.read()
 
@@ -137,12 +137,12 @@ class Station:
         return x
 
     def x_0(self, row: Row) -> Images:
-        """Its last prediction, likewise."""
+        """The last x_0 prediction of a row after :meth:`read`, float32 [C, H, W]."""
         assert self._slots is not None
         x_0: Images = self._slots.x_0[self.rows.index(row)]
         return x_0
 
     def close(self) -> None:
-        """Forget the rows."""
+        """Drop the rows."""
         self._on_device.close()
         self.rows, self._slots, self._held = [], None, None

@@ -1,7 +1,7 @@
-"""The engine inside Triton's Python backend: a decoupled model that answers each request when it is drawn.
+"""The engine in Triton's Python backend: a decoupled model that answers each request when it is done.
 
-Tensors go through DLPack alone: with NumPy 2, the ``as_numpy`` of a backend built for NumPy 1 gives wrong
-numbers without a word. A round trip at the start refuses to load where DLPack is wrong as well.
+Tensors are passed through DLPack only: with NumPy 2, ``as_numpy`` of a backend built for NumPy 1 silently
+returns wrong numbers. A round trip at the start checks that DLPack works.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from admtrt.serve.flight import Event
 
 PREVIEWS = "preview_every"
-"""Parameter of a request: evaluations between two previews."""
+"""Request parameter: evaluations between previews."""
 _TRIAL = np.array([[3, 1, 4], [1, 5, 9]], np.int64)
 _COUNTS = ("accepted", "done", "cancelled", "expired", "fault", "steps", "rows")
 
@@ -53,7 +53,7 @@ class TritonModel:
         """Open the bundle and start the engine.
 
         Raises:
-            AdmtrtError: if it cannot be opened, or tensors do not come through whole.
+            AdmtrtError: if the bundle cannot be opened, or tensors arrive corrupted.
         """
         self._check_tensors()
         told = json.loads(args["model_config"]).get("parameters", {})
@@ -64,7 +64,7 @@ class TritonModel:
             precision=given["precision"],
             threads=int(given["threads"]) if "threads" in given else None,
             batch_size=int(given["max_rows"]),
-            guides=(),  # whose targets are no tensors of its configuration
+            guides=(),  # Triton's configuration has no tensors for their targets
         )
         self._engine = Engine(
             Model(args["model_name"], pipeline),
@@ -77,7 +77,7 @@ class TritonModel:
         self._engine.start()
 
     def execute(self, requests: Sequence[Any]) -> None:
-        """Let requests in; each is answered by its own sender."""
+        """Submit requests; each is answered through its own sender."""
         for request in requests:
             sender = request.get_response_sender()
             try:
@@ -89,12 +89,12 @@ class TritonModel:
                 self._refuse(sender, "INVALID_ARG", told)
             except AdmtrtError as error:
                 self._refuse(sender, "INVALID_ARG", f"{error.message} {error.hint}".strip())
-            except Exception as error:  # whoever asked must hear something
+            except Exception as error:  # the client must get an answer
                 self._pb.Logger.log_error(f"{type(error).__name__}: {error}")
                 self._refuse(sender, "INTERNAL", "something failed in the model; the log tells more")
 
     def finalize(self) -> None:
-        """Finish what is in."""
+        """Finish the admitted requests."""
         self._engine.drain()
         self._engine.join()
 
@@ -185,7 +185,7 @@ class TritonModel:
             )
 
     def _made_metrics(self, model: str) -> dict[str, tuple[Any, Any]]:
-        """Each with its family, which must live as long."""
+        """The metrics, each with its family, which must stay alive as long."""
         family = self._pb.MetricFamily
         made = {}
         for name in _COUNTS:

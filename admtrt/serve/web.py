@@ -1,4 +1,4 @@
-"""Common to every route: refusals as JSON, bodies of a bounded size, who may ask."""
+"""Common to all routes: errors as JSON, bounded bodies, authentication."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ if TYPE_CHECKING:
 _log = logging.getLogger("admtrt.serve")
 _UNAVAILABLE = ("draining", "not_ready")
 CLIENT_LEFT = 499
-"""Nobody sees it but the metrics."""
+"""Status of a request whose client has disconnected; only metrics see it."""
 _OPEN = ("/v1/", "/metrics")
 """Paths that need a token where there are tokens."""
-_BODIES = 8  # of the largest size that are read at once
+_BODIES = 8  # bodies of the largest size read at once
 
 
 class HttpError(Exception):
-    """A request that is answered by an error.
+    """An error response.
 
     Attributes:
-        status: of HTTP.
-        code: for programs.
-        message, hint: for people.
-        retry_after: seconds.
-        fields: that are wrong, and why.
+        status: the HTTP status.
+        code: error code for programs.
+        message, hint: texts for people.
+        retry_after: seconds after which to retry.
+        fields: the wrong fields, and why.
     """
 
     def __init__(
@@ -67,14 +67,14 @@ class HttpError(Exception):
 
     @property
     def body(self) -> dict[str, Any]:
-        """The answer."""
+        """The JSON body."""
         error: dict[str, Any] = {"code": self.code, "message": self.message, "hint": self.hint or None}
         error["retry_after"] = self.retry_after
         return {"error": error if self.fields is None else {**error, "fields": self.fields}}
 
     @property
     def response(self) -> Response:
-        """The same with its headers."""
+        """The response with its headers."""
         headers = {} if self.retry_after is None else {"Retry-After": str(max(1, round(self.retry_after)))}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
@@ -82,7 +82,7 @@ class HttpError(Exception):
 
 
 def as_http_error(error: Exception) -> HttpError:
-    """The answer to any exception; what is not foreseen is logged under an id, and told by it alone."""
+    """Convert any exception. Unexpected ones are logged with an id, and the client gets only the id."""
     if isinstance(error, HttpError):
         return error
     if isinstance(error, RefusedError):
@@ -105,11 +105,11 @@ def as_http_error(error: Exception) -> HttpError:
 
 @dataclass
 class Bodies:
-    """Reads bodies: each of a bounded size, in a bounded time, and not too many at once.
+    """Reads request bodies with limits on size, time and number at once.
 
     Attributes:
-        largest: bytes of one.
-        timeout: seconds until the last of them.
+        largest: most bytes of a body.
+        timeout: seconds to receive a body.
     """
 
     largest: int
@@ -120,10 +120,10 @@ class Bodies:
         self._room = self.largest * _BODIES
 
     async def read(self, request: Request, kind: type[Sent]) -> Sent:
-        """The body as a model of the schema.
+        """Read the body and parse it as a model of the schema.
 
         Raises:
-            HttpError, ValidationError: if it is no JSON, too large, too slow, or not as the schema says.
+            HttpError, ValidationError: if it is not JSON, too large, too slow, or does not fit the schema.
         """
         given = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         if given != "application/json":
@@ -162,7 +162,7 @@ class Bodies:
 
 
 class Tokens:
-    """The clients' names by their tokens; nobody is asked for one where there are none."""
+    """The clients' names by token. Without tokens, everybody has access."""
 
     def __init__(self, tokens: Mapping[str, str]) -> None:
         self._names = {hashlib.sha256(token.encode()).digest(): name for token, name in tokens.items()}
@@ -171,7 +171,7 @@ class Tokens:
         return bool(self._names)
 
     def name(self, header: str) -> str | None:
-        """The client of an ``Authorization`` header. Takes as long whichever token it is, or none."""
+        """The client of an ``Authorization`` header, compared in constant time."""
         scheme, _, token = header.partition(" ")
         digest = hashlib.sha256(token.strip().encode()).digest()
         found = None
@@ -182,10 +182,10 @@ class Tokens:
 
     @classmethod
     def read(cls, file: Path) -> Tokens:
-        """One a line: ``TOKEN`` or ``NAME TOKEN``; lines with # in front are not read.
+        """Read a file with one ``TOKEN`` or ``NAME TOKEN`` per line; lines that begin with # are ignored.
 
         Raises:
-            RequestError: if it cannot be read, holds none, a short one or one twice.
+            RequestError: if the file cannot be read, has no token, a short one or the same one twice.
         """
         from admtrt.errors import RequestError
         from admtrt.reading import read_small
@@ -215,15 +215,16 @@ class Tokens:
 
 
 class Guard:
-    """The first thing that a request meets: the name that it calls the server by, and its token.
+    """ASGI middleware in front of everything: checks the ``Host`` header and the token.
 
-    A page elsewhere can have its own name point at this machine (DNS rebinding) and so reach a server that
-    asks for no token; it cannot make the browser send another ``Host``. Addresses are no names.
+    DNS rebinding: a foreign page can make its own host name resolve to this machine and reach a server
+    without tokens, but the browser still sends that name as ``Host``. Such names are refused; IP addresses
+    are always allowed.
 
     Args:
-        app: what follows.
-        tokens: of the clients.
-        hosts: names by which the server may be called, beside localhost and its addresses.
+        app: the next application.
+        tokens: the clients' tokens.
+        hosts: allowed host names, besides localhost and addresses.
 
     Attributes:
         app: as given.
@@ -280,7 +281,7 @@ class Guard:
 
 
 def client_of(request: Request) -> str:
-    """The name of whoever asks: of a token, else an address."""
+    """The name of the client: of its token, else its address."""
     named = request.scope.get("client_name")
     if named is not None:
         return f"token {named}"
@@ -290,7 +291,7 @@ def client_of(request: Request) -> str:
 def answering(
     handler: Callable[[Request], Awaitable[Response]], counted: Callable[[Request, int], None]
 ) -> Callable[[Request], Awaitable[Response]]:
-    """A handler whose every exception becomes an answer, and whose every answer is counted."""
+    """Wrap a handler: exceptions become error responses, and all responses are counted."""
 
     async def answer(request: Request) -> Response:
         try:
@@ -304,5 +305,5 @@ def answering(
 
 
 def dump(data: Any) -> str:
-    """JSON on one line."""
+    """Serialise as JSON on one line."""
     return json.dumps(data, allow_nan=False, separators=(",", ":"))

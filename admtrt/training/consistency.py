@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from admtrt.run_config import ConsistencyTrainingConfig, RunConfig
 
 _HUBER = 0.00054
-"""Of sqrt(C H W): Song & Dhariwal 2023, section 3.3."""
+"""Constant of the pseudo-Huber loss relative to sqrt(C H W): Song & Dhariwal 2023, section 3.3."""
 
 
 def levels_at(settings: ConsistencyTrainingConfig, step: int) -> int:
-    """N(k), the number of noise levels at a step: Song et al. 2023, appendix C, as their code counts it."""
+    """N(k), the number of noise levels at a step: Song et al. 2023, appendix C, as in their code."""
     first, last = settings.first_levels, settings.levels - 1
     if first is None:
         return settings.levels
@@ -41,7 +41,7 @@ def levels_at(settings: ConsistencyTrainingConfig, step: int) -> int:
 
 
 def target_rate(settings: ConsistencyTrainingConfig, step: int) -> float:
-    """mu(k), the rate of the target network's average at a step: likewise."""
+    """mu(k), the EMA rate of the target network at a step: from the same source."""
     first = settings.first_levels
     if first is None or settings.target_ema == 0:
         return settings.target_ema
@@ -49,17 +49,18 @@ def target_rate(settings: ConsistencyTrainingConfig, step: int) -> float:
 
 
 class ConsistencyObjective(Objective):
-    """Equal predictions at neighbouring noise levels of one trajectory of the probability flow ODE.
+    """Consistency loss: equal predictions at adjacent noise levels of a probability flow ODE trajectory.
 
-    The prediction at the noisier level is trained towards that of the *target* at the other, an average of
-    the network. The teacher's step of Heun's method leads there; without one, the image itself does.
+    The prediction at the noisier level is trained towards that of the *target*, an average of the network, at
+    the cleaner level. The state there comes from one Heun step of the teacher or, without a teacher, from the
+    image itself.
 
     Args:
-        config: a run whose process is of kind ``edm``.
+        config: a run with a process of the kind ``edm``.
         device: of the networks.
 
     Raises:
-        CheckpointError: if the teacher cannot be read, or is another network or of another process.
+        CheckpointError: if the teacher cannot be read, or its network or process differs.
         ConfigError: for a setting that has no effect here.
     """
 
@@ -84,7 +85,7 @@ class ConsistencyObjective(Objective):
             self._digest = sha256_of(path)
 
     def begin(self, network: nn.Module) -> None:
-        """Take the teacher's weights, where there is one, into the network; the target is its copy."""
+        """Initialise the network from the teacher, if there is one, and the target from the network."""
         if self._teacher is not None:
             network.load_state_dict(self._teacher.state_dict())
         self.target = copy.deepcopy(network).to(self._device).requires_grad_(False)
@@ -97,7 +98,7 @@ class ConsistencyObjective(Objective):
         labels = y if self._conditional else None
         sigma, to = self._sigma(levels), self._sigma(levels + 1)
         x = add_noise(x_0, sigma, noise)
-        # Both drop out the same units.
+        # Both use the same dropout mask.
         seed = torch.initial_seed()
         torch.manual_seed(seed)
         predicted = denoise(self._process, lambda x, t: network(x, t, labels, None), x, sigma)
@@ -138,7 +139,7 @@ class ConsistencyObjective(Objective):
 
     @torch.no_grad()
     def stepped(self, network: nn.Module, step: int, *, changed: bool) -> None:
-        """Move the target towards the network, if that has changed."""
+        """Move the target towards the network, if the network has changed."""
         assert self.target is not None
         if changed:
             rate = target_rate(self._settings, self._step)
@@ -148,7 +149,7 @@ class ConsistencyObjective(Objective):
         self._step = step
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The target, and which teacher it learned from."""
+        """The target, and the identity of the teacher."""
         assert self.target is not None
         return self.target.state_dict(), {"step": self._step, "teacher": self._digest}
 
@@ -156,7 +157,7 @@ class ConsistencyObjective(Objective):
         """Restore what :meth:`state` gave.
 
         Raises:
-            ConfigError: if the teacher's file is no longer the same.
+            ConfigError: if the teacher's file has changed.
         """
         assert self.target is not None
         if values["teacher"] != self._digest:

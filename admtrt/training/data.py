@@ -1,4 +1,4 @@
-"""Training images as batches that are a pure function of the seed, the step and the process."""
+"""Batches of training images as a pure function of the seed, the step and the process."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def batch(
 ) -> tuple[Tensor, Tensor | None]:
     """The images and labels of one step in one process.
 
-    The run reads one endless row of images, each epoch in an order of its own. Step k takes the next
-    ``size * world`` of them and process ``rank`` every ``world``-th of those, so that the processes'
-    batches together are what a single process would take, augmentation included.
+    The run reads one endless sequence of images, with a new order in each epoch. Step k takes the next ``size
+    * world`` images, and process ``rank`` every ``world``-th of those. The processes' batches together thus
+    equal a single process's batch, including augmentation.
 
     Args:
         data: not empty; may be smaller than a batch.
-        seed: of the order and the augmentation.
+        seed: seed of the order and the augmentation.
         step: from 0.
-        size: images of this process.
-        rank: this process, from 0.
+        size: number of images of this process.
+        rank: index of this process, from 0.
         world: number of processes.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Exponential moving averages of the weights, at several rates side by side."""
+"""Exponential moving averages of the weights, at several rates."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class Averages:
     """Averages ``ema = rate * ema + (1 - rate) * weight`` of every tensor of a state dict, in float32.
 
     Args:
-        rates: one average is kept for each; none where the process keeps no averages.
-        state: the weights to start from, as ``module.state_dict()`` gives them.
-        warmup: after n steps no rate is above (1 + n) / (10 + n): untrained weights are soon forgotten.
+        rates: the rate of each average; empty if this process keeps none.
+        state: the initial weights, from ``module.state_dict()``.
+        warmup: limit the rates to (1 + n) / (10 + n) after n steps, so that untrained weights are forgotten
+            soon.
     """
 
     def __init__(self, rates: Sequence[float], state: Mapping[str, Tensor], *, warmup: bool = False) -> None:
@@ -28,7 +29,7 @@ class Averages:
 
     @torch.no_grad()
     def update(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Take in the weights after the optimiser step from ``step`` to ``step + 1``."""
+        """Update with the weights after the optimiser step from ``step`` to ``step + 1``."""
         most = (1 + step) / (10 + step) if self._warmup else 1.0
         for rate, averages in self.states.items():
             torch._foreach_lerp_(
@@ -39,6 +40,6 @@ class Averages:
 
     @torch.no_grad()
     def load(self, rate: float, state: Mapping[str, Tensor]) -> None:
-        """Put a saved average in the place of the one at ``rate``."""
+        """Replace the average of ``rate`` by a saved one."""
         for name, average in self.states[rate].items():
             average.copy_(state[name])

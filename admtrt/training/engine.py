@@ -1,4 +1,4 @@
-"""The accelerate engine: device, precision, and how a batch is divided among processes and micro-batches."""
+"""Set up accelerate: device, precision, and the division of a batch into processes and micro-batches."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Division:
-    """Division of one optimiser step's images: shard k gets every ``shards``-th place, from k.
+    """Division of an optimiser step's images: shard k gets every ``shards``-th image, starting from k.
 
     Attributes:
-        batch_size: images of one step in all.
+        batch_size: total number of images per step.
         processes: number of processes.
-        accumulate: micro-batches of each.
+        accumulate: micro-batches per process.
     """
 
     batch_size: int
@@ -39,7 +39,7 @@ class Division:
 
     @property
     def shards(self) -> int:
-        """Micro-batches of one step in all."""
+        """Total number of micro-batches per step."""
         return self.processes * self.accumulate
 
     def shards_of(self, process: int) -> range:
@@ -47,11 +47,11 @@ class Division:
         return range(process * self.accumulate, (process + 1) * self.accumulate)
 
     def places(self, shard: int) -> NDArray[np.int64]:
-        """Places in the whole batch of one shard's images."""
+        """Positions of a shard's images in the whole batch."""
         return np.arange(shard, self.batch_size, self.shards)
 
     def gathered_places(self) -> NDArray[np.int64]:
-        """Places in the whole batch of what the processes give, one after the other."""
+        """Positions in the whole batch of the values gathered from all processes, in order."""
         return np.concatenate([self.places(shard) for shard in range(self.shards)])
 
 
@@ -61,7 +61,7 @@ def start_engine(task: Task, settings: TrainingConfig) -> tuple[Accelerator, Div
     Raises:
         ConfigError: if the device cannot compute in the precision, or the batch cannot be divided.
     """
-    # Said outright, because accelerate would let the processes of a CPU run each on its own without it.
+    # Set explicitly: otherwise accelerate would let CPU processes run independently.
     cpu = not torch.accelerator.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     state = PartialState(cpu=cpu)
     if settings.precision == "fp16" and state.device.type == "cpu":
@@ -83,7 +83,7 @@ def start_engine(task: Task, settings: TrainingConfig) -> tuple[Accelerator, Div
         )
     torch.set_float32_matmul_precision("high" if settings.tf32 else "highest")
     compiled = TorchDynamoPlugin(backend="inductor" if settings.compile else "no", dynamic=False)
-    # A second training in the same process may use another precision; there is no public way to say so.
+    # A second training in this process may use another precision; there is no public API for the reset.
     AcceleratorState._reset_state()  # noqa: SLF001
     try:
         precision = "no" if settings.precision == "fp32" else settings.precision
@@ -99,11 +99,11 @@ def _has_cpp_compiler() -> bool:
 
 
 def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> None:
-    """Do something in the main process while the others wait for it, and fail in all of them if it fails.
+    """Run ``action`` in the main process while the others wait; if it fails, all processes fail.
 
     Raises:
-        AdmtrtError: in the main process, what ``action`` raises.
-        SystemExit: in the others, with the exit code of that error: one process is enough to show it.
+        AdmtrtError: in the main process, if ``action`` raises it.
+        SystemExit: in the other processes, with that error's exit code, so that only one shows it.
     """
     failure: AdmtrtError | None = None
     if accelerator.is_main_process:
@@ -123,8 +123,8 @@ def on_main_process(accelerator: Accelerator, action: Callable[[], None]) -> Non
 def leave_engine() -> None:
     """End a run of several processes together.
 
-    One that leaves early takes the others' connections down; one whose connections stand as it exits may be
-    aborted by the threads that serve them.
+    A process that leaves early breaks the others' connections. A process that exits with open connections may
+    be aborted by their threads.
     """
     state = PartialState()
     if state.num_processes > 1:

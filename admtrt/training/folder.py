@@ -1,4 +1,4 @@
-"""Layout of a run's folder, and the check whether a run may begin or go on there."""
+"""Layout of a run's folder, and the check whether a run may start or resume there."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _FREE_KEYS = frozenset(
 )
 """Training settings that a resumed run may change: they do not alter what a step computes.
 
-Only where ``lr_schedule`` anneals, or noise levels grow, does what a step does depend on ``steps``.
+``steps`` is among them unless ``lr_schedule`` anneals or the number of noise levels grows: then a step
+depends on it.
 """
 
 
@@ -34,7 +35,7 @@ Only where ``lr_schedule`` anneals, or noise levels grow, does what a step does 
 class RunFolder:
     """The files of one network's run; other networks may share ``out``.
 
-    As a context manager it gives back at its end what :meth:`prepare` took hold of.
+    As a context manager, it releases the lock taken by :meth:`prepare`.
 
     ::
 
@@ -64,7 +65,7 @@ class RunFolder:
 
     @property
     def root(self) -> Path:
-        """The folder of everything but the exported weights."""
+        """The folder of everything except the exported weights."""
         return self.out / self.task
 
     @property
@@ -79,12 +80,12 @@ class RunFolder:
 
     @property
     def skipped(self) -> Path:
-        """The images left out, ``path: reason`` a line."""
+        """The skipped images, one ``path: reason`` per line."""
         return self.root / "skipped.txt"
 
     @property
     def state(self) -> Path:
-        """The state of training: one file, because no kill can halve the replacement of one file."""
+        """The training state: a single file, so that it can be replaced atomically."""
         return self.root / "state.safetensors"
 
     @property
@@ -101,16 +102,16 @@ class RunFolder:
         return self.out / f"{self.task}{'' if rate is None else f'-ema-{rate}'}.safetensors"
 
     def prepare(self, config: RunConfig, *, resume: bool, overwrite: bool) -> None:
-        """Take hold of the folder and make it ready for a run, without changing a run that goes on there.
+        """Lock the folder and prepare it for a run, without changing a run to be resumed.
 
         Args:
-            config: what the run must agree with.
-            resume: go on with the run that stands there, if there is one.
-            overwrite: remove the run that stands there, if there is one.
+            config: the configuration that an existing run must match.
+            resume: continue an existing run.
+            overwrite: remove an existing run.
 
         Raises:
-            OutputError: if a run stands there and neither is asked for, if it is a run of another
-                configuration or another process trains there, or if the place cannot be written.
+            OutputError: if a run exists and neither option is given, if it has another configuration, if
+                another process trains there, or if the folder cannot be written.
         """
         if resume and overwrite:
             raise OutputError(
@@ -140,7 +141,7 @@ class RunFolder:
             self._check_same_run(config)
 
     def write_config(self, config: RunConfig) -> None:
-        """Say which run this is.
+        """Write the resolved configuration.
 
         Raises:
             OutputError: if the file cannot be written.
@@ -149,7 +150,7 @@ class RunFolder:
             save_config(config, temporary)
 
     def write_skipped(self, skipped: Sequence[Skipped]) -> None:
-        """Name the files that this run leaves out; no file of names is left where there are none.
+        """Write the skipped files, or remove the list if there are none.
 
         Raises:
             OutputError: if the file cannot be written.
@@ -186,7 +187,7 @@ class RunFolder:
                 )
 
     def _identity(self, config: RunConfig) -> dict[str, Any]:
-        """Settings that decide the weights of this network, flattened to ``section.key``."""
+        """Settings that determine this network's weights, flattened to ``section.key``."""
         sections = config.model_dump(mode="json")
         settings = sections[f"train_{self.task}"]
         by_length = settings["lr_schedule"] != "constant" or settings.get("first_levels") is not None

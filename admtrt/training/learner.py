@@ -1,4 +1,4 @@
-"""One network in training: an optimiser step at a time, on this process's share of the batch."""
+"""One network in training: optimiser steps on this process's share of the batch."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def learning_rate(settings: TrainingConfig, step: int) -> float:
 
 
 class Learner:
-    """Weights, their averages, the optimiser and everything else that a step changes.
+    """Weights, averages, optimiser and all other state that a step changes.
 
     Attributes:
         step: optimiser steps done, skipped ones included.
-        nan_steps: how many of the last steps in a row were skipped.
-        window: metrics since it was last replaced.
-        averages: the EMA weights; none outside the main process.
+        nan_steps: number of consecutive skipped steps until now.
+        window: metrics since the window was last replaced.
+        averages: the EMA weights; empty outside the main process.
 
     Args:
         network: freshly initialised, the same in every process.
-        objective: what is minimised, which has begun with the network.
+        objective: the objective, after :meth:`Objective.begin`.
         settings: the training configuration.
         accelerator: the engine.
-        division: how batches are dealt out.
+        division: how batches are divided.
     """
 
     def __init__(
@@ -76,14 +76,14 @@ class Learner:
             network.parameters(), lr=settings.lr, weight_decay=settings.weight_decay
         )
         self._layout = torch.channels_last if settings.channels_last else torch.contiguous_format
-        network.to(memory_format=self._layout)  # type: ignore[call-overload]  # which PyTorch's stubs forgot
+        network.to(memory_format=self._layout)  # type: ignore[call-overload]  # missing in PyTorch's stubs
         self._network, self._optimizer = accelerator.prepare(network.train(), optimizer)
         self._plain_network = network
         rates = settings.ema_rates if accelerator.is_main_process else ()
         self.averages = Averages(rates, network.state_dict(), warmup=settings.ema_warmup)
 
     def update(self, data: ImageSet) -> None:
-        """Take one optimiser step; where loss or gradient is not finite, every process skips the change."""
+        """Take one optimiser step. If the loss or a gradient is not finite, every process skips it."""
         settings = self._settings
         drawn = self._objective.levels.draw(Stream.TIMESTEPS, settings.seed, self.step, settings.batch_size)
         self._optimizer.zero_grad()
@@ -116,7 +116,7 @@ class Learner:
         *,
         losses_finite: bool,
     ) -> bool:
-        """Apply the gradients and learn from the whole batch's values, or count a step without either.
+        """Apply the gradients and record the whole batch's values, or count a skipped step.
 
         Returns:
             Whether the network has changed.
@@ -125,7 +125,7 @@ class Learner:
         finite = losses_finite and math.isfinite(norm)
         self.window.add_scalar("skipped", float(not finite))
         if not finite:
-            # fp16 finds its loss scale by overflowing: no sign of divergence while that can go down.
+            # fp16 finds its loss scale by overflowing: no divergence as long as the scale can be lowered.
             searching = losses_finite and scaler is not None and scaler.get_scale() > 1
             self.nan_steps += not searching
             if scaler is not None:
@@ -142,7 +142,7 @@ class Learner:
         return True
 
     def any_process(self, said: bool) -> bool:
-        """True where any of the processes says so; all of them have to ask."""
+        """True if ``flag`` is true in any process. All processes have to call it."""
         if self._accelerator.num_processes == 1:
             return said
         votes = torch.tensor([float(said)], device=self._accelerator.device)
@@ -150,7 +150,7 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, data: ImageSet) -> dict[str, float]:
-        """Mean values of one batch of other images at its own noise levels, with the weights as they are."""
+        """Mean values on a batch of other images at its own noise levels, with the current weights."""
         seed, size = self._settings.seed, self._settings.batch_size
         drawn = self._objective.levels.held_out().draw(Stream.HELD_OUT_TIMESTEPS, seed, self.step, size)
         self._network.eval()
@@ -175,7 +175,7 @@ class Learner:
         )
 
     def _gather(self, collected: list[dict[str, Tensor]]) -> dict[str, NDArray[np.float32]]:
-        """Values of the whole batch in its own order, from the micro-batches of every process."""
+        """Gather the values of the whole batch, in its order, from all micro-batches and processes."""
         names = list(collected[0])
         own = torch.cat([torch.stack([values[name] for name in names], dim=1) for values in collected])
         gathered = self._accelerator.gather(own).float().cpu().numpy()
@@ -184,7 +184,7 @@ class Learner:
         return dict(zip(names, ordered.T, strict=True))
 
     def state(self) -> tuple[Groups, dict[str, Any]]:
-        """Everything that :meth:`load` needs to go on bit for bit; complete in the main process only."""
+        """The state for :meth:`load` to continue bit for bit; complete in the main process only."""
         scaler = self._accelerator.scaler
         kept, told = self._objective.state()
         groups: Groups = {

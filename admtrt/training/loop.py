@@ -45,19 +45,19 @@ if TYPE_CHECKING:
     from admtrt.training.engine import Division
 
 
-_NAMED_SKIPPED = 5  # bad files that are shown before they are only counted
+_NAMED_SKIPPED = 5  # skipped files to name; further ones are only counted
 
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """End of a run.
+    """The result of a run.
 
     Attributes:
-        task: what was trained.
-        step: optimiser steps of the whole run, those before a resume included.
-        metrics: the last logged line, None for what is not finite; empty outside the main process.
-        weights: the exported weights, one file for each EMA rate in the order of the configuration.
-        folder: where metrics, samples and the state are.
+        task: the trained task.
+        step: optimiser steps of the whole run, including those before a resume.
+        metrics: the last logged line, with None for non-finite values; empty outside the main process.
+        weights: the files of exported weights, one per EMA rate, in the order of the configuration.
+        folder: the folder of metrics, samples and state.
     """
 
     task: Task
@@ -80,21 +80,21 @@ def train(
         task: the network of ``config`` that is trained; ``consistency`` makes its UNet a consistency model.
         config: data, process, networks and settings.
         out: the folder that :class:`admtrt.training.folder.RunFolder` describes.
-        output: where notes for people go.
-        resume: go on with the run in ``out``, if there is one. On one CPU process the weights are then bit
-            for bit those of a run that was never interrupted.
+        output: receives notes for people.
+        resume: continue the run in ``out``, if there is one. On one CPU process the weights are then bit for
+            bit those of a run that was never interrupted.
         overwrite: replace the run in ``out``, if there is one.
 
-    SIGINT and SIGTERM are heard at the end of a step, whose state is saved before they take effect.
+    SIGINT and SIGTERM take effect at the end of a step, after its state has been saved.
 
     Raises:
         CheckpointError: if the checkpoint that it starts from cannot be used.
-        ConfigError: if the configuration lacks the network or holds a setting that cannot be used here.
+        ConfigError: if the configuration lacks the network or has a setting that cannot be used here.
         DataError: if the images cannot be used.
         OutputError: if ``out`` holds another run, or cannot be written.
-        TrainingDivergedError: after ``max_nan_steps`` steps in a row without a finite loss and gradient,
-            or if the last step is one of those.
-        SystemExit: outside the main process, if the folder was refused there.
+        TrainingDivergedError: after ``max_nan_steps`` steps in a row without a finite loss and gradient, or
+            if the last step was skipped.
+        SystemExit: in other processes, if the main process refused the folder.
     """
     section = network_section(task)
     notes: list[str] = []
@@ -155,12 +155,12 @@ def train(
 
 
 def _checked_sampler(task: Task, config: RunConfig) -> SamplerConfig:
-    """Sampler that the network will recommend.
+    """The sampler that the checkpoint will recommend.
 
-    One file may train a consistency model and its teacher: a sampler for the one is none for the other.
+    A file may train both a consistency model and its teacher; a sampler for one does not fit the other.
 
     Raises:
-        ConfigError: for one that only the export would find impossible, hours later.
+        ConfigError: for an impossible sampler, which otherwise only the export would notice, hours later.
     """
     process, sampler = config.process(task), config.sampler
     of_consistency = SOLVERS[sampler.method].own_of == "consistency"
@@ -182,7 +182,7 @@ def _check_memory(
     accelerator: Accelerator,
     division: Division,
 ) -> None:
-    """Refuse what this machine could not hold, before it tries.
+    """Refuse a run that does not fit into this machine's memory.
 
     Raises:
         ConfigError: if the weights, or the images of one micro-batch, are larger than its memory.
@@ -190,7 +190,7 @@ def _check_memory(
     weights = 4 * sum(
         map(math.prod, shapes_of_network(_describe(task, network, config, config.sampler)).values())
     )
-    if accelerator.device.type == "cpu":  # where gradients, two moments and the averages lie as well
+    if accelerator.device.type == "cpu":  # gradients, two moments and the averages are there, too
         weights *= 4 + len(getattr(config, f"train_{task}").ema_rates)
     pixels = config.data.channels * config.data.image_size**2
     images = 4 * pixels * division.batch_size // division.shards
@@ -238,7 +238,7 @@ def _describe(
 
 
 class _Recorder:
-    """Files and progress that the main process writes and shows while it trains.
+    """Writes files and shows progress, in the main process.
 
     Args:
         shown: the images that an upsampler's sample grids enlarge.
@@ -272,7 +272,7 @@ class _Recorder:
         return (self.folder.weights(), *(self.folder.weights(rate) for rate in further))
 
     def log(self, held_out: dict[str, float]) -> str:
-        """Write one line of metrics; returns its gist."""
+        """Write one line of metrics; returns a short text for the progress bar."""
         step, size = self._learner.step, self._settings.batch_size
         before, then = self._logged
         self._logged = (step, time.monotonic())
@@ -293,7 +293,7 @@ class _Recorder:
             "held out": held_out.get("loss"),
         }
         gist = "  ".join(f"{name} {value:.4f}" for name, value in named.items() if value is not None)
-        if not sys.stderr.isatty():  # a log holds lines, a terminal the progress bar
+        if not sys.stderr.isatty():  # lines in a log, a progress bar on a terminal
             self._output.note(f"{self.folder.task}: step {step}/{self._settings.steps}  {gist}")
         return gist
 
@@ -312,7 +312,7 @@ class _Recorder:
         )
 
     def say_stopped(self, saved: int) -> None:
-        """Say what is kept of a run that a signal ends."""
+        """Say what is saved of a run that a signal ends."""
         kept = f"the state of step {saved} is kept; go on with --resume" if saved else "no state is kept"
         self._output.note(f"{self._described.kind}: stopped after step {self._learner.step}: {kept}")
 
@@ -334,7 +334,7 @@ def _run(
 ) -> None:
     """Train to the last step; only the main process has a recorder."""
     if learner.step == settings.steps and recorder is not None:
-        recorder.save()  # a kill may have come between the state and the weights
+        recorder.save()  # an earlier kill may have come between the state and the weights
     saved, gist, main = learner.step, "", recorder is not None
     try:
         with (
@@ -355,7 +355,7 @@ def _run(
                     if settings.sample_every and step % settings.sample_every == 0:
                         recorder.draw()
                     due = last or stop.agreed or step % settings.checkpoint_every == 0
-                    # In a row of skipped steps the weights are suspect: the state of before stays.
+                    # During skipped steps the weights are suspect: keep the earlier state.
                     if due and not learner.nan_steps:
                         recorder.save()
                         saved = step

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 _NATS_PER_BIT = math.log(2.0)
 _SNR_CAP = 5.0  # gamma of min-SNR weighting, as in the paper
-_SMALLEST_MASS = 1e-12  # keeps log() finite where the discretised mass underflows
+_SMALLEST_MASS = 1e-12  # keeps log() finite if the discretised mass underflows
 
 
 def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_variance_2: Tensor) -> Tensor:
-    """KL(N_1 || N_2) element by element, in nats."""
+    """Elementwise KL(N_1 || N_2) in nats."""
     return 0.5 * (
         -1.0
         + log_variance_2
@@ -37,14 +37,14 @@ def gaussian_kl(mean_1: Tensor, log_variance_1: Tensor, mean_2: Tensor, log_vari
 
 
 def _normal_cdf(x: Tensor) -> Tensor:
-    # The tanh approximation, not erf: published likelihoods were computed with it.
+    # The tanh approximation instead of erf, as used for published likelihoods.
     return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
 def discretized_gaussian_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """log of the mass that N(mean, exp(log_scale)^2) gives to the 8-bit bin around x, in nats.
+    """log of the probability of the 8-bit bin around x under N(mean, exp(log_scale)^2), in nats.
 
-    ``x`` holds uint8 values mapped to [-1, 1]; the two end bins reach to infinity.
+    ``x`` has uint8 values mapped to [-1, 1]; the two end bins extend to infinity.
     """
     centered, inverse_std = x - mean, (-log_scale).exp()
     cdf_upper = _normal_cdf(inverse_std * (centered + 1 / 255))
@@ -103,7 +103,7 @@ def training_loss(
         kind: ``simple``: mean squared error of the predicted quantity. ``hybrid``: that plus T/1000 times
             the bound's term, through which only the variance is learned (IDDPM eq. 16). ``kl``: the
             bound's term. ``vlb``: the same times T, an unbiased estimate of the whole bound.
-        mse_weight: [N], of the squared error in the total.
+        mse_weight: [N], weight of the squared error in the total.
     """
     x_t = diffusion.q_sample(x_0, step, noise)
     out = network(x_t, diffusion.model_t(step))
@@ -164,7 +164,7 @@ def variational_bound(
     x_0: Tensor,
     noise: Callable[[int], Tensor],
 ) -> Bound:
-    """Evaluate every term of the bound, x_0 clipped; ``noise(step)`` gives that step's normal noise."""
+    """Evaluate every term of the bound with x_0 clipped; ``noise(step)`` returns that step's noise."""
     terms, x_0_errors, eps_errors = [], [], []
     for index in reversed(range(len(diffusion))):
         step = torch.full((len(x_0),), index, device=x_0.device)

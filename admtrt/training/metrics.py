@@ -1,4 +1,4 @@
-"""Metrics of a run: means since the last line, as JSON lines and, where asked, for TensorBoard."""
+"""Metrics of a run: means since the last line, as JSON lines and optionally for TensorBoard."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 class Window:
-    """Weighted means of per-sample values, overall and by quartile of the noise levels that are drawn.
+    """Weighted means of per-sample values, overall and by quartile of the drawn noise levels.
 
-    Weights undo the bias of a timestep sampler, so that means estimate those over uniform timesteps.
+    The weights correct for the timestep sampler, so that means estimate those over uniform timesteps.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Window:
         values: Mapping[str, NDArray[np.float32]],
         drawn: Drawn,
     ) -> None:
-        """Take in the values [N] of samples that were drawn so."""
+        """Add the values [N] of a batch."""
         for name, samples in values.items():
             self._take(name, samples, drawn.weights)
             for quartile in range(QUARTILES):
@@ -45,7 +45,7 @@ class Window:
                     self._take(f"{name}_q{quartile}", samples[chosen], drawn.weights[chosen])
 
     def add_scalar(self, name: str, value: float) -> None:
-        """Take in a value of a whole step."""
+        """Add a value of a whole step."""
         total, weight = self._sums.get(name, (0.0, 0.0))
         self._sums[name] = (total + value, weight + 1.0)
 
@@ -57,30 +57,30 @@ class Window:
         )
 
     def means(self) -> dict[str, float]:
-        """The mean of everything taken in."""
+        """The means of all added values."""
         return {name: total / weight for name, (total, weight) in self._sums.items()}
 
     def state(self) -> dict[str, list[float]]:
-        """JSON-ready contents, which :meth:`from_state` turns back exactly."""
+        """JSON-ready contents, which :meth:`from_state` restores exactly."""
         return {name: list(pair) for name, pair in self._sums.items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, list[float]]) -> Window:
-        """The window that gave ``state``."""
+        """Restore the window from ``state``."""
         window = cls()
         window._sums = {name: (total, weight) for name, (total, weight) in state.items()}
         return window
 
 
 class MetricsLog:
-    """``metrics.jsonl``: one JSON object for each logged step, in order; null for what is not finite.
+    """``metrics.jsonl``: one JSON object per logged step, in order; non-finite values are null.
 
     Attributes:
         last: the last line; empty before the first.
 
     Args:
-        path: the file; lines of later steps than ``step``, and a half-written one, are removed from it.
-        step: where the run stands.
+        path: the file; lines of steps after ``step``, and an incomplete last line, are removed.
+        step: current step of the run.
         tensorboard: a folder for TensorBoard's events, or None.
     """
 
@@ -95,7 +95,7 @@ class MetricsLog:
             temporary.write_text("".join(f"{json.dumps(line)}\n" for line in kept), encoding="utf-8")
 
     def write(self, line: Mapping[str, float]) -> None:
-        """Append one line of numbers, which has a ``step``; it is on the disk when this returns.
+        """Append one line of numbers with a ``step``, and sync it to the disk.
 
         Raises:
             OutputError: if it cannot be written.
@@ -114,7 +114,7 @@ class MetricsLog:
                     self._board.add_scalar(name, value, line["step"])
 
     def close(self) -> None:
-        """Write out what TensorBoard still holds."""
+        """Flush TensorBoard's events."""
         if self._board is not None:
             self._board.close()
 
@@ -128,7 +128,7 @@ def _readable_lines(path: Path) -> list[dict[str, Any]]:
             try:
                 line = parse_json(text)
             except ValueError:
-                break  # a kill cut this line; nothing can follow it
+                break  # an incomplete line, after a kill
             if not isinstance(line, dict) or type(line.get("step")) is not int:
                 break  # damaged
             lines.append(line)

@@ -1,4 +1,4 @@
-"""Training objectives of each network, as per-sample values of one batch."""
+"""Training objectives of each network, with per-sample values of a batch."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ class Objective:
     def __call__(
         self, network: nn.Module, x_0: Tensor, y: Tensor | None, levels: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
-        """The values of a batch, each [N]; ``loss`` comes first and is what is minimised.
+        """The values of a batch, each [N]; the first, ``loss``, is minimised.
 
         Args:
-            network: what is trained.
+            network: the network in training.
             x_0: images [N, C, H, W].
             y: labels, if there are any.
-            levels: [N], as :attr:`levels` draws them.
+            levels: [N], drawn by :attr:`levels`.
             noise: standard normal, like ``x_0``.
         """
         raise NotImplementedError
 
     def begin(self, network: nn.Module) -> None:
-        """Make a freshly initialised network ready for its first step."""
+        """Prepare a freshly initialised network for its first step."""
 
     def stepped(self, network: nn.Module, step: int, *, changed: bool) -> None:
-        """Follow the network after a step, which brought it to ``step`` and may not have changed it."""
+        """Called after each step, with the new ``step`` and whether the network has changed."""
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors, and JSON-ready values, that :meth:`load` needs to go on."""
+        """Tensors and JSON-ready values for :meth:`load`."""
         return {}, {}
 
     def load(self, tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> None:
@@ -58,7 +58,7 @@ class Objective:
 
 
 class DenoisingObjective(Objective):
-    """The loss of a UNet or an upsampler: ``loss``, and ``mse`` and ``vb`` where it has them."""
+    """The loss of a UNet or an upsampler: ``loss`` and, depending on the kind, ``mse`` and ``vb``."""
 
     def __init__(
         self,
@@ -101,12 +101,12 @@ class DenoisingObjective(Objective):
 
 
 class EdmObjective(Objective):
-    """The loss of a UNet or an upsampler on a process of kind ``edm``: ``loss``, and ``mse`` of x_0.
+    """The loss of a UNet or an upsampler on an ``edm`` process: ``loss``, and ``mse`` of x_0.
 
     Args:
-        process: of the network.
-        settings: of its training.
-        class_conditional, low_res_size: what it takes besides.
+        process: the network's process.
+        settings: the training settings.
+        class_conditional, low_res_size: further inputs of the network.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class ClassifierObjective(Objective):
         self, network: nn.Module, x_0: Tensor, y: Tensor | None, step: Tensor, noise: Tensor
     ) -> dict[str, Tensor]:
         """Evaluate on images x_0 [N, C, H, W] noised to the steps int64 [N]."""
-        assert y is not None  # a classifier's data is refused without classes
+        assert y is not None  # classifiers need labelled data, checked earlier
         logits = network(self.diffusion.q_sample(x_0, step, noise), self.diffusion.model_t(step))
         return {
             "loss": cross_entropy(logits, y, reduction="none"),
@@ -167,5 +167,5 @@ class ClassifierObjective(Objective):
 
 
 def shrink(x: Tensor, size: int) -> Tensor:
-    """Average [N, C, H, W] down to [N, C, size, size]: what an upsampler is conditioned on."""
+    """Downsample [N, C, H, W] by averaging to [N, C, size, size], an upsampler's conditioning."""
     return interpolate(x, (size, size), mode="area")

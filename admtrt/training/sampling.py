@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Images, Labels
 
 _STEPS = 25
-_SAMPLES = 16  # of a network without classes
+_SAMPLES = 16  # samples for a network without classes
 _MOST_CLASSES = 64
 _COLUMNS = 8
 
@@ -43,7 +43,7 @@ def draw_samples(
 ) -> Images:
     """Draw unguided samples, float32 [count, C, H, W]; the same network gives the same samples.
 
-    By DDIM, or as :func:`~admtrt.run_config.sampler_for` says of a process of kind ``edm``.
+    Uses DDIM or, for ``edm`` processes, the sampler of :func:`~admtrt.run_config.sampler_for`.
     """
     if isinstance(process, EdmConfig):
         sampler = sampler_for(process)
@@ -73,7 +73,7 @@ def draw_grid(
     seed: int,
     path: Path,
 ) -> None:
-    """Write a grid of samples: one for each class, or enlargements of images of ``data``, or a few.
+    """Write a grid of samples: one per class, enlarged images of ``data``, or a few.
 
     Raises:
         OutputError: if the file cannot be written.

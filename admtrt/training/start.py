@@ -1,4 +1,4 @@
-"""Training that starts from the weights of a checkpoint: fine-tuning."""
+"""Fine-tuning: training that starts from a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -21,34 +21,35 @@ if TYPE_CHECKING:
     from admtrt.run_config import Task
 
 _FREE = frozenset({"dropout"})
-"""Settings of a network that do not change what its weights mean."""
+"""Settings of a network that do not change the meaning of its weights."""
 _LABELS = "label_emb."
-"""Prefix of the tensors that a network without classes has no place for."""
+"""Prefix of the tensors that a network without classes lacks."""
 
 
 def with_start(
     task: Task, config: RunConfig, note: Callable[[str], None]
 ) -> tuple[RunConfig, LoadedNetwork | None]:
-    """The configuration with what it leaves to the checkpoint that it starts from, and that checkpoint.
+    """Complete a configuration from its initial checkpoint; returns both.
 
-    Its network, process and sampler are taken where the sections are absent; a network that is given must be
-    the same.
+    Missing sections for the network, the process and the sampler are taken from the checkpoint. A given
+    network must be the same.
 
     Args:
-        task: the network that is trained.
-        config: as it was read.
-        note: told what the checkpoint is, and where its process is another than that of the configuration.
+        task: the network to train.
+        config: the configuration as read.
+        note: called with a description of the checkpoint, and if its process differs from the
+            configuration's.
 
     Raises:
         CheckpointError: if the checkpoint cannot be used.
-        ConfigError: if its network is another, or does not fit the images.
+        ConfigError: if its network differs, or does not fit the images.
     """
     if task != "unet" or config.train_unet.init is None:
         return config, None
     path = Path(config.train_unet.init)
     identified = _identified(open_checkpoint(path), config, note)
     found = identified.config
-    assert found.unet is not None  # its kind says so
+    assert found.unet is not None  # guaranteed by its kind
     taken = {name: getattr(config, name) for name in config.model_fields_set}
     if config.unet is None:
         taken["unet"] = found.unet
@@ -63,7 +64,7 @@ def with_start(
 
 
 def begin_with(network: nn.Module, start: LoadedNetwork) -> None:
-    """Give a network the weights of a checkpoint; labels that it has no place for are left out."""
+    """Load a checkpoint's weights into a network. Label embeddings are dropped if it has no classes."""
     own = network.state_dict()
     weights = start.module.state_dict()
     network.load_state_dict(
@@ -96,7 +97,7 @@ def _check_same(path: Path, found: CheckpointConfig, config: RunConfig) -> None:
     assert found.unet is not None
     ours = found.model_copy(update={"unet": config.unet}).facts
     theirs = found.facts
-    assert config.unet is not None  # the caller's condition
+    assert config.unet is not None  # checked by the caller
     free = _FREE if config.unet.num_classes is not None else _FREE | {"num_classes"}
     different = [
         f"unet.{key} is {ours[key]}, {theirs[key]} in the checkpoint"

@@ -1,4 +1,4 @@
-"""The state of training in one safetensors file: replaced whole, and never a pickle."""
+"""The training state in one safetensors file, replaced atomically, without pickles."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _METADATA = "admtrt_training_state"
 _SEPARATOR = "/"
 
 Groups = dict[str, dict[str, "Tensor"]]
-"""Tensors by group and name; names may hold slashes, groups none."""
+"""Tensors by group and name. Names may contain slashes; groups may not."""
 
 
 def save_state(path: Path, groups: Mapping[str, Mapping[str, Tensor]], values: Mapping[str, Any]) -> None:
-    """Write tensors and JSON-ready values; a reader sees the old file or the new one.
+    """Write tensors and JSON-ready values, atomically.
 
     Raises:
-        OutputError: if the place cannot be written; the old file is untouched.
+        OutputError: if the file cannot be written; the old one is kept.
     """
     tensors = {
         f"{group}{_SEPARATOR}{name}": tensor
@@ -67,7 +67,7 @@ def load_state(path: Path) -> tuple[Groups, dict[str, Any]]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimiser's memory as ``<parameter>/<name>`` tensors."""
+    """The optimiser's state as ``<parameter>/<name>`` tensors."""
     state = optimizer.state_dict()["state"]
     return {f"{index}/{name}": value for index, members in state.items() for name, value in members.items()}
 

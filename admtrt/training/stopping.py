@@ -1,4 +1,4 @@
-"""Signals that ask training to end, heard between two steps: there the state can be saved."""
+"""Defer signals that stop training to the end of a step, when the state can be saved."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _NOTICE = b"\nstopping at the end of this step, to save it; the same signal agai
 
 @dataclass
 class Stop:
-    """Outcome of a request to stop.
+    """The state of a request to stop.
 
     Attributes:
-        signal: that was heard, 0 for none.
-        agreed: training ends here; set by the loop.
+        signal: the received signal, 0 for none.
+        agreed: whether all processes stop now; set by the loop.
     """
 
     signal: int = 0
@@ -29,21 +29,21 @@ class Stop:
 
     @property
     def heard(self) -> bool:
-        """True where this process was asked."""
+        """True if this process has received a signal."""
         return self.signal != 0
 
 
 @contextlib.contextmanager
 def stop_requests(*, shown: bool) -> Iterator[Stop]:
-    """Hear SIGINT and SIGTERM, and let them take effect at the end of the block if that was agreed.
+    """Catch SIGINT and SIGTERM; they take effect at the end of the block if ``agreed`` is set.
 
-    A second one has its effect at once. Signals that are ignored, or handled by other than Python, stay so.
+    A second signal takes effect at once. Signals that are ignored, or not handled by Python, are left alone.
 
     Args:
-        shown: tell people on stderr that the first was heard.
+        shown: confirm the first signal on stderr.
     """
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+    if threading.current_thread() is not threading.main_thread():  # only it receives signals
         yield stop
         return
     before = {
@@ -63,7 +63,7 @@ def stop_requests(*, shown: bool) -> Iterator[Stop]:
         stop.signal = number
         if shown:
             with contextlib.suppress(OSError):
-                os.write(2, _NOTICE)  # a buffered stream may be in the middle of something
+                os.write(2, _NOTICE)  # not print: a buffered stream may be in the middle of a write
 
     for number in before:
         signal.signal(number, hear)
@@ -71,5 +71,5 @@ def stop_requests(*, shown: bool) -> Iterator[Stop]:
         yield stop
     finally:
         restore()
-    if stop.agreed:  # perhaps because another process was asked
+    if stop.agreed:  # possibly because another process got the signal
         signal.raise_signal(stop.signal or signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""The objective of each task, and the settings that a task or its process cannot have."""
+"""The objective of each task, and the settings that do not fit a task or its process."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _OF_EDM = ("weighting", "sigma_mean", "sigma_std")
 
 
 def settle_losses(config: RunConfig) -> RunConfig:
-    """The configuration with the loss ``simple`` where none is set and the variance is fixed."""
+    """Set the loss ``simple`` if none is set and the variance is fixed."""
     if config.diffusion.learns_sigma:
         return config
     sections = {"train_unet": config.train_unet, "train_upsampler": config.train_upsampler}
@@ -40,11 +40,11 @@ def settle_losses(config: RunConfig) -> RunConfig:
 
 
 def make_objective(task: Task, config: RunConfig, device: torch.device) -> Objective:
-    """The objective of a network under a configuration whose losses are settled.
+    """Make the objective of a network, after :func:`settle_losses`.
 
     Raises:
         CheckpointError: if a teacher cannot be used.
-        ConfigError: for a setting that this task or process cannot have.
+        ConfigError: for a setting that does not fit this task or process.
     """
     settings: TrainingConfig = getattr(config, f"train_{task}")
     process = config.diffusion
@@ -53,7 +53,7 @@ def make_objective(task: Task, config: RunConfig, device: torch.device) -> Objec
     if task == "classifier":
         return _classifier_objective(config)
     network = config.unet if task == "unet" else config.upsampler
-    assert network is not None  # refused before
+    assert network is not None  # checked earlier
     takes: dict[str, Any] = {
         "class_conditional": network.num_classes is not None,
         "low_res_size": network.low_res_size,

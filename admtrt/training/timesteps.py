@@ -1,8 +1,8 @@
 """Draw the timesteps of a batch, and every random number of a step.
 
-Everything drawn here is a pure function of the seed, the step and the place of a sample in the batch of all
-processes together. A resumed run therefore needs no generator's state, and a batch is the same however it is
-divided among processes and micro-batches.
+All random numbers are pure functions of the seed, the step and a sample's position in the batch of all
+processes. A resumed run therefore needs no generator state, and a batch does not depend on its division into
+processes and micro-batches.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 QUARTILES = 4
 _NORMAL_QUARTILES = (-0.6744897501960817, 0.0, 0.6744897501960817)
 HISTORY = 10
-"""Losses remembered for each timestep by :class:`LossSecondMomentSampler`."""
+"""Number of losses per timestep that :class:`LossSecondMomentSampler` remembers."""
 
 UNIFORM_PROBABILITY = 0.001
-"""Share of the draws that stays uniform, so that no timestep is forgotten."""
+"""Fraction of draws that stay uniform, so that no timestep is starved."""
 
 
 class Stream(IntEnum):
-    """Independent streams of random numbers of one seed."""
+    """Names of independent random streams of one seed."""
 
     INITIAL_WEIGHTS = 0
     TIMESTEPS = 1
@@ -52,7 +52,7 @@ def torch_seed(stream: Stream, *keys: int) -> int:
 def draw_noise(
     stream: Stream, seed: int, step: int, places: NDArray[np.int64], shape: tuple[int, ...]
 ) -> Tensor:
-    """Standard normal noise, float32 [N, *shape], for the samples at N places of the whole batch."""
+    """Standard normal noise, float32 [N, *shape], for samples at N positions of the whole batch."""
     noise = np.empty((len(places), *shape), dtype=np.float32)
     for place, row in zip(places.tolist(), noise, strict=True):
         _generator(stream, seed, step, place).standard_normal(out=row, dtype=np.float32)
@@ -64,9 +64,9 @@ class Drawn:
     """Noise levels and loss weights of a whole batch, every array [N].
 
     Attributes:
-        levels: timesteps or indices int64, or noise levels S float32, as the objective takes them.
-        weights: float32, undo the bias of the drawing.
-        quartiles: int64, 0 to 3, the cleanest first: of what is drawn, for metrics.
+        levels: timesteps or indices (int64), or noise levels S (float32), as the objective needs.
+        weights: float32, importance weights that correct for the sampler.
+        quartiles: int64, 0 (cleanest) to 3: quartile of the drawn level, for metrics.
     """
 
     levels: NDArray[np.int64] | NDArray[np.float32]
@@ -75,14 +75,14 @@ class Drawn:
 
 
 class LevelSampler:
-    """Draws where a batch is trained."""
+    """Draws the noise levels of a batch."""
 
     def draw(self, stream: Stream, seed: int, step: int, size: int) -> Drawn:
-        """For the samples of a whole batch."""
+        """Draw for the samples of a whole batch."""
         raise NotImplementedError
 
     def held_out(self) -> LevelSampler:
-        """Timesteps at which held-out images are judged."""
+        """The timesteps for held-out images."""
         return self
 
     def record(self, levels: NDArray[Any], losses: NDArray[np.float32]) -> None:
@@ -114,12 +114,12 @@ class UniformSampler(LevelSampler):
         return Drawn(timesteps, weights, timesteps * QUARTILES // self.steps)
 
     def held_out(self) -> LevelSampler:
-        """Every timestep alike."""
+        """All timesteps uniformly."""
         return UniformSampler(self.steps)
 
 
 class LossSecondMomentSampler(UniformSampler):
-    """Timesteps in proportion to sqrt(E[L^2]) over their last losses (IDDPM section 3.3).
+    """Draws timesteps in proportion to sqrt(E[L^2]) of their last losses (IDDPM section 3.3).
 
     Uniform until every timestep has been seen :data:`HISTORY` times.
     """
@@ -158,16 +158,16 @@ class LossSecondMomentSampler(UniformSampler):
 
 
 class StratifiedSampler(UniformSampler):
-    """Every timestep is equally likely, and a batch of N has one in each of N equal parts of the process.
+    """Stratified uniform timesteps: a batch of N has one in each of N equal parts of the process.
 
-    Gradients of different batches then differ less (the low-discrepancy sampler of Kingma et al. 2021).
+    This reduces the variance of gradients (the low-discrepancy sampler of Kingma et al. 2021).
     """
 
     def draw(self, stream: Stream, seed: int, step: int, size: int) -> Drawn:
-        """Timesteps; their order is drawn as well, so that no place in the batch has a part of its own."""
+        """Draw timesteps in random order, so that no position in the batch has a fixed part."""
         rng = _generator(stream, seed, step)
         timesteps = ((rng.permutation(size) + rng.random(size)) * self.steps / size).astype(np.int64)
-        timesteps = np.minimum(timesteps, self.steps - 1)  # a sum may be rounded up to the end
+        timesteps = np.minimum(timesteps, self.steps - 1)  # the sum may round up to the end
         return Drawn(timesteps, np.ones(size, dtype=np.float32), timesteps * QUARTILES // self.steps)
 
 
@@ -181,7 +181,7 @@ def make_sampler(name: Literal["uniform", "loss_second_moment", "stratified"], s
 
 
 class LogNormalSampler(LevelSampler):
-    """Noise levels S whose log is normal (Karras et al. 2022, table 1)."""
+    """Draws log-normal noise levels S (Karras et al. 2022, table 1)."""
 
     def __init__(self, mean: float, std: float) -> None:
         self._mean, self._std = mean, std
@@ -194,10 +194,10 @@ class LogNormalSampler(LevelSampler):
 
 
 class IndexSampler(LevelSampler):
-    """Indices of noise levels, the noisiest first, each equally likely.
+    """Draws indices of noise levels, the noisiest first, uniformly.
 
     Args:
-        count: how many there are at a step.
+        count: number of levels at a step.
     """
 
     def __init__(self, count: Callable[[int], int]) -> None:

@@ -1,1 +1,1 @@
-"""Verification: a bundle against the PyTorch checkpoints that it was exported from, stage by stage."""
+"""Verification: compare a bundle with the PyTorch checkpoints that it was exported from, in stages."""

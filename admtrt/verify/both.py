@@ -1,4 +1,4 @@
-"""Samples on both sides: the runtime's slots, and what the paper form makes of the same noise."""
+"""Samples on both sides: the runtime's slots, and the paper form with the same noise."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 
 
 class BothSides:
-    """A sample for each seed, on both sides.
+    """One sample per seed, on both sides.
 
     Args:
-        manifest: of the bundle.
+        manifest: the bundle's manifest.
         reference: PyTorch in float32.
-        float64: gives what :func:`~admtrt.verify.judged.float64_sides` say; asked only where needed.
-        inputs: of the networks.
-        sampler: how the samples are drawn.
-        seeds: of their noise.
-        shift: of the labels.
-        start: the last so many evaluations alone, of samples that start at random images; None for all.
+        float64: returns the sides of :func:`~admtrt.verify.judged.float64_sides`; called only if needed.
+        inputs: makes the networks' inputs.
+        sampler: the sampler.
+        seeds: seeds of the noise.
+        shift: shift of the labels.
+        start: number of evaluations of samples that start from random images (the last ones); None for all.
 
     Attributes:
         slots: the runtime's samples at their start.
@@ -76,11 +76,11 @@ class BothSides:
         self._narrow = _Walk(self._states(reference))
 
     def expected(self, evaluations: int) -> Images:
-        """PyTorch's state after so many evaluations; to be asked in their order."""
+        """PyTorch's state after ``done`` evaluations. Call in ascending order."""
         return self._narrow.after(evaluations)
 
     def float64(self, evaluations: int) -> Callable[[], Sequence[Images]]:
-        """The same of the float64 sides, once it is asked for."""
+        """The same for the float64 sides."""
         return lambda: [walk.after(evaluations) for walk in self._wide]
 
     @functools.cached_property
@@ -94,7 +94,7 @@ class BothSides:
 
 
 class _Walk:
-    """States that are computed in their order, the last one kept."""
+    """States computed lazily in order; only the last is kept."""
 
     def __init__(self, states: Iterator[Images]) -> None:
         self._states = enumerate(states)

@@ -1,4 +1,4 @@
-"""The bundle's graphs under guard: everything that they return is held against their contract."""
+"""Run the bundle's graphs and check all outputs against their contract."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from admtrt.runtime.backends.graphs import GraphDenoiser
     from admtrt.runtime.slots import Array
 
-_LONGEST = 300  # characters of a backend's message, which can go on for pages
+_LONGEST = 300  # characters of a backend's message, which can be pages long
 
 
 class GraphRunError(AdmtrtError):
-    """A graph raised, returned something else than its contract says, or values that are not finite."""
+    """A graph raised an exception, broke its contract, or returned non-finite values."""
 
 
 class CheckedGraphs:
@@ -30,7 +30,7 @@ class CheckedGraphs:
 
     Args:
         denoiser: the backend.
-        bundle: whose graphs it runs.
+        bundle: the bundle of the graphs.
     """
 
     def __init__(self, denoiser: GraphDenoiser, bundle: Bundle) -> None:
@@ -60,10 +60,10 @@ def _faults_of(name: GraphName) -> Iterator[None]:
 
 
 def check_values(name: GraphName, spec: GraphSpec, outputs: Mapping[str, Array], batch: int) -> None:
-    """Dtypes, then shapes, then finite values, so that the first fault is the one to look at.
+    """Check dtypes, then shapes, then finiteness, so that the first fault is the root cause.
 
     Raises:
-        GraphRunError: with it.
+        GraphRunError: with the first fault.
     """
     for check in (_dtype_fault, _shape_fault, _value_fault):
         for tensor in spec.outputs:

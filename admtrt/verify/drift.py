@@ -1,7 +1,7 @@
-"""Distance of a backend or a precision from float32: graph by graph, step by step, and in the images.
+"""Drift of a backend or a precision from float32: per graph, per step, and in the images.
 
-The reference is ONNX Runtime on the CPU form of the bundle's own graphs, with the same seeds. Nothing here
-passes or fails: the numbers say what a precision costs.
+The reference is ONNX Runtime on the CPU form of the bundle's own graphs, with the same seeds. There is no
+pass or fail: the numbers show the cost of a precision.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     Values = NDArray[np.float64]
 
 BINS = 5
-"""Equal ranges of timesteps, or of the logarithms of noise levels, over which graphs are compared."""
+"""Number of equal ranges of timesteps, or of log noise levels, that errors are grouped by."""
 EQUAL_PSNR = 120.0
-"""Shown for images that are equal, or as good as: the most that is shown, in dB."""
+"""Upper limit of the shown PSNR in dB, for images that are equal or nearly so."""
 
 _COMPARED: dict[GraphName, str] = {"unet": "out", "classifier_gradient": "grad"}
 _RANGE = "In fp16 numbers end at 65504: export with more in float32 (--fp32), or use bf16."
@@ -54,9 +54,9 @@ class GraphDrift:
 
     Attributes:
         graph: its name.
-        first, last: the range: timesteps of the base process, both ends inclusive, or noise levels S.
-        mean_error, max_error: of |difference| / |reference| of each sample, in the Euclidean norm.
-        mean_cosine, min_cosine: between the two outputs of each sample.
+        first, last: the range of timesteps of the base process (inclusive) or of noise levels S.
+        mean_error, max_error: over samples, of |difference| / |reference| in the Euclidean norm.
+        mean_cosine, min_cosine: over samples, of the cosine between the two outputs.
     """
 
     graph: str
@@ -73,8 +73,8 @@ class StepDrift:
     """The distance of two free trajectories after one step.
 
     Attributes:
-        timestep: of the base process, at which the step began; None where the process has none.
-        sigma: its noise level S.
+        timestep: timestep of the base process at the start of the step; None if the process has none.
+        sigma: noise level S at the start of the step.
         mean_error, max_error: of x_t over the samples, as of :class:`GraphDrift`.
     """
 
@@ -89,9 +89,9 @@ class DriftReport:
     """Result of :func:`measure_drift`.
 
     Attributes:
-        images: how many were drawn.
-        axis: what ranges are of: ``timestep``, or ``noise level`` of a process without timesteps.
-        graphs: by graph, then by range, at the reference's own x_t.
+        images: number of images.
+        axis: unit of the ranges: ``timestep``, or ``noise level`` for a process without timesteps.
+        graphs: by graph, then by range, at the reference's x_t.
         steps: in the order of sampling.
         mean_psnr, min_psnr: of the final images against the reference's, over values in [-1, 1], in dB.
         max_levels: the largest difference of a pixel, of 255.
@@ -124,18 +124,18 @@ def measure_drift(
     """Compare two denoisers over the same graphs.
 
     Args:
-        bundle: whose networks they run; its recommended scale and clipping are used, its classes in turn.
-        reference, measured: what is compared.
-        images: how many to draw.
-        steps: of the trajectories, as for :class:`~admtrt.schedule.sampler.SamplerConfig`; None for 25 of
-            DDIM, or for the recommended sampler of a process without timesteps.
+        bundle: the bundle. Its recommended scale and clipping are used; its classes alternate.
+        reference, measured: the denoisers to compare.
+        images: number of images to draw.
+        steps: of the trajectories, as for :class:`~admtrt.schedule.sampler.SamplerConfig`; None for 25 steps
+            of DDIM, or the recommended sampler if the process has no timesteps.
         batch_size: samples computed at once.
-        seed: of the first sample; the others follow.
-        progress: called with the number of steps of samples that were done.
+        seed: seed of the first sample; the others count up.
+        progress: called with the number of sample-steps done.
 
     Raises:
         RequestError: if the steps, the seed or a number is out of range.
-        AdmtrtError: if either side gives values that are not finite, naming the graph and the timestep.
+        AdmtrtError: if either side returns non-finite values, naming the graph and the timestep.
     """
     for name, value in (("images", images), ("batch_size", batch_size)):
         if value < 1:
@@ -199,11 +199,11 @@ def drift_sampler(pipeline: Pipeline, steps: str | None) -> SamplerConfig:
 def _led(
     manifest: Manifest, sampler: SamplerConfig, samples: Slots, inputs: Inputs, *, shift: int
 ) -> Slots | None:
-    """The same samples with every guide of the bundle, on random targets; None where it has none."""
+    """The same samples with every guide of the bundle, with random targets; None without guides."""
     if not manifest.guides:
         return None
     count = len(samples)
-    # Nothing is updated by these slots, so that the solver needs no place for them.
+    # These slots are never stepped, so the solver need not support the guides.
     schedule = sampling_schedule(
         manifest.diffusion, sampler.model_copy(update={"guided_by": every_guide(manifest)})
     )
@@ -229,14 +229,14 @@ def _drifts(
     progress: Callable[[int], None],
     led: Slots | None,
 ) -> Iterator[Values]:
-    """Both trajectories to their ends; the relative error of x_t of each sample after each step."""
+    """Run both trajectories; the relative error of each sample's x_t after each step."""
     schedule = exact.schedules[0]
     for paired.step in range(len(schedule)):
         if led is not None:
             led.x, led.position[:] = exact.x, paired.step
             paired.look(led)
         advance(exact, paired)
-        # Step by step: while slots are held on a device, it runs no graph for others.
+        # Hold for single steps only: while slots are held, the device runs no other graphs.
         with hold(other, measured) as held:
             held.advance()
             held.read()
@@ -246,10 +246,10 @@ def _drifts(
 
 
 class _Paired:
-    """The reference as a :class:`~admtrt.runtime.sampler.Denoiser` that also asks the measured one.
+    """The reference :class:`~admtrt.runtime.sampler.Denoiser`, which also runs the measured one.
 
     Attributes:
-        step: position in the schedule, kept up to date by the caller.
+        step: position in the schedule, set by the caller.
         errors: by graph and step, the relative error and the cosine of samples, float64 [2, N] each.
     """
 
@@ -268,7 +268,7 @@ class _Paired:
         return exact
 
     def look(self, led: Slots) -> None:
-        """Compare the graphs of all guides at the samples' places; the trajectories stay as they are."""
+        """Compare the graphs of all guides at the samples' positions, without changing the trajectories."""
         inputs = step_inputs(led)
         for name, guide in led.guides.items():
             graph, feeds = graph_of(name, guide), guide_feeds(led, inputs, name)
@@ -296,7 +296,7 @@ def _check_finite(
 
 
 def _places(schedule: SamplingSchedule) -> list[float]:
-    """Timesteps of the evaluations, or their noise levels where there are none."""
+    """The timesteps of the evaluations, or their noise levels if there are none."""
     places: list[float] = (schedule.timesteps if len(schedule.timesteps) else schedule.sigma).tolist()
     return places
 
@@ -312,7 +312,7 @@ def _by_place(
     else:
         edges = np.linspace(0, process.steps, BINS + 1).astype(int)
         ends = edges[1:] - 1
-    # A timestep may lie between two whole ones, and rounding may leave the ends of noise levels.
+    # Timesteps may be fractional, and rounding may push noise levels out of the range.
     inner = np.searchsorted(edges[1:-1], _places(schedule), side="right")
     for graph, by_step in errors.items():
         for index, (first, last) in enumerate(zip(edges[:-1].tolist(), ends.tolist(), strict=True)):

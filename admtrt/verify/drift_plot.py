@@ -1,4 +1,4 @@
-"""Drift from float32 as a picture: along the trajectories, and of each graph over the timesteps."""
+"""Plot the drift from float32 along the trajectories, and of each graph over the timesteps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from admtrt.verify.drift import DriftReport
 
-_FLOOR = 1e-9  # equal values have no place on a logarithmic axis
+_FLOOR = 1e-9  # shown instead of 0 on the logarithmic axis
 
 
 def plot_precision_drift(report: DriftReport, title: str, path: Path) -> None:

@@ -1,9 +1,9 @@
-"""Typed graphs computed on a CPU as an engine computes them: products in float32, every result rounded.
+"""Emulate typed engine graphs on a CPU: products in float32, every result rounded.
 
-CPU libraries run fp16 and bf16 graphs too, but not with their rounding: ONNX Runtime computes runs of fp16
-operators in float32, and OpenVINO chooses types of its own. What they give is nearer to float32 than any
-engine is. Here every value of a narrow type is rounded to it, one operator at a time; an engine that fuses
-several operators into one kernel rounds less often, so this is a bound that an engine should keep.
+CPU libraries run fp16 and bf16 graphs too, but round less: ONNX Runtime computes chains of fp16 operators in
+float32, and OpenVINO chooses its own types. Their results are closer to float32 than any engine's. Here every
+value of a narrow type is rounded, operator by operator. An engine that fuses operators rounds less often, so
+its error should stay below this one.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def emulated(
     Args:
         bundle: a verified bundle.
         engine: the precision; in fp32 nothing is rounded.
-        threads: of each operator; None takes every core.
+        threads: threads per operator; None takes every core.
 
     Raises:
         BundleError: if the bundle has no engine graphs in this precision.
@@ -57,7 +57,7 @@ def emulated(
 
 
 def emulate(model: ir.Model) -> None:
-    """Turn a typed graph into a float32 one that rounds where the typed one would, in place."""
+    """Turn a typed graph, in place, into a float32 graph with the same rounding."""
     graph = model.graph
     for value in graph.initializers.values():
         if value.dtype in _NARROW:
@@ -83,7 +83,7 @@ def emulate(model: ir.Model) -> None:
 
 
 def _widen_after(graph: ir.Graph, node: ir.Node, value: ir.Value) -> None:
-    """Let every reader of a narrow value have it as float32."""
+    """Convert a narrow value to float32 for all its readers."""
     _insert(graph, node, ir.node("Cast", [value], attributes={"to": int(ir.DataType.FLOAT)}), value)
 
 

@@ -1,4 +1,4 @@
-"""Guides of a bundle against autograd: their gradients, and samples that they guide."""
+"""Compare a bundle's guides with autograd: their gradients, and samples guided by them."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ if TYPE_CHECKING:
 
 
 def guides_of(manifest: Manifest, given: Sequence[AnyGuide], unet: LoadedNetwork) -> dict[str, AnyGuide]:
-    """The guides of a bundle in PyTorch: those that were given, and built-in ones that need no file.
+    """The guides of a bundle in PyTorch: the given ones, and built-in ones without a file.
 
     Raises:
-        CheckpointError: if one is missing, or another than the bundle's.
+        CheckpointError: if one is missing, or differs from the bundle's.
     """
     found = {guide.name: guide for guide in given}
     unknown = next((name for name in found if name not in manifest.guides), None)
@@ -78,10 +78,10 @@ class TorchGuides:
     """Guides in PyTorch, differentiated by autograd.
 
     Args:
-        unet: of the bundle, called with x, t and its conditions by name.
-        config: of the UNet.
-        guides: by name.
-        dtype: of the computation.
+        unet: the bundle's UNet, called with x, t and its conditions by name.
+        config: configuration of the UNet.
+        guides: the guides by name.
+        dtype: dtype of the computation.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class TorchGuides:
 
     @torch.no_grad()
     def unet(self, feeds: Mapping[str, Array]) -> Images:
-        """The UNet's output for what its graph takes, among other things."""
+        """The UNet's output; feeds may contain further inputs."""
         out: Images = self._unet(
             **{one.name: self._tensor(feeds[one.name]) for one in unet_spec(self._config).inputs}
         ).numpy()
@@ -144,23 +144,23 @@ def _normalised(grad: Tensor, how: str, out: Tensor | None) -> Tensor:
         return grad / (rms * math.sqrt(grad[0].numel()))
     if kind == "cap":
         return grad * rms.clamp_max(float(number)) / rms
-    assert out is not None  # a loss of x_t has no such
+    assert out is not None  # only a loss of x_t has none
     return grad * out[:, : grad.shape[1]].square().mean((1, 2, 3), keepdim=True).sqrt() / rms
 
 
 @dataclass(frozen=True, eq=False)
 class GuideComparison:
-    """Every guide of a bundle against autograd.
+    """Compares every guide of a bundle with autograd.
 
     Attributes:
         manifest: of the bundle.
-        process: of the checkpoint.
-        guides: in PyTorch.
-        inputs: of the networks.
-        graphs: of the bundle.
-        compare: takes one batch through a graph, each output into its tally.
-        steps: of the samples.
-        seeds: of their noise.
+        process: the checkpoint's process.
+        guides: the guides in PyTorch.
+        inputs: makes the networks' inputs.
+        graphs: the bundle's graphs.
+        compare: runs a graph on one batch and adds each output's errors to its tally.
+        steps: steps of the samples.
+        seeds: seeds of their noise.
     """
 
     manifest: Manifest
@@ -173,7 +173,7 @@ class GuideComparison:
     seeds: list[int]
 
     def graph_rows(self) -> list[Row]:
-        """The graphs of guides, over the base process."""
+        """Rows for the graphs of guides, over the base process."""
         rows, base = [], process_from_config(self.process)
         for name, config in self.manifest.guides.items():
             graph, spec = graph_of(name, config), guide_spec(self.manifest.network, config)
@@ -189,7 +189,7 @@ class GuideComparison:
         return rows
 
     def step_rows(self) -> list[Row]:
-        """One evaluation of samples that a guide guides, from the same x_t, by the textbook step."""
+        """Rows for one guided evaluation from the same x_t, compared with the textbook step."""
         rows, process = [], process_from_config(self.process, str(self.steps))
         for name in self.manifest.guides:
             tally = Tally("step", f"guide {name}: x_prev", TOLERANCES["guide"])
@@ -211,13 +211,13 @@ class GuideComparison:
         return GuideChoice(name=name, scale=config.scale or 1.0, place=config.place, clip=config.clip)
 
     def _sampler(self, name: str, process: Process) -> SamplerConfig:
-        """DDIM, or DDPM for a guide that enters by the variance."""
+        """DDIM, or DDPM for a guide with the place ``variance``."""
         choice = self._choice(name)
         method = "ddpm" if choice.place == "variance" else "ddim"
         return SamplerConfig(method=method, steps=str(len(process)), scale=0.0, guided_by=(choice,))
 
     def _slots(self, name: str, process: Process, steps: NDArray[np.int64], shift: int) -> Slots:
-        """Samples at steps of a process, noised images each."""
+        """Slots at given steps of a process, each a noised image."""
         count, sampler = len(steps), self._sampler(name, process)
         schedule = sampling_schedule(self.manifest.diffusion, sampler)
         slots = slots_for(
@@ -236,7 +236,7 @@ class GuideComparison:
         return slots
 
     def _stepped(self, name: str, process: Process, step: int, slots: Slots) -> Images:
-        """The state behind one step as the papers write it, in float64 between the networks."""
+        """The state after one step as in the papers, in float64 except for the networks."""
         sampler = self._sampler(name, process)
         choice, config = sampler.guided_by[0], self.manifest.guides[name]
         feeds = guide_feeds(slots, step_inputs(slots), name)

@@ -1,4 +1,4 @@
-"""Inputs of both sides of a comparison: random images, labels and conditioning that fit the bundle."""
+"""Inputs for both sides of a comparison: random images, labels and conditioning for the bundle."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ if TYPE_CHECKING:
 
 _EDM_LEVELS = 40
 BATCHES = (1, 3)
-"""Batch sizes compared; the traced one is not among them, since a graph that remembers it would pass."""
+"""Batch sizes compared. The traced size is excluded, since a graph frozen to it would pass."""
 _OTHERS = ("threshold", "threshold_max", "direction")
-"""Options with which a solver that walks a respaced process runs no graph that others do not run."""
+"""Options of solvers on a respaced process that change which rows are made, but not which graphs run."""
 _EXAMPLES: dict[str, Any] = {"eta": 0.5, "churn": (4.0, 0.0, 100.0, 1.0)}
-"""Of options that are numbers."""
+"""Example values of numeric options."""
 
 
 class Inputs:
     """Inputs for the networks of a bundle.
 
     Args:
-        manifest: of the bundle.
-        seed: of everything random.
+        manifest: the bundle's manifest.
+        seed: seed of all random numbers.
     """
 
     def __init__(self, manifest: Manifest, seed: int) -> None:
@@ -65,14 +65,14 @@ class Inputs:
         return self.states(np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar))
 
     def states(self, signal: Values, noise: Values) -> Images:
-        """Random images and noise, each with its own weights [N]: what the networks are given."""
+        """Network inputs: random images and noise, weighted by [N] each."""
         shape = (len(signal), *self.image_shape)
         images, drawn = self.uniform(*shape), self.normal(*shape)
         column = (-1, 1, 1, 1)
         return (signal.reshape(column) * images + noise.reshape(column) * drawn).astype(np.float32)
 
     def labels(self, count: int, shift: int = 0) -> Labels | None:
-        """Labels spread over all classes, others for another ``shift``; None where there are no classes."""
+        """Labels spread over all classes, varied by ``shift``; None without classes."""
         classes = self._manifest.num_classes
         if classes is None:
             return None
@@ -90,12 +90,12 @@ class Inputs:
 def samplers(
     manifest: Manifest, process: DiffusionConfig, steps: int, *, guided: bool, every: bool
 ) -> dict[str, SamplerConfig]:
-    """The samplers compared, by name: the bundle's recommended scale (1 for 0) and clipping.
+    """The samplers to compare, by name, with the bundle's recommended scale (1 for 0) and clipping.
 
-    Of the solvers that take both the bundle's process and the checkpoint's, in the graphs that the bundle
-    has: those that walk a respaced process, with their noise, and the first that has memory, since every
-    other one runs the same graphs; with ``every``, all solvers, each option alone changed once for each of
-    its values, and every form of every order. Where a solver cannot spend ``steps``, it spends one more.
+    Chosen are solvers that support the processes of both the bundle and the checkpoint, with the bundle's
+    graphs: those on a respaced process, with their noise, and the first with memory, since all others run the
+    same graphs. With ``every``: all solvers, every value of each single option, and every form of every
+    order. A solver that cannot use exactly ``steps`` evaluations uses one more.
     """
     guide = {"scale": (manifest.sampler.scale or 1.0) if guided else 0.0, "clip": manifest.sampler.clip}
     found: dict[str, SamplerConfig] = {}
@@ -142,7 +142,7 @@ def _named(solver: Solver, options: dict[str, Any]) -> tuple[str, dict[str, Any]
 def _fitted(
     manifest: Manifest, process: DiffusionConfig, choices: dict[str, Any], steps: int
 ) -> SamplerConfig | None:
-    """The sampler with steps that it can spend, or None where a process or the bundle has no such."""
+    """The sampler with a possible number of steps, or None if a process or the bundle does not support it."""
     for count in (steps, steps + 1):
         try:
             sampler = SamplerConfig.from_dict({**choices, "steps": str(count)})
@@ -159,7 +159,7 @@ class Levels:
     """Noise levels at which networks are compared, the cleanest first.
 
     Attributes:
-        t: what the networks are given, float32 [L].
+        t: the networks' input ``t``, float32 [L].
         signal, noise: weights of the image and of the noise in the state, float64 [L].
     """
 
@@ -169,7 +169,7 @@ class Levels:
 
     @classmethod
     def of(cls, process: DiffusionConfig | EdmConfig) -> Levels:
-        """Every timestep of a discrete process; of another, the grid that consistency models count."""
+        """All timesteps of a discrete process; for EDM, the grid of consistency models."""
         if isinstance(process, DiffusionConfig):
             base = process_from_config(process)
             a = base.alpha_bar
@@ -190,7 +190,7 @@ def chosen_steps(length: int) -> list[int]:
 
 
 def step_batches(length: int) -> list[NDArray[np.int64]]:
-    """Steps of the samples of every batch compared: alike within most, different within the last."""
+    """Steps of the samples of each batch: equal in all batches except the last."""
     chosen = chosen_steps(length)
     alike = [[step] * batch for step in chosen for batch in BATCHES]
     return [np.array(steps) for steps in (*alike, [chosen[0], chosen[len(chosen) // 2], chosen[-1]])]

@@ -1,4 +1,4 @@
-"""Judge by float64 where rounding is amplified: no float32 side is right there."""
+"""Judge by float64 where rounding is amplified and neither float32 side is right."""
 
 from __future__ import annotations
 
@@ -24,25 +24,26 @@ if TYPE_CHECKING:
 def float64_sides(
     unet: LoadedNetwork, classifier: LoadedNetwork | None, narrow: Reference
 ) -> list[Reference]:
-    """PyTorch in float64, then the same with its networks' outputs moved one way and the other.
+    """PyTorch in float64, and twice more with the networks' outputs perturbed in opposite directions.
 
     Args:
         unet, classifier: the loaded networks, float32.
-        narrow: they in float32, whose rounding is the measure.
+        narrow: the float32 reference, whose rounding sets the perturbation.
     """
     exact = Reference(unet, classifier, torch.float64)
     return [exact, *(_Moved(exact, narrow, factor) for factor in (AS_FAR_AS_PYTORCH, -AS_FAR_AS_PYTORCH))]
 
 
 class _Moved(Reference):
-    """Float64 whose networks' outputs are moved by a multiple of PyTorch's largest rounding of the sample.
+    """Float64 with network outputs perturbed by a multiple of PyTorch's largest rounding error of the sample.
 
-    A value hangs on few pixels where the clipping of x_0 leaves few, and on which side of the clip they lie:
-    one draw of rounding may spare them all. Here every pixel is moved, in a fixed pattern of signs.
+    Where x_0 is clipped, a value can depend on a few unclipped pixels and on which side of the clip they lie.
+    One realisation of rounding may miss them all. Therefore every pixel is perturbed, in a fixed pattern of
+    signs.
     """
 
     def __init__(self, exact: Reference, narrow: Reference, factor: float) -> None:
-        self.__dict__.update(vars(exact))  # the same networks, which may be large
+        self.__dict__.update(vars(exact))  # share the networks, which may be large
         self._exact = exact
         self._narrow = narrow
         self._factor = factor
@@ -64,11 +65,11 @@ class _Moved(Reference):
 
 
 class JudgedRow:
-    """A row of steps, states or images: against PyTorch, or by float64 where that is beyond the bar.
+    """A row of steps, states or images: compared with PyTorch or, if that fails, judged by float64.
 
     Args:
-        stage, what: of the row.
-        errors_of: how far each sample of the first is from the second, float64 [N].
+        stage, what: stage and subject of the row.
+        errors_of: the error of each sample of the first against the second, float64 [N].
     """
 
     def __init__(
@@ -80,7 +81,7 @@ class JudgedRow:
         self.tally = Tally(stage, what, TOLERANCES[stage])
         self._stage = stage
         self._errors_of = errors_of
-        self._reach: float | None = None  # of rounding; None as long as float64 was not asked
+        self._reach: float | None = None  # effect of rounding; None until float64 is computed
 
     def add(
         self,
@@ -89,13 +90,13 @@ class JudgedRow:
         float64: Callable[[], Sequence[Images]],
         places: Sequence[Place],
     ) -> float:
-        """Take one batch; the largest error.
+        """Add one batch. Returns the largest error.
 
         Args:
             actual: the bundle's, [N, C, H, W].
             expected: PyTorch's.
-            float64: gives what :func:`float64_sides` say, in their order.
-            places: of the samples.
+            float64: returns the results of :func:`float64_sides`, in order.
+            places: places of the samples.
         """
         errors = self._errors_of(actual, expected)
         if (errors > TOLERANCES[self._stage]).any():
@@ -108,6 +109,6 @@ class JudgedRow:
         return float(errors.max())
 
     def row(self) -> Row:
-        """The outcome."""
+        """The resulting row."""
         row = self.tally.row()
         return row if self._reach is None else replace(row, what=f"{row.what}, against float64")

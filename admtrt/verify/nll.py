@@ -1,7 +1,7 @@
-"""Likelihood: the whole variational bound of a UNet or upsampler on images, in bits per dim.
+"""Likelihood: the variational bound of a UNet or upsampler on images, in bits per dim.
 
-The network may be a checkpoint in PyTorch or an exported graph. The images and the noise are functions of
-the data and the seed, so both are judged on the very same numbers.
+The network may be a checkpoint in PyTorch or an exported graph. Images and noise depend only on the data and
+the seed, so both are evaluated on the same numbers.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Likelihood:
     """The bound, averaged over images.
 
     Attributes:
-        images: how many.
+        images: number of images.
         bits_per_dim: the prior plus every term.
         standard_error: of ``bits_per_dim``; None for a single image.
         prior: bits per dim of KL(q(x_T | x_0) || N(0, 1)).
@@ -78,14 +78,14 @@ def evaluate_nll(
 
     Args:
         denoiser: runs the network.
-        config: its configuration; an upsampler is given the images averaged down.
+        config: its configuration; an upsampler gets the downsampled images as conditioning.
         diffusion: its process.
-        data: of :func:`admtrt.verify.nll_images.load_images`.
-        count: images to take, drawn by the seed; None takes all.
-        steps: a respacing (:func:`admtrt.schedule.process.retained_timesteps`); the bound of the process as
-            it was trained is that of all steps.
-        batch_size: images at once; it does not change the result beyond rounding.
-        seed: the noise of image i is that of the sample with seed ``seed + i``.
+        data: result of :func:`admtrt.verify.nll_images.load_images`.
+        count: number of images, drawn by the seed; None for all.
+        steps: a respacing (:func:`admtrt.schedule.process.retained_timesteps`); the bound of the training
+            process needs all steps.
+        batch_size: images computed at once; it changes the result by rounding only.
+        seed: image i uses the noise of a sample with seed ``seed + i``.
         progress: called with the image-steps done.
 
     Raises:
@@ -121,7 +121,7 @@ def evaluate_nll(
 
 
 def chosen_rows(data: ImageSet, count: int | None, seed: int) -> list[int]:
-    """Ascending indices of the images, every one as likely."""
+    """Draw indices of images uniformly, ascending."""
     if count is None:
         return list(range(len(data)))
     if count < 1:
@@ -136,7 +136,7 @@ def chosen_rows(data: ImageSet, count: int | None, seed: int) -> list[int]:
 
 
 def images_of(data: ImageSet, rows: list[int]) -> NDArray[np.float32]:
-    """Images in [-1, 1], float32 [N, C, H, W]; never augmented."""
+    """Images in [-1, 1], float32 [N, C, H, W], without augmentation."""
     unused = np.random.default_rng()
     return np.stack([data.image(row, unused) for row in rows])
 
@@ -144,8 +144,8 @@ def images_of(data: ImageSet, rows: list[int]) -> NDArray[np.float32]:
 def conditions_of(
     config: UNetConfig, data: ImageSet, rows: list[int], x_0: Tensor
 ) -> dict[str, NDArray[Any]]:
-    """Inputs of the network besides x and t: labels, and for an upsampler the images averaged down."""
-    assert config.num_classes is None or data.labels is not None  # refused when they were loaded
+    """Inputs of the network besides x and t: labels, and for an upsampler the downsampled images."""
+    assert config.num_classes is None or data.labels is not None  # checked at loading
     y = None if data.labels is None else config.own_labels(data.labels[rows])
     low_res = None if config.low_res_size is None else shrink(x_0, config.low_res_size).numpy()
     return conditions_for(config, None, labels=y, low_res=low_res, guided=False)["unet"]

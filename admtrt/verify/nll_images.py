@@ -1,4 +1,4 @@
-"""The images that a network is judged on."""
+"""Load the images that a network is evaluated on."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[str]) -> ImageSet:
-    """The held-out images of a source, or all where none are held out; never augmented.
+    """The held-out images of a source, or all if none are held out; without augmentation.
 
     Args:
         config: the data.
-        network: what is judged; a class-conditional one needs its classes as labels.
-        class_names: of the network, in the order of its labels; empty where unknown.
+        network: the network's configuration; a class-conditional one needs labels of its classes.
+        class_names: the network's class names in the order of its labels; empty if unknown.
 
     Raises:
         DataError: if the source cannot be read, or its images or classes are not the network's.
@@ -54,7 +54,7 @@ def load_images(config: DataConfig, network: UNetConfig, class_names: Sequence[s
 
 
 def _as_classes(images: ImageSet, *known: tuple[str, ...]) -> ImageSet:
-    """Labels by the first list of classes that names all of the images', whether or not each class occurs."""
+    """Map labels to the first list of classes that contains all of the images' classes."""
     for names in known:
         if images.labels is not None and set(images.class_names) <= set(names):
             own = np.array([names.index(name) for name in images.class_names], np.int64)

@@ -1,8 +1,8 @@
 """Likelihood by the probability-flow ODE (Song et al. 2021, section 4.3), in bits per dim.
 
-In x~ = x_0 + S eps the flow is dx~ / d log S = x~ - D(x~, S), D the network's prediction of x_0. Along it
-log p changes by the negative divergence of that, which Hutchinson's estimate v' J v gives: one product of a
-vector and the network's Jacobian, in the graph that computes the network, too.
+In x~ = x_0 + S eps the flow is dx~ / d log S = x~ - D(x~, S), D the network's prediction of x_0. Along the
+flow, log p changes by the negative divergence. Hutchinson's estimate v' J v of the divergence needs one
+vector-Jacobian product, computed in the same graph as the network.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ if TYPE_CHECKING:
 
 BIN = 2 / 255
 """Width of a grey level in images of [-1, 1]."""
-_DIVERGENCE = 0  # counter of the noise that estimates it
+_DIVERGENCE = 0  # counter of the noise for the estimate
 
 
 @dataclass(frozen=True)
 class FlowLikelihood:
-    """The likelihood of the flow, averaged over images.
+    """The likelihood by the flow, averaged over images.
 
     Attributes:
-        images: how many.
+        images: number of images.
         bits_per_dim: minus log2 of the density at the smallest noise level, of images with uniform noise of a
             grey level's width, per dimension and in units of a grey level.
-        standard_error: of ``bits_per_dim``, that of Hutchinson's estimate within; None for a single image.
-        prior: the part of it that is the density at the largest noise level.
-        solver_error: bits per dim; the sum over the solver's steps of what its two orders differ by.
-        tolerance: of the solver.
-        evaluations: of the network and its derivative for an image, averaged.
+        standard_error: of ``bits_per_dim``, including that of Hutchinson's estimate; None for a single image.
+        prior: the part of ``bits_per_dim`` from the density at the largest noise level.
+        solver_error: bits per dim; sum over the solver's steps of the difference of its two orders.
+        tolerance: tolerance of the solver.
+        evaluations: mean number of evaluations of the network with its derivative per image.
     """
 
     images: int
@@ -83,14 +83,14 @@ def evaluate_flow(
 
     Args:
         denoiser: runs the graph ``unet_vector_jacobian``.
-        config: of the network.
+        config: configuration of the network.
         process: its process.
-        data: of :func:`admtrt.verify.nll_images.load_images`.
-        count: images to take, drawn by the seed; None takes all.
+        data: result of :func:`admtrt.verify.nll_images.load_images`.
+        count: number of images, drawn by the seed; None for all.
         tolerance: of a step, in x relative to S + a grey level, and in bits per dim.
-        batch_size: images at once; it does not change the result beyond rounding.
-        seed: the noise of image i is that of the sample with seed ``seed + i``.
-        progress: called with the images that are done since the last call, and where the batch is.
+        batch_size: images computed at once; it changes the result by rounding only.
+        seed: image i uses the noise of a sample with seed ``seed + i``.
+        progress: called with the images done since the last call, and the batch's position.
 
     Raises:
         RequestError: if an option is out of range, or the network predicts x_{t-1}.
@@ -163,12 +163,12 @@ class _Flow:
         self._shape = shape
         noise = step_noise(seeds, [_DIVERGENCE] * len(seeds), shape[1:])
         self._probe = np.where(noise < 0, -1.0, 1.0)
-        more = config.out_channels - shape[1]  # a learned variance has no part in the flow
+        more = config.out_channels - shape[1]  # the flow does not use a learned variance
         zeros = np.zeros((shape[0], more, *shape[2:]))
         self._cotangent = np.concatenate([self._probe, zeros], axis=1).astype(np.float32)
 
     def derivative(self, s: Array, state: Array) -> Array:
-        """Of (x~, log density), [N, D + 1]."""
+        """The derivative of (x~, log density), [N, D + 1]."""
         levels = [self._levels.at_sigma(math.exp(value)) for value in s.tolist()]
         c_in = np.array([self._levels.c_in(level) for level in levels])
         from_x, from_out = x0_weights(self._process, levels)
@@ -191,12 +191,12 @@ class _Flow:
         return np.concatenate([x - x_0, divergence[:, None]], axis=1)
 
     def scale(self, tolerance: float) -> Callable[[Array], Array]:
-        """Errors that one step may make: see :func:`evaluate_flow`."""
+        """The error allowed per step: see :func:`evaluate_flow`."""
         size = math.prod(self._shape[1:])
 
         def allowed(s: Array) -> Array:
             widths = np.repeat((np.exp(s) + BIN)[:, None], size, axis=1)
-            # Alone in its component; the mean of squares is over all of them.
+            # A single component, while the mean of squares is over all components.
             density = np.full((len(s), 1), size * math.log(2) / math.sqrt(size + 1))
             return tolerance * np.concatenate([widths, density], axis=1)
 
@@ -204,13 +204,13 @@ class _Flow:
 
 
 def _noisiest(levels: NoiseLevels) -> Level:
-    """Largest noise level of the networks' training, noisier than fast solvers start."""
+    """The largest noise level in training; fast solvers start at a smaller one."""
     if isinstance(levels, DiscreteLevels):
         return levels.at_timestep(levels.config.steps - 1)
     return levels.noisiest
 
 
 def uniform(seeds: list[int], shape: tuple[int, ...]) -> Array:
-    """Of each sample, in [0, 1]: the angle of two normal numbers."""
+    """Uniform values in [0, 1] per sample, from the angle of two normal numbers."""
     a, b = initial_noise(seeds, shape), step_noise(seeds, [_DIVERGENCE + 1] * len(seeds), shape)
     return np.arctan2(a.astype(np.float64), b) / (2 * math.pi) + 0.5

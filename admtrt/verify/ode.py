@@ -1,7 +1,7 @@
-"""An ordinary differential equation of many samples, each with steps of its own size.
+"""Solve an ordinary differential equation for many samples, each with its own step size.
 
-Dormand and Prince's pair of orders 5 and 4 (1980), the fifth-order result carried on. What a sample gets does
-not depend on those that share its batch.
+Dormand and Prince's pair of orders 5 and 4 (1980), continued from the fifth-order result. A sample's result
+does not depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ _STAGES = (
     np.array([35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84]),
 )
 _ERROR = np.array([71 / 57600, 0, -71 / 16695, 71 / 1920, -17253 / 339200, 22 / 525, -1 / 40])
-"""The fifth-order result less the fourth-order one."""
+"""Weights of the fifth-order result minus the fourth-order one."""
 _SAFETY, _SHRINK, _GROW = 0.9, 0.2, 5.0
 _FIRST = 1e-2  # of the interval
-_LEAST = 1e-7  # of the interval: below, the derivative is not smooth enough for any step
+_LEAST = 1e-7  # smallest step, relative to the interval
 
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """The end of every sample.
+    """The solution of every sample at the end.
 
     Attributes:
         y: float64 [N, K].
-        error: sum over the steps of the pair's difference in each component, as absolute values, [N, K].
-        evaluations: of the derivative, int64 [N].
+        error: sum over the steps of the absolute difference of the two orders in each component, [N, K].
+        evaluations: number of evaluations of the derivative, int64 [N].
     """
 
     y: Array
@@ -63,11 +63,11 @@ def integrate(
     """Integrate dy/ds = derivative(s, y) from ``start`` to a larger ``end``.
 
     Args:
-        derivative: of s [N] and y [N, K] -> [N, K]; always given all samples, those that are done as well.
-        y: at the start, float64 [N, K].
+        derivative: s [N], y [N, K] -> [N, K]; always called with all samples, including finished ones.
+        y: initial values, float64 [N, K].
         start, end: the same for all samples.
-        scale: of s [N] -> [N, K] or what broadcasts to it: how large the error of one step may be, as the
-            root of the mean of squares of all components.
+        scale: s [N] -> [N, K] or broadcastable: the error allowed per step, measured as the root mean square
+            over all components.
         progress: called with the s of every sample after each attempt.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The drift of the trajectories as a picture."""
+"""Plot the drift of the trajectories."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ if TYPE_CHECKING:
 
     from admtrt.verify.report import VerificationReport
 
-_FLOOR = 1e-9  # equal values have no place on a logarithmic axis
+_FLOOR = 1e-9  # shown instead of 0 on the logarithmic axis
 
 
 def require_plotting(path: Path) -> None:
-    """Make sure that a plot can be drawn and written, before minutes are spent.
+    """Check that a plot can be drawn and written, before minutes of work.
 
     Raises:
         MissingDependencyError: if matplotlib is not installed.
-        OutputError: if the place cannot be written, or its name is no picture's.
+        OutputError: if the path cannot be written, or has no suffix of a picture.
     """
     if path.suffix.lower() != ".png":
         raise OutputError(f"{path}: a plot is a PNG", hint="Name a file that ends in .png.")
@@ -48,7 +48,7 @@ def drift_figure(report: VerificationReport) -> Figure:
     """The error of x_t after each step, for each sampler, with the tolerances."""
     from matplotlib.figure import Figure
 
-    # A figure of its own, without pyplot: no display, no global state.
+    # A Figure without pyplot needs no display and no global state.
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, errors in report.drift.items():

@@ -1,4 +1,4 @@
-"""Inputs of each graph and PyTorch's outputs, as files that Polygraphy reads."""
+"""Write the inputs of each graph and PyTorch's outputs as files for Polygraphy."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Images
 
 _RUNNER = "pytorch"
-"""As whose the outputs are shown."""
+"""Runner name under which Polygraphy shows the outputs."""
 
 
 class Recorder:
-    """Keeps every case of the graphs' comparison.
+    """Collects every case of the graphs' comparison.
 
     Args:
         folder: for the files; it need not exist.
@@ -33,7 +33,7 @@ class Recorder:
         self._cases: dict[GraphName, list[tuple[Mapping[str, Any], Mapping[str, Images]]]] = defaultdict(list)
 
     def add(self, graph: GraphName, feeds: Mapping[str, Any], expected: Mapping[str, Images]) -> None:
-        """One batch: a graph's inputs, and its outputs by PyTorch."""
+        """Add one batch: a graph's inputs, and PyTorch's outputs."""
         self._cases[graph].append((feeds, expected))
 
     def write(self) -> list[Path]:

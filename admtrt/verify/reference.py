@@ -1,4 +1,4 @@
-"""The other side of every comparison: the checkpoints in PyTorch and the papers' formulas."""
+"""The reference of every comparison: the checkpoints in PyTorch and the papers' formulas."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class Reference:
 
     Args:
         unet, classifier: the loaded networks, float32.
-        dtype: of the networks. Float64 works on a copy of the networks and tells how
-            far float32's rounding takes PyTorch itself.
+        dtype: dtype of the networks. Float64 uses copies of the networks, and shows the effect of float32
+            rounding in PyTorch itself.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Reference:
 
     @property
     def denoiser(self) -> Denoiser:
-        """The networks as the runtime takes them."""
+        """The networks as the runtime's denoiser."""
         return TorchDenoiser(self._unet, self._classifier, quantile=self.quantile)
 
     @torch.no_grad()
@@ -93,10 +93,10 @@ class Reference:
         return value
 
     def uncertain_labels(self, x: Images, t: NDArray[np.float32], y: Labels, classes: int) -> Labels:
-        """``y`` with every label replaced by the next class where the classifier is all but certain of it.
+        """Replace labels that the classifier is nearly certain of by the next class.
 
-        Near p = 1 both log p and its gradient hang on 1 - p, which float32 does not hold: there a comparison
-        would measure rounding. A sample can be certain of one class only.
+        Near p = 1, log p and its gradient depend on 1 - p, which float32 cannot represent accurately, so a
+        comparison would measure rounding. A sample can be certain of one class only.
         """
         certain = np.exp(self.log_prob(x, t, y)) > _CERTAIN
         replaced: Labels = np.where(certain, (y + 1) % classes, y)
@@ -112,7 +112,7 @@ class Reference:
         steps: Sequence[int],
     ) -> tuple[Images, Images]:
         """x_{t-1} and the predicted x_0 of a solver without memory, each sample at its own step."""
-        assert isinstance(self.diffusion, DiffusionConfig)  # others have no single steps
+        assert isinstance(self.diffusion, DiffusionConfig)  # only these have single steps
         given = (torch.from_numpy(array).double() for array in (out, x, noise, grad))
         out_, x_, noise_, grad_ = given
         diffusion = Diffusion(
@@ -132,7 +132,7 @@ class Reference:
         start: int | None = None,
         image: Images | None = None,
     ) -> Iterator[Images]:
-        """Inputs of the networks by the solver's paper form, then the image; float64.
+        """The networks' inputs by the solver's paper form, then the image; float64.
 
         Arguments as of :func:`admtrt.models.solvers.trajectory`.
         """
@@ -158,11 +158,11 @@ class Reference:
         return (state.x.numpy() for state in states)
 
     def _given(self, array: Array) -> Tensor:
-        """Floating-point values in the type of the computation; labels stay whole numbers."""
+        """Convert floating-point values to the dtype of the computation; labels stay integers."""
         tensor = torch.from_numpy(array)
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
 
 def in_type(module: _Module, dtype: torch.dtype) -> _Module:
-    """The module itself in float32, else a copy."""
+    """The module itself for float32, else a converted copy."""
     return module if dtype is torch.float32 else copy.deepcopy(module).to(dtype)

@@ -1,4 +1,4 @@
-"""Report of a verification: its rows, its verdict, and the error that every row measures."""
+"""Report of a verification: its rows, its verdict, and the error measure."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 Stage = Literal["build", "manifest", "graph", "step", "trajectory", "image"]
 Status = Literal["pass", "build", "run", "compare"]
-"""``build``: no session could be made of a graph. ``run``: a graph raised, broke its contract or gave values
-that are not finite. ``compare``: the bundle is not what the checkpoints are."""
+"""``build``: a graph could not be loaded. ``run``: a graph raised, broke its contract or returned non-finite
+values. ``compare``: the bundle differs from the checkpoints."""
 
 EXIT_CODES: Mapping[Status, int] = {"build": 3, "run": 4, "compare": 1, "pass": 0}
-"""The gravest first: it decides where rows fail for several reasons."""
+"""The most severe failure first, which determines the exit code."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Row:
     """The outcome of one check.
 
     Attributes:
-        stage: to which it belongs.
+        stage: the stage of the check.
         what: the graph or sampler, and the value compared.
         status: passed, or the class of its failure.
-        error: the largest measured; None where there was nothing to measure.
-        tolerance: the largest that passes; None as ``error``.
-        where: the sample that has it.
-        detail: why it failed, where the numbers do not say so.
+        error: the largest measured error; None if nothing was measured.
+        tolerance: the largest error that passes; None like ``error``.
+        where: the sample with the largest error.
+        detail: why it failed, if the numbers do not show it.
     """
 
     stage: Stage
@@ -64,7 +64,7 @@ class VerificationReport:
     Attributes:
         bundle: its directory.
         rows: the checks.
-        drift: by sampler, the largest error of x_t after each step; shorter where a graph failed on the way.
+        drift: by sampler, the largest error of x_t after each step; shorter if a graph failed.
     """
 
     bundle: str
@@ -73,7 +73,7 @@ class VerificationReport:
 
     @property
     def passed(self) -> bool:
-        """True where every check passed."""
+        """True if every check passed."""
         return not self.failures
 
     @property
@@ -83,7 +83,7 @@ class VerificationReport:
 
     @property
     def outcome(self) -> Status:
-        """``pass``, or the gravest class of failure."""
+        """``pass``, or the most severe kind of failure."""
         found = {row.status for row in self.rows}
         return next((status for status in EXIT_CODES if status in found), "pass")
 
@@ -109,11 +109,11 @@ class VerificationReport:
 def sample_errors(actual: ArrayLike, expected: ArrayLike) -> NDArray[np.float64]:
     """Max abs difference over max abs reference of each sample, float64 [N]; never pooled over the batch.
 
-    NaN or infinity where either side is not finite.
+    NaN or infinity if either side is not finite.
     """
     actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
     assert actual.shape == expected.shape
-    # Finite float32 values cannot overflow here; what is not finite shall show, not warn.
+    # Finite float32 values cannot overflow here; non-finite ones should show in the result, without warnings.
     with np.errstate(invalid="ignore"):
         difference = np.abs(actual - expected).reshape(len(expected), -1).max(axis=1)
         largest = np.abs(expected).reshape(len(expected), -1).max(axis=1)
@@ -122,10 +122,10 @@ def sample_errors(actual: ArrayLike, expected: ArrayLike) -> NDArray[np.float64]
 
 
 class Tally:
-    """Gathers the cases of one row and keeps the worst sample.
+    """Collects the cases of one row and keeps the worst sample.
 
     Args:
-        stage, what: of the row.
+        stage, what: stage and subject of the row.
         tolerance: the largest error that passes.
     """
 
@@ -147,16 +147,16 @@ class Tally:
                 self._error, self._where = error, place
 
     def judge_by(self, tolerance: float) -> None:
-        """Put another tolerance in the place of the given one."""
+        """Replace the tolerance."""
         self._tolerance = tolerance
 
     def fail(self, status: Status, detail: str) -> None:
-        """Note that a case could not be measured; the first one is reported."""
+        """Record that a case could not be measured; the first one is reported."""
         if self._fault_status == "pass":
             self._fault_status, self._fault = status, detail
 
     def row(self) -> Row:
-        """The outcome."""
+        """The resulting row."""
         status = self._fault_status
         if status == "pass" and self._error is not None and self._error > self._tolerance:
             status = "compare"

@@ -1,4 +1,4 @@
-"""The small graphs of solvers with memory and of edits as plain formulas in float64, on random rows."""
+"""Reference formulas, in float64, of the small graphs for memory and edits, tested on random rows."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _unbounded(given: Given) -> Values:
 
 
 def _of_guides(given: Given, column: str) -> Any:
-    """The sum over the guides of a column times their tensor; 0 where there is none."""
+    """The sum over the guides of a column times their tensor; 0 without guides."""
     return sum(given["c"][f"{column}.{name}"] * tensor for name, tensor in given["guides"].items())
 
 
@@ -125,4 +125,4 @@ FORMULAS: Mapping[GraphName, Callable[[Given], dict[str, Values]]] = {
     "edit": _edit,
     "edit_low_pass": _edit_low_pass,
 }
-"""By name; ``update`` is held against the papers' steps instead."""
+"""The formulas by graph; ``update`` is compared with the papers' steps instead."""

@@ -1,4 +1,4 @@
-"""The stages of a verification, from single graphs to images; none waits for the one before it to pass."""
+"""The stages of a verification, from single graphs to images. All run, even if an earlier one fails."""
 
 from __future__ import annotations
 
@@ -71,18 +71,18 @@ def verify_bundle(
         bundle: a verified bundle.
         unet: the generator that it was exported from.
         classifier: its noisy classifier, if and only if the bundle has one.
-        guides: its other guides; built-in ones that need no file may be left out.
-        steps: of the samples; None for 10, or all of a shorter process.
+        guides: its other guides; built-in ones without a file may be omitted.
+        steps: steps of the samples; None for 10, or all of a shorter process.
         every: compare all solvers and options, see :func:`~admtrt.verify.inputs.samplers`.
-        seed: of all inputs and noise.
-        backend: that runs the bundle, in fp32, at batches of any size.
+        seed: seed of all inputs and noise.
+        backend: the backend that runs the bundle, in fp32 and with any batch size.
         progress: called with the name of each stage as it starts.
-        backend_progress: told what ``auto`` measures, and what it has found.
-        record: called with a graph, its inputs and PyTorch's outputs for every batch that graphs are given.
+        backend_progress: called with what ``auto`` measures and finds.
+        record: called with the graph, its inputs and PyTorch's outputs of every batch.
 
     Raises:
-        CheckpointError: if the networks have other inputs or outputs than the bundle, so that there is
-            nothing to compare.
+        CheckpointError: if the networks' inputs or outputs differ from the bundle's, so that they cannot be
+            compared.
         RequestError: if the seed or the number of steps is out of range.
         UserError: if the backend cannot run here.
     """
@@ -95,7 +95,7 @@ def verify_bundle(
     reference = Reference(unet, classifier)
     steps = _checked_steps(steps, bundle.manifest.diffusion, reference.diffusion)
     on_cpu = backend.name in BACKENDS and BACKENDS[backend.name].device == "cpu"
-    graphs = list(bundle.manifest.graphs) if on_cpu else None  # further ones have no form for engines
+    graphs = list(bundle.manifest.graphs) if on_cpu else None  # optional graphs have no engine form
     progress("sessions")
     sessions = "sessions of the graphs"
     try:
@@ -139,11 +139,11 @@ def verify_bundle(
 def _checked_steps(
     steps: int | None, ours: DiffusionConfig | EdmConfig, theirs: DiffusionConfig | EdmConfig
 ) -> int:
-    """Steps of the respaced process, or of evaluations where there is none.
+    """Steps of the respaced process, or the number of evaluations if there is none.
 
     Raises:
         CheckpointError: if the two processes are of different kinds.
-        RequestError: for an impossible number, or one where the recommended sampler is compared.
+        RequestError: for an impossible number, or if the recommended sampler is to be compared.
     """
     if ours.kind != theirs.kind:
         raise CheckpointError(
@@ -157,10 +157,10 @@ def _checked_steps(
                 hint="Leave it out: the recommended sampler is compared.",
             )
         return _STEPS
-    # Both sides are as long then, even where the manifest tells of another process.
+    # Then both sides have the same length, even if the manifest has another process.
     longest = min(ours.steps, theirs.steps)
     steps = min(_STEPS, longest) if steps is None else steps
-    retained_timesteps(longest, str(steps))  # refuses an impossible number now
+    retained_timesteps(longest, str(steps))  # raises now if impossible
     return steps
 
 
@@ -218,12 +218,12 @@ class _Comparison:
         self.base = Levels.of(reference.diffusion)
 
     def manifest_row(self) -> Row:
-        """The process that the runtime will follow, against the one that the UNet was trained on."""
+        """Compare the manifest's process with the one that the UNet was trained on."""
         ours, theirs = self.manifest.diffusion.model_dump(), self.reference.diffusion.model_dump()
         if self.manifest.diffusion.time_factor == self.reference.diffusion.time_factor:
-            ours.pop("rescale_timesteps", None)  # nothing, at 1000 steps
+            ours.pop("rescale_timesteps", None)  # no effect at 1000 steps
         quantile = self.manifest.threshold_quantile
-        if quantile is not None:  # schema 1 has none
+        if quantile is not None:  # None in schema 1
             ours["threshold_quantile"] = quantile
             theirs["threshold_quantile"] = threshold_quantile(self.manifest.network, self.reference.quantile)
         different = [
@@ -234,7 +234,7 @@ class _Comparison:
         return Row("manifest", "diffusion", "compare" if different else "pass", detail="; ".join(different))
 
     def unet_rows(self, graph: GraphName = "unet") -> list[Row]:
-        """The UNet's graph, or that of its vector-Jacobian product, over the base process."""
+        """Rows for the UNet's graph, or its vector-Jacobian product, over the base process."""
         product = graph == "unet_vector_jacobian"
         tallies = _graph_tallies(graph, *(("grad",) if product else ()), "out")
         for shift, steps in enumerate(step_batches(len(self.base))):
@@ -254,7 +254,7 @@ class _Comparison:
         return [tally.row() for tally in tallies.values()]
 
     def classifier_rows(self) -> list[Row]:
-        """The gradient graph, over the base process; nothing where the bundle has no classifier."""
+        """Rows for the gradient graph, over the base process; empty without a classifier."""
         if self.manifest.classifier is None:
             return []
         tallies = _graph_tallies("classifier_gradient", "grad", "log_prob")
@@ -272,9 +272,9 @@ class _Comparison:
         return [tally.row() for tally in tallies.values()]
 
     def update_rows(self) -> list[Row]:
-        """The update graph with the manifest's coefficients, against the papers' steps.
+        """Rows for the update graph with the manifest's coefficients, compared with the papers' steps.
 
-        The gradient is random: the graph takes one whether or not the bundle has a classifier.
+        The gradient is random, since the graph takes one even without a classifier.
         """
         rows = []
         for name, sampler in self._samplers(guided=True).items():
@@ -296,10 +296,10 @@ class _Comparison:
         return rows
 
     def small_rows(self) -> list[Row]:
-        """The other small graphs that the bundle has, against plain formulas."""
+        """Rows for the other small graphs, compared with reference formulas."""
         rows = []
         for name in FORMULAS:
-            if name not in self.manifest.graphs:  # of schema 1
+            if name not in self.manifest.graphs:  # schema 1
                 continue
             spec = self.manifest.graphs[name].spec
             names = [tensor.name for tensor in spec.outputs]
@@ -311,7 +311,7 @@ class _Comparison:
         return rows
 
     def guides(self, guides: TorchGuides) -> GuideComparison:
-        """The checks of the other guides."""
+        """The checks of the guides other than the classifier."""
         return GuideComparison(
             self.manifest,
             self._discrete,
@@ -324,10 +324,9 @@ class _Comparison:
         )
 
     def step_rows(self) -> list[Row]:
-        """One evaluation of the runtime from the same x_t, at several t.
+        """Rows for one evaluation of the runtime from the same x_t, at several t.
 
-        Solvers with memory start there as from an image, which is of order 1: :meth:`trajectories` are for
-        the rest.
+        Solvers with memory start as from an image, with order 1; :meth:`trajectories` covers higher orders.
         """
         rows = []
         for name, sampler in self._samplers(guided=self._guided).items():
@@ -336,7 +335,7 @@ class _Comparison:
             for shift, step in enumerate(chosen_steps(length)):
                 try:
                     both = self._both(sampler, shift, None if step == length - 1 else step + 1)
-                except RequestError:  # behind the last step of a solver that ends before the image
+                except RequestError:  # after the last step of a solver that does not end at the image
                     continue
                 with _noted(judged.tally):
                     places = self._slot_places(both.slots)
@@ -346,7 +345,7 @@ class _Comparison:
         return rows
 
     def trajectories(self) -> tuple[dict[str, tuple[float, ...]], list[Row]]:
-        """Whole samples, both sides running freely from the same x_T: the drift, and the rows with images."""
+        """Rows for whole samples, both sides running freely from the same x_T, with drift and images."""
         chosen = self._samplers(guided=self._guided)
         if not self.every:
             chosen = {name: sampler for name, sampler in chosen.items() if name == sampler.method}
@@ -356,7 +355,7 @@ class _Comparison:
         return {name: tuple(errors) for name, errors in drift.items()}, rows
 
     def recommended(self) -> tuple[dict[str, tuple[float, ...]], list[Row]]:
-        """The same of the recommended sampler alone."""
+        """The same with only the recommended sampler."""
         sampler, drift = self.manifest.sampler.unguided, list[float]()
         rows = self._trajectory(sampler.method, sampler, drift)
         return {sampler.method: tuple(drift)}, rows
@@ -390,7 +389,7 @@ class _Comparison:
         )
 
     def _slot_places(self, slots: Slots) -> Sequence[Place]:
-        """Of what the slots' networks are given next."""
+        """Places of the slots' next network inputs."""
         labels = slots.conditions.get(CLASSIFIER_GRADIENT, slots.conditions["unet"]).get("y")
         return _places(step_inputs(slots).t, labels)
 
@@ -399,7 +398,7 @@ class _Comparison:
 
     @property
     def _discrete(self) -> DiffusionConfig:
-        """The checkpoint's process, where it is a discrete one."""
+        """The checkpoint's process, which must be discrete."""
         assert isinstance(self.reference.diffusion, DiffusionConfig)
         return self.reference.diffusion
 
@@ -415,7 +414,7 @@ class _Comparison:
         expected: dict[str, Images],
         places: Sequence[Place],
     ) -> None:
-        """One batch through one graph, each output into its tally."""
+        """Run one graph on one batch and add each output's errors to its tally."""
         if self.record is not None:
             self.record(graph, feeds, expected)
         with _noted(*tallies.values()):
@@ -429,7 +428,7 @@ class _Comparison:
 
 @contextlib.contextmanager
 def _noted(*tallies: Tally) -> Iterator[None]:
-    """Turn a graph's failure into a failure of the rows that needed it."""
+    """Record a graph's failure in the rows that needed it."""
     try:
         yield
     except GraphRunError as error:

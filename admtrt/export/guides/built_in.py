@@ -1,4 +1,4 @@
-"""Names and files of built-in guides, apart from their making, so that ``--help`` loads no PyTorch."""
+"""Names and files of built-in guides, in a module of their own so that ``--help`` loads no PyTorch."""
 
 from __future__ import annotations
 
@@ -19,4 +19,4 @@ FILES: Mapping[str, str] = {
     "null": "",
     "weak": "the checkpoint of a smaller or earlier UNet",
 }
-"""The file that each takes, in words; empty where it takes none."""
+"""Description of the file that each guide takes; empty if it takes none."""

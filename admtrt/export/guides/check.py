@@ -1,4 +1,4 @@
-"""Losses before they are exported: a number for each sample, of that sample alone, from the image."""
+"""Check losses before export: one number per sample, which depends on that sample's image only."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 _BATCH = 3
 _SAME = 1e-4
-"""Of a sample's largest value: the same sample in another batch, whose products may be summed otherwise."""
+"""Tolerance relative to a sample's largest value: another batch may sum products in another order."""
 _T = 500.0
 
 
 def check_loss(guide: Guide, event: tuple[int, ...]) -> None:
-    """Run a loss and its gradient on images of noise, alone and in a batch, and beside its exported graph.
+    """Compare a loss and its gradient on noise: alone with in a batch, and PyTorch with the exported graph.
 
     Args:
-        guide: whose loss it is.
+        guide: the guide with the loss.
         event: (C, H, W) of the images.
 
     Raises:
@@ -57,7 +57,7 @@ def check_loss(guide: Guide, event: tuple[int, ...]) -> None:
                 f"guide '{guide.name}': the loss mixes samples: the {what} of a sample differs in a batch",
                 hint="Take norms, means and sums over all axes but the first.",
             )
-    if guide.through == "unet":  # what stands behind it is compared by verify
+    if guide.through == "unet":  # verify compares the gradient through the UNet
         with tempfile.TemporaryDirectory(prefix="admtrt-loss-") as folder:
             try:
                 export_input_gradient(module, inputs, Path(folder) / "loss.onnx", wrt=wrt)
@@ -66,7 +66,7 @@ def check_loss(guide: Guide, event: tuple[int, ...]) -> None:
 
 
 def _inputs(guide: Guide, event: tuple[int, ...]) -> dict[str, Tensor]:
-    """Random ones in the order of ``forward``."""
+    """Random inputs in the order of ``forward``."""
     generator = torch.Generator().manual_seed(0)
     inputs = {}
     for name in guide.parameters:
@@ -94,7 +94,7 @@ def _differentiated(guide: Guide, inputs: Mapping[str, Tensor], wrt: str) -> tup
             (grad,) = torch.autograd.grad(value.sum(), leaf, allow_unused=True, materialize_grads=True)
     except ExportError:
         raise
-    except Exception as error:  # a user's code raises anything
+    except Exception as error:  # user code can raise anything
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise LossError(
             f"guide '{guide.name}': the loss fails on {len(leaf)} random images: {reason}"

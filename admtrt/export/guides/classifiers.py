@@ -1,4 +1,4 @@
-"""Classifiers as losses, of the predicted x_0 or of x_t; labels are soft and may be negative."""
+"""Losses from classifiers of the predicted x_0 or of x_t. Label weights are soft and may be negative."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class WeightedLogProbability(nn.Module):
-    """- sum over classes of weights log p(class | x0); a negative weight leads away from a class.
+    """- sum over classes of weights log p(class | x0); a negative weight steers away from a class.
 
     Args:
-        logits: modules that map images to logits [N, classes]; of several the mean of log p counts.
+        logits: modules that map images to logits [N, classes]; the log p of several are averaged.
     """
 
     def __init__(self, logits: Sequence[nn.Module]) -> None:
@@ -36,7 +36,7 @@ class NoisyLogProbability(nn.Module):
     """- sum over classes of weights log p(class | x_t, t), of noisy classifiers.
 
     Args:
-        logits: modules that map images and t to logits; of several the mean of log p counts.
+        logits: modules that map images and t to logits; the log p of several are averaged.
     """
 
     def __init__(self, logits: Sequence[nn.Module]) -> None:
@@ -68,8 +68,8 @@ class AtZero(nn.Module):
 def classifier(logits: Sequence[nn.Module], classes: int, name: str = "classifier") -> Guide:
     """The guide ``classifier``: of the predicted x_0, through the UNet, as Universal Guidance does.
 
-    It enters before the bound: behind it nothing holds x_0, and samples run away at scales that do no harm
-    here (``tools/posterior_digits.py``).
+    It is applied before x_0 is clipped. Applied after, nothing bounds x_0, and samples diverge at scales that
+    are harmless here (``tools/posterior_digits.py``).
 
     Args:
         logits: see :class:`WeightedLogProbability`.
@@ -81,7 +81,7 @@ def classifier(logits: Sequence[nn.Module], classes: int, name: str = "classifie
 
 
 def noisy(logits: Sequence[nn.Module], classes: int, name: str = "noisy") -> Guide:
-    """The guide ``noisy``: classifiers of x_t, in the place of Algorithm 2.
+    """The guide ``noisy``: classifiers of x_t, applied as in Algorithm 2.
 
     Args:
         logits: see :class:`NoisyLogProbability`.

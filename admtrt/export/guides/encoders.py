@@ -1,4 +1,4 @@
-"""Image encoders as losses: the cosine between an image's embedding and a given one."""
+"""Losses from image encoders: the cosine between an image's embedding and a target."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-"""Of the images that CLIP's encoders take, values in [0, 1]."""
+"""Mean and standard deviation of CLIP's images, in [0, 1]."""
 _LEAST = 1e-12
 
 
@@ -39,13 +39,13 @@ class Cosine(nn.Module):
 
 
 class Prepared(nn.Module):
-    """An encoder with the images that it was trained on: of its own size, normalised, of three channels.
+    """An encoder with its preprocessing: resize, normalise, convert to three channels.
 
     Args:
         encoder: images to embeddings.
-        event: (C, H, W) of the images that come, in [-1, 1].
-        size: (h, w) of those that the encoder takes.
-        mean, std: of its images in [0, 1], by channel.
+        event: (C, H, W) of the given images, in [-1, 1].
+        size: (h, w) of the encoder's input.
+        mean, std: by channel, of the encoder's training images in [0, 1].
     """
 
     rows: Tensor
@@ -72,7 +72,7 @@ class Prepared(nn.Module):
 
     def forward(self, x0: Tensor) -> Tensor:
         """The embeddings, [N, D]."""
-        resized = self.rows @ x0 @ self.columns.mT  # as bicubic resizing, which no engine does alike
+        resized = self.rows @ x0 @ self.columns.mT  # bicubic resizing, on which engines disagree
         embedding: Tensor = self.encoder(((resized + 1) / 2 - self.mean) / self.std)
         return embedding
 

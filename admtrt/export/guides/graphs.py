@@ -1,4 +1,4 @@
-"""The graphs of guides: a UNet with a loss of its x_0 behind it, and the gradient through both."""
+"""The graphs of guides: a UNet, a loss of its x_0, and the gradient through both."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from admtrt.export.guides.guide import AnyGuide
     from admtrt.models.unet import UNet
 
-_TINY = 1e-20  # below every root mean square that float32 can square
+_TINY = 1e-20  # avoids a division by 0; smaller root mean squares underflow in float32
 
 
 class GuidedUNet(nn.Module):
-    """The UNet's output and - loss of each sample; then that times ``boost``, unless it is 1.
+    """The UNet's output, - loss of each sample and, unless ``boost`` is 1, - loss times ``boost``.
 
-    Called with what the graph takes, in its order.
+    Takes the graph's inputs in order.
 
     Args:
         unet: called with x, t and its conditions by name.
-        config: of the UNet.
-        guide: whose loss it is.
+        config: configuration of the UNet.
+        guide: guide with the loss.
         boost: see :func:`guide_graph`.
     """
 
@@ -60,7 +60,7 @@ class GuidedUNet(nn.Module):
 
 
 class NoisyLoss(nn.Module):
-    """- loss of the state; then that times ``boost``, unless it is 1. Called as the graph."""
+    """- loss of the state and, unless ``boost`` is 1, that times ``boost``. Takes the graph's inputs."""
 
     def __init__(self, guide: Guide, boost: float = 1.0) -> None:
         super().__init__()
@@ -76,17 +76,17 @@ class NoisyLoss(nn.Module):
 def guide_graph(
     unet: UNet, guide: AnyGuide, *, conv_backward: ConvBackward = "flipped", boosted: bool = False
 ) -> ir.Model:
-    """The graph of a guide, typed and named as :func:`admtrt.contract.guide_spec` says.
+    """The graph of a guide, with the types and names of :func:`admtrt.contract.guide_spec`.
 
     Args:
-        unet: of the bundle.
-        guide: with a graph of its own.
+        unet: the bundle's UNet.
+        guide: a guide that has a graph of its own.
         conv_backward: see :data:`~admtrt.export.tape.ConvBackward`.
         boosted: start the backward pass from sqrt(CHW) times the loss, and divide at the end, so that the
             gradient of a norm stays within the range of fp16.
     """
     if not isinstance(guide, Guide):
-        assert guide.network is not None  # without one it runs the UNet's graph
+        assert guide.network is not None  # otherwise it would reuse the UNet's graph
         return unet_graph(guide.network)
     event = event_shape(unet.config)
     boost = math.sqrt(math.prod(event)) if boosted else 1.0
@@ -112,7 +112,7 @@ def guide_graph(
 
 
 def _mark_loss(model: ir.Model) -> None:
-    """Say of every node behind the UNet that it is the loss's; its backward will say so too."""
+    """Mark every node after the UNet as part of the loss. Its backward inherits the mark."""
     behind = {value for value in model.graph.outputs if value.name == "out"}
     for node in model.graph:
         if not behind.isdisjoint(node.inputs):

@@ -1,4 +1,4 @@
-"""Guides as users give them: a loss as a module, or a second network."""
+"""Guides as users define them: a loss as a module, or a second network."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Guide:
 
     Attributes:
         name: of the guide in the bundle.
-        loss: ``forward(x0, ...)`` -> [N], smaller is better, each number of its own sample alone; x0 is
-            float32 [N, C, H, W]. The names of the other parameters are those of ``targets``. One called
-            ``x_t`` is given the state, one called ``sqrt_one_minus_alpha_bar`` that number, float32 [N].
-        targets: further inputs by name, with their sizes but the batch; float32.
+        loss: ``forward(x0, ...)`` -> [N], smaller is better; each value may depend on its own sample only. x0
+            is float32 [N, C, H, W]. The other parameters are named as in ``targets``. A parameter ``x_t``
+            receives the state, a parameter ``sqrt_one_minus_alpha_bar`` that number, float32 [N].
+        targets: further float32 inputs by name, with their shape without the batch.
         through: ``unet`` for a loss of the x_0 that the UNet predicts, differentiated through the UNet;
             ``x_t`` for a loss of the state, ``forward(x, t, ...)`` with t in the UNet's unit.
-        place, scale, normalise, clip: see :class:`~admtrt.schedule.guides.GuideConfig`; ``clip`` is of
-            ``unet`` alone. Left out, the place is ``shift`` (DPS) and ``score``.
-        kind: name of a built-in loss, for the manifest.
+        place, scale, normalise, clip: see :class:`~admtrt.schedule.guides.GuideConfig`; ``clip`` exists for
+            ``unet`` only. The default place is ``shift`` (DPS) for ``unet`` and ``score`` for ``x_t``.
+        kind: name of the built-in loss, for the manifest.
 
     Raises:
         LossError: if the parameters of the loss are not the targets, or a choice is unknown.
@@ -73,11 +73,11 @@ class Guide:
                 f"{', '.join(first)}, but the targets are {', '.join(self.targets) or 'none'}",
                 hint="Give targets={name: sizes} with the names of forward's parameters.",
             )
-        self.config  # noqa: B018 - refuses what cannot be
+        self.config  # noqa: B018 - raises if invalid
 
     @property
     def parameters(self) -> tuple[str, ...]:
-        """Those of the loss's ``forward``, in order."""
+        """The parameters of the loss's ``forward``, in order."""
         return tuple(inspect.signature(self.loss.forward).parameters)
 
     @property
@@ -85,7 +85,7 @@ class Guide:
         """Description for the manifest.
 
         Raises:
-            ExportError: for an impossible choice.
+            ExportError: for an invalid choice.
         """
         fields = {
             "kind": _KINDS[self.through],
@@ -109,7 +109,7 @@ class Guide:
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A second evaluation that samples are led away from: classifier-free guidance, autoguidance.
+    """A second evaluation that guidance extrapolates away from: classifier-free guidance, autoguidance.
 
     Attributes:
         name: of the guide in the bundle.

@@ -1,4 +1,4 @@
-"""Built-in losses of an image x0, [N, C, H, W], and what each measures it against."""
+"""Built-in losses of an image x0, [N, C, H, W], and their targets."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _norm(residual: Tensor) -> Tensor:
 
 
 class Linear(nn.Module):
-    """|| measurement - mask * (rows x0 columns') ||: masks, resizes and separable blurs as data."""
+    """|| measurement - mask * (rows x0 columns') ||: masks, resizing and separable blurs as targets."""
 
     def forward(self, x0: Tensor, measurement: Tensor, mask: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
         """The norm, [N]."""
@@ -60,7 +60,7 @@ class TotalVariation(nn.Module):
 
 
 class Range(nn.Module):
-    """Mean of the squares by which values leave [-1, 1]."""
+    """Mean squared distance of values from [-1, 1]."""
 
     def forward(self, x0: Tensor) -> Tensor:
         """The mean, [N]."""
@@ -70,7 +70,7 @@ class Range(nn.Module):
 class Fourier(nn.Module):
     """|| measurement - mask * |F x0| ||: magnitudes of the discrete Fourier transform, orthonormal.
 
-    The transform is two matrix products: engines have no operator for it.
+    The transform is two matrix products, because engines lack a DFT operator.
 
     Args:
         height, width: of the images.
@@ -129,5 +129,5 @@ def total_variation(event: tuple[int, ...], name: str = "tv") -> Guide:  # noqa:
 
 
 def value_range(event: tuple[int, ...], name: str = "range") -> Guide:  # noqa: ARG001 - as above
-    """The guide ``range``: x_0 unbounded, or nothing would leave the range."""
+    """The guide ``range``, on the unclipped x_0: a clipped one would never leave the range."""
     return Guide(name, Range(), kind="range", clip=False)

@@ -1,4 +1,4 @@
-"""Guides by what a command line says: built-in ones, some with a file, and those of a user's module."""
+"""Guides from the command line: built-in ones, some with a file, and those of a user's module."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class BuiltIn:
     """A built-in guide.
 
     Attributes:
-        make: from the loaded UNet and the file, None where none is given.
-        file: what the file is; empty where it takes none.
+        make: makes the guide from the loaded UNet and the file, which is None if not given.
+        file: description of the file; empty if it takes none.
     """
 
     make: Callable[[LoadedNetwork, Path | None], AnyGuide]
@@ -44,12 +44,12 @@ class BuiltIn:
 
 
 def guides_named(texts: Sequence[str], unet: LoadedNetwork) -> list[AnyGuide]:
-    """The guides of several texts, see :data:`_FORM`; a user's module is imported, and so runs.
+    """Make guides from texts, see :data:`_FORM`. This imports, and thus runs, a user's module.
 
     Raises:
-        RequestError: for a form that is none, or a built-in without its file.
-        LossError: if a user's module gives no guide.
-        CheckpointError: if a file is no checkpoint of the kind.
+        RequestError: for an unknown form, or a built-in guide without its file.
+        LossError: if a user's factory returns no guide.
+        CheckpointError: if a file is not a checkpoint of the right kind.
     """
     return [_named(text, unet) for text in texts]
 
@@ -81,8 +81,8 @@ def _listed() -> str:
 
 
 def _from_module(name: str, module: str, attribute: str, unet: LoadedNetwork) -> AnyGuide:
-    """The guide that a factory of a user's module makes for images of a shape."""
-    sys.path.insert(0, str(Path.cwd()))  # as python -m does
+    """Call the factory in a user's module with the shape of the images."""
+    sys.path.insert(0, str(Path.cwd()))  # like python -m
     try:
         factory = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
@@ -121,7 +121,7 @@ def _convolution(unet: LoadedNetwork, file: Path | None) -> Guide:
 
 
 def _classifiers(unet: LoadedNetwork, file: Path | None) -> list[Classifier]:
-    """The classifiers of files, joined by +, in the UNet's unit of t."""
+    """Load classifiers from files joined by ``+``; they take t in the UNet's unit."""
     assert file is not None
     found = []
     for one in str(file).split("+"):
@@ -159,7 +159,7 @@ def _noisy(unet: LoadedNetwork, file: Path | None) -> Guide:
 
 
 def _cosine(unet: LoadedNetwork, file: Path | None) -> Guide:
-    """An encoder's ONNX file, with CLIP's mean and standard deviation."""
+    """An encoder from an ONNX file, with CLIP's mean and standard deviation."""
     assert file is not None
     encoder = OnnxFile(file)
     if len(encoder.result) != 1:
@@ -189,4 +189,4 @@ _MAKERS: Mapping[str, Callable[[LoadedNetwork, Path | None], AnyGuide]] = {
 }
 assert _MAKERS.keys() == FILES.keys(), "the names of built_in.py are not those that are made here"
 BUILT_INS: dict[str, BuiltIn] = {name: BuiltIn(_MAKERS[name], file) for name, file in FILES.items()}
-"""By name."""
+"""The built-in guides by name."""

@@ -1,8 +1,8 @@
 """Vector-Jacobian products of ONNX operators, one small function each.
 
-A rule gets the tape, the forward node and the gradients of its outputs (None where nothing flows), and
-returns the gradients of its inputs (None where there is none, or where the input is constant in x). It may
-use the forward node's inputs and outputs; what it does not use is dropped from the graph afterwards.
+A rule gets the tape, the forward node and the gradients of its outputs (None if an output has no gradient),
+and returns the gradients of its inputs (None for a missing input or one that does not depend on x). It may
+use the forward node's inputs and outputs. Values that no rule uses are removed from the graph afterwards.
 """
 
 from admtrt.export.vjp import (

@@ -1,6 +1,6 @@
-"""Operators that act on each element.
+"""Gradient rules of elementwise operators.
 
-With y the output, g its gradient and dx that of the input; what was broadcast is summed over.
+With y the output, g its gradient and dx the gradient of the input; broadcast axes are summed over.
 
 - Identity: dx = g. Neg: dx = -g. Cast: dx = g in the type of x
 - Add, Sum: dx = g for each. Mean of n: dx = g / n. Sub: da = g, db = -g
@@ -62,7 +62,7 @@ def _cast(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Sum", "Mean")
 def _sum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Of any number of values."""
+    """Sum any number of values."""
     g = only(incoming)
     if node.op_type == "Mean":
         g = tape.op("Mul", g, tape.scalar(1 / len(node.inputs), g))
@@ -128,7 +128,7 @@ def _pow(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 
 def _slope_of_power(tape: Tape, node: ir.Node) -> ir.Value | None:
-    """Of x^p with respect to x; None where it is 0 everywhere."""
+    """The derivative of x^p with respect to x; None if it is 0 everywhere."""
     x, p = input_of(node, 0), input_of(node, 1)
     assert x.dtype is not None
     zero = tape.scalar(0.0, x)
@@ -139,7 +139,7 @@ def _slope_of_power(tape: Tape, node: ir.Node) -> ir.Value | None:
     exponents = p.const_value.numpy().astype(x.dtype.numpy())
     if not exponents.any():
         return None
-    if exponents.size == 1:  # its rank is the result's business, not the slope's
+    if exponents.size == 1:  # a scalar, whatever its rank
         exponents = exponents.reshape(())
     factor, less = tape.array(exponents), tape.array(exponents - exponents.dtype.type(1))
     power = x if (exponents == 2).all() else tape.op("Pow", x, less)
@@ -153,7 +153,7 @@ def _slope_of_power(tape: Tape, node: ir.Node) -> ir.Value | None:
 
 @rule("Clip")
 def _clip(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """The gradient passes where the value lies within the bounds; at them as PyTorch's function has it."""
+    """The gradient passes inside the bounds; exactly at them it follows PyTorch's function."""
     x, g = input_of(node, 0), only(incoming)
     refuse_active(tape, node, 1, 2)
     outside_of = ("Less", "Greater") if passes_at_ends(node) else ("LessOrEqual", "GreaterOrEqual")
@@ -175,7 +175,7 @@ def _where(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 
 def _unary(op_type: str, derivative: Callable[[Tape, ir.Value, ir.Value], ir.Value]) -> None:
-    """Register y = f(x) by its derivative as a function of x and y."""
+    """Register the rule of y = f(x), given its derivative as a function of x and y."""
 
     def product(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
         return [tape.op("Mul", only(incoming), derivative(tape, input_of(node, 0), node.outputs[0]))]
@@ -217,7 +217,7 @@ _unary("Atanh", lambda tape, x, y: tape.op("Reciprocal", _one_minus(tape, _squar
 _unary("Sigmoid", lambda tape, x, y: tape.op("Mul", y, _one_minus(tape, y)))
 _unary("Softsign", lambda tape, x, y: _square(tape, _one_minus(tape, tape.op("Abs", y))))
 _unary("Tanh", lambda tape, x, y: _one_minus(tape, tape.op("Mul", y, y)))
-# exp(x - y) is the sigmoid, with all its digits far below 0: there it is the whole gradient of log p.
+# exp(x - y) is the sigmoid, accurate also far below 0, where it is the whole gradient of log p.
 _unary("Softplus", lambda tape, x, y: tape.op("Exp", tape.op("Sub", x, y)))
 _unary(
     "Erf",
@@ -229,7 +229,7 @@ _unary(
 
 @rule("Relu")
 def _relu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """A choice, not a product: an infinite gradient at 0, as of a root behind it, is 0 in PyTorch."""
+    """Where, not Mul: 0 * inf is NaN. An infinite gradient at 0, as of a square root, is 0 in PyTorch."""
     y, g = node.outputs[0], only(incoming)
     zero = tape.scalar(0.0, y)
     return [tape.op("Where", tape.op("Greater", y, zero), g, zero)]
@@ -237,20 +237,20 @@ def _relu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Mod")
 def _mod(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """x less a multiple of the divisor, which must not depend on x."""
+    """y is x minus a multiple of the divisor, which must not depend on x."""
     refuse_active(tape, node, 1)
     return [only(incoming), None]
 
 
 @rule("Floor", "Ceil", "Round", "Sign")
 def _steps(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Constant almost everywhere."""
+    """Step functions: the derivative is 0 almost everywhere."""
     return [None]
 
 
 @rule("Sqrt")
 def _sqrt(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """0 at 0, the subgradient that keeps the deviation of equal values finite."""
+    """0 at 0: keeps the gradient of the standard deviation of equal values finite."""
     y, zero = node.outputs[0], tape.scalar(0.0, node.outputs[0])
     slope = tape.op("Where", tape.op("Greater", y, zero), tape.op("Div", tape.scalar(0.5, y), y), zero)
     return [tape.op("Mul", only(incoming), slope)]
@@ -308,7 +308,7 @@ def _leaky_relu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Elu", "Selu", "Celu")
 def _elu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Below 0 each is y = k (exp(x / s) - 1), whose slope is (y + k) / s; above, a line of slope m."""
+    """Below 0, y = k (exp(x / s) - 1) with slope (y + k) / s; above 0, a line with slope m."""
     x, y = input_of(node, 0), node.outputs[0]
     if node.op_type == "Selu":
         m = float_attribute(node, "gamma", 1.05070102214813232421875)
@@ -323,7 +323,7 @@ def _elu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("HardSigmoid")
 def _hard_sigmoid(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """The line's slope between 0 and 1."""
+    """The slope alpha where 0 < y < 1."""
     y, zero = node.outputs[0], tape.scalar(0.0, node.outputs[0])
     slope = tape.scalar(float_attribute(node, "alpha", 0.2), y)
     below_one = tape.op("Where", tape.op("Less", y, tape.scalar(1.0, y)), slope, zero)
@@ -351,9 +351,9 @@ def _mish(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Max", "Min")
 def _extremum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """All to the one that is taken; half to each of two equal ones, as in PyTorch.
+    """The selected input gets the gradient; two equal inputs get half each, as in PyTorch.
 
-    Of a clamp's pair the bound has nothing at a tie, and the value what :func:`passes_at_ends` says.
+    For a clamp, the bound gets nothing at a tie; :func:`passes_at_ends` decides for the value.
     """
     if len(node.inputs) != 2:
         raise ExportError(f"{node.op_type} '{node.name}' is of {len(node.inputs)} values; nest pairs of them")

@@ -1,14 +1,14 @@
-"""Operators that move values about: reshapes, slices, concatenations.
+"""Gradient rules of operators that move values: reshapes, slices, concatenations.
 
-With g the gradient of the output and dx that of the input:
+With g the gradient of the output and dx the gradient of the input:
 
 - Reshape, Flatten, Squeeze, Unsqueeze: dx = g in the shape of x
 - Transpose: dx = g transposed by the inverse permutation
 - Expand: dx = g summed over the axes that were repeated
 - Concat: dx = the part of g that x became. Split: dx = the gradients of the parts joined, 0 for a missing one
-- Slice: dx = g among zeros
+- Slice: dx = g padded with zeros
 - Tile: dx = g summed over the copies
-- DepthToSpace, SpaceToDepth: dx = g by the other of the two
+- DepthToSpace, SpaceToDepth: dx = g transformed by the other of the two
 - Trilu: dx = the same triangle of g
 """
 
@@ -42,7 +42,7 @@ def _transpose(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     perm = ints_attribute(node, "perm", range(rank - 1, -1, -1))
     product = g.producer()
     if swaps_last(node, rank) and product is not None and product.op_type == "MatMul":
-        # (A B)' = B' A': the factors are smaller than attention's product, and often transposed already.
+        # (A B)' = B' A': the factors are smaller than attention's product, and often already transposed.
         a, b = product.inputs
         if a is not None and b is not None and a.shape is not None and b.shape is not None:
             return [tape.op("MatMul", tape.swap_last(b), tape.swap_last(a))]
@@ -80,7 +80,7 @@ def _split(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Slice")
 def _slice(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Zero padding puts a slice back, of a stride with zeros in between; no scatter."""
+    """Pad with zeros (and interleave zeros for strides) instead of a scatter."""
     x, g = input_of(node, 0), only(incoming)
     dims, rank = dims_of(x), len(dims_of(x))
     cut = dims_of(node.outputs[0])
@@ -113,12 +113,12 @@ def _reversed(tape: Tape, value: ir.Value, axis: int) -> ir.Value:
 
 
 def _cropped(tape: Tape, value: ir.Value, axis: int, count: int) -> ir.Value:
-    """Without the last places of an axis."""
+    """Remove the last positions of an axis."""
     return tape.op("Slice", value, tape.ints(0), tape.ints(-count), tape.ints(axis))
 
 
 def _spaced(tape: Tape, value: ir.Value, axis: int, step: int, sizes: Sequence[int | None]) -> ir.Value:
-    """Zeros behind every place of an axis, ``step`` - 1 of them; ``sizes`` is the shape that it gives."""
+    """Insert ``step`` - 1 zeros after every position of an axis; ``sizes`` is the resulting shape."""
     apart = tape.op("Unsqueeze", value, tape.ints(axis + 1))
     rank = len(sizes) + 1
     apart = tape.op("Pad", apart, tape.ints(*[0] * (rank + axis + 1), step - 1, *[0] * (rank - axis - 2)))
@@ -144,7 +144,7 @@ def _tile(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("DepthToSpace")
 def _depth_to_space(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Blocks back into channels, before the image's own (DCR) or behind (CRD: PyTorch's pixel shuffle)."""
+    """Move blocks back into channels, first (DCR) or last (CRD, PyTorch's pixel shuffle)."""
     block = int_attribute(node, "blocksize", 1)
     _, channels, height, width = dims_of(node.outputs[0])
     if channels is None or height is None or width is None:

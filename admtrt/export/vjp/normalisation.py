@@ -1,10 +1,10 @@
-"""Normalisations and softmax.
+"""Gradient rules of normalisations and softmax.
 
 With y the output, g its gradient, n the normalised x, r = 1 / sqrt(variance + epsilon), h = g scale, and
-means over what is normalised together:
+means over the elements that are normalised together:
 
 - InstanceNormalization, LayerNormalization, GroupNormalization: dx = r (h - mean(h) - n mean(h n))
-- BatchNormalization, in the form of inference: dx = h r
+- BatchNormalization, inference form: dx = h r
 - Softmax: dx = y (g - sum(g y))
 - LogSoftmax: dx = g - p sum(g), p = exp(y)
 """
@@ -30,8 +30,8 @@ def _normalisation(
 ) -> ir.Value:
     """Gradient through y = (x - mean) / std over ``axes``: (g - mean(g) - y mean(g y)) / std.
 
-    In float32 whatever the graph's type, since the sums run over up to millions of elements; the variance
-    in two passes, never as E[x^2] - E[x]^2. ``normalised`` is y where the forward graph holds it.
+    Always in float32, since the sums run over up to millions of elements. The variance is computed in two
+    passes, never as E[x^2] - E[x]^2. ``normalised`` is y, if the forward graph contains it.
     """
     dtype = x.dtype
     assert dtype is not None
@@ -55,7 +55,7 @@ def _epsilon(node: ir.Node) -> float:
 
 @rule("InstanceNormalization")
 def _instance_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Every channel normalised over its positions; in the group-norm form each channel is a whole group."""
+    """Each channel is normalised over its positions. In the group-norm form a channel is a whole group."""
     g, x, scale, bias = only(incoming), input_of(node, 0), constant_of(node, 1), constant_of(node, 2)
     assert scale is not None
     rank = len(dims_of(x))
@@ -78,7 +78,7 @@ def _layer_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("GroupNormalization")
 def _group_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Opset 21: one scale and bias for each channel."""
+    """Opset 21: one scale and one bias per channel."""
     g, x = only(incoming), input_of(node, 0)
     dims = dims_of(x)
     groups = node.attributes["num_groups"].as_int()
@@ -98,7 +98,7 @@ def _group_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("BatchNormalization")
 def _batch_norm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Inference form: a constant scale for each channel."""
+    """Inference form: a constant scale per channel."""
     refuse_active(tape, node, 2, 3)
     scale, variance = constant_of(node, 1), constant_of(node, 4)
     assert scale is not None
@@ -120,11 +120,11 @@ def _softmax(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 
 def _sum_by_product(tape: Tape, softmax: ir.Node) -> ir.Value | None:
-    """sum(g y) of attention weights y as sum(dO O) of the product O = y V or V' y' that they are for.
+    """Compute sum(g y) of attention weights y as sum(dO O), where O = y V or V' y' is attention's output.
 
-    The same number, since g = dO V' (FlashAttention, Dao et al. 2022, uses it), from the channels of a head
-    in place of all positions: the largest tensors of a network are read once, not three times. None where
-    anything else reads y, or O has no fewer columns.
+    The two are equal, since g = dO V' (used by FlashAttention, Dao et al. 2022). The sum runs over the
+    channels of a head instead of all positions, so the largest tensors of a network are read once, not three
+    times. None if y has other readers, or O does not have fewer columns.
     """
     y = softmax.outputs[0]
     turned = tape.only_reader(y, "Transpose")
@@ -155,9 +155,9 @@ def _sum_by_product(tape: Tape, softmax: ir.Node) -> ir.Value | None:
 def _log_softmax(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """g - p sum(g), p the softmax, as g (1 - p) - p (sum(g) - g).
 
-    The gradient of one class's log p is 1 - p there, which p itself no longer holds where the network is
-    certain: the one p that can exceed a half has the sum of the others in place of the difference. Then the
-    result is as exact as p, relative to its size, in bf16 as well.
+    The gradient of one class's log p is 1 - p, which cancels if the network is certain. Therefore 1 - p of a
+    p above one half is computed as the sum of the other probabilities. The result is then as accurate as p,
+    relative to its size, in bf16 too.
     """
     g, axis = only(incoming), int_attribute(node, "axis", -1)
     p = tape.op("Softmax", input_of(node, 0), axis=axis)

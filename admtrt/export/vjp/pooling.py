@@ -1,9 +1,9 @@
-"""Pooling: windows of an image, with their largest value or their mean.
+"""Gradient rules of pooling: the maximum or the mean of windows of an image.
 
-With g the gradient of the output and dx that of the input:
+With g the gradient of the output and dx the gradient of the input:
 
-- MaxPool: dx = sum of g over the windows in which x is the first of the largest
-- AveragePool: dx = sum of g / (places that count) over the windows that x is in
+- MaxPool: dx = sum of g over the windows in which x is the first maximum
+- AveragePool: dx = sum of g / (number of positions counted) over the windows that contain x
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class _Windows(NamedTuple):
-    """Of each axis of an image: its size, how many windows there are, and how they lie."""
+    """The windows of a pooling along each spatial axis: image size, number of windows, geometry."""
 
     sizes: list[int]
     counts: list[int]
@@ -38,14 +38,14 @@ class _Windows(NamedTuple):
 
     @property
     def tile(self) -> bool:
-        """True where they cover every position once."""
+        """True if the windows cover every position exactly once."""
         covered = [count * k for count, k in zip(self.counts, self.kernel, strict=True)]
         plain = not any(self.before) and {*self.dilations} == {1}
         return plain and self.strides == self.kernel and covered == self.sizes
 
     @property
     def reach(self) -> list[int]:
-        """End of the last window, counted from the first place of the padding."""
+        """End of the last window, counted from the start of the padding."""
         axes = zip(self.counts, self.strides, self.dilations, self.kernel, strict=True)
         return [(count - 1) * stride + dilation * (k - 1) + 1 for count, stride, dilation, k in axes]
 
@@ -66,7 +66,7 @@ def _windows(node: ir.Node) -> _Windows:
 
 @rule("MaxPool")
 def _max_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """All to the first of a window's largest, as in PyTorch: a one-hot product over windows, no scatter."""
+    """A window's gradient goes to its first maximum, as in PyTorch: a one-hot product, no scatter."""
     x, windows = input_of(node, 0), _windows(node)
     g = only(incoming)
     back = _to_tiles(tape, x, g, windows) if windows.tile else _to_windows(tape, x, g, windows)
@@ -88,7 +88,7 @@ def _to_tiles(tape: Tape, x: ir.Value, g: ir.Value, windows: _Windows) -> ir.Val
 
 
 def _to_windows(tape: Tape, x: ir.Value, g: ir.Value, windows: _Windows) -> ir.Value:
-    """Windows that overlap, pad or leave gaps: by a strided slice for each of their places."""
+    """Extract windows that overlap, pad or leave gaps, with one strided slice per kernel position."""
     assert x.dtype is not None
     channels, rank, places = dims_of(x)[1] or 0, len(windows.kernel), math.prod(windows.kernel)
     after = [
@@ -115,7 +115,7 @@ def _to_windows(tape: Tape, x: ir.Value, g: ir.Value, windows: _Windows) -> ir.V
 
 
 def _one_hot_largest(tape: Tape, values: ir.Value, places: int, *, behind: int) -> ir.Value:
-    """1 at the first of the largest along the axis with this many behind it, 0 elsewhere."""
+    """One-hot of the first maximum along an axis, given the number of axes after it."""
     assert values.dtype is not None
     taken = tape.op("ArgMax", values, axis=-1 - behind, keepdims=1)
     numbers = tape.array(np.arange(places).reshape(-1, *[1] * behind))
@@ -129,7 +129,7 @@ def _put_back(
     windows: _Windows,
     channels: int,
 ) -> ir.Value:
-    """Sums over the windows that a position is in: a ConvTranspose by channel, cut to the image."""
+    """Sum over the windows that contain a position: a depthwise ConvTranspose, cropped to the image."""
     back = tape.op(
         "ConvTranspose", value, tape.array(weights), kernel_shape=windows.kernel, strides=windows.strides,
         dilations=windows.dilations, group=channels,
@@ -137,7 +137,7 @@ def _put_back(
     ends = [p + size for p, size in zip(windows.before, windows.sizes, strict=True)]
     short = [max(end - r, 0) for end, r in zip(ends, windows.reach, strict=True)]
     rank = len(windows.kernel)
-    if any(short):  # of places that no window reaches
+    if any(short):  # positions that no window reaches
         back = tape.op("Pad", back, tape.ints(*[0] * (rank + 2), 0, 0, *short))
     if not any(windows.before) and all(e >= r for e, r in zip(ends, windows.reach, strict=True)):
         return back
@@ -148,7 +148,7 @@ def _put_back(
 
 @rule("AveragePool")
 def _average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Every position gets the shares of the windows that it is in."""
+    """Every position gets its share of each window that contains it."""
     x, windows, g = input_of(node, 0), _windows(node), only(incoming)
     assert x.dtype is not None
     if windows.tile:

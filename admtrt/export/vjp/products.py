@@ -1,10 +1,9 @@
-"""Matrix products and convolutions.
+"""Gradient rules of matrix products and convolutions.
 
 With g the gradient of the output and ' the transpose of the last two axes:
 
 - MatMul, y = A B: dA = g B', dB = A' g, summed over the axes that were broadcast
-- Gemm, y = alpha A B + beta C, either factor perhaps transposed: dA = alpha g B', dB = alpha A' g,
-  dC = beta g
+- Gemm, y = alpha A B + beta C, with optional transposes: dA = alpha g B', dB = alpha A' g, dC = beta g
 - Conv: dx = a Conv of g with the flipped kernel, or a ConvTranspose of g with the same weights
 - ConvTranspose: dx = a Conv of g with the same weights
 """
@@ -39,7 +38,7 @@ def _matmul(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 
 def _sum_batch(tape: Tape, gradient: ir.Value, like: ir.Value, out: ir.Value) -> ir.Value:
-    """Undo the broadcasting of a product's leading axes; the last two never broadcast."""
+    """Undo the broadcasting of a product's leading axes. The last two never broadcast."""
     small, large = dims_of(like), dims_of(out)
     gradient.shape = ir.Shape([*(out.shape or ())[:-2], *small[-2:]])
     if small[:-2] == large[:-2]:
@@ -71,8 +70,8 @@ def _gemm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 def _conv(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """The input's gradient; weights and bias must not depend on x.
 
-    Stride 1: the correlation with the flipped kernel, as a Conv. Other strides, groups, or where weights
-    are to be shared or are computed: a ConvTranspose, whose layout of the weights is the one they have.
+    Stride 1: a Conv with the flipped kernel. Other strides, groups, and weights that are shared or computed:
+    a ConvTranspose, which takes the weights in the layout they have.
     """
     g, x = only(incoming), input_of(node, 0)
     refuse_active(tape, node, 1, 2)
@@ -134,7 +133,7 @@ def _conv(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("ConvTranspose")
 def _conv_transpose(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """A Conv of the same weights, strides and pads, which leaves out what output padding added."""
+    """A Conv with the same weights, strides and pads, without the output padding."""
     refuse_active(tape, node, 1, 2)
     _require_pads(node)
     if "output_shape" in node.attributes:

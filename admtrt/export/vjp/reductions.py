@@ -1,6 +1,6 @@
-"""Reductions and running sums.
+"""Gradient rules of reductions and running sums.
 
-With y the output, g its gradient repeated along what was reduced, and n the values that were:
+With y the output, g its gradient repeated along the reduced axes, and n the number of reduced values:
 
 - ReduceSum: dx = g. ReduceMean, GlobalAveragePool: dx = g / n
 - ReduceL1: dx = g sign x. ReduceL2: dx = g x / y, 0 where y = 0. ReduceSumSquare: dx = 2 g x
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def _spread(tape: Tape, node: ir.Node, gradient: ir.Value) -> ir.Value:
-    """A reduction's gradient with the reduced axes back, at size 1."""
+    """Restore the reduced axes of a reduction's gradient, with size 1."""
     if int_attribute(node, "keepdims", 1):
         return gradient
     return tape.op("Unsqueeze", gradient, tape.ints(*axes_of(node)))
@@ -42,7 +42,7 @@ def _expand(tape: Tape, value: ir.Value, like: ir.Value, axes: Sequence[int]) ->
     dims = dims_of(like)
     if any(dims[axis] is None for axis in axes):
         return tape.op("Expand", value, tape.op("Shape", like))
-    # Size 1 leaves an axis as it is, so the batch needs no mention.
+    # Expand keeps an axis for target size 1, so the batch needs no dynamic size.
     return tape.op(
         "Expand", value, tape.ints(*[size if axis in axes and size else 1 for axis, size in enumerate(dims)])
     )
@@ -68,7 +68,7 @@ def _reduce_l1(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("ReduceMax", "ReduceMin")
 def _reduce_extremum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """To all that equal the largest evenly, as in PyTorch's amax; to the first, as in its max(dim)."""
+    """Split evenly among equal maxima, as PyTorch's amax; or all to the first, as its max(dim)."""
     x, g = input_of(node, 0), _spread(tape, node, only(incoming))
     assert x.dtype is not None
     if first_of_equals(node) and dims_of(x)[axes_of(node)[0]] is not None:
@@ -86,7 +86,7 @@ def _reduce_squares(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients
     g = _spread(tape, node, only(incoming))
     if node.op_type == "ReduceL2":
         norm = _spread(tape, node, node.outputs[0])
-        zero = tape.scalar(0.0, x)  # the subgradient at 0 that PyTorch takes
+        zero = tape.scalar(0.0, x)  # PyTorch's subgradient at 0
         g = tape.op("Where", tape.op("Greater", norm, zero), tape.op("Div", g, norm), zero)
     else:
         g = tape.op("Mul", g, tape.scalar(2.0, x))
@@ -95,7 +95,7 @@ def _reduce_squares(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients
 
 @rule("ReduceLogSum")
 def _reduce_log_sum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """1 / sum, to each."""
+    """Each value gets 1 / sum."""
     x = input_of(node, 0)
     share = tape.op("Mul", only(incoming), tape.op("Exp", tape.op("Neg", node.outputs[0])))
     back = _expand(tape, _spread(tape, node, share), x, axes_of(node))
@@ -112,7 +112,7 @@ def _reduce_log_sum_exp(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradi
 
 @rule("GlobalMaxPool")
 def _global_max_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """To all that equal the largest evenly."""
+    """Split evenly among equal maxima."""
     x = input_of(node, 0)
     assert x.dtype is not None
     taken = tape.cast(tape.op("Equal", x, node.outputs[0]), x.dtype)
@@ -133,7 +133,7 @@ def _global_average_pool(tape: Tape, node: ir.Node, incoming: Gradients) -> Grad
 
 @rule("ReduceProd")
 def _reduce_prod(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """The product of the others, formed without a division: any of the values may be 0."""
+    """The product of the other values, without a division: values may be 0."""
     x, axes = input_of(node, 0), axes_of(node)
     rank, axis = len(dims_of(x)), axes[0]
     size = dims_of(x)[axis] if len(axes) == 1 else None
@@ -148,7 +148,7 @@ def _reduce_prod(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("CumSum")
 def _cum_sum(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """The sum from the other end."""
+    """The running sum from the other end."""
     exclusive, reverse = (int_attribute(node, name, 0) for name in ("exclusive", "reverse"))
     axis = constant_of(node, 1)
     assert axis is not None

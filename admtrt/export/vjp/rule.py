@@ -1,4 +1,4 @@
-"""Signature and table of gradient rules, and the view of a node that rules read."""
+"""Signature and table of gradient rules, and helpers to read a node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Rule(Protocol):
-    """See the module."""
+    """A gradient rule; see :mod:`admtrt.export.vjp`."""
 
     def __call__(self, tape: Tape, node: ir.Node, incoming: Gradients, /) -> Gradients:
         """Gradients of the node's inputs."""
@@ -33,7 +33,7 @@ def rule(*op_types: str) -> Callable[[Rule], Rule]:
     """Register a rule for operators of the default domain.
 
     Raises:
-        ValueError: if an operator has one; which of two is taken would depend on the order of imports.
+        ValueError: if an operator already has a rule. Which one wins would depend on the order of imports.
     """
 
     def register(function: Rule) -> Rule:
@@ -49,7 +49,7 @@ def rule(*op_types: str) -> Callable[[Rule], Rule]:
 
 
 def constant_of(node: ir.Node, index: int) -> np.ndarray[tuple[int, ...], np.dtype[np.generic]] | None:
-    """An input's constant value; None where the input is absent."""
+    """The constant value of an input; None if the input is absent."""
     if index >= len(node.inputs) or node.inputs[index] is None:
         return None
     tensor = input_of(node, index).const_value
@@ -62,13 +62,13 @@ def constant_of(node: ir.Node, index: int) -> np.ndarray[tuple[int, ...], np.dty
 
 
 def ints_of(node: ir.Node, index: int) -> list[int] | None:
-    """An input's constant whole numbers; None where the input is absent."""
+    """The constant integers of an input; None if the input is absent."""
     values = constant_of(node, index)
     return None if values is None else [int(value) for value in values.ravel()]
 
 
 def refuse_active(tape: Tape, node: ir.Node, *indices: int) -> None:
-    """Inputs that a rule takes as constant must not depend on x: their gradient would be lost silently."""
+    """Refuse inputs that depend on x but that a rule treats as constant: their gradient would be lost."""
     for index in indices:
         if index < len(node.inputs) and node.inputs[index] in tape.active:
             raise ExportError(

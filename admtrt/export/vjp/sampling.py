@@ -1,9 +1,9 @@
-"""Linear maps along axes: resizing and padding. Backwards, matrix products.
+"""Gradient rules of linear maps along axes: resizing and padding. The gradients are matrix products.
 
-With g the gradient of the output and dx that of the input:
+With g the gradient of the output and dx the gradient of the input:
 
 - Resize: dx = g M along each axis, M [out, in] the weights of each input; the sum of g over whole tiles
-- Pad: dx = g without the padding; of reflected, repeated or wrapped places, g M along each axis
+- Pad: dx = g without the padding; for reflected, repeated or wrapped padding, g M along each axis
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def along(tape: Tape, value: ir.Value, axis: int, rank: int, matrix: NDArray[Any]) -> ir.Value:
-    """Sum over j of value[..., j, ...] matrix[j, i]: one axis of another size."""
+    """Multiply one axis by a matrix: the sum over j of value[..., j, ...] matrix[j, i]."""
     assert value.dtype is not None
     matrix = matrix.astype(value.dtype.numpy())
     if axis == rank - 1:
@@ -43,14 +43,14 @@ def along(tape: Tape, value: ir.Value, axis: int, rank: int, matrix: NDArray[Any
 
 
 def enlarged(tape: Tape, value: ir.Value, factors: Sequence[int]) -> ir.Value:
-    """Every position of an image so many times."""
+    """Repeat every position of an image."""
     scales = tape.array(np.array([1, 1, *factors], np.float32))
     return tape.op("Resize", value, None, scales, **TILING)
 
 
 @rule("Resize")
 def _resize(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Of a nearest-neighbour enlargement by whole factors, sums over tiles; else a matrix along each axis."""
+    """Nearest-neighbour upsampling by integer factors: sums over tiles. Otherwise a matrix per axis."""
     x, g = input_of(node, 0), only(incoming)
     nothing = [None] * (len(node.inputs) - 1)
     factors = enlargement_of(node)
@@ -76,7 +76,7 @@ def _resize(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 def _resizing(node: ir.Node, size: int, out_size: int, scale: float | None) -> NDArray[Any]:
     """Weights [out_size, size] of each input in each output along one axis, as ONNX defines them."""
     if all(name in node.attributes and node.attributes[name].as_string() == TILING[name] for name in TILING):
-        # In float32, as libraries compute it: which of two places a quotient near a whole number takes.
+        # In float32, like the libraries: rounding decides between two positions near an integer quotient.
         factor = np.float32(out_size / size if scale is None else scale)
         places = np.floor(np.arange(out_size, dtype=np.float32) / factor).astype(np.int64)
         return selection(np.minimum(places, size - 1), size)
@@ -87,7 +87,7 @@ def _resizing(node: ir.Node, size: int, out_size: int, scale: float | None) -> N
     }
     if attributes.get("coordinate_transformation_mode") == "tf_crop_and_resize":
         raise ExportError(f"Resize '{node.name}' crops")
-    attributes.pop("keep_aspect_ratio_policy", None)  # which has already made the sizes what they are
+    attributes.pop("keep_aspect_ratio_policy", None)  # the sizes already reflect it
     if scale is None:
         inputs, given = ["x", "", "", "c"], helper.make_tensor("c", TensorProto.INT64, [2], [size, out_size])
     else:
@@ -110,7 +110,7 @@ def _resizing(node: ir.Node, size: int, out_size: int, scale: float | None) -> N
 
 @rule("Pad")
 def _pad(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """A slice of what constants surround; sums of what was reflected, repeated or wrapped."""
+    """Constant padding: a slice. Reflected, repeated or wrapped padding: sums."""
     g, pads, dims = only(incoming), ints_of(node, 1), dims_of(input_of(node, 0))
     rank = len(dims)
     assert pads is not None
@@ -139,5 +139,5 @@ def _pad(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 
 def selection(places: NDArray[Any], size: int) -> NDArray[Any]:
-    """1 where the entry of a row is taken from the place of a column; a row of -1 is taken from none."""
+    """A one-hot matrix: row i has a 1 in column ``places[i]``; -1 gives a row of zeros."""
     return np.asarray(places.reshape(-1, 1) == np.arange(size), np.float64)

@@ -1,13 +1,13 @@
-"""Operators that take values at indices, or put them there.
+"""Gradient rules of gathers and scatters.
 
-With g the gradient of the output; a sum "at the indices" is 0 where none points:
+With g the gradient of the output. A sum "at the indices" is 0 where no index points:
 
 - Gather, GatherElements, GatherND: dx = g summed at the indices
-- TopK: dx = the gradient of the values, at the indices that it gave
+- TopK: dx = the gradient of the values, at the returned indices
 - ScatterElements, ScatterND: d(written) = g at the indices; d(data) = g, 0 where it was overwritten
 
-Backwards, indices along one axis of known size are a product with a one-hot matrix, which engines like; a
-scatter that adds up stays where they are of another kind.
+For indices along one axis of known size, the gradient is a product with a one-hot matrix, which engines run
+well. For other indices it is a scatter with addition.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @rule("Gather")
 def _gather(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Selection along an axis: zero padding around a single constant place, else a matrix."""
+    """Selection along an axis: zero padding for a single constant index, else a matrix product."""
     g, x, indices = only(incoming), input_of(node, 0), input_of(node, 1)
     dims, rank = dims_of(x), len(dims_of(x))
     axis = int_attribute(node, "axis", 0) % rank
@@ -56,7 +56,7 @@ def _gather(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 
 def _one_hot(tape: Tape, places: ir.Value, size: int, like: ir.Value) -> ir.Value:
-    """[..., K, 1] -> [..., K, size]: 1 at the place, counted from the end where it is negative."""
+    """[..., K, 1] -> one-hot [..., K, size]. Negative indices count from the end."""
     assert like.dtype is not None
     numbers = np.arange(size)
     found = [tape.op("Equal", places, tape.array(numbers - back)) for back in (0, size)]
@@ -64,7 +64,7 @@ def _one_hot(tape: Tape, places: ir.Value, size: int, like: ir.Value) -> ir.Valu
 
 
 def _along_computed(tape: Tape, value: ir.Value, axis: int, rank: int, matrix: ir.Value) -> ir.Value:
-    """Sum over j of value[..., j, ...] matrix[j, i], for a matrix that is computed."""
+    """The sum over j of value[..., j, ...] matrix[j, i], for a computed matrix."""
     last = [a for a in range(rank) if a != axis] + [axis]
     if axis == rank - 1:
         return tape.op("MatMul", value, matrix)
@@ -74,7 +74,7 @@ def _along_computed(tape: Tape, value: ir.Value, axis: int, rank: int, matrix: i
 
 @rule("GatherND")
 def _gather_nd(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Constant places along the first axes count as one axis, as in a Gather; others are added up there."""
+    """Flatten constant indices along the first axes to one axis, as in a Gather; others use a scatter."""
     g, x, indices = only(incoming), input_of(node, 0), input_of(node, 1)
     if int_attribute(node, "batch_dims", 0):
         raise ExportError(f"GatherND '{node.name}' selects within a batch")
@@ -96,7 +96,7 @@ def _gather_nd(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("ScatterND")
 def _scatter_nd(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Written values have the gradient of their place, overwritten ones none."""
+    """Written values get the gradient at their indices; overwritten values get none."""
     g, data, indices, written = only(incoming), *(input_of(node, index) for index in range(3))
     kept = g
     if _reduction(node) == "none" and data in tape.active:
@@ -106,10 +106,10 @@ def _scatter_nd(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 
 def _reduction(node: ir.Node) -> str:
-    """Reduction of a scatter: its treatment of the values at its places.
+    """The reduction of a scatter: none or add.
 
     Raises:
-        ExportError: if neither nothing nor the sum of both is left.
+        ExportError: for any other reduction.
     """
     reduction = node.attributes["reduction"].as_string() if "reduction" in node.attributes else "none"
     if reduction not in ("none", "add"):
@@ -122,21 +122,21 @@ def _reduction(node: ir.Node) -> str:
 
 @rule("GatherElements")
 def _gather_elements(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Selection along an axis, such as the score of a label."""
+    """Selection along an axis, such as a label's score."""
     axis = int_attribute(node, "axis", 0) % len(dims_of(input_of(node, 0)))
     return [_put_at(tape, node, only(incoming), input_of(node, 1), axis), None]
 
 
 @rule("TopK")
 def _top_k(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """The values were selected along an axis, at the indices that it gives too."""
+    """The values were selected along an axis at the indices that TopK also returns."""
     axis = int_attribute(node, "axis", -1) % len(dims_of(input_of(node, 0)))
     return [_put_at(tape, node, only(incoming), node.outputs[1], axis), None]
 
 
 @rule("ScatterElements")
 def _scatter_elements(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Written values have the gradient of their place, overwritten ones none."""
+    """Written values get the gradient at their indices; overwritten values get none."""
     g, data, indices = only(incoming), input_of(node, 0), input_of(node, 1)
     axis = int_attribute(node, "axis", 0) % len(dims_of(data))
     reduction = _reduction(node)
@@ -149,9 +149,9 @@ def _scatter_elements(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradien
 
 
 def _put_at(tape: Tape, node: ir.Node, values: ir.Value, indices: ir.Value, axis: int) -> ir.Value:
-    """Values summed at their places along an axis of a node's first input: a one-hot product, no scatter.
+    """Sum values at indices along an axis of a node's first input: a one-hot product, no scatter.
 
-    Along the other axes the indices may be those of a part, from the first place on.
+    Along the other axes, the indices may cover only the first positions.
     """
     x = input_of(node, 0)
     dims, own, rank = dims_of(x), dims_of(indices), len(dims_of(x))

@@ -1,11 +1,11 @@
-"""Transforms of signals and images: Fourier, sampling at computed places, overlapping patches.
+"""Gradient rules of transforms: Fourier, sampling at computed positions, overlapping patches.
 
-With g the gradient of the output and dx that of the input:
+With g the gradient of the output and dx the gradient of the input:
 
-- DFT of N values: dx = N times the inverse transform of g; of the inverse, the transform of g / N
+- DFT of N values: dx = N times the inverse transform of g. Inverse DFT: dx = the transform of g / N
 - Col2Im: dx = the patches of g
-- GridSample: dx[i, j] = sum over places p of g[p] row[p, i] column[p, j], which are tents around p; the
-  gradient of the places has the slopes of the tents
+- GridSample: dx[i, j] = sum over positions p of g[p] row[p, i] column[p, j], where row and column are tent
+  functions around p; the gradient of the positions has the slopes of the tents
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 @rule("DFT")
 def _dft(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """The transform the other way, without or with the factor 1 / N; its last axis is (real, imaginary).
+    """The transform in the other direction, with or without the factor 1 / N; the last axis is (re, im).
 
-    Of a onesided one the half that was left out counts as zeros; what it was made up from, twice.
+    For a onesided DFT, the omitted half of the gradient is zeros; for its inverse, the half that was
+    reconstructed counts twice.
     """
     x, g, out = input_of(node, 0), only(incoming), node.outputs[0]
     rank = len(dims_of(x))
@@ -74,7 +75,7 @@ def _dft(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Col2Im")
 def _col2im(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """A strided slice of the image for each place of a patch."""
+    """One strided slice of the image per position of a patch."""
     g, block = only(incoming), ints_of(node, 2)
     assert block is not None
     rank = len(block)
@@ -102,7 +103,7 @@ def _col2im(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("GridSample")
 def _grid_sample(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Bilinear sampling as a product with two rows of tents, one tent for each row or column of x."""
+    """Bilinear sampling as a product with tent functions, one per row and one per column of x."""
     x, grid, g = input_of(node, 0), input_of(node, 1), only(incoming)
     mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "linear"
     padding = node.attributes["padding_mode"].as_string() if "padding_mode" in node.attributes else "zeros"

@@ -1,1 +1,1 @@
-"""Networks and processes of diffusers' files, told in ADM's terms; nothing of theirs is imported."""
+"""Translate networks and processes of diffusers' files to ADM's, without importing diffusers."""

@@ -1,7 +1,7 @@
-"""Tensors of a ``UNet2DModel`` under the names that ADM's UNet has for them.
+"""Rename the tensors of a ``UNet2DModel`` to ADM's names.
 
-Names of the modules and their places: diffusers' blocks are counted by level, ADM's from the first
-convolution on. Queries, keys and values are three linear maps there and one 1x1 convolution here.
+Diffusers counts blocks by level, ADM from the first convolution on. Queries, keys and values are three linear
+maps in diffusers and one 1x1 convolution in ADM.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ _FIRST_EMBEDDING = "time_embed.0.weight"
 
 
 def with_new_spelling(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors with attention spelled as it has been since v0.17.
+    """Rename attention's tensors as in v0.17 and later.
 
     Raises:
-        CheckpointError: if one block has both spellings.
+        CheckpointError: if a block has both spellings.
     """
     new = {found[1] for key in tensors if (found := _NEW.fullmatch(key))}
     renamed: dict[str, Tensor] = {}
@@ -69,17 +69,17 @@ def with_new_spelling(file: Path, tensors: Mapping[str, Tensor]) -> dict[str, Te
 def adm_tensors(
     file: Path, tensors: Mapping[str, Tensor], config: UNetConfig, shapes: Shapes, *, sines_first: bool
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors by ADM's names, and what each is made of.
+    """The tensors by ADM's names, and the source names of each.
 
     Args:
-        file: for messages.
-        tensors: by the names of today's class.
-        config: of the network.
-        shapes: of its tensors.
-        sines_first: whether the columns of the first embedding weight have to change places.
+        file: the file, for messages.
+        tensors: by the names of the current class.
+        config: configuration of the network.
+        shapes: shapes of its tensors.
+        sines_first: whether the halves of the first embedding weight's columns have to be swapped.
 
     Raises:
-        CheckpointError: if there are others than the network has, or of other shapes.
+        CheckpointError: if names or shapes differ from the network's.
     """
     sources = dict(named_sources(config, shapes))
     _check(file, tensors, sources, shapes)
@@ -97,7 +97,7 @@ def adm_tensors(
 def _check(
     file: Path, tensors: Mapping[str, Tensor], sources: Mapping[str, tuple[str, ...]], shapes: Shapes
 ) -> None:
-    """Refuse tensors that are not those of the network, by their own names."""
+    """Refuse tensors that do not match the network, naming them as in the file."""
     expected = {
         name: shape_of_part(shapes[key], len(names)) for key, names in sources.items() for name in names
     }
@@ -124,13 +124,13 @@ def _check(
 
 
 def shape_of_part(shape: tuple[int, ...], parts: int) -> tuple[int, ...]:
-    """The shape of one of the tensors that make one of ADM's; linear maps lack the kernel's axis."""
+    """The shape of one source tensor of an ADM tensor; linear maps lack the kernel's axis."""
     plain = shape[:2] if len(shape) == 3 else shape
     return (plain[0] // parts, *plain[1:])
 
 
 def named_sources(config: UNetConfig, shapes: Shapes) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """For each of ADM's tensors the names of those that it is made of."""
+    """The names of the source tensors of each ADM tensor."""
     modules = dict(_modules(config))
     for key in shapes:
         module, _, leaf = key.rpartition(".")
@@ -138,7 +138,7 @@ def named_sources(config: UNetConfig, shapes: Shapes) -> Iterator[tuple[str, tup
 
 
 def _modules(config: UNetConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """The same for modules: every one that the network may have."""
+    """The same for all modules that the network may have."""
     yield from ((ours, (theirs,)) for ours, theirs in _ENDS.items())
     levels, depth = len(config.channel_mult), config.num_res_blocks
     place = 1

@@ -1,6 +1,6 @@
-"""The network of a ``config.json`` of ``UNet2DModel``: an ADM UNet under other names.
+"""Read the ``config.json`` of a ``UNet2DModel`` as an ADM UNet.
 
-Every option either becomes a setting of :class:`~admtrt.config.UNetConfig` or is refused by name and value.
+Every option is translated to a setting of :class:`~admtrt.config.UNetConfig` or refused by name and value.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ DEFAULTS: Mapping[str, Any] = {
     "add_attention": True,
     "class_embed_type": None,
     "num_class_embeds": None,
-    "num_train_timesteps": None,  # of a learned time embedding, which is refused
+    "num_train_timesteps": None,  # only for learned time embeddings, which are refused
 }
 _OF_AVERAGES = frozenset(
     {
@@ -55,20 +55,20 @@ _OF_AVERAGES = frozenset(
         "use_ema_warmup",
     }
 )  # fmt: skip
-"""Keys that averaged weights are saved with."""
-_OLD_PREFIX = "UNetRes"  # of block types, dropped by diffusers itself
+"""Keys stored with averaged weights."""
+_OLD_PREFIX = "UNetRes"  # former prefix of block types, which diffusers also removes
 _DOWN, _UP = ("DownBlock2D", "UpBlock2D")
 _RESAMPLING = {"conv": False, None: False, "resnet": True}
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network as a file tells it.
+    """A network as described by a file.
 
     Attributes:
-        config: as ADM has it.
-        sines_first: whether the columns of the first embedding weight begin with those of sines.
-        notes: what people should know of it.
+        config: its ADM configuration.
+        sines_first: whether the time embedding puts sines before cosines.
+        notes: notes for the user.
     """
 
     config: UNetConfig
@@ -77,7 +77,7 @@ class Network:
 
 
 def check_class(file: Path, data: Mapping[str, Any]) -> None:
-    """Refuse the file of another class.
+    """Refuse a file of another class.
 
     Raises:
         CheckpointError: naming the file and the class.
@@ -91,12 +91,12 @@ def check_class(file: Path, data: Mapping[str, Any]) -> None:
 
 
 def read_network(file: Path, data: Mapping[str, Any], names: Collection[str]) -> Network:
-    """The network of a file.
+    """Read the network of a file.
 
     Args:
         file: for messages.
-        data: its content.
-        names: of the tensors beside it.
+        data: the content of the file.
+        names: names of the tensors beside the file.
 
     Raises:
         CheckpointError: naming the file, a key and its value.
@@ -148,7 +148,7 @@ def read_network(file: Path, data: Mapping[str, Any], names: Collection[str]) ->
 
 
 def _check_fixed(values: Values) -> None:
-    """Refuse options that ADM has no other value of."""
+    """Refuse options whose value differs from the only one that ADM supports."""
     values.fixed("time_embedding_type", "positional")
     values.fixed("center_input_sample", False)  # zero padding keeps it from going into the first convolution
     values.fixed("add_attention", True)
@@ -183,7 +183,7 @@ def _size(values: Values, levels: int) -> int:
 
 
 def _types(values: Values, key: str, levels: int) -> list[str]:
-    """The kinds of blocks, one for each level."""
+    """The block type of each level."""
     kinds = values[key]
     if not isinstance(kinds, list) or len(kinds) != levels:
         raise values.refused(key, f"expected a list of {levels}, as block_out_channels has")
@@ -199,7 +199,7 @@ def _types(values: Values, key: str, levels: int) -> list[str]:
 
 
 def _halved_by_blocks(values: Values, down: list[str], up: list[str]) -> bool:
-    """True where residual blocks halve and double, not convolutions; the last level does neither."""
+    """True if residual blocks resample instead of convolutions. The last level does not resample."""
     ways = {key: values.choice(key, _RESAMPLING) for key in ("downsample_type", "upsample_type")}
 
     def way(kind: str, key: str) -> bool:
@@ -246,7 +246,7 @@ def _groups(values: Values, channels: list[int]) -> int:
 
 
 def _check_middle_norm(values: Values, names: Collection[str], *, scale_shift: bool) -> None:
-    """Refuse attention without a norm, which the middle's has since v0.17 where none is asked for."""
+    """Refuse middle attention without a norm, the default since v0.17 if no norm is configured."""
     if not scale_shift or values["attn_norm_num_groups"] is not None:
         return
     if MIDDLE_NORM not in names:

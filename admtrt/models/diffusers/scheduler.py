@@ -1,6 +1,6 @@
-"""The process of a ``scheduler_config.json``, and the sampler that it recommends.
+"""Read the process and the recommended sampler of a ``scheduler_config.json``.
 
-The process of any scheduler that makes betas is taken; the sampler recommended is DDPM or DDIM.
+Any scheduler with betas is accepted; the recommended sampler is DDPM or DDIM.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEFAULTS: Mapping[str, Any] = {
     "steps_offset": 0,
     "rescale_betas_zero_snr": False,
     "set_alpha_to_one": True,
-    "predict_epsilon": True,  # of DDPM before v0.10
+    "predict_epsilon": True,  # DDPM before v0.10
 }
 _CONSISTENCY: Mapping[str, Any] = {
     "num_train_timesteps": 40,
@@ -56,9 +56,9 @@ _SAME_DEFAULTS = (
     "EulerAncestralDiscreteScheduler", "LMSDiscreteScheduler", "SASolverScheduler", "UniPCMultistepScheduler",
     "RePaintScheduler",
 )  # fmt: skip
-"""Classes whose betas are these where a file leaves them out."""
+"""Classes with these default betas."""
 _OTHER_PROCESSES = ("ScoreSde", "KarrasVe", "FlowMatch", "EDM", "CogVideoX")
-"""Beginnings of classes that make no betas, or use them for something else."""
+"""Prefixes of classes without betas, or that use betas for something else."""
 _OF_SOLVERS = frozenset(
     {
         "skip_prk_steps", "solver_order", "algorithm_type", "solver_type", "lower_order_final",
@@ -68,7 +68,7 @@ _OF_SOLVERS = frozenset(
         "timestep_values",
     }
 )  # fmt: skip
-"""Keys that concern a solver alone, or nothing: files keep them from one scheduler to the next."""
+"""Keys that only concern a solver, or are unused: files carry them from one scheduler to the next."""
 _SCHEDULES = {
     "linear": "linear",
     "scaled_linear": "scaled_linear",
@@ -82,19 +82,19 @@ _VARIANCES = {
     "fixed_large": "fixed_large",
     "learned_range": "learned_range",
 }
-_PIPELINE_STEPS = 50  # of DDIM
-_ONE_STEP = 1  # of consistency models
+_PIPELINE_STEPS = 50  # default steps of DDIM
+_ONE_STEP = 1  # default steps of consistency models
 
 
 @dataclass(frozen=True)
 class Scheduler:
-    """A process and its sampler as a file tells them.
+    """A process and its sampler as described by a file.
 
     Attributes:
-        process: of the network.
-        sampler: recommended.
-        quantile: of dynamic thresholds; None without them.
-        notes: what people should know of it.
+        process: the network's process.
+        sampler: the recommended sampler.
+        quantile: quantile of dynamic thresholds; None without them.
+        notes: notes for the user.
     """
 
     process: DiffusionConfig | EdmConfig
@@ -104,12 +104,12 @@ class Scheduler:
 
 
 def read_scheduler(file: Path, data: Mapping[str, Any], network: UNetConfig) -> Scheduler:
-    """The process and the sampler of a file.
+    """Read the process and the sampler of a file.
 
     Args:
         file: for messages.
-        data: its content.
-        network: whose output it says the meaning of.
+        data: the content of the file.
+        network: the network whose output the file describes.
 
     Raises:
         CheckpointError: naming the file, a key and its value.
@@ -160,7 +160,7 @@ def _process(values: Values, network: UNetConfig) -> DiffusionConfig:
     for key, value in ends.items():
         if not 0 < value < 1:
             raise values.refused(key, "expected a number between 0 and 1")
-    # ADM's own, which a classifier for it may have been trained with.
+    # ADM's own betas, which a classifier for it may have been trained with.
     usual = schedule == "linear" and steps == 1000 and (ends["beta_start"], ends["beta_end"]) == (1e-4, 0.02)
     mean = _mean(values)
     without_signal = values.flag("rescale_betas_zero_snr")
@@ -190,7 +190,7 @@ def _mean(values: Values) -> str:
 
 
 def _variance(values: Values, network: UNetConfig) -> str:
-    """The variance, which has to fit the number of output channels."""
+    """The variance type, which has to fit the number of output channels."""
     if values["variance_type"] is None:
         if network.learn_sigma:
             raise values.refused(
@@ -207,7 +207,7 @@ def _variance(values: Values, network: UNetConfig) -> str:
 
 
 def _sampler(values: Values, name: str, process: DiffusionConfig) -> tuple[SamplerConfig, float | None]:
-    """Their pipelines' defaults: DDPM takes every step, DDIM 50 of them."""
+    """The defaults of diffusers' pipelines: DDPM takes every step, DDIM 50."""
     chosen: dict[str, Any] = {"method": "ddpm", "steps": str(process.steps), "scale": 0.0}
     spacing = values.choice("timestep_spacing", {kind: kind for kind in ("leading", "linspace", "trailing")})
     offset = values.whole("steps_offset", 0, 1_000_000)
@@ -233,7 +233,7 @@ def _sampler(values: Values, name: str, process: DiffusionConfig) -> tuple[Sampl
         raise values.refused("sample_max_value", "with thresholding it is 1 or more")
     if not 0 < ratio < 1:
         raise values.refused("dynamic_thresholding_ratio", "expected a number between 0 and 1")
-    if most > 1:  # with 1 it is plain clipping
+    if most > 1:  # 1 is plain clipping
         chosen |= {"threshold": "dynamic", "threshold_max": most}
     return SamplerConfig.from_dict(chosen, source="its sampler"), ratio if most > 1 else None
 

@@ -1,4 +1,4 @@
-"""Values of a JSON file of diffusers', each checked for its type; what cannot be used is refused by name."""
+"""Read values of diffusers' JSON files with type checks; unusable ones are refused by name."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Values:
-    """The content of a file over the defaults of its class.
+    """The content of a file, completed by the defaults of its class.
 
     Attributes:
-        file: of it, for messages.
-        data: its content.
-        defaults: of the class, by every key that it has.
-        notes: what people should know of it.
+        file: the file, for messages.
+        data: the content of the file.
+        defaults: default of every key of the class.
+        notes: notes for the user.
     """
 
     file: Path
@@ -33,7 +33,7 @@ class Values:
         return self.data.get(key, self.defaults[key])
 
     def refused(self, key: str, reason: str, *, hint: str = "") -> CheckpointError:
-        """An error that names the file, a key, its value and why it cannot be used."""
+        """Make an error with the file, a key, its value and why it cannot be used."""
         value = f"{key} is {shown(self[key])}"
         missing = "" if key in self.data else " (missing, so the default)"
         return CheckpointError(f"{self.file}: {value}{missing}; {reason}", hint=hint)
@@ -60,7 +60,7 @@ class Values:
         return value
 
     def choice(self, key: str, known: Mapping[Any, Any], *, hint: str = "") -> Any:
-        """The meaning of one of several values."""
+        """Translate one of several allowed values."""
         value = self[key]
         hashable = value is None or isinstance(value, str | int | float)
         if not hashable or value not in known or isinstance(value, bool):
@@ -68,14 +68,14 @@ class Values:
         return known[value]
 
     def fixed(self, key: str, *expected: Any, reason: str = "") -> None:
-        """Refuse a key that has another value than ADM has always."""
+        """Refuse a key whose value differs from ADM's fixed value."""
         value = self[key]
         same = any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in expected)
         if not same:
             raise self.refused(key, reason or f"ADM has {_listed(expected)} alone")
 
     def check_unknown(self, ignored: Collection[str] = ()) -> None:
-        """Refuse keys that the class does not have: they may be options of a newer one."""
+        """Refuse unknown keys, which may be options of a newer version."""
         for key, value in self.data.items():
             if key in self.defaults or key in ignored or key.startswith("_"):
                 continue
@@ -88,7 +88,7 @@ class Values:
 
 
 def shown(value: Any) -> str:
-    """A value as JSON has it, shortened."""
+    """A value as shortened JSON."""
     text = {None: "null", True: "true", False: "false"}.get(value) if _plain(value) else None
     text = text or repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,8 +1,8 @@
-"""Readers of checkpoints, one file a layout.
+"""Readers of checkpoints, one file per layout.
 
 Each says whether it ``recognises`` a file or folder, and can ``read`` it as a
 :class:`~admtrt.models.stored.StoredCheckpoint`, whose tensors have ADM's names. To add one, write its file
-and put it before those that take what it would.
+and put it before readers that would accept the same files.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ if TYPE_CHECKING:
 
 
 class Reader(Protocol):
-    """A module that knows one layout of checkpoints."""
+    """A reader of one layout of checkpoints."""
 
     def recognises(self, opened: Opened, /) -> bool:
         """True for a file or folder of this layout."""
         ...
 
     def read(self, opened: Opened, /) -> StoredCheckpoint:
-        """Open it.
+        """Open the checkpoint.
 
         Raises:
-            CheckpointError: if it cannot be used; nothing of it has been executed.
+            CheckpointError: if it cannot be used. No code in it is executed.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Files of openai/consistency_models and what derives from it: attention as convolutions of images.
+"""Files of openai/consistency_models and its derivatives: attention as 2-D convolutions.
 
 Their heads are in the new order, and their process may be of either kind.
 """
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 
 
 def recognises(opened: Opened) -> bool:
-    """A file whose attention is all of that layout."""
+    """True if all attention of a file has that layout."""
     return bool(convolved_attention(opened.chosen.tensors))
 
 
 def read(opened: Opened) -> StoredCheckpoint:
-    """The file; whether its process is discrete or edm must be said."""
+    """Read the file. The user must say whether its process is discrete or edm."""
     convolved = convolved_attention(opened.chosen.tensors)
     return opened.stored(convolved=convolved, told={"new_attention_order": True}, asks=("kind",))

@@ -1,7 +1,8 @@
 """Diffusers' folders: a ``UNet2DModel`` with its configuration and its scheduler's, read without diffusers.
 
-A pipeline's folder has them in ``unet/`` and ``scheduler/``; the oldest have all files in one folder, and a
-bare ``unet/`` takes the scheduler beside it. Nothing is looked for elsewhere, and nothing is executed.
+A pipeline's folder has them in ``unet/`` and ``scheduler/``. The oldest pipelines have all files in one
+folder, and a bare ``unet/`` uses the scheduler beside it. No other place is searched, and nothing is
+executed.
 """
 
 from __future__ import annotations
@@ -38,15 +39,15 @@ _MOST_SHARDS = 1000
 
 
 def recognises(opened: Opened) -> bool:
-    """A folder; what it lacks is said when it is read."""
+    """True for any folder. Reading reports what is missing."""
     return opened.path.is_dir()
 
 
 def read(opened: Opened) -> StoredCheckpoint:
-    """The folder, which says all of its settings itself.
+    """Read the folder, which contains all settings.
 
     Raises:
-        CheckpointError: naming the file, and where one is at fault the key and its value.
+        CheckpointError: naming the file and, if one is wrong, the key and its value.
     """
     path = opened.path
     if opened.weights is not None:
@@ -65,7 +66,7 @@ def read(opened: Opened) -> StoredCheckpoint:
     weights, notes = _weights(folder)
     tensors = with_new_spelling(folder, weights)
     network = read_network(config_file, data, tensors)
-    if network.config.num_blocks > len(tensors):  # before a network of any depth is built to compare them
+    if network.config.num_blocks > len(tensors):  # before building a network of any depth for the comparison
         raise CheckpointError(
             f"{folder} has {len(tensors)} tensors, too few for {len(network.config.channel_mult)} levels of "
             f"{network.config.num_res_blocks} residual blocks, which {config_file} says"
@@ -121,12 +122,13 @@ def _network_folder(path: Path) -> Path:
 
 
 def _check_pipeline(root: Path, own: str | None, path: Path) -> None:
-    """Refuse a network that is a part of something else than a pipeline of images.
+    """Refuse a network that belongs to a pipeline other than one for unconditional images.
 
     Args:
         root: the pipeline's folder, if it is one.
-        own: what the network's folder in it is called; None where ``path`` is that folder, or all of it.
-        path: what was given.
+        own: name of the network's folder in the pipeline; None if ``path`` is that folder, or the whole
+            pipeline.
+        path: the given path.
     """
     files = [root / _INDEX] if own is not None else [path / _INDEX, root / _INDEX]
     file = next((file for file in files if file.is_file()), None)
@@ -134,10 +136,10 @@ def _check_pipeline(root: Path, own: str | None, path: Path) -> None:
         return
     index = _object(file)
     name = own or ("unet" if file.parent == path else path.resolve().name)
-    if name == "unet_ema":  # which no index lists
+    if name == "unet_ema":  # never listed in the index
         name = "unet"
     if file.parent != path and name not in index:
-        return  # of something else
+        return  # the index of something else
     unet = index.get(name)
     if not isinstance(unet, list) or unet[-1:] != [CLASS]:
         raise CheckpointError(f"{file}: {name} is {shown(unet)}; expected a {CLASS}")
@@ -154,7 +156,7 @@ def _scheduler_file(path: Path, folder: Path) -> Path:
     """The scheduler's file.
 
     Raises:
-        CheckpointError: saying where it was looked for.
+        CheckpointError: naming the places searched.
     """
     places = [path / "scheduler" / _SCHEDULER, path / _SCHEDULER]
     if folder == path and path.resolve().name in ("unet", "unet_ema"):
@@ -169,10 +171,10 @@ def _scheduler_file(path: Path, folder: Path) -> Path:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file.
+    """Read the JSON object in a file.
 
     Raises:
-        CheckpointError: if it cannot be read, or is none.
+        CheckpointError: if it cannot be read, or is not an object.
     """
     try:
         data = read_json(file, _LARGEST_INDEX if file.name.endswith(".index.json") else _LARGEST_JSON)
@@ -186,7 +188,7 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _weights(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
-    """The tensors beside a configuration, and what should be said of their file.
+    """Read the tensors beside a configuration, with notes about their file.
 
     Raises:
         CheckpointError: if there are none, several variants, or files that cannot be read.
@@ -215,10 +217,10 @@ def _weights(folder: Path) -> tuple[dict[str, Tensor], list[str]]:
 
 
 def _shards(index: Path) -> dict[str, Tensor]:
-    """The tensors of all files that an index lists.
+    """Read the tensors of all files that an index lists.
 
     Raises:
-        CheckpointError: if a file is missing or lies elsewhere, or holds others than the index says.
+        CheckpointError: if a file is missing or outside the folder, or its tensors differ from the index.
     """
     listed = _object(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):

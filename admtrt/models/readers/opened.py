@@ -1,4 +1,4 @@
-"""A path before it is known which reader understands it."""
+"""A path for which the reader is still to be chosen."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _LONGEST_PREFIX = 100  # characters
 
 @dataclass(frozen=True)
 class Opened:
-    """A file or folder; what it holds is read when a reader asks.
+    """A file or folder whose content is read when a reader needs it.
 
     Attributes:
-        path: of it.
-        weights: which were asked for, of a file that holds several.
-        options: what the command line's options for it are called, for advice.
+        path: the path.
+        weights: the requested weights, if a file has several.
+        options: names of the command-line options for it, for hints.
     """
 
     path: Path
@@ -45,14 +45,14 @@ class Opened:
         return choose_weights(self.path, read_state_dicts(self.path), self.weights, option)
 
     def stored(self, **known: Any) -> StoredCheckpoint:
-        """The file as a checkpoint, with what its layout tells (see :class:`StoredCheckpoint`).
+        """The file as a checkpoint, with the settings implied by its layout (see :class:`StoredCheckpoint`).
 
         Raises:
             CheckpointError: if its header cannot be used.
         """
         embedded = read_checkpoint_config(self.path)
         prefix = self.chosen.prefix or read_metadata(self.path).get(PREFIX_KEY, "")
-        if len(prefix) > _LONGEST_PREFIX:  # it comes before every key where the file is converted back
+        if len(prefix) > _LONGEST_PREFIX:  # added to every key when the file is converted back
             raise CheckpointError(
                 f"{self.path} has a header that puts {len(prefix)} characters before every key"
             )

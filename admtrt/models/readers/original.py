@@ -1,4 +1,4 @@
-"""Files in the layout of the original code, which every other reader's tensors are brought to."""
+"""Files in the layout of the original code, to which all other readers convert."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
     from admtrt.models.stored import StoredCheckpoint
 
 
-def recognises(opened: Opened) -> bool:  # noqa: ARG001 - what no other reader knows is refused by its tensors
-    """Any file."""
+def recognises(opened: Opened) -> bool:  # noqa: ARG001 - unknown files are refused later, by their tensors
+    """True for any file."""
     return True
 
 
 def read(opened: Opened) -> StoredCheckpoint:
-    """The file, whose settings come from its header, its shapes or whoever knows them."""
+    """Read the file. Its settings come from its header, its shapes or the user."""
     return opened.stored()

@@ -1,7 +1,7 @@
-"""The paper form of every solver: textbook loops in the papers' notation, one file a family.
+"""The paper form of every solver: textbook loops in the papers' notation, one file per family.
 
-They share noise levels and grids with :mod:`admtrt.schedule` but none of the formulas of its rows, and are
-what exported graphs and the runtime are judged against. The state and all coefficients have the dtype of x_T.
+They share noise levels and grids with :mod:`admtrt.schedule`, but not the formulas of its rows, and are the
+reference for exported graphs and the runtime. The state and all coefficients have the dtype of x_T.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PAPER_FORMS: Mapping[str, Callable[[Problem], Iterator[State]]] = {
 }
 """Every solver by its name in the registry."""
 STEPS: Mapping[str, Step] = {"ddpm": ancestral.ddpm_step, "ddim": ancestral.ddim_step}
-"""Single steps of the solvers that have no memory, by name."""
+"""Single steps of the solvers without memory, by name."""
 
 
 def trajectory(
@@ -56,18 +56,18 @@ def trajectory(
     image: Tensor | None = None,
     quantile: float | None = None,
 ) -> Iterator[State]:
-    """The states that the networks are given, then the image; nothing is computed before it is asked for.
+    """Yield lazily the state of each evaluation, then the image.
 
     Args:
         process, sampler, start: as for :func:`admtrt.schedule.table.sampling_schedule`.
         networks: the networks bound to their conditions.
         x_T: standard normal, [N, C, H, W], float64 for a reference.
-        noise: standard normal noise by the number of evaluations that are still to come.
-        image: where the samples start with ``start``, [N, C, H, W] in [-1, 1].
-        quantile: of dynamic thresholds, as for :func:`~admtrt.contract.threshold_quantile`.
+        noise: standard normal noise, by the number of evaluations still to come.
+        image: the image to start from if ``start`` is given, [N, C, H, W] in [-1, 1].
+        quantile: quantile of dynamic thresholds, as for :func:`~admtrt.contract.threshold_quantile`.
 
     Raises:
-        RequestError: if the process cannot be sampled so.
+        RequestError: if the process cannot be sampled this way.
     """
     level = None
     if start is not None:

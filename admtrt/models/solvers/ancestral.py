@@ -37,8 +37,8 @@ class Step(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """x_{t-1} and the predicted x_0 from the UNet's output at ``step``, int64 [N].
 
-        ``gradient`` is d log p(y | x_t) / dx_t, None for unguided sampling; ``quantile`` that of dynamic
-        thresholds, as for :func:`~admtrt.contract.threshold_quantile`.
+        ``gradient`` is d log p(y | x_t) / dx_t, or None for unguided sampling. ``quantile`` is the quantile
+        of dynamic thresholds, as for :func:`~admtrt.contract.threshold_quantile`.
         """
         ...
 
@@ -84,7 +84,7 @@ def ddim_step(
         scale = guidance_scale(process.sigma, sampler)
         moved = diffusion.at(np.sqrt(1 - a) * scale, step) * gradient
         eps = eps - moved
-        # Pure noise, from whose eps no x_0 follows, is never guided.
+        # Pure noise, for which eps does not determine x_0, is never guided.
         guided = diffusion.at(scale, step) != 0
         x_0 = torch.where(guided, diffusion.x_0_from_eps(x_t, step, of_x_0 - moved), x_0)
     sigma = sampler.eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
@@ -109,7 +109,7 @@ def ddim(problem: Problem) -> Iterator[State]:
 
 def _trajectory(problem: Problem, one: Step) -> Iterator[State]:
     config = problem.process
-    assert config.kind == "discrete"  # these solvers declare no other
+    assert config.kind == "discrete"  # as these solvers declare
     process = process_from_config(config, problem.sampler.steps)
     diffusion = Diffusion(config, process, problem.x_T.dtype)
     count = len(process)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def consistency(problem: Problem) -> Iterator[State]:
-    """A prediction, then noise to the next of the levels; the last index is never evaluated."""
+    """Predict, then add noise up to the next level; the last index is never evaluated."""
     levels = problem.levels
     count = problem.sampler.option("levels_of")
     grid = levels.grid("karras", levels.noisiest, levels.cleanest, count - 1)

@@ -93,7 +93,7 @@ def _sde_step(
 
 
 def _singlestep(problem: Problem) -> Iterator[State]:
-    """Algorithm 1 and its third-order sibling; inner points come from the grid between both ends."""
+    """Algorithm 1 and its third-order version; inner points are levels of the grid."""
     orders, levels, kind = _outer(problem)
     assert levels[0] is not None
     x = problem.first(levels[0])
@@ -136,7 +136,7 @@ def _inner_steps(
 
 
 def _outer(problem: Problem) -> tuple[list[int], list[Level | None], Grid]:
-    """Orders that spend the evaluations, as the authors' code splits them, and the levels between."""
+    """Split the evaluations into orders like the authors' code, and return the levels between."""
     sampler, order = problem.sampler, problem.sampler.option("order")
     kind = grid_of(problem.levels, sampler)
     fine, _ = steps_of(problem.levels, sampler, None)
@@ -145,7 +145,7 @@ def _outer(problem: Problem) -> tuple[list[int], list[Level | None], Grid]:
     while left:
         orders.append(min(order, left))
         left -= orders[-1]
-    if order == 3 and orders[-1] == 3:  # a last step of order 3 would end too near to the data
+    if order == 3 and orders[-1] == 3:  # a last step of order 3 would end too close to the data
         orders[-1:] = [2, 1]
     if fine[-1] is None and orders[-1] == 2:
         orders[-1:] = [1, 1]

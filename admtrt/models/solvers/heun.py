@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 
 def heun(problem: Problem) -> Iterator[State]:
-    """Heun: two evaluations a step, one for the step to the image."""
+    """Heun: two evaluations per step, one for the step to the image."""
     return _sampler(problem, (evaluations(problem.sampler) + 1) // 2, second=True)
 
 
 def euler(problem: Problem) -> Iterator[State]:
-    """Euler: one evaluation a step."""
+    """Euler: one evaluation per step."""
     return _sampler(problem, evaluations(problem.sampler), second=False)
 
 

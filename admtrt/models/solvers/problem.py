@@ -25,23 +25,23 @@ if TYPE_CHECKING:
 
 
 class Networks(Protocol):
-    """The networks bound to their conditions."""
+    """The networks with their conditions bound."""
 
     def __call__(self, x: Tensor, t: float, /) -> tuple[Tensor, Tensor | None]:
         """The UNet's output and d log p(y | x) / dx; None without guidance.
 
-        ``x`` is [N, C, H, W] in the dtype of the computation, ``t`` what the networks are given, before it is
-        rounded to float32.
+        ``x`` is [N, C, H, W] in the dtype of the computation, ``t`` the networks' input before rounding to
+        float32.
         """
         ...
 
 
 class State(NamedTuple):
-    """A sample on its way.
+    """A sample between two steps.
 
     Attributes:
-        x: what the networks are given next, [N, C, H, W]; the image in the last state.
-        x_0: the last prediction of x_0, guided and bounded; None before the first.
+        x: the networks' next input, [N, C, H, W]; in the last state, the image.
+        x_0: the last prediction of x_0, guided and clipped; None before the first.
     """
 
     x: Tensor
@@ -50,15 +50,15 @@ class State(NamedTuple):
 
 @dataclass
 class Problem:
-    """A batch of samples to draw, all alike but for their noise and conditions.
+    """A batch of samples to draw, which differ only in noise and conditions.
 
     Attributes:
         process, sampler: as for :func:`admtrt.schedule.table.sampling_schedule`.
         networks: see :class:`Networks`.
         x_T: standard normal, [N, C, H, W]; its dtype and device are those of the computation.
-        noise: standard normal noise by the number of evaluations that are still to come.
-        start: where the samples start at ``image``, [N, C, H, W] in [-1, 1]; None at pure noise.
-        quantile: of dynamic thresholds; None for the usual one.
+        noise: standard normal noise, by the number of evaluations still to come.
+        start: where samples start from ``image``, [N, C, H, W] in [-1, 1]; None starts from pure noise.
+        quantile: quantile of dynamic thresholds; None for the default.
     """
 
     process: DiffusionConfig | EdmConfig
@@ -75,7 +75,7 @@ class Problem:
         self._x_0: Tensor | None = None
 
     def alpha(self, level: Level | None) -> float:
-        """Weight of x_0 in x_t; 1 in EDM's process, whose noise grows beside it."""
+        """Weight of x_0 in x_t; 1 in EDM's process."""
         if level is None or isinstance(self.process, EdmConfig):
             return 1.0
         return math.sqrt(1 / (1 + math.exp(-2 * level.lam)))
@@ -101,12 +101,12 @@ class Problem:
         return x_t / math.hypot(level.sigma, self.process.sigma_data)
 
     def ask(self, x: Tensor, t: float) -> Generator[State, None, tuple[Tensor, Tensor | None]]:
-        """The networks at what they are given, which is yielded as a state."""
+        """Evaluate the networks, after yielding their input as a state."""
         yield State(x, self._x_0)
         return self.networks(x, t)
 
     def predict(self, x_t: Tensor, level: Level) -> Generator[State, None, Tensor]:
-        """x_theta(x_t, t): the prediction of x_0, guided and bounded."""
+        """x_theta(x_t, t): the prediction of x_0, guided and clipped."""
         alpha, sigma = self.alpha(level), self.sigma(level)
         out, gradient = yield from self.ask(self.scaled(x_t, level), level.t)
         x_0 = self._x_0_of(out[:, : x_t.shape[1]], x_t, level)
@@ -123,7 +123,7 @@ class Problem:
         return x_0
 
     def _x_0_of(self, value: Tensor, x_t: Tensor, level: Level) -> Tensor:
-        """Prediction of x_0 by a network's output."""
+        """The prediction of x_0 from a network's output."""
         process, sigma = self.process, self.sigma(level)
         if isinstance(process, EdmConfig):  # D = c_skip x + c_out F, eq. 7 of Karras et al. 2022
             data = process.sigma_data
@@ -133,7 +133,7 @@ class Problem:
             return (x_t - sigma * value) / self.alpha(level)
         if process.mean_type == "v":
             return self.alpha(level) * x_t - sigma * value
-        assert process.mean_type == "x_0"  # the other depends on the steps of ddpm and ddim
+        assert process.mean_type == "x_0"  # x_{t-1} depends on the steps, and only ddpm and ddim support it
         return value
 
     def bounded(self, x_0: Tensor) -> Tensor:
@@ -141,11 +141,11 @@ class Problem:
         return bounded(x_0, self.sampler, quantile_of(x_0[0].numel(), self.quantile))
 
     def end(self, x_t: Tensor, level: Level | None) -> State:
-        """The last state: the image, or x_t at the level where the sample ends."""
+        """The last state: the image, or x_t at the final level."""
         return State(self.scaled(x_t, level), self._x_0)
 
     def keep(self, x_0: Tensor) -> None:
-        """Note a prediction that was made elsewhere, for the next state."""
+        """Store a prediction made elsewhere, for the next state."""
         self._x_0 = x_0
 
 

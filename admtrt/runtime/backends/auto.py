@@ -1,6 +1,6 @@
 """The fastest backend of this machine for each graph: measured once, then remembered.
 
-Backends for CPUs may be mixed, the UNet on the one and the gradient on another; a GPU runs both.
+The UNet and the gradient may run on different CPU backends; a GPU backend runs both.
 """
 
 from __future__ import annotations
@@ -38,19 +38,19 @@ if TYPE_CHECKING:
     from admtrt.runtime.backends.graphs import GraphDenoiser
 
 _MEMO = "backends"
-_FAILED_FOR = 3600.0  # seconds that a failure is remembered: a GPU may have been full just then
-_TIMEOUT = 1800.0  # seconds for one backend: engines may be built on the way
+_FAILED_FOR = 3600.0  # seconds to remember a failure: a full GPU may have room later
+_TIMEOUT = 1800.0  # seconds for one backend, which may have to build engines
 
 Seconds = Annotated[float, Field(gt=0)]
 
 
 class Measured(Config):
-    """Devices and libraries found on a machine.
+    """Run times measured on this machine.
 
     Attributes:
-        at: when, in seconds since the epoch.
-        seconds: of a run of each graph, by backend.
-        failed: why a backend has none.
+        at: time of the measurement, in seconds since the epoch.
+        seconds: seconds per run of each graph, by backend.
+        failed: by backend, why it could not be measured.
     """
 
     at: float = 0.0
@@ -63,9 +63,9 @@ class Fastest(Config):
 
     Attributes:
         graphs: the backend of each graph.
-        measured: what decided.
-        batch_size: of the measurement.
-        remembered: whether it was made by an earlier process.
+        measured: the measurement that decided.
+        batch_size: batch size of the measurement.
+        remembered: whether an earlier process made the measurement.
     """
 
     graphs: dict[GraphName, str]
@@ -96,8 +96,8 @@ def open_fastest(
 
     Args:
         bundle: a verified bundle.
-        choice: what was asked for; fp32 admits only backends that compute in float32 throughout.
-        graphs: those that are needed; None for all.
+        choice: the request; fp32 admits only backends that compute in float32 throughout.
+        graphs: names of the graphs to open; None for all.
         progress: told what is measured, and what was found.
 
     Raises:
@@ -119,7 +119,7 @@ def open_fastest(
 
 
 def find_fastest(bundle: Bundle, choice: BackendChoice, *, progress: Callable[[str], None]) -> Fastest:
-    """The finding of an earlier process for the same graphs, machine and request, else a new one.
+    """Find the fastest backends, from the memo if the same graphs, machine and request were measured before.
 
     Raises:
         EngineError: if no backend works.
@@ -189,7 +189,7 @@ def _measure(requests: Sequence[ProbeRequest], progress: Callable[[str], None]) 
 
 
 def measure_apart(request: ProbeRequest) -> ProbeResult:
-    """The backend measured in a process of its own, which may die of it: its end is then the error."""
+    """Measure a backend in a child process. A crash of the child becomes the error."""
     try:
         done = subprocess.run(
             [sys.executable, "-m", "admtrt.runtime.backends.probe"],
@@ -218,7 +218,7 @@ def _measured_graphs(bundle: Bundle) -> tuple[GraphName, ...]:
 def _remembered(
     value: object, candidates: Sequence[Backend], graphs: tuple[GraphName, ...]
 ) -> Measured | None:
-    """A measurement of the memo, or None for anything that is none of these backends and graphs."""
+    """Read a measurement from the memo; None unless it fits these backends and graphs."""
     if not isinstance(value, dict):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Declaration of a backend: all that the rest of the package asks of one without opening it."""
+"""Declaration of a backend: everything that can be asked of a backend before it is opened."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Availability:
     """Tells whether a backend can run on this machine.
 
     Attributes:
-        reason: why it cannot; empty where it can.
-        hint: what to do about it.
+        reason: why the backend cannot run; empty if it can.
+        hint: how to make it run.
     """
 
     reason: str = ""
@@ -48,17 +48,17 @@ class Backend:
 
     Attributes:
         name: as given by ``--backend``.
-        summary: what it is, for people.
-        precisions: those that it computes in.
-        extra: of admtrt, which installs it; several of which one will do, with "or" between.
-        packages: what it needs: one module of each group, which the first names.
-        opener: opens a bundle on it; its requirements are met.
-        distributions: whose versions decide how fast it is.
+        summary: a description for people.
+        precisions: the precisions that it offers.
+        extra: the extra of admtrt that installs it; alternatives are joined by "or".
+        packages: groups of modules. One module of each group has to be installed; messages name the first.
+        opener: opens a bundle; called only when the requirements are met.
+        distributions: distributions whose versions affect its speed.
         device: where it runs.
-        exact: whether its fp32 is float32 throughout; engines may round products to TF32.
-        runs_plans: whether it runs plans, and so takes a folder of them.
-        requirement: raises a :class:`~admtrt.errors.UserError` for what else it needs.
-        narrowed: the precisions of this machine, where they depend on it; the packages have to be there.
+        exact: whether fp32 means float32 throughout; engines may round products to TF32.
+        runs_plans: whether it runs plans and therefore takes a folder of plans.
+        requirement: raises a :class:`~admtrt.errors.UserError` if any further requirement is not met.
+        narrowed: returns the precisions of this machine, where they depend on it; needs the packages.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Backend:
     narrowed: Callable[[], tuple[Precision, ...]] | None = None
 
     def require(self) -> None:
-        """Make sure that its packages are installed and, for a CUDA backend, that a driver is there.
+        """Check that the packages are installed and that a CUDA backend has a driver.
 
         Raises:
             MissingDependencyError: naming the package.
@@ -86,7 +86,7 @@ class Backend:
                 raise MissingDependencyError(group[0], extra=self.extra, purpose=f"The backend '{self.name}'")
         driver = query_driver() if self.device == "cuda" else None
         if driver is not None and driver.gpu is None:
-            from admtrt.runtime.backends.registry import BACKENDS  # whose files import this one
+            from admtrt.runtime.backends.registry import BACKENDS  # it imports this module in turn
 
             others = ", ".join(other.name for other in BACKENDS.values() if other.device == "cpu")
             raise EngineError(
@@ -96,7 +96,7 @@ class Backend:
         self.requirement()
 
     def available(self) -> Availability:
-        """Availability by :meth:`require`, with the reason where it is missing."""
+        """Report as an :class:`Availability` what :meth:`require` finds."""
         try:
             self.require()
         except UserError as error:
@@ -104,19 +104,20 @@ class Backend:
         return Availability()
 
     def precisions_here(self) -> tuple[Precision, ...]:
-        """Those precisions that this machine has; the packages have to be there."""
+        """The precisions that this machine supports; the packages have to be installed."""
         return self.precisions if self.narrowed is None else self.narrowed()
 
     def admits(self, precision: Precision) -> bool:
-        """True where ``auto`` may take it for a precision: in fp32 only if that is exact."""
+        """True if ``auto`` may choose this backend for a precision: fp32 requires ``exact``."""
         return precision in self.precisions and (precision != "fp32" or self.exact)
 
     def open(
         self, bundle: Bundle, choice: BackendChoice, *, graphs: Collection[GraphName] | None = None
     ) -> GraphDenoiser:
-        """Open a bundle's graphs, or only those that are named where the backend can open some alone.
+        """Open a bundle's graphs, or only the named ones if the backend can open some alone.
 
-        The choice may be that of ``auto``: threads are for CPU backends and plans for those that run them.
+        The choice may have been made for ``auto``: only CPU backends use its threads, and only backends that
+        run plans use its plans.
 
         Raises:
             UserError: if the backend cannot run here, or the bundle lacks what it needs.
@@ -126,8 +127,8 @@ class Backend:
 
 
 def is_installed(name: str) -> bool:
-    """True where a module can be found; none is imported but the packages that it is within."""
+    """True if a module can be found. Only its parent packages are imported."""
     try:
         return find_spec(name) is not None
-    except ModuleNotFoundError:  # of the package that it is within
+    except ModuleNotFoundError:  # its parent package is missing
         return False

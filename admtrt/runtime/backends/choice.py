@@ -21,14 +21,14 @@ class BackendChoice:
 
     Args:
         name: one of :data:`~admtrt.runtime.backends.registry.BACKENDS`, or ``auto`` for the fastest here.
-        precision: what the networks compute in.
-        threads: of a CPU backend; None takes every core.
+        precision: of the networks.
+        threads: number of threads of a CPU backend; None takes every core.
         plans: folder of plans, for a backend that runs them; None for the bundle's own.
-        batch_size: the largest that will come; ``auto`` chooses for it.
+        batch_size: the largest batch to expect; ``auto`` chooses for it.
 
     Raises:
-        RequestError: for an unknown name, a precision that the backend has not, numbers out of range, or
-            plans for a backend that runs none: whatever no machine could open.
+        RequestError: for a choice that no machine could open: an unknown name, a precision that the backend
+            does not offer, numbers out of range, or plans for a backend that runs none.
     """
 
     name: str = DEFAULT_BACKEND
@@ -55,10 +55,10 @@ class BackendChoice:
             self._check_named()
 
     def for_batches(self, batch_size: int) -> BackendChoice:
-        """The same for batches of another size.
+        """The same choice with another batch size.
 
         Raises:
-            RequestError: if it is none.
+            RequestError: if the batch size is invalid.
         """
         return replace(self, batch_size=batch_size)
 
@@ -95,17 +95,17 @@ class BackendChoice:
 
 
 def runs_plans(name: str, precision: Precision) -> bool:
-    """True where a folder of plans matters to a backend or to ``auto``, which may not take every backend."""
+    """True if a folder of plans matters: the backend, or one that ``auto`` may choose, runs plans."""
     if name != AUTO:
         return name in PLAN_BACKENDS
     return any(BACKENDS[one].admits(precision) for one in PLAN_BACKENDS)
 
 
 def checked_threads(threads: int | None) -> int | None:
-    """A number of CPU threads; None stays.
+    """Check a number of CPU threads and return it; None is returned as it is.
 
     Raises:
-        RequestError: if it is no whole number from 1 to 1024.
+        RequestError: unless it is a whole number from 1 to 1024.
     """
     if threads is None:
         return None

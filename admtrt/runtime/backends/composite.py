@@ -1,4 +1,4 @@
-"""Two backends side by side: the UNet on the one, the classifier's gradient on the other."""
+"""Two backends side by side: one runs the UNet, the other the classifier's gradient."""
 
 from __future__ import annotations
 

@@ -1,3 +1,3 @@
-"""The backend that runs where none is asked for; apart from the others, so that ``--help`` stays quick."""
+"""The default backend. A module of its own, so that ``--help`` loads nothing else."""
 
 DEFAULT_BACKEND = "onnxruntime"

@@ -26,9 +26,9 @@ class GraphDenoiser(ABC):
     """A :class:`~admtrt.runtime.sampler.Denoiser` over arrays in host memory.
 
     Attributes:
-        specs: of the graphs that are open.
-        any_size: whether a batch of a size that nobody prepared costs no more than others.
-        copies_weights: whether each prepared size has the weights in the host's memory once more.
+        specs: inputs and outputs of the open graphs.
+        any_size: whether unprepared batch sizes cost no more than prepared ones.
+        copies_weights: whether each prepared size holds its own copy of the weights in host memory.
     """
 
     specs: Mapping[GraphName, GraphSpec]
@@ -40,7 +40,7 @@ class GraphDenoiser(ABC):
 
         Raises:
             KeyError: if the graph is not open.
-            ValueError: if the inputs are not those of the graph's contract, or of different batch sizes.
+            ValueError: if the inputs break the graph's contract, or differ in batch size.
             RequestError: if the batch is larger than the backend takes.
             EngineError: if the library fails, most often for want of memory.
         """
@@ -52,17 +52,18 @@ class GraphDenoiser(ABC):
 
     @functools.cached_property
     def _accepted(self) -> dict[GraphName, dict[str, tuple[np.dtype[Any], tuple[int, ...]]]]:
-        """Inputs that each graph took last, which fit: most steps of a sampler repeat them."""
+        """The last accepted input specs of each graph, to skip the check: most steps repeat them."""
         return {}
 
     @abstractmethod
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        """:meth:`run`, with inputs that fit."""
+        """:meth:`run` on inputs that have been checked."""
 
-    def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:  # noqa: B027 - most take any
-        """Compile these batch sizes of these graphs, and keep exactly these until the next call.
+    def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:  # noqa: B027 - most take any size
+        """Compile these batch sizes of these graphs, and keep exactly them until the next call.
 
-        Other sizes that come share two places of each graph. Backends that take any size alike do nothing.
+        Each graph keeps two more sizes, the last used ones. Backends for which all sizes cost the same do
+        nothing.
 
         Raises:
             RequestError: if a size is larger than the backend takes.
@@ -76,8 +77,8 @@ class GraphDenoiser(ABC):
             RequestError: naming the largest.
         """
 
-    def close(self) -> None:  # noqa: B027 - most hold nothing but memory of the host
-        """Give back what is held beside the host's memory; the graphs cannot be run afterwards."""
+    def close(self) -> None:  # noqa: B027 - most hold only host memory
+        """Release everything but host memory. The graphs cannot be run afterwards."""
 
     def __enter__(self) -> Self:
         return self
@@ -87,12 +88,12 @@ class GraphDenoiser(ABC):
 
 
 class PerBatch(Generic[Made]):
-    """Cache by graph and batch size: of each graph, the prepared sizes and the last two others.
+    """Cache by graph and batch size: the prepared sizes of each graph and the last two others.
 
-    A run has full batches and a rest; every size holds memory of its own.
+    Two, because a run has full batches and a remainder. Not more, because every size holds memory of its own.
 
     Attributes:
-        made: what is kept, the last used last.
+        made: the cached values, the most recently used last.
     """
 
     def __init__(self) -> None:
@@ -100,7 +101,7 @@ class PerBatch(Generic[Made]):
         self._prepared: set[tuple[GraphName, int]] = set()
 
     def get(self, graph: GraphName, batch: int, make: Callable[[GraphName, int], Made]) -> Made:
-        """Cached value, or the result of ``make``; the least recently used size makes room."""
+        """The cached value, or the result of ``make``. The least recently used size is evicted."""
         made = self.made.pop((graph, batch), None)
         if made is None:
             sharing = [key for key in self.made if key[0] == graph and key not in self._prepared]
@@ -113,7 +114,7 @@ class PerBatch(Generic[Made]):
     def prepare(
         self, sizes: Mapping[GraphName, Sequence[int]], make: Callable[[GraphName, int], Made]
     ) -> None:
-        """Drop all but these sizes, make those that are missing, and keep them from now on."""
+        """Drop all other sizes, make the missing ones, and keep these from now on."""
         self._prepared = {(graph, batch) for graph, batches in sizes.items() for batch in batches}
         for key in self.made.keys() - self._prepared:
             del self.made[key]
@@ -142,16 +143,16 @@ def _check_feeds(graph: GraphName, spec: GraphSpec, feeds: Mapping[str, Array]) 
 
 @contextlib.contextmanager
 def working(library: str, graph: GraphName, batch: int, *, what: str = "run") -> Iterator[None]:
-    """Name the graph and the batch in whatever a library raises while it does ``what``.
+    """Turn whatever a library raises while it does ``what`` into an error that names graph and batch.
 
     Raises:
-        EngineError: in place of it.
+        EngineError: in place of the library's exception.
     """
     try:
         yield
     except AdmtrtError:
         raise
-    except Exception as error:  # every library has types of its own for every cause
+    except Exception as error:  # each library raises its own types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise EngineError(
             f"{library} cannot {what} graph '{graph}' for a batch of {batch}: {reason}",

@@ -1,4 +1,4 @@
-"""Weights that a library maps from their file and then copies: pages that are no longer needed."""
+"""Release the pages of weight files that a library has mapped and then copied."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 
 _MAPS = Path("/proc/self/maps")
-_DONTNEED = 4  # MADV_DONTNEED: a page that is read again comes from the file
+_DONTNEED = 4  # MADV_DONTNEED: a dropped page is read from the file again
 
 
 def release_pages(file: Path) -> int:
-    """Give the pages of a file that this process has mapped back to the system; nothing is lost.
+    """Return the pages of a file that this process has mapped to the system; no data is lost.
 
     Returns:
-        How many mappings were told; 0 where the system has no list of them.
+        The number of mappings released; 0 if the system does not list mappings.
     """
     if not _MAPS.exists():
         return 0

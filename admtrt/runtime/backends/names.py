@@ -1,6 +1,6 @@
-"""Names of backends, apart from what declares them, so that ``--help`` can list them without loading it."""
+"""Names of backends, apart from their declarations, so that ``--help`` lists them without loading those."""
 
 NAMES = ("onnxruntime", "openvino", "onnxruntime-cuda", "onnxruntime-tensorrt", "onnxruntime-rtx", "tensorrt")
-"""In order of preference."""
+"""All backends, in order of preference."""
 OF_FEATURES = ("onnxruntime", "openvino")
-"""Those that compute features, too."""
+"""Backends that also compute features."""

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Array
 
 ERRORS_ONLY = 3
-"""Severity from which ONNX Runtime logs to stderr; why a provider cannot be loaded it says nowhere else."""
-_NOTHING = 4  # but what ends the process: every other fault is raised as well
+"""Severity from which ONNX Runtime logs to stderr: only the log says why a provider cannot be loaded."""
+_NOTHING = 4  # log only fatal errors: all other errors are raised as well
 _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
@@ -29,12 +29,13 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
 
     Args:
         bundle: a verified bundle.
-        threads: of each operator; None lets ONNX Runtime take every core.
-        graphs: those to open; None opens all.
+        threads: threads per operator; None lets ONNX Runtime take every core.
+        graphs: names of the graphs to open; None opens all.
 
     Raises:
         MissingDependencyError: if onnxruntime is not installed.
-        BundleError: if ONNX Runtime refuses a graph, or a graph has other inputs or outputs than declared.
+        BundleError: if ONNX Runtime refuses a graph, or the inputs or outputs of a graph differ from the
+            manifest.
     """
 
     def __init__(
@@ -47,7 +48,8 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
         onnxruntime = import_onnxruntime(extra="cpu", purpose="Sampling on a CPU")
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _NOTHING
-        # Each graph has threads of its own: those of one must not spin on the cores while the next one runs.
+        # Each graph has its own thread pool: idle threads must not spin on the cores while the next graph
+        # runs.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
@@ -62,7 +64,7 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
                     session = onnxruntime.InferenceSession(
                         str(path), sess_options=options, providers=["CPUExecutionProvider"]
                     )
-                except Exception as error:  # the library raises types of its own for every cause
+                except Exception as error:  # the library raises types of its own
                     raise BundleError(f"ONNX Runtime refuses {path}: {error}") from None
             check_session(path, session, self.specs[name])
             self._sessions[name] = session

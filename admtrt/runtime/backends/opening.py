@@ -1,4 +1,4 @@
-"""Opening a bundle's graphs: on the backend that is asked for, or on the fastest."""
+"""Open a bundle's graphs on the requested backend, or on the fastest."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ def open_denoiser(
 
     Args:
         bundle: a verified bundle.
-        choice: of the backend.
-        graphs: those that are needed; None for all that sampling runs.
-        progress: told what ``auto`` measures, and what it has found.
+        choice: the requested backend.
+        graphs: names of the graphs to open; None for all that sampling runs.
+        progress: called with what ``auto`` measures and finds.
 
     Raises:
-        RequestError: for a batch that the backend cannot take.
-        UserError: if the backend is not installed, finds no device or refuses a graph, or no library
-            takes the path of the bundle.
+        RequestError: if the backend cannot take the batch size.
+        UserError: if the backend is not installed, finds no device or refuses a graph, or if the bundle's
+            path is not valid UTF-8.
     """
     _check_path(bundle)
     if graphs is None:
@@ -53,7 +53,7 @@ def open_denoiser(
 
 
 def _check_path(bundle: Bundle) -> None:
-    """Refuse a place that the libraries, which take paths in UTF-8 alone, cannot be told."""
+    """Refuse a path that is not valid UTF-8: the libraries take no others."""
     try:
         str(bundle.path.resolve()).encode()
     except UnicodeEncodeError:
@@ -64,7 +64,7 @@ def _check_path(bundle: Bundle) -> None:
 
 
 def graphs_with(bundle: Bundle, guides: Collection[str] | None) -> list[GraphName]:
-    """The graphs that sampling may run, but those of other guides; None for all guides."""
+    """The graphs that sampling may run with these guides; None means all guides."""
     return [
         name
         for name in bundle.manifest.sampled_graphs

@@ -39,23 +39,25 @@ _DTYPES = {"f32": "float32", "i64": "int64"}
 class OpenVinoDenoiser(GraphDenoiser):
     """A bundle's graphs on the CPU, compiled for each batch size when it first comes.
 
-    A graph of fixed sizes runs up to twice as fast as one whose batch is open: worth compiling it again. A
-    batch is divided among the threads where that comes out even: one that works alone waits for no other.
+    A graph of fixed sizes runs up to twice as fast as one with a dynamic batch, which is worth compiling each
+    size. A batch that divides evenly among the threads is split: threads that work apart do not wait for each
+    other.
 
     Args:
         bundle: a verified bundle.
-        precision: what OpenVINO computes in; ``fp32`` forbids the bf16 that it would choose by itself.
-        threads: of each graph; None lets OpenVINO take every core.
-        graphs: those to open; None opens all.
+        precision: in which OpenVINO computes; ``fp32`` forbids the bf16 that it would choose by default.
+        threads: threads per graph; None lets OpenVINO take every core.
+        graphs: names of the graphs to open; None opens all.
 
     Attributes:
         threads: of each graph.
-        compiled: each graph at the sizes that are kept.
+        compiled: the compiled graphs, by graph and batch size.
 
     Raises:
         MissingDependencyError: if openvino is not installed.
-        RequestError: if the processor does not compute in this precision.
-        BundleError: if OpenVINO refuses a graph, or a graph has other inputs or outputs than declared.
+        RequestError: if the processor does not support this precision.
+        BundleError: if OpenVINO refuses a graph, or the inputs or outputs of a graph differ from the
+            manifest.
     """
 
     any_size = False
@@ -79,7 +81,7 @@ class OpenVinoDenoiser(GraphDenoiser):
         self.threads = _threads_of(self._core) if threads is None else threads
         self._bundle = bundle
         self.specs: dict[GraphName, GraphSpec] = {}
-        self.compiled = PerBatch[_Compiled]()  # each has a copy of the weights
+        self.compiled = PerBatch[_Compiled]()  # each compiled graph has a copy of the weights
         for name in bundle.manifest.graphs:
             if graphs is not None and name not in graphs:
                 continue
@@ -88,7 +90,7 @@ class OpenVinoDenoiser(GraphDenoiser):
                 model = self._read(name)
             except BundleError:
                 raise
-            except Exception as error:  # the library raises RuntimeError and others for every cause
+            except Exception as error:  # the library raises RuntimeError and other types
                 raise BundleError(f"OpenVINO refuses {bundle.graph_path(name)}: {error}") from None
             path = bundle.graph_path(name)
             check_contract(path, _shown(model.inputs), _shown(model.outputs), self.specs[name])
@@ -111,7 +113,7 @@ class OpenVinoDenoiser(GraphDenoiser):
         return model
 
     def _compile(self, name: GraphName, batch: int) -> _Compiled:
-        precision = self._precision if is_network(name) else "fp32"  # x itself is never rounded
+        precision = self._precision if is_network(name) else "fp32"  # the update must not round x
         parts = math.gcd(batch, self.threads)
         with working("OpenVINO", name, batch, what="compile"):
             model = self._read(name)
@@ -120,7 +122,7 @@ class OpenVinoDenoiser(GraphDenoiser):
             )
             normalise_by_channel(model)
             compiled = _Compiled(self._core, model, precision, parts, self.threads)
-        # It has packed copies of the weights, and keeps the file mapped for good: a third of its memory.
+        # OpenVINO has packed copies of the weights, but keeps the file mapped: a third of its memory.
         path = self._bundle.graph_path(name)
         for data in external_locations(path):
             release_pages(path.parent / data)
@@ -128,25 +130,26 @@ class OpenVinoDenoiser(GraphDenoiser):
 
 
 class _Compiled:
-    """A graph of a fixed batch size, ready to run: in equal parts, side by side.
+    """A graph compiled for one batch size, which runs the batch in equal parts side by side.
 
-    OpenVINO rounds every operator's input to bf16, the timestep as well, of which 8 bits are left: four
-    neighbours around 900 would be one and the same. What depends on ``t`` alone is therefore a model of its
-    own, in fp32.
+    In bf16, OpenVINO rounds every operator's input, including the timestep: with 8 significant bits, four
+    neighbouring timesteps near 900 become equal. The layers that depend on ``t`` alone are therefore a
+    separate model in fp32.
 
     Args:
-        core: OpenVINO's.
-        model: of the size of a part.
-        precision: what it computes in.
-        parts: how many, each on its share of the threads.
-        threads: for all parts.
+        core: OpenVINO's ``Core``.
+        model: with the batch size of one part.
+        precision: in which it computes.
+        parts: number of parts; each gets its share of the threads.
+        threads: of all parts together.
     """
 
     def __init__(self, core: Any, model: Any, precision: Precision, parts: int, threads: int) -> None:
         settings = {
             "NUM_STREAMS": parts,
             "INFERENCE_NUM_THREADS": threads,
-            # Pinned threads fight for their cores with whatever else runs, another graph's threads included.
+            # No pinning: pinned threads compete for their cores with other processes and with other graphs'
+            # threads.
             "ENABLE_CPU_PINNING": False,
         }
 
@@ -157,7 +160,7 @@ class _Compiled:
         self._embed = None if embedding is None else compiled(embedding, "f32").create_infer_request()
         made = compiled(model, _HINTS[precision])
         self.requests = [made.create_infer_request() for _ in range(parts)]
-        # OpenVINO may give an output the name of a tensor that it has removed besides its own.
+        # An output may carry the name of a removed tensor beside its own.
         self._ports = [(port, tuple(port.names)) for port in self.requests[0].model_outputs]
 
     def __call__(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
@@ -173,7 +176,7 @@ class _Compiled:
             for request in self.requests:
                 request.wait()
         except BaseException:
-            for request in self.requests:  # none may go on reading arrays that are the caller's
+            for request in self.requests:  # no request may still read the caller's arrays
                 with contextlib.suppress(Exception):
                     request.wait()
             raise
@@ -185,7 +188,7 @@ class _Compiled:
 
 
 def computes_bf16() -> bool:
-    """True where this processor multiplies bf16; OpenVINO computes in fp32 where it does not.
+    """True if this processor multiplies in bf16; otherwise OpenVINO would compute in fp32.
 
     Raises:
         UserError: as :func:`import_openvino`.
@@ -199,7 +202,7 @@ def import_openvino() -> Any:
 
 
 def _threads_of(core: Any) -> int:
-    """The threads that OpenVINO takes for one batch at a time by itself: none that share a core."""
+    """The number of threads that OpenVINO chooses for latency: one per physical core."""
     from openvino import Model, Type, opset13
 
     x = opset13.parameter([1], Type.f32)

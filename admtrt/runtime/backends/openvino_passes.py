@@ -1,4 +1,4 @@
-"""Rewrite a graph before OpenVINO compiles it, each pass for one habit of the library."""
+"""Rewrite a graph before OpenVINO compiles it. Each pass works around one behaviour of the library."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 EMBEDDING = "time_embedding"
-"""The input that :func:`cut_embedding` makes."""
+"""Name of the input that :func:`cut_embedding` adds."""
 
 _MANY_POSITIONS = 256
-"""From here on a group norm in another layout than the convolutions' costs more than the small operators
-around its statistics (measured on the ImageNet-64 configuration)."""
+"""Number of positions from which changing the layout for a group norm costs more than the extra small
+operators that avoid it (measured on the ImageNet-64 configuration)."""
 
 
 def separate_weights(model: Any) -> None:
-    """Give every transposed convolution and every matrix product weights of its own.
+    """Give every transposed convolution and every matrix product its own copy of the weights.
 
-    OpenVINO 2026.4 repacks a constant for one reader and reads it so for others, too: for a convolution and a
-    transposed one, for products with a square matrix and with its transpose. Values are then wrong where a
-    gradient shares the forward's weights.
+    OpenVINO 2026.4 repacks a constant for one consumer and lets others read it in that layout: for a
+    convolution and a transposed convolution, and for products with a square matrix and with its transpose. A
+    gradient that shares the forward's weights is then wrong.
     """
     from openvino import opset1 as ops
 
@@ -36,7 +36,7 @@ def separate_weights(model: Any) -> None:
 
 
 def cut_embedding(model: Any) -> Any | None:
-    """Take the embedding of ``t``, which ends at the first product, out of a model; None where it has none.
+    """Cut the embedding of ``t``, up to the first matrix product, out of a model; None if there is none.
 
     The model keeps the embedding's values as an input.
     """
@@ -48,7 +48,7 @@ def cut_embedding(model: Any) -> Any | None:
     if not ends:
         return None
     source = ends[0].get_source_output()
-    assert all(end.get_source_output() == source for end in ends)  # one embedding, whatever is made of it
+    assert all(end.get_source_output() == source for end in ends)  # one embedding, for all layers
     given = parameter(source.get_shape(), source.get_element_type(), name=EMBEDDING)
     given.output(0).get_tensor().set_names({EMBEDDING})
     for end in ends:
@@ -59,7 +59,7 @@ def cut_embedding(model: Any) -> Any | None:
 
 
 def _first_products(node: Any) -> list[Any]:
-    """The inputs of matrix products that are reached from a node through other operators."""
+    """The inputs of the first matrix products that a node reaches through other operators."""
     found: dict[Any, Any] = {}
     for output in node.outputs():
         for target in output.get_target_inputs():
@@ -70,25 +70,25 @@ def _first_products(node: Any) -> list[Any]:
 
 
 def normalise_by_channel(model: Any) -> int:
-    """Let the group norms of large images, and their gradients, keep the layout of the convolutions.
+    """Keep the convolutions' layout in the group norms of large images and in their gradients.
 
-    A convolution here wants its channels last, and what is computed on [N, groups, rest] wants them first: an
-    image is copied before it and behind it. All of it can be done on [N, C, H, W]: a mean over a group is the
-    mean of the means of its channels, and everything else acts on each element. The variance stays the mean
-    of squared distances from the mean, so float32 stays exact.
+    OpenVINO's convolutions keep channels last. A computation on [N, groups, rest] needs channels first, so
+    the image is copied before and after it. This pass computes the group norm on [N, C, H, W] instead: the
+    mean of a group is the mean of its channels' means, and all other operations are elementwise. The variance
+    stays the mean of squared distances from the mean, so float32 loses no accuracy.
 
     Args:
         model: with all sizes fixed.
 
     Returns:
-        How many images are formed without leaving their layout.
+        The number of images that keep their layout.
     """
     rewriter = _ByChannel()
     return sum(rewriter.visit(node) for node in model.get_ordered_ops())
 
 
 class _ByChannel:
-    """Values on [N, G, K] as values on [N, C, H, W], node by node; equal values are formed once."""
+    """Rewrites values on [N, G, K] as values on [N, C, H, W], node by node; equal values are formed once."""
 
     def __init__(self) -> None:
         from openvino import opset6
@@ -104,7 +104,7 @@ class _ByChannel:
         self._made: dict[tuple[str, ...], Any] = {}
 
     def visit(self, node: Any) -> bool:
-        """Take in one node, in order; whether it was the end of a chain and now is the image itself."""
+        """Process one node, in order. True if it ended a chain and was replaced by the image."""
         kind, inputs = node.get_type_name(), node.input_values()
         images = [self._images.get(value.get_node().get_name()) for value in inputs]
         image = next((image for image in images if image is not None), None)
@@ -137,7 +137,7 @@ class _ByChannel:
         return self._apply("Multiply", centered, self._spread(scale, image))
 
     def _mean(self, image: Any, groups: int) -> Any:
-        """Of each group, [N, G, 1]."""
+        """The mean of each group, [N, G, 1]."""
 
         def made() -> Any:
             batch, channels = list(image.get_shape())[:2]
@@ -151,7 +151,7 @@ class _ByChannel:
         return self._once(("mean", _name(image), str(groups)), made)
 
     def _spread(self, value: Any, like: Any) -> Any | None:
-        """[N or 1, G, 1] as [N or 1, C, 1, 1]; a single number stays; None where it is anything else."""
+        """Turn [N or 1, G, 1] into [N or 1, C, 1, 1]. A single number is kept; None for any other shape."""
         shape, channels = list(value.get_shape()), like.get_shape()[1]
         if np.prod(shape) == 1:
             return value

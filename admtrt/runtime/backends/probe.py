@@ -1,8 +1,8 @@
-"""Seconds of each graph on one backend, measured in a process of its own; :mod:`.auto` starts it.
+"""Measure the run time of each graph on one backend. :mod:`.auto` runs this module in a child process.
 
-In a process of its own nothing else's threads or memory disturb the measurement, and a library that crashes
-takes only itself along. ``python -m`` this module reads a :class:`ProbeRequest` on stdin and writes a
-:class:`ProbeResult` on stdout.
+In a child process, no other threads or memory disturb the measurement, and a crash of the library ends only
+the child. ``python -m`` this module reads a :class:`ProbeRequest` on stdin and writes a :class:`ProbeResult`
+on stdout.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from admtrt.runtime.sampler import Denoiser
     from admtrt.runtime.slots import Slots
 
-_RUNS = 3  # at least, and after one that compiles and warms up
-_SECONDS = 0.5  # at least; small graphs run more often
-_LEAST = 1e-9  # seconds: what runs beside something longer takes none
+_RUNS = 3  # minimum, after a first run that compiles and warms up
+_SECONDS = 0.5  # minimum; small graphs run more often
+_LEAST = 1e-9  # seconds, for a graph that is hidden behind a longer one
 
 
 class ProbeRequest(Config):
-    """Request of one measurement: graphs on one backend, as the choice of :mod:`.auto` asks."""
+    """Request of one measurement: which graphs to time on which backend."""
 
     bundle: str
     backend: str
@@ -43,21 +43,21 @@ class ProbeRequest(Config):
 
 
 class ProbeResult(Config):
-    """The shortest of some runs of each graph, or why there is none."""
+    """The shortest run of each graph, or why it could not be measured."""
 
     seconds: dict[GraphName, float] = Field(default_factory=dict)
     error: str = ""
 
 
 def measure(request: ProbeRequest) -> ProbeResult:
-    """Open each graph by itself and run it; a backend that keeps x on its device takes whole steps there."""
+    """Open each graph alone and time it. Backends that keep x on their device are timed on whole steps."""
     bundle = Bundle.open(request.bundle)
     seconds: dict[GraphName, float] = {}
     for name in request.graphs:
         try:
             denoiser = BACKENDS[request.backend].open(bundle, request.choice, graphs=(name,))
             slots = example_slots(bundle.manifest, request.choice.batch_size)
-            if isinstance(denoiser, ResidentDenoiser):  # it has opened all graphs
+            if isinstance(denoiser, ResidentDenoiser):  # such a backend opens all graphs together
                 return ProbeResult(seconds=_seconds_on_device(denoiser, slots, request.graphs))
             seconds[name] = _fastest_run(denoiser, name, slots)
         except AdmtrtError as error:
@@ -79,7 +79,7 @@ def _fastest_run(denoiser: Denoiser, name: GraphName, slots: Slots) -> float:
 def _seconds_on_device(
     denoiser: ResidentDenoiser, slots: Slots, graphs: Sequence[GraphName]
 ) -> dict[GraphName, float]:
-    """The UNet's part is a step without guidance, the gradient's is what guidance adds to one."""
+    """Time the UNet as a step without guidance, the gradient as the extra time of a guided step."""
     conditions, parts = slots.conditions, dict[GraphName, float]()
     for name in graphs:
         slots.conditions = {"unet": conditions["unet"]} if name == "unet" else conditions

@@ -1,6 +1,6 @@
 """ONNX Runtime's execution providers for NVIDIA GPUs: CUDA, TensorRT and TensorRT-RTX.
 
-A provider that cannot be loaded is an error; ONNX Runtime by itself would go on, silently, on the CPU.
+A provider that cannot be loaded is an error. ONNX Runtime alone would silently fall back to the CPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Array
 
 
-_NO_GRAPH = "-1"  # the identifier of none
+_NO_GRAPH = "-1"  # graph annotation that disables CUDA graphs for a run
 _RTX_GENERATIONS = (8, 12)
 
 
@@ -42,13 +42,13 @@ class Provider:
     """An execution provider of ONNX Runtime for GPUs.
 
     Attributes:
-        name: ONNX Runtime's.
-        extra: of admtrt, which installs it.
-        memory: device to whose memory inputs and outputs are bound; empty where they come from the host.
-        graph_option: of the provider, which captures each batch size as a CUDA graph. TensorRT's has one that
-            keeps a single graph whatever the batch size, and would replay it for every other.
-        plugin: module that brings the provider's library; empty where ONNX Runtime's wheel has it.
-        loads: module that puts libraries which the provider needs where the loader finds them.
+        name: as ONNX Runtime calls it.
+        extra: the extra of admtrt that installs it.
+        memory: device that holds the inputs and outputs; empty if they stay on the host.
+        graph_option: provider option that captures each batch size as a CUDA graph. Empty for TensorRT, whose
+            option keeps one graph and would replay it for every other batch size.
+        plugin: module that ships the provider's library; empty if ONNX Runtime's wheel contains it.
+        loads: module whose import makes the libraries that the provider needs loadable.
     """
 
     name: str
@@ -66,21 +66,21 @@ PROVIDERS: dict[str, Provider] = {
         "NvTensorRTRTXExecutionProvider", "ort-rtx", plugin="onnxruntime_ep_nv_tensorrt_rtx"
     ),
 }
-"""By the name of the backend."""
+"""The providers, by the name of the backend."""
 
 
 def require_provider(backend: str) -> None:
-    """Make sure that ONNX Runtime has a backend's provider.
+    """Check that ONNX Runtime has a backend's provider.
 
     Raises:
         MissingDependencyError: if onnxruntime is not installed.
-        EngineError: if it has not, or cannot load it.
+        EngineError: if it has no such provider, or cannot load it.
     """
     provider = PROVIDERS[backend]
     onnxruntime = onnxruntime_for(backend)
     if provider.plugin:
         gpu = query_driver().gpu
-        # The plugin offers itself on every GPU from 8.0 on; the library within it builds for these alone.
+        # The plugin accepts every GPU from 8.0 on, but its library builds for these only.
         if gpu is not None and gpu.compute_capability // 10 not in _RTX_GENERATIONS:
             raise EngineError(
                 f"{provider.name} does not run on {gpu}: it serves compute capability 8.x and 12.x",
@@ -99,16 +99,16 @@ def require_provider(backend: str) -> None:
 class ProviderDenoiser(GraphDenoiser):
     """A bundle's graphs on a GPU, through ONNX Runtime.
 
-    The engine graphs of the precision are run; for fp32, a bundle without any has those of the CPU.
+    It runs the engine graphs of the precision; for fp32, a bundle without them runs its CPU graphs.
 
     Args:
         bundle: a verified bundle.
         backend: one of :data:`PROVIDERS`.
         precision: of the graphs.
-        graphs: those to open; None opens all.
+        graphs: names of the graphs to open; None opens all.
 
     Attributes:
-        bound: each graph at the sizes that are kept, with its arrays on the GPU.
+        bound: by graph and batch size, the graph bound to its arrays on the GPU.
 
     Raises:
         BundleError: if the bundle has no graphs of this precision, or ONNX Runtime refuses one.
@@ -136,7 +136,8 @@ class ProviderDenoiser(GraphDenoiser):
             if graphs is not None and name not in graphs:
                 continue
             self.specs[name] = bundle.graph_entry(name, engine).spec
-            # An engine's own cache may know it by its nodes alone; the manifest tells weights apart as well.
+            # An engine cache may identify a graph by its nodes alone; the manifest also distinguishes
+            # weights.
             kept_for = f"{bundle.digest[:32]}-{engine}-{name}"
             with bundle.reading(name, engine) as path:
                 self._sessions[name] = self._open(path, _options(self._provider, kept_for, precision))
@@ -152,13 +153,13 @@ class ProviderDenoiser(GraphDenoiser):
             return dict(zip(names, self._sessions[graph].run(names, feeds), strict=True))
 
     def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
-        """See :meth:`GraphDenoiser.prepare`; a provider without bound arrays takes any size alike."""
+        """See :meth:`GraphDenoiser.prepare`; a provider without bound arrays has nothing to prepare."""
         if self._provider.memory:
             self.bound.prepare(sizes, self._bind)
 
     def _bind(self, name: GraphName, batch: int) -> _BoundRun:
-        # ONNX Runtime keeps a graph for good: of a size that comes again it would replay the old one, on
-        # addresses of then. Such a size runs without.
+        # ONNX Runtime never drops a CUDA graph. For a batch size that returns it would replay the old graph,
+        # on freed addresses. Such a size runs without a CUDA graph.
         graph_id = _NO_GRAPH if (name, batch) in self._captured else str(batch)
         self._captured.add((name, batch))
         session, spec = self._sessions[name], self.specs[name]
@@ -166,13 +167,13 @@ class ProviderDenoiser(GraphDenoiser):
             return _BoundRun(self._library, session, spec, batch, self._provider.memory, graph_id)
 
     def _open(self, path: Path, options: Mapping[str, str]) -> Any:
-        """A session with CUDA graphs, or without where the provider cannot capture this graph.
+        """A session with CUDA graphs, or without if the provider cannot capture this graph.
 
-        ONNX Runtime's own fallback is off: it would go on on the CPU, and say so on stdout.
+        ONNX Runtime's own fallback is off: it would switch to the CPU and print so on stdout.
         """
         graph_option, session = self._provider.graph_option, None
         if graph_option:
-            with contextlib.suppress(Exception):  # the library raises types of its own for every cause
+            with contextlib.suppress(Exception):  # the library raises types of its own
                 session = self._session(path, {**options, graph_option: "1"})
         try:
             session = session or self._session(path, options)
@@ -202,7 +203,7 @@ class ProviderDenoiser(GraphDenoiser):
 
 
 class _BoundRun:
-    """A graph bound to arrays of the device that stay where they are, as a CUDA graph needs them."""
+    """A graph bound to device arrays at fixed addresses, which CUDA graphs require."""
 
     def __init__(
         self, library: Any, session: Any, spec: GraphSpec, batch: int, memory: str, graph_id: str
@@ -232,15 +233,15 @@ class _BoundRun:
 
 
 def _options(provider: Provider, graph: str, precision: Precision) -> dict[str, str]:
-    """Options for a provider, besides its CUDA graphs; ``graph`` names its folder of the cache."""
+    """Options of a provider, without those for CUDA graphs; ``graph`` names its cache folder."""
     if provider.name == "CUDAExecutionProvider":
         return {"use_tf32": "0", "cudnn_conv_algo_search": "EXHAUSTIVE"}
     options: dict[str, str] = {}
     root = cache_folder()
     if root is not None:
-        version = getattr(sys.modules.get(provider.loads), "__version__", "")  # a later one may not read it
+        version = getattr(sys.modules.get(provider.loads), "__version__", "")  # caches are not portable
         kept = str(root / "onnxruntime" / provider.name / version / graph)
-        with contextlib.suppress(OSError):  # the providers make one folder at most
+        with contextlib.suppress(OSError):  # providers create only the last folder of a path
             Path(kept).mkdir(parents=True, exist_ok=True)
         engines = {"trt_engine_cache_enable": "1", "trt_engine_cache_path": kept}
         options |= {"nv_runtime_cache_path": kept} if provider.plugin else engines
@@ -250,23 +251,23 @@ def _options(provider: Provider, graph: str, precision: Precision) -> dict[str, 
 
 
 def onnxruntime_for(backend: str) -> Any:
-    """ONNX Runtime, with the libraries of a backend's provider where the loader finds them.
+    """Import ONNX Runtime after making the libraries of a backend's provider loadable.
 
     Raises:
         MissingDependencyError: if it is not installed.
     """
     library = import_onnxruntime(extra=PROVIDERS[backend].extra, purpose=f"The backend '{backend}'")
-    # CUDA from wheels lies where the loader does not look; what is missing is told by the session itself.
+    # The loader does not search CUDA's wheels. If a library is missing, the session reports it.
     with contextlib.redirect_stdout(sys.stderr), contextlib.suppress(Exception):
         library.preload_dlls()
     if PROVIDERS[backend].loads:
-        with contextlib.suppress(Exception):  # it may be installed otherwise; if not, the session says so
+        with contextlib.suppress(Exception):  # it may be installed elsewhere; if not, the session reports it
             importlib.import_module(PROVIDERS[backend].loads)
     return library
 
 
 def _plugin_devices(library: Any, provider: Provider) -> Any:
-    """The devices that a plugin finds; its library is registered when it is first asked for.
+    """The devices that a plugin finds; the first call registers the plugin's library.
 
     Raises:
         EngineError: if the library cannot be loaded, or finds no device.
@@ -277,7 +278,7 @@ def _plugin_devices(library: Any, provider: Provider) -> Any:
     try:
         plugin = importlib.import_module(provider.plugin)
         library.register_execution_provider_library(provider.name, os.fspath(plugin.get_library_path()))
-    except Exception as error:  # a missing library, a driver that is too old, a second registration
+    except Exception as error:  # a missing library, an old driver or a second registration
         raise EngineError(
             f"ONNX Runtime cannot load {provider.name}: {error}",
             hint="`admtrt doctor` lists what is found of drivers and libraries.",

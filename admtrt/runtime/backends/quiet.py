@@ -1,4 +1,4 @@
-"""Libraries that tell their makers that they are used are kept from it, before they are imported."""
+"""Switch off telemetry of ONNX Runtime and OpenVINO before they are imported."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from admtrt.errors import EngineError, MissingDependencyError
 
 
 def silence() -> None:
-    """Switch off ONNX Runtime's telemetry, unless the environment says otherwise, and OpenVINO's."""
+    """Switch off the telemetry of ONNX Runtime, unless the environment sets it, and of OpenVINO."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    # Without this package OpenVINO has a stand-in of its own; with it, it sends at its import.
+    # OpenVINO sends telemetry when imported if this package is there; without it, it uses a stub.
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 
 
 def import_silent(library: str, *, extra: str, purpose: str) -> Any:
-    """Import a library that was silenced.
+    """Import a library with its telemetry switched off.
 
     Args:
-        library: name of the module, and of its package.
-        extra: of admtrt, which installs it.
-        purpose: what needs it.
+        library: name of the module and of its package.
+        extra: the extra of admtrt that installs it.
+        purpose: what needs the library, for the message.
 
     Raises:
         MissingDependencyError: if it is not installed.

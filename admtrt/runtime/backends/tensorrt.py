@@ -36,15 +36,15 @@ if TYPE_CHECKING:
 
     Sources = Mapping[GraphName, GraphSource]
 
-_MOST_SETS = 1000  # of plans that are tried for a common batch size
-_SHARED = 2  # buffers of sizes that nobody prepared: a run has full batches and a rest
+_MOST_SETS = 1000  # combinations of plans tried in search of a common batch size
+_SHARED = 2  # unprepared batch sizes to keep: a run has full batches and a remainder
 
 
 class TensorRTDenoiser(GraphDenoiser):
     """A bundle's plans as a :class:`~admtrt.runtime.sampler.ResidentDenoiser`.
 
-    The newest plan of each graph that fits the graph's file, the library's version and the GPU is used;
-    TensorRT's where both libraries have one.
+    For each graph, it uses the newest plan that fits the graph's file, the library's version and the GPU. If
+    both libraries have plans, it takes TensorRT's.
 
     Args:
         bundle: a verified bundle.
@@ -52,12 +52,12 @@ class TensorRTDenoiser(GraphDenoiser):
         plans: folder of the plans; None for the bundle's own.
 
     Attributes:
-        library: that runs the plans.
-        gpu: where they run.
-        device: the same, in use.
-        engines: by graph; none once it is closed.
-        kernels: where TensorRT-RTX keeps what it compiled, by graph; none of TensorRT.
-        buffers: by batch size, the last used last.
+        library: the library that runs the plans.
+        gpu: the GPU that they run on.
+        device: that GPU, opened.
+        engines: the open plans by graph; empty once closed.
+        kernels: kernel caches of TensorRT-RTX by graph; empty with TensorRT.
+        buffers: by batch size, the most recently used last.
 
     Raises:
         MissingDependencyError: if neither library, or cuda-core, is installed.
@@ -79,7 +79,7 @@ class TensorRTDenoiser(GraphDenoiser):
             graph: graph_source(bundle, graph, precision) for graph in bundle.manifest.sampled_graphs
         }
         libraries = find_libraries()
-        self.device = CudaDevice()  # before the libraries do anything, which without a driver crash
+        self.device = CudaDevice()  # first: the libraries crash without a driver
         self.gpu: Gpu = self.device.gpu
         store = PlanStore.of(bundle, plans)
         self.library, records = _choose(store, self._sources, libraries, self.gpu)
@@ -120,7 +120,7 @@ class TensorRTDenoiser(GraphDenoiser):
 
     @property
     def largest_batch(self) -> int:
-        """The most samples that every plan takes at once."""
+        """The largest batch that every plan takes."""
         return max(size for size in self._sizes() if self._fits(size))
 
     @contextlib.contextmanager
@@ -128,7 +128,7 @@ class TensorRTDenoiser(GraphDenoiser):
         """See :class:`~admtrt.runtime.sampler.ResidentDenoiser`.
 
         Raises:
-            RequestError: if there are more slots than the plans take.
+            RequestError: if there are more slots than the largest batch.
             EngineError: if the GPU has no room for them, or the library refuses.
         """
         buffers = self.buffers_for(len(slots))
@@ -149,8 +149,8 @@ class TensorRTDenoiser(GraphDenoiser):
     def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
         """See :meth:`GraphDenoiser.prepare`.
 
-        A step of held slots runs every graph at the size of the UNet, padded to one that the plans take, and
-        the gradient at sizes of its own where only some samples are guided.
+        A step of held slots runs every graph at the UNet's batch size, padded to a size that the plans take.
+        Where only some samples are guided, the gradient runs at its own sizes.
         """
         self._activate()
         self._prepared = {self._padded(size) for size in sizes.get("unet", ())}
@@ -169,10 +169,10 @@ class TensorRTDenoiser(GraphDenoiser):
         self._padded(batch)
 
     def close(self) -> None:
-        """Give the GPU's memory back; done at the latest when the process ends.
+        """Release the GPU's memory. This also happens when the process ends.
 
         Raises:
-            EngineError: if the GPU has failed; what can be given back is given back.
+            EngineError: if the GPU has failed; everything that can be released is released first.
         """
         if self._closing.detach() is not None:
             _close(self.device, self.buffers, self.engines, self.kernels)
@@ -188,10 +188,10 @@ class TensorRTDenoiser(GraphDenoiser):
         self.device.activate()
 
     def buffers_for(self, count: int) -> BatchBuffers:
-        """Those of the smallest batch that holds so many samples, made where there are none.
+        """The buffers of the smallest batch that holds ``count`` samples, made if necessary.
 
         Raises:
-            RequestError: if the plans take fewer.
+            RequestError: if the plans take fewer samples.
             EngineError: if the GPU has no room for them.
         """
         self._activate()
@@ -203,11 +203,11 @@ class TensorRTDenoiser(GraphDenoiser):
                 self.buffers.pop(sharing[0]).close()
             capture = self.library.flavor != "rtx"
             buffers = BatchBuffers(self.device, self.engines, self._sources, batch, capture=capture)
-        self.buffers[batch] = buffers  # the last of the dictionary is the last that was used
+        self.buffers[batch] = buffers  # the dictionary is ordered by use
         return buffers
 
     def _padded(self, count: int) -> int:
-        """The smallest batch that holds ``count`` samples and that every plan takes."""
+        """The smallest batch of at least ``count`` samples that every plan takes."""
         fitting = [size for size in (count, *self._sizes()) if size >= count and self._fits(size)]
         if not fitting:
             raise RequestError(
@@ -217,7 +217,7 @@ class TensorRTDenoiser(GraphDenoiser):
         return min(fitting)
 
     def _sizes(self) -> list[int]:
-        """Every size at which a profile begins or ends: where the sizes that fit begin and end, too."""
+        """All ends of the plans' profiles: the ranges of common sizes begin and end at them, too."""
         profiles = [profile for engine in self.engines.values() for profile in engine.profiles]
         return [size for profile in profiles for size in (profile.smallest, profile.largest)]
 
@@ -239,11 +239,11 @@ def _close(
     kernels: dict[GraphName, KernelCache],
 ) -> None:
     with contextlib.ExitStack() as stack:
-        stack.callback(engines.clear)  # last, and with them the weights
+        stack.callback(engines.clear)  # runs last, and frees the weights
         for each in buffers.values():
             stack.push(at_exit(each.close))
         stack.callback(buffers.clear)
-        device.activate()  # whoever drops the last reference may be another thread
+        device.activate()  # another thread may drop the last reference
         for cache in kernels.values():
             cache.keep()
 
@@ -254,7 +254,7 @@ def _close_at_last(
     engines: dict[GraphName, Engine],
     kernels: dict[GraphName, KernelCache],
 ) -> None:
-    """Nobody is left who could hear of a fault; what used the GPU last has."""
+    """Close without raising: nobody could handle an error now, and earlier calls have reported theirs."""
     with contextlib.suppress(Exception):
         _close(device, buffers, engines, kernels)
 
@@ -262,7 +262,7 @@ def _close_at_last(
 def _choose(
     store: PlanStore, sources: Sources, libraries: list[Library], gpu: Gpu
 ) -> tuple[Library, dict[GraphName, PlanRecord]]:
-    """The first library that has plans of every graph, and the newest of them that go together."""
+    """The first library with plans of every graph, and its newest plans that share a batch size."""
     faults = []
     for library in libraries:
         try:
@@ -270,7 +270,7 @@ def _choose(
         except EngineError as error:
             faults.append(error)
             continue
-        # All the newest come first, and are what is complained about where none go together.
+        # The newest plans come first; the error names them if no combination fits.
         sets = list(itertools.islice(itertools.product(*usable), _MOST_SETS))
         chosen = next(filter(_have_a_common_batch, sets), sets[0])
         return library, dict(zip(sources, chosen, strict=True))

@@ -1,1 +1,1 @@
-"""Engines: ONNX graphs built into plans by TensorRT or TensorRT-RTX, and the store that keeps the plans."""
+"""Engines: build ONNX graphs into plans with TensorRT or TensorRT-RTX, and store the plans."""

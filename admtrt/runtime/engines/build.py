@@ -1,4 +1,4 @@
-"""All plans of a bundle: each graph is built unless its plan is there already, and kept in one piece."""
+"""Build the plans of a bundle: each graph whose plan is not in the store yet, written atomically."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class BuildResult:
     """One plan.
 
     Attributes:
-        record: of the plan in the store.
-        built: now, or was there already.
+        record: the plan's record in the store.
+        built: whether it was built now, or was there already.
     """
 
     record: PlanRecord
@@ -41,14 +41,14 @@ class BuildResult:
 
 @dataclass(frozen=True, eq=False)
 class PlanBuilder:
-    """Settings and place of a build.
+    """Builds plans with one library into one store.
 
     Attributes:
-        library: that builds.
-        gpu: of this machine; needed by TensorRT.
-        store: that keeps the plans.
-        timing_cache: file of what TensorRT measured; read before a build and written after it.
-        note: called with a line for people.
+        library: the library that builds.
+        gpu: this machine's GPU; TensorRT needs one.
+        store: the store that keeps the plans.
+        timing_cache: file of TensorRT's timing cache; read before a build and written after it.
+        note: called with lines for people.
     """
 
     library: Library
@@ -58,7 +58,7 @@ class PlanBuilder:
     note: Callable[[str], None] = print
 
     def check(self, sources: Sequence[GraphSource], options: BuildOptions) -> None:
-        """Refuse what cannot work, before any work.
+        """Refuse builds that cannot work, before any work.
 
         Raises:
             EngineError: naming the option or what the machine lacks.
@@ -85,7 +85,7 @@ class PlanBuilder:
     def make(
         self, source: GraphSource, options: BuildOptions, progress: Callable[[float, str], None] | None = None
     ) -> BuildResult:
-        """The plan of one graph, from the store or built now.
+        """Return the plan of one graph, from the store or newly built.
 
         Raises:
             EngineError: as :func:`~admtrt.runtime.engines.builder.build_plan`.

@@ -1,8 +1,8 @@
-"""One ONNX file to one plan: parse, profiles, flags, build; stoppable, with progress, and nothing on disk.
+"""Build one ONNX file into one plan, in memory: parse, profiles, flags, build; interruptible, with progress.
 
-The library works in a thread of its own. Its calls back into Python (log, progress) would otherwise take the
-interruption of the main thread in the middle of C++; here the main thread takes it, and the monitor tells the
-library to stop.
+The library works in a thread of its own. Otherwise a KeyboardInterrupt would be raised in one of its
+callbacks into Python (log, progress), in the middle of C++. Here the main thread receives it, and the monitor
+tells the library to stop.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.sources import GraphSource
 
 Progress = Callable[[float, str], None]
-"""Takes the part that is done, 0 to 1, and what is being done."""
+"""Called with the fraction done, 0 to 1, and the current phase."""
 _MIB = 2**20
 _STOPPING = "stopping after this step; interrupt again to leave at once"
 
@@ -38,9 +38,9 @@ class BuiltPlan:
 
     Attributes:
         plan: a view of the library's own memory.
-        seconds: that it took.
+        seconds: duration of the build.
         layers: the lines of the builder's log that describe the engine, for :mod:`report`.
-        timing_cache: what TensorRT measured; empty in TensorRT-RTX, which measures nothing.
+        timing_cache: TensorRT's timing cache; empty in TensorRT-RTX, which measures nothing.
     """
 
     plan: memoryview
@@ -51,7 +51,7 @@ class BuiltPlan:
 
 @dataclass(eq=False)
 class _BuildSession:
-    """Messages between the library's thread and ours."""
+    """Messages between the library's thread and the caller's."""
 
     progress: Progress | None
     stopped: threading.Event = field(default_factory=threading.Event)
@@ -62,7 +62,7 @@ class _BuildSession:
     done: float = 0.0
 
     def tell(self, done: float, phase: str) -> None:
-        """Pass progress on; a fault of the listener stops the build, since the library could not take it."""
+        """Pass progress on. An exception of the listener stops the build; it cannot pass through C++."""
         self.done = done
         try:
             if self.progress is not None:
@@ -86,11 +86,11 @@ def build_plan(
         library: the library that builds.
         source: the graph.
         options: checked against the library first.
-        timing_cache: of an earlier build with TensorRT; empty starts anew.
+        timing_cache: timing cache of an earlier build with TensorRT; empty for none.
         progress: called from the library's thread as the build goes on.
 
     Raises:
-        EngineError: naming the option, the node or the reason that the library gives.
+        EngineError: naming the option, the node or the library's reason.
         KeyboardInterrupt: after the library has stopped.
     """
     check_options(options, library, source.precision)
@@ -106,11 +106,11 @@ def build_plan(
 
     threading.Thread(target=work, name=f"build {source.graph}", daemon=True).start()
     try:
-        session.ended.wait()  # Thread.join() takes an interrupted wait for the end of the thread
+        session.ended.wait()  # not Thread.join(): it treats an interrupted wait as the thread's end
     except BaseException:
         session.stopped.set()
         session.tell(session.done, _STOPPING)
-        session.ended.wait()  # a second interruption leaves at once; nothing is written before a build ends
+        session.ended.wait()  # a second interrupt leaves at once: nothing has been written yet
         raise
     if session.fault is not None:
         raise session.fault
@@ -128,7 +128,7 @@ def _build(
     require_start(library)
     builder: typed.Builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser: typed.OnnxParser = trt.OnnxParser(network, logger)  # owns the weights until the build has ended
+    parser: typed.OnnxParser = trt.OnnxParser(network, logger)  # owns the weights until the build ends
     with source.reading():
         parsed = parser.parse_from_file(str(source.path))
     if not parsed:
@@ -139,7 +139,7 @@ def _build(
     config.progress_monitor = monitor
     configure(config, library, options)
     for profile in options.profiles:
-        shapes: Any = builder.create_optimization_profile()  # takes tuples, where the stubs know Dims alone
+        shapes: Any = builder.create_optimization_profile()  # takes tuples, but the stubs say Dims
         for tensor in source.spec.inputs:
             sizes = (profile.smallest, profile.best, profile.largest)
             shapes.set_shape(tensor.name, *(tensor.sized(size) for size in sizes))
@@ -160,7 +160,7 @@ def _build(
 
 
 def configure(config: typed.IBuilderConfig, library: Library, options: BuildOptions) -> None:
-    """Set every option of a build, but its profiles, on the library's configuration."""
+    """Set every option of a build except its profiles on the library's configuration."""
     trt = library.module
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     config.builder_optimization_level = options.optimization_level
@@ -173,7 +173,7 @@ def configure(config: typed.IBuilderConfig, library: Library, options: BuildOpti
         "REFIT_IDENTICAL": options.strip,
         "STRIP_PLAN": options.strip,
         "VERSION_COMPATIBLE": options.version_compatible,
-        # the lean runtime inside a plan would be host code, which the runtime does not execute
+        # a lean runtime inside the plan would be host code, which the runtime does not execute
         "EXCLUDE_LEAN_RUNTIME": options.version_compatible,
     }
     for flag, wanted in chosen.items():
@@ -190,10 +190,10 @@ def configure(config: typed.IBuilderConfig, library: Library, options: BuildOpti
 
 
 def use_timing_cache(config: typed.IBuilderConfig, library: Library, content: bytes) -> None:
-    """Let a build begin with what another has measured.
+    """Start a build from the timing cache of another.
 
     Raises:
-        EngineError: if the library does not take it.
+        EngineError: if the library refuses it.
     """
     cache = config.create_timing_cache(content)
     if cache is None or not config.set_timing_cache(cache, False):
@@ -223,7 +223,7 @@ def _monitor(trt: Any, session: _BuildSession) -> Any:
 
 
 class Phases:
-    """The builder's nested phases as one part that is done, 0 to 1, which never falls."""
+    """Turn the builder's nested phases into one fraction done, 0 to 1, which never falls."""
 
     def __init__(self) -> None:
         self._running: dict[str, _Phase] = {}
@@ -240,7 +240,7 @@ class Phases:
         """Step ``step`` (from 0) of a phase has ended."""
         with self._lock:
             phase = self._running.get(name)
-            if phase is None:  # a fault here would cancel the build without a word
+            if phase is None:  # an exception here would cancel the build without a message
                 return self._done
             phase.done = min(step + 1, phase.steps)
             roots = [name for name, phase in self._running.items() if phase.parent not in self._running]
@@ -248,7 +248,7 @@ class Phases:
             return self._done
 
     def finish(self, name: str) -> float:
-        """A phase has ended, be it complete or cancelled."""
+        """A phase has ended, complete or cancelled."""
         with self._lock:
             self._running.pop(name, None)
             return self._done

@@ -1,4 +1,4 @@
-"""GPUs and driver of this machine, asked of the driver itself: no further package, and no GPU, is needed."""
+"""Query the driver for this machine's GPUs. Needs no package, and works without a GPU."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Driver:
     """A GPU as the driver describes it.
 
     Attributes:
-        cuda: newest version of CUDA that it supports, for instance "13.0"; None without a driver.
+        cuda: newest CUDA version that the driver supports, for instance "13.0"; None without a driver.
         gpus: in the driver's order.
         fault: why there is no driver or no GPU.
     """

@@ -1,4 +1,4 @@
-"""Turn a library's refusal of a graph into an error that names the node and its module."""
+"""Turn a library's refusal of a graph into an error that names the ONNX node and its PyTorch module."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.sources import GraphSource
 
 _LONGEST = 600
-# Part of every message on a machine without a driver, whatever went wrong.
+# On a machine without a driver, every log contains this message, whatever went wrong.
 _NOISE = re.compile(r"^.*\bcatchCudaError\b.*cudaError 35.*$\n?", re.MULTILINE)
 _HINTS = {
     "check_turing_op": "SM75 takes plans in which every matrix product is fp16: leave --target 75 out.",
@@ -30,7 +30,7 @@ _GENERAL = "Build with another --precision or --library, or report it with this 
 
 
 def refused_graph(library: Library, source: GraphSource, errors: Sequence[Any]) -> EngineError:
-    """The parser refused a graph; ``errors`` are its own."""
+    """The error of a graph that the parser refused; ``errors`` are the parser's."""
     modules, reasons = modules_of(source.path), []
     for error in errors:
         node, operator = error.node_name(), error.node_operator()
@@ -44,7 +44,7 @@ def refused_graph(library: Library, source: GraphSource, errors: Sequence[Any]) 
 
 
 def failed_build(library: Library, source: GraphSource, errors: Sequence[str]) -> EngineError:
-    """The builder gave no plan; ``errors`` are the lines of its log."""
+    """The error of a failed build; ``errors`` are the lines of the builder's log."""
     reasons = [told for told in map(_told, errors) if told]
     text = "; ".join(dict.fromkeys(reasons)) or "it gives no reason"
     modules = modules_of(source.path)
@@ -57,15 +57,15 @@ def failed_build(library: Library, source: GraphSource, errors: Sequence[str]) -
 
 
 def _told(message: str) -> str:
-    """A message without the noise, on one line and of readable length."""
+    """Clean up and shorten a message to one line."""
     text = " ".join(_NOISE.sub("", message).split())
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def modules_of(path: Path) -> dict[str, str]:
-    """The PyTorch module that each node comes from, as far as the graph remembers it."""
+    """The PyTorch module of each node, as far as the graph records it."""
     modules = {}
-    with contextlib.suppress(BundleError):  # what is wrong with the file is said by the library's own message
+    with contextlib.suppress(BundleError):  # the library's message says what is wrong with the file
         for node, scopes in node_metadata(path, NODE_SCOPES).items():
             with contextlib.suppress(IndexError, TypeError, ValueError, SyntaxError):
                 modules[node] = str(ast.literal_eval(scopes)[-2])

@@ -1,7 +1,7 @@
-"""The inference library that is found at run time: TensorRT or TensorRT-RTX, behind one code path.
+"""Find the inference library at run time: TensorRT or TensorRT-RTX, behind one code path.
 
-Both libraries have the same Python interface up to a few members, which the modules that build and run
-engines ask for by name. ``USED_TO_BUILD`` lists what the builder uses; a test walks it.
+Both libraries have the same Python interface except for a few members, which the modules that build and run
+engines look up by name. ``USED_TO_BUILD`` lists what the builder uses; a test checks it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MODULES: Mapping[Flavor, tuple[str, ...]] = MappingProxyType(
 LIBRARY_NAMES: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "TensorRT", "rtx": "TensorRT-RTX"})
 """Display names."""
 _WHEELS: Mapping[Flavor, str] = MappingProxyType({"tensorrt": "tensorrt", "rtx": "tensorrt-rtx-cu13"})
-_LATEST = 8  # messages of the library that can be told
+_LATEST = 8  # messages of the library that an error quotes
 _FLOORS: Mapping[Flavor, tuple[int, int]] = MappingProxyType({"tensorrt": (10, 13), "rtx": (1, 7)})
 
 USED_TO_BUILD = (
@@ -80,14 +80,14 @@ USED_TO_BUILD = (
     "ParserError.node_operator",
     "ProfilingVerbosity.DETAILED",
 )
-"""Every member that building uses of either library."""
+"""Every member of both libraries that building uses."""
 
 USED_TO_BUILD_RTX = (
     "ComputeCapability",
     "IBuilderConfig.num_compute_capabilities",
     "IBuilderConfig.set_compute_capability",
 )
-"""Members used of TensorRT-RTX alone."""
+"""Members used that only TensorRT-RTX has."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,9 +95,9 @@ class Library:
     """One inference library.
 
     Attributes:
-        flavor: which of the two.
+        flavor: which of the two libraries.
         module: its Python module.
-        version: as it calls itself, for instance "11.4.0.106".
+        version: its version, for instance "11.4.0.106".
     """
 
     flavor: Flavor
@@ -111,12 +111,12 @@ class Library:
 
     @property
     def targets(self) -> tuple[int, ...]:
-        """Compute capabilities that it can be told to build for, as 75 for 7.5; none in TensorRT."""
+        """Compute capabilities that can be build targets (75 for 7.5); none in TensorRT."""
         members = getattr(getattr(self.module, "ComputeCapability", None), "__members__", {})
         return tuple(sorted(int(name[2:]) for name in members if re.fullmatch(r"SM\d+", name)))
 
     def runs_on(self, compute_capability: int) -> bool:
-        """True where it runs plans on such a GPU; TensorRT answers only when it opens a plan."""
+        """True if the library supports such a GPU. TensorRT decides only when it opens a plan: True."""
         return not self.targets or compute_capability in self.targets
 
     def __str__(self) -> str:
@@ -125,13 +125,13 @@ class Library:
 
 @functools.cache
 def logger_of(trt: Any) -> Any:
-    """The one logger of a library, for good: the library keeps the first that it is given in a process.
+    """The only logger of a library: the library keeps the first that it is given in a process.
 
-    ``errors`` collects what the library complains of, ``latest`` the last that it said of importance, and
-    ``layers`` the lines in which a build describes the engine; whoever reads them clears them before.
+    ``errors`` collects error messages, ``latest`` the last messages of importance, and ``layers`` the lines
+    in which a build describes the engine. Clear a list before the call whose messages you want to read.
     """
 
-    class Log(trt.ILogger):  # type: ignore[misc]  # the library is known at run time only
+    class Log(trt.ILogger):  # type: ignore[misc]  # a base class known only at run time
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.errors: list[str] = []
@@ -151,7 +151,7 @@ def logger_of(trt: Any) -> Any:
             self.latest.clear()
 
         def said(self, *, everything: bool = False) -> str:
-            """The errors on one line, or everything of importance; each message once."""
+            """The errors on one line, or else the latest messages; each message once."""
             told = self.latest if everything else self.errors
             return "; ".join(dict.fromkeys(" ".join(message.split()) for message in told))
 
@@ -172,7 +172,7 @@ def find_library(flavor: Flavor) -> Library:
             if error.name == module:
                 continue
             raise _unloadable(flavor, error) from None
-        except Exception as error:  # a missing or unfitting shared library shows as several types
+        except Exception as error:  # a missing or incompatible shared library raises various types
             raise _unloadable(flavor, error) from None
         library = Library(flavor=flavor, module=found, version=str(found.__version__))
         _check_floor(library)
@@ -183,7 +183,7 @@ def find_library(flavor: Flavor) -> Library:
 
 
 def lean_runtime(version: str) -> Path | None:
-    """The lean runtime of TensorRT of exactly this version, as its wheel installs it; None without it."""
+    """Path of TensorRT's lean runtime of exactly this version, as its wheel installs it; None if missing."""
     for distribution in distributions():
         name = str(distribution.metadata["Name"]).replace("-", "_")
         if re.fullmatch(r"tensorrt_lean_\w*libs", name) and distribution.version == version:
@@ -194,17 +194,17 @@ def lean_runtime(version: str) -> Path | None:
 
 
 def sizes_of(dims: Any) -> tuple[int, ...]:
-    """The library's own sequence of sizes, -1 for an open one, as a tuple."""
+    """Convert the library's sequence of sizes (-1 for a dynamic one) to a tuple."""
     return tuple(dims)
 
 
 def choose_library(*, gpu: bool) -> Library:
-    """The library to build with where none was asked for.
+    """Choose the library to build with if none was requested.
 
-    TensorRT where a GPU is at hand, which it needs in order to build; else TensorRT-RTX, which needs none.
+    TensorRT if there is a GPU, which it needs to build; otherwise TensorRT-RTX, which needs none.
 
     Raises:
-        MissingDependencyError: if there is neither, or only TensorRT and no GPU.
+        MissingDependencyError: if neither is installed, or only TensorRT without a GPU.
         EngineError: as :func:`find_library`.
     """
     found = find_libraries(("tensorrt", "rtx") if gpu else ("rtx",))
@@ -212,10 +212,10 @@ def choose_library(*, gpu: bool) -> Library:
 
 
 def find_libraries(flavors: Sequence[Flavor] = ("tensorrt", "rtx")) -> list[Library]:
-    """Those that are installed and can be loaded, in the order asked for.
+    """The libraries that are installed and can be loaded, in the given order.
 
     Raises:
-        EngineError: if there is none: why the first that is installed cannot be used.
+        EngineError: if none can be loaded, saying why the first installed one cannot.
         MissingDependencyError: if none is installed.
     """
     found: list[Library] = []

@@ -1,4 +1,4 @@
-"""Find the plans of a store that run here: the same graph, the same library, this GPU."""
+"""Find the plans of a store that run here: for the same graph, the same library and this GPU."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: G
     """The plans of a graph that run on this machine, the newest first; none of them is read yet.
 
     Raises:
-        EngineError: if the library runs nothing on this GPU.
-        PlanError: if there is no such plan, saying for each plan of that graph what differs.
+        EngineError: if the library does not support this GPU.
+        PlanError: if no plan fits, saying what differs for each plan of the graph.
     """
     if not library.runs_on(gpu.compute_capability):
         raise EngineError(
@@ -50,7 +50,7 @@ def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: G
 
 
 def mismatch(key: PlanKey, source: GraphSource, library: Library, gpu: Gpu) -> str:
-    """Reason why a plan does not serve this graph, library and GPU; empty where it does."""
+    """Why a plan does not fit this graph, library and GPU; empty if it fits."""
     faults = []
     if key.precision != source.precision:
         faults.append(f"is in {key.precision}")
@@ -69,7 +69,7 @@ def mismatch(key: PlanKey, source: GraphSource, library: Library, gpu: Gpu) -> s
 
 
 def _version_fits(key: PlanKey, library: Library) -> bool:
-    if key.options.version_compatible:  # its lean runtime does the work, which has to be its own version's
+    if key.options.version_compatible:  # runs on the lean runtime of exactly its own version
         return _numbers(key.version) <= _numbers(library.version) and lean_runtime(key.version) is not None
     return key.version == library.version
 

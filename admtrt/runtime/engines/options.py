@@ -1,4 +1,4 @@
-"""Build options of an engine: batch profiles, targets, limits and flags; and which library refuses which."""
+"""Build options of an engine: batch profiles, targets, limits and flags, and which library supports them."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ HardwareLevel = Literal["ampere_plus", "same_compute_capability"]
 _LARGEST_BATCH = 65536
 _TURING = 75
 FIRST_PORTABLE = 80
-"""The compute capability from which on a portable plan runs."""
+"""The lowest compute capability that portable plans run on."""
 PORTABLE = f"SM{FIRST_PORTABLE} and later"
 Batch = Annotated[int, Field(ge=1, le=_LARGEST_BATCH)]
 
 
 class BatchProfile(Config):
-    """Batch sizes that one profile takes; kernels are chosen for ``best``."""
+    """The range of batch sizes of one profile; kernels are tuned for ``best``."""
 
     smallest: Batch
     best: Batch
@@ -41,11 +41,11 @@ class BatchProfile(Config):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """``1:4:16``, or ``4`` for exactly that batch.
+        """Parse ``1:4:16``, or ``4`` for exactly that batch size.
 
         Raises:
-            EngineError: if it is neither.
-            ConfigError: if the sizes are out of range or order.
+            EngineError: if the text has neither form.
+            ConfigError: if the sizes are out of range or not ascending.
         """
         match = re.fullmatch(r"(\d{1,18})(?::(\d{1,18}):(\d{1,18}))?", text, re.ASCII)
         if match is None:
@@ -62,15 +62,15 @@ class BuildOptions(Config):
     """Options of a build. Every field is part of a plan's key.
 
     Attributes:
-        profiles: at least one; the plan takes the batches of all of them.
-        targets: compute capabilities (89 for 8.9) for TensorRT-RTX; none means portable, 8.0 and later.
-        workspace: MiB of scratch memory that kernels may use at most; None leaves it to the library.
+        profiles: at least one; the plan takes the batch sizes of all profiles.
+        targets: compute capabilities (89 for 8.9) for TensorRT-RTX; empty means portable, 8.0 and later.
+        workspace: limit of the kernels' scratch memory, in MiB; None leaves it to the library.
         optimization_level: 0 (quick build) to 5 (every tactic tried).
         tf32: let fp32 products round their inputs to 10 bits on tensor cores.
         version_compatible: later versions of TensorRT run the plan too.
         hardware_compatible: other GPUs run the plan too.
-        refit: the weights of the finished plan can be replaced by any others.
-        strip: leave the weights out; they come from the ONNX file when the plan is opened.
+        refit: the weights of the finished plan can be replaced.
+        strip: leave the weights out; they are read from the ONNX file when the plan is opened.
     """
 
     profiles: Annotated[tuple[BatchProfile, ...], Field(min_length=1)] = (
@@ -103,15 +103,15 @@ class BuildOptions(Config):
 
 
 def targets_text(targets: tuple[int, ...]) -> str:
-    """Compute capabilities of a plan of TensorRT-RTX, for people; none means portable."""
+    """Describe the compute capabilities of a TensorRT-RTX plan for people; none means portable."""
     return ", ".join(f"SM{target}" for target in targets) or PORTABLE
 
 
 def check_options(options: BuildOptions, library: Library, precision: Precision) -> None:
-    """Refuse what a library cannot honour, before any work.
+    """Refuse options that a library does not support, before any work.
 
     Raises:
-        EngineError: naming the option, and the way around it.
+        EngineError: naming the option and an alternative.
     """
     if library.flavor == "rtx":
         _check_rtx(options, library, precision)

@@ -1,8 +1,8 @@
 """Plans on disk: ``KEY.plan`` and its record ``KEY.json``, where KEY hashes every field of the build.
 
-A plan is machine code. Nothing in it is looked at before its size and SHA-256 are those of its record, and
-the record's own fields give the name that it has. All of that could come with a bundle from elsewhere: inside
-one, only what this user has built on this machine is run. Whoever names a folder trusts what is in it.
+A plan is machine code. It is not used before its size and SHA-256 match its record, and the record's fields
+match its name. A bundle from elsewhere could bring all of these. Therefore a plan inside a bundle runs only
+if this user built it on this machine. A folder that the user names is trusted.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
     from admtrt.runtime.engines.sources import GraphSource
 
 PLANS = "plans"
-"""Folder of a bundle's plans; they are not part of its manifest."""
+"""Folder of the plans inside a bundle. They are not part of the manifest."""
 RECIPE = 1
-"""Raised whenever the builder itself does something else with the same options."""
+"""Version of the builder; increase it when the same options build something else."""
 _MEMO = "built"
 _AGAIN = "Build it again with: admtrt build BUNDLE"
 _LARGEST_RECORD = 2**24  # bytes
 
 
 class PlanKey(Config):
-    """Everything that decides what a plan is.
+    """Everything that determines a plan.
 
-    ``gpu`` is what a TensorRT plan is bound to, see :func:`bound_gpu`; None in TensorRT-RTX, whose plans
-    depend on ``options.targets`` alone.
+    ``gpu`` is the hardware that a TensorRT plan is bound to, see :func:`bound_gpu`. It is None for
+    TensorRT-RTX, whose plans depend on ``options.targets`` only.
     """
 
     graph: GraphName
@@ -67,14 +67,14 @@ class PlanKey(Config):
 
 
 class PlanRecord(Config):
-    """Record that stands beside a plan.
+    """The record beside a plan.
 
     Attributes:
         key: all fields of the build.
         plan: size and SHA-256 of the plan.
         built: when, ISO 8601 in UTC.
-        seconds: that the build took.
-        report: what the builder made of the graph.
+        seconds: duration of the build.
+        report: counts of the kernels that the builder chose.
     """
 
     schema_version: Literal[1] = 1
@@ -86,7 +86,7 @@ class PlanRecord(Config):
 
     @property
     def runs_on(self) -> str:
-        """Library and GPUs, for people."""
+        """Library and GPUs that the plan runs on, for people."""
         options, key = self.key.options, self.key
         version = f"{key.version} and later" if options.version_compatible else key.version
         if key.library == "tensorrt":
@@ -95,7 +95,7 @@ class PlanRecord(Config):
 
 
 def plan_key(source: GraphSource, options: BuildOptions, library: Library, gpu: Gpu | None) -> PlanKey:
-    """The key of the plan that a library makes of a graph on this machine."""
+    """The key of the plan that a library would build from a graph on this machine."""
     return PlanKey(
         graph=source.graph,
         precision=source.precision,
@@ -123,8 +123,8 @@ class PlanStore:
 
     Args:
         root: the folder; it need not exist yet.
-        bundle: directory of the bundle that the plans are wanted for.
-        own: whether the folder is the one inside that bundle, which may have come with it.
+        bundle: directory of the bundle that the plans are for.
+        own: whether the folder lies inside that bundle, and may have come with it.
     """
 
     def __init__(self, root: Path, bundle: Path | None = None, *, own: bool = False) -> None:
@@ -146,30 +146,30 @@ class PlanStore:
         return f"admtrt build {bundle} --library {library} --precision {precision}{plans}"
 
     def rebuild_command(self, key: PlanKey) -> str:
-        """The command line that builds one plan anew."""
+        """The command line that rebuilds one plan."""
         command = self.build_command(key.library, key.precision)
         return f"rm {shlex.quote(str(self.path(key)))} && {command}"
 
     @property
     def trusting(self) -> str:
-        """The option that runs whatever is in the folder."""
+        """The option that trusts everything in the folder."""
         return f"--plans {shlex.quote(str(self.root))}"
 
     @property
     def trust_hint(self) -> str:
-        """The way to run a plan of somebody else."""
+        """The hint how to run a plan that somebody else built."""
         return f"Or, if you trust whoever built it as you trust a program, add: {self.trusting}"
 
     def trusts(self, sha256: str) -> bool:
-        """True where machine code with this content may be run from this folder."""
+        """True if machine code with this digest may be run from this folder."""
         return not self.own or Memo(_MEMO).get(sha256) is not None
 
     def remember(self, sha256: str, name: str) -> None:
-        """Trust this content from now on: it was made here, for the file ``name``."""
+        """Trust this digest from now on: it was built here, for the file ``name``."""
         Memo(_MEMO).update({sha256: name})
 
     def prepare(self) -> None:
-        """Make the folder, so that a place that cannot be written shows before the work.
+        """Make the folder, so that an unwritable place fails before the work.
 
         Raises:
             OutputError: if it cannot be made or written.
@@ -180,11 +180,11 @@ class PlanStore:
             raise OutputError(error.message, hint="Name another folder with --plans.") from None
 
     def path(self, key: PlanKey) -> Path:
-        """File of a plan, be it there or not."""
+        """Path of a plan, whether it exists or not."""
         return self.root / f"{key.digest}.plan"
 
     def records(self) -> tuple[list[PlanRecord], list[str]]:
-        """Every record, newest first, and what is wrong with those that cannot be used."""
+        """All usable records, newest first, and the faults of the others."""
         records, faults = [], []
         for path in sorted(self.root.glob("*.json")):
             if re.fullmatch(r"[0-9a-f]{64}", path.stem):
@@ -195,7 +195,7 @@ class PlanStore:
         return sorted(records, key=lambda record: record.built, reverse=True), faults
 
     def fault(self, record: PlanRecord, *, whole: bool = False) -> str:
-        """Fault of an unusable plan, by its size or its ``whole`` content; else empty."""
+        """Why a plan cannot be used, judged by its size or by its ``whole`` content; empty if it can."""
         if not self.trusts(record.plan.sha256):
             return "was not built on this machine by this user"
         try:
@@ -207,10 +207,10 @@ class PlanStore:
         return ""
 
     def find(self, key: PlanKey) -> PlanRecord | None:
-        """The record of exactly this plan, the plan itself verified; None where it was never built.
+        """The record of exactly this plan, after verifying the plan; None if it was never built.
 
         Raises:
-            PlanError: if record or plan are damaged, naming what differs.
+            PlanError: if the record or the plan is damaged, naming what differs.
         """
         path = self.path(key)
         if not path.with_suffix(".json").exists():
@@ -238,7 +238,7 @@ class PlanStore:
     def put(
         self, key: PlanKey, plan: bytes | memoryview, *, seconds: float, report: FusionReport
     ) -> PlanRecord:
-        """Keep a plan, in place of an earlier one of the same key.
+        """Store a plan, replacing an earlier one with the same key.
 
         Raises:
             OutputError: if the folder cannot be written.
@@ -252,8 +252,8 @@ class PlanStore:
             report=report,
         )
         path = self.path(key)
-        with locked(self.root):  # or the record of one process could stand by the plan of another
-            # A kill leaves a plan without a record: no plan.
+        with locked(self.root):  # else one process's record could end up beside another's plan
+            # After a kill there is a plan without a record, which does not count.
             path.with_suffix(".json").unlink(missing_ok=True)
             with atomic_file(path) as temporary:
                 temporary.write_bytes(data)
@@ -304,5 +304,5 @@ class PlanStore:
             )
 
     def _again(self, record: PlanRecord) -> str:
-        """The hint for a plan that is damaged, in whose place the next build puts another."""
+        """The hint for a damaged plan, which the next build replaces."""
         return f"Build it again with: {self.build_command(record.key.library, record.key.precision)}"

@@ -1,7 +1,6 @@
-"""Read the builder's log: kernels by kind, what was fused, what only moves data.
+"""Read the builder's log: count kernels by kind, fused ones, and those that only move data.
 
-The wording of the log is not documented. Whatever is not understood counts as "other", and nothing depends
-on the outcome.
+The wording of the log is not documented. Unknown lines count as "other", and nothing depends on the counts.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ class FusionReport(Config):
 
     Attributes:
         kernels: all of them.
-        convolutions, products: of convolution and of matrix products, fused attention apart.
-        attention: fused attention: the matrix of all pairs is never stored.
+        convolutions, products: kernels of convolutions and of matrix products, without fused attention.
+        attention: fused attention, which never stores the attention matrix.
         normalisation_silu: group norm and SiLU in one.
         normalisation: group norm without SiLU.
-        softmax: on its own, which means attention that was not fused.
-        casts: that convert types and do nothing else.
-        moves: that move, reshape or transpose and do nothing else.
-        other: everything else, elementwise mostly.
-        kinds: by the builder's own names.
+        softmax: separate softmax kernels, a sign of attention that was not fused.
+        casts: kernels that only convert types.
+        moves: kernels that only copy, reshape or transpose.
+        other: everything else, mostly elementwise.
+        kinds: counts by the builder's own names.
     """
 
     kernels: int
@@ -56,7 +55,7 @@ class FusionReport(Config):
 
 
 def fusion_report(lines: Iterable[str]) -> FusionReport:
-    """Count the kernels in the lines of a log that describe layers; other lines are ignored."""
+    """Count the kernels in a log's lines. Lines that do not describe layers are ignored."""
     layers = [match.groups() for line in lines if (match := _LAYER.search(line))]
     layers = [(name, kind) for name, kind in layers if kind != _SHAPES_ONLY]
     counts = Counter(_role(name, kind) for name, kind in layers)

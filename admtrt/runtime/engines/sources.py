@@ -1,4 +1,4 @@
-"""The graph that a plan is built from, and the hash of its content."""
+"""The graph that a plan is built from, and its hash."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class GraphSource:
     """One graph of a bundle in one precision.
 
     Attributes:
-        graph: its name.
-        precision: what it computes in.
-        path: the ONNX file; external weights lie beside it.
+        graph: name of the graph.
+        precision: in which it computes.
+        path: the ONNX file, with its external weights beside it.
         spec: inputs and outputs.
         digest: SHA-256 (hexadecimal) over the file and its external weights.
-        engine_form: False where the bundle has no fp32 engine form, and the form for CPUs is taken.
-        reading: held by whoever reads the files, see :meth:`admtrt.bundle.Bundle.reading`.
+        engine_form: False if the bundle has no fp32 engine form and this is the CPU form.
+        reading: context manager to hold while reading the files, see :meth:`admtrt.bundle.Bundle.reading`.
     """
 
     graph: GraphName
@@ -41,15 +41,15 @@ class GraphSource:
 
 
 def graph_source(bundle: Bundle, graph: GraphName, precision: Precision) -> GraphSource:
-    """The engine form of a graph; in fp32 the form for CPUs where there is no other.
+    """The engine form of a graph; for fp32, the CPU form if there is no engine form.
 
     Raises:
-        BundleError: if the bundle has no such graph, or not in that precision.
+        BundleError: if the bundle does not have the graph in that precision.
     """
     engine_form = precision != "fp32" or precision in bundle.manifest.engine_graphs
     engine = precision if engine_form else None
     entry, path = bundle.graph_entry(graph, engine), bundle.graph_path(graph, engine)
-    files = bundle.manifest.files  # a bundle's files are verified against these hashes when it is opened
+    files = bundle.manifest.files  # Bundle.open has verified these hashes
     digest = hashlib.sha256(" ".join(files[name].sha256 for name in bundle.graph_files(entry)).encode())
     return GraphSource(
         graph=graph,

@@ -1,8 +1,7 @@
-"""Does TensorRT start CUDA here? Found out in a process of its own.
+"""Find out in a child process whether TensorRT can start CUDA here.
 
-Where it does not, TensorRT logs an error and hands out a runtime without anything behind it, which ends the
-process that touches it or throws it away. ``python -m`` this module tries the library that it is given, and
-writes on stdout what it complains of.
+Where it cannot, TensorRT logs an error and returns a runtime whose use or deletion crashes the process.
+``python -m`` this module tries the given library and writes its complaints to stdout.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from admtrt.runtime.machine import package_environment
 if TYPE_CHECKING:
     from admtrt.runtime.engines.library import Library
 
-_SECONDS = 120.0  # the first use of a GPU can take tens of them
+_SECONDS = 120.0  # the first use of a GPU can take tens of seconds
 
 
 def require_start(library: Library) -> None:
-    """Make sure that TensorRT can be used in this process; TensorRT-RTX says by itself where it cannot.
+    """Check that TensorRT can be used in this process. TensorRT-RTX needs no check: it raises an error.
 
     Raises:
-        EngineError: with what the library said, or how the other process ended.
+        EngineError: with the library's messages, or how the child process ended.
     """
     fault = "" if library.flavor == "rtx" else _fault(library.module.__name__)
     if fault:
@@ -67,7 +66,7 @@ def _try(module: str) -> NoReturn:
         runtime.engine_host_code_allowed = False
     sys.stdout.write(logger.said())
     sys.stdout.flush()
-    os._exit(0)  # before the runtime is thrown away
+    os._exit(0)  # skip the runtime's destructor
 
 
 if __name__ == "__main__":

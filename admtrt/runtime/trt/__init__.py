@@ -1,1 +1,1 @@
-"""Plans at work: opened, bound to memory of the GPU, and stepped without waiting for the host."""
+"""Run plans: open them, bind them to GPU memory, and enqueue steps without waiting for the host."""

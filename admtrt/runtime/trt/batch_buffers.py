@@ -1,4 +1,4 @@
-"""Everything that one batch size needs on the GPU, bound once: arrays, contexts, streams, CUDA graphs."""
+"""The arrays, contexts, streams and CUDA graphs that one batch size needs on the GPU."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ if TYPE_CHECKING:
     """Of a step: how many samples the gradient runs for beside the UNet, and what comes behind, or None."""
 
 GATHERED = "gathered"
-"""In place of a graph in the key of a tensor of the gradient that has rows of the guided samples alone."""
+"""Stands for the graph in the keys of the gradient's tensors that hold only the guided samples' rows."""
 
 _ONE_FOR_ALL = (
     "x", "t", "out", "grad", "noise", "saved", "h1", "h2", "r", "x_prev", "pred_x0", "saved_next",
     "noise2", "x_edited",
 )  # fmt: skip
 _WITH_ROWS: tuple[GraphName, ...] = ("update", "update_full", *EDIT_GRAPHS)
-_SHARED = 2  # contexts for gathered rows, of sizes that nobody prepared
+_SHARED = 2  # contexts for gathered rows of unprepared sizes
 _SAME_ROW: dict[GraphName, GraphName] = {"threshold": "update_full"}
-"""Graphs that take the coefficients of another."""
+"""Graphs that share the coefficients of another graph."""
 
 
 class StepKind(NamedTuple):
-    """Graphs of a step besides the UNet.
+    """Which graphs a step runs besides the UNet.
 
     Attributes:
-        gradient: samples that the classifier's gradient runs for; 0 for none.
+        gradient: batch size of the classifier's gradient; 0 if it does not run.
         full: ``update_full`` with the solvers' memory in place of ``update``.
-        dynamic: ``threshold`` before it; else the thresholds are those that were sent.
+        dynamic: run ``threshold`` before the update; otherwise the thresholds come from the host.
         edits: the graphs that edit x_prev, in order.
     """
 
@@ -61,36 +61,37 @@ class StepKind(NamedTuple):
 
     @property
     def update(self) -> Update:
-        """Everything but the gradient."""
+        """The same kind without the gradient."""
         return (self.full, self.dynamic, self.edits)
 
 
 class BatchBuffers:
-    """One batch size.
+    """Runs steps of one batch size.
 
-    A step runs the classifier's gradient on a stream of its own beside the UNet, then the update and the
-    edits, and puts x_prev where x was and the memory where it is read. From the second step of a kind on it
-    is a CUDA graph; where the library cannot be captured, its work is enqueued every time.
+    A step runs the classifier's gradient on a second stream beside the UNet, then the update and the edits.
+    It copies x_prev to x, and the solvers' memory to where the next step reads it. From the second step of a
+    kind on, it is a CUDA graph; if the library cannot be captured, the work is enqueued every time.
 
-    Where only some samples are guided, their rows of x are gathered in front of the networks, and the rows of
-    their gradient put back behind them; all other rows of it are zeros. These copies, one for each run of
-    neighbouring rows, lie between two CUDA graphs, so that one pair serves any rows of that number.
+    If only some samples are guided, their rows of x are gathered before the networks run, and the rows of
+    their gradient scattered afterwards; all other rows of the gradient are zeros. These copies, one per run
+    of neighbouring rows, lie outside the two CUDA graphs, so that one pair of graphs serves any rows of that
+    number.
 
     Args:
-        device: the GPU, which has to be the current one.
+        device: the GPU, which has to be the current device.
         engines: by graph.
-        sources: what they were built from.
-        batch: held by a profile of every engine.
+        sources: the graphs that the engines were built from.
+        batch: the batch size, which lies in a profile of every engine.
         capture: whether steps become CUDA graphs here; TensorRT-RTX makes its own.
 
     Attributes:
         batch: as given.
         main: the stream of the update and of every copy.
-        arrays: on the GPU, by what is in them.
-        gradients: the gradient bound to gathered rows, by their number.
-        graphs: captured pieces of steps.
-        fresh: whether contexts were made, and so kernels compiled, since somebody set it to False.
-        capture_fault: why steps could not be captured; empty where none was tried or all succeeded.
+        arrays: the arrays on the GPU, by content.
+        gradients: the gradient bound to gathered rows, by the number of rows.
+        graphs: captured parts of steps.
+        fresh: whether contexts were created, and thus kernels compiled, since the owner set it to False.
+        capture_fault: why steps could not be captured; empty if all captures succeeded.
 
     Raises:
         EngineError: if the GPU has no room, or the library refuses.
@@ -118,7 +119,7 @@ class BatchBuffers:
         self.arrays: dict[Key, DeviceArray] = {}
         self._bindings: dict[GraphName, Binding] = {}
         self.gradients: dict[int, Binding] = {}
-        self._prepared: set[int] = set()  # of these
+        self._prepared: set[int] = set()  # sizes of gradients that were prepared
         with ExitStack() as stack:
             self.main = stack.enter_context(device.stream())
             self._side = stack.enter_context(device.stream())
@@ -135,7 +136,7 @@ class BatchBuffers:
             for key, tensor in tensors:
                 if key not in self.arrays:
                     array = stack.enter_context(device.array(tensor.sized(batch), tensor.dtype, self.main))
-                    array.clear(self.main)  # what was never written must at least be finite
+                    array.clear(self.main)  # unwritten values must at least be finite
                     self.arrays[key] = array
             self._led = [key for key in self.arrays if isinstance(key, tuple) and "." in key[1]]
             for bindings in (self._bindings, self.gradients):
@@ -147,7 +148,7 @@ class BatchBuffers:
 
     @property
     def step_inputs(self) -> list[Key]:
-        """The arrays that a step is fed from the host, whatever its kind."""
+        """The arrays that the host fills for a step, whatever its kind."""
         rows = [coefficients_of(graph) for graph in _WITH_ROWS]
         fed: list[Key] = ["t", "noise", "noise2", "r", *rows]
         if CLASSIFIER_GRADIENT in self._sources:
@@ -159,16 +160,16 @@ class BatchBuffers:
         return [key for key in fed if key in self.arrays]
 
     def pinned(self, key: Key) -> PinnedArray:
-        """New host memory for an array, for the caller to give back."""
+        """New pinned memory with the size of an array. The caller closes it."""
         array = self.arrays[key]
         return self._device.pinned(array.shape, array.dtype)
 
     def send(self, key: Key, source: PinnedArray) -> None:
-        """Enqueue filling an array from host memory."""
+        """Enqueue a copy from host memory to an array."""
         self.arrays[key].copy_from(source, self.main)
 
     def upload(self, arrays: Mapping[Key, NDArray[Any]]) -> None:
-        """Fill arrays by the rows of others, which may be fewer: the last row fills up. Waits."""
+        """Copy rows to arrays; missing rows are copies of the last. Waits."""
         for key, rows in arrays.items():
             staged = self._staged(key)
             fill_rows(staged.array, rows)
@@ -176,7 +177,7 @@ class BatchBuffers:
         self.main.sync()
 
     def download(self, keys: Sequence[Key], count: int) -> list[NDArray[Any]]:
-        """The first ``count`` rows of arrays, as new ones. Waits."""
+        """Copy the first ``count`` rows of arrays to the host. Waits."""
         staged = [self._staged(key) for key in keys]
         for key, pinned in zip(keys, staged, strict=True):
             pinned.copy_from(self.arrays[key], self.main)
@@ -192,7 +193,7 @@ class BatchBuffers:
         return dict(zip([tensor.name for tensor in spec.outputs], outputs, strict=True))
 
     def gradient_size(self, count: int) -> int:
-        """The number of samples that the gradient runs for where ``count`` are guided: one of few, or all."""
+        """The batch size of the gradient if ``count`` samples are guided: one of a few sizes, or all."""
         engine = self._engines[CLASSIFIER_GRADIENT]
         least = gathered_size(count, self.batch)
         sizes = (least, *(profile.smallest for profile in engine.profiles))
@@ -200,7 +201,7 @@ class BatchBuffers:
         return min([*fitting, self.batch])
 
     def prepare_gradients(self, counts: Sequence[int]) -> None:
-        """Make what the gradient of these numbers of guided samples takes, and keep it; drop all else.
+        """Bind the gradient for these numbers of guided samples, keep those and drop all others.
 
         Raises:
             EngineError: if the GPU has no room, or the library refuses.
@@ -216,10 +217,9 @@ class BatchBuffers:
         """Enqueue one step of all samples, x to x.
 
         Args:
-            kind: what it runs.
-            guided: int64 [n], the rows that are guided, in order, where these are some and not all;
-                ``kind.gradient`` is then their :meth:`gradient_size`, and what the gradient takes of them
-                besides x has been sent.
+            kind: the graphs that it runs.
+            guided: int64 [n], the guided rows in order, if only some are guided. Then ``kind.gradient`` is
+                their :meth:`gradient_size`, and the gradient's inputs other than x have been sent.
 
         Raises:
             EngineError: if the library refuses.
@@ -252,7 +252,7 @@ class BatchBuffers:
             self.graphs[piece].launch(self.main)
         else:
             self._enqueue(piece)
-            self._warm.add(piece)  # what the library prepares at a first run cannot be captured
+            self._warm.add(piece)  # the library's preparations at a first run cannot be captured
 
     def _enqueue(self, piece: Piece) -> None:
         gradient, update = piece
@@ -280,7 +280,7 @@ class BatchBuffers:
     def _enqueue_update(self, full: bool, dynamic: bool, edits: tuple[GraphName, ...]) -> None:
         arrays, main = self.arrays, self.main
         if full:
-            for key in self._led:  # tensors of guides, which an earlier run of a graph may have left
+            for key in self._led:  # an earlier run may have left guides' tensors
                 arrays[key].clear(main)
         if dynamic:
             self._bindings["threshold"].enqueue(main)
@@ -297,7 +297,7 @@ class BatchBuffers:
         self.main.sync()
         try:
             self.graphs[piece] = self.main.capture(lambda: self._enqueue(piece))
-        except Exception as error:  # whatever cannot be captured still runs
+        except Exception as error:  # without a capture the step still runs
             self._may_capture, self.capture_fault = False, str(error) or type(error).__name__
 
     def _bound(self, graph: GraphName, batch: int, *, gathered: bool = False) -> Binding:
@@ -309,7 +309,7 @@ class BatchBuffers:
         return self._engines[graph].bind(batch, addresses, self.main)
 
     def _bind_gradient(self, size: int) -> None:
-        """A context for the gradient of so many gathered rows; two that nobody prepared are kept."""
+        """A context for the gradient of ``size`` gathered rows. Two unprepared sizes are kept."""
         binding = self.gradients.pop(size, None)
         if binding is None:
             sharing = [other for other in self.gradients if other not in self._prepared]
@@ -317,7 +317,7 @@ class BatchBuffers:
                 self._drop_gradient(sharing[0])
             binding = self._bound(CLASSIFIER_GRADIENT, size, gathered=True)
             self.fresh = True
-        self.gradients[size] = binding  # the last of the dictionary is the last that was used
+        self.gradients[size] = binding  # the dictionary is ordered by use
 
     def _drop_gradient(self, size: int) -> None:
         self.sync()
@@ -339,24 +339,24 @@ class BatchBuffers:
         return self._staging[key]
 
     def sync(self) -> None:
-        """Wait for everything that was enqueued, be it complete or cut off by a fault."""
+        """Wait for everything enqueued, complete or cut off by an error."""
         self._side.sync()
         self.main.sync()
 
     def close(self) -> None:
-        """Give everything back, once the device has done what was enqueued; also where it has failed."""
+        """Wait for the device and release everything, also if the device has failed."""
         with self._stack:
             self.sync()
 
 
 def fill_rows(target: NDArray[Any], rows: NDArray[Any]) -> None:
-    """Copy rows into an array that may have more of them; copies of the last row are as healthy as it is."""
+    """Copy rows into an array that may have more rows; copies of the last row are finite if it is."""
     target[: len(rows)] = rows
     target[len(rows) :] = rows[-1:]
 
 
 def coefficients_of(graph: GraphName) -> Key:
-    """Key of the coefficients that a graph takes."""
+    """The key, in ``arrays``, of a graph's coefficients."""
     return (_SAME_ROW.get(graph, graph), "coefficients")
 
 
@@ -367,6 +367,6 @@ def _key(graph: GraphName, tensor: TensorSpec) -> Key:
 
 
 def _runs(rows: NDArray[np.int64]) -> list[tuple[int, int]]:
-    """First and number of each run of neighbours among rows in order."""
+    """Start and length of each run of consecutive numbers."""
     parts = np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1) if len(rows) else []
     return [(int(part[0]), len(part)) for part in parts]

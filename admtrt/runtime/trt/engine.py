@@ -1,4 +1,4 @@
-"""One plan, open on the GPU: checked against its graph's contract, bound to memory for one batch size."""
+"""Open a plan on the GPU, check it against its graph's contract, and bind it for a batch size."""
 
 from __future__ import annotations
 
@@ -54,20 +54,20 @@ USED_TO_RUN = (
     "TensorIOMode.INPUT",
     "TensorIOMode.OUTPUT",
 )
-"""Every member that running uses of either library, and of TensorRT's lean runtime."""
+"""Every member of both libraries and of TensorRT's lean runtime that running uses."""
 
 USED_TO_REFIT = (
     "OnnxParserRefitter.refit_from_file",
     "Refitter.refit_cuda_engine",
 )
-"""Members that a plan without weights needs; the lean runtime has none of them."""
+"""Members that a stripped plan needs; the lean runtime has none of them."""
 
 USED_TO_INSPECT = (
     "EngineInspector.get_engine_information",
     "ICudaEngine.create_engine_inspector",
     "LayerInformationFormat.JSON",
 )
-"""Members that showing a plan's layers needs; the lean runtime has no inspector."""
+"""Members for listing a plan's layers; the lean runtime has no inspector."""
 
 USED_TO_RUN_RTX = (
     "CudaGraphStrategy.WHOLE_GRAPH_CAPTURE",
@@ -82,14 +82,14 @@ USED_TO_RUN_RTX = (
     "IRuntimeConfig.set_runtime_cache",
     "Runtime.get_engine_validity",
 )
-"""Members that running uses of TensorRT-RTX alone."""
+"""Members used for running that only TensorRT-RTX has."""
 
 _DTYPES = {"float32": "FLOAT", "int64": "INT64"}
 
 
 @dataclass(frozen=True)
 class Profile:
-    """Batch sizes that one of a plan's profiles takes."""
+    """The range of batch sizes of one of a plan's profiles."""
 
     index: int
     smallest: int
@@ -105,19 +105,19 @@ class Engine:
 
     Args:
         library: the library that made it.
-        device: the GPU, which has to be the current one.
-        plan: verified bytes.
+        device: the GPU, which has to be the current device.
+        plan: the verified bytes of the plan.
         source: the graph that it was built from.
-        key: how it was built. A plan without weights takes them from the graph's file; one for later versions
-            too is run by the lean runtime of its own.
-        build: the command that builds the plan again, once its file is gone.
-        kernels: where TensorRT-RTX keeps what it compiles for this GPU; None for TensorRT.
+        key: how it was built. A stripped plan takes its weights from the graph's file; a version-compatible
+            plan runs on its own version's lean runtime.
+        build: the command that rebuilds the plan once its file is deleted.
+        kernels: kernel cache of TensorRT-RTX for this GPU; None for TensorRT.
 
     Attributes:
-        profiles: batch sizes that it takes.
+        profiles: the ranges of batch sizes that it takes.
 
     Raises:
-        PlanError: if the library refuses the plan, or it has other inputs or outputs than its graph.
+        PlanError: if the library refuses the plan, or its inputs or outputs differ from its graph's.
         EngineError: if the GPU has no room for the weights.
     """
 
@@ -149,7 +149,7 @@ class Engine:
             self._refit()
         self._check_contract(source.spec)
         self.profiles = self._read_profiles(source.spec)
-        self._parent = parent  # set last, so as to go last: what it loaded must not outlive it
+        self._parent = parent  # set last, so that it is deleted last: the runtime must outlive the engine
 
     def profile(self, batch: int) -> Profile | None:
         """The tightest profile that holds a batch size."""
@@ -157,12 +157,12 @@ class Engine:
         return min(fitting, key=lambda profile: profile.largest, default=None)
 
     def bind(self, batch: int, addresses: Mapping[str, int], stream: Stream) -> Binding:
-        """A context of this plan for one batch size, every tensor at its address for good.
+        """Make a context for one batch size, with every tensor at a fixed address.
 
         Args:
-            batch: held by one of the profiles.
-            addresses: of every input and output, by name.
-            stream: where the preparation is done; it is awaited.
+            batch: a batch size that lies in one of the profiles.
+            addresses: device address of every input and output, by name.
+            stream: runs the preparation, and is waited for.
 
         Raises:
             EngineError: if the GPU has no room for the intermediate values, or the library refuses.
@@ -186,21 +186,21 @@ class Engine:
             for tensor in (*spec.inputs, *spec.outputs):
                 done = done and sizes_of(context.get_tensor_shape(tensor.name)) == tensor.sized(batch)
                 done = done and context.set_tensor_address(tensor.name, addresses[tensor.name])
-        except RuntimeError:  # in place of False; what is wrong stands in the log
+        except RuntimeError:  # raised instead of returning False; the log has the reason
             done = False
         if not done:
             raise self._refused(scratch, purpose)
         return Binding(context, self)
 
     def forget_errors(self) -> None:
-        """Let :meth:`fault` tell only what the library says from now on."""
+        """Clear the log, so that :meth:`fault` reports only later messages."""
         self._logger.clear()
 
     def inspect(self) -> str:
-        """The plan's layers by the library's inspector, as JSON.
+        """The plan's layers as JSON, from the library's inspector.
 
         Raises:
-            EngineError: if it has none.
+            EngineError: if the library has no inspector.
         """
         self.forget_errors()
         inspector: typed.EngineInspector | None = self._engine.create_engine_inspector()
@@ -209,13 +209,13 @@ class Engine:
         return inspector.get_engine_information(self._library.module.LayerInformationFormat.JSON)
 
     def fault(self, what: str) -> EngineError:
-        """The error of something that failed, with what the library said of it."""
+        """Make the error of a failed operation, with the library's messages."""
         return EngineError(
             f"{self._library} cannot run graph '{self._source.graph}': {self._logger.said() or what}"
         )
 
     def _open_runtime(self, key: PlanKey) -> tuple[typed.Runtime, typed.Runtime]:
-        """The runtime of a plan, and the one that loaded it."""
+        """The runtime of a plan, and the runtime that loaded it, if any."""
         require_start(self._library)
         own: typed.Runtime = self._library.module.Runtime(self._logger)
         if not key.options.version_compatible:
@@ -232,7 +232,7 @@ class Engine:
 
     def _runtime_config(self) -> Any:
         trt = self._library.module
-        config: Any = self._engine.create_runtime_config()  # with members that are TensorRT-RTX's alone
+        config: Any = self._engine.create_runtime_config()  # some members exist only in TensorRT-RTX
         config.set_execution_context_allocation_strategy(
             trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
         )
@@ -262,7 +262,7 @@ class Engine:
         found = {}
         for index in range(engine.num_io_tensors):
             name = engine.get_tensor_name(index)
-            shape = (-1, *sizes_of(engine.get_tensor_shape(name))[1:])  # batches are the profiles' matter
+            shape = (-1, *sizes_of(engine.get_tensor_shape(name))[1:])  # the profiles describe the batch
             found[name] = (engine.get_tensor_mode(name), engine.get_tensor_dtype(name), shape)
         declared = {
             tensor.name: (mode, getattr(trt.DataType, _DTYPES[tensor.dtype]), tensor.sized(-1))
@@ -288,7 +288,7 @@ class Engine:
         return tuple(profiles)
 
     def _refused(self, size: int, purpose: str) -> EngineError:
-        """The library returned nothing: its log tells whether memory ran out."""
+        """The error of a call that returned nothing; the log tells whether memory ran out."""
         said = self._logger.said()
         if re.search(r"out ?of ?memory", said, re.IGNORECASE):
             return self._device.full(size, purpose)
@@ -304,10 +304,10 @@ class Binding:
 
     def __init__(self, context: typed.IExecutionContext, engine: Engine) -> None:
         self._context = context
-        self._engine = engine  # a context must not outlive it
+        self._engine = engine  # keeps it alive: a context must not outlive its engine
 
     def enqueue(self, stream: Stream) -> None:
-        """Put one run into a stream.
+        """Enqueue one run into a stream.
 
         Raises:
             EngineError: if the library refuses.

@@ -1,4 +1,4 @@
-"""Slots whose x stays on the GPU: steps are enqueued ahead of it, each fed from memory filled beforehand."""
+"""Slots whose x stays on the GPU. Steps are enqueued ahead, each with inputs prepared in pinned memory."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _STAGES = 2
 
 
 class _StepInputs:
-    """Host memory for one step's inputs."""
+    """Pinned memory for one step's inputs."""
 
     def __init__(self, device: CudaDevice, buffers: BatchBuffers, stack: ExitStack) -> None:
         self._buffers = buffers
         self.arrays = {key: stack.enter_context(buffers.pinned(key)) for key in buffers.step_inputs}
-        self.read = stack.enter_context(device.event())  # the GPU has read it: it may be filled again
+        self.read = stack.enter_context(device.event())  # the GPU has read the memory: refill it
 
     def fill(self, slots: Slots, inputs: StepInputs) -> _Filled:
-        """Write a step's inputs, its noise drawn now; calls nothing of CUDA."""
+        """Draw a step's noise and write its inputs. Makes no CUDA calls."""
         guided, buffers = np.flatnonzero(inputs.guided), self._buffers
         mixed = 0 < len(guided) < len(slots)
         all_or_none = buffers.batch if len(guided) else 0
@@ -70,7 +70,7 @@ class _StepInputs:
 
 
 class _Filled(NamedTuple):
-    """Content of a stage: the kind of its step, the arrays that were filled, and the guided rows if mixed."""
+    """What was filled: the kind of the step, the arrays, and the guided rows if only some are guided."""
 
     kind: StepKind
     keys: tuple[Key, ...]
@@ -78,11 +78,11 @@ class _Filled(NamedTuple):
 
 
 class HeldOnDevice:
-    """A :class:`~admtrt.runtime.sampler.HeldSlots` on a buffers.
+    """A :class:`~admtrt.runtime.sampler.HeldSlots` on :class:`BatchBuffers`.
 
-    The next step's noise is drawn by a thread while the GPU works. The host never waits for a step that the
-    GPU could not go on without: only, before it draws, for the GPU to have read the memory drawn into, and
-    then a whole step is still enqueued.
+    A thread draws the next step's noise while the GPU works. The host waits for the GPU in one case only:
+    before it refills pinned memory that the GPU may not have read yet. Even then a whole step is still
+    enqueued, so the GPU does not run idle.
     """
 
     def __init__(self, slots: Slots, device: CudaDevice, buffers: BatchBuffers) -> None:
@@ -91,13 +91,13 @@ class HeldOnDevice:
         self._buffers = buffers
         self._taken = 0
         self._pending: Future[_Filled] | None = None
-        self._fresh = True  # what the slots hold is what the GPU holds
+        self._fresh = True  # True if the slots are up to date with the GPU
 
     def __enter__(self) -> Self:
         self._upload()
         with ExitStack() as stack:
             self._stages = [_StepInputs(self._device, self._buffers, stack) for _ in range(_STAGES)]
-            stack.push(at_exit(self._buffers.sync))  # before memory goes that the GPU may still read
+            stack.push(at_exit(self._buffers.sync))  # before releasing memory that the GPU may still read
             self._drawer = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="noise"))
             self._stack = stack.pop_all()
         return self
@@ -138,13 +138,13 @@ class HeldOnDevice:
         """See :class:`~admtrt.runtime.sampler.HeldSlots`. Waits for the last step.
 
         Raises:
-            ValueError: also if guides besides the classifier guide the others.
+            ValueError: also if the new samples use guides other than the classifier.
         """
         if any(schedule.guides for schedule in slots.schedules):
             raise ValueError("samples with guides besides the classifier are not held on a device")
         if self._pending is not None:
             self._pending.result()  # the thread reads the slots
-            self._pending = None  # and what it drew is for those that were there
+            self._pending = None  # it drew for the previous samples
         self.read()
         self._slots.replace(rows, slots)
         self._upload()

@@ -1,4 +1,4 @@
-"""Kernels that TensorRT-RTX compiles for the GPU at hand, kept between runs in a file beside the plan."""
+"""The kernels that TensorRT-RTX compiles for this GPU, cached in a file beside the plan."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from admtrt.reading import read_small
 if TYPE_CHECKING:
     from admtrt.runtime.engines.plans import PlanStore
 
-_DIGEST = 32  # bytes of SHA-256 before the library's own
+_DIGEST = 32  # bytes of SHA-256, which precede the library's data
 _LARGEST = 2**30  # bytes
 
 
 class KernelCache:
     """The runtime cache of one plan.
 
-    A file that is damaged, that came with a bundle, or that the library does not want is as good as none:
-    kernels are compiled again.
+    A file that is damaged, came with a bundle, or is refused by the library is ignored: the kernels are
+    compiled again.
 
     Args:
-        store: of the plan.
-        name: of the file, which need not exist.
+        store: the plan's store.
+        name: name of the file, which need not exist.
     """
 
     def __init__(self, store: PlanStore, name: str) -> None:
@@ -35,7 +35,7 @@ class KernelCache:
         self._kept = b""
 
     def attach(self, config: Any) -> None:
-        """Let contexts of a runtime configuration use the cache."""
+        """Make contexts with a runtime configuration use the cache."""
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             self._kept = self._read()
@@ -44,7 +44,7 @@ class KernelCache:
         config.set_runtime_cache(self._cache)
 
     def keep(self) -> None:
-        """Write what was compiled since it was read; a folder that cannot be written is left alone."""
+        """Write newly compiled kernels. A folder that cannot be written is no error."""
         if self._cache is None:
             return
         compiled = bytes(self._cache.serialize())

@@ -1,4 +1,4 @@
-"""The layers of a plan, as the library's inspector tells them on the GPU that runs it."""
+"""The layers of a plan, from the library's inspector on the GPU that runs it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Layer:
-    """One layer, as far as the library describes it.
+    """One layer of a plan.
 
     Attributes:
-        name: with the operators of the graph that it stands for.
-        kind: the library's.
-        outputs: type and layout of each.
+        name: its name, which contains the graph's operators that it implements.
+        kind: the library's name of its kind.
+        outputs: type and layout of each output.
     """
 
     name: str
@@ -38,7 +38,7 @@ def plan_layers(bundle: Bundle, store: PlanStore, record: PlanRecord) -> list[La
 
     Raises:
         MissingDependencyError: if the library, or cuda-core, is not installed.
-        EngineError: without a usable GPU or driver, or if the library says nothing that can be read.
+        EngineError: without a usable GPU or driver, or if the library's answer cannot be parsed.
         PlanError: if the plan is damaged or does not run here.
     """
     key = record.key
@@ -63,10 +63,10 @@ def plan_layers(bundle: Bundle, store: PlanStore, record: PlanRecord) -> list[La
 
 
 def read_layers(text: str, library: str) -> list[Layer]:
-    """The layers of an inspector's JSON, as TensorRT 10 or 11 writes it.
+    """Parse the layers in an inspector's JSON of TensorRT 10 or 11.
 
     Raises:
-        EngineError: if it is something else.
+        EngineError: if the JSON has another form.
     """
     try:
         listed = parse_json(text)["Layers"]
@@ -76,14 +76,14 @@ def read_layers(text: str, library: str) -> list[Layer]:
 
 
 def _layer(entry: Any) -> Layer:
-    if not isinstance(entry, dict):  # a plan that was built without details has names alone
+    if not isinstance(entry, dict):  # a plan built without details has only names
         return Layer(str(entry), "", ())
     outputs = tuple(map(_type, entry.get("Outputs", ())))
     return Layer(str(entry.get("Name", "")), str(entry.get("LayerType", "")), outputs)
 
 
 def _type(output: Any) -> str:
-    """Version 10 has type and layout in one field, 11 in two."""
+    """Type and layout of an output: one field in TensorRT 10, two in 11."""
     fields = ("Format/Datatype", "DataType", "Datatype", "Format")
     told = [str(output[field]) for field in fields if isinstance(output, dict) and field in output]
     return ", ".join(told)

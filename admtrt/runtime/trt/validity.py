@@ -1,4 +1,4 @@
-"""TensorRT-RTX's verdict on a plan before it opens it, with what to do about each of its reasons."""
+"""Ask TensorRT-RTX whether a plan is valid here, and say what to do about each of its reasons."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ REASONS = {
 def check_validity(
     runtime: Any, plan: bytes, *, subject: str, library: Library, gpu: Gpu, build: str
 ) -> None:
-    """Ask the library whether it would open a plan here; only its header is read.
+    """Ask the library whether it would open a plan here. It reads only the plan's header.
 
     Args:
         runtime: the library's ``Runtime``.
-        plan: its bytes.
-        subject: the plan and the graph, for people.
+        plan: the bytes of the plan.
+        subject: names the plan and the graph, for messages.
         library: TensorRT-RTX.
-        gpu: the one at hand.
-        build: the command that builds the plan again, once its file is gone.
+        gpu: this machine's GPU.
+        build: the command that rebuilds the plan once its file is deleted.
 
     Raises:
-        PlanError: if it would not: the library's own message, its reasons, and a hint for each.
+        PlanError: if it would not, with the library's message, its reasons and a hint for each.
     """
     logger = logger_of(library.module)
     logger.clear()

@@ -1,4 +1,4 @@
-"""Solvers, one file a family: each turns a sampler's choices into rows, one an evaluation of the networks.
+"""Solvers, one file per family. Each turns a sampler's choices into rows, one per network evaluation.
 
 To add one, write its file here (a function of ``(levels, sampler, start)`` that returns
 :class:`~admtrt.schedule.rows.Rows`, declared by :func:`solver`, with its equation in the docstring), import

@@ -4,7 +4,7 @@ In x~ = x_0 + S eps, from S to S' with S_min the smallest level of the training:
 
     x~' = m + sqrt(S'^2 - S_min^2) z,    and the last prediction is the image
 
-The levels are indices of Karras et al.'s grid; the last index is where the sample ends and is never
+The levels are indices into Karras et al.'s grid. The last index is the end of the sample and is never
 evaluated.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from admtrt.schedule.sampler import SamplerConfig
 
 _PUBLISHED = {2: (0, 22, 39)}
-"""Of 40 levels: the choice for ImageNet-64 that the published models were sampled with in two evaluations."""
+"""Indices of 40 levels: those of the published two-step samples of ImageNet-64."""
 _LEVELS = 40
 
 
@@ -62,10 +62,10 @@ def consistency(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
 
 
 def indices_of(sampler: SamplerConfig) -> tuple[int, ...]:
-    """The levels that a sampler asks for, as indices of the grid.
+    """A sampler's levels, as indices into the grid.
 
     Raises:
-        RequestError: if they are not as many as its evaluations need.
+        RequestError: if their number does not fit the number of evaluations.
     """
     from admtrt.schedule.grid import evaluations
 

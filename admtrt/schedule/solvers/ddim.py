@@ -1,13 +1,13 @@
 """Guided DDIM: Algorithm 2 of Dhariwal & Nichol 2021, with the noise of DDIM eq. 16 for eta > 0.
 
-The guide moves eps, and with it the predicted x_0::
+The guide shifts eps, and with it the predicted x_0::
 
     eps^    = eps(x_0) - scale sqrt(1 - a) g
     x_{t-1} = sqrt(a') x_0(eps^) + sqrt(1 - a' - sigma^2) eps^ + sigma z
 
-with a and a' the alpha_bar of the step and of the one it leads to. With ``direction`` ``network``, which is
-diffusers' default, the step goes along the network's own eps, not that of the bounded x_0; the two differ
-where the bound acts.
+with a and a' the alpha_bar of the step and of the next one. With ``direction`` ``network``, diffusers'
+default, the step uses the network's own eps instead of the eps of the clipped x_0; the two differ where x_0
+is clipped.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def ddim(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Ro
 def ddim_rows(
     config: DiffusionConfig, process: Process, sampler: SamplerConfig, start: Level | None = None
 ) -> Rows:
-    """The same of a process, whose steps lead from each ``alpha_bar`` to its ``alpha_bar_prev``."""
+    """Rows of DDIM on a process whose steps lead from each ``alpha_bar`` to its ``alpha_bar_prev``."""
     import numpy as np
 
     from admtrt.schedule.guidance import guidance_scales
@@ -53,18 +53,18 @@ def ddim_rows(
     scale = guidance_scales(process.sigma, sampler)
     sigma = sampler.eta * np.sqrt((1 - a_prev) / (1 - a)) * np.sqrt(1 - a / a_prev)
     from_eps = np.sqrt(np.maximum(1 - a_prev - sigma**2, 0.0))
-    # Where no signal is left, a = 0, nothing is guided.
+    # Without any signal (a = 0) there is no guidance.
     shift = np.divide(scale * (1 - a), np.sqrt(a), out=np.zeros(len(a)), where=scale != 0)
     columns = {
         "prev_from_x": from_eps / np.sqrt(1 - a),
         "prev_from_x0": np.sqrt(a_prev) - from_eps * np.sqrt(a / (1 - a)),
         "x0_shift": shift,
-        # Equal to prev_from_x0 * x0_shift but for rounding; the bits of earlier versions are kept.
+        # Equals prev_from_x0 * x0_shift up to rounding; this form keeps the bits of earlier versions.
         "guidance": np.sqrt(a_prev) * shift - scale * from_eps * np.sqrt(1 - a),
         "noise": sigma,
     }
     if sampler.option("direction") == "network":
-        # eps is (x - sqrt(a) y) / sqrt(1 - a), and y, x_0 before its bound, is linear in x and the output.
+        # eps is (x - sqrt(a) y) / sqrt(1 - a), where y, the unclipped x_0, is linear in x and the output.
         y_from_x, y_from_out = process_x0_weights(config.mean_type, process)
         columns["prev_from_x0"] = np.sqrt(a_prev)
         columns["prev_from_x"] = from_eps * (1 - np.sqrt(a) * y_from_x) / np.sqrt(1 - a)

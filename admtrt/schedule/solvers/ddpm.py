@@ -1,6 +1,6 @@
 """Guided DDPM: Algorithm 1 of Dhariwal & Nichol 2021, ancestral sampling of Ho et al. 2020.
 
-The mean of p(x_{t-1} | x_t) moves by the guide's gradient g times the variance w::
+The mean of p(x_{t-1} | x_t) shifts by the guide's gradient g times the variance w::
 
     x_{t-1} = posterior_mean_x0 x_0 + posterior_mean_xt x_t + scale w g + sqrt(w) z
 
@@ -44,7 +44,7 @@ def ddpm(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Ro
         columns["prev_from_x0"] = process.posterior_mean_x0
         columns["prev_from_x"] = process.posterior_mean_xt
     columns["log_weight"], columns["log_weight_from_v"] = log_variance_weights(config.variance_type, process)
-    # The true posterior variance of the last step is 0: its clipped log is not the log of it.
+    # The true posterior variance of the last step is 0, unlike the exponential of its clipped log.
     guided = not_last if config.variance_type == "fixed_small" else np.ones(len(process))
     columns["guidance"] = guidance_scales(process.sigma, sampler) * guided
     return rows_of_process(config, process, columns, start)

@@ -74,7 +74,7 @@ def _check(sampler: SamplerConfig) -> None:
 
 
 def _weights(visited: Sequence[Level], to: Level, order: int) -> dict[str, float]:
-    """Weights in the next x~ of x~ and the predictions at the levels ``visited``, the newest first."""
+    """Weights of x~ and of the predictions at the levels ``visited`` (newest first) in the next x~."""
     h = to.lam - visited[0].lam
     e = math.expm1(-h)
     made = {"x": math.exp(-h), "x0": -e, "h1": 0.0, "h2": 0.0}
@@ -119,7 +119,7 @@ def _single(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, bu
     kind, orders, outer = _outer(levels, sampler, start)
     for (level, to), order in zip(pairwise(outer), orders, strict=True):
         assert level is not None
-        if to is None:  # of order 1: where a step of order 1 to the image ends
+        if to is None:  # a step of order 1 to the image
             builder.add(level, None, {"x0": 1.0})
             continue
         h = to.lam - level.lam
@@ -153,7 +153,7 @@ def _single(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, bu
 def _outer(
     levels: NoiseLevels, sampler: SamplerConfig, start: Level | None
 ) -> tuple[Grid, list[int], list[Level | None]]:
-    """The grid of the inner points, the order of each step, and the levels between the steps."""
+    """The grid for the inner points, the order of each step, and the levels between steps."""
     from admtrt.schedule.grid import check_distinct, from_start, grid_of, path
     from admtrt.schedule.multistep import steps_of
 
@@ -178,7 +178,7 @@ def _outer(
 
 
 def _single_orders(count: int, order: int, *, to_zero: bool) -> list[int]:
-    """Orders of the steps that spend ``count`` evaluations; a last step to the image is of order 1."""
+    """Orders of steps that use ``count`` evaluations in total; a last step to the image has order 1."""
     if order == 2:
         orders = [2] * (count // 2) + [1] * (count % 2)
     elif count % 3:

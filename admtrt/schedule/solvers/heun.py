@@ -5,8 +5,8 @@ In x~ = x_0 + S eps, for a step from S (raised by churn from the level before) t
     Euler:  x~' = (1 + h/S) x~ - h/S m
     Heun:   Euler to S', then x~'' = x~ + h/2 ((x~ - m)/S + (x~' - m')/S')
 
-A step that leads to the image itself is one of Euler. The noise of a step's churn is added at the end of the
-row before it, and that of the first step to the first state.
+A step to the image itself is an Euler step. A step's churn noise is added at the end of the previous row;
+that of the first step, to the first state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _OPTIONS = {
     "threshold_order": "after_guide", "sigma": "interpolated", "churn": None,
 }  # fmt: skip
 _SOURCE = "Karras et al. 2022, arXiv 2206.00364, Algorithm 2"
-_MOST_CHURN = math.sqrt(2) - 1  # of a step, as published
+_MOST_CHURN = math.sqrt(2) - 1  # per step, as published
 
 
 @solver(
@@ -41,7 +41,7 @@ _MOST_CHURN = math.sqrt(2) - 1  # of a step, as published
     own_of="diffusion",
 )
 def heun(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
-    """Rows of Heun's method: two a step, one for a step to the image."""
+    """Rows of Heun's method: two per step, one for a step to the image."""
     from admtrt.schedule.grid import evaluations
 
     asked, to_zero = evaluations(sampler), sampler.option("to") == "zero"
@@ -58,7 +58,7 @@ def heun(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Ro
 
 @solver("euler", source=_SOURCE, processes=("discrete", "edm"), options=_OPTIONS, default_steps="25")
 def euler(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
-    """Rows of Euler's method: one a step."""
+    """Rows of Euler's method: one per step."""
     from admtrt.schedule.grid import evaluations
 
     return _rows(levels, sampler, start, evaluations(sampler), corrects=False)

@@ -1,4 +1,4 @@
-"""The registry of solvers: what each takes, and what that means."""
+"""The registry of solvers: which options and processes each supports."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 Kind = Literal["discrete", "edm"]
 Steps = Literal["respacing", "evaluations"]
 EdmNetwork = Literal["diffusion", "consistency"]
-"""Of kind ``edm``: a diffusion model, or one that is held to the boundary of consistency models."""
+"""Kinds of ``edm`` networks: diffusion models, and consistency models with their boundary condition."""
 
 
 class RowsOf(Protocol):
-    """The pure function of a solver."""
+    """The pure function that makes a solver's rows."""
 
     def __call__(self, levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
         """The rows of one sample.
 
         Args:
             levels: the noise levels of the process.
-            sampler: the choices; ``sampler.option(name)`` has the solver's default where none was made.
-            start: the level at which an image is given as a start; None begins at pure noise.
+            sampler: the choices; ``sampler.option(name)`` falls back to the solver's default.
+            start: the level of an image to start from; None starts from pure noise.
 
         Raises:
-            RequestError: for steps that the solver cannot spend, or a grid that the process has not.
+            RequestError: for an impossible number of steps, or a grid that the process does not have.
         """
         ...
 
@@ -46,17 +46,17 @@ class Solver:
     Attributes:
         name: the ``method`` of a sampler.
         rows: see :class:`RowsOf`.
-        options: every option that it takes, with its default.
-        narrower: the values of an option that it takes, where those are not all.
-        processes: kinds of process that it samples.
-        steps: what a number of steps means: a respacing, in which the networks run once a step, or a number
-            of evaluations of the networks.
-        default_steps: where a sampler comes from another method without a number of steps that fits.
-        edm_steps: the same of networks of kind ``edm``, where it is another.
-        own_of: networks of kind ``edm`` whose own method it is.
-        implied_by: how steps begin that imply it where they come without a method, to a discrete process; the
-            longest such beginning counts. None where no steps do.
-        source: of its equations.
+        options: the options that it takes, with their defaults.
+        narrower: by option, the values that it takes if not all.
+        processes: the kinds of process that it supports.
+        steps: meaning of ``steps``: a respacing, with one evaluation per step, or a number of network
+            evaluations.
+        default_steps: number of steps when a sampler is switched from another method whose steps do not fit.
+        edm_steps: the same for networks of kind ``edm``, if different.
+        own_of: kind of ``edm`` networks that the method was made for.
+        implied_by: prefix of ``steps`` that implies this method on a discrete process if no method is given;
+            the longest matching prefix wins. None if nothing implies it.
+        source: paper and equations.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Solver:
 
 
 AUTO = "auto"
-"""The method that a bundle recommends."""
+"""Name of the method that stands for the bundle's recommendation."""
 SOLVERS: dict[str, Solver] = {}
 """Every solver by name."""
 
@@ -82,7 +82,7 @@ def solver(name: str, **declared: Any) -> Callable[[RowsOf], RowsOf]:
     """Declare a solver; the keywords are those of :class:`Solver`.
 
     Raises:
-        ValueError: if the name is taken; which of two is offered would depend on the order of imports.
+        ValueError: if the name is taken. Which of the two wins would depend on the order of imports.
     """
 
     def register(rows: RowsOf) -> RowsOf:
@@ -100,7 +100,7 @@ def solver_named(name: str) -> Solver:
     """The solver of this name.
 
     Raises:
-        ValueError: if there is none, naming the nearest.
+        ValueError: if there is none, naming the most similar one.
     """
     if name in SOLVERS:
         return SOLVERS[name]
@@ -118,12 +118,12 @@ def own_solver(process: EdmConfig) -> Solver:
 
 
 def implied_solver(steps: str) -> Solver:
-    """The method of steps that are given without one, to a discrete process."""
+    """The method implied by ``steps`` without a method, on a discrete process."""
     begins = steps.strip().startswith
     implied = {one.implied_by: one for one in SOLVERS.values() if one.implied_by is not None}
     return implied[max(filter(begins, implied), key=len)]
 
 
 def takers(option: str) -> str:
-    """The names of the solvers that take an option, for a sentence."""
+    """The names of the solvers that take an option, joined for a message."""
     return ", ".join(name for name, one in SOLVERS.items() if option in one.options)
