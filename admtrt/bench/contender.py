@@ -37,7 +37,7 @@ class Prepared:
 
     Attributes:
         ready: seconds until the end of the first step, with loading, compiling and tuning.
-        outputs: outputs of the graphs for the inputs common to all rows: ``out``, and ``grad`` if guided; of a
+        outputs: outputs of the graphs for the inputs common to all rows: ``out``, ``grad`` if guided, and of a
             guide's graph under the graph's name.
         notes: the backend's notes on its choices.
     """
