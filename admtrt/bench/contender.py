@@ -37,8 +37,8 @@ class Prepared:
 
     Attributes:
         ready: seconds until the end of the first step, with loading, compiling and tuning.
-        outputs: outputs of the graphs for the inputs common to all rows: ``out``, ``grad`` if guided, and of a
-            guide's graph under the graph's name.
+        outputs: outputs of the graphs for the inputs common to all rows: ``out``, ``grad`` if guided, and
+            that of each guide's graph under the graph's name.
         notes: the backend's notes on its choices.
     """
 
