@@ -53,7 +53,7 @@ class StepTime:
     Attributes:
         step: the whole step.
         unet: the UNet.
-        gradient: the gradient, None where nothing guides.
+        classifier_gradient: the gradient, None where nothing guides.
         outside: what the step spends outside its graphs, None where x stays on a device: there the graphs
             were timed apart from the step.
         guides: the graph of each guide besides the classifier, by name; empty for the rows of PyTorch, which
@@ -62,7 +62,7 @@ class StepTime:
 
     step: float
     unet: float
-    gradient: float | None
+    classifier_gradient: float | None
     outside: float | None
     guides: Mapping[str, float] = field(default_factory=dict)
 
@@ -127,7 +127,7 @@ class Contender:
         return StepTime(
             step=seconds if held is None else held,
             unet=watch.seconds["unet"],
-            gradient=watch.seconds.get("classifier_gradient"),
+            classifier_gradient=watch.seconds.get("classifier_gradient"),
             outside=seconds - sum(watch.seconds.values()) if held is None else None,
             guides={name: self._timed(graph, feeds) for name, (graph, feeds) in self._led.items()},
         )

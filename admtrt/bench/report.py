@@ -53,7 +53,7 @@ class Measurement:
     Attributes:
         row, batch: which.
         reason: why nothing was measured; empty where something was.
-        step, unet, gradient: seconds of the guided step and of its graphs.
+        step, unet, classifier_gradient: seconds of the guided step and of its graphs.
         outside: median part of the step outside its graphs; None where the graphs are not within the step.
         guides: by name, seconds of the graph of each guide besides the classifier.
         errors: by output, the worst sample's largest difference over its largest value, from the reference.
@@ -69,7 +69,7 @@ class Measurement:
     reason: str = ""
     step: Spread | None = None
     unet: Spread | None = None
-    gradient: Spread | None = None
+    classifier_gradient: Spread | None = None
     outside: float | None = None
     guides: Mapping[str, Spread] = field(default_factory=dict)
     errors: Mapping[str, float | None] = field(default_factory=dict)
@@ -225,7 +225,7 @@ class BenchReport:
         return [
             *(
                 shown(None if spread is None else 1e3 * spread.median)
-                for spread in (m.unet, m.gradient, m.step)
+                for spread in (m.unet, m.classifier_gradient, m.step)
             ),
             f"{(m.step.upper - m.step.lower) / m.step.median:.0%}",
             shown(self.ratio(m), "{:.2f}x"),

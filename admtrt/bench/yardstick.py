@@ -99,7 +99,7 @@ class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def count_operations(unet: UNetConfig, classifier: ClassifierConfig | None) -> dict[str, int]:
-    """Operations of ``unet`` and ``gradient`` for one image; a multiplication and an addition are two.
+    """Operations of ``unet`` and ``classifier_gradient`` for one image; a multiply-add is two.
 
     Convolutions, linear layers and attention are counted, on tensors without memory.
     """
@@ -117,7 +117,7 @@ def count_operations(unet: UNetConfig, classifier: ClassifierConfig | None) -> d
             x = given["x"].requires_grad_()
             with OperationCounter() as counted:
                 torch.autograd.grad(network(x, given["t"]).sum(), x)
-            counts["gradient"] = counted.total
+            counts["classifier_gradient"] = counted.total
     return counts
 
 
