@@ -18,16 +18,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from admtrt.bundle_faults import MANIFEST, no_bundle, refuse_url
-from admtrt.config import (
-    ClassifierConfig,
-    Config,
-    DiffusionConfig,
-    EdmConfig,
-    Positive,
-    ProcessConfig,
-    UNetConfig,
-    later,
-)
+from admtrt.config import ClassifierConfig, DiffusionConfig, EdmConfig, ProcessConfig, UNetConfig
+from admtrt.config_base import Config, later
+from admtrt.config_values import Positive
 from admtrt.contract import (
     FURTHER,
     GraphName,

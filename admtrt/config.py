@@ -1,106 +1,28 @@
-"""Every configuration of admtrt: frozen, validated, serialisable, and the only home of defaults."""
+"""The configurations of networks and processes, and the only home of their defaults."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    SerializationInfo,
-    SerializerFunctionWrapHandler,
-    Tag,
-    ValidationError,
-    model_serializer,
-    model_validator,
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from admtrt.config_base import Config, later
+from admtrt.config_values import (
+    Fraction,
+    ImageSize,
+    Multipliers,
+    OptionalBeta,
+    OptionalHeads,
+    OptionalPositive,
+    OptionalSize,
+    Positive,
+    PositiveFloat,
+    Sizes,
 )
 
-from admtrt.config_errors import explain
-from admtrt.errors import ConfigError
-
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     import numpy as np
     from numpy.typing import NDArray
-
-NONE_IN_TOML = "none"
-"""Stands for None where there is no null."""
-_WRITTEN = {"later": False}  # context of what is written to files
-_LATER: dict[str, Any] = {"later": True}  # marks fields
-
-
-def none_from_text(value: Any) -> Any:
-    """None for the words that stand for it where there is no null; anything else as it is."""
-    return None if value in (NONE_IN_TOML, "None") else value
-
-
-def _none_from_flag(value: Any) -> Any:
-    """As the original's flags for numbers of heads have it."""
-    return None if value in (-1, "-1") else none_from_text(value)
-
-
-def _list_from_text(value: Any) -> Any:
-    """Lists as the original's flags have them: ``1,2,4``, or a single number."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.strip("()[] ").split(",")]
-    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-Positive = Annotated[int, Field(ge=1, lt=2**31)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-BatchSize = Annotated[int, Field(ge=1, le=2**20)]
-ImageSize = Annotated[int, Field(ge=1, le=8192)]
-_OptionalPositive = Annotated[Positive | None, BeforeValidator(none_from_text)]
-_OptionalSize = Annotated[ImageSize | None, BeforeValidator(none_from_text)]
-_OptionalHeads = Annotated[Positive | None, BeforeValidator(_none_from_flag)]
-_Beta = Annotated[float, Field(gt=0.0, lt=1.0)]
-Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-NoiseLevel = Annotated[float, Field(ge=0.0)]
-_Multipliers = Annotated[tuple[Annotated[float, Field(gt=0, le=1024)], ...], BeforeValidator(_list_from_text)]
-_Sizes = Annotated[tuple[Positive, ...], BeforeValidator(_list_from_text)]
-
-
-def later(default: Any) -> Any:
-    """A field that files written before it lack, and that is written only where it is not the default."""
-    return Field(default=default, json_schema_extra=_LATER)
-
-
-class Config(BaseModel):
-    """Base of all configurations: immutable, hashable, unknown keys refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any], *, source: str = "configuration") -> Self:
-        """Build from plain data.
-
-        Raises:
-            ConfigError: for an unknown key (naming the nearest), a wrong type or an impossible combination.
-        """
-        try:
-            return cls.model_validate(data)
-        except ValidationError as error:
-            raise ConfigError(f"{source}: {explain(error, cls)}") from None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain JSON-ready data that :meth:`from_dict` turns back into an equal object.
-
-        It is what files hold; comparisons take ``model_dump``, which has every field (see :func:`later`).
-        """
-        return self.model_dump(mode="json", context=_WRITTEN)
-
-    @model_serializer(mode="wrap")
-    def _serialize(self, handler: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        data: dict[str, Any] = handler(self)
-        if info.context is _WRITTEN:
-            for name, field in type(self).model_fields.items():
-                if field.json_schema_extra is _LATER and getattr(self, name) == field.default:
-                    del data[name]
-        return data
 
 
 def level_sizes(image_size: int, levels: int, *, rounds_up: bool) -> tuple[int, ...]:
@@ -131,10 +53,10 @@ class BackboneConfig(Config):
     # The bounds are far above any network in use, and low enough to build it without its weights in seconds.
     model_channels: Annotated[int, Field(ge=1, le=8192)] = 128
     num_res_blocks: Annotated[int, Field(ge=1, le=32)] = 2
-    channel_mult: _Multipliers = (1, 2, 3, 4)
-    attention_resolutions: _Sizes = (32, 16, 8)
+    channel_mult: Multipliers = (1, 2, 3, 4)
+    attention_resolutions: Sizes = (32, 16, 8)
     num_heads: Positive = 4
-    num_head_channels: _OptionalHeads = None
+    num_head_channels: OptionalHeads = None
     new_attention_order: bool = False
     conv_resample: bool = True
     resblock_updown: bool = False
@@ -241,10 +163,10 @@ class UNetConfig(BackboneConfig):
     classes that stands for no class (classifier-free guidance) and cannot be asked for.
     """
 
-    num_classes: _OptionalPositive = None
+    num_classes: OptionalPositive = None
     learn_sigma: bool = True
-    num_heads_upsample: _OptionalHeads = None
-    low_res_size: _OptionalSize = None
+    num_heads_upsample: OptionalHeads = None
+    low_res_size: OptionalSize = None
     null_class: Annotated[int, Field(ge=0)] | None = later(None)
 
     @property
@@ -292,7 +214,7 @@ class ClassifierConfig(BackboneConfig):
 
     num_classes: Annotated[int, Field(ge=2)]
     resblock_updown: bool = True
-    num_head_channels: _OptionalHeads = 64
+    num_head_channels: OptionalHeads = 64
     pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"
 
     @model_validator(mode="after")
@@ -312,8 +234,8 @@ class NoiseConfig(Config):
 
     steps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000
     schedule: Literal["linear", "cosine", "scaled_linear", "sigmoid"] = "linear"
-    beta_start: Annotated[_Beta | None, BeforeValidator(none_from_text)] = later(None)
-    beta_end: Annotated[_Beta | None, BeforeValidator(none_from_text)] = later(None)
+    beta_start: OptionalBeta = later(None)
+    beta_end: OptionalBeta = later(None)
     zero_terminal_snr: bool = later(False)
 
     @model_validator(mode="after")

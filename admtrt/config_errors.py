@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
+from admtrt.brief import beginning
+
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
@@ -59,8 +61,7 @@ def explain(error: ValidationError, cls: type[BaseModel]) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return beginning(repr(value), 60)
 
 
 def _place(loc: tuple[int | str, ...], cls: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from admtrt.config import NONE_IN_TOML, Config
+from admtrt.config_base import Config
+from admtrt.config_values import NONE_IN_TOML
 from admtrt.errors import ConfigError, OutputError
 from admtrt.reading import read_small
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 from pydantic import Field
 
-from admtrt.config import Config
+from admtrt.config_base import Config
 from admtrt.errors import RequestError
 from admtrt.schedule.edits import EDIT
 from admtrt.schedule.guides import GUIDE_GRAPH, columns_with_guides

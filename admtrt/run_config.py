@@ -4,23 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
-from admtrt.config import (
-    BatchSize,
-    ClassifierConfig,
-    Config,
-    DiffusionConfig,
-    EdmConfig,
-    Fraction,
-    ImageSize,
-    Positive,
-    PositiveFloat,
-    ProcessConfig,
-    UNetConfig,
-    later,
-    none_from_text,
-)
+from admtrt.config import ClassifierConfig, DiffusionConfig, EdmConfig, ProcessConfig, UNetConfig
+from admtrt.config_base import Config, later
+from admtrt.config_values import BatchSize, Fraction, ImageSize, OptionalGrey, Positive, PositiveFloat
 from admtrt.schedule.sampler import SamplerConfig
 from admtrt.schedule.solvers import SOLVERS
 from admtrt.schedule.solvers.registry import own_solver
@@ -93,14 +81,9 @@ class DataConfig(Config):
     random_flip: bool = False
     resize: bool = True
     exif_rotation: bool = True
-    background: Annotated[int, Field(ge=0, le=255)] | None = 255
+    background: OptionalGrey = 255
     on_bad_file: Literal["refuse", "skip"] = "refuse"
     hold_out: Fraction = 0.0
-
-    @field_validator("background", mode="before")
-    @classmethod
-    def _none_from_text(cls, value: Any) -> Any:
-        return none_from_text(value)
 
 
 Weighting = Literal["karras", "snr", "snr+1", "truncated-snr", "uniform", "inverse-step"]

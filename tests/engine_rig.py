@@ -7,6 +7,7 @@ from importlib.machinery import ModuleSpec
 from typing import TYPE_CHECKING, Any
 
 import cuda_stub
+import numpy as np
 from bundles import exported_bundle
 from engine_double import engine_library, plan_bytes
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     import pytest
 
     from admtrt.runtime.engines.plans import PlanRecord
+    from admtrt.runtime.trt.batch_buffers import BatchBuffers
 
 GPU = Gpu(cuda_stub.GPU_NAME, 89, 2**30)
 DRIVER = Driver(cuda="13.1", gpus=(GPU,))
@@ -98,3 +100,10 @@ class Rig:
     def open(self, **options: Any) -> TensorRTDenoiser:
         """The backend on the plans of the store."""
         return TensorRTDenoiser(self.bundle, plans=self.folder, **options)
+
+
+def on_device(buffers: BatchBuffers, key: str) -> np.ndarray[Any, Any]:
+    """An array of a batch size, where the host cannot see it."""
+    array = buffers.arrays[key]
+    size = int(np.prod(array.shape)) * array.dtype.itemsize
+    return np.frombuffer(cuda_stub.memory_at(array.address, size), array.dtype).reshape(array.shape)

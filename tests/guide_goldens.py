@@ -42,11 +42,6 @@ def stored(name: str) -> np.ndarray:
     return arrays("guides")[name]
 
 
-def probed(x: np.ndarray) -> np.ndarray:
-    """The pixels of a state that are stored on the way."""
-    return x[..., ::2, 1::2]
-
-
 class _PooledSquares(nn.Module):
     """Universal Guidance's loss of the goldens."""
 

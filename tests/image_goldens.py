@@ -42,11 +42,6 @@ def stored(name: str) -> np.ndarray:
     return arrays("image_starts")[name]
 
 
-def probed(x: np.ndarray) -> np.ndarray:
-    """The pixels of a state that are stored on the way."""
-    return x[..., ::2, 1::2]
-
-
 def _loaded(kind: str, name: str, module: UNet | Classifier) -> LoadedNetwork:
     generate_weights(module, f"{META['salt']}{name}:")
     config = {"kind": kind, kind: module.config.to_dict(), "diffusion": PROCESS.to_dict()}

@@ -22,7 +22,7 @@ from admtrt.export.passes import simplify
 from admtrt.models.classifier import Classifier, log_prob
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
 CLASSES = 5
@@ -35,6 +35,17 @@ class LogProb(torch.nn.Module):
 
     def forward(self, x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return log_prob(self.classifier, x, t, y)
+
+
+class Function(torch.nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        return self.function(*inputs)
 
 
 @cache

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 IMPORTED = (
     onnxruntime,
+    admtrt.commands.checkpoints,
+    admtrt.training.loop,
     admtrt.evaluate.judging,
     admtrt.verify.nll,
     admtrt.export.pack,

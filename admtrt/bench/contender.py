@@ -54,7 +54,7 @@ class StepTime:
     Attributes:
         step: the whole step.
         unet: the UNet.
-        gradient: the gradient; None without guidance.
+        classifier_gradient: the gradient; None without guidance.
         outside: time of the step outside its graphs. None if x stays on a device, where graphs are timed
             separately.
         guides: the graph of each further guide that the row can run, by name.
@@ -62,7 +62,7 @@ class StepTime:
 
     step: float
     unet: float
-    gradient: float | None
+    classifier_gradient: float | None
     outside: float | None
     guides: Mapping[str, float] = field(default_factory=dict)
 
@@ -129,7 +129,7 @@ class Contender:
         return StepTime(
             step=seconds if held is None else held,
             unet=watch.seconds["unet"],
-            gradient=watch.seconds.get("classifier_gradient"),
+            classifier_gradient=watch.seconds.get("classifier_gradient"),
             outside=seconds - sum(watch.seconds.values()) if held is None else None,
             guides={name: self._timed(graph, feeds) for name, (graph, feeds) in self._led.items()},
         )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from admtrt.bench.remote import peak_memory, run_remotely
-from admtrt.bench.throughput import ThroughputReport, ThroughputRow, measure_rows
+from admtrt.bench.throughput import Measuring, ThroughputReport, ThroughputRow, measure_rows
 from admtrt.contract import PRECISIONS
 from admtrt.errors import RequestError
 from admtrt.evaluate.extract import BACKENDS, Extractor
@@ -123,17 +123,14 @@ def feature_rows(names: Sequence[str], network: FeatureNetwork) -> list[tuple[st
 def run_feature_bench(
     network: FeatureNetwork,
     rows: Sequence[tuple[str, Precision]],
+    how: Measuring,
     *,
     batch: int,
-    repeat: int,
-    threads: int,
-    scratch: Path,
-    note: Callable[[str], None],
 ) -> ThroughputReport:
     """Measure rows on generated images; speeds are relative to the first."""
     counted: int | None = None
     if find_spec("onnx") is not None:
-        counted = run_remotely(count_graph, network.graph, log=scratch / "count.log")
+        counted = run_remotely(count_graph, network.graph, log=how.scratch / "count.log")
     return measure_rows(
         f"features {network.name}, batch {batch}",
         [
@@ -141,17 +138,13 @@ def run_feature_bench(
                 f"{backend}:{precision}",
                 precision,
                 Looker,
-                (network, backend, precision, batch, threads, scratch),
+                (network, backend, precision, batch, how.threads, how.scratch),
             )
             for backend, precision in rows
         ],
+        how,
         batch=batch,
         counted=counted,
-        scratch=scratch,
-        repeat=repeat,
-        device="cpu",
-        threads=threads,
-        note=note,
     )
 
 

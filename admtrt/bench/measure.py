@@ -146,14 +146,14 @@ class Bench:
     def _measurement(self, batch: int, run: _RowRun) -> Measurement:
         times, prepared = run.times, run.prepared
         assert prepared is not None
-        gradients = [time.gradient for time in times if time.gradient is not None]
+        gradients = [time.classifier_gradient for time in times if time.classifier_gradient is not None]
         outside = [time.outside / time.step for time in times if time.outside is not None]
         return Measurement(
             row=run.row,
             batch=batch,
             step=spread_of([time.step for time in times]),
             unet=spread_of([time.unet for time in times]),
-            gradient=spread_of(gradients) if gradients else None,
+            classifier_gradient=spread_of(gradients) if gradients else None,
             outside=float(np.median(outside)) if outside else None,
             guides={name: spread_of([time.guides[name] for time in times]) for name in times[0].guides},
             operations=None if self._operations is None else batch * self._operations,

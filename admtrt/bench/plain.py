@@ -110,7 +110,7 @@ def _program(module: nn.Module, spec: GraphSpec, batch: int) -> Any:
 
 def traced_gradient(classifier: Classifier, examples: tuple[Tensor, ...]) -> nn.Module:
     """Trace the operators that autograd runs for d log p(y | x_t) / dx_t to a module."""
-    from torch._decomp import core_aten_decompositions
+    from torch._decomp import core_aten_decompositions  # noqa: PLC2701 - it has no public name
     from torch.fx.experimental.proxy_tensor import make_fx
 
     def gradient(x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -53,7 +53,7 @@ class Measurement:
     Attributes:
         row, batch: the row and the batch size.
         reason: why nothing was measured; empty if the measurement succeeded.
-        step, unet, gradient: seconds of the guided step and of its graphs.
+        step, unet, classifier_gradient: seconds of the guided step and of its graphs.
         outside: median time of the step outside its graphs; None if the graphs were timed separately.
         guides: seconds of the graph of each further guide, by name.
         errors: by output, the largest difference from the reference over the largest value, of the worst
@@ -70,7 +70,7 @@ class Measurement:
     reason: str = ""
     step: Spread | None = None
     unet: Spread | None = None
-    gradient: Spread | None = None
+    classifier_gradient: Spread | None = None
     outside: float | None = None
     guides: Mapping[str, Spread] = field(default_factory=dict)
     errors: Mapping[str, float | None] = field(default_factory=dict)
@@ -226,7 +226,7 @@ class BenchReport:
         return [
             *(
                 shown(None if spread is None else 1e3 * spread.median)
-                for spread in (m.unet, m.gradient, m.step)
+                for spread in (m.unet, m.classifier_gradient, m.step)
             ),
             f"{(m.step.upper - m.step.lower) / m.step.median:.0%}",
             shown(self.ratio(m), "{:.2f}x"),

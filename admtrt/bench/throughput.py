@@ -39,6 +39,25 @@ class ThroughputRow:
 
 
 @dataclass(frozen=True)
+class Measuring:
+    """How rows are measured.
+
+    Attributes:
+        repeat: steps timed of every row.
+        device: on which.
+        threads: of every row, and of the peak, on a CPU.
+        scratch: folder for logs.
+        note: told what goes on.
+    """
+
+    repeat: int
+    device: Device
+    threads: int
+    scratch: Path
+    note: Callable[[str], None]
+
+
+@dataclass(frozen=True)
 class ThroughputMeasurement:
     """One row.
 
@@ -160,27 +179,19 @@ class ThroughputReport:
 def measure_rows(
     subject: str,
     rows: Sequence[ThroughputRow],
+    how: Measuring,
     *,
     batch: int,
     counted: UNetConfig | ClassifierConfig | int | None,
-    scratch: Path,
-    repeat: int,
-    device: Device,
-    threads: int,
-    note: Callable[[str], None],
 ) -> ThroughputReport:
     """Measure rows, one step of each in turn, so that what slows the machine for a while meets all alike.
 
     Args:
         subject: for the report.
         rows: in the order of the table.
+        how: to measure.
         batch: images of a step.
         counted: a network, whose training step is counted; or operations of one image; or None.
-        scratch: folder for logs.
-        repeat: steps timed of every row.
-        device: of the peak.
-        threads: of the peak on a CPU.
-        note: told what goes on.
     """
     reasons, ready = dict[str, str](), dict[str, float]()
     memory, remotes = dict[str, int](), dict[str, Remote]()
@@ -192,20 +203,20 @@ def measure_rows(
         if find_spec("torch") is not None:
             from admtrt.bench.yardstick import Yardstick
 
-            yardstick = Remote(Yardstick, device, threads, log=scratch / "yardstick.log")
+            yardstick = Remote(Yardstick, how.device, how.threads, log=how.scratch / "yardstick.log")
             gpu = yardstick.call("gpu")
             if counted is not None and not isinstance(counted, int):
                 operations = yardstick.call("count_training", counted)
         for index, row in enumerate(rows):
-            note(f"preparing {row.name}")
+            how.note(f"preparing {row.name}")
             try:
-                remote = Remote(row.factory, *row.arguments, log=scratch / f"row-{index}.log")
+                remote = Remote(row.factory, *row.arguments, log=how.scratch / f"row-{index}.log")
                 remotes[row.name] = remote
                 ready[row.name] = remote.call("ready")
             except RemoteError as error:
                 reasons[row.name] = str(error)
-        for repetition in range(repeat):
-            note(f"repetition {repetition + 1} of {repeat}")
+        for repetition in range(how.repeat):
+            how.note(f"repetition {repetition + 1} of {how.repeat}")
             working = [row for row in rows if row.name not in reasons]
             first = repetition % max(1, len(working))
             for row in (*working[first:], *working[:first]):
@@ -236,4 +247,4 @@ def measure_rows(
         )
         for row in rows
     )
-    return ThroughputReport(subject, describe_machine(threads, gpu), measurements, operations, peaks)
+    return ThroughputReport(subject, describe_machine(how.threads, gpu), measurements, operations, peaks)

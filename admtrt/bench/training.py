@@ -5,15 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from admtrt.bench.throughput import ThroughputReport, ThroughputRow, measure_rows
+from admtrt.bench.throughput import Measuring, ThroughputReport, ThroughputRow, measure_rows
 from admtrt.contract import PRECISIONS
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
     from pathlib import Path
 
-    from admtrt.bench.rows import Device
     from admtrt.contract import Precision
     from admtrt.run_config import RunConfig, Task
 
@@ -107,13 +106,9 @@ def run_training_bench(
     config: RunConfig,
     task: Task,
     rows: Sequence[TrainingRow],
+    how: Measuring,
     *,
     original: Path | None,
-    scratch: Path,
-    repeat: int,
-    device: Device,
-    threads: int,
-    note: Callable[[str], None],
 ) -> ThroughputReport:
     """Measure rows; speeds are relative to the first.
 
@@ -121,12 +116,8 @@ def run_training_bench(
         config: of the run; images are generated, so that no data are needed.
         task: which of its networks.
         rows: ways to train.
+        how: to measure.
         original: checkout of the original implementation, for its row.
-        scratch: folder for logs.
-        repeat: steps timed of every row.
-        device: on which.
-        threads: of every row on a CPU.
-        note: told what goes on.
     """
     from admtrt.bench.training_rows import Trainer
 
@@ -140,15 +131,11 @@ def run_training_bench(
                 str(row),
                 row.precision if row.given or row.name != ADMTRT else settings.precision,
                 Trainer,
-                (row, config, task, original, scratch, device, threads),
+                (row, config, task, original, how.scratch, how.device, how.threads),
             )
             for row in rows
         ],
+        how,
         batch=settings.batch_size,
         counted=network,
-        scratch=scratch,
-        repeat=repeat,
-        device=device,
-        threads=threads,
-        note=note,
     )

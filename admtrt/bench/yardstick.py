@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC2701 - it has no public name
 from torch.utils.flop_counter import flop_registry
 
 from admtrt.bench.torch_rows import DTYPES, configure_torch
@@ -84,7 +84,7 @@ class Yardstick:
         return time.perf_counter() - began
 
 
-class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts with PyTorch's formulas, but without ``FlopCounterMode``, whose module hooks break autograd."""
 
     def __init__(self) -> None:
@@ -99,7 +99,7 @@ class _OperationCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def count_operations(unet: UNetConfig, classifier: ClassifierConfig | None) -> dict[str, int]:
-    """Operations of ``unet`` and ``gradient`` for one image; a multiply-add counts as two.
+    """Operations of ``unet`` and ``classifier_gradient`` for one image; a multiply-add counts as two.
 
     Counts convolutions, linear layers and attention, on tensors without memory.
     """
@@ -109,15 +109,15 @@ def count_operations(unet: UNetConfig, classifier: ClassifierConfig | None) -> d
             tensor.name: torch.zeros(tensor.sized(1), dtype=getattr(torch, tensor.dtype))
             for tensor in spec.inputs
         }
-        with torch.no_grad(), _OperationCounter() as counted:
+        with torch.no_grad(), OperationCounter() as counted:
             UNet(unet).to("meta")(**given)
         counts = {"unet": counted.total}
         if classifier is not None:
             network = Classifier(classifier).to("meta").requires_grad_(False)
             x = given["x"].requires_grad_()
-            with _OperationCounter() as counted:
+            with OperationCounter() as counted:
                 torch.autograd.grad(network(x, given["t"]).sum(), x)
-            counts["gradient"] = counted.total
+            counts["classifier_gradient"] = counted.total
     return counts
 
 
@@ -135,7 +135,7 @@ def count_training(config: UNetConfig | ClassifierConfig) -> int:
             network = Classifier(config).to("meta")
             size = config.image_size
             given = {"x": torch.zeros((1, config.in_channels, size, size)), "t": torch.zeros(1)}
-        with _OperationCounter() as counted:
+        with OperationCounter() as counted:
             torch.autograd.grad(network(**given).sum(), list(network.parameters()))
         total: int = counted.total
     return total

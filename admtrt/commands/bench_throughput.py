@@ -48,6 +48,7 @@ def bench_training(
     import torch
 
     from admtrt.bench.subject import check_original
+    from admtrt.bench.throughput import Measuring
     from admtrt.bench.training import (
         ORIGINAL,
         default_training_rows,
@@ -69,6 +70,7 @@ def bench_training(
             "the row 'original' and --original belong together",
             hint="Give the checkout with --original CHECKOUT, and the row with --backend original or no row.",
         )
+    how = Measuring(repeat or _REPEAT, device, threads, scratch, output.note)
     reports = []
     for task in tasks:
         section = f"train_{task}"
@@ -78,12 +80,8 @@ def bench_training(
                 config.model_copy(update=changed),
                 task,
                 chosen,
+                how,
                 original=original,
-                scratch=scratch,
-                repeat=repeat or _REPEAT,
-                device=device,
-                threads=threads,
-                note=output.note,
             )
             reports.append(report)
     return _show(reports, {"file": str(file)}, out, output)
@@ -106,22 +104,13 @@ def bench_features(
         RequestError: if it is not a feature network, or for an unknown row.
     """
     from admtrt.bench.feature_rows import feature_rows, run_feature_bench
+    from admtrt.bench.throughput import Measuring
     from admtrt.evaluate.network import open_network
 
     network = open_network(features)
     chosen = feature_rows(rows, network)
-    reports = [
-        run_feature_bench(
-            network,
-            chosen,
-            batch=batch,
-            repeat=repeat or _REPEAT,
-            threads=threads,
-            scratch=scratch,
-            note=output.note,
-        )
-        for batch in batches or [_IMAGES]
-    ]
+    how = Measuring(repeat or _REPEAT, "cpu", threads, scratch, output.note)
+    reports = [run_feature_bench(network, chosen, how, batch=batch) for batch in batches or [_IMAGES]]
     return _show(reports, {"features": network.name, "sha256": network.digest}, out, output)
 
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import model_validator
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, ProcessConfig, UNetConfig
+from admtrt.config import ClassifierConfig, DiffusionConfig, ProcessConfig, UNetConfig
+from admtrt.config_base import Config
 from admtrt.config_files import load_config, value_from_text
 from admtrt.errors import CheckpointError, ConfigError, RequestError
 from admtrt.models.option_names import OptionNames

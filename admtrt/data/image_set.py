@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from admtrt.data.sources import Labels, Pixels, Skipped, listed, read_image, read_source, with_channels
+from admtrt.brief import listed
+from admtrt.data.sources import Labels, Pixels, Skipped, read_image, read_source, with_channels
 from admtrt.errors import DataError
 from admtrt.images import from_uint8, to_pillow
 
@@ -137,7 +138,7 @@ def require_classes(data: ImageSet, num_classes: int) -> None:
     absent = sorted(set(range(found)) - set(np.unique(data.labels).tolist()))
     if absent:
         raise DataError(
-            f"{source} has no image of {len(absent)} of {found} classes ({listed(list(map(str, absent)))})",
+            f"{source} has no image of {len(absent)} of {found} classes ({listed(absent)})",
             hint="Classes are numbered from 0 on.",
         )
 

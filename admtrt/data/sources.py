@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from admtrt.brief import listed
 from admtrt.errors import DataError, MissingDependencyError
 from admtrt.images import MODES
 from admtrt.npz import open_npz
@@ -47,7 +48,6 @@ _GZIP_MAGIC = b"\x1f\x8b"
 _TOO_DEEP = "not 8 bits a channel"
 _BLOCK = 2**20  # bytes
 _MOST_CLASSES = 1_000_000  # more are no numbers of classes
-_NAMED_FAULTS = 5  # bad files that a message names before it only counts
 
 
 class Skipped(NamedTuple):
@@ -242,7 +242,7 @@ def _read_folder(root: Path, config: DataConfig) -> Source:
     if skipped and (config.on_bad_file == "refuse" or not usable):
         raise DataError(
             f"{len(skipped)} of {len(files)} images in {root} cannot be used: "
-            + listed([f"{file.relative_to(root)} ({reason})" for file, reason in skipped]),
+            + listed(f"{file.relative_to(root)} ({reason})" for file, reason in skipped),
             hint=(
                 "Convert them to 8 bits a channel, or remove them"
                 if all(reason.endswith(_TOO_DEEP) for _, reason in skipped)
@@ -307,12 +307,6 @@ def _class_of_each(root: Path, files: Sequence[Path], label_from: str) -> list[s
     return None if unmarked else [file.name.split("_")[0] for file in files]
 
 
-def listed(items: Sequence[str]) -> str:
-    """The first few of many."""
-    more = len(items) - _NAMED_FAULTS
-    return ", ".join(items[:_NAMED_FAULTS]) + (f" and {more} more" if more > 0 else "")
-
-
 # --- IDX files ---------------------------------------------------------------------------------------------
 
 
@@ -337,7 +331,7 @@ def _chosen_idx(folder: Path) -> Path:
     files = _idx_images_in(folder)
     training = [file for file in files if "train" in file.name] if len(files) > 1 else files
     if len(training) != 1:
-        held = f"holds {listed([file.name for file in files])}" if files else "holds no file of images"
+        held = f"holds {listed(file.name for file in files)}" if files else "holds no file of images"
         raise DataError(
             f"{folder} {held}; expected one like train-images-idx3-ubyte or train-images-idx3-ubyte.gz",
             hint="Set data.source to the file of images; its labels are found beside it.",

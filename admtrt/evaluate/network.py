@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from admtrt.config import Config, Positive
+from admtrt.config_base import Config
+from admtrt.config_values import Positive
 from admtrt.errors import BundleError, ConfigError, RequestError
 from admtrt.files import sha256_of
 from admtrt.onnx_wire import external_locations

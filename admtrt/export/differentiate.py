@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import onnx_ir as ir
 
+from admtrt.brief import few
 from admtrt.errors import ExportError
 from admtrt.export.nodes import module_of
 from admtrt.export.passes import free_name, simplify
@@ -162,8 +163,7 @@ def _refuse(gaps: list[ExportError]) -> None:
     hint = "\n".join(dict.fromkeys(gap.hint for gap in reversed(gaps) if gap.hint))
     if len(messages) == 1:
         raise ExportError(messages[0], hint=hint)
-    more = [f"and {len(messages) - _MOST} more"] if len(messages) > _MOST else []
-    listed = "".join(f"\n- {message}" for message in [*messages[:_MOST], *more])
+    listed = "".join(f"\n- {message}" for message in few(messages, _MOST))
     raise ExportError(f"{len(messages)} parts of the graph have no gradient:{listed}", hint=hint)
 
 

@@ -46,7 +46,7 @@ class GradientGraph:
 class _Outputs(nn.Module):
     """A module whose result is a tuple: the scalar where one is formed, then what it returns."""
 
-    def __init__(self, module: nn.Module, scalar: ScalarFunction | None, *, alone: bool = False) -> None:
+    def __init__(self, module: nn.Module, scalar: ScalarFunction | None, *, alone: bool) -> None:
         super().__init__()
         self.module = module
         self.scalar = scalar
@@ -103,8 +103,7 @@ def export_input_gradient(
             autograd differ.
     """
     derivative = Derivative(wrt, ("value", *further))
-    wrapper = _Outputs(module, scalar, alone=not further)
-    return _export(wrapper, inputs, path, derivative, conv_backward, opset, check=check)
+    return _export(module, scalar, inputs, path, derivative, conv_backward, opset, check=check)
 
 
 def export_vector_jacobian(
@@ -144,7 +143,7 @@ def export_vector_jacobian(
     if not outputs or (of is not None and of not in outputs):
         raise ExportError(f"there is no output '{of or ''}'; the outputs are {list(outputs)}")
     derivative = Derivative(wrt, tuple(outputs), of or outputs[0], cotangent=cotangent)
-    return _export(_Outputs(module, None), inputs, path, derivative, conv_backward, opset, check=check)
+    return _export(module, None, inputs, path, derivative, conv_backward, opset, check=check)
 
 
 def export_hessian_vector(
@@ -182,12 +181,12 @@ def export_hessian_vector(
         ExportError: as there, and if the Hessian is 0 everywhere.
     """
     derivative = Derivative(wrt, ("value", *further), vector=vector)
-    wrapper = _Outputs(module, scalar, alone=not further)
-    return _export(wrapper, inputs, path, derivative, conv_backward, opset, check=check)
+    return _export(module, scalar, inputs, path, derivative, conv_backward, opset, check=check)
 
 
 def _export(
-    module: _Outputs,
+    module: nn.Module,
+    scalar: ScalarFunction | None,
     inputs: Mapping[str, Tensor],
     path: str | Path,
     derivative: Derivative,
@@ -197,7 +196,8 @@ def _export(
     check: bool,
 ) -> GradientGraph:
     _check_inputs(inputs, derivative)
-    model = graph_from_module(module, inputs, derivative.outputs, opset=opset)
+    wrapper = _Outputs(module, scalar, alone=len(derivative.outputs) == 1)
+    model = graph_from_module(wrapper, inputs, derivative.outputs, opset=opset)
     _check_outputs(model, derivative)
     examples = dict(inputs)
     if derivative.cotangent is not None:
@@ -218,7 +218,7 @@ def _export(
     beside_autograd = None
     if check and find_spec("onnxruntime") is not None:
         beside_autograd = partial(
-            check_against_autograd, module=module, inputs=examples, derivative=derivative
+            check_against_autograd, module=wrapper, inputs=examples, derivative=derivative
         )
     write_graph(model, target, beside_autograd)
     return GradientGraph(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from admtrt.brief import listed
 from admtrt.errors import CheckpointError, DataError
 from admtrt.features.topology import CLASSES, POOL, convolution_names
 from admtrt.files import sha256_of
@@ -85,7 +86,7 @@ def read_weights(path: Path) -> dict[str, Array]:
     missing = [name for name in needed if name not in found]
     if missing:
         raise CheckpointError(
-            f"{path} is no Inception of 2015-12-05: it lacks {missing[0]} and {len(missing) - 1} others",
+            f"{path} is no Inception of 2015-12-05: it lacks {listed(missing)}",
             hint=f"Expected: {known_files()}",
         )
     for name in needed:

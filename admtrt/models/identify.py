@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
+from admtrt.brief import listed
 from admtrt.config import UNetConfig
 from admtrt.errors import CheckpointError, ConfigError
 from admtrt.models.infer import traits_of
 from admtrt.models.layouts import partial_prefix
-from admtrt.models.matching import check_tensors, config_of_tensors, listing, one_of
+from admtrt.models.matching import check_tensors, config_of_tensors, one_of
 from admtrt.models.option_names import OptionNames
 from admtrt.models.settings import check_names, with_settings
 
@@ -177,7 +178,8 @@ def _check_agreement(
 
 def _contradicted(path: Path, different: list[str], options: OptionNames) -> CheckpointError:
     return CheckpointError(
-        f"{path} carries its own configuration, which the one given contradicts: {listing(different)}",
+        f"{path} carries its own configuration, which the one given contradicts: "
+        + listed(different, separator="; "),
         hint=f"Leave out {options.prefix}preset, {options.prefix}set and {options.config} for this file.",
     )
 

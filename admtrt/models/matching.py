@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from admtrt.brief import listed
 from admtrt.errors import CheckpointError
 from admtrt.models.infer import UNTOLD, UntoldSettingError, infer_config, stand_in, traits_of
 from admtrt.models.settings import CheckpointConfig, checkpoint_config_from_preset
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _CONVOLVED = [name for name, preset in PRESETS.items() if preset.diffusion.kind == "edm"]
 _ALIKE = 0.9  # of all keys equal: then a published model is worth naming
-_LISTED = 4  # tensors named in a message, of each fault
 _CHANGED_BY_FORKS = ("num_classes", "in_channels", "image_size")
 _ASSUMED = (
     "image_size",
@@ -266,15 +266,11 @@ def _differences(found: Shapes, expected: Shapes) -> list[str]:
             if found.get(key, expected[key]) != expected[key]
         ],
     }
-    return [f"{len(names)} {fault}: {listing(names)}" for fault, names in parts.items() if names]
+    return [
+        f"{len(names)} {fault}: {listed(names, separator='; ')}" for fault, names in parts.items() if names
+    ]
 
 
 def one_of(names: Iterable[str]) -> str:
     """Alternatives, quoted."""
     return " or ".join(f"'{name}'" for name in names)
-
-
-def listing(items: Iterable[str]) -> str:
-    """The first few of many."""
-    first, rest = (items := list(items))[:_LISTED], items[_LISTED:]
-    return "; ".join(first) + (f"; and {len(rest)} more" if rest else "")

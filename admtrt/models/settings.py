@@ -9,15 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 import torch
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from admtrt.config import (
-    ClassifierConfig,
-    Config,
-    DiffusionConfig,
-    EdmConfig,
-    ProcessConfig,
-    UNetConfig,
-    later,
-)
+from admtrt.config import ClassifierConfig, DiffusionConfig, EdmConfig, ProcessConfig, UNetConfig
+from admtrt.config_base import Config, later
 from admtrt.config_errors import nearest_name
 from admtrt.errors import ConfigError
 from admtrt.models.classifier import Classifier

@@ -8,7 +8,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,9 +19,6 @@ from admtrt.errors import CheckpointError
 from admtrt.files import atomic_file
 from admtrt.models.torch_files import UnneededGlobalError, check_torch_file
 from admtrt.reading import open_regular
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 """Suffixes of the files that are read and written."""

@@ -7,6 +7,7 @@ import reprlib
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from admtrt.brief import listed
 from admtrt.errors import RequestError
 
 if TYPE_CHECKING:
@@ -95,8 +96,7 @@ def _by_folded(names: tuple[str, ...]) -> Mapping[str, int | None]:
 
 def some_names(names: Sequence[object]) -> str:
     """The first names, for messages; empty without names."""
-    more = ", ..." if len(names) > _NAMES_SHOWN else ""
-    return ", ".join(map(str, names[:_NAMES_SHOWN])) + more
+    return listed(names, _NAMES_SHOWN)
 
 
 def names_of(labels: Labels, names: Sequence[str]) -> list[str]:

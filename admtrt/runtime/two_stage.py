@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
+from admtrt.brief import listed
 from admtrt.errors import RequestError
 from admtrt.runtime.bulk import LOW_STAGE, check_run, draw
 from admtrt.runtime.image_inputs import NOTHING
@@ -138,7 +139,7 @@ def check_stages(low: Bundle, high: Bundle) -> None:
         ("images of {0}x{0} pixels", ours.network.image_size, theirs.network.low_res_size),
         ("{0} channels", ours.network.in_channels, theirs.network.in_channels),
         ("{0} classes", ours.num_classes, theirs.num_classes),
-        ("the classes {0}", _listed(ours.class_names), _listed(theirs.class_names)),
+        ("the classes {0}", *_differing(ours.class_names, theirs.class_names)),
     )
     for text, drawn, enlarged in pairs:
         if drawn and enlarged and drawn != enlarged:
@@ -153,8 +154,11 @@ def check_stages(low: Bundle, high: Bundle) -> None:
         )
 
 
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
+def _differing(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
+    """The classes that two bundles call by other names, as each does; empty where one has no names."""
+    pairs = [pair for pair in enumerate(zip(ours, theirs, strict=False)) if pair[1][0] != pair[1][1]]
+    first, second = ([f"{index} {names[side]}" for index, names in pairs] for side in (0, 1))
+    return listed(first), listed(second)
 
 
 def second_request(

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 import numpy as np
 from pydantic import AfterValidator, Field, model_validator
 
-from admtrt.config import Config, NoiseLevel, Positive, UNetConfig
+from admtrt.config import UNetConfig
+from admtrt.config_base import Config
+from admtrt.config_values import NoiseLevel, Positive
 from admtrt.errors import ConfigError, RequestError
 from admtrt.schedule.guidance import scales_in
 

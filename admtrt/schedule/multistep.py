@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     Weights = Callable[[Sequence[Level], Level, int], Mapping[str, float]]
     """Of a step: what :meth:`RowBuilder.add` takes, by the levels evaluated so far, newest first, the level
     where the step leads, and its order."""
+    Step = Callable[
+        [Sequence[Level], Level, int, float], tuple[Mapping[str, float], Mapping[str, float] | None, float]
+    ]
+    """The same of a solver that also corrects, by these and the weight of the newest prediction in the state
+    that it corrects: the weights of the step, those of ``saved``, and that weight of the next evaluation."""
 
 _FEW_DPM_SOLVER, _FEW_DIFFUSERS = 10, 15
 """Below these numbers of steps, DPM-Solver's code and diffusers lower the order at the end."""
@@ -75,15 +80,31 @@ def multistep_rows(
     Raises:
         RequestError: as :func:`steps_of`; or for repeated levels.
     """
+    return corrected_rows(
+        levels, sampler, start, lambda visited, to, order, _: (weights(visited, to, order), None, 0.0)
+    )
+
+
+def corrected_rows(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, step: Step) -> Rows:
+    """Rows of such a solver in which an evaluation may also correct the state where it was made.
+
+    Raises:
+        RequestError: as :func:`steps_of`; or for levels that repeat.
+    """
     passed, last = steps_of(levels, sampler, start)
     check_distinct(passed, sampler)
     orders = orders_of(sampler, len(passed) - 1, to_zero=passed[-1] is None)
     builder = RowBuilder(levels)
     visited: list[Level] = []
+    correction = 0.0
     for (level, to), order in zip(pairwise(passed), orders, strict=True):
         assert level is not None  # only the last may be the image
         visited.insert(0, level)
-        builder.add(level, to, {"x0": 1.0} if to is None else weights(visited, to, order))
+        if to is None:
+            builder.add(level, None, {"x0": 1.0})
+            break
+        weights, keep, correction = step(visited, to, order, correction)
+        builder.add(level, to, weights, keep=keep if len(visited) < len(orders) else None)
     if last is not None:
         builder.add(last, None, {"x0": 1.0})
     first = passed[0]

@@ -80,3 +80,15 @@ _ALL = (
 )
 OPTIONS = {option.name: option for option in _ALL}
 """Options that only some solvers take, by name."""
+
+OF_MULTISTEP = {
+    "grid": None,
+    "to": "zero",
+    "denoise_to_zero": False,
+    "threshold": "static",
+    "threshold_max": None,
+    "threshold_order": "after_guide",
+    "final_order": "falling",
+    "sigma": "interpolated",
+}
+"""The options, with their defaults, that every multistep solver takes beside its order."""

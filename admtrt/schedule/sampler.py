@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Self, TypedDict
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from admtrt.config import Config, EdmConfig, NoiseLevel, Positive, PositiveFloat, later
+from admtrt.config import EdmConfig
+from admtrt.config_base import Config, later
+from admtrt.config_values import NoiseLevel, Positive, PositiveFloat
 from admtrt.schedule.guides import GuideChoice, check_choices
 from admtrt.schedule.options import (
     OPTIONS,

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
+from admtrt.brief import listed
 from admtrt.errors import AdmtrtError
 from admtrt.serve.admission import RefusedError
 from admtrt.serve.schema import faults_of
@@ -90,7 +91,7 @@ def as_http_error(error: Exception) -> HttpError:
         return HttpError(status, error.reason, error.message, retry_after=round(error.retry_after, 1))
     if isinstance(error, ValidationError):
         fields = faults_of(error)
-        told = "; ".join(f"{one['field']}: {one['message']}" for one in fields[:3])
+        told = listed((f"{one['field']}: {one['message']}" for one in fields), separator="; ")
         return HttpError(422, "invalid_request", told, fields=fields)
     if isinstance(error, AdmtrtError):
         return HttpError(400, "bad_request", error.message, hint=error.hint)

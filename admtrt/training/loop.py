@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from admtrt.brief import FEW, few
 from admtrt.config import ClassifierConfig, EdmConfig, UNetConfig
 from admtrt.console import progress_bar
 from admtrt.data.image_set import ImageSet, load_data, require_classes, split
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
     from admtrt.run_config import RunConfig, Task, TrainingConfig
     from admtrt.schedule.sampler import SamplerConfig
     from admtrt.training.engine import Division
-
-
-_NAMED_SKIPPED = 5  # skipped files to name; further ones are only counted
 
 
 @dataclass(frozen=True)
@@ -211,12 +209,10 @@ def _check_memory(
 
 
 def _name_skipped(data: ImageSet, listing: Path, output: Output) -> None:
-    named = data.skipped[:_NAMED_SKIPPED]
-    output.note(f"left out {len(data.skipped)} of {len(data) + len(data.skipped)} files:")
-    for path, reason in named:
-        output.note(f"  {path}: {reason}")
-    if len(named) < len(data.skipped):
-        output.note(f"  and {len(data.skipped) - len(named)} more, all named in {listing}")
+    all_named = f", all named in {listing}" if len(data.skipped) > FEW else ""
+    output.note(f"left out {len(data.skipped)} of {len(data) + len(data.skipped)} files{all_named}:")
+    for line in few(f"{path}: {reason}" for path, reason in data.skipped):
+        output.note(f"  {line}")
 
 
 def _describe(

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from admtrt.brief import listed
 from admtrt.errors import CheckpointError, ConfigError
 from admtrt.models.checkpoint import CheckpointConfig, load_identified, open_checkpoint
 from admtrt.models.identify import identify_checkpoint
-from admtrt.models.matching import listing
 from admtrt.run_config import RunConfig
 
 if TYPE_CHECKING:
@@ -106,6 +106,6 @@ def _check_same(path: Path, found: CheckpointConfig, config: RunConfig) -> None:
     ]
     if different:
         raise ConfigError(
-            f"train_unet.init is {path}, whose network is another: {listing(different)}",
+            f"train_unet.init is {path}, whose network is another: {listed(different, separator='; ')}",
             hint="Leave [unet] out to take the checkpoint's.",
         )

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from graph_calls import gradient, unet_out
+from rtx import NEEDS_RTX
 from typed_bundles import typed_bundle
 
 from admtrt.contract import PRECISIONS
@@ -137,7 +138,7 @@ def test_form(precision: Precision, name: Any) -> None:
         assert ("ConvTranspose" in kinds) == (precision != "bf16")
 
 
-@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+@NEEDS_RTX
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_the_parser_takes_them(precision: Precision) -> None:
     for name in typed_bundle().manifest.graphs:

@@ -11,7 +11,7 @@ import onnx
 import pytest
 import torch
 from goldens import relative_error
-from onnx_graphs import op_types, run, session
+from onnx_graphs import Function, op_types, run, session
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -310,15 +310,6 @@ def test_a_place_below_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot write"):
         export_input_gradient(seeded(mlp), X, tmp_path / "file" / "g.onnx", scalar=log_prob_of_first)
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs)
 
 
 def test_the_deviation_of_equal_values_has_no_gradient(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import onnx
 import pytest
 import torch
 from goldens import relative_error
-from onnx_graphs import run
+from onnx_graphs import Function, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -20,15 +20,6 @@ from admtrt.export.gradient import export_input_gradient
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs)
 
 
 def exported(function: Callable[..., Tensor], example: Tensor, path: Path) -> onnx.ModelProto:

@@ -10,7 +10,7 @@ import openvino
 import pytest
 import torch
 from goldens import relative_error
-from onnx_graphs import run
+from onnx_graphs import Function, run
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +18,6 @@ from admtrt.export.gradient import export_input_gradient
 from admtrt.runtime.backends.openvino_passes import separate_weights
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -131,15 +130,6 @@ class ScaledPart(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(x).chunk(2, 1)[0].reshape(-1) * 0.5
-
-
-class Function(nn.Module):
-    def __init__(self, function: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*inputs)
 
 
 class FirstOf(nn.Module):

@@ -12,8 +12,8 @@ from typing import Any
 import guide_goldens as goldens
 import numpy as np
 import pytest
-from goldens import relative_error
-from guide_goldens import EVENT, META, OPERATORS, PROCESS, normal, probed, stored
+from goldens import probed, relative_error
+from guide_goldens import EVENT, META, OPERATORS, PROCESS, normal, stored
 
 from admtrt.runtime import sampler as step_core
 from admtrt.runtime.backends.choice import BackendChoice

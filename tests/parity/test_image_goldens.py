@@ -13,8 +13,8 @@ from typing import Any
 import image_goldens as goldens
 import numpy as np
 import pytest
-from goldens import relative_error
-from image_goldens import META, PROCESS, image, normal, probed, stored
+from goldens import probed, relative_error
+from image_goldens import META, PROCESS, image, normal, stored
 
 from admtrt.contract import CLASSIFIER_GRADIENT
 from admtrt.runtime import sampler as step_core

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from bundles import CLASS_NAMES, UNET, network
+from command_faults import refused
 from images import save
 
 from admtrt.cli import run
@@ -74,11 +75,7 @@ def evaluate(capsys: pytest.CaptureFixture[str], *options: Any) -> dict[str, Any
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *options: Any) -> str:
-    assert run(["evaluate", "nll", *map(str, options)]) == 2
-    shown, complaint = capsys.readouterr()
-    assert shown == ""
-    assert "Traceback" not in complaint
-    return complaint
+    return refused(capsys, "evaluate", "nll", *options)
 
 
 # --- PyTorch, the graph and the formula ----------------------------------------------------------------

@@ -9,7 +9,6 @@ import shutil
 import signal
 import threading
 import types
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,9 @@ import numpy as np
 import onnx
 import pytest
 from bundles import CLASS_NAMES, CLASSIFIER, UNET, exported_bundle, network
+from command_faults import refused
 from onnx_graphs import parse
+from rtx import NEEDS_RTX
 
 from admtrt.bundle import Bundle
 from admtrt.cli import run
@@ -37,9 +38,7 @@ from admtrt.runtime.engines.sources import GraphSource, graph_source
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.skipif(
-    find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (pip install '.[rtx]')"
-)
+pytestmark = NEEDS_RTX
 TARGETS = (80, 89)
 QUICK = BuildOptions(profiles=(BatchProfile.parse("1:2:4"),), targets=(89,), optimization_level=0)
 Capture = pytest.CaptureFixture[str]
@@ -63,14 +62,6 @@ def built(capsys: Capture, *arguments: Any) -> dict[str, Any]:
     assert run(["build", *map(str, arguments), "--json"]) == 0, capsys.readouterr().err
     shown: dict[str, Any] = json.loads(capsys.readouterr().out)
     return shown
-
-
-def refused(capsys: Capture, *arguments: Any) -> str:
-    assert run(["build", *map(str, arguments)]) == 2
-    shown, complaint = capsys.readouterr()
-    assert shown == ""
-    assert "Traceback" not in complaint
-    return complaint
 
 
 # --- the command ----------------------------------------------------------------------------------------
@@ -121,12 +112,12 @@ def test_every_typed_graph_builds(
 def test_a_place_that_cannot_be_written_is_no_fault_where_nothing_is_to_be_built(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(store: PlanStore) -> None:
+    def unwritable(store: PlanStore) -> None:
         raise OutputError("this place cannot be written")
 
     bundle = copied("guided", tmp_path)
     built(capsys, bundle.path, "--graph", "update")
-    monkeypatch.setattr(PlanStore, "prepare", refused)
+    monkeypatch.setattr(PlanStore, "prepare", unwritable)
     assert [plan["built"] for plan in built(capsys, bundle.path, "--graph", "update")["plans"]] == [False]
     assert run(["build", str(bundle.path), "--library", "rtx"]) == 2
 
@@ -199,7 +190,7 @@ def test_what_cannot_be_done_is_refused_before_any_work(
 ) -> None:
     bundle = copied("guided", tmp_path)
     given = options if "--library" in options else [*options, "--library", "rtx"]
-    assert message in refused(capsys, bundle.path, *given)
+    assert message in refused(capsys, "build", bundle.path, *given)
     assert not (bundle.path / "plans").exists()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -10,6 +9,7 @@ import pytest
 import torch
 from goldens import generated_weights
 from onnx_graphs import POOLS, gradient_graph
+from rtx import NEEDS_RTX
 from torch import nn
 
 from admtrt.config import UNetConfig
@@ -23,9 +23,7 @@ from admtrt.models.unet import UNet
 if TYPE_CHECKING:
     from pathlib import Path
 
-pytestmark = pytest.mark.skipif(
-    find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed (pip install '.[rtx]')"
-)
+pytestmark = NEEDS_RTX
 
 
 @pytest.mark.parametrize("conv_backward", ["flipped", "transposed"])

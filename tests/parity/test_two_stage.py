@@ -305,7 +305,11 @@ CLASSES = {"class_names": tuple("abcd"), "classifier": CLASSIFIER.model_copy(upd
         ),
         ({}, {"unet": UPSAMPLER | {"num_classes": 4}, **PLAIN}, "draws 3 classes; .* enlarges 4 classes"),
         ({}, CLASSES, "draws 3 classes; .* enlarges 4 classes"),
-        ({}, {"class_names": ("bee", "ant", "cat")}, "classes ant, bee, cat; .* the classes bee, ant, cat"),
+        (
+            {},
+            {"class_names": ("bee", "ant", "cat")},
+            "draws the classes 0 ant, 1 bee; .* enlarges the classes 0 bee, 1 ant",
+        ),
         ({}, {"unet": {}}, "high.bundle is no upsampler"),
         ({"unet": SMALL | {"low_res_size": 2}, **PLAIN}, {}, "low.bundle is an upsampler itself"),
         (PLAIN, {"unet": UPSAMPLER | {"num_classes": 3}}, "low.bundle knows no classes"),

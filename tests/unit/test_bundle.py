@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from bundles import CLASSIFIER, EMPTY_GRAPH, SAMPLER, UNET, manifest_of, refusal, sham_bundle
+from folders import names
 
 from admtrt.bundle import MANIFEST, Bundle
 from admtrt.config import ClassifierConfig, DiffusionConfig, UNetConfig
@@ -22,10 +23,6 @@ AGAIN = "Copy the bundle again"
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     return sham_bundle(tmp_path / "bundle").path
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 # --- round trip -----------------------------------------------------------------------------------------

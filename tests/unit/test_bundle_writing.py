@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from bundles import CLASS_NAMES, EMPTY_GRAPH, sham_bundle
+from folders import names
 
 from admtrt.bundle import Bundle, write_bundle
 from admtrt.errors import BundleError, ExportError, OutputError
@@ -17,10 +18,6 @@ from admtrt.errors import BundleError, ExportError, OutputError
 @pytest.fixture
 def bundle(tmp_path: Path) -> Path:
     return sham_bundle(tmp_path / "bundle").path
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def test_an_existing_bundle_is_replaced_only_on_demand(bundle: Path) -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 from bundles import UNET, exported_bundle, network, sham_bundle
-from command_faults import contents, refused
+from command_faults import refused
+from folders import contents
 
 import admtrt
 from admtrt.bundle import MANIFEST, Bundle

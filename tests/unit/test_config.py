@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from admtrt.config import ClassifierConfig, Config, DiffusionConfig, EdmConfig, UNetConfig
+from admtrt.config import ClassifierConfig, DiffusionConfig, EdmConfig, UNetConfig
+from admtrt.config_base import Config
 from admtrt.errors import ConfigError
 from admtrt.run_config import DataConfig, RunConfig, TrainingConfig
 from admtrt.schedule.sampler import SamplerConfig, with_choices

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from folders import names
 
 import admtrt
 from admtrt import files
@@ -76,10 +77,6 @@ assert seen[0] == "old" and seen[-1] == "new", seen
 assert seen == sorted(seen, reverse=True), seen
 print(len(seen))
 """
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def exchange_works(folder: Path) -> bool:
@@ -400,7 +397,7 @@ def test_a_link_to_a_directory_stays_a_link(old: Path) -> None:
 def test_places_are_looked_at_before_the_work(tmp_path: Path) -> None:
     check_place(tmp_path / "new" / "file")
     check_place(tmp_path / "other" / "folder", folder=True)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "other"]
+    assert names(tmp_path) == ["new", "other"]
     (tmp_path / "file").touch()
     for path, folder in ((tmp_path / "file" / "x", False), (tmp_path / "file", True), (tmp_path, False)):
         with pytest.raises(OutputError, match="cannot write"):

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 from sparse_checkpoints import zeros_file
-from torch.utils._python_dispatch import TorchDispatchMode  # PyTorch has no public name for it
-from torch.utils.flop_counter import FlopCounterMode, flop_registry
+from torch.utils.flop_counter import FlopCounterMode
 
+from admtrt.bench.yardstick import OperationCounter
 from admtrt.config import ClassifierConfig, UNetConfig
 from admtrt.errors import CheckpointError, ConfigError
 from admtrt.models.checkpoint import (
@@ -42,18 +42,6 @@ SCALES = {
     "256x256_diffusion_uncond": 10.0,
 }
 FAST_SCALES = {"128x128_diffusion": 1.25, "256x256_diffusion": 2.5, "512x512_diffusion": 9.0}
-
-
-class OperationCounter(TorchDispatchMode):
-    """PyTorch's operation counts, without the module hooks that ``FlopCounterMode`` breaks autograd with."""
-
-    total = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=out)
-        return out
 
 
 @cache

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from admtrt.brief import listed
 from admtrt.errors import CheckpointError
-from admtrt.models.matching import listing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -109,7 +109,9 @@ def _check(
         if name in tensors and tuple(tensors[name].shape) != shape
     ]
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": other}
-    told = [f"{len(names)} {fault}: {listing(names)}" for fault, names in faults.items() if names]
+    told = [
+        f"{len(names)} {fault}: {listed(names, separator='; ')}" for fault, names in faults.items() if names
+    ]
     if told:
         raise CheckpointError(
             "\n".join([f"the tensors of {file.parent} are not those of {file.name}:", *told]),

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from admtrt.brief import beginning
 from admtrt.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -90,8 +91,7 @@ class Values:
 def shown(value: Any) -> str:
     """A value as shortened JSON."""
     text = {None: "null", True: "true", False: "false"}.get(value) if _plain(value) else None
-    text = text or repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return beginning(text or repr(value), 80)
 
 
 def _plain(value: Any) -> bool:

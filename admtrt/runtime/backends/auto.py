@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from admtrt import __version__
-from admtrt.config import Config
+from admtrt.config_base import Config
 from admtrt.contract import CLASSIFIER_GRADIENT, GraphName, Precision
 from admtrt.errors import ConfigError, EngineError
 from admtrt.installing import version_of

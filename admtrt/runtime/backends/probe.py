@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from admtrt.bundle import Bundle
-from admtrt.config import Config
+from admtrt.config_base import Config
 from admtrt.contract import GraphName
 from admtrt.errors import AdmtrtError
 from admtrt.runtime.backends.choice import BackendChoice

@@ -7,6 +7,7 @@ import contextlib
 import re
 from typing import TYPE_CHECKING, Any
 
+from admtrt.brief import beginning
 from admtrt.contract import NODE_SCOPES
 from admtrt.errors import BundleError, EngineError
 from admtrt.onnx_wire import node_metadata
@@ -58,8 +59,7 @@ def failed_build(library: Library, source: GraphSource, errors: Sequence[str]) -
 
 def _told(message: str) -> str:
     """Clean up and shorten a message to one line."""
-    text = " ".join(_NOISE.sub("", message).split())
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+    return beginning(" ".join(_NOISE.sub("", message).split()), _LONGEST)
 
 
 def modules_of(path: Path) -> dict[str, str]:

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from admtrt.config import Config, Positive
+from admtrt.config_base import Config
+from admtrt.config_values import Positive
 from admtrt.errors import EngineError
 
 if TYPE_CHECKING:

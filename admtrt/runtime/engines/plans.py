@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field
 
 from admtrt.bundle import FileEntry
-from admtrt.config import Config
+from admtrt.config_base import Config
 from admtrt.contract import GraphName, Precision
 from admtrt.errors import ConfigError, OutputError, PlanError
 from admtrt.files import atomic_file, check_place, locked, sha256_of

@@ -9,7 +9,7 @@ import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from admtrt.config import Config
+from admtrt.config_base import Config
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -24,6 +24,7 @@ from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING
 
 from admtrt.errors import RequestError
+from admtrt.schedule.options import OF_MULTISTEP
 from admtrt.schedule.solvers.registry import solver
 
 if TYPE_CHECKING:
@@ -41,12 +42,8 @@ _INNER_GRIDS = ("time_uniform", "logsnr", "quadratic", "karras")
     "dpmpp",
     source="Lu et al. 2022b, arXiv 2211.01095",
     processes=("discrete", "edm"),
-    options={
-        "order": 2, "form": "multi", "sde": False, "grid": None, "to": "zero", "denoise_to_zero": False,
-        "threshold": "static", "threshold_max": None, "threshold_order": "after_guide",
-        "final_order": "falling", "sigma": "interpolated",
-    },
-)  # fmt: skip
+    options={"order": 2, "form": "multi", "sde": False, **OF_MULTISTEP},
+)
 def dpmpp(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
     """Rows of DPM-Solver++."""
     from admtrt.schedule.multistep import multistep_rows

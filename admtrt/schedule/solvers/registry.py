@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from admtrt.brief import beginning
 from admtrt.schedule.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -106,8 +107,7 @@ def solver_named(name: str) -> Solver:
         return SOLVERS[name]
     near = difflib.get_close_matches(name[:100], SOLVERS, n=1, cutoff=0.5)
     nearest = f"; did you mean '{near[0]}'?" if near else ""
-    shown = name if len(name) <= 60 else f"{name[:57]}..."
-    raise ValueError(f"'{shown}' is unknown; expected one of {', '.join(SOLVERS)}{nearest}")
+    raise ValueError(f"'{beginning(name, 60)}' is unknown; expected one of {', '.join(SOLVERS)}{nearest}")
 
 
 def own_solver(process: EdmConfig) -> Solver:

@@ -12,9 +12,9 @@ corrector, and 0 without. ``saved`` is what the corrector adds to the predicted 
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from admtrt.schedule.options import OF_MULTISTEP
 from admtrt.schedule.solvers.registry import solver
 
 if TYPE_CHECKING:
@@ -32,49 +32,30 @@ _MEMORY = ("x0", "h1", "h2")
     "sa",
     source="Xue et al. 2023, arXiv 2309.05019",
     processes=("discrete", "edm"),
-    options={
-        "order": 2, "sde": True, "grid": None, "to": "zero", "denoise_to_zero": False, "threshold": "static",
-        "threshold_max": None,
-        "threshold_order": "after_guide", "final_order": "falling", "sigma": "interpolated",
-    },
-)  # fmt: skip
+    options={"order": 2, "sde": True, **OF_MULTISTEP},
+)
 def sa(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
     """Rows of SA-Solver."""
-    from admtrt.schedule.grid import check_distinct
-    from admtrt.schedule.multistep import orders_of, steps_of
-    from admtrt.schedule.rows import RowBuilder
+    from admtrt.schedule.multistep import corrected_rows
 
-    passed, last = steps_of(levels, sampler, start)
-    check_distinct(passed, sampler)
-    orders = orders_of(sampler, len(passed) - 1, to_zero=passed[-1] is None)
     tau2 = 1.0 if sampler.option("sde") else 0.0
-    builder, first = RowBuilder(levels), passed[0]
-    visited: list[Level] = []
-    correction = 0.0  # weight of this row's prediction in the state that it corrects
-    for (level, to), order in zip(pairwise(passed), orders, strict=True):
-        assert level is not None  # only the last may be the image
-        visited.insert(0, level)
-        if to is None:
-            builder.add(level, None, {"x0": 1.0})
-            break
-        h = to.lam - level.lam
-        known = [one.lam - level.lam for one in visited[:order]]
+
+    def step(
+        visited: Sequence[Level], to: Level, order: int, correction: float
+    ) -> tuple[dict[str, float], dict[str, float], float]:
+        h = to.lam - visited[0].lam
+        known = [one.lam - visited[0].lam for one in visited[:order]]
         predicted = _weights(known, h, 1 + tau2)
-        new, *corrected = _weights([h, *known], h, 1 + tau2)
+        new, *weights = _weights([h, *known], h, 1 + tau2)
         kept = math.exp(-(1 + tau2) * h)
         state = {"x": kept} if len(visited) == 1 else {"x": kept, "saved": kept}
-        weights = dict(zip(_MEMORY, predicted, strict=False))
-        weights["x0"] += kept * correction
+        made = dict(zip(_MEMORY, predicted, strict=False))
+        made["x0"] += kept * correction
         noise = {"noise": to.sigma * math.sqrt(-math.expm1(-2 * h))} if tau2 else {}
-        added = [one - other for one, other in zip(corrected, predicted, strict=True)]
-        corrects = len(visited) < len(orders)
-        keep = dict(zip(_MEMORY, added, strict=False)) if corrects else None
-        builder.add(level, to, state | weights | noise, keep=keep)
-        correction = new
-    if last is not None:
-        builder.add(last, None, {"x0": 1.0})
-    assert first is not None
-    return builder.rows(init_scale=levels.start_scale(first, start))
+        added = [one - other for one, other in zip(weights, predicted, strict=True)]
+        return state | made | noise, dict(zip(_MEMORY, added, strict=False)), new
+
+    return corrected_rows(levels, sampler, start, step)
 
 
 def _weights(points: Sequence[float], h: float, c: float) -> list[float]:

@@ -14,9 +14,9 @@ corrected state but m_t is known a row earlier: that part is ``saved``.
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from admtrt.schedule.options import OF_MULTISTEP
 from admtrt.schedule.solvers.registry import solver
 
 if TYPE_CHECKING:
@@ -31,45 +31,24 @@ if TYPE_CHECKING:
     "unipc",
     source="Zhao et al. 2023, arXiv 2302.04867",
     processes=("discrete", "edm"),
-    options={
-        "order": 2, "variant": "bh2", "grid": None, "to": "zero", "denoise_to_zero": False,
-        "threshold": "static", "threshold_max": None,
-        "threshold_order": "after_guide", "final_order": "falling", "sigma": "interpolated",
-    },
-)  # fmt: skip
+    options={"order": 2, "variant": "bh2", **OF_MULTISTEP},
+)
 def unipc(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows:
     """Rows of UniPC."""
-    from admtrt.schedule.grid import check_distinct
-    from admtrt.schedule.multistep import orders_of, steps_of
-    from admtrt.schedule.rows import RowBuilder
+    from admtrt.schedule.multistep import corrected_rows
 
-    passed, last = steps_of(levels, sampler, start)
-    check_distinct(passed, sampler)
-    orders = orders_of(sampler, len(passed) - 1, to_zero=passed[-1] is None)
-    builder = RowBuilder(levels)
-    first = passed[0]
-    visited: list[Level] = []
-    correction = 0.0  # weight of this row's prediction in the state that it corrects
-    for (level, to), order in zip(pairwise(passed), orders, strict=True):
-        assert level is not None  # only the last may be the image
-        visited.insert(0, level)
-        if to is None:
-            builder.add(level, None, {"x0": 1.0})
-            break
-        ratio, predicted, corrected, new = _weights(visited, to, order, sampler.option("variant"))
-        state = "saved" if len(visited) > 1 else "x"
-        shared = {state: ratio}
-        builder.add(
-            level,
-            to,
-            shared | _named(predicted, ratio * correction),
-            keep=shared | _named(corrected, ratio * correction) if len(visited) < len(orders) else None,
+    def step(
+        visited: Sequence[Level], to: Level, order: int, correction: float
+    ) -> tuple[dict[str, float], dict[str, float], float]:
+        ratio, predictor, corrector, new = _weights(visited, to, order, sampler.option("variant"))
+        state = {"saved" if len(visited) > 1 else "x": ratio}
+        return (
+            state | _named(predictor, ratio * correction),
+            state | _named(corrector, ratio * correction),
+            new,
         )
-        correction = new
-    if last is not None:
-        builder.add(last, None, {"x0": 1.0})
-    assert first is not None
-    return builder.rows(init_scale=levels.start_scale(first, start))
+
+    return corrected_rows(levels, sampler, start, step)
 
 
 def _named(weights: Sequence[float], more: float) -> dict[str, float]:

@@ -304,7 +304,7 @@ def test_a_row_steps_from_the_same_place_every_time(name: str, tmp_path: Path) -
         assert 0 < taken.unet < taken.step
         assert taken.outside is not None
         assert 0 < taken.outside < taken.step
-        assert (taken.gradient is not None) == (name == "guided")
+        assert (taken.classifier_gradient is not None) == (name == "guided")
     assert contender.sample(2) > 0
     assert contender.memory() > 2**20
 

@@ -205,7 +205,7 @@ def test_operations_are_those_of_the_presets(name: str) -> None:
     guide: ClassifierConfig | None = None if "upsampler" in name else PRESETS["64x64_classifier"].network
     counted = count_operations(unet, guide)
     assert counted["unet"] == PRESETS[name].step_flops
-    assert guide is None or counted["gradient"] == PRESETS["64x64_classifier"].step_flops
+    assert guide is None or counted["classifier_gradient"] == PRESETS["64x64_classifier"].step_flops
 
 
 def test_the_peak_is_the_better_of_two_operations(monkeypatch: pytest.MonkeyPatch) -> None:

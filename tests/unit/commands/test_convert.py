@@ -7,11 +7,12 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
+import command_faults
 import pytest
 import torch
-from goldens import generated_weights
 from safetensors import safe_open
 from safetensors.torch import save_file
+from small_networks import SMALL, small, state_of
 from sparse_checkpoints import zeros_file
 from torch import Tensor
 
@@ -30,30 +31,14 @@ from admtrt.models.matching import shapes_of_network
 from admtrt.models.option_names import OptionNames
 from admtrt.models.settings import (
     CheckpointConfig,
-    build_network,
     checkpoint_config_from_preset,
-    checkpoint_config_from_settings,
     with_settings,
 )
 
-SMALL = {
-    "image_size": 8,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": (1, 2),
-    "attention_resolutions": (4,),
-    "num_head_channels": 16,
-}
-UNET = checkpoint_config_from_settings("unet", SMALL | {"num_classes": 10, "schedule": "cosine"})
-UPSAMPLER = checkpoint_config_from_settings("upsampler", SMALL | {"low_res_size": 4})
-CLASSIFIER = checkpoint_config_from_settings("classifier", SMALL | {"num_classes": 10, "schedule": "cosine"})
+UNET = small(num_classes=10, schedule="cosine")
+UPSAMPLER = small("upsampler", low_res_size=4)
+CLASSIFIER = small("classifier", num_classes=10, schedule="cosine")
 CONFIGS = {"unet": UNET, "upsampler": UPSAMPLER, "classifier": CLASSIFIER}
-
-
-def state_of(config: CheckpointConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    return {
-        key: value.to(dtype) for key, value in generated_weights(build_network(config)).state_dict().items()
-    }
 
 
 def options_of(config: CheckpointConfig, option: str = "--set") -> list[str]:
@@ -75,11 +60,9 @@ def options_of(config: CheckpointConfig, option: str = "--set") -> list[str]:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """The message of a command that ends with exit code 2."""
-    assert run([str(one) for one in arguments]) == 2
-    text = capsys.readouterr().err
+    """The message of a command that fails by the user's fault, and its hint."""
+    text = command_faults.refused(capsys, *arguments)
     assert text.splitlines()[-1].startswith(("error: ", "       ")), text
-    assert "Traceback" not in text
     return text
 
 
@@ -376,9 +359,7 @@ def test_a_classifier_for_something_else(
     monkeypatch.setattr(
         "admtrt.models.checkpoint.load_identified", lambda *_: pytest.fail("weights were read")
     )
-    other = checkpoint_config_from_settings(
-        "classifier", SMALL | {"num_classes": 10, "schedule": "cosine"} | changes
-    )
+    other = small("classifier", **{"num_classes": 10, "schedule": "cosine"} | changes)
     torch.save(state_of(UNET), tmp_path / "unet.pt")
     torch.save(state_of(other), tmp_path / "classifier.pt")
     with pytest.raises(CheckpointError, match=said):

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 from bundles import CLASSIFIER, UNET, network, sham_bundle
-from command_faults import contents, refused
+from command_faults import refused
+from folders import contents
 from safetensors.torch import save_file
 from sparse_checkpoints import zeros_file
 

@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.error
@@ -17,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from bundles import exported_bundle, sham_bundle
+from bundles import sham_bundle
 from limited import ROOT
+from server_process import start_server
 
 from admtrt.cli import run
 
@@ -36,27 +36,9 @@ class Server:
             f"import sys\nfor name in {TRAINING}:\n    sys.modules[name] = None\n"
         )
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])}
-        command = [
-            sys.executable,
-            "-m",
-            "admtrt",
-            "serve",
-            exported_bundle("guided"),
-            "--port",
-            "0",
-            "--json",
-        ]
-        self.process = subprocess.Popen(
-            [*map(str, command), "--threads", "1", "--sizes", "2", *map(str, options)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
+        self.process, self.told = start_server(
+            "--sizes", 2, *options, stderr=subprocess.PIPE, env=environment
         )
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        assert line, self.process.communicate()[1]
-        self.told = json.loads(line)
 
     def ask(self, path: str, body: Any = None) -> tuple[int, Any]:
         content = None if body is None else json.dumps(body).encode()

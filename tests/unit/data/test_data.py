@@ -150,7 +150,7 @@ def test_required_classes(tmp_path):
         ([0] * 4, r"one class only \('0'\), and 3"),
         ([0, 1, 0, 1], r"has 2 classes \(0, 1\), and the network has num_classes 3"),
         ([0, 2, 0, 2], r"has no image of 1 of 3 classes \(1\)"),
-        ([7] * 4, r"has 8 classes \(0, 1, 2, 3, 4 and 3 more\), and the network has num_classes 3"),
+        ([7] * 4, r"has 8 classes \(0, 1, 2, 3, 4, and 3 more\), and the network has num_classes 3"),
     ):
         with pytest.raises(DataError, match=message):
             require_classes(numbered(tmp_path, 4, labels), 3)

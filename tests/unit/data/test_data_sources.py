@@ -277,7 +277,7 @@ def test_many_bad_files_are_counted_and_the_first_named(tmp_path):
         (tmp_path / f"{index}.png").write_text("no image")
     for on_bad_file in ("refuse", "skip"):  # skipping everything leaves nothing
         with pytest.raises(
-            DataError, match=r"8 of 8 images .*: 0\.png .* 4\.png \(not an image\) and 3 more"
+            DataError, match=r"8 of 8 images .*: 0\.png .* 4\.png \(not an image\), and 3 more"
         ):
             load_data(config(tmp_path, on_bad_file=on_bad_file))
 

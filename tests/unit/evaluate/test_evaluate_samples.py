@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from command_faults import refused
 from evaluator_cases import GOLD, feature_sets, logit_sets
 from feature_networks import features_folder, pictures, run_folder, write_graph
 
@@ -29,15 +30,6 @@ def samples(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 
     shown = capsys.readouterr()
     assert "NaN" not in shown.out
     return json.loads(shown.out)  # type: ignore[no-any-return]
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a command says that ends with exit code 2."""
-    assert run([*map(str, arguments)]) == 2
-    shown = capsys.readouterr()
-    assert not shown.out
-    assert "Traceback" not in shown.err
-    return shown.err
 
 
 def codes(result: Evaluated) -> list[str]:
@@ -71,7 +63,7 @@ def feature_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name, case in GOLD["metrics"].items() if name != "main"])
+@pytest.mark.parametrize("name", [name for name in GOLD["metrics"] if name != "main"])
 def test_every_case_is_a_number_null_or_a_sentence(
     feature_files: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx
 import pytest
 from onnx_graphs import parse
+from rtx import NEEDS_RTX
 
 from admtrt.contract import GraphSpec, TensorSpec
 from admtrt.errors import ExportError, MissingDependencyError
@@ -136,7 +136,7 @@ def test_rtx_parser_is_optional(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert rtx_parser_errors(tmp_path / "g.onnx") is None
 
 
-@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
+@NEEDS_RTX
 def test_rtx_parser_errors_are_reported(tmp_path: Path) -> None:
     onnx.save(graph("y = Flatten (x)"), tmp_path / "good.onnx")
     assert rtx_parser_errors(tmp_path / "good.onnx") == []

@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from folders import names
 
 from admtrt.errors import OutputError
 from admtrt.export import write
@@ -34,10 +35,6 @@ def result(path: Path) -> float:
     (y,) = session.run(None, {"x": np.zeros(SIZE, np.float32)})
     assert len(np.unique(y)) == 1
     return float(y[0])
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 @pytest.fixture(autouse=True)

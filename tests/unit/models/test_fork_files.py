@@ -6,11 +6,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import command_faults
 import numpy as np
 import pytest
 import torch
 from goldens import generated_weights, relative_error
 from safetensors.torch import load_file
+from small_networks import PROCESS, SMALL, small, state_of
 from torch import Tensor
 
 from admtrt.bundle import Bundle, check_networks
@@ -27,7 +29,6 @@ from admtrt.models.settings import (
     CheckpointConfig,
     build_network,
     checkpoint_config_from_preset,
-    checkpoint_config_from_settings,
     shapes_of_network,
     with_settings,
 )
@@ -35,33 +36,8 @@ from admtrt.run_config import DataConfig, RunConfig
 from admtrt.schedule.process import process_from_config
 from admtrt.verify.nll_images import load_images
 
-SMALL = {
-    "image_size": 8,
-    "model_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": (1, 2),
-    "attention_resolutions": (4,),
-    "num_head_channels": 16,
-}
-TOLD = {
-    "image_size": 8,
-    "num_head_channels": 16,
-    "new_attention_order": False,
-    "schedule": "linear",
-    "steps": 1000,
-    "rescale_timesteps": False,
-    "mean_type": "eps",
-    "variance_type": "learned_range",
-}
+TOLD = {"image_size": 8, "num_head_channels": 16, "new_attention_order": False} | PROCESS
 SETS = [part for key, value in TOLD.items() for part in ("--set", f"{key}={json.dumps(value)}")]
-
-
-def small(kind: Any = "unet", **changes: Any) -> CheckpointConfig:
-    return checkpoint_config_from_settings(kind, SMALL | changes)
-
-
-def weights_of(config: CheckpointConfig) -> dict[str, Tensor]:
-    return dict(generated_weights(build_network(config)).state_dict())
 
 
 def loaded(config: CheckpointConfig) -> LoadedNetwork:
@@ -70,7 +46,7 @@ def loaded(config: CheckpointConfig) -> LoadedNetwork:
 
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Tensor]:
-    return weights_of(small())
+    return state_of(small())
 
 
 @pytest.fixture(scope="module")
@@ -88,10 +64,7 @@ def equal(left: Any, right: Any) -> bool:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert run([str(one) for one in arguments]) == 2
-    text: str = capsys.readouterr().err
-    assert "Traceback" not in text
-    return text.replace("\n       ", " ")
+    return command_faults.refused(capsys, *arguments).replace("\n       ", " ")
 
 
 # --- several weights in one file --------------------------------------------------------------------------
@@ -381,7 +354,7 @@ def test_a_field_at_its_later_default_is_not_written_and_is_compared(tmp_path: P
     assert nulled.to_dict()["null_class"] == 1
     assert UNetConfig.from_dict(nulled.to_dict()) == nulled != network
     path = tmp_path / "own.safetensors"
-    save_checkpoint(path, weights_of(small(num_classes=5)), small(num_classes=5, null_class=1))
+    save_checkpoint(path, state_of(small(num_classes=5)), small(num_classes=5, null_class=1))
     with pytest.raises(CheckpointError, match="null class is 1; 2 was given"):
         load_network(path, kind="unet", settings={"null_class": 2})
 
@@ -392,9 +365,9 @@ def test_a_null_class_is_told_and_never_guessed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"5 classes but the classifier 4; .* means no class, say which"):
         check_networks(unet, guide, DiffusionConfig())
     named = small(num_classes=5).model_copy(update={"class_names": tuple("a-bcd")})
-    save_checkpoint(tmp_path / "unet.safetensors", weights_of(named), named)
+    save_checkpoint(tmp_path / "unet.safetensors", state_of(named), named)
     classifier = small("classifier", num_classes=4).model_copy(update={"class_names": tuple("abcd")})
-    save_checkpoint(tmp_path / "guide.safetensors", weights_of(classifier), classifier)
+    save_checkpoint(tmp_path / "guide.safetensors", state_of(classifier), classifier)
     files = {"unet": tmp_path / "unet.safetensors", "classifier": tmp_path / "guide.safetensors"}
     options = {"unet_preset": None, "classifier_preset": None, "config": None}
     with pytest.raises(CheckpointError, match="do not belong together"):
@@ -408,7 +381,7 @@ def test_a_bundle_with_a_null_class(tmp_path: Path, capsys: pytest.CaptureFixtur
     unet = small(num_classes=5, schedule="cosine")
     configs = {"unet": unet, "classifier": small("classifier", num_classes=4, schedule="cosine")}
     for name, config in configs.items():
-        save_checkpoint(tmp_path / f"{name}.safetensors", weights_of(config), config)
+        save_checkpoint(tmp_path / f"{name}.safetensors", state_of(config), config)
     files = [tmp_path / "unet.safetensors", "--classifier", tmp_path / "classifier.safetensors"]
     bundle = tmp_path / "bundle"
     export = ["export", *files, "--null-class", 0, "--out", bundle]
@@ -451,7 +424,7 @@ def test_sizes_that_do_not_halve_and_two_units_of_t_to_the_end(tmp_path: Path, u
     guide = small("classifier", **shape, **levels, num_classes=3)
     assert guide.network.level_sizes[-1] == (1 if updown else 2)
     for name, config in {"unet": unet, "guide": guide}.items():
-        torch.save(weights_of(config), tmp_path / f"{name}.pt")
+        torch.save(state_of(config), tmp_path / f"{name}.pt")
     told = TOLD | {"image_size": 12, "steps": 4000, "schedule": "cosine"}
     options = [
         p

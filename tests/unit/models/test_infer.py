@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from small_networks import PROCESS
 from sparse_checkpoints import zeros_file
 
 from admtrt.config import DiffusionConfig, UNetConfig
@@ -43,13 +44,6 @@ SMALL = {
     "channel_mult": (1, 2),
     "attention_resolutions": (8,),
     "num_heads": 2,
-}
-PROCESS = {
-    "schedule": "linear",
-    "steps": 1000,
-    "rescale_timesteps": False,
-    "mean_type": "eps",
-    "variance_type": "learned_range",
 }
 TELLABLE = {
     "image_size": 16,

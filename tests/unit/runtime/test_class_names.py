@@ -66,7 +66,7 @@ def test_messages_name_the_classes(shapes: Bundle) -> None:
 
 
 def test_many_names_are_cut() -> None:
-    assert numbered_names([f"n{index}" for index in range(11)]).endswith("8 n8, 9 n9, ...")
+    assert numbered_names([f"n{index}" for index in range(11)]).endswith("8 n8, 9 n9, and 1 more")
     assert numbered_names([f"n{index}" for index in range(10)]).endswith("8 n8, 9 n9")
     assert not numbered_names([])
 

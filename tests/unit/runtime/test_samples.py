@@ -30,7 +30,7 @@ def samples() -> Samples:
 def test_a_line_for_the_terminal(samples: Samples) -> None:
     assert repr(samples) == "Samples(3 of 1x8x8, classes cat, ant, bee, seeds 0, 1, 2)"
     many = Samples(np.zeros((20, 1, 8, 8), np.float32), None, tuple(range(20)))
-    assert repr(many) == "Samples(20 of 1x8x8, seeds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, ...)"
+    assert repr(many) == "Samples(20 of 1x8x8, seeds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, and 10 more)"
     assert len(many) == 20
 
 

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from bundles import exported_bundle
+from server_process import start_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,20 +21,8 @@ PATIENCE = 60_000  # milliseconds: a machine that does much else
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
     """A server of the tiny bundle, in a process of its own."""
-    command = [
-        sys.executable,
-        "-m",
-        "admtrt",
-        "serve",
-        exported_bundle("guided"),
-        "--port",
-        "0",
-        "--threads",
-        "1",
-    ]
-    process = subprocess.Popen([*command, "--json", "--drain-grace", "0"], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    yield json.loads(process.stdout.readline())["url"]
+    process, told = start_server("--drain-grace", 0)
+    yield told["url"]
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=30)
     assert process.returncode == 0

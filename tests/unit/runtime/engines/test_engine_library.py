@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import Any
 
 import pytest
+from rtx import NEEDS_RTX
 
 from admtrt.errors import EngineError, MissingDependencyError
 from admtrt.runtime.engines import builder, faults
@@ -26,7 +27,6 @@ from admtrt.runtime.engines.library import (
 )
 
 NAMES = ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings")
-rtx_only = pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="tensorrt_rtx is not installed")
 
 
 @pytest.fixture
@@ -141,7 +141,7 @@ def test_the_lean_runtime_of_a_version() -> None:
     assert lean_runtime("1.2.3") is None
 
 
-@rtx_only
+@NEEDS_RTX
 @pytest.mark.parametrize("name", [*USED_TO_BUILD, *USED_TO_BUILD_RTX])
 def test_the_real_library_has_every_member_that_is_used(name: str) -> None:
     found: Any = find_library("rtx").module
@@ -169,7 +169,7 @@ def test_no_member_is_used_that_is_not_listed() -> None:
     assert {name for name in members if name.islower() and not re.search(rf"\b{name}\b", source)} == set()
 
 
-@rtx_only
+@NEEDS_RTX
 def test_the_targets_come_from_the_library() -> None:
     targets = find_library("rtx").targets
     assert {75, 80, 86, 89, 120} <= set(targets)

@@ -9,7 +9,7 @@ import cuda_stub
 import numpy as np
 import pytest
 from bundles import CLASSIFIER, SAMPLER, UNET, pipeline
-from engine_rig import Rig
+from engine_rig import Rig, on_device
 
 from admtrt.config import DiffusionConfig
 from admtrt.runtime.pipeline import Pipeline
@@ -22,23 +22,8 @@ from admtrt.schedule.table import sampling_schedule
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from admtrt.runtime.trt.batch_buffers import BatchBuffers
 
 _ROUNDING = 2e-5  # ONNX Runtime chooses kernels by the batch size, and padding changes that
-
-
-def on_device(buffers: BatchBuffers, key: str) -> np.ndarray[Any, Any]:
-    """An array of a batch size, where the host cannot see it."""
-    array = buffers.arrays[key]
-    size = int(np.prod(array.shape)) * array.dtype.itemsize
-    return np.frombuffer(cuda_stub.memory_at(array.address, size), array.dtype).reshape(array.shape)
-
-
-@pytest.fixture
-def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
-    made = Rig(monkeypatch, tmp_path)
-    made.build()
-    return made
 
 
 def test_samples_of_different_samplers_and_lengths_share_a_batch(rig: Rig) -> None:

@@ -31,13 +31,6 @@ if TYPE_CHECKING:
 Patch = pytest.MonkeyPatch
 
 
-@pytest.fixture
-def rig(monkeypatch: Patch, tmp_path: Path) -> Rig:
-    made = Rig(monkeypatch, tmp_path)
-    made.build()
-    return made
-
-
 @pytest.mark.parametrize(
     ("driver", "message"),
     [

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from bundles import CLASSIFIER, SAMPLER, UNET, pipeline
 from engine_double import RtxRuntimeConfig
-from engine_rig import Rig
+from engine_rig import Rig, on_device
 from graph_calls import gradient, unet_out
 
 from admtrt.config import DiffusionConfig
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from admtrt.runtime.drawn import Samples, Step
-    from admtrt.runtime.trt.batch_buffers import BatchBuffers
 
 _ROUNDING = 2e-5  # ONNX Runtime chooses kernels by the batch size, and padding changes that
 
@@ -36,20 +35,6 @@ _ROUNDING = 2e-5  # ONNX Runtime chooses kernels by the batch size, and padding 
 def drawn(rig: Rig, *arguments: Any, **options: Any) -> Samples:
     with rig.open() as denoiser:
         return Pipeline(rig.bundle, denoiser)(*arguments, **options)
-
-
-def on_device(buffers: BatchBuffers, key: str) -> np.ndarray[Any, Any]:
-    """An array of a batch size, where the host cannot see it."""
-    array = buffers.arrays[key]
-    size = int(np.prod(array.shape)) * array.dtype.itemsize
-    return np.frombuffer(cuda_stub.memory_at(array.address, size), array.dtype).reshape(array.shape)
-
-
-@pytest.fixture
-def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
-    made = Rig(monkeypatch, tmp_path)
-    made.build()
-    return made
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""Types of the values in configurations: their bounds, and what texts stand for them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
+
+NONE_IN_TOML = "none"
+"""Stands for None where there is no null."""
+
+
+def _none_from_text(value: Any) -> Any:
+    """None for the words that stand for it where there is no null; anything else as it is."""
+    return None if value in (NONE_IN_TOML, "None") else value
+
+
+def _none_from_flag(value: Any) -> Any:
+    """As the original's flags for numbers of heads have it."""
+    return None if value in (-1, "-1") else _none_from_text(value)
+
+
+def _list_from_text(value: Any) -> Any:
+    """Lists as the original's flags have them: ``1,2,4``, or a single number."""
+    if isinstance(value, str):
+        return [part.strip() for part in value.strip("()[] ").split(",")]
+    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+
+
+Positive = Annotated[int, Field(ge=1, lt=2**31)]
+PositiveFloat = Annotated[float, Field(gt=0.0)]
+BatchSize = Annotated[int, Field(ge=1, le=2**20)]
+ImageSize = Annotated[int, Field(ge=1, le=8192)]
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+NoiseLevel = Annotated[float, Field(ge=0.0)]
+OptionalPositive = Annotated[Positive | None, BeforeValidator(_none_from_text)]
+OptionalSize = Annotated[ImageSize | None, BeforeValidator(_none_from_text)]
+OptionalHeads = Annotated[Positive | None, BeforeValidator(_none_from_flag)]
+OptionalBeta = Annotated[Annotated[float, Field(gt=0.0, lt=1.0)] | None, BeforeValidator(_none_from_text)]
+OptionalGrey = Annotated[Annotated[int, Field(ge=0, le=255)] | None, BeforeValidator(_none_from_text)]
+Multipliers = Annotated[tuple[Annotated[float, Field(gt=0, le=1024)], ...], BeforeValidator(_list_from_text)]
+Sizes = Annotated[tuple[Positive, ...], BeforeValidator(_list_from_text)]
