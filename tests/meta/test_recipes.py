@@ -66,7 +66,7 @@ def test_a_recipe_names_files_its_test_and_its_page(title: str) -> None:
     assert [file for file in files if not (ROOT / file).exists()] == []
     assert re.search(r"^1\. ", text, re.MULTILINE)
     assert "\nTest: " in text
-    assert re.search(r"\bPage: ", text)
+    assert re.search(r"\bPage:\s", text)
     assert any(file.startswith("tests/") for file in files)
     assert any(file.startswith("docs/") for file in files)
 
