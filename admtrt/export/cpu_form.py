@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from admtrt.export.fold import fold_enlargement_into_conv
+from admtrt.export.fold import fold_enlargement_into_conv, fold_pooling_into_conv
 from admtrt.export.passes import simplify
 
 if TYPE_CHECKING:
@@ -14,6 +14,6 @@ if TYPE_CHECKING:
 def cpu_form(model: ir.Model) -> ir.Model:
     """Make the CPU form of a captured or differentiated graph: a copy that shares unchanged weights."""
     made = model.clone()
-    if fold_enlargement_into_conv(made):
+    if any([fold_enlargement_into_conv(made), fold_pooling_into_conv(made)]):
         simplify(made)
     return made

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnx_ir as ir
 
-from admtrt.export.nodes import enlargement_of, ints_attribute
+from admtrt.export.nodes import enlargement_of, int_attribute, ints_attribute
 from admtrt.export.passes import constant, insert_in_place_of, only_user
 
 if TYPE_CHECKING:
@@ -183,15 +183,8 @@ def fold_enlargement_into_conv(model: ir.Model) -> bool:
         enlarge = None if conv.inputs[0] is None else conv.inputs[0].producer()
         if enlarge is None or enlarge.op_type != "Resize" or enlargement_of(enlarge) != [2, 2]:
             continue
-        like = conv.inputs[1]
-        moved = [*ints_attribute(conv, "strides", ()), *ints_attribute(conv, "dilations", ())]
-        pads = ints_attribute(conv, "pads", ())
-        if not _plain_weights(conv) or pads != [1] * 4 or any(step != 1 for step in moved):
-            continue
-        assert like is not None
-        assert like.dtype is not None
-        weight = _array(like)
-        if weight.shape[2:] != (3, 3):
+        weight = _weight_3x3(conv)
+        if weight is None:
             continue
         tape = ir.tape.Tape()
         parts = []
@@ -202,7 +195,7 @@ def fold_enlargement_into_conv(model: ir.Model) -> bool:
                     "Conv",
                     [
                         enlarge.inputs[0],
-                        constant(model.graph, taps.astype(like.dtype.numpy())),
+                        _like_weight(model, conv, taps),
                         *conv.inputs[2:],
                     ],
                     attributes={"kernel_shape": [2, 2], "pads": [1 - row, 1 - column, row, column]},
@@ -215,6 +208,55 @@ def fold_enlargement_into_conv(model: ir.Model) -> bool:
         insert_in_place_of(model.graph, conv, tape.nodes, conv.outputs[0])
         changed = True
     return changed
+
+
+def fold_pooling_into_conv(model: ir.Model) -> bool:
+    """A 3x3 Conv and the average over each 2x2 of its results -> one 4x4 Conv of stride 2.
+
+    This is the backward of :func:`fold_enlargement_into_conv`, again with 4/9 of the multiplications: each of
+    the four results reads the image at its own offset, so the taps that meet the same pixel add up.
+    """
+    changed = False
+    for conv in _nodes(model, "Conv"):
+        pool, weight = only_user(conv.outputs[0], "AveragePool"), _weight_3x3(conv)
+        if pool is None or weight is None or not _halves_the_image(pool):
+            continue
+        height, width = weight.shape[:2]
+        taps = np.zeros((height, width, 4, 4))
+        for row, column in itertools.product((0, 1), repeat=2):
+            taps[:, :, row : row + 3, column : column + 3] += weight / 4
+        attributes = {"kernel_shape": [4, 4], "strides": [2, 2], "pads": [1] * 4}
+        inputs = [conv.inputs[0], _like_weight(model, conv, taps), *conv.inputs[2:]]
+        made = ir.node("Conv", inputs, attributes=attributes)
+        made.metadata_props.update(conv.metadata_props)
+        insert_in_place_of(model.graph, pool, [made], pool.outputs[0])
+        changed = True
+    return changed
+
+
+def _weight_3x3(conv: ir.Node) -> Array | None:
+    """The weight of a 3x3 Conv of constants that keeps the size of its image, None for others."""
+    moved = [*ints_attribute(conv, "strides", ()), *ints_attribute(conv, "dilations", ())]
+    same_size = ints_attribute(conv, "pads", ()) == [1] * 4 and all(step == 1 for step in moved)
+    if not same_size or not _plain_weights(conv):
+        return None
+    weight = _array(conv.inputs[1])
+    return weight if weight.shape[2:] == (3, 3) else None
+
+
+def _halves_the_image(pool: ir.Node) -> bool:
+    """True for the average over whole 2x2 parts of an image."""
+    windows = [ints_attribute(pool, name, ()) for name in ("kernel_shape", "strides")]
+    padded = any(ints_attribute(pool, "pads", ())) or not _no_auto_pad(pool)
+    return windows == [[2, 2]] * 2 and not padded and not int_attribute(pool, "ceil_mode", 0)
+
+
+def _like_weight(model: ir.Model, conv: ir.Node, taps: Array) -> ir.Value:
+    """A constant of the type of a Conv's weight."""
+    weight = conv.inputs[1]
+    assert weight is not None
+    assert weight.dtype is not None
+    return constant(model.graph, taps.astype(weight.dtype.numpy()))
 
 
 def _merge(
@@ -381,8 +423,12 @@ def _plain_weights(conv: ir.Node) -> bool:
     return (
         all(value.const_value is not None for value in constants)
         and _attribute(conv, "group", 1) == 1
-        and ("auto_pad" not in conv.attributes or conv.attributes["auto_pad"].as_string() == "NOTSET")
+        and _no_auto_pad(conv)
     )
+
+
+def _no_auto_pad(node: ir.Node) -> bool:
+    return "auto_pad" not in node.attributes or node.attributes["auto_pad"].as_string() == "NOTSET"
 
 
 def _bias(conv: ir.Node, channels: int) -> Array:

@@ -140,7 +140,9 @@ def test_pytorch_without_checkpoints_says_so(tmp_path: Path) -> None:
         open_torch_row(Row("original"), bare, "cpu", 1)
 
 
-def test_pytorch_differentiates_the_losses_of_guides(checkpoints: Path, tmp_path: Path) -> None:
+def test_guides_are_timed_beside_the_step_and_differentiated_by_pytorch(
+    checkpoints: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "bundle"
     bundle_from_checkpoints(network(UNET), None, path, guides=[linear((1, 8, 8))])
     led = Subject("led", path, checkpoints / "unet.safetensors", None, None, tmp_path)
@@ -149,7 +151,10 @@ def test_pytorch_differentiates_the_losses_of_guides(checkpoints: Path, tmp_path
     assert set(found) == {"out", "guide.linear"} == set(expected)
     for name, values in expected.items():
         assert sample_errors(found[name], values).max() < CLOSE
-    assert list(torch_row.step().guides) == ["linear"]
+    for row in (torch_row, onnx_row):
+        taken = row.step()
+        assert list(taken.guides) == ["linear"]
+        assert taken.guides["linear"] > 0
     assert not Contender(Row("torch", "bf16"), led, "cpu", 1, {}).prepare(1).outputs.keys() - {"out"}
 
 

@@ -13,6 +13,7 @@ from admtrt.export.fold import (
     fold_affine_into_conv,
     fold_enlargement_into_conv,
     fold_padding_into_conv,
+    fold_pooling_into_conv,
     fold_scale_into_conv,
     fold_scale_shift,
     merge_projections,
@@ -158,6 +159,46 @@ def test_other_enlargements_and_convolutions_stay(body: str, constants: dict[str
     given = {"w": f32(6, 4, 3, 3), "scales": np.float32([1, 1, 2, 2])} | constants
     after = applied(fold_enlargement_into_conv, body, {"x": (4, 5, 5)}, **given)
     assert op_types(after).count("Conv") == 1
+
+
+POOLED = "y = AveragePool <kernel_shape = [2, 2], strides = [2, 2]{more}> (c)"
+CONVOLVED = "c = Conv <pads = [1, 1, 1, 1]> (x, w{bias})"
+
+
+@pytest.mark.parametrize("bias", ["", ", b"])
+@pytest.mark.parametrize("size", [(6, 6), (4, 10), (5, 7), (2, 2)])
+def test_a_convolution_whose_results_are_averaged_is_one_of_stride_2(
+    bias: str, size: tuple[int, int]
+) -> None:
+    body = f"{CONVOLVED.format(bias=bias)} {POOLED.format(more='')}"
+    after = applied(fold_pooling_into_conv, body, {"x": (4, *size)}, w=f32(7, 4, 3, 3), b=f32(7))
+    assert op_types(after) == ["Conv"]
+
+
+@pytest.mark.parametrize(
+    ("body", "weight"),
+    [
+        (f"{CONVOLVED} {POOLED} ", (6, 4, 5, 5)),
+        (f"c = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (x, w) {POOLED}", (6, 4, 3, 3)),
+        (f"c = Conv (x, w) {POOLED}", (6, 4, 3, 3)),
+        (f"c = Conv <pads = [1, 1, 1, 1], group = 2> (x, w) {POOLED}", (6, 2, 3, 3)),
+        (f"{CONVOLVED} {POOLED.replace('(c)', '(n)')}".replace("y =", "n = Neg (c) y ="), (6, 4, 3, 3)),
+        (f"{CONVOLVED} {POOLED.replace('y =', 'p =')} m = ReduceMax (c) y = Add (p, m)", (6, 4, 3, 3)),
+        (f"{CONVOLVED} y = AveragePool <kernel_shape = [2, 2], strides = [1, 1]> (c)", (6, 4, 3, 3)),
+        (f"{CONVOLVED} y = AveragePool <kernel_shape = [3, 3], strides = [2, 2]> (c)", (6, 4, 3, 3)),
+    ],
+)  # fmt: skip
+def test_other_averages_and_convolutions_stay(body: str, weight: tuple[int, ...]) -> None:
+    given = {"x": (4, 7, 7)}
+    after = applied(fold_pooling_into_conv, body.format(bias="", more=""), given, w=f32(*weight))
+    assert "AveragePool" in op_types(after)
+
+
+@pytest.mark.parametrize("more", [", pads = [1, 1, 1, 1]", ", ceil_mode = 1"])
+def test_averages_of_other_windows_stay(more: str) -> None:
+    body = f"{CONVOLVED.format(bias='')} {POOLED.format(more=more)}"
+    after = applied(fold_pooling_into_conv, body, {"x": (4, 7, 7)}, w=f32(6, 4, 3, 3))
+    assert "AveragePool" in op_types(after)
 
 
 LEGACY = "r = Reshape (c, heads) q, k, v = Split <axis = 2, num_outputs = 3> (r)"
