@@ -60,7 +60,7 @@ def texts(source: Path) -> Iterator[str]:
 
 
 def command_lines() -> list[tuple[str, str, str]]:
-    """(where, program, arguments) of all that a user is told to type."""
+    """(file, program, arguments) of every command line that a hint tells users to type."""
     return [
         (str(source.relative_to(ROOT)), *found)
         for source in SOURCES
@@ -118,7 +118,7 @@ def test_every_command_line_can_be_typed(where: str, program: str, line: str) ->
 
 
 def test_nothing_else_speaks_of_pip() -> None:
-    """And nobody is told to take a package away before another is there."""
+    """Also, no hint tells users to uninstall a package before its replacement is installed."""
     for source in SOURCES:
         for text in texts(source):
             assert "pip install" not in text, source
@@ -142,7 +142,7 @@ def test_options_that_texts_name_exist() -> None:
 
 
 def extras_named() -> Iterator[tuple[Path, str]]:
-    """What stands for ``extra`` in calls, fields of tables included."""
+    """Values of the argument ``extra`` in calls, including fields of tables."""
     for source in SOURCES:
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Call):

@@ -79,7 +79,7 @@ def test_importing_the_package_loads_nothing_but_itself() -> None:
     ],
 )
 def test_help_is_light(command: str) -> None:
-    """The command line loads nothing before it is told what to do."""
+    """The command line loads no libraries before it parses a command."""
     arguments = [*command.split(), "--help"]
     loaded = loaded_after(
         "import io, contextlib\nfrom admtrt.cli import run\n"

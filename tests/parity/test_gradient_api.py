@@ -62,7 +62,7 @@ class Cosine(nn.Module):
 
 
 class Variants(nn.Module):
-    """What forks put in place of the usual: images [N, 4, 6, 6] -> [N, 3]."""
+    """Layers that forks use instead of ADM's: images [N, 4, 6, 6] -> [N, 3]."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The check beside autograd: what it refuses, what it forgives; and PyTorch's choices at ties and ends."""
+"""The comparison with autograd: refused and accepted differences; PyTorch's gradients at ties and ends."""
 
 from __future__ import annotations
 

@@ -241,7 +241,7 @@ def pipeline() -> Pipeline:
 
 @pytest.mark.slow
 def test_a_batch_may_mix_guides() -> None:
-    """Rows of several guides, of solvers with memory and of none are what they are alone."""
+    """In a mixed batch, rows with several guides, with and without memory equal the same rows alone."""
     manifest, denoiser = pipeline().bundle.manifest, pipeline().denoiser
 
     def slots(seed: int, *names: str, **choices: Any) -> Slots:

@@ -1,4 +1,4 @@
-"""The pipeline on real exported graphs: one sample is the same image whatever is computed beside it."""
+"""The pipeline on real exported graphs: a sample does not depend on the other samples of its batch."""
 
 from __future__ import annotations
 

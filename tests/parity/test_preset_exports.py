@@ -73,7 +73,7 @@ def names_by_config() -> dict[UNetConfig | ClassifierConfig, str]:
 
 
 def test_small_versions_keep_the_settings_of_their_presets() -> None:
-    """What is left alone is equal, and presets share a small version only where they share the network."""
+    """Unshrunk settings are equal, and presets share a small version only if they share the network."""
     shrunk = {
         "image_size", "low_res_size", "attention_resolutions", "model_channels", "num_res_blocks",
         "num_head_channels",
@@ -136,7 +136,7 @@ def test_small_version(config: UNetConfig | ClassifierConfig, tmp_path: Path) ->
     feeds = inputs(spec)
     expected = reference(network, feeds)
     for output, values in expected.items():
-        # Were layers zero, samples would not differ, and parity would say nothing.
+        # With layers of zeros, all samples would be equal and parity would prove nothing.
         assert relative_error(values[:1], values[1:]) > 10 * TOLERANCE, output
     for form, model in forms(network, spec).items():
         path = tmp_path / f"{form}.onnx"

@@ -135,8 +135,8 @@ def test_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CLOSE = dict.fromkeys(CASES, 1e-11) | {
-    # The original adds noise of sqrt(S'^2 - S_min^2) behind its last evaluation, where both are equal but for
-    # rounding: 1e-8 of S_min, not 0.
+    # The original adds noise of sqrt(S'^2 - S_min^2) after its last evaluation. There S' equals S_min up to
+    # rounding, so the noise is 1e-8 of S_min instead of 0.
     name: 2e-9 for name in OFFERED if name.startswith("cm.multistep")
 }  # fmt: skip
 

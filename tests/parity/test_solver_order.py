@@ -130,7 +130,7 @@ def exact(process: Process, *, guided: bool) -> Any:
             above = S - process.sigma_min if process.boundary else S
             data = process.sigma_data
             c_skip, c_out = data**2 / (above**2 + data**2), above * data / math.hypot(S, data)
-            # At the smallest level the network is the identity, whatever it says.
+            # At the smallest level the scalings give the identity, whatever the network returns.
             return (x_0 - c_skip * wide) / max(c_out, 1e-12), g
         out = x_0 if process.mean_type == "x_0" else (wide - x_0) / S
         return (torch.cat([out, torch.tanh(x)], dim=1) if process.learns_sigma else out), g

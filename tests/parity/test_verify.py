@@ -245,7 +245,7 @@ def test_altered_schedule_fails(
     report = run(altered, unet, classifier)
     assert report.exit_code == 1
     assert f"{key} is {value!r} in the bundle" in find(report, "diffusion").detail
-    # Not by the manifest's word alone: what the runtime computes differs as well.
+    # Not only the manifest differs, but also the results of the runtime.
     assert failed(report, "graph")
     assert failed(report, "step")
     assert not find(report, "unet: out").detail

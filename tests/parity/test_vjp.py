@@ -309,6 +309,6 @@ def test_log_softmax_of_a_certain_class(lead: float, label: int) -> None:
     p = torch.from_numpy(x).double().softmax(-1).numpy()
     rest = np.stack([np.delete(row, label).sum() for row in p])
     expected = -p
-    expected[:, label] = rest  # 1 - p of this class, which float64 itself does not hold for a lead of 40
+    expected[:, label] = rest  # 1 - p of this class, which even float64 loses for a lead of 40
     got = run(differentiated(weighted(case)), x=x, w=w)["grad"]
     np.testing.assert_allclose(got, expected, rtol=1e-5)

@@ -286,7 +286,7 @@ def test_writers_beside_each_other_do_not_remove_what_the_others_write(tmp_path:
 
 @pytest.fixture(params=["exchange", "two renames"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the system call that swaps in one step, and as where there is none."""
+    """With the system call that exchanges two paths in one step, and without it."""
     if request.param == "two renames":
         monkeypatch.setattr(files, "_exchange", lambda left, right: False)
     return str(request.param)

@@ -1,4 +1,4 @@
-"""Reading the places of external data out of raw bytes: nothing missed, nothing but BundleError raised."""
+"""Reading the locations of external data from raw bytes: none is missed, only BundleError is raised."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sparse(values: str, indices: str) -> onnx.SparseTensorProto:
 
 
 def everywhere() -> tuple[onnx.ModelProto, set[str]]:
-    """A model with external data in each place where a tensor may stand."""
+    """A model with external data in every place that can contain a tensor."""
     inner = graph(node(deep=tensor("attribute of a subgraph")), initializer=[tensor("subgraph")])
     main = graph(
         node(value=tensor("attribute"), values=[tensor("list 1"), tensor("list 2")]),

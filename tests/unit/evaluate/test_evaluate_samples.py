@@ -110,7 +110,7 @@ def test_what_was_asked_for_by_name_must_be_there(
 def test_features_at_the_ends_of_float32(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], scale: float
 ) -> None:
-    """What overflows float64 is null with a warning; nothing is NaN, and nothing warns on the way."""
+    """A metric that overflows float64 is null, with a warning of ours; no NaN, and no warnings of NumPy."""
     rng = np.random.default_rng(0)
     for name in ("s", "r"):
         np.savez(tmp_path / f"{name}.npz", pool=(rng.standard_normal((40, 6)) * scale).astype(np.float32))

@@ -37,7 +37,7 @@ def f32(*shape: int) -> np.ndarray:
 def applied(
     run_pass: Pass, body: str, inputs: dict[str, tuple[int, ...]], **constants: Any
 ) -> onnx.ModelProto:
-    """The graph after the pass; its output ``y`` must be what it was, and the pass must say what it did."""
+    """The graph after the pass. Its output ``y`` must not change, and the pass must report its changes."""
     declared = ", ".join(f"float[N, {', '.join(map(str, sizes))}] {name}" for name, sizes in inputs.items())
     source = parse(f"g ({declared}) => (float[] y) {{ {body} }}", constants)
     model = ir.serde.deserialize_model(source)

@@ -1,4 +1,4 @@
-"""Files as forks lay them out, and what must be told of a network that its shapes do not tell."""
+"""Files in the layouts of forks, and settings that must be given because shapes do not show them."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_averaged_weights_beside_plain_ones_are_chosen_by_name(
 
 
 def test_averages_without_names(tmp_path: Path, plain: dict[str, Tensor]) -> None:
-    """torch_ema keeps a list, which nothing says the names of."""
+    """torch_ema stores averages as a list, without names."""
     path = file_of(tmp_path, {"model": plain, "ema": {"decay": 0.9, "shadow_params": list(plain.values())}})
     with pytest.raises(CheckpointError, match=r"several sets of weights: model, ema\.shadow_params"):
         open_checkpoint(path)

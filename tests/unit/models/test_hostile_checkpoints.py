@@ -1,4 +1,4 @@
-"""Small files that ask for much: refused in bounded time and memory, in a process of its own."""
+"""Small files that need much memory or time: refused within limits of both, in a separate process."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_pickles_that_ask_for_much(
 
 
 def test_the_pickles_would_be_read_if_they_asked_for_less(tmp_path: Path) -> None:
-    """So that what is refused above is refused for what it asks."""
+    """Shows that the files above are refused for their sizes, and not for their structure."""
     for layout in (archive, legacy):
         layout(b"\x80\x02}" + NAME + b")" + shared(b"\x86", 3) + b"s.")(tmp_path / "a.pt")
         assert torch.load(tmp_path / "a.pt")["a"] == ((((), ()), ((), ())), (((), ()), ((), ())))

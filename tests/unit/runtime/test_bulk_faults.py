@@ -1,4 +1,4 @@
-"""Long runs on full disks and beside damaged shards: what is said, and that the same command goes on."""
+"""Bulk runs with full disks and damaged shards: the messages, and that the same command continues."""
 
 from __future__ import annotations
 

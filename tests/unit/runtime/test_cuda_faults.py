@@ -137,7 +137,7 @@ def test_the_command_line_says_it_in_two_lines(
         rig.folder,
     ]
     assert run(list(map(str, [*given, "--classes", "0"]))) == 2
-    gc.collect()  # nobody closes the backend: what is left of it goes without a word
+    gc.collect()  # the backend was not closed: its deletion must print nothing
     said = capfd.readouterr().err
     assert re.search(
         r"^error: CUDA refuses: CUDA_ERROR_LAUNCH_FAILED.*\n +The GPU serves this process no more", said, re.M

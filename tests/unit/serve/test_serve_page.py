@@ -48,7 +48,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """The page, from which nothing may go elsewhere and nothing may fail."""
+    """The page; it must send no request to another host and raise no error."""
     context = browser.new_context()
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
