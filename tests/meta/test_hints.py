@@ -167,7 +167,7 @@ def test_extras_that_are_named_exist() -> None:
 
 
 def test_an_extra_comes_from_the_checkout() -> None:
-    """The name is on no index; whoever registers it there is a stranger."""
+    """The name is on no package index: anyone could register another package under it."""
     for error in (
         MissingDependencyError("x", extra="rtx", purpose="this"),
         MissingDependencyError("x", extra="tensorrt or rtx", purpose="this"),
@@ -180,7 +180,7 @@ def test_an_extra_comes_from_the_checkout() -> None:
 def test_an_extra_of_an_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str | None
 ) -> None:
-    """Copied into an environment, it knows where it came from as long as that is there."""
+    """An installed copy names its original source, while that exists."""
     monkeypatch.setattr(installing, "__file__", str(tmp_path / "site-packages" / "admtrt" / "installing.py"))
     here = tmp_path / "a checkout"
 
@@ -201,7 +201,7 @@ def test_an_extra_of_an_installed_package(
 
 @pytest.mark.slow
 def test_the_command_that_installs_an_extra_works() -> None:
-    """Without what it would download."""
+    """The command without its downloads."""
     made = shlex.split(installing.install_extra("cpu"))
     pip = made[: made.index("install")]
     if pip == ["pip"]:

@@ -33,7 +33,7 @@ def by_autograd(function: Callable[..., Tensor], x: Tensor) -> np.ndarray:
 
 
 def side_by_side(functions: Sequence[Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    """Functions of [N, n] -> [N], each of its own part of [N, functions, n]: one export for all."""
+    """Functions [N, n] -> [N], each applied to its own part of [N, functions, n]: one export for all."""
     return lambda x: sum(function(x[:, index]) for index, function in enumerate(functions))
 
 

@@ -65,7 +65,7 @@ def small(network: UNetConfig | ClassifierConfig) -> UNetConfig | ClassifierConf
 
 
 def names_by_config() -> dict[UNetConfig | ClassifierConfig, str]:
-    """Every different small configuration, with the presets that it stands for."""
+    """Every distinct small configuration, with the presets that it represents."""
     found: dict[UNetConfig | ClassifierConfig, list[str]] = {}
     for name, preset in PRESETS.items():
         found.setdefault(small(preset.network), []).append(name)
@@ -183,7 +183,7 @@ def forms(network: UNet | Classifier, spec: GraphSpec) -> dict[str, ir.Model]:
 
 
 def check_engine(spec: GraphSpec, path: Path) -> None:
-    """Build a graph for a GPU that is not there; the library holds its inputs and outputs to the contract."""
+    """Build a graph for an absent GPU; the library checks its inputs and outputs against the contract."""
     if find_spec("tensorrt_rtx") is None:
         pytest.skip("no engine built: tensorrt_rtx is not installed (pip install '.[rtx]')")
     source = GraphSource("unet", "fp32", path=path, spec=spec, digest="", engine_form=True)

@@ -47,7 +47,7 @@ def by_length(names: list[str]) -> Iterator[list[str]]:
 
 @cache
 def bundle(kind: str) -> Path:
-    """The goldens' networks as a bundle; the process of a sample is that of its table."""
+    """The goldens' networks as a bundle; the process of a sample is the one of its table."""
     unet, classifier = goldens.network(kind, torch.float32), goldens.network("classifier", torch.float32)
     process = {"variance_type": "learned_range" if unet.config.learn_sigma else "fixed_large"}
     stored = CheckpointConfig.from_dict({"kind": "unet", "unet": unet.config.to_dict(), "diffusion": process})
@@ -155,7 +155,7 @@ def float64_networks(name: str, *, guided: bool) -> Any:
 
 
 def drawn_in_float64(name: str) -> tuple[torch.Tensor, Callable[[int], torch.Tensor]]:
-    """x_T, and the noise by the number of evaluations that are still to come."""
+    """x_T, and the noise by the number of remaining evaluations."""
     nfe = CASES[name]["nfe"]
     x_T = torch.from_numpy(goldens.start(name)).double()
     return x_T, lambda left: torch.from_numpy(goldens.noise(name, nfe - left)).double()

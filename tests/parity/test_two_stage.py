@@ -33,7 +33,7 @@ PLAIN: dict[str, Any] = {"classifier": None, "class_names": ()}
 
 
 class Fake:
-    """A denoiser that answers with arithmetic, and remembers what it was given."""
+    """A denoiser that computes simple arithmetic and records its inputs."""
 
     def __init__(self) -> None:
         self.noise: list[np.ndarray] = []

@@ -1,4 +1,4 @@
-"""Bundles: what is written is read back, and everything that was altered is refused."""
+"""Bundles: written bundles are read back, and any altered file is refused."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def _leads_to_external_data() -> dict[str, dict[int, str]]:
 
 
 def test_table_is_complete_by_the_schema() -> None:
-    """A field of a later ONNX that leads to external data must not go unseen."""
+    """A field of a later ONNX version that refers to external data must be detected."""
     names = {
         "model": "ModelProto", "graph": "GraphProto", "function": "FunctionProto", "node": "NodeProto",
         "attribute": "AttributeProto", "sparse": "SparseTensorProto", "tensor": "TensorProto",

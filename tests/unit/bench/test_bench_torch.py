@@ -1,4 +1,4 @@
-"""The rows of PyTorch, the plain export, and what the machine is measured by."""
+"""PyTorch's rows, the plain export, and the measurement of the machine's peak."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def finished(out: Path) -> dict[str, int]:
 
 
 def kill_after(shards: int, bundle: Path, out: Path) -> None:
-    """Start the command and kill it a moment after so many shards stand there."""
+    """Start the command and kill it shortly after this many shards are finished."""
     with subprocess.Popen(
         command(bundle, out), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:

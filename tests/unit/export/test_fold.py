@@ -200,7 +200,7 @@ def test_a_whole_convolution_keeps_its_factor() -> None:
 
 
 def test_parts_that_share_channels_keep_their_factors() -> None:
-    """Along the positions, every part holds every channel."""
+    """Each part of a split along the positions contains all channels."""
     body = "c = Conv (x, w, b) l, r = Split <axis = 2> (c, sizes) m = Mul (l, f) y = Concat <axis = 2> (m, r)"
     after = applied(fold_scale_into_conv, body, {"x": (4, 5)}, sizes=np.int64([2, 3]), **QKV)
     assert "Mul" in op_types(after)

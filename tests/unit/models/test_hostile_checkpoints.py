@@ -88,7 +88,7 @@ def test_archives_that_are_larger_inside(worker: Worker, tmp_path: Path) -> None
 @pytest.mark.parametrize("second", ["x/data.pkl", "x/DATA.PKL", "y/data.pkl", "x/y/data.pkl"])
 @pytest.mark.parametrize("first", [False, True])
 def test_archives_with_two_pickles(worker: Worker, tmp_path: Path, second: str, first: bool) -> None:
-    """Of which one is harmless; which of them PyTorch reads is nobody's business."""
+    """One of the two is harmless; the file is refused whichever of them PyTorch would read."""
     path = tmp_path / "a.pt"
     hostile, harmless = PICKLES["a key of shared tuples"], pickle.dumps({}, protocol=2)
     with zipfile.ZipFile(path, "w") as made:

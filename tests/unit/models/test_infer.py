@@ -61,7 +61,7 @@ def published_shapes(name: str) -> Shapes:
 
 
 def untold_of(config: CheckpointConfig) -> dict[str, Any]:
-    """What must be given of a network, and may be of any."""
+    """The settings that must be given for a network; they can be given for any."""
     told = traits_of(shapes_of_network(config), flat(config)).settings
     return {key: value for key, value in flat(config).items() if key in UNTOLD and key not in told}
 

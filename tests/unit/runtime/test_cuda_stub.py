@@ -1,4 +1,4 @@
-"""The stub of the driver and the double of the library punish what the real ones do: tests can fail."""
+"""The driver stub and the library's double detect what fails on the real ones, so that tests can fail."""
 
 from __future__ import annotations
 

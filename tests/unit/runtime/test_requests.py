@@ -223,7 +223,7 @@ def test_a_name_that_looks_like_a_number_is_a_name(tmp_path: Path) -> None:
 
 
 def test_two_stages_take_names_and_numbers_too(guided: Pipeline, tmp_path: Path) -> None:
-    """The second stage's bundle may know the classes by number alone."""
+    """The second stage's bundle may have no class names."""
     unet = UNET.model_copy(update={"image_size": 16, "low_res_size": 8, "num_classes": 3})
     high = sham(tmp_path / "high", network=unet, classifier=None, class_names=())
     totals: list[int] = []

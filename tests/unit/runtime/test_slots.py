@@ -1,4 +1,4 @@
-"""Samples in flight: made, taken apart and joined, and whose gradient a step computes."""
+"""Samples in flight: making, splitting and joining them, and the rows whose gradient a step computes."""
 
 from __future__ import annotations
 

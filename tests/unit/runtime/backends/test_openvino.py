@@ -243,7 +243,7 @@ def test_a_processor_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_nothing_is_sent(use: str) -> None:
-    """In a process of its own, since a module is imported once."""
+    """In a separate process, because a module is imported only once."""
     program = (
         "import os, sys, urllib.request\n"
         "urllib.request.urlopen = lambda *_, **__: sys.exit('something was sent')\n"

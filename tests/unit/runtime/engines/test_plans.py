@@ -1,4 +1,4 @@
-"""Plans on disk: every field of the build is in the key, and nothing damaged is ever handed out."""
+"""Plans on disk: every field of the build is in the key, and damaged plans are never returned."""
 
 from __future__ import annotations
 
