@@ -1,4 +1,4 @@
-"""The configurations of networks and processes, and the only home of their defaults."""
+"""The configurations of networks and processes; their defaults are defined only here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def level_sizes(image_size: int, levels: int, *, rounds_up: bool) -> tuple[int, ...]:
     """Height and width of each level's feature maps, finest first.
 
-    An odd size is halved as its layer does it: pooling rounds down, a strided convolution up.
+    Halving an odd size depends on the layer: pooling rounds down, a strided convolution rounds up.
     """
     sizes = [image_size]
     for _ in range(levels - 1):
@@ -37,15 +37,16 @@ def level_sizes(image_size: int, levels: int, *, rounds_up: bool) -> tuple[int, 
 
 
 class BackboneConfig(Config):
-    """Options that the UNet and the classifier share: the encoder's shape.
+    """Options that the UNet and the classifier share: the shape of the encoder.
 
     ``attention_resolutions`` are sizes in pixels (32 = attention where feature maps are 32x32), as in the
-    paper. ``num_head_channels`` takes precedence over ``num_heads``; in TOML, which has no null, ``"none"``
-    stands for None. Lists may be written as the original's flags are, ``"1,2,4"``.
+    paper. ``num_head_channels`` takes precedence over ``num_heads``. TOML has no null: write ``"none"`` for
+    None. Lists may have the format of the original's flags, ``"1,2,4"``.
 
-    The last four are ADM's own unless they say otherwise, as diffusers' networks do: whether a strided
-    convolution pads on both sides or ``after`` the image alone, the shift of the time embedding's
-    frequencies exp(-ln(1e4) i / (half - shift)), and the epsilon and the groups of the normalisations.
+    Four options have ADM's values by default; diffusers' networks use others. ``downsample_padding`` says
+    whether a strided convolution pads on both sides or only ``after`` the image. ``frequency_shift`` is the
+    shift of the time embedding's frequencies, exp(-ln(1e4) i / (half - shift)). ``norm_eps`` and
+    ``norm_groups`` are the epsilon and the number of groups of the normalisations.
     """
 
     image_size: ImageSize
@@ -75,7 +76,7 @@ class BackboneConfig(Config):
 
     @property
     def num_blocks(self) -> int:
-        """Residual blocks of the encoder, those apart that only halve."""
+        """Number of residual blocks of the encoder, without those that only downsample."""
         return len(self.channel_mult) * self.num_res_blocks
 
     @property
@@ -86,7 +87,7 @@ class BackboneConfig(Config):
 
     @property
     def strided(self) -> bool:
-        """True where strided convolutions halve the feature maps, not pooling or residual blocks."""
+        """True if strided convolutions halve the feature maps, rather than pooling or residual blocks."""
         return self.conv_resample and not self.resblock_updown
 
     def _head_counts(self) -> tuple[int, ...]:
@@ -159,8 +160,8 @@ class UNetConfig(BackboneConfig):
     """The ADM UNet; with ``low_res_size`` it is an upsampler conditioned on an image of that size.
 
     ``num_classes`` makes it class-conditional, ``learn_sigma`` doubles the output channels,
-    ``num_heads_upsample`` overrides ``num_heads`` in the decoder. ``null_class`` is the index among its
-    classes that stands for no class (classifier-free guidance) and cannot be asked for.
+    ``num_heads_upsample`` overrides ``num_heads`` in the decoder. ``null_class`` is the index of the class
+    that means "no class" (classifier-free guidance); it cannot be requested.
     """
 
     num_classes: OptionalPositive = None
@@ -171,18 +172,18 @@ class UNetConfig(BackboneConfig):
 
     @property
     def out_channels(self) -> int:
-        """Channels of the network's output: C, or 2C where sigma is learned."""
+        """Channels of the network's output: C, or 2C if sigma is learned."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
     @property
     def classes(self) -> int | None:
-        """Classes that can be asked for: all but the null class; None without classes."""
+        """Number of classes that can be requested, without the null class; None without classes."""
         return (
             self.num_classes if self.num_classes is None or self.null_class is None else self.num_classes - 1
         )
 
     def own_labels(self, labels: NDArray[np.int64] | None) -> NDArray[np.int64] | None:
-        """The network's indices of classes that were asked for, int64 [N]; None where it has no classes."""
+        """The network's indices of requested classes, int64 [N]; None if the network has no classes."""
         if labels is None or self.num_classes is None or self.null_class is None:
             return None if self.num_classes is None else labels
         return labels + (labels >= self.null_class)
@@ -191,7 +192,7 @@ class UNetConfig(BackboneConfig):
         return (self.num_heads, self.num_heads_upsample or self.num_heads)
 
     def _can_be_halved(self) -> bool:
-        # The decoder doubles what the encoder halved, and joins them.
+        # The decoder concatenates feature maps that it doubled with those that the encoder halved.
         return self.image_size % (1 << (len(self.channel_mult) - 1)) == 0
 
     @model_validator(mode="after")
@@ -225,11 +226,11 @@ class ClassifierConfig(BackboneConfig):
 
 
 class NoiseConfig(Config):
-    """Growth of the noise over the steps of a process, which :func:`admtrt.schedule.process.betas` makes.
+    """The noise schedule of a process; :func:`admtrt.schedule.process.betas` computes the betas.
 
-    ``beta_start`` and ``beta_end`` are the betas of the first and the last step, whatever their number;
-    without them a linear schedule has those of ADM, scaled by 1000 / steps. ``zero_terminal_snr`` shifts and
-    scales the signal so that none of it is left at the last step (Lin et al. 2024, algorithm 1).
+    ``beta_start`` and ``beta_end`` are the betas of the first and the last step, for any number of steps.
+    Without them, a linear schedule has ADM's betas, scaled by 1000 / steps. ``zero_terminal_snr`` shifts and
+    scales sqrt(alpha_bar) so that it is 0 at the last step (Lin et al. 2024, algorithm 1).
     """
 
     steps: Annotated[int, Field(ge=2, le=1_000_000)] = 1000
@@ -260,7 +261,7 @@ class DiffusionConfig(NoiseConfig):
 
     ``mean_type`` ``v`` is sqrt(alpha_bar) eps - sqrt(1 - alpha_bar) x_0 (Salimans & Ho 2022).
     ``variance_type`` ``learned_range`` interpolates between beta~ and beta (IDDPM eq. 15).
-    ``rescale_timesteps`` gives the network t * 1000 / steps, as IDDPM forks with T = 4000 were trained.
+    ``rescale_timesteps`` gives the network t * 1000 / steps; IDDPM forks with T = 4000 were trained so.
     """
 
     kind: Literal["discrete"] = later("discrete")
@@ -279,16 +280,16 @@ class DiffusionConfig(NoiseConfig):
 
     @property
     def time_factor(self) -> float:
-        """The networks' ``t`` over the timestep."""
+        """The networks' ``t`` divided by the timestep."""
         return 1000.0 / self.steps if self.rescale_timesteps else 1.0
 
     @property
     def learns_sigma(self) -> bool:
-        """True where the network outputs variance channels."""
+        """True if the network outputs variance channels."""
         return self.variance_type.startswith("learned")
 
     def check_variance(self, network: UNetConfig, name: str = "unet") -> None:
-        """Refuse a UNet that outputs variance channels where the process has none, or the other way round.
+        """Refuse a UNet whose variance channels do not match the process: either has them and the other not.
 
         Raises:
             ValueError: naming both keys.
@@ -303,8 +304,8 @@ class DiffusionConfig(NoiseConfig):
 class EdmConfig(Config):
     """A continuous process with the preconditioning of Karras et al. 2022, as in openai/consistency_models.
 
-    ``boundary`` says that the network is a consistency model, whose output is held to the identity at
-    ``sigma_min`` (Song et al. 2023, appendix C). Networks are given t = 250 log of the noise level.
+    With ``boundary`` the network is a consistency model: its scalings make it the identity at ``sigma_min``
+    (Song et al. 2023, appendix C). The network's input t is 250 times the log of the noise level.
     """
 
     kind: Literal["edm"] = "edm"
@@ -322,12 +323,12 @@ class EdmConfig(Config):
 
     @property
     def time_factor(self) -> float:
-        """No network of this kind counts timesteps, see :attr:`DiffusionConfig.time_factor`."""
+        """Always 1: networks of this kind have no timesteps, see :attr:`DiffusionConfig.time_factor`."""
         return 1.0
 
     @property
     def learns_sigma(self) -> bool:
-        """No network of this kind outputs variance channels."""
+        """Always False: networks of this kind output no variance channels."""
         return False
 
     def check_variance(self, network: UNetConfig, name: str = "unet") -> None:
@@ -337,7 +338,7 @@ class EdmConfig(Config):
 
 
 def _kind_of(process: Any) -> str | None:
-    """The tag of a process; None for what is none."""
+    """The tag of a process; None for any other value."""
     if isinstance(process, dict):
         return str(process.get("kind", "discrete"))
     return getattr(process, "kind", None)
@@ -346,4 +347,4 @@ def _kind_of(process: Any) -> str | None:
 ProcessConfig = Annotated[
     Annotated[DiffusionConfig, Tag("discrete")] | Annotated[EdmConfig, Tag("edm")], Discriminator(_kind_of)
 ]
-"""The process of a network by its ``kind``; one without, as older files have it, is discrete."""
+"""The process of a network, by its ``kind``. Older files have no ``kind``: they are discrete."""

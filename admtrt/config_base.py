@@ -1,4 +1,4 @@
-"""The base of all configurations: how they are read from plain data, refused, and written."""
+"""The base class of all configurations: reading from plain data, error messages, writing."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from admtrt.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_WRITTEN = {"later": False}  # context of what is written to files
+_WRITTEN = {"later": False}  # context of serialisation for files
 _LATER: dict[str, Any] = {"later": True}  # marks fields
 
 
 def later(default: Any) -> Any:
-    """A field that files written before it lack, and that is written only where it is not the default."""
+    """A field that older files lack; it is written only if its value is not the default."""
     return Field(default=default, json_schema_extra=_LATER)
 
 
 class Config(BaseModel):
-    """Base of all configurations: immutable, hashable, unknown keys refused."""
+    """Base class of all configurations: immutable, hashable; unknown keys are refused."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -49,7 +49,7 @@ class Config(BaseModel):
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON-ready data that :meth:`from_dict` turns back into an equal object.
 
-        It is what files hold; comparisons take ``model_dump``, which has every field (see :func:`later`).
+        Files contain this form. To compare, use ``model_dump``, which has every field (see :func:`later`).
         """
         return self.model_dump(mode="json", context=_WRITTEN)
 

@@ -1,4 +1,4 @@
-"""Explain errors of configurations: the path of the key, the fault, and the key that was meant."""
+"""Error messages for configurations: the path of the key, the error, and the most similar known key."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _ORIGINAL_FLAGS = {
 
 
 def explain(error: ValidationError, cls: type[BaseModel]) -> str:
-    """Describe every error that pydantic found in a ``cls``, in one line."""
+    """Describe all errors that pydantic found in a ``cls``, in one line."""
     lines = []
     for item in error.errors(include_url=False):
         names, model = _place(item["loc"], cls)
@@ -65,7 +65,7 @@ def _shown(value: Any) -> str:
 
 
 def _place(loc: tuple[int | str, ...], cls: type[BaseModel]) -> tuple[list[str], type[BaseModel] | None]:
-    """The names that lead to a fault, and the model with the last name, if known.
+    """The names that lead to an error, and the model that has the last name, if known.
 
     For a field with several possible models, pydantic inserts the kind of the chosen model, which is not in
     the user's file.
@@ -84,7 +84,7 @@ def _place(loc: tuple[int | str, ...], cls: type[BaseModel]) -> tuple[list[str],
         field = None if model is None else model.model_fields.get(str(part))
         if field is not None:
             choices = list(_models_in(field.annotation))
-        # Otherwise an index or a key of the previous value.
+        # Otherwise the part is an index or a key of the previous value.
     return names, model
 
 
@@ -102,7 +102,7 @@ def _suggestion(name: str, model: type[BaseModel] | None) -> str:
 
 
 def nearest_name(name: str, known: Sequence[str]) -> str | None:
-    """Guess the key that an unknown one means: a flag of the original, else the most similar key."""
+    """Guess the key that an unknown name means: a flag of the original code, else the most similar key."""
     if _ORIGINAL_FLAGS.get(name) in known:
         return _ORIGINAL_FLAGS[name]
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)

@@ -1,4 +1,4 @@
-"""Configurations as TOML: read, overridden key by key, and written."""
+"""Configurations as TOML: reading, overriding single keys, writing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def load_config(cls: type[ConfigT], path: Path, overrides: Sequence[str] = ()) -
     """Read a TOML file and apply ``section.key=value`` overrides (values in TOML notation, or plain text).
 
     Raises:
-        ConfigError: if the file is missing or no TOML, or as :meth:`Config.from_dict`.
+        ConfigError: if the file is missing or not valid TOML, or as :meth:`Config.from_dict`.
     """
     data = read_toml(path)
     apply_overrides(data, overrides)
@@ -33,7 +33,7 @@ def read_toml(path: Path) -> dict[str, Any]:
     """The content of a TOML file.
 
     Raises:
-        ConfigError: if it is missing or no TOML.
+        ConfigError: if it is missing or not valid TOML.
     """
     import tomllib
 
@@ -46,7 +46,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def value_from_text(text: str) -> Any:
-    """A value in TOML's notation, or plain text."""
+    """Parse a value in TOML's notation; anything else is plain text."""
     import tomllib
 
     try:
@@ -59,7 +59,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> None:
     """Put ``section.key=value`` overrides into plain data.
 
     Raises:
-        ConfigError: for one that is not of this form, or goes through a value.
+        ConfigError: for an override of another form, or whose path leads through a value.
     """
     for override in overrides:
         _apply_override(data, override)
@@ -87,7 +87,7 @@ def save_config(config: Config, path: Path) -> None:
 
 
 def toml_of(config: Config, section: str) -> str:
-    """A configuration as one section of TOML."""
+    """TOML of a configuration, as one section."""
     return _to_toml({section: _set_values(config)})
 
 
@@ -119,6 +119,6 @@ def _toml_value(value: Any) -> str:
         return f"[{', '.join(_toml_value(item) for item in value)}]"
     if isinstance(value, float):
         return repr(value)
-    # JSON's strings are TOML's, but for escaped halves of characters and for DEL, which TOML does not allow.
+    # JSON strings are valid TOML, except for escaped surrogates and for DEL.
     text = json.dumps(NONE_IN_TOML if value is None else value, ensure_ascii=False)
     return text.replace("\x7f", "\\u007f")

@@ -1,4 +1,4 @@
-"""Types of the values in configurations: their bounds, and what texts stand for them."""
+"""Types of the values in configurations: their bounds, and the texts that they are parsed from."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Annotated, Any
 from pydantic import BeforeValidator, Field
 
 NONE_IN_TOML = "none"
-"""Stands for None where there is no null."""
+"""Means None in formats without null."""
 
 
 def _none_from_text(value: Any) -> Any:
-    """None for the words that stand for it where there is no null; anything else as it is."""
+    """None for the words that mean it in formats without null; any other value unchanged."""
     return None if value in (NONE_IN_TOML, "None") else value
 
 
 def _none_from_flag(value: Any) -> Any:
-    """As the original's flags for numbers of heads have it."""
+    """None also for -1, as in the original's flags for numbers of heads."""
     return None if value in (-1, "-1") else _none_from_text(value)
 
 
 def _list_from_text(value: Any) -> Any:
-    """Lists as the original's flags have them: ``1,2,4``, or a single number."""
+    """Parse a list in the format of the original's flags: ``1,2,4``, or a single number."""
     if isinstance(value, str):
         return [part.strip() for part in value.strip("()[] ").split(",")]
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value

@@ -5,18 +5,18 @@ A few subclasses are defined next to the one place that raises and catches them.
 ::
 
     AdmtrtError                 1
-    ├── UserError               2   the user's fault: says what came, what was expected, what to do next
+    ├── UserError               2   a user error: what was given, what was expected, what to do next
     │   ├── ConfigError             a configuration key or value
     │   ├── DataError               training images
-    │   ├── CheckpointError         a checkpoint file or what it holds
+    │   ├── CheckpointError         a checkpoint file or its contents
     │   ├── BundleError             a bundle on disk
-    │   ├── RequestError            what a command or a function was asked for
+    │   ├── RequestError            a request to a command or a function
     │   ├── OutputError             a place that cannot be written
     │   ├── EngineError             an inference library, or what it cannot build or run
     │   │   └── PlanError               a built engine that is missing, altered or made for something else
     │   └── MissingDependencyError  an optional package
     ├── ExportError             1   a module that the exporter cannot turn into a graph
-    └── TrainingDivergedError   1   NaN again and again; the last good state was kept
+    └── TrainingDivergedError   1   repeated NaN; the last good state was kept
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class AdmtrtError(Exception):
     """Base of all errors of admtrt.
 
     Args:
-        message: what came and what was expected.
+        message: what was given and what was expected.
         hint: what to do next; a note of the exception, so that ``str`` is the message alone.
     """
 

@@ -1,4 +1,4 @@
-"""A run of training: data, process, networks, training and sampling in one file."""
+"""The configuration of a training run: data, process, networks, training and sampling in one file."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from admtrt.schedule.solvers import SOLVERS
 from admtrt.schedule.solvers.registry import own_solver
 
 Task = Literal["unet", "classifier", "upsampler", "consistency"]
-"""Networks that can be trained; a consistency model is a UNet."""
+"""The networks that can be trained; the network of a consistency model is a UNet."""
 
 
 def network_section(task: Task) -> Literal["unet", "classifier", "upsampler"]:
-    """The section of the network that is trained, and so its kind."""
+    """The section of the trained network; it is also the kind of network."""
     return "unet" if task == "consistency" else task
 
 
 def sampler_for(process: DiffusionConfig | EdmConfig, sampler: SamplerConfig | None = None) -> SamplerConfig:
-    """A sampler with what was not given of it fitted to a process.
+    """A sampler whose unset fields are chosen to fit a process.
 
-    Of a process of kind ``edm`` that is the network's own method, its evaluations and no guidance; of a
-    discrete one that is shorter than the default number of steps, every step.
+    For a process of kind ``edm``: the network's own method, that method's evaluations, and no guidance. For a
+    discrete process shorter than the default number of steps: every step.
     """
     sampler = SamplerConfig() if sampler is None else sampler
     given = sampler.model_fields_set
@@ -46,30 +46,31 @@ def sampler_for(process: DiffusionConfig | EdmConfig, sampler: SamplerConfig | N
     fitted = {name: value for name, value in fitted.items() if name not in given}
     if not fitted:
         return sampler
-    # Not among the fields that were set: with another process they are fitted again.
+    # The fitted fields do not count as set, so that they are fitted again to another process.
     return SamplerConfig.model_construct(_fields_set=given, **(sampler.model_dump() | fitted))
 
 
 def _fit(sampler: SamplerConfig, info: ValidationInfo) -> SamplerConfig:
-    diffusion: DiffusionConfig | EdmConfig | None = info.data.get("diffusion")  # absent where it was refused
+    diffusion: DiffusionConfig | EdmConfig | None = info.data.get("diffusion")  # absent if it was refused
     return sampler if diffusion is None else sampler_for(diffusion, sampler)
 
 
 FittedSampler = Annotated[SamplerConfig, AfterValidator(_fit), Field(validate_default=True)]
-"""Sampler fitted to the process of the field ``diffusion`` before it, see :func:`sampler_for`."""
+"""Sampler fitted to the process in the preceding field ``diffusion``, see :func:`sampler_for`."""
 
 
 class DataConfig(Config):
     """Training images.
 
-    ``source`` is a path, or ``digits`` for the images shipped with scikit-learn; ``kind`` says what stands
-    there where that is not plain from the path. ``label_from`` chooses how files of a folder are classed;
-    ``on_bad_file`` what happens with files that are no images. ``resize`` allows images whose size is not
-    ``image_size``. ``hold_out`` is the fraction kept for evaluation, the same for every network.
+    ``source`` is a path, or ``digits`` for the images shipped with scikit-learn. ``kind`` is the kind of
+    data, for paths that do not show it. ``label_from`` selects where the class of each file in a folder comes
+    from; ``on_bad_file`` what to do with files that are not valid images. ``resize`` allows images whose size
+    is not ``image_size``. ``hold_out`` is the fraction kept for evaluation; every network holds out the same
+    images.
 
-    ``exif_rotation`` turns images as their EXIF data say. ``background`` is the grey level, 0 to 255, behind
-    transparent pixels where ``channels`` has no place for them. The original code does neither: for what it
-    trained on, set ``exif_rotation = false`` and ``background = "none"``.
+    ``exif_rotation`` rotates images by their EXIF orientation. ``background`` is the grey level, 0 to 255,
+    put behind transparent pixels if ``channels`` includes no alpha channel. The original code does neither:
+    to train on the same pixels, set ``exif_rotation = false`` and ``background = "none"``.
     """
 
     source: str
@@ -93,20 +94,21 @@ SnrWeighting = Literal["none", "min-snr", "p2"]
 class TrainingConfig(Config):
     """Training settings of one network.
 
-    ``loss`` applies to UNets: ``simple`` (MSE), ``hybrid`` (IDDPM's L_hybrid), ``vlb`` (the bound itself,
-    rescaled by the number of steps) or ``kl`` (the bound in bits per dim). ``ema_rates`` are averaged
-    side by side; the first is the one that is exported; with ``ema_warmup`` none remembers more than about
-    the last tenth of the steps. ``lr_schedule`` ``linear`` and ``cosine`` anneal to 0. ``snr_weighting``
-    weights the squared error by the signal-to-noise ratio: ``min-snr`` as Hang et al. 2023, ``p2`` as Choi
-    et al. 2022.
+    ``loss`` applies to UNets: ``simple`` (MSE), ``hybrid`` (IDDPM's L_hybrid), ``vlb`` (the variational
+    bound, rescaled by the number of steps) or ``kl`` (the bound in bits per dim). Training keeps one EMA of
+    the weights for each of ``ema_rates``; the first is exported. With ``ema_warmup`` an EMA averages at most
+    about the last tenth of the steps. ``lr_schedule`` ``linear`` and ``cosine`` anneal to 0.
+    ``snr_weighting`` weights the squared error by the signal-to-noise ratio: ``min-snr`` as Hang et al. 2023,
+    ``p2`` as Choi et al. 2022.
 
-    ``compile`` has torch.compile fuse the network, ``channels_last`` lays images out as convolutions like
-    them, and ``tf32`` lets devices that have it round the inputs of float32 matrix products: each changes
-    speed, and the last bits.
+    ``compile`` compiles the network with torch.compile, ``channels_last`` stores images in the memory format
+    channels-last, and ``tf32`` lets devices with TF32 round the inputs of float32 matrix products. Each
+    changes the speed and the last bits of results.
 
-    On a process of kind ``edm`` the log of the noise level S is normal with ``sigma_mean`` and ``sigma_std``,
-    and the squared error of x_0 is weighted as Karras et al. 2022 do, (S^2 + d^2) / (S d)^2 with
-    d = ``sigma_data``, or by another ``weighting`` of openai/consistency_models in S^-2 (``snr``).
+    For a process of kind ``edm``, the log of the noise level S is drawn from a normal distribution with
+    ``sigma_mean`` and ``sigma_std``. The squared error of x_0 is weighted as in Karras et al. 2022,
+    (S^2 + d^2) / (S d)^2 with d = ``sigma_data``, or by another ``weighting`` of openai/consistency_models in
+    S^-2 (``snr``).
     """
 
     steps: Positive = 1000
@@ -139,23 +141,24 @@ class TrainingConfig(Config):
 
 
 class UNetTrainingConfig(TrainingConfig):
-    """The same for a UNet, which may start from the weights of ``init``, a file or diffusers' folder.
+    """Training settings of a UNet, which may start from the weights of ``init``, a file or diffusers' folder.
 
-    An unconditional UNet may start from a class-conditional one, without its labels.
+    An unconditional UNet may start from a class-conditional one; the label embedding is dropped.
     """
 
     init: str | None = later(None)
 
 
 class ConsistencyTrainingConfig(TrainingConfig):
-    """The same for a consistency model (Song et al. 2023), with its defaults for distillation.
+    """Training settings of a consistency model (Song et al. 2023); the defaults are for distillation.
 
-    ``teacher`` is the file of a UNet trained with the same ``[unet]`` on the same process, whose step of
-    Heun's method leads from a noise level to the next; without one, the image does (consistency training).
-    ``levels`` of Karras et al.'s grid are trained on; with ``first_levels`` they grow from that number as in
-    the paper, section 5, and ``target_ema`` is the rate at their beginning. ``distance`` ``pseudo_huber`` is
-    that of Song & Dhariwal 2023, with ``huber_c`` None for their 0.00054 sqrt(C H W), and the weighting
-    ``inverse-step`` theirs, 1 / (S_n - S_{n+1}).
+    ``teacher`` is the file of a UNet trained with the same ``[unet]`` on the same process; one step of Heun's
+    method with it leads from a noise level to the next (consistency distillation). Without a teacher, that
+    step uses the training image (consistency training). ``levels`` is the number of levels of Karras et al.'s
+    grid. With ``first_levels`` the number of levels grows from there as in the paper, section 5, and
+    ``target_ema`` is the rate at the start. ``distance`` ``pseudo_huber`` is from Song & Dhariwal 2023;
+    ``huber_c`` None means their 0.00054 sqrt(C H W). The weighting ``inverse-step`` is also theirs,
+    1 / (S_n - S_{n+1}).
     """
 
     ema_rates: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)] = (0.999,)
@@ -177,16 +180,16 @@ class ConsistencyTrainingConfig(TrainingConfig):
 
 
 class ClassifierTrainingConfig(TrainingConfig):
-    """The same for a classifier, with the defaults that suit one."""
+    """Training settings of a classifier, with other defaults."""
 
     lr: Annotated[float, Field(gt=0)] = 3e-4
     weight_decay: Annotated[float, Field(ge=0)] = 0.05
 
 
 def with_sizes_of_data(given: Any) -> Any:
-    """Content of a training file, whose networks have the sizes of ``data`` where they say none.
+    """Content of a training file, in which networks without sizes get those of the section ``data``.
 
-    What has another form is returned as it is: validation tells what is wrong with it.
+    Content of another form is returned unchanged, for validation to refuse it.
     """
     data = given.get("data") if isinstance(given, dict) else None
     if not isinstance(data, dict):
@@ -218,12 +221,12 @@ class RunConfig(Config):
         return with_sizes_of_data(given)
 
     def network(self, task: Task) -> UNetConfig | ClassifierConfig | None:
-        """Network of this section, if there is such a section."""
+        """The network of this task, or None if the file has no section for it."""
         network: UNetConfig | ClassifierConfig | None = getattr(self, network_section(task))
         return network
 
     def process(self, task: Task) -> DiffusionConfig | EdmConfig:
-        """The process of a trained network: a consistency model is held to its boundary."""
+        """The process of a trained network; that of a consistency model has the boundary condition."""
         if task == "consistency" and isinstance(self.diffusion, EdmConfig):
             return self.diffusion.model_copy(update={"boundary": True})
         return self.diffusion

@@ -1,4 +1,4 @@
-"""Long runs over a denoiser that computes nothing, and what they leave."""
+"""Bulk runs with a denoiser that computes nothing, and helpers that read their files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SAMPLER = SamplerConfig(steps="3", scale=1.0)
 
 
 class Echo:
-    """A denoiser that returns x_T, so that an image tells its seed, and counts the images it has seen."""
+    """A denoiser that returns x_T, so that an image identifies its seed; it counts its images."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -37,7 +37,7 @@ class Echo:
 
 
 def request(count: int = 10, **changes: Any) -> BulkRequest:
-    """A request in shards of four, classes in turn."""
+    """A request with shards of four samples and alternating classes."""
     given: dict[str, Any] = {
         "count": count,
         "labels": None if "labels" in changes else np.arange(count, dtype=np.int64) % 3,
@@ -50,7 +50,7 @@ def request(count: int = 10, **changes: Any) -> BulkRequest:
 
 
 def expected(pipeline: Pipeline, count: int = 10) -> np.ndarray:
-    """The images of :func:`request`, drawn at once."""
+    """The images of :func:`request`, drawn in one batch."""
     seeds = list(range(7, 7 + count))
     return pipeline([index % 3 for index in range(count)], seeds, steps="3", scale=1.0).images
 

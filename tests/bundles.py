@@ -1,4 +1,4 @@
-"""Bundles for tests: sham ones, whose graphs are empty, and tiny exported ones, each made once a process."""
+"""Bundles for tests: fake ones with empty graphs, and tiny exported ones, each made once per process."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ UNET = UNetConfig.from_dict(_SHAPE)
 CLASSIFIER = ClassifierConfig.from_dict(_SHAPE | {"num_classes": 3, "num_head_channels": 16})
 CLASS_NAMES = ("ant", "bee", "cat")
 SAMPLER = SamplerConfig(steps="5", scale=2.0)
-EMPTY_GRAPH = b"\x08\x0a"  # a model that says its IR version and nothing else
+EMPTY_GRAPH = b"\x08\x0a"  # a model that contains only its IR version
 
 
 def sham_bundle(
@@ -53,9 +53,10 @@ def sham_bundle(
     extra: Mapping[str, bytes] = MappingProxyType({}),
     **fields: Any,
 ) -> Bundle:
-    """A bundle that passes every check and cannot run.
+    """A fake bundle that passes every check of the format but cannot run.
 
-    Every graph's file holds ``graph``, ``extra`` are further files, ``fields`` replace those of the manifest.
+    The file of every graph contains ``graph``; ``extra`` are further files; ``fields`` replace fields of the
+    manifest.
     """
     given = {
         "network": UNET,
@@ -88,7 +89,7 @@ def _root() -> Path:
 
 
 def network(config: UNetConfig | ClassifierConfig, **fields: Any) -> LoadedNetwork:
-    """A network with the weights of the goldens, as if it were loaded from a checkpoint."""
+    """A network with the goldens' weights, in the form of a loaded checkpoint."""
     if isinstance(config, ClassifierConfig):
         fields |= {"kind": "classifier", "classifier": config}
     else:
@@ -109,10 +110,10 @@ _NETWORKS: dict[str, tuple[UNetConfig, ClassifierConfig | None]] = {
 
 @cache
 def exported_bundle(name: str) -> Path:
-    """One of four.
+    """One of four exported bundles, by name.
 
-    ``guided`` is unconditional with a classifier of 3 classes, ``steered`` the same with four guides more;
-    ``conditional`` (4 classes) and ``upsampler`` (from 4x4) have none.
+    ``guided`` is unconditional with a classifier of 3 classes; ``steered`` is the same with four more guides.
+    ``conditional`` (4 classes) and ``upsampler`` (from 4x4) have no classifier.
     """
     unet, classifier = _NETWORKS[name]
     names = CLASS_NAMES if classifier is not None else ()
@@ -127,7 +128,7 @@ def exported_bundle(name: str) -> Path:
 
 
 def _guides() -> list[AnyGuide]:
-    """Losses with images and without targets, one of labels and noisy images, and a second network."""
+    """Guides: losses with and without an image as target, one of labels and x_t, and a second network."""
     event = event_shape(UNET)
     return [
         replace(losses.linear(event), name="linear"),
@@ -144,7 +145,7 @@ def pipeline(name: str) -> Pipeline:
 
 
 def edit_manifest(bundle: Path, edit: Any) -> None:
-    """Change the manifest's data."""
+    """Edit the data of a bundle's manifest in its file."""
     file = bundle / "manifest.json"
     data = json.loads(file.read_text())
     edit(data)
@@ -152,7 +153,7 @@ def edit_manifest(bundle: Path, edit: Any) -> None:
 
 
 def replace_graph(bundle: Path, name: str, content: bytes) -> None:
-    """Put other bytes in the place of a graph, hash and size included: tampering that no hash shows."""
+    """Replace a graph and its recorded hash and size: tampering that no hash detects."""
     file = f"{name}.onnx"
     (bundle / file).write_bytes(content)
     entry = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -160,13 +161,13 @@ def replace_graph(bundle: Path, name: str, content: bytes) -> None:
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
-    """The manifest as it stands in its file."""
+    """The data of a bundle's manifest file."""
     data: dict[str, Any] = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     return data
 
 
 def refusal(path: Path, data: Any = None) -> BundleError:
-    """The error of opening a bundle, its manifest replaced by ``data`` where given."""
+    """The error of opening a bundle, after replacing its manifest by ``data`` if given."""
     if data is not None:
         (path / MANIFEST).write_text(json.dumps(data), encoding="utf-8")
     with pytest.raises(BundleError) as caught:

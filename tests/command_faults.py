@@ -1,4 +1,4 @@
-"""Commands that fail by the user's fault, and what they say."""
+"""Commands that fail with a user error, and their messages."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ if TYPE_CHECKING:
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What a command that fails by the user's fault says."""
-    capsys.readouterr()  # what came before is not its own
+    """The message of a command that must fail with a user error."""
+    capsys.readouterr()  # drop the output of earlier commands
     assert run([str(argument) for argument in arguments]) == 2
     shown, complaint = capsys.readouterr()
     assert shown == ""

@@ -1,4 +1,4 @@
-"""Shared test setup: the same surroundings everywhere, one torch thread a process, versions in the header."""
+"""Shared test setup: a uniform environment, one torch thread per process, versions in the header."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from admtrt.runtime.backends.quiet import silence
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-# Workers share few cores, and the results of one thread do not depend on the machine.
+# Workers share few cores, and with one thread results do not depend on the machine.
 torch.set_num_threads(1)
 
-# Messages are compared as they are without colours, which some CIs' variables turn on even into a file.
+# Tests compare messages without colours; environment variables of some CIs turn colours on even for files.
 for _name in (
     "GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS", "NO_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE", "COLUMNS",
     "TERMINAL_WIDTH",
@@ -29,19 +29,19 @@ for _name in (
     os.environ.pop(_name, None)
 os.environ["TERM"] = "xterm"
 
-# A shell that starts the tests in the background has SIGINT ignored.
+# In tests that a shell started in the background, SIGINT would be ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Tests import the libraries themselves, too.
+# Tests also import the libraries directly.
 silence()
 
-# On a busy machine one example takes seconds. Examples share the fixtures of a test, which they leave alone.
+# On a busy machine one example takes seconds. Examples share the test's fixtures but do not change them.
 settings.register_profile(
     "tests", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 )
 settings.load_profile("tests")
 
-# What the package remembers between runs (hashes, the fastest backend) stays out of the user's cache.
+# Cached data (hashes, the fastest backend) must not go into the user's cache folder.
 _CACHE = tempfile.TemporaryDirectory(prefix="admtrt-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
@@ -56,9 +56,9 @@ def _no_misuse_of_the_gpu() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _signals_stay_as_they_were(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A handler that a test leaves behind would end the worker when a later test raises that signal.
+    """Refuse signal handlers that a test leaves behind: a later test that raises the signal would end the worker.
 
-    Ray installs one of its own whenever it starts.
+    Ray installs its own handler whenever it starts.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield

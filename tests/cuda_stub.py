@@ -1,7 +1,8 @@
-"""The driver of ``cuda_stub.c`` under the real cuda-core: built, shown to cuda-core alone, and steered.
+"""The stub driver of ``cuda_stub.c`` for the real cuda-core: building, loading and controlling it.
 
-No other library of the process finds it, so that tests of machines without a driver may run beside. Where it
-cannot be built, tests that need it are skipped; ``ADMTRT_REQUIRE_CUDA_STUB=1``, set by CI, lets them fail.
+Only cuda-core finds the stub. Other libraries of the process do not, so tests that simulate a machine without
+a driver can run in the same process. If the stub cannot be built, tests that need it are skipped; with
+``ADMTRT_REQUIRE_CUDA_STUB=1``, set by CI, they fail.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 ORDERS = ("lazy", "eager", "1", "2", "3")
-"""Order of the device's work: as late as it may, at once, or by a seed."""
+"""When the device does its work: as late as allowed, at once, or in an order by a seed."""
 GPU_NAME = "GeForce Double"
 
 _SOURCE = Path(__file__).with_name("cuda_stub.c")
 _HOST_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 _COUNTED = ("bytes", "pinned", "streams", "events", "graphs", "pending")
-_kept: list[Any] = []  # what the device may still call
+_kept: list[Any] = []  # keeps callbacks alive that the device may still call
 
 
 def _absent(reason: str) -> None:
@@ -41,7 +42,7 @@ def _absent(reason: str) -> None:
 
 @cache
 def library_path() -> str:
-    """The driver, built once a process."""
+    """Path of the stub driver, built once per process."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         _absent("there is no C compiler")
@@ -67,7 +68,7 @@ def library_path() -> str:
 
 @cache
 def _driver() -> Any:
-    """The driver, loaded, and given to cuda-core, which looks for it once a process."""
+    """The loaded stub driver, passed to cuda-core, which searches for a driver once per process."""
     path, open_library = library_path(), ctypes.CDLL
 
     def opened(name: Any, *arguments: Any, **options: Any) -> Any:
@@ -93,14 +94,14 @@ def _driver() -> Any:
 
 
 def reset(order: str = "lazy", *, memory: int = 2**30) -> None:
-    """A GPU with so many bytes left, whose work nothing of earlier tests is part of."""
+    """Reset the GPU: this many free bytes, and no work of earlier tests."""
     kind = {"lazy": 0, "eager": 1}.get(order, 2)
     _driver().stubReset(kind, 0 if kind < 2 else int(order), memory)
     _kept.clear()
 
 
 def fail(function: str, code: int, *, call: int = 1) -> None:
-    """Let a function of the driver return a code at one of its next calls; 2 says that memory is full."""
+    """Make a function of the driver return a code at one of its next calls; code 2 is out of memory."""
     _driver().stubFail(f"{function}:{call}:{code}".encode())
 
 
@@ -112,81 +113,81 @@ def _taken(misuses: bool) -> list[str]:
 
 
 def log() -> list[str]:
-    """What was enqueued (``s0: copy``), done (``done: graph``) and waited for since the last call."""
+    """The log since the last call: work enqueued (``s0: copy``), done (``done: graph``) and waited for."""
     return _taken(False)
 
 
 def misuses() -> list[str]:
-    """What a real device answers with wrong results or a crash, since the last call; all work is done first.
+    """Misuses since the last call: a real device would give wrong results or crash. All work is done first.
 
-    Every test fails for what is left of them at its end (``conftest.py``).
+    A test fails if any misuses are left at its end (``conftest.py``).
     """
     return _taken(True) if _driver.cache_info().currsize else []
 
 
 def misuse(what: str) -> None:
-    """Add one."""
+    """Record a misuse."""
     _driver().stubMisuse(what.encode())
 
 
 def counts() -> dict[str, int]:
-    """What was not given back: bytes, page-locked blocks, streams, events, graphs; and work not done yet."""
+    """Resources not released: bytes, page-locked blocks, streams, events, graphs; and work not done yet."""
     found = (ctypes.c_long * len(_COUNTED))()
     _driver().stubCount(found)
     return dict(zip(_COUNTED, found, strict=True))
 
 
 def memory_at(address: int, size: int) -> Any:
-    """The device's memory for NumPy; None where that much is not alive."""
+    """The device's memory as a NumPy array; None if this range is not allocated."""
     found = _driver().stubReach(address, size)
     return None if found is None else (ctypes.c_char * size).from_address(found)
 
 
 def free_memory() -> int:
-    """Bytes that are left."""
+    """Free device memory, in bytes."""
     left, total = ctypes.c_size_t(), ctypes.c_size_t()
     assert _driver().cuMemGetInfo_v2(ctypes.byref(left), ctypes.byref(total)) == 0
     return left.value
 
 
 def is_current() -> bool:
-    """Whether this thread may use the device."""
+    """True if the device's context is current in this thread."""
     context = ctypes.c_void_p()
     _driver().cuCtxGetCurrent(ctypes.byref(context))
     return bool(context)
 
 
 def capturing(stream: int) -> bool:
-    """Whether a stream's work goes into a graph."""
+    """True if a stream is being captured into a graph."""
     status = ctypes.c_int()
     _driver().cuStreamIsCapturing(ctypes.c_void_p(stream), ctypes.byref(status))
     return bool(status.value)
 
 
 def wait_for(stream: int) -> int:
-    """The driver's code."""
+    """Wait for work; returns the driver's code."""
     return int(_driver().cuStreamSynchronize(ctypes.c_void_p(stream)))
 
 
 def take_memory(size: int) -> int:
-    """An address of memory for a library's own use; 0 where there is not enough."""
+    """Allocate memory for a library's own use; returns its address, or 0 if there is not enough."""
     return int(_driver().stubTakeMemory(size))
 
 
 def give_memory(address: int) -> None:
-    """Give it back, which must not be while work on it is under way."""
+    """Release memory of :func:`take_memory`; a misuse while work on it is running."""
     _driver().stubGiveMemory(address)
 
 
 def run(
     stream: int, name: str, work: Callable[[], None], *, reads: Sequence[int], writes: Sequence[int]
 ) -> int:
-    """Put ``work`` into a stream, which reads and writes memory at these addresses; the driver's code."""
+    """Enqueue ``work``, which reads and writes memory at these addresses; returns the driver's code."""
 
     def called(_: Any) -> None:
         try:
             work()
-        except BaseException as error:  # no exception gets through the driver
+        except BaseException as error:  # exceptions cannot propagate through the driver
             misuse(f"{name}: {error!r}")
 
     function = _HOST_FUNCTION(called)

@@ -1,4 +1,4 @@
-"""Goldens of diffusers: its networks as folders, its trajectories as schedules of ours."""
+"""Goldens of diffusers: its networks as folders, its trajectories as our schedules."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def event(network: str) -> tuple[int, int, int]:
 
 
 def weights(network: str, *, old: bool = False) -> dict[str, torch.Tensor]:
-    """The tensors of a golden network in diffusers' names, attention's as before v0.17 with ``old``."""
+    """A golden network's tensors by diffusers' names; with ``old``, attention's names before v0.17."""
     made = {}
     for key, shape in NETWORKS[network]["keys"].items():
         drawn = torch.from_numpy(generated_weight(f"{network}:{key}", tuple(shape), META["salt"]))
@@ -84,7 +84,7 @@ def scheduler_of(network: str) -> dict[str, Any]:
 
 
 def write_folder(path: Path, network: str, *, old: bool = False) -> Path:
-    """A golden network as ``DDPMPipeline.save_pretrained`` writes it."""
+    """Write a golden network's folder in the form of ``DDPMPipeline.save_pretrained``."""
     for name, config in (
         ("unet/config", {"_class_name": "UNet2DModel", **NETWORKS[network]["config"]}),
         ("scheduler/scheduler_config", scheduler_of(network)),
@@ -105,7 +105,7 @@ def write_folder(path: Path, network: str, *, old: bool = False) -> Path:
 
 
 def write_tiny(path: Path, *, scheduler: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """A folder of a network that takes no time, with generated weights."""
+    """Write the folder of a tiny, fast network with generated weights."""
     config = TINY | changes
     network = read_network(path, config, (MIDDLE_NORM,)).config
     variance = "learned_range" if network.learn_sigma else "fixed_small"
@@ -134,7 +134,7 @@ def load(folder: Path) -> tuple[UNet, CheckpointConfig]:
 
 
 def in_float64(unet: UNet) -> UNet:
-    """The network in float64, the frequencies of its time embedding too."""
+    """The network in float64, including the frequencies of its time embedding."""
     half, shift = unet.config.model_channels // 2, unet.config.frequency_shift
     made = unet.double()
     made.timestep_embedding.frequencies = 10_000.0 ** -(torch.arange(half).double() / (half - shift))
@@ -142,7 +142,7 @@ def in_float64(unet: UNet) -> UNet:
 
 
 def inputs_of(network: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """x, whose last sample is small so that the normalisations' epsilon shows, t and labels."""
+    """x, t and labels. The last sample of x is small, so that the normalisations' epsilon has an effect."""
     golden = NETWORKS[network]
     scale = np.array(META["input_scale"], np.float32)[:, None, None, None]
     x = torch.from_numpy(given(network, (3, *event(network))) * scale)
@@ -152,7 +152,7 @@ def inputs_of(network: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | 
 
 @cache
 def process_and_sampler(name: str) -> tuple[DiffusionConfig, SamplerConfig, float | None]:
-    """Process, sampler and quantile of thresholds of a trajectory, by the reader of its scheduler."""
+    """Process, sampler and threshold quantile of a trajectory, read from its scheduler's configuration."""
     golden = TRAJECTORIES[name]
     network = golden["network"]
     keys = NETWORKS[network]["keys"]
@@ -172,7 +172,7 @@ def process_and_sampler(name: str) -> tuple[DiffusionConfig, SamplerConfig, floa
 
 
 def rows_of(name: str) -> Rows:
-    """Rows of a trajectory; DDIM's lead where diffusers' do, t - floor(T / N), whatever the list says."""
+    """Rows of a trajectory; DDIM steps to t - floor(T / N), as in diffusers, whatever the list contains."""
     golden = TRAJECTORIES[name]
     process, sampler, _ = process_and_sampler(name)
     if golden["method"] == "ddpm":
@@ -186,7 +186,7 @@ def rows_of(name: str) -> Rows:
 
 
 def last_noise(name: str) -> np.ndarray | float:
-    """The noise that diffusers' DDPM adds behind the last step where that is not timestep 0, and ours not."""
+    """The noise that diffusers' DDPM, unlike ours, adds after a last step that is not timestep 0."""
     golden = TRAJECTORIES[name]
     last = golden["timesteps"][-1]
     if golden["method"] == "ddim" or last == 0:

@@ -1,10 +1,10 @@
-"""A strict double of the engine API of TensorRT and TensorRT-RTX, over the stub of the CUDA driver.
+"""A strict double of the engine API of TensorRT and TensorRT-RTX, on the stub of the CUDA driver.
 
 A plan of the double names an ONNX file, its profiles and the GPU; ONNX Runtime computes, on the stub's memory
-and in its streams' order. What the real one refuses (a shape outside the profile, an address that was never
-set) is refused in its way, by ``False`` or ``None`` and a line in the log; what it would run into (freed or
-too small memory, a graph of a context that was changed after the capture) is a misuse of the stub's, or a
-:class:`MisuseError` where it shows at once.
+and in the order of its streams. Calls that the real library refuses (a shape outside the profile, an address
+that was never set) are refused in the same way, by ``False`` or ``None`` and a line in the log. Errors that
+the real library does not detect (freed or too small memory, a graph of a context that was changed after the
+capture) are misuses of the stub, or raise :class:`MisuseError` if the double detects them at once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(int64)": np.dtype(np.i
 
 
 class MisuseError(AssertionError):
-    """Something that the real library answers with wrong results or a crash."""
+    """A call for which the real library gives wrong results or crashes."""
 
 
 class Severity(IntEnum):
@@ -104,7 +104,7 @@ def plan_bytes(
     renamed: str = "",
     capturable: bool = True,
 ) -> bytes:
-    """A plan of the double; ``renamed`` gives an output another name, ``scratch`` is for each sample."""
+    """A plan of the double. ``renamed`` renames an output; ``scratch`` is the scratch memory per sample."""
     fields = {"onnx": str(onnx), "profiles": list(profiles), "gpu": gpu, "scratch": scratch, "lean": lean}
     return json.dumps(fields | {"stripped": stripped, "renamed": renamed, "capturable": capturable}).encode()
 
@@ -124,7 +124,7 @@ class Runtime:
         if not cuda_stub.is_current():
             raise MisuseError("the device is not current in this thread")
         self.logger = logger
-        self.engine_host_code_allowed: bool | None = None  # whoever leaves it open trusts the plan
+        self.engine_host_code_allowed: bool | None = None  # leaving it open means trusting the plan
 
     def load_runtime(self, path: str) -> Runtime | None:
         if not path.endswith("libnvinfer_lean.so"):
@@ -150,7 +150,7 @@ class Runtime:
 
 
 class LeanRuntime(Runtime):
-    """What ``load_runtime`` gives."""
+    """The result of ``load_runtime``."""
 
 
 class RtxRuntime(Runtime):
@@ -190,7 +190,7 @@ class Engine:
         return DataType.INT64 if "int64" in self.tensors[name][1].type else DataType.FLOAT
 
     def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        """A profile of one size alone makes that size fixed."""
+        """A profile with a single size makes that size fixed."""
         sizes = {size for profile in self.fields["profiles"] for size in profile}
         batch = sizes.pop() if len(sizes) == 1 else -1
         return tuple(size if isinstance(size, int) else batch for size in self.tensors[name][1].shape)
@@ -222,7 +222,7 @@ class Engine:
 
 
 class EngineInspector:
-    """Writes outputs as TensorRT 10 does, or as 11 does."""
+    """Formats outputs like TensorRT 10, or like TensorRT 11."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -251,7 +251,7 @@ class RuntimeConfig:
 
 
 class RuntimeCache:
-    """Holds as many bytes as batch sizes were prepared."""
+    """Contains one byte for each prepared batch size."""
 
     def __init__(self) -> None:
         self.kernels = b""
@@ -304,7 +304,7 @@ class Context:
 
     def set_optimization_profile_async(self, profile_index: int, stream_handle: int) -> bool:
         if profile_index >= self.engine.num_optimization_profiles:
-            raise RuntimeError("Error in set optimization profile async.")  # as the real binding does
+            raise RuntimeError("Error in set optimization profile async.")  # like the real binding
         size = self.engine.get_device_memory_size_for_profile_v2(profile_index)
         self.scratch = cuda_stub.take_memory(max(size, 1))
         if not self.scratch:
@@ -352,7 +352,7 @@ class Context:
         if cuda_stub.capturing(stream_handle):
             capturable = self.engine.fields["capturable"] and not self.engine.runtime.rtx
             if not capturable or self.prepared != self.version:
-                cuda_stub.wait_for(stream_handle)  # which invalidates the capture
+                cuda_stub.wait_for(stream_handle)  # this invalidates the capture
                 return self._refuse("operation not permitted when stream is capturing")
         self.prepared = self.version
         inputs, outputs = self.engine.inputs, self.engine.outputs

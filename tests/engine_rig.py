@@ -1,4 +1,4 @@
-"""A bundle's plans on the stub of the CUDA driver and the double of the library, ready to be opened."""
+"""A bundle's plans for the double of the engine library, on the stub of the CUDA driver."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ class Rig:
 
     Args:
         rtx: TensorRT-RTX instead of TensorRT.
-        profiles: of the plans, for each graph or for all.
-        memory: bytes of the GPU.
-        order: when it does its work, one of :data:`cuda_stub.ORDERS`.
+        profiles: profiles of the plans, for each graph or for all.
+        memory: memory of the GPU, in bytes.
+        order: when the GPU does its work, one of :data:`cuda_stub.ORDERS`.
     """
 
     def __init__(
@@ -66,19 +66,19 @@ class Rig:
         hidden = ("tensorrt", "tensorrt_bindings", "tensorrt_rtx", "tensorrt_rtx_bindings")
         for module in hidden:
             patch.setitem(sys.modules, module, None)
-        self.module.__spec__ = ModuleSpec(self.module.__name__, None)  # its declaration asks for it
+        self.module.__spec__ = ModuleSpec(self.module.__name__, None)  # required by its declaration
         patch.setitem(sys.modules, self.module.__name__, self.module)
         patch.setattr(
             "admtrt.runtime.trt.engine.require_start", lambda _: None
-        )  # no other process has the double
+        )  # the double exists only in this process
 
     def driver(self, patch: pytest.MonkeyPatch, driver: Driver) -> None:
-        """What another driver would say of itself."""
+        """Change the reported driver."""
         for module in ("admtrt.runtime.cuda", "admtrt.runtime.backends.backend"):
             patch.setattr(f"{module}.query_driver", lambda: driver)
 
     def build(self, graphs: Sequence[str] = (), **plan: Any) -> list[PlanRecord]:
-        """Put plans of the graphs, or of all, into the store; ``plan`` are fields of the double's."""
+        """Store plans of these graphs, or of all; ``plan`` are fields of the double's plans."""
         library, records = find_library(self.flavor), []
         for graph in graphs or self.profiles:
             source = graph_source(self.bundle, graph, "fp32")
@@ -98,12 +98,12 @@ class Rig:
         return records
 
     def open(self, **options: Any) -> TensorRTDenoiser:
-        """The backend on the plans of the store."""
+        """Open the backend with the stored plans."""
         return TensorRTDenoiser(self.bundle, plans=self.folder, **options)
 
 
 def on_device(buffers: BatchBuffers, key: str) -> np.ndarray[Any, Any]:
-    """An array of a batch size, where the host cannot see it."""
+    """An array of a batch size in device memory, which the host cannot read."""
     array = buffers.arrays[key]
     size = int(np.prod(array.shape)) * array.dtype.itemsize
     return np.frombuffer(cuda_stub.memory_at(array.address, size), array.dtype).reshape(array.shape)

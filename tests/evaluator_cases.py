@@ -28,7 +28,7 @@ def short_hash(array: np.ndarray) -> str:
 
 @cache
 def feature_sets() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Reference and samples of every case, each held to its hash."""
+    """Reference and samples of every case; the hash of each is checked."""
     sets = {name: (a, b) for name, a, b in _feature_sets()}
     for name, pair in sets.items():
         assert [short_hash(one) for one in pair] == GOLD["metrics"][name]["sha256"], name
@@ -71,7 +71,7 @@ def _feature_sets() -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
 
 @cache
 def logit_sets() -> dict[str, np.ndarray]:
-    """Every case of the inception score, held to its hash."""
+    """Every case of the inception score; the hash of each is checked."""
     cases = GOLD["inception_score"]
     sets = {
         name: recipe.logits(SALT, f"is.{short}", *cases[name]["shape"], strength)

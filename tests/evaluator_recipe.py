@@ -1,4 +1,4 @@
-"""Seeded arrays of the evaluator goldens: numpy only, elementwise arithmetic, the same bits everywhere."""
+"""Seeded arrays of the evaluator goldens: only NumPy, elementwise, so the same bits everywhere."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 
 def z(salt: str, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal numbers, float32; the seed is of the salt and the name."""
+    """Standard normal numbers, float32; the seed is derived from the salt and the name."""
     seed = int.from_bytes(hashlib.sha256((salt + name).encode()).digest()[:8], "little")
     return np.random.Generator(np.random.PCG64(seed)).standard_normal(shape).astype(np.float32)
 
@@ -22,8 +22,9 @@ def integers(salt: str, name: str, low: int, high: int, shape: tuple[int, ...]) 
 def features(salt: str, name: str, n: int, d: int, *, scale: float = 1.0, shift: float = 0.0) -> np.ndarray:
     """Correlated, non-negative features [n, d], float32, for one set of a case.
 
-    ``name`` is CASE.SET; sets of a case share spread, loadings and direction of the shift. In float64, one
-    operation after another, then rounded once and cut at 0 (as features behind a ReLU).
+    ``name`` is CASE.SET; the sets of a case share the spread, the loadings and the direction of the shift.
+    Computed in float64, one operation after another, then rounded once and clamped at 0 (as features after a
+    ReLU).
     """
     case = name.split(".")[0]
     spread = 0.25 + 0.25 * np.abs(z(salt, f"{case}:spread", (d,)).astype(np.float64))
@@ -116,7 +117,7 @@ def inception_weights(salt: str) -> dict[str, np.ndarray]:
     for name, kh, kw, i, o, _, _ in inception_layers():
         gain = np.float32(np.sqrt(2.0 / (kh * kw * i)))
         kernel = z(salt, f"{name}/conv2d_params", (kh, kw, i, o)) * gain
-        half = i // 2  # the second half of the inputs undoes the mean of the first: images stay apart
+        half = i // 2  # the second half of the inputs cancels the mean of the first: images differ more
         kernel[:, :, half : 2 * half] = -kernel[:, :, :half][:, :, ::-1]
         weights[f"{name}/conv2d_params"] = kernel
         weights[f"{name}/batchnorm/beta"] = np.float32(0.1) * z(salt, f"{name}/batchnorm/beta", (o,))

@@ -1,4 +1,4 @@
-"""Tiny networks of features as ONNX graphs, and folders of them."""
+"""Tiny feature networks as ONNX graphs, and their folders."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from admtrt.files import sha256_of
 def write_graph(
     path: Path, *, size: int | None = None, channels: int = 3, classes: int = 10, poison: bool = False
 ) -> Path:
-    """``images`` to ``pool`` [N, 12], ``spatial`` [N, 8], ``logits``; ``poison``: NaN for white images."""
+    """Write a graph from ``images`` to ``pool`` [N, 12], ``spatial`` [N, 8] and ``logits``.
+
+    With ``poison``, its outputs for white images are NaN.
+    """
     rng = np.random.default_rng(7)
 
     def const(name: str, array: Any) -> str:
@@ -75,7 +78,7 @@ def write_graph(
 def features_folder(
     folder: Path, kind: str = "inception", *, size: int | None = None, channels: int = 3, known: bool = False
 ) -> Path:
-    """A folder as `admtrt evaluate features` makes one, around the tiny graph."""
+    """Write a folder like that of `admtrt evaluate features`, with the tiny graph."""
     folder.mkdir(parents=True)
     graph = write_graph(folder / GRAPH, size=size, channels=channels)
     manifest = FeatureManifest(
@@ -102,7 +105,7 @@ def pictures(count: int, seed: int = 0, size: int = 8, channels: int = 3) -> np.
 
 
 def run_folder(folder: Path, images: np.ndarray, *, asked: int, labelled: bool = True, cut: int = 7) -> Path:
-    """A run as `admtrt sample` leaves it, killed or still drawing."""
+    """Write the folder of a run of `admtrt sample` that was killed or is still drawing."""
     (folder / "shards").mkdir(parents=True)
     (folder / "request.json").write_text(json.dumps({"count": asked}))
     for start in range(0, len(images), cut):

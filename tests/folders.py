@@ -1,4 +1,4 @@
-"""What a folder holds, to be compared with what it should hold, or holds later."""
+"""The contents of a folder, for comparisons."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ if TYPE_CHECKING:
 
 
 def names(folder: Path) -> list[str]:
-    """What lies directly in it."""
+    """The names directly in a folder."""
     return sorted(path.name for path in folder.iterdir())
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file under it."""
+    """The bytes of every file under a folder."""
     return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

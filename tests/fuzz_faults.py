@@ -1,4 +1,4 @@
-"""A command line with the faults that the harness has to notice; loaded into a worker."""
+"""A command line with faults that the fuzzing harness must detect; loaded into a worker."""
 
 from __future__ import annotations
 

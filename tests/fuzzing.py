@@ -1,4 +1,4 @@
-"""Files that are broken in any way, each a function of its kind and a number, and what reads them."""
+"""Randomly broken files, each determined by its kind and a number, and the command lines that read them."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ OPCODES = tuple(bytes([code]) for code in b"(})]\x85\x86\x87tRsuaebQ\x88\x89N\x8
 
 
 def _bytes_changed(data: bytes, rng: random.Random, *, end: int | None = None) -> bytes:
-    """Some bytes replaced, and now and then a piece left out, doubled or cut off."""
+    """Replace some bytes; sometimes also remove, duplicate or cut off a piece."""
     changed = bytearray(data)
     for _ in range(rng.choice((1, 1, 2, 4, 8))):
         place = rng.randrange(min(end or len(changed), len(changed)))
@@ -54,7 +54,7 @@ def _bytes_changed(data: bytes, rng: random.Random, *, end: int | None = None) -
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Where values stand in a document."""
+    """The positions of all values in a document."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, inner in items:
         yield (*path, key)
@@ -62,7 +62,7 @@ def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
 
 
 def _document_changed(document: Any, rng: random.Random) -> Any:
-    """Some values replaced, removed or nested in themselves."""
+    """Replace or remove some values, or nest them in themselves."""
     changed = json.loads(json.dumps(document))
     for _ in range(rng.choice((1, 1, 2, 3))):
         *path, last = rng.choice(list(_places(changed)) or [(0,)])
@@ -81,7 +81,8 @@ def _document_changed(document: Any, rng: random.Random) -> Any:
 class Kinds:
     """Every kind of broken file, made in one folder.
 
-    ``makers`` gives, by name, what makes the file of a number and the command line that reads it.
+    ``makers`` contains, by name, functions that write the file of a number and return the command line that
+    reads it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -142,13 +143,13 @@ class Kinds:
         return self._convert(path)
 
     def _pt_pickle(self, rng: random.Random) -> Arguments:
-        """A pickle with some bytes changed in an archive whose sums are right."""
+        """A pickle with some bytes changed, in an archive with correct checksums."""
         path = self._folder / "b.pt"
         archive(_bytes_changed(self._opcodes, rng))(path)
         return self._convert(path)
 
     def _pt_opcodes(self, rng: random.Random) -> Arguments:
-        """Opcodes in any order, of which some make tensors."""
+        """Pickle opcodes in any order; some make tensors."""
         path = self._folder / "c.pt"
         atoms = (b")", b"}", b"]", b"K\x01", NAME, b"ctorch\nFloatStorage\n", b"ccollections\nOrderedDict\n")
         sizes = (0, 1, 4, 5, -1, 2**31, 2**62)
@@ -189,7 +190,7 @@ class Kinds:
         return ["inspect", self._copy, *["--json"] * (rng.random() < 0.5)]
 
     def _graph(self, rng: random.Random) -> Arguments:
-        """A graph with some bytes changed, in a bundle whose hashes are right."""
+        """A graph with some bytes changed, in a bundle with correct hashes."""
         bundle = self._folder / "graphs"
         shutil.copytree(self._guided, bundle, dirs_exist_ok=True)
         manifest = json.loads(json.dumps(self._manifest))
@@ -213,7 +214,7 @@ class Kinds:
         return self._enlarge(path)
 
     def _npz_header(self, rng: random.Random) -> Arguments:
-        """Arrays that announce anything, in an archive whose sums are right."""
+        """Arrays with arbitrary headers, in an archive with correct checksums."""
         path = self._folder / "b.npz"
         descriptions = ("|u1", "<f4", "|O", "<U9", "<i8", "[('a', '|u1')]", "x", "|V0", ">c16", "<M8[s]")
         shapes = (
@@ -253,7 +254,7 @@ class Kinds:
     def _train_toml(self, rng: random.Random) -> Arguments:
         path = self._toml(self._folder / "train.toml", self._run, rng)
         kind = rng.choice(("unet", "classifier"))
-        # What is accepted gets as far as the data, which are not there.
+        # A valid file is only refused for its missing data.
         return ["train", kind, path, "--out", self._folder / "run", "--data", self._folder / "no images"]
 
     def _settings_toml(self, rng: random.Random) -> Arguments:

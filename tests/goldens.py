@@ -1,4 +1,4 @@
-"""Rebuilds the weights and inputs of the golden tensors, and compares per sample."""
+"""Rebuild the weights and inputs of the golden tensors, and compare per sample."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def golden_input(name: str, *shape: int) -> np.ndarray:
 
 
 def probed(x: np.ndarray) -> np.ndarray:
-    """The pixels of a state that are stored on the way."""
+    """The pixels of intermediate states that are stored in the goldens."""
     return x[..., ::2, 1::2]
 
 

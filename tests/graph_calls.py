@@ -1,4 +1,4 @@
-"""Single outputs of graphs, for tests that compare them."""
+"""Functions that return a single output of a graph, for comparisons."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The goldens of guides by a loss and of references: networks, losses, inputs and stored numbers.
 
 Made with the public code of DPS, guided-diffusion and Universal-Guided-Diffusion, by the recipe of
-:mod:`goldens` with a salt of their own. Finals are float64; of the states on the way every second row and
-column is kept.
+:mod:`goldens` with a separate salt. Final states are float64; of intermediate states every second row and
+column is stored.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ OPERATORS = {"inpainting": "identity", "super_resolution": "sr:2", "gaussian_blu
 
 
 def normal(name: str, count: int = 2) -> np.ndarray:
-    """A noise, a start or an image, float32 [N, 3, S, S]."""
+    """Generated noise, initial state or image, float32 [N, 3, S, S]."""
     return standard_normal(f"input:{name}", (count, *EVENT), META["salt"])
 
 
 def stored(name: str) -> np.ndarray:
-    """Numbers of the original."""
+    """Numbers stored from the public code."""
     return arrays("guides")[name]
 
 
 class _PooledSquares(nn.Module):
-    """Universal Guidance's loss of the goldens."""
+    """The loss of Universal Guidance's goldens."""
 
     def forward(self, x0: Tensor, small: Tensor) -> Tensor:
         return (F.avg_pool2d(x0, 2) - small).square().sum((1, 2, 3))
@@ -59,7 +59,7 @@ def _guides(name: str) -> list[AnyGuide]:
 
 
 def loaded(name: str) -> LoadedNetwork:
-    """One of the UNets."""
+    """One of the UNets, as a loaded network."""
     config = unet_config(META["unets"][name])
     if name == "cond":
         config = UNetConfig.from_dict(config.to_dict() | {"null_class": META["cfg.ddpm"]["null"]})
@@ -73,7 +73,7 @@ def loaded(name: str) -> LoadedNetwork:
 
 @cache
 def bundle(name: str) -> Bundle:
-    """A UNet with its guides, exported once."""
+    """The bundle of a UNet with its guides, exported once."""
     path = Path(tempfile.mkdtemp(prefix="admtrt-tests-")) / name
     bundle_from_checkpoints(loaded(name), None, path, guides=_guides(name))
     return Bundle.open(path)

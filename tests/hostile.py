@@ -1,4 +1,4 @@
-"""PyTorch's files around any pickle."""
+"""PyTorch files with arbitrary pickles."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MEBIBYTE = 2**20
 
 
 def archive(pickled: bytes, *, compression: int = zipfile.ZIP_STORED, zeros: int = 0) -> Write:
-    """A file of PyTorch around a pickle."""
+    """A PyTorch file that contains this pickle."""
 
     def write(path: Path) -> None:
         with zipfile.ZipFile(path, "w", compression) as made:
@@ -31,7 +31,7 @@ def archive(pickled: bytes, *, compression: int = zipfile.ZIP_STORED, zeros: int
 
 
 def legacy(pickled: bytes) -> Write:
-    """A file of PyTorch from before version 1.6 around a pickle."""
+    """A PyTorch file in the format before version 1.6 that contains this pickle."""
 
     def write(path: Path) -> None:
         torch.save({}, path, _use_new_zipfile_serialization=False)
@@ -44,7 +44,7 @@ def legacy(pickled: bytes) -> Write:
 
 
 def tensor(storage: bytes = b"X\x01\x00\x00\x000", size: int = 4, elements: int = 4) -> bytes:
-    """The opcodes of a float32 tensor over a storage of so many elements."""
+    """The opcodes of a float32 tensor whose storage has this many elements."""
     whole = struct.pack("<i", elements)
     return (
         b"ctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storagectorch\nFloatStorage\n"
@@ -58,7 +58,7 @@ def tensor(storage: bytes = b"X\x01\x00\x00\x000", size: int = 4, elements: int 
 
 
 def shared(op: bytes, times: int) -> bytes:
-    """An object that holds the one before it twice, so many times over."""
+    """An object that contains the previous one twice, nested this many times."""
     parts = (b"r" + struct.pack("<I", i) + b"j" + struct.pack("<I", i) + op for i in range(times))
     return b"".join(parts)
 

@@ -1,8 +1,8 @@
-"""The goldens of sampling that starts at images or is held to them: networks, inputs and stored numbers.
+"""The goldens of sampling that starts from images or is constrained by them: networks, inputs and numbers.
 
 Made with the public code of RePaint, DiffPure, ILVR, diffusion-anomaly and guided-diffusion, by the recipe of
-:mod:`goldens` with a salt of their own. Finals are float64; of the other states every second row and column
-is kept.
+:mod:`goldens` with a separate salt. Final states are float64; of the other states every second row and column
+is stored.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ PROCESS = DiffusionConfig(variance_type="learned_range")
 
 
 def normal(name: str) -> np.ndarray:
-    """A noise or a start, float32 [2, 3, S, S]."""
+    """Generated noise or initial state, float32 [2, 3, S, S]."""
     return standard_normal(f"input:{name}", SHAPE, META["salt"])
 
 
 def image(name: str) -> np.ndarray:
-    """The same as an image, in [-1, 1]."""
+    """A generated image, float32 [2, 3, S, S] in [-1, 1]."""
     return normal(name).clip(-1, 1)
 
 
 def stored(name: str) -> np.ndarray:
-    """Numbers of the original."""
+    """Numbers stored from the public code."""
     return arrays("image_starts")[name]
 
 
@@ -52,7 +52,7 @@ def _loaded(kind: str, name: str, module: UNet | Classifier) -> LoadedNetwork:
 
 @cache
 def bundle(name: str) -> Bundle:
-    """One of the UNets; the classifier is beside ``unet`` alone, to be exported once."""
+    """The bundle of one of the UNets. Only ``unet`` has the classifier, which is therefore exported once."""
     path = Path(tempfile.mkdtemp(prefix="admtrt-tests-")) / name
     unet = UNet(unet_config(META["unets"][name]))
     classifier = None

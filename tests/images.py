@@ -1,4 +1,4 @@
-"""Images for tests of training data: random ones, in files, and read back."""
+"""Images for tests of training data: generating, writing and reading them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def save(path: Path, pixels: np.ndarray | None = None) -> Path:
 
 
 def as_uint8(image: np.ndarray) -> np.ndarray:
-    """[C, H, W] in [-1, 1] back to the [H, W, C] it came from."""
+    """Convert [C, H, W] in [-1, 1] back to the original uint8 [H, W, C]."""
     return np.rint((image.transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
 
 

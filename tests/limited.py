@@ -1,7 +1,7 @@
-"""The command line in a process of its own, with a limit of time and memory for each command.
+"""The command line in a separate process, with limits of time and memory for each command.
 
-A worker takes one command after another, as loading PyTorch takes longer than most of them. Where one hangs
-or crashes, the worker is ended and the next command gets a new one.
+A worker runs one command after another, because loading PyTorch takes longer than most commands. If a command
+hangs or crashes, the worker is ended and the next command gets a new one.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ class Outcome:
     """How one command ended.
 
     Attributes:
-        code: the exit code; "hang", "crash" or "traceback" where there is none.
-        out, err: what it wrote; of a worker that ended, the end of its stderr.
-        seconds: how long it took.
-        grown: bytes of resident memory that the worker took more, at the most, than it had before.
+        code: the exit code; "hang", "crash" or "traceback" if there is none.
+        out, err: its output; for a worker that ended, the end of its stderr.
+        seconds: its duration.
+        grown: growth of the worker's resident memory at its peak, in bytes.
     """
 
     code: int | str
@@ -46,7 +46,7 @@ class Outcome:
 
     @property
     def sound(self) -> bool:
-        """Whether a bad input was refused, or a good one taken, as people should see it."""
+        """True if a bad input was refused, or a good one accepted, in the way that users should see."""
         refused = isinstance(self.code, int) and self.code in (0, 1, 2)
         return refused and "Traceback" not in self.err and "not enough memory" not in self.err
 
@@ -98,7 +98,7 @@ class Worker:
         return self._process
 
     def _line(self, seconds: float) -> bytes | None:
-        """One line of the worker; nothing where it ended, None where it took too long."""
+        """One line of the worker; empty if the worker ended, None after the time limit."""
         assert self._process is not None
         assert self._process.stdout is not None
         with selectors.DefaultSelector() as selector:
@@ -106,7 +106,7 @@ class Worker:
             return self._process.stdout.readline() if selector.select(seconds) else None
 
     def _end(self) -> str:
-        """End the worker; what it left on stderr."""
+        """End the worker and return its stderr."""
         process, self._process = self._process, None
         if process is None:
             return ""
@@ -119,7 +119,7 @@ def _run(arguments: list[str]) -> dict[str, Any]:
     from admtrt.cli import run
 
     out, err = io.StringIO(), io.StringIO()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew (proc_pid_clear_refs(5))
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak (proc_pid_clear_refs(5))
     before = _memory("VmRSS")
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
@@ -132,17 +132,17 @@ def _run(arguments: list[str]) -> dict[str, Any]:
 
 
 def _memory(kind: str) -> int:
-    """Bytes: VmRSS of resident memory, VmHWM at its peak."""
+    """Memory in bytes: VmRSS is the resident memory, VmHWM its peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(kind))
 
 
 def _serve(memory: int, preload: Sequence[str]) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # output of libraries must not be taken for an answer
     for module in ("admtrt.cli", *preload):
         __import__(module)
-    typer.main.get_command = functools.cache(typer.main.get_command)  # made anew for every command line
+    typer.main.get_command = functools.cache(typer.main.get_command)  # created anew for every command line
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * resource.getpagesize() + memory
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))

@@ -1,4 +1,4 @@
-"""Small graphs for the exporter's tests: the classifier in each pooling, text to graph, and running them."""
+"""Small graphs for the exporter's tests: the classifier with each pooling, parsing text, running graphs."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def forward_graph(pool: str) -> ir.Model:
 
 
 def fresh_gradient(pool: str, conv_backward: ConvBackward = "flipped") -> onnx.ModelProto:
-    """The gradient graph by the rules as they stand."""
+    """A new gradient graph, by the current rules."""
     model = forward_graph(pool)
     add_input_gradient(model, wrt="x", of="log_prob", name="grad", conv_backward=conv_backward)
     return proto(model)
@@ -85,7 +85,7 @@ def fresh_gradient(pool: str, conv_backward: ConvBackward = "flipped") -> onnx.M
 
 @cache
 def gradient_graph(pool: str, conv_backward: ConvBackward = "flipped") -> onnx.ModelProto:
-    """The gradient graph; made once, so edit copies only."""
+    """The gradient graph. It is made once: edit only copies."""
     return fresh_gradient(pool, conv_backward)
 
 
@@ -128,11 +128,11 @@ def session(model: onnx.ModelProto) -> ort.InferenceSession:
 
 
 def run(model: onnx.ModelProto | ort.InferenceSession, **feeds: Any) -> dict[str, np.ndarray]:
-    """Outputs by name; a graph that cannot run at these sizes is an assertion that failed."""
+    """Run a graph and return its outputs by name; if it cannot run at these sizes, an assertion fails."""
     try:
         opened = session(model) if isinstance(model, onnx.ModelProto) else model
         values = opened.run(None, {name: np.asarray(value) for name, value in feeds.items()})
-    except Exception as error:  # onnxruntime has no common base of its errors
+    except Exception as error:  # onnxruntime's exceptions have no common base class
         raise AssertionError(f"the graph does not run: {error}") from error
     return dict(zip([output.name for output in opened.get_outputs()], values, strict=True))
 

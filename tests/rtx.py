@@ -1,4 +1,4 @@
-"""The mark of tests that need TensorRT-RTX."""
+"""The pytest mark of tests that need TensorRT-RTX."""
 
 from __future__ import annotations
 

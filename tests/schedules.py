@@ -1,4 +1,4 @@
-"""Tables of the graph ``update``, in the order of their process."""
+"""Tables of the graph ``update``, ordered by the step of their process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``admtrt serve`` of a tiny bundle in a process of its own."""
+"""``admtrt serve`` of a tiny bundle in a separate process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from bundles import exported_bundle
 
 
 def start_server(*options: Any, **process: Any) -> tuple[subprocess.Popen[str], dict[str, Any]]:
-    """A server on a free port, and what it tells of itself; ``process`` are keywords of its Popen."""
+    """Start a server on a free port; returns it and its JSON. ``process`` are keyword arguments of Popen."""
     command = [sys.executable, "-m", "admtrt", "serve", exported_bundle("guided"), "--port", 0, "--json"]
     started = subprocess.Popen(
         [*map(str, command), "--threads", "1", *map(str, options)],

@@ -1,4 +1,4 @@
-"""Common to the tests of the server: an engine without a network, a client without a socket."""
+"""Helpers of the server's tests: an engine without a network, a client without a socket."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ if TYPE_CHECKING:
 
 
 class Counting:
-    """A denoiser whose x falls by a tenth a step, and that notes every run.
+    """A denoiser that reduces x by a tenth per step and records every run.
 
     Attributes:
-        runs: graph and batch size of each.
+        runs: graph and batch size of each run.
         gate: steps wait until it is set.
-        fails: told the values of x in a run of the UNet; true fails it.
-        spoils: rows of which it is told x and which it says of become NaN.
+        fails: called with the values of x in a run of the UNet; the run fails if it returns true.
+        spoils: called with the x of a row; the row becomes NaN if it returns true.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ class Counting:
 
     def run(self, graph: str, feeds: Any) -> dict[str, Any]:
         x = feeds["x_prev" if graph.startswith("edit") else "x"]
-        if x.any():  # not while it is warmed up
+        if x.any():  # not during the warm-up
             self.gate.wait(10)
             self.runs.append((graph, len(x)))
             if graph == "unet" and self.fails(x):
@@ -67,13 +67,13 @@ class Counting:
 
 
 def sham_model(folder: Path, denoiser: Any = None, name: str = "sham", **fields: Any) -> Model:
-    """A model whose steps do next to nothing."""
+    """A model whose steps compute almost nothing."""
     return Model(name, Pipeline(sham_bundle(folder / name, **fields), denoiser or Counting()))
 
 
 @contextlib.contextmanager
 def running(model: Model, **options: Any) -> Iterator[Engine]:
-    """An engine of a model, stopped at the end."""
+    """A running engine of a model; it is stopped at the end."""
     engine = Engine(model, **{"sizes": (4,)} | options)
     engine.warm()
     engine.start()
@@ -86,7 +86,7 @@ def running(model: Model, **options: Any) -> Iterator[Engine]:
 
 
 class Asked:
-    """A request to an engine, and what came of it."""
+    """A request to an engine, and its events."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class Asked:
 
 @dataclass
 class Reply:
-    """An answer of the server."""
+    """A response of the server."""
 
     status: int
     headers: dict[str, str]
@@ -142,7 +142,7 @@ class Reply:
 
     @property
     def events(self) -> list[tuple[str, Any]]:
-        """Of a stream, by name."""
+        """The events of a stream, by name."""
         parts = [part for part in self.body.decode().split("\n\n") if part.startswith("event: ")]
         return [
             (head[7:], json.loads(data[6:])) for head, _, data in (part.partition("\n") for part in parts)
@@ -166,7 +166,7 @@ class Client:
         peer: str = "127.0.0.1",
         **headers: str,
     ) -> Reply:
-        """One request; ``leave`` is awaited before the client hangs up, ``slow`` seconds before the body."""
+        """Send a request, its body after ``slow`` seconds; the client disconnects when ``leave`` is done."""
         content = body if isinstance(body, bytes) else b"" if body is None else json.dumps(body).encode()
         given = {"host": "localhost", "content-type": "application/json"} | {
             name.replace("_", "-"): value for name, value in headers.items()
@@ -208,7 +208,7 @@ async def serving(
     folder: Path, *models: Model, tokens: Any = None, keep: float = 3600, spool_bytes: int = 2**24,
     engine: Any = None, **access: Any,
 ) -> AsyncIterator[tuple[Client, Service]]:  # fmt: skip
-    """A server of models without a socket, and its client."""
+    """A server of models without a socket; yields its client."""
     with contextlib.ExitStack() as stack:
         engines = {model.name: stack.enter_context(running(model, **(engine or {}))) for model in models}
         service = Service(engines, Metrics(engines))
@@ -237,7 +237,7 @@ async def serving(
 
 
 def asynchronous(test: Any) -> Any:
-    """A coroutine as a test."""
+    """Turn a coroutine function into a test."""
 
     def wrapped(tmp_path: Path) -> None:
         asyncio.run(asyncio.wait_for(test(tmp_path), 300))

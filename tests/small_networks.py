@@ -25,7 +25,7 @@ PROCESS = {
     "mean_type": "eps",
     "variance_type": "learned_range",
 }
-"""What no tensor tells of a process."""
+"""The settings of a process that tensors do not show."""
 
 
 def small(kind: Any = "unet", **changes: Any) -> CheckpointConfig:
@@ -34,6 +34,6 @@ def small(kind: Any = "unet", **changes: Any) -> CheckpointConfig:
 
 
 def state_of(config: CheckpointConfig, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """Its generated weights."""
+    """Generated weights of a small network."""
     state = generated_weights(build_network(config)).state_dict()
     return {key: value.to(dtype) for key, value in state.items()}

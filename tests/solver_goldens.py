@@ -1,4 +1,4 @@
-"""The goldens of fast solvers: each case as a sampler of ours, its networks, inputs and stored numbers.
+"""The goldens of fast solvers: each case as one of our samplers, its networks, inputs and stored numbers.
 
 Made with the public code of DPM-Solver, UniPC, EDM, consistency_models and diffusers;
 ``tests/data/README.md`` says how.
@@ -33,7 +33,7 @@ _GRIDS = {"time_uniform": "time_uniform", "logSNR": "logsnr", "time_quadratic": 
 
 
 def _offered(name: str, case: dict[str, Any]) -> bool:
-    """Whether it is a sampler of ours; the others are forms that are not offered."""
+    """True if the case is one of our samplers; the others are forms that are not offered."""
     return not (
         name.startswith("dpm.")
         or case.get("sampler") in ("dpm", "ancestral", "progdist")
@@ -47,7 +47,7 @@ OFFERED = [name for name, case in CASES.items() if _offered(name, case)]
 
 
 def sampler_of(name: str) -> SamplerConfig:
-    """The case as a sampler of ours; of forms that are not offered, all but the rows."""
+    """The case as one of our samplers; for forms that are not offered, everything except the rows."""
     case = CASES[name]
     family, threshold = case["family"], case.get("threshold")
     chosen: dict[str, Any] = {"scale": META["scale"] if case.get("guided") else 0.0}
@@ -96,7 +96,7 @@ def sampler_of(name: str) -> SamplerConfig:
         if case["sampler"] == "multistep":
             chosen |= {"levels": tuple(case["ts"]), "levels_of": case["steps"]}
     else:
-        method = case["sampler"] if name in OFFERED else "euler"  # whose bound and guide are theirs
+        method = case["sampler"] if name in OFFERED else "euler"  # it has the bound and the guide of the case
         chosen |= {"method": method, "steps": str(case["nfe"])}
     if name in OFFERED and case.get("churn"):
         chosen["churn"] = (case["churn"], case["s_min"], case["s_max"], case["s_noise"])
@@ -112,7 +112,7 @@ def process_of(name: str) -> DiffusionConfig | EdmConfig:
 
 
 def rows_of(name: str) -> Rows:
-    """The rows of the case, of a solver of ours or of a form that is not offered."""
+    """The rows of the case, from our solver or from a form that is not offered."""
     sampler, levels = sampler_of(name), levels_of(process_of(name))
     if name in OFFERED:
         return SOLVERS[sampler.method].rows(levels, sampler, None)
@@ -130,7 +130,7 @@ def schedule_of(name: str) -> SamplingSchedule:
 
 @cache
 def network(which: str, dtype: torch.dtype) -> UNet | Classifier:
-    """``unet``, ``classifier`` or ``cm`` with the goldens' weights."""
+    """The network ``unet``, ``classifier`` or ``cm`` with the goldens' weights."""
     config = META[which] | {"image_size": SIZE}
     module = Classifier(classifier_config(config)) if which == "classifier" else UNet(unet_config(config))
     generate_weights(module, META["salt"])
@@ -145,12 +145,12 @@ def network(which: str, dtype: torch.dtype) -> UNet | Classifier:
 
 
 def start(name: str) -> np.ndarray:
-    """The start, float32 [2, 3, S, S]."""
+    """The initial state, float32 [2, 3, S, S]."""
     return standard_normal(f"input:xT.{name}", (COUNT, *SHAPE), META["salt"])
 
 
 def noise(name: str, draw: int) -> np.ndarray:
-    """Noise behind evaluation ``draw`` - 1, float32 [2, 3, S, S]."""
+    """The noise after evaluation ``draw`` - 1, float32 [2, 3, S, S]."""
     return standard_normal(f"input:noise.{name}.{draw}", (COUNT, *SHAPE), META["salt"])
 
 

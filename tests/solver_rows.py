@@ -31,7 +31,7 @@ def walk(
     image: Tensor | None = None,
     quantile: float | None = None,
 ) -> Iterator[Tensor]:
-    """What the networks are given, then the end; arguments as of :func:`admtrt.models.solvers.trajectory`."""
+    """The networks' inputs, then the result; arguments as for :func:`admtrt.models.solvers.trajectory`."""
     table = float64_table(rows, process, sampler)
     x = rows.init_scale * x_T
     if rows.init_noise:

@@ -1,4 +1,4 @@
-"""Checkpoints of published sizes that take no space."""
+"""Checkpoints of published sizes as sparse files, which take no disk space."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def zeros_file(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> Path:
-    """A .safetensors file of float32 zeros: the tensors are a hole in it."""
+    """A .safetensors file of float32 zeros, whose tensors are a hole in the file."""
     header, end = {}, 0
     for key, shape in shapes.items():
         start, end = end, end + 4 * math.prod(shape)

@@ -1,4 +1,4 @@
-"""Tiny training runs, in this process and in others that are killed or work in parallel."""
+"""Tiny training runs, in this process and in child processes that are killed or run in parallel."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TRAINING = {
 def tiny_config(
     *, unet: dict[str, Any] | None = None, data: dict[str, Any] | None = None, **training: Any
 ) -> RunConfig:
-    """Networks that take milliseconds a step on the digits; ``training`` is for all three of them."""
+    """Networks that take milliseconds per step on the digits; ``training`` applies to all three."""
     settings = TRAINING | training
     return RunConfig.from_dict(
         {
@@ -88,7 +88,7 @@ def same(left: Path, right: Path) -> bool:
 
 
 def lines(out: Path, kind: str = "unet") -> list[dict[str, Any]]:
-    """The metrics of a run, without what the clock says."""
+    """The metrics of a run, without times."""
     found = [json.loads(text) for text in (out / kind / "metrics.jsonl").read_text().splitlines()]
     for line in found:
         del line["images_per_second"]
@@ -96,7 +96,7 @@ def lines(out: Path, kind: str = "unet") -> list[dict[str, Any]]:
 
 
 def _child(config: RunConfig, out: Path, dies_at: int) -> int:
-    """Train in a forked process; die by SIGKILL at the given file operation in ``out``, unless negative."""
+    """Train in a forked process, killed by SIGKILL at the given file operation in ``out`` unless negative."""
     pid = os.fork()
     if pid:
         return pid
@@ -121,10 +121,10 @@ def _child(config: RunConfig, out: Path, dies_at: int) -> int:
 
 
 def train_under_fire(config: RunConfig, out: Path, kills: int) -> list[bool]:
-    """Resume until done, killed again and again at file operations and at random times.
+    """Resume training until it is done, killed repeatedly at file operations and at random times.
 
     Returns:
-        For each process killed, whether a state had been saved by then.
+        For each killed process, whether a state had been saved before.
     """
     rng = random.Random(1)
     killed = []
@@ -153,5 +153,5 @@ if __name__ == "__main__":
         run(loaded, Path(folder))
         leave_engine()
     else:
-        run(loaded, Path(folder, "whole"))  # also imports what the children would each import again
+        run(loaded, Path(folder, "whole"))  # also imports modules for the children
         print(json.dumps(train_under_fire(loaded, Path(folder, "killed"), int(rest[0]))))

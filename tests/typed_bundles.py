@@ -1,4 +1,4 @@
-"""A tiny bundle that holds its graphs in every engine form, made once a process."""
+"""A tiny bundle with its graphs in every engine form, made once per process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows of published forms that are not offered, for their goldens: what the one update can express besides.
+"""Rows of published solvers that are not offered, for their goldens: the update graph can express them, too.
 
 Noise-prediction DPM-Solver, the ``taylor`` and ``heun`` variants of DPM-Solver++, its authors' own time,
 UniPC without the clip at the noisiest levels, and three samplers of consistency_models.
@@ -27,7 +27,7 @@ Case = dict[str, Any]
 
 
 def rows_of(case: Case, levels: NoiseLevels, sampler: SamplerConfig) -> Rows:
-    """The rows of a case of ``tests/data/solvers.json`` that no sampler of ours stands for."""
+    """The rows of a case of ``tests/data/solvers.json`` that none of our samplers covers."""
     if case["family"] == "consistency":
         form = {"dpm": midpoint, "ancestral": ancestral, "progdist": euler_to_minimum}[case["sampler"]]
         return form(levels, case)
@@ -44,7 +44,7 @@ def rows_of(case: Case, levels: NoiseLevels, sampler: SamplerConfig) -> Rows:
 
 
 def taylor_weights(visited: Sequence[Level], to: Level, order: int) -> dict[str, float]:
-    """Of DPM-Solver++(2M)."""
+    """Weights of the ``taylor`` variant of DPM-Solver++(2M)."""
     h = to.lam - visited[0].lam
     e = math.expm1(-h)
     if order == 1:
@@ -54,7 +54,7 @@ def taylor_weights(visited: Sequence[Level], to: Level, order: int) -> dict[str,
 
 
 def sde_heun_weights(visited: Sequence[Level], to: Level, order: int) -> dict[str, float]:
-    """Of SDE-DPM-Solver++(2M)."""
+    """Weights of the ``heun`` variant of SDE-DPM-Solver++(2M)."""
     h = to.lam - visited[0].lam
     kept = 1 - math.exp(-2 * h)
     made = {"x": math.exp(-2 * h), "x0": kept, "noise": to.sigma * math.sqrt(kept)}
@@ -65,7 +65,7 @@ def sde_heun_weights(visited: Sequence[Level], to: Level, order: int) -> dict[st
 
 
 def taylor_single(levels: NoiseLevels, evaluations: int) -> Rows:
-    """DPM-Solver++(3S) of 3 n + 2 evaluations, to the smallest level, whose last step is of order 2."""
+    """DPM-Solver++(3S) of 3 n + 2 evaluations, to the smallest level; its last step is of order 2."""
     builder = RowBuilder(levels)
     grid = levels.grid("time_uniform", levels.noisiest, levels.cleanest, evaluations)
     orders = [3] * (evaluations // 3) + [2]
@@ -95,7 +95,7 @@ def taylor_single(levels: NoiseLevels, evaluations: int) -> Rows:
 
 
 def noise_prediction(levels: NoiseLevels, sampler: SamplerConfig) -> Rows:
-    """DPM-Solver(2M), which remembers eps as ``saved``; full order at the end."""
+    """DPM-Solver(2M), which stores eps in ``saved``; full order at the end."""
     builder, passed = RowBuilder(levels), path(levels, sampler, int(sampler.steps), None)
     before = None
     for s, to in pairwise(passed):
@@ -120,7 +120,7 @@ def published_time(levels: NoiseLevels, sampler: SamplerConfig) -> Rows:
 
 
 def unclipped(levels: NoiseLevels, sampler: SamplerConfig) -> Rows:
-    """UniPC from the last timestep of a cosine schedule on."""
+    """UniPC that starts at the last timestep of a cosine schedule, without the clip."""
     assert isinstance(levels, DiscreteLevels)
     levels.noisiest = levels.at_timestep(levels.config.steps - 1.0)
     return SOLVERS["unipc"].rows(levels, sampler, None)
@@ -151,7 +151,7 @@ def midpoint(levels: NoiseLevels, case: Case) -> Rows:
 
 
 def ancestral(levels: NoiseLevels, case: Case) -> Rows:
-    """Down to less noise than the next level has, and up again."""
+    """Ancestral steps: down to less noise than the next level has, then up by added noise."""
     builder, passed = RowBuilder(levels), karras(levels, case["steps"])
     for level, to in pairwise([*passed, None]):
         assert level is not None
@@ -163,7 +163,7 @@ def ancestral(levels: NoiseLevels, case: Case) -> Rows:
 
 
 def euler_to_minimum(levels: NoiseLevels, case: Case) -> Rows:
-    """The sampler ``progdist``: Euler to the smallest level, whose state is the image."""
+    """The sampler ``progdist``: Euler steps to the smallest level; the state there is the image."""
     builder, passed = RowBuilder(levels), karras(levels, case["steps"] + 1)
     for level, to in pairwise(passed):
         q = (to.sigma - level.sigma) / level.sigma
@@ -172,5 +172,5 @@ def euler_to_minimum(levels: NoiseLevels, case: Case) -> Rows:
 
 
 def karras(levels: NoiseLevels, count: int) -> list[Level]:
-    """Levels of Karras et al.'s grid, the noisiest first."""
+    """Levels of Karras et al.'s grid, from the noisiest."""
     return levels.grid("karras", levels.noisiest, levels.cleanest, count - 1)

@@ -1,4 +1,4 @@
-"""Tiny networks whose bundles are verified, and a defect to plant in them."""
+"""Tiny networks for tests of ``verify``, and a way to plant a defect in their graphs."""
 
 from __future__ import annotations
 

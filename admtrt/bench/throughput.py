@@ -1,4 +1,4 @@
-"""Images a second of several ways to do one thing, each in a process of its own, all of them in turn."""
+"""Throughput of several ways to do one task: each runs in its own process, and they take turns."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ COLUMNS = ("images/s", "spread", "speed", "peak", "GiB", "ready s")
 
 @dataclass(frozen=True)
 class ThroughputRow:
-    """One way.
+    """One way to do the task, a row of the table.
 
     Attributes:
-        name: of the row.
-        precision: in which it computes, for its share of the peak.
-        factory, arguments: make, in the row's process, an object with the methods ``step``, ``ready`` and
-            ``memory`` of :class:`admtrt.bench.training_rows.Trainer`.
+        name: name of the row.
+        precision: precision in which it computes; its speed is compared with the peak of this precision.
+        factory, arguments: ``factory(*arguments)``, called in the row's process, makes an object with the
+            methods ``step``, ``ready`` and ``memory`` of :class:`admtrt.bench.training_rows.Trainer`.
     """
 
     name: str
@@ -43,11 +43,11 @@ class Measuring:
     """How rows are measured.
 
     Attributes:
-        repeat: steps timed of every row.
-        device: on which.
-        threads: of every row, and of the peak, on a CPU.
+        repeat: number of steps timed for every row.
+        device: device of the measurement.
+        threads: CPU threads of every row and of the measurement of the peak.
         scratch: folder for logs.
-        note: told what goes on.
+        note: called with messages about the progress.
     """
 
     repeat: int
@@ -59,16 +59,16 @@ class Measuring:
 
 @dataclass(frozen=True)
 class ThroughputMeasurement:
-    """One row.
+    """The measurement of one row.
 
     Attributes:
-        row: which.
-        precision: in which its networks ran.
-        batch: images of a step.
-        reason: why nothing was measured; empty where something was.
-        step: seconds.
-        memory: largest resident memory of its process, bytes.
-        ready: seconds from nothing to the first step's end.
+        row: name of the row.
+        precision: precision of its networks.
+        batch: images per step.
+        reason: why the row was not measured, or why it failed; empty otherwise.
+        step: duration of a step, seconds.
+        memory: peak resident memory of its process, bytes.
+        ready: seconds from the start to the end of the first step.
     """
 
     row: str
@@ -81,20 +81,20 @@ class ThroughputMeasurement:
 
     @property
     def images_per_second(self) -> float | None:
-        """Of the median step."""
+        """Images per second of the median step."""
         return None if self.step is None else self.batch / self.step.median
 
 
 @dataclass(frozen=True)
 class ThroughputReport:
-    """A run of the bench.
+    """The results of one benchmark.
 
     Attributes:
         subject: what was measured.
         machine: device, versions, threads.
-        measurements: the rows; speeds are relative to the first that was measured.
-        operations: of one image; None where they could not be counted.
-        peaks: by precision, operations a second of the largest products.
+        measurements: the rows; speeds are relative to the first row that was measured.
+        operations: floating-point operations per image; None if they could not be counted.
+        peaks: by precision, operations per second of large matrix products.
     """
 
     subject: str
@@ -109,7 +109,7 @@ class ThroughputReport:
         return None if base is None or one.images_per_second is None else one.images_per_second / base
 
     def of_peak(self, one: ThroughputMeasurement) -> float | None:
-        """A row's speed as part of the peak in its precision."""
+        """A row's speed as a fraction of the peak in its precision."""
         peak = self.peaks.get(one.precision)
         speed = one.images_per_second
         if peak is None or speed is None or self.operations is None:
@@ -117,7 +117,7 @@ class ThroughputReport:
         return speed * self.operations / peak
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data; seconds, bytes, and operations a second."""
+        """JSON-ready data, in seconds, bytes, and operations per second."""
         return {
             "subject": self.subject,
             "machine": dict(self.machine),
@@ -151,7 +151,7 @@ class ThroughputReport:
         ]
 
     def footnotes(self) -> list[str]:
-        """Notes: reasons of empty rows, the machine, the peaks and the cost of a step."""
+        """Notes: why rows are empty, the machine, the peaks and the operations of an image."""
         peaks = ", ".join(f"{name} {value / 1e9:,.0f} GFLOP/s" for name, value in self.peaks.items())
         return [
             *(f"{m.row}: {m.reason}" for m in self.measurements if m.reason),
@@ -184,14 +184,14 @@ def measure_rows(
     batch: int,
     counted: UNetConfig | ClassifierConfig | int | None,
 ) -> ThroughputReport:
-    """Measure rows, one step of each in turn, so that what slows the machine for a while meets all alike.
+    """Measure rows, one step of each in turn, so that a slowdown of the machine affects all equally.
 
     Args:
-        subject: for the report.
-        rows: in the order of the table.
-        how: to measure.
-        batch: images of a step.
-        counted: a network, whose training step is counted; or operations of one image; or None.
+        subject: heading of the report.
+        rows: rows in the order of the table.
+        how: settings of the measurement.
+        batch: images per step.
+        counted: a network, to count the operations of its training step; or operations per image; or None.
     """
     reasons, ready = dict[str, str](), dict[str, float]()
     memory, remotes = dict[str, int](), dict[str, Remote]()

@@ -1,4 +1,4 @@
-"""Training speed: images a second of our step, of the original's and of a plain loop, side by side."""
+"""Training speed in images per second: our training step, the original's, and a plain PyTorch loop."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class TrainingRow:
 
     Attributes:
         name: ``admtrt``, ``eager`` or ``original``.
-        given: whether precision and switches are said; a bare ``admtrt`` has those of the file.
-        precision: of the networks.
-        switches: of :data:`_SWITCHES`, in their order.
+        given: True if the row states precision and switches; without them, ``admtrt`` uses the file's.
+        precision: precision of the networks.
+        switches: some of :data:`_SWITCHES`, in their order.
     """
 
     name: str
@@ -41,10 +41,10 @@ class TrainingRow:
 
 
 def parse_training_rows(items: Sequence[str]) -> tuple[TrainingRow, ...]:
-    """Rows written ``NAME`` or ``NAME:PRECISION[+channels-last][+compile]``.
+    """Parse rows of the form ``NAME`` or ``NAME:PRECISION[+channels-last][+compile]``.
 
     Raises:
-        RequestError: for an unknown name, precision or switch, or a row that comes twice.
+        RequestError: for an unknown name, precision or switch, or a repeated row.
     """
     rows = [_parse(item) for item in items]
     for row in rows:
@@ -75,7 +75,7 @@ def _parse(item: str) -> TrainingRow:
 
 
 def default_training_rows(*, original: bool, bf16: bool) -> tuple[TrainingRow, ...]:
-    """The original where there is one, the plain loop, ours as the file has it, and in each precision."""
+    """The original if available, the plain loop, ours with the file's settings, ours in each precision."""
     rows = [
         *([ORIGINAL] if original else []),
         EAGER,
@@ -89,7 +89,7 @@ def default_training_rows(*, original: bool, bf16: bool) -> tuple[TrainingRow, .
 
 
 def fixed(config: RunConfig, task: Task, row: TrainingRow) -> RunConfig:
-    """The configuration that a row trains with."""
+    """The configuration with the settings of a row."""
     section = f"train_{task}"
     settings = getattr(config, section)
     changes: dict[str, Any] = {"accumulate": 1}
@@ -110,13 +110,13 @@ def run_training_bench(
     *,
     original: Path | None,
 ) -> ThroughputReport:
-    """Measure rows; speeds are relative to the first.
+    """Measure rows; speeds are relative to the first row.
 
     Args:
-        config: of the run; images are generated, so that no data are needed.
-        task: which of its networks.
+        config: configuration of the run; images are generated, so no data are needed.
+        task: which network of the configuration to train.
         rows: ways to train.
-        how: to measure.
+        how: settings of the measurement.
         original: checkout of the original implementation, for its row.
     """
     from admtrt.bench.training_rows import Trainer

@@ -52,7 +52,7 @@ def bench(
         Path | None,
         typer.Option(
             metavar="CHECKOUT",
-            help="Checkout of another version, with its own .venv: compare on the same samples, in turn.",
+            help="Checkout of another version, with its own .venv: both draw the same samples in turn.",
         ),
     ] = None,
     backend: Annotated[
@@ -66,15 +66,13 @@ def bench(
     ] = None,
     batch: Annotated[
         list[int] | None,
-        typer.Option(
-            help="Batch size; may be repeated. 1 if none, with --training the file's, with --features 16."
-        ),
+        typer.Option(help="Batch size; may be repeated. Default: 1; --training: the file's; --features: 16."),
     ] = None,
     repeat: Annotated[
         int | None,
         typer.Option(
-            help="Steps timed of every row: 7 if left out, 15 with --training or --features; pairs with "
-            "--against, 30."
+            help="Timed steps of every row. Default: 7; 15 with --training or --features; with --against, "
+            "30 pairs."
         ),
     ] = None,
     sampling: Annotated[

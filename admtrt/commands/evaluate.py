@@ -75,8 +75,8 @@ def nll(
         Path | None,
         typer.Option(
             metavar="CONFIG.toml",
-            help="Training file: its section data says how to read the images; its network is a checkpoint's "
-            "that carries no settings and matches no preset.",
+            help="Training file: its section data says how to read the images; its network is "
+            "used for a checkpoint that contains no settings and matches no preset.",
         ),
     ] = None,
     set_: Annotated[

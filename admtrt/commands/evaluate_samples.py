@@ -27,7 +27,7 @@ FeatureNames = Annotated[
     typer.Option(
         "--features",
         metavar="FOLDER|NAME=FILE.onnx",
-        help="Folder of admtrt evaluate features, or any graph of uint8 images; may be repeated.",
+        help="Folder of admtrt evaluate features, or any ONNX file of uint8 images; may be repeated.",
     ),
 ]
 FeatureBackend = Annotated[
@@ -42,7 +42,7 @@ Metrics = Annotated[
     typer.Option(
         "--metrics",
         help="Comma list of fid, sfid, is, precision, recall, kid, density, coverage, accuracy, "
-        "fid-infinity; all but the last where left out.",
+        "fid-infinity. Default: all but the last.",
     ),
 ]
 Parts = Annotated[
@@ -131,7 +131,7 @@ def samples(
         typer.Option(
             metavar="ADDRESS",
             help="Compute the features of a run's samples on the machines of this Ray cluster (auto, "
-            "HOST:PORT), or on this one (local); the run is in a folder that all of them see.",
+            "HOST:PORT), or on this one (local); all must see the run's folder.",
         ),
     ] = None,
     self_check: Annotated[

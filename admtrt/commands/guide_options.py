@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from admtrt.schedule.guides import GuideChoice
 
 _PANEL = "Guides besides the classifier"
-_OF = "; GUIDE= may be left out where there is one guide"
+_OF = "; GUIDE= may be omitted if there is only one guide"
 
 
 def _option(help_text: str, metavar: str, *flag: str) -> Any:
@@ -32,13 +32,13 @@ def _option(help_text: str, metavar: str, *flag: str) -> Any:
 class GuideOptions:
     """The options as given."""
 
-    guide: Annotated[
-        list[str] | None, _option("Guide by this guide of the bundle; may be repeated.", "NAME")
-    ] = None
+    guide: Annotated[list[str] | None, _option("Use this guide of the bundle; may be repeated.", "NAME")] = (
+        None
+    )
     target: Annotated[
         list[str] | None,
         _option(
-            "What its loss measures against: an .npz (arr_0), for images also a picture or a folder"
+            "Target of a guide's loss: an .npz (arr_0), for images also a picture or a folder"
             + _OF.replace("GUIDE=", "GUIDE."),
             "[GUIDE.]NAME=FILE",
         ),
@@ -46,25 +46,25 @@ class GuideOptions:
     operator: Annotated[
         list[str] | None,
         _option(
-            f"Of linear: how the measurement was made: sr:4, pool:2, blur:1.5:9; {_OF[2:]}.",
+            f"Measurement operator of the guide linear: sr:4, pool:2, blur:1.5:9; {_OF[2:]}.",
             "[GUIDE=]OPERATOR",
         ),
     ] = None
     guide_scale: Annotated[
-        list[str] | None, _option("Its scale; the bundle's own where left out.", "[GUIDE=]SCALE")
+        list[str] | None, _option("Guidance scale of a guide. Default: the bundle's.", "[GUIDE=]SCALE")
     ] = None
     guide_interval: Annotated[
-        list[str] | None, _option("Guide only at noise levels in this interval.", "[GUIDE=]LOW:HIGH")
+        list[str] | None, _option("Use a guide only at noise levels in this interval.", "[GUIDE=]LOW:HIGH")
     ] = None
     guide_place: Annotated[
         list[str] | None,
-        _option("Where it enters: variance, score, before_clip or shift.", "[GUIDE=]PLACE"),
+        _option("Where a guide acts in a step: variance, score, before_clip or shift.", "[GUIDE=]PLACE"),
     ] = None
     guide_clip: Annotated[
         bool | None,
         typer.Option(
             "--guide-clip/--no-guide-clip",
-            help="Bound x_0 to [-1, 1] before the loss sees it.",
+            help="Bound x_0 to [-1, 1] before the loss is computed.",
             rich_help_panel=_PANEL,
         ),
     ] = None

@@ -59,24 +59,24 @@ class ReadImages:
 class ImageOptions:
     """The options as given."""
 
-    init: Annotated[Path | None, _option(f"Start at noised images: {_FILES}.", "IMAGES")] = None
+    init: Annotated[Path | None, _option(f"Start from noised images: {_FILES}.", "IMAGES")] = None
     strength: Annotated[
         float | None,
-        _option("Of --init: the last round(STRENGTH * evaluations) are taken, above 0 up to 1."),
+        _option("Of --init: take only the last round(STRENGTH * evaluations); above 0, up to 1."),
     ] = None
     known: Annotated[Path | None, _option(f"Keep known pixels of images: {_FILES}.", "IMAGES")] = None
     mask: Annotated[
         Path | None,
-        _option("Of --known: white (from 128 on) or 1 is known and kept, in an image or .npz.", "PNG|NPZ"),
+        _option("Of --known: mask of the known pixels: 128 or more in an image, 1 in an .npz.", "PNG|NPZ"),
     ] = None
     jump: Annotated[
         str | None,
-        _option("Of --known: jumps back over L steps until each was reached N times, e.g. 10:10.", "L:N"),
+        _option("Of --known: jump back L steps until each was reached N times, e.g. 10:10.", "L:N"),
     ] = None
     known_as_sampled: Annotated[
         bool,
         _option(
-            "Of --known: leave known pixels of the result as the networks made them.",
+            "Of --known: keep the networks' output in the known pixels of the result.",
             flag=("--known-as-sampled",),
         ),
     ] = False
@@ -85,26 +85,29 @@ class ImageOptions:
     )
     low_pass: Annotated[
         str | None,
-        _option("Of --reference: images reduced by N are kept, down to step UNTIL.", "N[:UNTIL]"),
+        _option(
+            "Of --reference: keep what survives downsampling by N, down to step UNTIL.",
+            "N[:UNTIL]",
+        ),
     ] = None
     recurrence: Annotated[
-        int | None, _option("Evaluate each level N times, with noise back to it in between.", "N")
+        int | None, _option("Evaluate each noise level N times, adding noise to return to it.", "N")
     ] = None
     latents: Annotated[
-        Path | None, _option("Start at latents: latents.npz of admtrt invert, or noise.", "FILE")
+        Path | None, _option("Start from latents: latents.npz of admtrt invert, or noise.", "FILE")
     ] = None
     interpolate: Annotated[
         str | None,
         _option(
-            f"Samples on the way from seed A to seed B, or between two rows of --latents; --num of them "
-            f"({_STEPS_BETWEEN} where left out), ends included.",
+            f"Interpolate between seeds A and B, or between two rows of --latents: --num samples "
+            f"(default {_STEPS_BETWEEN}), ends included.",
             "A:B",
         ),
     ] = None
     difference: Annotated[
         bool,
         _option(
-            "Write |sample - image| too, for the images of --init or of inverted --latents.",
+            "Also write |sample - image|, for the images of --init or of inverted --latents.",
             flag=("--difference",),
         ),
     ] = False

@@ -19,7 +19,7 @@ def invert(
     images: Annotated[
         Path, typer.Option(help="An .npz (arr_0, and labels as arr_1), an image or a folder of them.")
     ],
-    out: Annotated[Path, typer.Option(help="Directory of the run; a run that was cut off continues there.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run continues there.")],
     classes: Annotated[
         str | None, typer.Option(help="Classes of the images, as for sample. Default: the file's labels.")
     ] = None,

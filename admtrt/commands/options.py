@@ -66,7 +66,7 @@ def steps_option(help_text: str) -> Any:
 
 UnetPreset = Annotated[
     str | None,
-    typer.Option(help="Published model that an original UNet checkpoint is (it carries no settings)."),
+    typer.Option(help="Published model in an original UNet checkpoint (which contains no settings)."),
 ]
 ClassifierPreset = Annotated[
     str | None, typer.Option(help="The same for the classifier, e.g. 64x64_classifier.")
@@ -74,8 +74,8 @@ ClassifierPreset = Annotated[
 SettingsFile = Annotated[
     Path | None,
     typer.Option(
-        help="TOML with the settings of checkpoints that carry none and match no preset; the file that they "
-        "were trained with is one."
+        help="TOML with settings, for checkpoints that contain none and match no preset; for example "
+        "their training file."
     ),
 ]
 UnetWeights = Annotated[
@@ -105,7 +105,7 @@ BackendName = Annotated[
     str,
     typer.Option(
         "--backend",
-        help=f"{', '.join(NAMES)}; auto measures those that are installed and takes the fastest.",
+        help=f"{', '.join(NAMES)}; auto measures the installed ones and uses the fastest.",
     ),
 ]
 PrecisionName = Annotated[
@@ -116,8 +116,8 @@ PlanFolder = Annotated[
     typer.Option(
         "--plans",
         metavar="DIR",
-        help="tensorrt: folder of plans, all of which are trusted. Left out: the bundle's own, of which only "
-        "those are run that were built here.",
+        help="tensorrt: folder of trusted plans. Default: the bundle's own plans, of which only those built "
+        "on this machine are run.",
     ),
 ]
 Threads = Annotated[int | None, typer.Option(help="CPU threads. Default: every core.")]

@@ -68,7 +68,7 @@ EXAMPLES: Mapping[str, tuple[str, ...]] = {
     "sample": (
         "admtrt sample mine.bundle -o samples --classes 0:10,3:10 --steps ddim25 --scale 2",
         "admtrt sample mine.bundle -o many --num 50000 --format npz --backend auto",
-        "admtrt sample mine.bundle -o filled --known photo.png --mask mask.png --jump 10,10",
+        "admtrt sample mine.bundle -o filled --known photo.png --mask mask.png --jump 10:10",
     ),
     "export": (
         "admtrt export unet.safetensors --classifier classifier.safetensors -o mine.bundle",

@@ -38,7 +38,7 @@ _FORMATS = ("npz", "png", "grid", "gif")
 @takes_solver_options
 def sample(
     bundle: Annotated[Path, typer.Argument(help="Directory of the bundle.")],
-    out: Annotated[Path, typer.Option(help="Directory of the run; a run that was cut off continues there.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run continues there.")],
     num: Annotated[
         int | None,
         typer.Option(help="Number of samples; the requested classes alternate. Default: one of each class."),
@@ -52,7 +52,7 @@ def sample(
     ] = 0,
     steps: Annotated[
         str | None,
-        steps_option("Of ddpm and ddim, e.g. 250, ddim25 or 90,60,60,20,20; of others, evaluations."),
+        steps_option("Steps of ddpm and ddim, e.g. 250, ddim25 or 90,60,60,20,20; else evaluations."),
     ] = None,
     method: Annotated[str | None, method_option("Solver")] = None,
     scale: Annotated[float | None, typer.Option(help="Guidance scale; 0 = unguided.")] = None,
@@ -73,7 +73,7 @@ def sample(
         typer.Option(metavar="BUNDLE", help="Enlarge the samples with this upsampler: a second stage."),
     ] = None,
     upsample_steps: Annotated[
-        str | None, steps_option("Steps of the second stage; its bundle's own where left out.")
+        str | None, steps_option("Steps of the second stage. Default: its bundle's.")
     ] = None,
     upsample_scale: Annotated[
         float | None, typer.Option(help="Guidance scale of the second stage. Default: 0.")
@@ -98,8 +98,8 @@ def sample(
         str | None,
         typer.Option(
             metavar="ADDRESS",
-            help="Draw on the machines of this Ray cluster (auto, HOST:PORT), or on this one (local); --out "
-            "is in a folder that all of them see.",
+            help="Draw on the machines of this Ray cluster (auto, HOST:PORT), or on this one (local); all "
+            "must see the folder of --out.",
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,

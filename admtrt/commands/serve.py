@@ -75,8 +75,8 @@ def serve(
     order: Annotated[
         Literal["fair", "shortest", "static", "static-any"],
         typer.Option(
-            help="fair: clients take turns at every step. shortest: what is nearly done goes first. static "
-            "and static-any: a batch (of equal settings, of any) runs to its end, to compare with."
+            help="fair: clients take turns at every step. shortest: the least remaining work goes first. "
+            "static and static-any, for comparison: a batch (of equal settings, of any) runs to its end."
         ),
     ] = "fair",
     timeout: Annotated[float, typer.Option(min=0.1, help="Time limit of a request, in seconds.")] = 300.0,
@@ -94,7 +94,7 @@ def serve(
         typer.Option(
             min=1024,
             metavar="BYTES",
-            help="Of a request; 8 MiB, or what the targets of the guides take for one sample.",
+            help="Largest request. Default: 8 MiB, or more if a sample's guide targets need it.",
         ),
     ] = None,
     read_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds to receive a request.")] = 30.0,

@@ -31,8 +31,8 @@ def method_option(purpose: str, *, auto: str = "what the bundle recommends") -> 
     named = ", ".join(f"{one.name} for {one.implied_by}N" for one in implied if one.implied_by)
     other = next(one.name for one in implied if not one.implied_by)
     return typer.Option(
-        help=f"{purpose}: {', '.join(SOLVERS)}; {AUTO} is {auto}. Where steps are given "
-        f"alone, {named}, else {other}."
+        help=f"{purpose}: {', '.join(SOLVERS)}; {AUTO} is {auto}. If only steps are given: "
+        f"{named}, else {other}."
     )
 
 

@@ -53,7 +53,7 @@ _Teacher = Annotated[
     str | None,
     typer.Option(
         metavar="FILE",
-        help="UNet of ours trained as edm, which is distilled (train_consistency.teacher). Default: none, "
+        help="UNet trained by admtrt with kind edm, to distil (train_consistency.teacher). Default: none, "
         "consistency training.",
     ),
 ]
@@ -62,7 +62,7 @@ _Init = Annotated[
     typer.Option(
         metavar="CHECKPOINT",
         help="Start from the weights of a file or of diffusers' folder (train_unet.init); its network and "
-        "process are taken where [unet] and [diffusion] are absent.",
+        "process are used if [unet] and [diffusion] are missing.",
     ),
 ]
 _Resume = Annotated[bool, typer.Option("--resume", help="Continue the run in --out, if there is one.")]

@@ -1,4 +1,4 @@
-"""Reading training images: what stands at a path, how it is labelled, and which of it is usable."""
+"""Reading training images: the kind of data at a path, their labels, and which files are usable."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ DIGITS = "digits"
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 _FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-"""Pillow's names of what it may take a file for: it would run Ghostscript on another kind."""
+"""The formats, by Pillow's names, that it may decode. For another format it would run Ghostscript."""
 MOST_PIXELS = 2**26
-"""Pixels of a training image, below the number at which Pillow begins to warn of a decompression bomb."""
+"""Largest number of pixels of a training image; Pillow warns of a decompression bomb at a higher number."""
 
 _IDX_IMAGES = re.compile(r"(?P<stem>.*)images(?P<mark>[-.])idx3-ubyte(\.gz)?")
 _IDX_UNSIGNED_BYTE = 0x08
 _GZIP_MAGIC = b"\x1f\x8b"
 _TOO_DEEP = "not 8 bits a channel"
 _BLOCK = 2**20  # bytes
-_MOST_CLASSES = 1_000_000  # more are no numbers of classes
+_MOST_CLASSES = 1_000_000  # larger labels cannot be indices of classes
 
 
 class Skipped(NamedTuple):
@@ -63,9 +63,9 @@ class Source:
 
     Attributes:
         images: uint8 [N, H, W, C] in memory, or N files that were all decoded once without an error.
-        labels: int64 [N], indices of ``class_names``; None where nothing is labelled.
-        class_names: sorted as text for folders, all numbers from 0 on elsewhere; empty without labels.
-        numbered: whether labels are the network's classes by number, and not by name.
+        labels: int64 [N], indices of ``class_names``; None without labels.
+        class_names: for folders, sorted as text; for other kinds, all numbers from 0; empty without labels.
+        numbered: True if the data label classes by number, False if by name.
         skipped: the bad files left out.
     """
 
@@ -77,12 +77,12 @@ class Source:
 
 
 def read_source(config: DataConfig) -> Source:
-    """Read what ``config.source`` names; ``kind`` ``auto`` judges by what stands there.
+    """Read the data at ``config.source``; with ``kind`` ``auto``, detect what kind of data it is.
 
     Raises:
         DataError: if it is missing, empty, damaged, of an unknown kind, not labelled as ``label_from`` asks,
-            or of another size than ``image_size`` where ``resize`` is off.
-        MissingDependencyError: for the digits without scikit-learn.
+            or of another size than ``image_size`` while ``resize`` is off.
+        MissingDependencyError: for the digits if scikit-learn is not installed.
     """
     path = Path(config.source).expanduser()
     try:
@@ -170,11 +170,11 @@ def _read_digits() -> tuple[Pixels, Labels]:
 
 
 def with_channels(image: Image.Image, config: DataConfig) -> Image.Image:
-    """An image in the configured channels, transparent pixels before the configured background."""
+    """An image in the configured channels, with the configured background behind transparent pixels."""
     mode = MODES[config.channels]
     if not image.has_transparency_data:
         return image.convert(mode)
-    image = image.convert("RGBA")  # Pillow warns about direct ways from a palette
+    image = image.convert("RGBA")  # Pillow warns about direct conversions from a palette
     if config.background is not None and "A" not in mode:
         behind = Image.new("RGBA", image.size, (*[config.background] * 3, 255))
         image = Image.alpha_composite(behind, image)
@@ -182,7 +182,7 @@ def with_channels(image: Image.Image, config: DataConfig) -> Image.Image:
 
 
 def read_image(path: Path, config: DataConfig) -> Image.Image:
-    """Decode a file, turn it as it says and convert its channels; of an animation the first picture.
+    """Decode a file, rotate it by its EXIF data and convert its channels; of an animation, the first frame.
 
     Raises:
         DataError: naming the file, if that fails.
@@ -190,7 +190,7 @@ def read_image(path: Path, config: DataConfig) -> Image.Image:
     try:
         with open_image(path) as image:
             return with_channels(_upright(image, config), config)
-    except Exception as error:  # damaged files make Pillow's decoders raise almost anything
+    except Exception as error:  # for damaged files Pillow's decoders raise almost any exception
         raise DataError(f"{path} can no longer be read: {_reason(error)}") from None
 
 
@@ -200,7 +200,7 @@ def _upright(image: Image.Image, config: DataConfig) -> Image.Image:
 
 @contextlib.contextmanager
 def open_image(path: Path) -> Iterator[Image.Image]:
-    """An image that is not decoded yet: of a regular file, in one of our formats, and of a bearable size."""
+    """Open an image without decoding it: a regular file in an allowed format, at most MOST_PIXELS pixels."""
     with open_regular(path) as opened, Image.open(opened, formats=_FORMATS) as image:
         if image.width * image.height > MOST_PIXELS:
             raise ValueError(f"{image.width}x{image.height} pixels, more than {MOST_PIXELS} in all")
@@ -208,7 +208,7 @@ def open_image(path: Path) -> Iterator[Image.Image]:
 
 
 def _fault_of(path: Path, config: DataConfig) -> str | None:
-    """Fault of an unusable file, or None. Decodes all of it, as nothing less shows a truncated JPEG."""
+    """The fault of an unusable file, or None. Decodes the whole file, to detect truncated JPEGs."""
     try:
         with open_image(path) as image:
             size = config.image_size
@@ -216,7 +216,7 @@ def _fault_of(path: Path, config: DataConfig) -> str | None:
                 return f"{image.width}x{image.height} pixels, not {size}x{size}"
             if image.mode.startswith(("I", "F")):
                 return f"pixels of mode {image.mode}, {_TOO_DEEP}"
-            image.draft(None, (1, 1))  # a JPEG is read to its end but skips most of the arithmetic
+            image.draft(None, (1, 1))  # a JPEG is read to its end, without most of the arithmetic
             _upright(image, config).load()
     except Exception as error:  # as in read_image
         return _reason(error)
@@ -287,7 +287,7 @@ def _inode(folder: Path) -> tuple[int, int]:
 
 
 def _class_of_each(root: Path, files: Sequence[Path], label_from: str) -> list[str] | None:
-    """The class name of each file; None for ``none``, and where ``auto`` finds no rule for all."""
+    """The class name of each file; None for ``none``, or if ``auto`` finds no rule that fits every file."""
     loose = [file.name for file in files if file.parent == root]
     unmarked = [file.name for file in files if "_" not in file.name]
     if label_from == "folder" and loose:
@@ -350,7 +350,7 @@ def _idx_array(path: Path, *, dimensions: int) -> Pixels:
             shape = struct.unpack(f">{dimensions}I", header[4:].ljust(4 * dimensions, b"\0"))
             expected = math.prod(shape)
             data = bytearray()
-            # In blocks, as far as there are any: a header may promise what no memory holds.
+            # In blocks, until the data end: a header may promise more than fits into memory.
             while len(data) <= expected and (block := source.read(_BLOCK)):
                 data += block
     except (OSError, EOFError, zlib.error) as error:
@@ -386,7 +386,7 @@ def _read_npz(path: Path) -> tuple[Pixels, Labels | None]:
             labels = archive.read("arr_1") if not fault and "arr_1" in archive.names else None
     except zipfile.BadZipFile:
         raise DataError(f"{path} is no .npz archive, or only the start of one", hint=hint) from None
-    except Exception as error:  # damaged archives make the reader raise almost anything
+    except Exception as error:  # for damaged archives the reader raises almost any exception
         raise DataError(f"cannot read {path}: {_reason(error)}", hint=hint) from None
     if images is None:
         raise DataError(fault, hint=hint)
@@ -394,7 +394,7 @@ def _read_npz(path: Path) -> tuple[Pixels, Labels | None]:
 
 
 def _npz_fault(path: Path, archive: Archive) -> str:
-    """The fault in the images and labels of an archive, by their headers alone."""
+    """The fault in the images and labels of an archive, from their headers alone; empty if there is none."""
     if "arr_0" not in archive.names:
         return f"{path} holds no arr_0 (it holds: {', '.join(archive.names) or 'nothing'})"
     images = archive.header("arr_0")

@@ -1,4 +1,4 @@
-"""The public exporters of derivatives, for any module: gradients and products with Jacobians and Hessians."""
+"""Public functions that export derivatives of any module: gradients, Jacobian and Hessian products."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class GradientGraph:
-    """An exported derivative: its file and the names and shapes of what goes in and out."""
+    """An exported derivative: its file, the names of its inputs and outputs, and its number of nodes."""
 
     path: Path
     inputs: tuple[str, ...]
@@ -44,19 +44,19 @@ class GradientGraph:
 
 
 class _Outputs(nn.Module):
-    """A module whose result is a tuple: the scalar where one is formed, then what it returns."""
+    """A wrapper that returns a tuple: the scalar if there is a function for it, then the module's results."""
 
     def __init__(self, module: nn.Module, scalar: ScalarFunction | None, *, alone: bool) -> None:
         super().__init__()
         self.module = module
         self.scalar = scalar
-        self.alone = alone and scalar is not None  # it is all that is asked for
-        self.training = module.training  # it has no mode of its own
+        self.alone = alone and scalar is not None  # no other output is requested
+        self.training = module.training  # the wrapper has no mode of its own
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         out: Tensor | tuple[Tensor, ...] = self.module(*inputs)
         first = () if self.scalar is None else (self.scalar(out, *inputs),)
-        if self.alone:  # then what the module returns may be of any type
+        if self.alone:  # the module may then return any type
             return first
         return (*first, *((out,) if isinstance(out, Tensor) else out))
 
@@ -75,27 +75,27 @@ def export_input_gradient(
 ) -> GradientGraph:
     """Export the gradient of a per-sample scalar with respect to one input, for any batch size.
 
-    The graph has the module's inputs, and the outputs ``grad`` (shaped as ``wrt``), ``value`` [N] and those
-    of the module that ``further`` names, all from one forward pass.
-    It is the derivative of what is computed: ``detach()`` and ``no_grad()`` leave no trace in a graph, so
-    nothing is held constant by them. Where ONNX Runtime is installed, the written graph is run beside
-    autograd on rows near the example, near 0, at 0 and far away before it takes its place, unless a type is
-    narrower than float32. At ties and ends it has the gradient of the installed PyTorch.
+    The graph has the module's inputs, and the outputs ``grad`` (shaped as ``wrt``), ``value`` [N] and the
+    module's outputs named in ``further``, all from one forward pass.
+
+    ``detach()`` and ``no_grad()`` have no effect: they leave no trace in the captured graph, so no value is
+    held constant. If ONNX Runtime is installed and no type is narrower than float32, the written graph is
+    compared with autograd on rows near the example, near 0, at 0 and far away, before it is moved to
+    ``path``. At ties and ends the gradient is that of the installed PyTorch.
 
     Args:
-        module: called as ``module(*inputs.values())``; all of it in evaluation mode.
-        inputs: example tensors by name, all with the batch as their first axis, of size 2 or more. Their
-            values do not matter, but where the module is not defined everywhere the check needs some that are
-            in its domain.
+        module: called as ``module(*inputs.values())``; every submodule in evaluation mode.
+        inputs: example tensors by name, all with the batch as their first axis, of size 2 or more. Only the
+            check uses their values: if the module is not defined everywhere, they must be in its domain.
         path: file to write; weights of more than 64 MiB go to ``<path>.data``.
         wrt: name of the floating-point input to differentiate.
-        scalar: ``scalar(module(*inputs), *inputs)`` -> [N]; None where the module returns [N] itself, alone
-            or before further tensors. Each sample's scalar must depend on that sample alone.
-        further: names for the tensors [N, ...] that the module returns, in order: for all of them where
-            ``scalar`` is given, else for those behind the scalar.
+        scalar: ``scalar(module(*inputs), *inputs)`` -> [N]; None if the module returns [N] itself, alone or
+            before further tensors. Each sample's scalar must depend on that sample alone.
+        further: names for the tensors [N, ...] that the module returns, in order: for all of them if
+            ``scalar`` is given, otherwise for those after the scalar.
         conv_backward: ``flipped`` (fast on CPUs) or ``transposed`` (shares the weights).
         opset: of the default ONNX domain.
-        check: compare with autograd; False for a module in which gradients are held back on purpose.
+        check: compare with autograd; False for a module that blocks gradients on purpose.
 
     Raises:
         ExportError: if the module cannot be captured or draws random numbers, the scalar is not [N],
@@ -121,8 +121,8 @@ def export_vector_jacobian(
 ) -> GradientGraph:
     """Export the product of a vector and the Jacobian of any output, for any batch size.
 
-    The graph has the module's inputs and ``cotangent``, shaped as the output ``of``, and the outputs ``grad``
-    = d sum(``of`` * ``cotangent``) / d ``wrt`` (shaped as ``wrt``) and those of the module. A one-hot
+    The graph has the module's inputs and ``cotangent``, shaped as the output ``of``. Its outputs are ``grad``
+    = d sum(``of`` * ``cotangent``) / d ``wrt`` (shaped as ``wrt``) and the module's outputs. A one-hot
     cotangent gives a row of the Jacobian; noise gives Hutchinson's estimate of its trace.
 
     Args:
@@ -130,8 +130,9 @@ def export_vector_jacobian(
         inputs: as there.
         path: as there.
         wrt: name of the floating-point input to differentiate.
-        outputs: names for all that the module returns, in order.
-        of: the one to differentiate; None for the first. A sample's must depend on that sample alone.
+        outputs: names for all tensors that the module returns, in order.
+        of: the output to differentiate; None for the first. Each sample's output must depend on that sample
+            alone.
         cotangent: name of the new input.
         conv_backward: as there.
         opset: as there.
@@ -161,9 +162,9 @@ def export_hessian_vector(
 ) -> GradientGraph:
     """Export the product of the Hessian of a per-sample scalar and a vector, for any batch size.
 
-    The graph has the module's inputs and ``vector``, shaped as ``wrt``, and the outputs ``product`` = H
-    ``vector`` (shaped as ``wrt``), ``grad``, ``value`` and those of ``further``. It is the derivative of the
-    gradient graph, so kinks have no second derivative in it: that of a ReLU is 0.
+    The graph has the module's inputs and ``vector``, shaped as ``wrt``. Its outputs are ``product`` = H
+    ``vector`` (shaped as ``wrt``), ``grad``, ``value`` and those of ``further``. The product is the
+    derivative of the gradient graph, in which kinks have no second derivative: that of a ReLU is 0.
 
     Args:
         module: as in :func:`export_input_gradient`.
@@ -175,7 +176,7 @@ def export_hessian_vector(
         vector: name of the new input.
         conv_backward: as there.
         opset: as there.
-        check: as there; autograd differentiates twice.
+        check: as there; the comparison is with autograd's second derivative.
 
     Raises:
         ExportError: as there, and if the Hessian is 0 everywhere.
@@ -255,7 +256,7 @@ def _check_outputs(model: ir.Model, derivative: Derivative) -> None:
         scalar = name == derivative.of and derivative.cotangent is None
         if shape is not None and len(shape) and shape[0] == BATCH and (len(shape) == 1 or not scalar):
             continue
-        refuse_unknown(model)  # of whose results the exporter may not know the shape
+        refuse_unknown(model)  # the exporter may not know the shapes of their results
         if scalar:
             raise ExportError(
                 f"the scalar has shape {shape}, expected [{BATCH}]: one number for each sample",
@@ -265,10 +266,10 @@ def _check_outputs(model: ir.Model, derivative: Derivative) -> None:
 
 
 def _ones_like(value: ir.Value, batch: int) -> Tensor:
-    """An example of a tensor of the graph.
+    """A tensor of ones with the shape and dtype of a value of the graph.
 
     Raises:
-        ExportError: if another axis than the batch has no fixed size, or it is of whole numbers.
+        ExportError: if an axis other than the batch has no fixed size, or the dtype is not a float.
     """
     sizes = [size for size in (value.shape or ())[1:] if isinstance(size, int)]
     if value.dtype not in _DTYPES or len(sizes) + 1 != len(value.shape or ()):

@@ -1,4 +1,4 @@
-"""Find the published model that a state dict is, or derives from."""
+"""Find the published model that a state dict belongs to or is derived from."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _CONVOLVED = [name for name, preset in PRESETS.items() if preset.diffusion.kind == "edm"]
-_ALIKE = 0.9  # of all keys equal: then a published model is worth naming
+_ALIKE = 0.9  # fraction of equal keys from which a published model is named in a message
 _CHANGED_BY_FORKS = ("num_classes", "in_channels", "image_size")
 _ASSUMED = (
     "image_size",
@@ -41,7 +41,7 @@ _ASSUMED = (
 
 
 class ConfigOfTensors(NamedTuple):
-    """The configuration of tensors and, where something was assumed for it, a note that says what."""
+    """The configuration of tensors, and a note that lists the assumed settings, if any."""
 
     config: CheckpointConfig
     note: str = ""
@@ -57,21 +57,21 @@ def config_of_tensors(
     asks: Collection[str] = (),
     shared: Mapping[str, Any] = _NOTHING,
 ) -> ConfigOfTensors:
-    """The configuration of tensors that come with none.
+    """The configuration of tensors in a file without one.
 
-    What the shapes do not tell and ``given`` does not say is taken from the published model that the tensors
-    are, or of which they differ only in classes, channels or image size; where several are equally near, only
-    from what these have in common. Tensors that no setting makes a network's are refused before anything
-    is asked for.
+    Settings neither visible in the shapes nor ``given`` are assumed from the nearest published model: the
+    tensors have its shapes, or differ only in classes, channels or image size. If several models are
+    equally near, only settings that they have in common are assumed. Tensors that do not fit an ADM network
+    with any settings are refused first, before settings are requested.
 
     Args:
         shapes: every tensor's shape by its bare name.
         name: the file's name without its suffix, which decides between published models of equal shapes.
         given: settings that are known.
-        options: what the command line's options for this file are called, for advice.
-        told: settings that the file tells otherwise.
+        options: names of the command line's options for this file, for hints.
+        told: settings that the file contains in another form.
         asks: as for :func:`~admtrt.models.infer.infer_config`.
-        shared: settings of the network that it goes with, which stand above a published model's.
+        shared: settings of the network that this one is used with; they override a published model's.
 
     Raises:
         CheckpointError: as :func:`~admtrt.models.infer.infer_config`, or for the names or shapes of tensors.
@@ -129,14 +129,14 @@ def check_tensors(
 
     Args:
         shapes: every tensor's shape by its bare name.
-        config: what they should be.
-        fault: the beginning of the message, which goes on with some of the tensors.
-        kinds: what is wanted.
-        options: what the command line's options for this file are called, for advice.
-        advice: where no published model is nearer.
+        config: configuration of the expected tensors.
+        fault: the beginning of the message; names of some of the tensors follow it.
+        kinds: the kinds of network that are accepted.
+        options: names of the command line's options for this file, for hints.
+        advice: the hint if the tensors fit no published model better.
 
     Raises:
-        CheckpointError: with the published model that the tensors fit better, if there is one.
+        CheckpointError: its hint names the published model that the tensors fit better, if there is one.
     """
     expected = shapes_of_network(config)
     if expected != shapes:
@@ -148,11 +148,11 @@ def check_tensors(
 
 
 def nearest_preset(shapes: Shapes) -> tuple[str, float] | None:
-    """The published model most like a state dict.
+    """The published model most similar to a state dict.
 
     Returns:
-        Its name and the fraction of all keys, of either, that are in both with equal shapes; of equally near
-        ones the first. None if no key of any agrees.
+        Its name, and the fraction of all keys (of either) that both have with equal shapes. Among equally
+        similar models, the first. None if no model has a key in common with the state dict.
     """
     fractions = {name: fraction_equal(shapes, _preset_shapes(name)) for name in PRESETS}
     name = max(fractions, key=fractions.__getitem__)
@@ -160,7 +160,7 @@ def nearest_preset(shapes: Shapes) -> tuple[str, float] | None:
 
 
 def preset_hint(shapes: Shapes, kinds: Sequence[Kind], *, better_than: float, options: OptionNames) -> str:
-    """Advice that names a published model which the tensors fit better than a given fraction, or nothing."""
+    """A hint that names a published model that the tensors fit better than a given fraction, or empty."""
     nearest = nearest_preset(shapes)
     if nearest is None or nearest[1] < _ALIKE or nearest[1] <= better_than:
         return ""
@@ -180,7 +180,7 @@ def preset_hint(shapes: Shapes, kinds: Sequence[Kind], *, better_than: float, op
 
 
 def fraction_equal(left: Shapes, right: Shapes) -> float:
-    """The fraction of all keys, of either, that are in both with equal shapes."""
+    """The fraction of all keys (of either) that both have with equal shapes."""
     return len(left.items() & right.items()) / max(len(left.keys() | right.keys()), 1)
 
 
@@ -195,15 +195,15 @@ def _shapes_of(network: UNetConfig | ClassifierConfig) -> Shapes:
 
 
 def _without_dropout(name: str) -> UNetConfig | ClassifierConfig:
-    """A published network without what its shapes do not depend on and its variants differ in."""
+    """A published network without dropout, which variants differ in and shapes do not depend on."""
     return PRESETS[name].network.model_copy(update={"dropout": 0.0})
 
 
 def _kin(traits: Traits, name: str, process: str) -> tuple[list[Preset], list[str]]:
-    """The published models nearest to a network, if it derives from any, and what it changed in them.
+    """The published models that a network may be derived from, nearest only, and the settings it changed.
 
-    Of those with the same kind of process: neither the kind nor whether a network is held to a boundary is
-    ever taken from a published model of equal shapes.
+    Only models with the same kind of process are compared: neither the kind nor the boundary condition is
+    ever assumed from a published model of equal shapes.
     """
     distances = {
         preset: changed
@@ -217,7 +217,7 @@ def _kin(traits: Traits, name: str, process: str) -> tuple[list[Preset], list[st
 
 
 def _changes(traits: Traits, preset: Preset) -> list[str] | None:
-    """The settings that shapes tell and that differ from a published model's; None if it is another model."""
+    """The settings, inferred from shapes, that differ from a published model's; None for an unrelated one."""
     network = preset.network
     attends = tuple(size in network.attention_resolutions for size in network.level_sizes)
     if (traits.kind, traits.attends) != (preset.kind, attends):
@@ -229,7 +229,7 @@ def _changes(traits: Traits, preset: Preset) -> list[str] | None:
 
 
 def _common_settings(presets: Sequence[Preset]) -> dict[str, Any]:
-    """The settings without a trace in shapes on which published models agree."""
+    """The settings not visible in shapes that have the same value in all these published models."""
     tables = [preset.network.model_dump() | preset.diffusion.model_dump() for preset in presets]
     return {
         key: tables[0][key]
@@ -241,11 +241,11 @@ def _common_settings(presets: Sequence[Preset]) -> dict[str, Any]:
 def _settings_in_words(config: CheckpointConfig, keys: Sequence[str]) -> str:
     values = config.network.model_dump() | config.diffusion.model_dump()
     if values["num_head_channels"] is not None:
-        values |= {"num_heads": None, "num_heads_upsample": None}  # which have no effect then
+        values |= {"num_heads": None, "num_heads_upsample": None}  # they have no effect then
     elif config.kind != "classifier":
         values["num_heads_upsample"] = values["num_heads_upsample"] or values["num_heads"]
     if config.kind == "classifier":
-        values |= {"mean_type": None, "variance_type": None}  # of which a classifier has no use
+        values |= {"mean_type": None, "variance_type": None}  # a classifier does not use them
     if "num_classes" in keys and values["num_classes"] is None:
         values["num_classes"] = "none"
     return ", ".join(f"{key} {values[key]}" for key in keys if values.get(key) is not None)

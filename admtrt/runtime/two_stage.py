@@ -1,8 +1,8 @@
 """Two stages: a bundle draws small images, an upsampler's bundle enlarges them.
 
-The first stage's images are rounded to uint8 before they are enlarged, as they are when each stage runs by
-itself and the images pass through a file. Both stages use the same seeds; their noise differs all the same
-(see :mod:`admtrt.runtime.noise`), and is that of each stage alone.
+The first stage's images are rounded to uint8 before they are enlarged, as if each stage ran separately and
+the images went through a file. Both stages use the same seeds but draw different noise (see
+:mod:`admtrt.runtime.noise`). Each stage draws the same noise as when it runs separately.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class TwoStageSamples:
 
     @property
     def labels(self) -> Labels | None:
-        """int64 [N] of the stage that knows classes, or None where neither does."""
+        """Labels of the stage that is class-conditional, int64 [N]; None if neither is."""
         return self.high.labels if self.low.labels is None else self.low.labels
 
     @property
     def seeds(self) -> tuple[int, ...]:
-        """One for each sample."""
+        """The seed of each sample."""
         return self.high.seeds
 
 
@@ -61,11 +61,11 @@ class TwoStage:
     """Sampling from two bundles.
 
     Args:
-        low: draws the small images.
-        high: an upsampler of images of that size.
+        low: pipeline that draws the small images.
+        high: pipeline of an upsampler of images of that size.
 
     Raises:
-        RequestError: if the two do not fit together.
+        RequestError: if the two are incompatible.
     """
 
     def __init__(self, low: Pipeline, high: Pipeline) -> None:
@@ -75,7 +75,7 @@ class TwoStage:
 
     @classmethod
     def from_bundles(cls, low: str | Path, high: str | Path, **options: Any) -> Self:
-        """Open both bundles as :meth:`Pipeline.from_bundle` does, which describes the options."""
+        """Open both bundles. The options are those of :meth:`Pipeline.from_bundle`."""
         return cls(Pipeline.from_bundle(low, **options), Pipeline.from_bundle(high, **options))
 
     def __call__(
@@ -92,20 +92,21 @@ class TwoStage:
         """Draw one sample for each label and seed.
 
         Args:
-            labels, seeds: as for :class:`Pipeline`; each goes to every stage that takes it.
-            upsample_steps, upsample_scale: of the second stage, whose other choices are its bundle's
-                recommendation.
+            labels, seeds: as for :class:`Pipeline`; passed to every stage that uses them.
+            upsample_steps, upsample_scale: steps and guidance scale of the second stage. Its other choices
+                are its bundle's recommendation.
             batch_size: samples computed at once.
-            callback: called after every evaluation, of the first stage for all samples, then of the second.
-            choices: of the first stage, as :meth:`Pipeline.sampler`.
+            callback: called after every evaluation: first for all samples in the first stage, then in the
+                second.
+            choices: choices of the first stage, as for :meth:`Pipeline.sampler`.
 
         Raises:
-            RequestError: for anything that the bundles cannot do, before the first step is taken.
+            RequestError: for any request that the bundles cannot serve, before the first step is taken.
         """
         sampler = self.low.sampler(**choices)
         upsampler = self.high.sampler(steps=upsample_steps, scale=upsample_scale)
         checked = self.low.check_labels(labels, sampler)
-        numbers = None if checked is None else checked.tolist()  # the second may not know the names
+        numbers = None if checked is None else checked.tolist()  # the second may have no class names
         for_high = self.labels_of_high(numbers)
         self.high.check_labels(for_high, upsampler)
         low = self.low.draw(sampler, numbers, seeds, batch_size=batch_size, callback=callback)
@@ -115,15 +116,15 @@ class TwoStage:
         return TwoStageSamples(low=low, high=high)
 
     def labels_of_high(self, labels: Sequence[int] | None) -> Sequence[int] | None:
-        """The labels that the second stage is given: all of them, or None where it knows no classes."""
+        """The labels for the second stage: all of them, or None if it is not class-conditional."""
         return None if self.high.bundle.manifest.num_classes is None else labels
 
 
 def check_stages(low: Bundle, high: Bundle) -> None:
-    """Refuse bundles of which the second cannot enlarge what the first draws.
+    """Refuse two bundles if the second cannot enlarge the images of the first.
 
     Raises:
-        RequestError: naming what differs.
+        RequestError: its message names the difference.
     """
     ours, theirs = low.manifest, high.manifest
     if ours.network.low_res_size is not None:
@@ -155,7 +156,7 @@ def check_stages(low: Bundle, high: Bundle) -> None:
 
 
 def _differing(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
-    """The classes that two bundles call by other names, as each does; empty where one has no names."""
+    """The classes whose names differ between two bundles, by each one's names; empty if one has no names."""
     pairs = [pair for pair in enumerate(zip(ours, theirs, strict=False)) if pair[1][0] != pair[1][1]]
     first, second = ([f"{index} {names[side]}" for index, names in pairs] for side in (0, 1))
     return listed(first), listed(second)
@@ -164,10 +165,10 @@ def _differing(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
 def second_request(
     stages: TwoStage, request: BulkRequest, upsampler: SamplerConfig, out: Path
 ) -> BulkRequest:
-    """Request of the second stage after the first has drawn ``request`` within the run directory ``out``.
+    """The second stage's request, which enlarges the samples of ``request`` in the run directory ``out``.
 
     Raises:
-        RequestError: if the upsampler lacks labels that it needs.
+        RequestError: if the upsampler needs labels and ``request`` has none.
     """
     labels = None if request.labels is None else request.labels.tolist()
     stages.high.check_labels(stages.labels_of_high(labels), upsampler)
@@ -187,23 +188,23 @@ def draw_two_stage(
 ) -> tuple[list[Path], list[Path]]:
     """Draw every missing shard of the first stage, then of the second, and write the results of both.
 
-    The run directory is the second stage's; the first has its own within it (``low/``), as if it had been
-    drawn alone.
+    ``directory`` is the run directory of the second stage. Its subdirectory ``low/`` is a complete run
+    directory of the first stage.
 
     Args:
         stages: the samplers.
-        low, high: what each draws; ``high`` is of :func:`second_request`.
-        directory: of the run; made, or continued where it holds the same requests.
-        formats: of the results, as for :func:`admtrt.runtime.bulk.draw`.
+        low, high: the request of each stage; :func:`second_request` makes ``high``.
+        directory: the run directory; it is created, or continued if it has the same requests.
+        formats: file formats of the results, as for :func:`admtrt.runtime.bulk.draw`.
         progress: called with the sample-steps done and a text, for a progress display.
-        elsewhere: of each stage, as for :func:`admtrt.runtime.bulk.draw`.
+        elsewhere: for each stage, as for :func:`admtrt.runtime.bulk.draw`.
 
     Returns:
-        The files written, of the first stage and of the second.
+        The files written: of the first stage, and of the second.
 
     Raises:
-        OutputError, RequestError: as :func:`admtrt.runtime.bulk.draw`; where the directory holds another
-            run, before the first stage is drawn.
+        OutputError, RequestError: as :func:`admtrt.runtime.bulk.draw`. A directory that holds another run is
+            refused before the first stage starts.
     """
     check_run(stages.high, high, directory)
     first = draw(

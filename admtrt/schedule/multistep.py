@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from admtrt.schedule.sampler import SamplerConfig
 
     Weights = Callable[[Sequence[Level], Level, int], Mapping[str, float]]
-    """Of a step: what :meth:`RowBuilder.add` takes, by the levels evaluated so far, newest first, the level
-    where the step leads, and its order."""
+    """Function of the levels evaluated so far (newest first), the level that the step leads to, and the order
+    of the step. Returns the weights of the step, for :meth:`RowBuilder.add`."""
     Step = Callable[
         [Sequence[Level], Level, int, float], tuple[Mapping[str, float], Mapping[str, float] | None, float]
     ]
-    """The same of a solver that also corrects, by these and the weight of the newest prediction in the state
-    that it corrects: the weights of the step, those of ``saved``, and that weight of the next evaluation."""
+    """The same for a solver with a corrector. A further argument is the weight of the newest prediction in
+    the state that it corrects. Returns the weights of the step, the weights of ``saved``, and the weight of
+    the next evaluation's prediction in the state that it will correct."""
 
 _FEW_DPM_SOLVER, _FEW_DIFFUSERS = 10, 15
 """Below these numbers of steps, DPM-Solver's code and diffusers lower the order at the end."""
@@ -35,8 +36,8 @@ def steps_of(
     """The levels of the steps, and the level of an additional evaluation at the end, or None.
 
     Raises:
-        RequestError: as :func:`~admtrt.schedule.grid.path`; or for a ``denoise_to_zero`` that has no noise
-        left.
+        RequestError: as :func:`~admtrt.schedule.grid.path`; or for ``denoise_to_zero`` with steps that
+            already end at zero noise.
     """
     if sampler.option("grid") == "respaced":
         return path(levels, sampler, 0, start), None
@@ -52,7 +53,7 @@ def steps_of(
 
 
 def orders_of(sampler: SamplerConfig, steps: int, *, to_zero: bool) -> list[int]:
-    """The order of each step: as high as the number of predictions allows, at the end by ``final_order``.
+    """The order of each step, limited by the number of predictions so far and, at the end, ``final_order``.
 
     ``falling`` ends with orders 2, 1 (order 3) or 1 (order 2). ``dpm-solver`` does this below 10 steps;
     ``diffusers`` below 15, and always in a last step to the image; ``full`` never.
@@ -86,10 +87,10 @@ def multistep_rows(
 
 
 def corrected_rows(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None, step: Step) -> Rows:
-    """Rows of such a solver in which an evaluation may also correct the state where it was made.
+    """Rows of a multistep solver whose evaluations may also correct the state where they are made.
 
     Raises:
-        RequestError: as :func:`steps_of`; or for levels that repeat.
+        RequestError: as :func:`steps_of`; or for repeated levels.
     """
     passed, last = steps_of(levels, sampler, start)
     check_distinct(passed, sampler)

@@ -1,7 +1,7 @@
-"""The options of samplers, each declared once: its values and what it does.
+"""The options of samplers, each declared once: its values and its help text.
 
-The command line, the checks and the documentation derive from these declarations. Heavy imports are avoided,
-so that ``--help`` stays quick.
+The command line, the checks and the documentation are derived from these declarations. The module avoids
+slow imports, so that ``--help`` stays fast.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Option:
     Attributes:
         name: name of the field of :class:`~admtrt.schedule.sampler.SamplerConfig`.
         values: the allowed values; empty for a number, a flag or a list.
-        help: one sentence for people.
+        help: help text, one sentence.
         metavar: form of the value in the help; empty for a flag or if ``values`` are given.
     """
 
@@ -39,33 +39,41 @@ class Option:
 
     @property
     def flag(self) -> bool:
-        """True for an option that is either on or off."""
+        """True for an option that is on or off."""
         return not self.values and not self.metavar
 
 
 _ALL = (
-    Option("eta", "Noise of ddim, 0 to 1.", metavar="FLOAT"),
+    Option("eta", "Amount of noise of ddim, 0 to 1.", metavar="FLOAT"),
     Option(
         "direction",
-        "ddim goes on along eps of the bounded x_0, or along the network's own.",
+        "The eps of a ddim step: recomputed from the clipped x_0, or the network's own.",
         get_args(Direction),
     ),
     Option("order", "Order of the solver.", get_args(Order)),
-    Option("form", "Keep predictions of earlier steps, or evaluate inside of each step.", get_args(Form)),
+    Option(
+        "form",
+        "Multistep (reuse earlier predictions), or singlestep (evaluate inside each step).",
+        get_args(Form),
+    ),
     Option("sde", "Add noise at every step."),
     Option("variant", "The function B(h) of UniPC.", get_args(Variant)),
-    Option("grid", "How the noise levels are spaced.", get_args(Grid)),
-    Option("to", "End without noise, or at the smallest noise level of the training.", get_args(End)),
-    Option("denoise_to_zero", "Spend the last evaluation at the smallest noise level."),
+    Option("grid", "Spacing of the noise levels.", get_args(Grid)),
+    Option("to", "End at zero noise, or at the smallest noise level of training.", get_args(End)),
+    Option("denoise_to_zero", "Use the last evaluation to denoise from the smallest noise level to zero."),
     Option(
         "threshold",
-        "Bound x_0 by [-1, 1], or by a quantile of its own values, 99.5% unless the bundle has another.",
+        "Bound x_0 to [-1, 1], or by a quantile of its values: 99.5%, unless the bundle sets another.",
         get_args(Threshold),
     ),
-    Option("threshold_max", "Largest dynamic threshold.", metavar="FLOAT"),
-    Option("threshold_order", "Bound x_0 before or after the guide moves it.", get_args(ThresholdOrder)),
-    Option("final_order", "How the order falls in the last steps.", get_args(FinalOrder)),
-    Option("sigma", "Noise levels between those of the training, or the nearest of them.", get_args(Levels)),
+    Option("threshold_max", "Upper limit of the dynamic threshold.", metavar="FLOAT"),
+    Option("threshold_order", "Bound x_0 before or after the guide changes it.", get_args(ThresholdOrder)),
+    Option("final_order", "How the order decreases in the last steps.", get_args(FinalOrder)),
+    Option(
+        "sigma",
+        "Noise levels interpolated between those of training, or rounded to the nearest of them.",
+        get_args(Levels),
+    ),
     Option(
         "churn",
         "Noise added before each step: amount, lowest and highest noise level, factor of the noise.",
@@ -73,13 +81,15 @@ _ALL = (
     ),
     Option(
         "levels",
-        "Indices of the levels of a consistency model; the last is where it ends.",
+        "Indices of a consistency model's noise levels; sampling ends at the last.",
         metavar="I,J,...",
     ),
-    Option("levels_of", "Number of levels that those indices count.", metavar="INTEGER"),
+    Option(
+        "levels_of", "Total number of noise levels that the indices of --levels refer to.", metavar="INTEGER"
+    ),
 )
 OPTIONS = {option.name: option for option in _ALL}
-"""Options that only some solvers take, by name."""
+"""All options that only some solvers have, by name."""
 
 OF_MULTISTEP = {
     "grid": None,
@@ -91,4 +101,4 @@ OF_MULTISTEP = {
     "final_order": "falling",
     "sigma": "interpolated",
 }
-"""The options, with their defaults, that every multistep solver takes beside its order."""
+"""Options of every multistep solver besides its order, with their defaults."""

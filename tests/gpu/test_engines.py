@@ -64,7 +64,7 @@ def tolerance(table: dict[str, float], backend: str, precision: Precision) -> fl
 
 
 def fault_of(flavor: Flavor) -> str:
-    """Why a library cannot run here; empty where it can."""
+    """The reason why a library cannot run here; empty if it can."""
     gpu = query_driver().gpu
     assert gpu is not None
     try:

@@ -1,4 +1,4 @@
-"""A backend is its own file: nothing outside tells backends apart by their names."""
+"""A backend is declared in its own file: no other code distinguishes backends by name."""
 
 from __future__ import annotations
 

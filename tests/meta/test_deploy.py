@@ -1,4 +1,4 @@
-"""The files for containers: what they run exists, and what they rely on holds."""
+"""The files for containers: the commands that they run exist, and their assumptions hold."""
 
 from __future__ import annotations
 

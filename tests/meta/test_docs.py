@@ -43,7 +43,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_commands_in_the_documentation_exist() -> None:
-    """Every `admtrt COMMAND --option` that a page shows stands in the reference."""
+    """Every `admtrt COMMAND --option` on a page is in the reference."""
     reference = (ROOT / "docs" / "cli.md").read_text()
     commands = set(re.findall(r"^## `admtrt (\w+)`|^### `admtrt (\w+ \w+)`", reference, re.MULTILINE))
     names = {first or second for first, second in commands}

@@ -60,7 +60,7 @@ def texts(source: Path) -> Iterator[str]:
 
 
 def command_lines() -> list[tuple[str, str, str]]:
-    """(where, program, arguments) of all that a user is told to type."""
+    """(file, program, arguments) of every command line that a hint tells users to type."""
     return [
         (str(source.relative_to(ROOT)), *found)
         for source in SOURCES
@@ -118,7 +118,7 @@ def test_every_command_line_can_be_typed(where: str, program: str, line: str) ->
 
 
 def test_nothing_else_speaks_of_pip() -> None:
-    """And nobody is told to take a package away before another is there."""
+    """Also, no hint tells users to uninstall a package before its replacement is installed."""
     for source in SOURCES:
         for text in texts(source):
             assert "pip install" not in text, source
@@ -142,7 +142,7 @@ def test_options_that_texts_name_exist() -> None:
 
 
 def extras_named() -> Iterator[tuple[Path, str]]:
-    """What stands for ``extra`` in calls, fields of tables included."""
+    """Values of the argument ``extra`` in calls, including fields of tables."""
     for source in SOURCES:
         for node in ast.walk(ast.parse(source.read_text())):
             if isinstance(node, ast.Call):
@@ -167,7 +167,7 @@ def test_extras_that_are_named_exist() -> None:
 
 
 def test_an_extra_comes_from_the_checkout() -> None:
-    """The name is on no index; whoever registers it there is a stranger."""
+    """The name is on no package index: anyone could register another package under it."""
     for error in (
         MissingDependencyError("x", extra="rtx", purpose="this"),
         MissingDependencyError("x", extra="tensorrt or rtx", purpose="this"),
@@ -180,7 +180,7 @@ def test_an_extra_comes_from_the_checkout() -> None:
 def test_an_extra_of_an_installed_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str | None
 ) -> None:
-    """Copied into an environment, it knows where it came from as long as that is there."""
+    """An installed copy names its original source, while that exists."""
     monkeypatch.setattr(installing, "__file__", str(tmp_path / "site-packages" / "admtrt" / "installing.py"))
     here = tmp_path / "a checkout"
 
@@ -201,7 +201,7 @@ def test_an_extra_of_an_installed_package(
 
 @pytest.mark.slow
 def test_the_command_that_installs_an_extra_works() -> None:
-    """Without what it would download."""
+    """The command without its downloads."""
     made = shlex.split(installing.install_extra("cpu"))
     pip = made[: made.index("install")]
     if pip == ["pip"]:

@@ -34,7 +34,7 @@ EXPORT_STACK = (
 
 
 def python(code: str, *arguments: Any) -> str:
-    """Run code in an interpreter of its own; its stdout."""
+    """Run code in a new interpreter; returns its stdout."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
@@ -79,7 +79,7 @@ def test_importing_the_package_loads_nothing_but_itself() -> None:
     ],
 )
 def test_help_is_light(command: str) -> None:
-    """The command line loads nothing before it is told what to do."""
+    """The command line loads no libraries before it parses a command."""
     arguments = [*command.split(), "--help"]
     loaded = loaded_after(
         "import io, contextlib\nfrom admtrt.cli import run\n"
@@ -89,12 +89,12 @@ def test_help_is_light(command: str) -> None:
 
 
 def test_the_command_line_is_there_at_once() -> None:
-    """What commands need is loaded by the command that is given."""
+    """Only the given command loads what it needs."""
     assert not loaded_after("import admtrt.cli") & {"numpy", "pydantic", "PIL"}
 
 
 def test_the_sampler_itself_needs_no_engine() -> None:
-    """A pipeline may be given any denoiser; ONNX Runtime is loaded by its own backend alone."""
+    """A pipeline takes any denoiser; only ONNX Runtime's own backend loads it."""
     assert not loaded_after("import admtrt.runtime.pipeline, admtrt.runtime.bulk") & set(HEAVY)
 
 
@@ -136,7 +136,7 @@ NO_EVALUATION_STACK = (*EXPORT_STACK, "scipy", "tensorflow", "torchvision")
 
 
 def test_evaluating_without_pytorch_scipy_and_onnx(tmp_path: Path) -> None:
-    """Images, a reference, every metric, nearest images with their picture: none of it needs them."""
+    """Images, a reference, every metric and nearest images with their picture work without them."""
     from feature_networks import features_folder, pictures
 
     features = features_folder(tmp_path / "features")

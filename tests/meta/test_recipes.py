@@ -35,7 +35,7 @@ def steps(recipe: str) -> str:
 
 @pytest.fixture
 def registries(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    """Let examples register what they like, and write where nobody looks."""
+    """Undo what examples register, and run them in a temporary folder."""
     monkeypatch.setattr(app, "registered_commands", list(app.registered_commands))
     monkeypatch.setattr(checkpoint, "READERS", checkpoint.READERS)
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,7 @@ def sample(out: Path, *options: str) -> int:
 
 
 def digest(out: Path) -> str:
-    """Of every shard, and of what they were put together to."""
+    """A hash of every shard and of the merged samples."""
     shards = sorted((out / "shards").iterdir())
     assert [file.name for file in shards] == [f"{2 * index:08d}.npz" for index in range(SHARDS)]
     found = hashlib.sha256(b"".join(file.read_bytes() for file in shards))

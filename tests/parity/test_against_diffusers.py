@@ -26,7 +26,7 @@ diffusers = pytest.importorskip("diffusers")
 
 
 def drawn_config(seed: int) -> dict[str, Any]:
-    """A network drawn from what ADM has."""
+    """A random network with options that ADM has."""
     rng = random.Random(seed)
     levels = rng.choice([1, 2, 3])
     attends = [rng.random() < 0.5 for _ in range(levels)]

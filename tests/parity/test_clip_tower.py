@@ -30,7 +30,7 @@ VIT_B_32 |= {"projection_dim": 512, "image_size": 224, "patch_size": 32}
 
 
 class _Embeddings(nn.Module):
-    """The embeddings alone of what the library's module gives."""
+    """Return only the embeddings of the library's module."""
 
     def __init__(self, sizes: dict[str, int]) -> None:
         super().__init__()

@@ -123,7 +123,7 @@ def test_consistency_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["cpu", pytest.param("engine", marks=pytest.mark.slow)])
 def test_gradient_of_a_classifier_with_the_same_options(form: str) -> None:
-    """Its odd size is rounded down where zeros stand behind the image alone."""
+    """An odd size is rounded down if padding is only after the image."""
     config = ClassifierConfig(
         image_size=7,
         in_channels=1,

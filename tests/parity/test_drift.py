@@ -1,4 +1,4 @@
-"""Drift: exact where both sides are one, right where the error is known, and `admtrt drift` around it."""
+"""Drift: 0 for equal sides, correct for a known error, and the command `admtrt drift`."""
 
 from __future__ import annotations
 

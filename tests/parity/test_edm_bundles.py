@@ -1,4 +1,4 @@
-"""Bundles of processes of kind edm: sampled as the papers say, verified, measured, refused what they lack."""
+"""Bundles of processes of kind edm: sampling by the papers, verification, drift, refused requests."""
 
 from __future__ import annotations
 

@@ -154,7 +154,7 @@ def test_inception_score_error() -> None:
 
 
 def test_errors_are_of_the_size_of_what_they_tell() -> None:
-    """Twenty sets of 200 samples of one source spread as the error of one of them says, within a third."""
+    """The spread of twenty sets of 200 samples equals the error estimated from one set, within a third."""
     rng = np.random.default_rng(5)
     mixing = rng.standard_normal((8, 8)) / 3
 

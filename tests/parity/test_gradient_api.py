@@ -62,7 +62,7 @@ class Cosine(nn.Module):
 
 
 class Variants(nn.Module):
-    """What forks put in place of the usual: images [N, 4, 6, 6] -> [N, 3]."""
+    """Layers that forks use instead of ADM's: images [N, 4, 6, 6] -> [N, 3]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -327,14 +327,14 @@ def test_the_deviation_of_equal_values_has_no_gradient(tmp_path: Path) -> None:
     ],
 )
 def test_a_gradient_that_cancels_is_no_fault(function: Any, shape: tuple[int, ...], tmp_path: Path) -> None:
-    """What is left is rounding, in PyTorch's float32 as well; float64 leaves another rest."""
+    """Only rounding is left, in PyTorch's float32 as well; in float64 the rounding differs."""
     export_input_gradient(Function(function).eval(), {"x": torch.zeros(2, *shape)}, tmp_path / "g.onnx")
     found = run(onnx.load(tmp_path / "g.onnx"), x=torch.randn(3, *shape))["grad"]
     assert np.abs(found).max() < 1e-3
 
 
 class Certain(nn.Module):
-    """Sure of class 3: there log p is rounding alone, and 1 - p in float32 as well."""
+    """A classifier certain of class 3: log p is only rounding there, and in float32 so is 1 - p."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The check beside autograd: what it refuses, what it forgives; and PyTorch's choices at ties and ends."""
+"""The comparison with autograd: refused and accepted differences; PyTorch's gradients at ties and ends."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def by_autograd(function: Callable[..., Tensor], x: Tensor) -> np.ndarray:
 
 
 def side_by_side(functions: Sequence[Callable[..., Tensor]]) -> Callable[..., Tensor]:
-    """Functions of [N, n] -> [N], each of its own part of [N, functions, n]: one export for all."""
+    """Functions [N, n] -> [N], each applied to its own part of [N, functions, n]: one export for all."""
     return lambda x: sum(function(x[:, index]) for index, function in enumerate(functions))
 
 

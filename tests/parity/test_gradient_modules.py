@@ -142,7 +142,7 @@ class FirstOf(nn.Module):
 
 
 def enlarged(x: Tensor) -> Tensor:
-    """By a factor of 3.2, of which the sizes 4 and 12 know nothing."""
+    """Enlarge by a factor of 3.2, which the sizes 4 and 12 do not show."""
     return F.interpolate(x, scale_factor=3.2, mode="nearest").square().sum((1, 2, 3))
 
 
@@ -239,7 +239,7 @@ E = torch.zeros(2, 6)
 def test_modules_that_nearly_match_a_pass(
     module: nn.Module, inputs: dict[str, Tensor], tmp_path: Path
 ) -> None:
-    """The check within compares with autograd; here it must find nothing, on ONNX Runtime and on OpenVINO."""
+    """The export's own comparison with autograd must pass, on ONNX Runtime and on OpenVINO."""
     if next(iter(inputs)) == "e":
         module = Function(lambda e, x, inner=module: inner(x, e))
     generator = torch.Generator().manual_seed(1)

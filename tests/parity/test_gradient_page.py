@@ -1,4 +1,4 @@
-"""The worked examples of docs/gradients.md, run as they stand there."""
+"""The worked examples of docs/gradients.md, run unchanged."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ CLOSE = 2e-5
 
 
 class _Asking(nn.Module):
-    """Crowson's view of x_0, which asks for the state and the noise level."""
+    """Crowson's estimate of x_0, which needs the state and the noise level."""
 
     def forward(self, x0: Tensor, x_t: Tensor, sqrt_one_minus_alpha_bar: Tensor, level: Tensor) -> Tensor:
         seen = x0 * (fraction := sqrt_one_minus_alpha_bar[:, None, None, None]) + x_t * (1 - fraction)
@@ -157,7 +157,7 @@ def test_gradients_are_those_of_autograd(which: str, tmp_path: Path) -> None:
 
 
 def test_a_file_s_gradient_is_that_of_its_function(tmp_path: Path) -> None:
-    """A file's gradient, which PyTorch cannot give, beside the module that it was made from."""
+    """The gradient of an ONNX file, which PyTorch cannot compute, against that of its original module."""
     file, module = OnnxFile(encoder_file(tmp_path)), encoder()
     assert (file.image, file.result) == ((3, 12, 12), (5,))
     x, cotangent = torch.randn(4, 3, 12, 12), torch.randn(4, 5)
@@ -241,7 +241,7 @@ def pipeline() -> Pipeline:
 
 @pytest.mark.slow
 def test_a_batch_may_mix_guides() -> None:
-    """Rows of several guides, of solvers with memory and of none are what they are alone."""
+    """In a mixed batch, rows with several guides, with and without memory equal the same rows alone."""
     manifest, denoiser = pipeline().bundle.manifest, pipeline().denoiser
 
     def slots(seed: int, *names: str, **choices: Any) -> Slots:
@@ -276,7 +276,7 @@ def test_a_batch_may_mix_guides() -> None:
 
 @pytest.mark.slow
 def test_a_guide_without_effect_changes_nothing() -> None:
-    """Scale 0 is no guide; another leads to the measurement."""
+    """With scale 0 the guide has no effect; with another, samples approach the measurement."""
     measurement = normal("op.x")[:1].clip(-1, 1)
     given: dict[str, Any] = {
         "seeds": [1],

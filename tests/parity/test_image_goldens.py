@@ -44,7 +44,7 @@ Noise = Callable[[int], np.ndarray]
 
 
 class Run:
-    """A golden on a backend: slots to advance, and what the update gave before any edit."""
+    """A golden on a backend: slots to advance, and the results of the update before any edit."""
 
     def __init__(self, backend: str, patch: pytest.MonkeyPatch) -> None:
         self.backend = backend
@@ -91,7 +91,7 @@ class Run:
         )
 
     def states(self, slots: Slots) -> Iterator[np.ndarray]:
-        """The state behind every evaluation."""
+        """The state after every evaluation."""
         while not slots.finished.any():
             advance(slots, self)
             yield slots.x
@@ -152,7 +152,7 @@ def test_inversion_and_back(run: Run, clip: bool, tolerance: float) -> None:
 
 
 def test_anomaly(run: Run) -> None:
-    """The original starts one level up, and comes down from two levels too low."""
+    """The original starts one level higher, and begins to go down two levels too low."""
     case = META["anomaly"]
     level, ddim = case["noise_level"], sampler(case, method="ddim")
     noised = sampling_schedule(PROCESS, ddim, 1)

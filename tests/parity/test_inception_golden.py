@@ -141,7 +141,7 @@ def test_damaged_graphs_are_refused(tmp_path: Path, kind: str) -> None:
 
 
 def test_weights_that_are_unknown_or_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The message names both files with size, hash and address; nothing is left behind."""
+    """The message names both files with size, hash and address; no partial output remains."""
     (tmp_path / "graph.pb").write_bytes(graph_of(tiny_weights()))
     out = ["--out", str(tmp_path / "features")]
     for file, extra, message in (

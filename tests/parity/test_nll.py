@@ -271,7 +271,7 @@ def test_bad_data(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_classes_of_another_meaning(tmp_path: Path) -> None:
-    """Names are held against the network's; numbers stand for its labels."""
+    """Class names are compared with the network's; numbers are its labels."""
     config = UNetConfig.from_dict(UNET.to_dict() | {"num_classes": 3})
     for name in ("ant", "bee", "dog"):
         save(tmp_path / "images" / name / "a.png")

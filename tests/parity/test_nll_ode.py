@@ -83,7 +83,7 @@ def closed_form(process: DiffusionConfig, rotation: np.ndarray, seeds: range) ->
 
 
 def closed_form_of_the_flow(process: DiffusionConfig, seeds: range) -> float:
-    """The same where x_T is standard normal, as for samples: of independent pixels the flow is affine."""
+    """The same for a standard normal x_T, as for samples: with independent pixels the flow is affine."""
     images = PIXELS.reshape(COUNT, 64) / 127.5 - 1
     x = images + (uniform(list(seeds), (64,)) - 0.5) * BIN
     levels = levels_of(process)
@@ -96,7 +96,7 @@ def closed_form_of_the_flow(process: DiffusionConfig, seeds: range) -> float:
 
 @pytest.mark.parametrize(("schedule", "learn_sigma"), [("linear", False), ("cosine", True)])
 def test_a_gaussian_has_its_closed_form(schedule: Any, learn_sigma: bool, tmp_path: Path) -> None:
-    """Of independent pixels Hutchinson's estimate is exact: what is left is the solver and float32."""
+    """With independent pixels Hutchinson's estimate is exact: only errors of solver and float32 remain."""
     process = DiffusionConfig(schedule=schedule)
     config = UNET.model_copy(update={"learn_sigma": learn_sigma})
     denoiser = Exported(ExactNoise(process, np.eye(64), config.out_channels), tmp_path / "g.onnx")

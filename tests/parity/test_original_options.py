@@ -1,7 +1,7 @@
-"""Every option of the originals' constructors, one at a time: their very outputs, or a refusal.
+"""Every option of the originals' constructors, one at a time: equal outputs, or a refusal.
 
-``data/options.*`` hold what openai/guided-diffusion (22e0df8) and openai/improved-diffusion make of generated
-weights: constructor arguments, names and shapes of tensors, outputs of the first of two samples.
+``data/options.*`` contain results of openai/guided-diffusion (22e0df8) and openai/improved-diffusion with
+generated weights: constructor arguments, names and shapes of tensors, outputs of the first of two samples.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def stored(name: str) -> StoredCheckpoint:
 
 
 def told(name: str) -> dict[str, Any]:
-    """What shapes do not tell, as the original's flags say it."""
+    """Settings that shapes do not show, spelled as the original's flags."""
     case = CASES[name]
     options = case["options"]
     settings = PROCESS | {

@@ -1,4 +1,4 @@
-"""The pipeline on real exported graphs: one sample is the same image whatever is computed beside it."""
+"""The pipeline on real exported graphs: a sample does not depend on the other samples of its batch."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def test_slots_at_different_places_equal_each_alone() -> None:
 
 
 def test_an_unguided_slot_is_not_moved_by_a_guided_neighbour() -> None:
-    """Its gradient is not computed, whatever its label is."""
+    """Its gradient is not computed, with any label."""
     denoiser = pipeline("guided").denoiser
     ends = []
     for label in (0, 2):

@@ -65,7 +65,7 @@ def small(network: UNetConfig | ClassifierConfig) -> UNetConfig | ClassifierConf
 
 
 def names_by_config() -> dict[UNetConfig | ClassifierConfig, str]:
-    """Every different small configuration, with the presets that it stands for."""
+    """Every distinct small configuration, with the presets that it represents."""
     found: dict[UNetConfig | ClassifierConfig, list[str]] = {}
     for name, preset in PRESETS.items():
         found.setdefault(small(preset.network), []).append(name)
@@ -73,7 +73,7 @@ def names_by_config() -> dict[UNetConfig | ClassifierConfig, str]:
 
 
 def test_small_versions_keep_the_settings_of_their_presets() -> None:
-    """What is left alone is equal, and presets share a small version only where they share the network."""
+    """Unshrunk settings are equal, and presets share a small version only if they share the network."""
     shrunk = {
         "image_size", "low_res_size", "attention_resolutions", "model_channels", "num_res_blocks",
         "num_head_channels",
@@ -136,7 +136,7 @@ def test_small_version(config: UNetConfig | ClassifierConfig, tmp_path: Path) ->
     feeds = inputs(spec)
     expected = reference(network, feeds)
     for output, values in expected.items():
-        # Were layers zero, samples would not differ, and parity would say nothing.
+        # With layers of zeros, all samples would be equal and parity would prove nothing.
         assert relative_error(values[:1], values[1:]) > 10 * TOLERANCE, output
     for form, model in forms(network, spec).items():
         path = tmp_path / f"{form}.onnx"
@@ -183,7 +183,7 @@ def forms(network: UNet | Classifier, spec: GraphSpec) -> dict[str, ir.Model]:
 
 
 def check_engine(spec: GraphSpec, path: Path) -> None:
-    """Build a graph for a GPU that is not there; the library holds its inputs and outputs to the contract."""
+    """Build a graph for an absent GPU; the library checks its inputs and outputs against the contract."""
     if find_spec("tensorrt_rtx") is None:
         pytest.skip("no engine built: tensorrt_rtx is not installed (pip install '.[rtx]')")
     source = GraphSource("unet", "fp32", path=path, spec=spec, digest="", engine_form=True)

@@ -37,7 +37,7 @@ DISTINCT = list(dict.fromkeys(tool.of_same_graphs(name)[0] for name in PRESETS))
 
 @pytest.fixture(autouse=True)
 def _package_on_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tool runs processes of its own, from its own folder."""
+    """The tool starts its own processes, from its own folder."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 
 

@@ -67,7 +67,7 @@ def _hash(values: np.ndarray) -> str:
 
 
 def _started(function: str, folder: Path, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """The same in a process of its own, which is where these variables are read."""
+    """Run the function in a new process, because libraries read these variables at start."""
     script = f"import json, pathlib, test_same_bytes as t\nprint(json.dumps(t.{function}(pathlib.Path('.'))))"
     folder.mkdir()
     paths = [str(Path(__file__).parent), str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]

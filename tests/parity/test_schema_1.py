@@ -1,4 +1,4 @@
-"""A bundle from before solvers had memory: it opens, draws the same images, and says what it lacks."""
+"""A bundle of schema 1, without memory for solvers: it opens, draws the same images, and refuses the rest."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def by_length(names: list[str]) -> Iterator[list[str]]:
 
 @cache
 def bundle(kind: str) -> Path:
-    """The goldens' networks as a bundle; the process of a sample is that of its table."""
+    """The goldens' networks as a bundle; the process of a sample is the one of its table."""
     unet, classifier = goldens.network(kind, torch.float32), goldens.network("classifier", torch.float32)
     process = {"variance_type": "learned_range" if unet.config.learn_sigma else "fixed_large"}
     stored = CheckpointConfig.from_dict({"kind": "unet", "unet": unet.config.to_dict(), "diffusion": process})
@@ -135,8 +135,8 @@ def test_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 CLOSE = dict.fromkeys(CASES, 1e-11) | {
-    # The original adds noise of sqrt(S'^2 - S_min^2) behind its last evaluation, where both are equal but for
-    # rounding: 1e-8 of S_min, not 0.
+    # The original adds noise of sqrt(S'^2 - S_min^2) after its last evaluation. There S' equals S_min up to
+    # rounding, so the noise is 1e-8 of S_min instead of 0.
     name: 2e-9 for name in OFFERED if name.startswith("cm.multistep")
 }  # fmt: skip
 
@@ -155,7 +155,7 @@ def float64_networks(name: str, *, guided: bool) -> Any:
 
 
 def drawn_in_float64(name: str) -> tuple[torch.Tensor, Callable[[int], torch.Tensor]]:
-    """x_T, and the noise by the number of evaluations that are still to come."""
+    """x_T, and the noise by the number of remaining evaluations."""
     nfe = CASES[name]["nfe"]
     x_T = torch.from_numpy(goldens.start(name)).double()
     return x_T, lambda left: torch.from_numpy(goldens.noise(name, nfe - left)).double()

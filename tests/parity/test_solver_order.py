@@ -106,7 +106,7 @@ WEIGHTS = torch.tensor([0.3, 0.5, 0.2], dtype=torch.float64)
 
 
 def denoised(x: Tensor, S: float) -> Tensor:
-    """E[x_0 | x_0 + S n = x] where every value is a mixture of three Gaussians."""
+    """E[x_0 | x_0 + S n = x], for values from a mixture of three Gaussians."""
     variance = DEVIATIONS**2 + S**2
     distance = x.unsqueeze(-1) - MEANS
     chosen = (WEIGHTS.log() - 0.5 * variance.log() - 0.5 * distance**2 / variance).softmax(-1)
@@ -130,7 +130,7 @@ def exact(process: Process, *, guided: bool) -> Any:
             above = S - process.sigma_min if process.boundary else S
             data = process.sigma_data
             c_skip, c_out = data**2 / (above**2 + data**2), above * data / math.hypot(S, data)
-            # At the smallest level the network is the identity, whatever it says.
+            # At the smallest level the scalings give the identity, whatever the network returns.
             return (x_0 - c_skip * wide) / max(c_out, 1e-12), g
         out = x_0 if process.mean_type == "x_0" else (wide - x_0) / S
         return (torch.cat([out, torch.tanh(x)], dim=1) if process.learns_sigma else out), g
@@ -202,7 +202,7 @@ def test_consistency_models_start_at_an_image() -> None:
 
 @pytest.mark.parametrize("name", [name for name, (_, choices) in CASES.items() if "churn" in choices])
 def test_churn_of_the_first_step_is_in_the_first_state(name: str) -> None:
-    """x_T at the first level and the noise of the raise beside it, in the scale of the raised level."""
+    """x_T at the first level, and the noise that raises it, in the scale of the raised level."""
     process, choices = CASES[name]
     sampler = SamplerConfig.from_dict({"steps": "10", "scale": 0.0, **choices})
     levels, schedule = levels_of(process), sampling_schedule(process, sampler)

@@ -1,4 +1,4 @@
-"""Two stages: each is what it is alone, each has noise of its own, and the run survives anything."""
+"""Two stages: each equals the stage run separately, each has its own noise, and runs can be interrupted."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PLAIN: dict[str, Any] = {"classifier": None, "class_names": ()}
 
 
 class Fake:
-    """A denoiser that answers with arithmetic, and remembers what it was given."""
+    """A denoiser that computes simple arithmetic and records its inputs."""
 
     def __init__(self) -> None:
         self.noise: list[np.ndarray] = []
@@ -235,7 +235,7 @@ def faked(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_labels_of_the_small_images_are_used(
     stages: TwoStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """``arr_1`` is what ``--classes`` would say, which stands above it; a classless bundle passes it on."""
+    """``arr_1`` has the labels unless ``--classes`` gives others; a bundle without classes passes them on."""
     faked(monkeypatch)
     fake(tmp_path / "plain", unet=UPSAMPLER, **PLAIN)
     images = np.full((3, 4, 4, 1), 100, np.uint8)

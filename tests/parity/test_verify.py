@@ -1,4 +1,4 @@
-"""`admtrt verify` passes on a faithful bundle and tells every planted defect apart."""
+"""`admtrt verify` passes for a correct bundle and identifies every planted defect."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ def test_class_conditional_with_classifier(classifier: LoadedNetwork, tmp_path: 
 def unguided(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Bundle, LoadedNetwork]:
-    """Rounding of its outputs grows by 157 and 2e4 where a first step reaches far."""
+    """The first step is long and amplifies rounding of the outputs, by 157 (linear) or 2e4 (cosine)."""
     section = TINY | {"image_size": 16, "in_channels": 3, "attention_resolutions": []}
     generator = network("unet", section, diffusion={"schedule": request.param}, scale=0.0)
     path = tmp_path_factory.mktemp("unguided") / "bundle"
@@ -163,7 +163,7 @@ def unguided(
 
 
 def test_amplified_rounding_is_judged_by_float64(unguided: tuple[Bundle, LoadedNetwork]) -> None:
-    """Bundles of both schedules are faithful, whatever the seed; one draw of rounding may exceed the bar."""
+    """Bundles of both schedules pass with any seed, although rounding may exceed the tolerance of float32."""
     reports = [run(*unguided, None, steps=2, seed=seed) for seed in (0, 100, 200, 300)]
     assert not [row for report in reports for row in report.failures]
     rows = [row for report in reports for row in report.rows if row.stage in ("step", "trajectory")]
@@ -245,7 +245,7 @@ def test_altered_schedule_fails(
     report = run(altered, unet, classifier)
     assert report.exit_code == 1
     assert f"{key} is {value!r} in the bundle" in find(report, "diffusion").detail
-    # Not by the manifest's word alone: what the runtime computes differs as well.
+    # Not only the manifest differs, but also the results of the runtime.
     assert failed(report, "graph")
     assert failed(report, "step")
     assert not find(report, "unet: out").detail
@@ -254,7 +254,7 @@ def test_altered_schedule_fails(
 def test_rescaled_timesteps_fail_in_the_steps(
     altered: Path, unet: LoadedNetwork, classifier: LoadedNetwork, tmp_path: Path
 ) -> None:
-    """The graphs and the update agree: only what the runtime gives the networks as t is wrong."""
+    """The graphs and the update are correct: only the t that the runtime passes to the networks is wrong."""
     diffusion = DiffusionConfig(steps=500, rescale_timesteps=False)
     config = unet.config.model_copy(update={"diffusion": diffusion})
     edit_manifest(altered, lambda data: data["diffusion"].update({"steps": 500, "rescale_timesteps": True}))
@@ -391,7 +391,7 @@ def test_another_backend(good: Bundle, unet: LoadedNetwork, classifier: LoadedNe
 def test_what_polygraphy_is_given(
     good: Bundle, unet: LoadedNetwork, classifier: LoadedNetwork, tmp_path: Path, graphs: list[str]
 ) -> None:
-    """Its own command compares every graph with PyTorch's saved outputs, and tells an altered graph."""
+    """Polygraphy's command compares every graph with PyTorch's saved outputs and detects an altered one."""
     recorder = Recorder(tmp_path)
     run(good, unet, classifier, record=recorder.add)
     saved = recorder.write()

@@ -21,7 +21,7 @@ from admtrt.models.checkpoint import save_checkpoint
 
 
 class Cli:
-    """The command alone, with checkpoints on disk."""
+    """Only the command, with checkpoints on disk."""
 
     def __init__(self, bundle: Path, unet: Path, classifier: Path) -> None:
         self.bundle = bundle

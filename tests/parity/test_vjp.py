@@ -1,4 +1,4 @@
-"""Every rule and its derivatives beside float64 autograd, at batch sizes that no graph was made for."""
+"""Every rule and its derivatives against float64 autograd, at batch sizes other than the traced one."""
 
 from __future__ import annotations
 
@@ -243,7 +243,7 @@ REFUSED_IMAGES = [
     [(*case, "4") for case in REFUSED] + [(*case, "4, 4, 4") for case in REFUSED_IMAGES],
 )
 def test_refusals_name_the_operator_and_the_reason(op: str, reason: str, body: str, shape: str) -> None:
-    """What no rule covers is refused, never differentiated wrongly."""
+    """Nodes without a rule are refused, never differentiated wrongly."""
     constants = {
         "zero": np.int64(0), "zeros": ints(0), "ones": ints(1), "places": ints(1, 2),
         "vector": VECTOR, "batch_pads": ints(1, 1, 0, 1), "yes": np.array(True), "rest": ints(0, 2, 3),
@@ -290,7 +290,7 @@ def test_a_path_through_integers_carries_no_gradient() -> None:
 
 
 def test_softplus_far_below_zero() -> None:
-    """Its gradient is all of log p's where p is near 1: each element has to be exact, not the largest."""
+    """Near p = 1 it is the whole gradient of log p: every element must be exact, not only the largest."""
     case = Case("Softplus", (13,), "y = Softplus (x)", F.softplus)
     x = np.float32([[-87, -40, -20, -18, -17, -16, -14, -12, -5, 0, 5, 20, 88]])
     got = run(differentiated(weighted(case)), x=x, w=np.ones_like(x))["grad"]
@@ -300,7 +300,7 @@ def test_softplus_far_below_zero() -> None:
 @pytest.mark.parametrize("label", [0, 1, 3])
 @pytest.mark.parametrize("lead", [0.0, 8.0, 20.0, 40.0])
 def test_log_softmax_of_a_certain_class(lead: float, label: int) -> None:
-    """Every element is as exact as p, where 1 - p and the rest of the gradient are far below p's rounding."""
+    """Every element has p's relative precision, even if 1 - p and the others are far below p's rounding."""
     case = Case("LogSoftmax", (5,), "y = LogSoftmax (x)", lambda x: x.log_softmax(-1))
     x = normal(3, 5, seed=7)
     x[:, 1] += np.float32(lead)
@@ -309,6 +309,6 @@ def test_log_softmax_of_a_certain_class(lead: float, label: int) -> None:
     p = torch.from_numpy(x).double().softmax(-1).numpy()
     rest = np.stack([np.delete(row, label).sum() for row in p])
     expected = -p
-    expected[:, label] = rest  # 1 - p of this class, which float64 itself does not hold for a lead of 40
+    expected[:, label] = rest  # 1 - p of this class, which even float64 loses for a lead of 40
     got = run(differentiated(weighted(case)), x=x, w=w)["grad"]
     np.testing.assert_allclose(got, expected, rtol=1e-5)

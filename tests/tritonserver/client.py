@@ -33,7 +33,7 @@ answers = [{"steps": [], "images": None, "error": None} for _ in asked["requests
 left = set(range(len(answers)))
 while left:
     result, error = came.get(timeout=120)
-    if error is not None:  # which tells no id: the test asks for one thing at a time where it expects one
+    if error is not None:  # it has no id, so a test that expects an error sends one request at a time
         answers[0]["error"] = f"{error.status()}: {error.message()}"
         break
     response = result.get_response()

@@ -178,7 +178,7 @@ def test_http_and_its_stream(triton: Triton) -> None:
 
 
 def test_faults_are_told(triton: Triton) -> None:
-    """This Triton answers 400 whatever the code; a stream of gRPC carries the message alone."""
+    """This Triton answers 400 for every code; a gRPC stream only transports the message."""
     for parameters, label, message in (
         ({}, 7, "class 7 is out of range"),
         ({"steps": "ddim9x"}, 1, "steps: "),

@@ -1,4 +1,4 @@
-"""What messages show of many things, and of long texts."""
+"""Short forms of many things and of long texts in messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bundles: what is written is read back, and everything that was altered is refused."""
+"""Bundles: written bundles are read back, and any altered file is refused."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ def test_a_path_outside(bundle: Path, name: str) -> None:
     data = manifest_of(bundle)
     data["files"][name] = data["files"]["unet.onnx"]
     assert f"the manifest names {name!r}, which lies outside the bundle" in refusal(bundle, data).message
-    # The same where a graph says that it lies there
+    # The same for a graph's file name.
     data["graphs"]["unet"]["file"] = name
     assert repr(name) in refusal(bundle, data).message
 

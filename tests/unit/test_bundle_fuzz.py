@@ -106,7 +106,7 @@ def test_nesting_of_any_depth(bundle: Path, depth: int) -> None:
 @FUZZ
 @given(content=st.binary(max_size=40))
 def test_any_bytes_as_a_graph(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
-    """Even where the hashes are right: the author of a bundle is not to be trusted."""
+    """Refused even with correct hashes: the author of a bundle is not trusted."""
     path = tmp_path_factory.getbasetemp() / "fuzz-graph"
     sham_bundle(path, graph=content, overwrite=True)
     with contextlib.suppress(BundleError):

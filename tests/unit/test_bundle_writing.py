@@ -1,4 +1,4 @@
-"""Writing bundles: the old one or the new one, whatever happens on the way."""
+"""Writing bundles: after any interruption the old or the new bundle is complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""tools/check_site.py: what it lets pass, and every fault that it is for."""
+"""tools/check_site.py: correct sites pass, and it finds every kind of fault."""
 
 from __future__ import annotations
 

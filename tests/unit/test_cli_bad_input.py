@@ -1,4 +1,4 @@
-"""Bad input on the command line: a clear message, exit code 2, no traceback, and nothing lost."""
+"""Bad input on the command line: a clear message, exit code 2, no traceback, no lost files."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_bundle_whose_path_is_not_in_utf8(capsys: Capture, tmp_path: Path, bac
 
 
 def test_a_graph_that_the_library_refuses_is_told_once(tmp_path: Path) -> None:
-    """The library's own line on stderr would come before ours; it writes past Python's streams."""
+    """The library would print its own line on stderr before ours, bypassing Python's streams."""
     sham_bundle(tmp_path / "bundle")
     command = [sys.executable, "-m", "admtrt", "sample", tmp_path / "bundle", "--out", tmp_path / "run"]
     environment = os.environ | {"PYTHONPATH": str(Path(admtrt.__file__).parents[1])}

@@ -1,4 +1,4 @@
-"""Configurations: what is refused and how it is said, and that what is written is read back."""
+"""Configurations: refusals with their messages, and that written files are read back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations from files: overrides, faults, and that what is written is read back."""
+"""Configurations from files: overrides, errors, and that written files are read back."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_machines_get_exactly_one_document(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&- <&-"])
 def test_streams_that_were_closed(closed: str) -> None:
-    """What is opened next must not take their place: a bundle's file would get the text."""
+    """The next opened file must not get their descriptors: the text would be written into a bundle's file."""
     command = f"exec {sys.executable} -m admtrt doctor --json {closed}"
     environment = os.environ | {"PYTHONPATH": str(Path(admtrt.__file__).parents[1])}
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, check=False, env=environment)
@@ -136,7 +136,7 @@ def test_a_path_of_any_depth_is_shown_whole() -> None:
 
 
 def test_names_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    """Nor what a refused file says of itself."""
+    """Nor can texts from a refused file."""
     Output().note("before\x1b[2J\r\x9b1mafter é\n")
     assert capsys.readouterr().err == "before\\x1b[2J\\r\\x9b1mafter é\n\n"
     assert run(["inspect", "\x1b]0;title\x07"]) == 2

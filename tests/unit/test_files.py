@@ -1,4 +1,4 @@
-"""Atomic writes: whoever looks, and whenever the writer dies, sees the old state or the new one."""
+"""Atomic writes: readers always see the old or the new state, even if the writer is killed at any moment."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ def test_a_file_that_fails_leaves_the_old_one_and_nothing_else(tmp_path: Path, e
 
 
 def test_faults_inside_a_temporary_are_told_of_the_target(tmp_path: Path) -> None:
-    """Whether a further atomic write or some other writer speaks of it, and with its own hint or none."""
+    """For an inner atomic write and for other writers, with and without a hint of their own."""
     full = OSError(errno.ENOSPC, "No space left on device")
     with (
         pytest.raises(OutputError) as caught,
@@ -286,7 +286,7 @@ def test_writers_beside_each_other_do_not_remove_what_the_others_write(tmp_path:
 
 @pytest.fixture(params=["exchange", "two renames"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the system call that swaps in one step, and as where there is none."""
+    """With the system call that exchanges two paths in one step, and without it."""
     if request.param == "two renames":
         monkeypatch.setattr(files, "_exchange", lambda left, right: False)
     return str(request.param)
@@ -354,7 +354,7 @@ def test_a_directory_that_fails_leaves_the_old_one(old: Path, way: str, error: B
 def test_two_renames_that_fail_put_the_old_one_back(
     old: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, at: int, moment: str
 ) -> None:
-    """The old directory is not lost even where the interruption falls between the renames."""
+    """An interruption between the two renames does not lose the old directory."""
     monkeypatch.setattr(files, "_exchange", lambda left, right: False)
     calls, rename = 0, Path.rename
 

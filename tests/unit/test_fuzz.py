@@ -74,7 +74,7 @@ def test_every_kind_has_its_share(kinds: Kinds) -> None:
 
 
 def test_the_harness_notices() -> None:
-    """A hang, a death and a traceback; and goes on after each."""
+    """It detects a hang, a crash and a traceback, and continues after each."""
     with Worker("fuzz_faults") as worker:
         assert worker.run(["hang"], seconds=1).code == "hang"
         assert worker.run(["die"]).code == "crash"

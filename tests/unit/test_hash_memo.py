@@ -69,7 +69,7 @@ def test_without_the_memo_every_byte_is_read_and_nothing_is_kept(
 
 
 def altered(file: Path) -> None:
-    """Another byte, at the same size and with the old times: only the inode's own clock tells."""
+    """Change a byte, keeping the size and restoring the times: only the inode's change time differs."""
     before = file.stat()
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
@@ -95,7 +95,7 @@ def test_a_file_that_changed_is_hashed_again(bundle: Path, change: object) -> No
 
 
 def test_a_change_through_an_old_mapping_is_seen(bundle: Path, read: list[str]) -> None:
-    """The page was changed before the file was hashed; the system notes its next change all the same."""
+    """The page was already dirty before the file was hashed; its next change must update the times."""
     with (bundle / "unet.onnx").open("r+b") as opened, mmap.mmap(opened.fileno(), 0) as mapped:
         mapped[-1] ^= 0
         Bundle.open(bundle)

@@ -1,4 +1,4 @@
-"""What is given in place of a bundle: the message says what came, and what to do with it."""
+"""Paths that are not bundles: the message says what was given, and what to do with it."""
 
 from __future__ import annotations
 

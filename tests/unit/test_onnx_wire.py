@@ -1,4 +1,4 @@
-"""Reading the places of external data out of raw bytes: nothing missed, nothing but BundleError raised."""
+"""Reading the locations of external data from raw bytes: none is missed, only BundleError is raised."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sparse(values: str, indices: str) -> onnx.SparseTensorProto:
 
 
 def everywhere() -> tuple[onnx.ModelProto, set[str]]:
-    """A model with external data in each place where a tensor may stand."""
+    """A model with external data in every place that can contain a tensor."""
     inner = graph(node(deep=tensor("attribute of a subgraph")), initializer=[tensor("subgraph")])
     main = graph(
         node(value=tensor("attribute"), values=[tensor("list 1"), tensor("list 2")]),
@@ -108,7 +108,7 @@ def _leads_to_external_data() -> dict[str, dict[int, str]]:
 
 
 def test_table_is_complete_by_the_schema() -> None:
-    """A field of a later ONNX that leads to external data must not go unseen."""
+    """A field of a later ONNX version that refers to external data must be detected."""
     names = {
         "model": "ModelProto", "graph": "GraphProto", "function": "FunctionProto", "node": "NodeProto",
         "attribute": "AttributeProto", "sparse": "SparseTensorProto", "tensor": "TensorProto",

@@ -138,7 +138,7 @@ def test_costs(name: str) -> None:
 
 
 def test_the_cost_of_an_input_gradient_is_that_of_autograd() -> None:
-    """What :func:`test_costs` takes for the gradient, against the operations that really run."""
+    """The gradient's operations as :func:`test_costs` counts them, against those that autograd runs."""
     config = ClassifierConfig(
         image_size=8, model_channels=32, num_res_blocks=1, channel_mult=(1, 2), num_classes=10,
         attention_resolutions=(4,), num_head_channels=32,

@@ -1,4 +1,4 @@
-"""The kinds of process in configurations: what is said of mistakes, and the samplers that fit."""
+"""The kinds of process in configurations: error messages, and the fitted samplers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The weights in models/: they are what their recipes make, and small."""
+"""The weights in models/: they match their recipes and are small."""
 
 from __future__ import annotations
 

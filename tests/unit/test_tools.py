@@ -124,7 +124,7 @@ def test_upsampler_error(
 
 
 def test_what_the_upsampler_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The rows tell the images' errors: none for the same image, its square for a shift."""
+    """The rows have the images' squared errors: 0 for the same image, the square of a shift."""
     tool = load("upsampler_error", monkeypatch)
     x_0 = np.linspace(-1, 1, 2 * 64, dtype=np.float32).reshape(2, 1, 8, 8)
     assert tool.row("same", x_0, x_0) == "| same | 0.0000 ± 0.0000 |  |"

@@ -1,4 +1,4 @@
-"""A case of a gradient rule: a graph's text and what PyTorch says that it computes."""
+"""A case of a gradient rule: a graph's text and the same function in PyTorch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Case:
-    """``body`` computes y from x [N, *shape]; ``reference(x, **constants)`` says what y is."""
+    """``body`` computes y from x [N, *shape]; ``reference(x, **constants)`` computes it in PyTorch."""
 
     op: str
     shape: tuple[int, ...]

@@ -1,12 +1,13 @@
-"""SA-Solver (Xue et al. 2023): stochastic Adams methods, a predictor and a corrector that costs nothing.
+"""SA-Solver (Xue et al. 2023): stochastic Adams methods, with a corrector that costs no evaluation.
 
 In x~ = x_0 + S eps and l = -log S, with noise of the amount tau and c = 1 + tau^2, a step of h is
 
     x~' = exp(-c h) x~ + c int exp(-c (h - u)) P(u) du + S_t sqrt(1 - exp(-2 tau^2 h)) z
 
-where P goes through the last predictions at the predictor, and through that at the predicted state besides
-at the corrector, which keeps z. tau is 1 with ``sde``, where order 1 is that of SDE-DPM-Solver++ but for the
-corrector, and 0 without. ``saved`` is what the corrector adds to the predicted state, its newest term apart.
+In the predictor, the polynomial P interpolates the last predictions. In the corrector, it also interpolates
+the prediction at the predicted state, and z is the predictor's. tau is 1 with ``sde`` and 0 without. With
+``sde``, order 1 is SDE-DPM-Solver++ of order 1 plus the corrector. ``saved`` is the sum of the terms that the
+corrector adds to the predicted state, except for the term of the newest prediction.
 """
 
 from __future__ import annotations
@@ -59,7 +60,10 @@ def sa(levels: NoiseLevels, sampler: SamplerConfig, start: Level | None) -> Rows
 
 
 def _weights(points: Sequence[float], h: float, c: float) -> list[float]:
-    """Weights of predictions at these points of l, by which c int exp(-c (h - u)) u^k du is exact over h."""
+    """Weights of the predictions at these points of l that integrate polynomials exactly.
+
+    With n points, the weighted sum equals c int exp(-c (h - u)) u^k du over [0, h] for every k < n.
+    """
     import numpy as np
 
     integrals = [-math.expm1(-c * h)]

@@ -1,4 +1,4 @@
-"""UniPC (Zhao et al. 2023, Algorithms 1 and 2): every evaluation also corrects the state before.
+"""UniPC (Zhao et al. 2023, Algorithms 1 and 2): every evaluation also corrects the state where it is made.
 
 In x~ = x_0 + S eps, for a step from S_s to S_t with h = log(S_s / S_t), e = expm1(-h), B = -h (``bh1``) or e
 (``bh2``), and r_j the distances of the earlier predictions in units of h (negative; 1 for the new one)::
@@ -7,8 +7,8 @@ In x~ = x_0 + S eps, for a step from S_s to S_t with h = log(S_s / S_t), e = exp
     predicted  = base - B sum_j rho_p[j] (m_j - m) / r_j
     corrected  = base - B (sum_j rho_c[j] (m_j - m) / r_j + rho_c[p] (m_t - m))
 
-The networks are evaluated at predicted states only, so that a step costs one evaluation. Everything of the
-corrected state but m_t is known a row earlier: that part is ``saved``.
+The networks are evaluated only at predicted states, so a step costs one evaluation. All terms of the
+corrected state except that of m_t are known one row earlier: their sum is ``saved``.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ def _named(weights: Sequence[float], more: float) -> dict[str, float]:
 def _weights(
     visited: Sequence[Level], to: Level, order: int, variant: str
 ) -> tuple[float, list[float], list[float], float]:
-    """Weights of one step: of the state, and of the predictions, the newest first.
+    """Weights of one step. Weights of predictions are ordered from the newest to the oldest.
 
     Returns:
-        The state's weight; those of the predictions in the predicted and in the corrected state; and that of
-        the prediction at ``to`` in the corrected one.
+        The weight of the state; the weights of the predictions in the predicted state, and in the corrected
+        state; and the weight of the prediction at ``to`` in the corrected state.
     """
     import numpy as np
 

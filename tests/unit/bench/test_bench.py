@@ -125,7 +125,7 @@ def test_a_function_in_a_process_of_its_own(tmp_path: Path) -> None:
 
 
 class Pretender:
-    """A row that only says how long it took."""
+    """A row that only reports its times."""
 
     diary: list[str]
 

@@ -1,4 +1,4 @@
-"""The rows of PyTorch, the plain export, and what the machine is measured by."""
+"""PyTorch's rows, the plain export, and the measurement of the machine's peak."""
 
 from __future__ import annotations
 
@@ -226,7 +226,7 @@ def test_the_peak_is_the_better_of_two_operations(monkeypatch: pytest.MonkeyPatc
 def test_a_preset_becomes_checkpoints_and_a_bundle_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A small model in place of the published ones, and this process in place of others."""
+    """A small model replaces the published ones; this process replaces the other processes."""
     shared = {"diffusion": DiffusionConfig(), "sampler": SAMPLER}
     small = {
         "small": Preset("small", UNET, guided_by="small_classifier", **shared),

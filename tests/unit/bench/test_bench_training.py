@@ -1,4 +1,4 @@
-"""``admtrt bench --training``: rows, numbers and refusals; the original by a stand-in for its checkout."""
+"""``admtrt bench --training``: rows, numbers and refusals; a stub replaces the original's checkout."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ CONFIGS = {"unet": UNET, "upsampler": UPSAMPLER, "classifier": CLASSIFIER}
 
 
 def options_of(config: CheckpointConfig, option: str = "--set") -> list[str]:
-    """What the shapes do not tell, for the command line."""
+    """Options with the settings that the shapes do not show."""
     keys = [
         "image_size",
         "num_head_channels",

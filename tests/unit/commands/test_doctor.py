@@ -1,5 +1,5 @@
 # ruff: noqa: N802 - the names of the driver's functions
-"""``admtrt doctor``: what is there, what is missing, and what follows; never an error."""
+"""``admtrt doctor``: what is installed, what is missing, and the consequences; never an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`admtrt evaluate nll`: the backend of a bundle, and the settings of a checkpoint that carries none."""
+"""`admtrt evaluate nll`: the backend of a bundle, and settings for a checkpoint that contains none."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_a_bundle_on_other_backends(
 
 
 def test_settings_of_a_checkpoint(capsys: pytest.CaptureFixture[str], images: Path, tmp_path: Path) -> None:
-    """An original file says nothing of its schedule; another one is another likelihood."""
+    """An original file does not contain its schedule; another schedule gives another likelihood."""
     loaded = network(UNET)
     save_checkpoint(tmp_path / "own.safetensors", loaded.module.state_dict(), loaded.config)
     torch.save(loaded.module.state_dict(), tmp_path / "original.pt")

@@ -1,4 +1,4 @@
-"""Bad input to the export: a clear message, exit code 2, no traceback, and nothing lost."""
+"""Bad input to the export: a clear message, exit code 2, no traceback, no lost files."""
 
 from __future__ import annotations
 

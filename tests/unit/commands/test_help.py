@@ -39,7 +39,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_panel_is_long(name: str) -> None:
-    """Solvers and images have panels of their own, which are as long as what they hold."""
+    """Options of solvers and of images have their own panels, of any length."""
     panels = [option.rich_help_panel for option in OPTIONS[name]]
     assert panels.count(None) <= 6
     assert all(panels.count(panel) <= MANY + 2 for panel in PANELS)

@@ -1,4 +1,4 @@
-"""Images as a start and as a frame on the command line: what options do, runs that go on, faults."""
+"""Images as a start and as a constraint on the command line: effects, continued runs, errors."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def rig(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Rig:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, Any, str]:
-    """Exit code, the JSON document, and what was said on stderr."""
+    """The exit code, the JSON document and stderr."""
     code = run([str(argument) for argument in arguments])
     shown, said = capsys.readouterr()
     return code, json.loads(shown) if shown else None, said

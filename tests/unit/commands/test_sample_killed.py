@@ -1,4 +1,4 @@
-"""`admtrt sample` under `kill -9`: the same command goes on, and the result is that of a run left alone."""
+"""`admtrt sample` under `kill -9`: the same command continues, with the result of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def finish(bundle: Path, out: Path) -> dict[str, int]:
 
 
 def finished(out: Path) -> dict[str, int]:
-    """The shards that stand there, and where each lies on the disk."""
+    """The names of the finished shards, with their inodes."""
     return {path.name: path.stat().st_ino for path in (out / "shards").glob("[0-9]*.npz")}
 
 
 def kill_after(shards: int, bundle: Path, out: Path) -> None:
-    """Start the command and kill it a moment after so many shards stand there."""
+    """Start the command and kill it shortly after this many shards are finished."""
     with subprocess.Popen(
         command(bundle, out), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     ) as process:

@@ -68,7 +68,7 @@ def served(folder: Path, *options: Any) -> Iterator[Server]:
 
 
 def test_a_server_from_start_to_end(tmp_path: Path) -> None:
-    """Without PyTorch; SIGTERM finishes what was accepted and refuses what comes."""
+    """Without PyTorch. After SIGTERM, accepted requests are finished and new ones refused."""
     with served(tmp_path, "--drain-grace", "1") as server:
         assert server.told["models"] == {"guided": {"cap": 2, "sizes": [2]}}
         status, answer = server.ask("/v1/samples", {"classes": ["ant"], "seeds": [1], "steps": 3})

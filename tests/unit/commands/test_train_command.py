@@ -24,7 +24,7 @@ def toml(tmp_path):
 
 
 def invoke(*arguments):
-    """Run ``admtrt train`` and raise what it raises: the messages and exit codes are made one level above."""
+    """Run ``admtrt train`` and raise its exceptions: messages and exit codes are made one level above."""
     return CliRunner().invoke(train_app, [str(argument) for argument in arguments], catch_exceptions=False)
 
 

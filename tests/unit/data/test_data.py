@@ -19,7 +19,7 @@ from admtrt.training.data import batch
 
 
 class Script:
-    """A generator whose whole numbers are given; records the bounds it was asked for."""
+    """A generator that returns given whole numbers and records the requested bounds."""
 
     def __init__(self, *values: int) -> None:
         self.values, self.asked = list(values), []
@@ -173,7 +173,7 @@ def test_every_epoch_shows_every_image_once_in_another_order(tmp_path):
 
 
 def test_a_signal_is_heard_when_the_images_are_read(tmp_path, monkeypatch):
-    """What its handler raises would otherwise fly through the locks of the pool."""
+    """Otherwise the exception of a signal handler would propagate through the locks of the pool."""
     for index in range(8):
         save(tmp_path / f"{index}.png")
     data = load_data(config(tmp_path, label_from="none"))

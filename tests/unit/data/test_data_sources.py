@@ -153,7 +153,7 @@ def test_orientations_that_do_not_exist_turn_nothing(tmp_path, orientation):
 
 
 def transparent(mode: str) -> Image.Image:
-    """Left half opaque, right half transparent, with a colour behind that nobody sees."""
+    """Left half opaque, right half transparent, with an invisible colour."""
     pixels = np.zeros((8, 8, 4), np.uint8)
     pixels[..., :3] = 60
     pixels[:, :4, 3] = 255

@@ -1,4 +1,4 @@
-"""The page of the demo, one file that can be mailed, with the verdict first; the numbers beside it."""
+"""The page of the demo: a single file, with the verdict first, and its numbers."""
 
 from __future__ import annotations
 

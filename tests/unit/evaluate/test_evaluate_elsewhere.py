@@ -24,7 +24,7 @@ COMPUTING = Computing(threads=1, batch_size=16)
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Features, a run of 600 samples in shards of 7, and a reference; a cache of its own."""
+    """Features, a run of 600 samples in shards of 7, a reference and a separate cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     features_folder(tmp_path / "inception")
     run_folder(tmp_path / "run", pictures(600, 1), asked=600)

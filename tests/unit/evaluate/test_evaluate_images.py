@@ -103,7 +103,7 @@ def test_crops_are_those_of_training(tmp_path: Path) -> None:
 
 
 def test_parts_of_a_training_file(tmp_path: Path) -> None:
-    """Judge and floor are disjoint halves of what is held out, of every class; the networks see neither."""
+    """Judge and floor are disjoint halves of the held-out images of each class; the networks see neither."""
     file = tmp_path / "run.toml"
     file.write_text('[data]\nsource = "digits"\nimage_size = 8\nchannels = 1\nhold_out = 0.3\n')
     whole = {part: open_images(f"{file}:{part}") for part in ("train", "held-out", "judge", "floor")}
@@ -200,7 +200,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
 
 
 def test_a_picture_on_its_side_is_turned(tmp_path: Path) -> None:
-    """Sizes are those of the pixels that come."""
+    """The reported size is that of the rotated image."""
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (8, 6)).save(tmp_path / "a.png", exif=exif)

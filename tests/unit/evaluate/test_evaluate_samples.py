@@ -42,7 +42,7 @@ def values(result: Evaluated) -> dict[str, float | None]:
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Features, samples and a reference; a cache of its own."""
+    """Features, samples, a reference and a separate cache."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     features_folder(tmp_path / "inception")
     np.savez(tmp_path / "s.npz", arr_0=pictures(300, 1), arr_1=np.arange(300) % 10)
@@ -110,7 +110,7 @@ def test_what_was_asked_for_by_name_must_be_there(
 def test_features_at_the_ends_of_float32(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], scale: float
 ) -> None:
-    """What overflows float64 is null with a warning; nothing is NaN, and nothing warns on the way."""
+    """A metric that overflows float64 is null, with a warning of ours; no NaN, and no warnings of NumPy."""
     rng = np.random.default_rng(0)
     for name in ("s", "r"):
         np.savez(tmp_path / f"{name}.npz", pool=(rng.standard_normal((40, 6)) * scale).astype(np.float32))
@@ -370,7 +370,7 @@ def test_an_altered_graph_is_refused(place: Path, capsys: pytest.CaptureFixture[
 def test_a_killed_evaluation_goes_on_and_says_the_same(
     place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Cut off at every block in turn; what was computed is not computed again, and the JSON is the same."""
+    """Interrupted at each block in turn: no features are computed twice, and the JSON is the same."""
     monkeypatch.setattr("admtrt.evaluate.kept.BLOCK", 64)
     arguments = ["evaluate", "samples", str(place / "s.npz"), "--reference", str(place / "r.npz")]
     arguments += ["--features", str(place / "inception"), "--json"]

@@ -123,7 +123,7 @@ def test_judges_that_cannot_be(
 
 @pytest.mark.slow
 def test_judge_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It learns, its graph runs, it tells classes, and it never saw the floor."""
+    """It learns, its graph runs, it recognises classes, and it is not trained on the floor."""
     (tmp_path / "run.toml").write_text(CONFIG)
     config = str(tmp_path / "run.toml")
     out = str(tmp_path / "judge")

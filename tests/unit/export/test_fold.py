@@ -38,7 +38,7 @@ def f32(*shape: int) -> np.ndarray:
 def applied(
     run_pass: Pass, body: str, inputs: dict[str, tuple[int, ...]], **constants: Any
 ) -> onnx.ModelProto:
-    """The graph after the pass; its output ``y`` must be what it was, and the pass must say what it did."""
+    """The graph after the pass. Its output ``y`` must not change, and the pass must report its changes."""
     declared = ", ".join(f"float[N, {', '.join(map(str, sizes))}] {name}" for name, sizes in inputs.items())
     source = parse(f"g ({declared}) => (float[] y) {{ {body} }}", constants)
     model = ir.serde.deserialize_model(source)
@@ -241,7 +241,7 @@ def test_a_whole_convolution_keeps_its_factor() -> None:
 
 
 def test_parts_that_share_channels_keep_their_factors() -> None:
-    """Along the positions, every part holds every channel."""
+    """Each part of a split along the positions contains all channels."""
     body = "c = Conv (x, w, b) l, r = Split <axis = 2> (c, sizes) m = Mul (l, f) y = Concat <axis = 2> (m, r)"
     after = applied(fold_scale_into_conv, body, {"x": (4, 5)}, sizes=np.int64([2, 3]), **QKV)
     assert "Mul" in op_types(after)

@@ -1,4 +1,4 @@
-"""Graphs with weights beside them: whatever interrupts the writing, a graph stands with its own weights."""
+"""Graphs with external weights: after any interruption of the writing, a graph has its own weights."""
 
 from __future__ import annotations
 

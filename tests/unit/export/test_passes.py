@@ -40,7 +40,7 @@ X = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
 
 
 def applied(run_pass: Pass, text: str, **constants: Any) -> tuple[bool, onnx.ModelProto]:
-    """Whether the pass says that it changed the graph, and the graph; its outputs are compared."""
+    """Run a pass and compare outputs; returns whether it reports a change, and the graph."""
     source = parse(text, constants)
     model = ir.serde.deserialize_model(source)
     infer_shapes(model)
@@ -235,7 +235,7 @@ def test_constant_sizes(shape: tuple[Any, ...], expected: list[int] | None) -> N
 
 
 class Block(nn.Module):
-    """What the networks' blocks give the exporter: shape arithmetic, nested reshapes, equal constants."""
+    """Patterns that the networks' blocks produce: shape arithmetic, nested reshapes, equal constants."""
 
     def __init__(self) -> None:
         super().__init__()

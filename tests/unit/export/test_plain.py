@@ -1,4 +1,4 @@
-"""Captured operators as plainer ones: values stay, and what is not recognised is left alone."""
+"""Decomposition of captured operators: equal values; operators that are not recognised do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Typing a graph: what each island keeps in float32, where Casts stand, and what is refused."""
+"""Typing a graph: the float32 nodes of each island, the positions of Casts, and refusals."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ ALWAYS = {"column", "angles", "cosine", "y"}  # and a pointwise operator that on
 KEPT: dict[str, set[str]] = {
     "group_norm": {"norm"},
     "softmax": {"weights"},
-    "output": {"last", "activated"},  # what feeds nothing else belongs to it
+    "output": {"last", "activated"},  # includes nodes that feed only these
     "embedding": {"embedding", "shift"},
     "activation": {"shifted", "sigmoid", "silu", "activated"},
     "residual": {"total"},

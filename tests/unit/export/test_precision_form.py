@@ -43,7 +43,7 @@ ATTENTION = """
 
 
 def applied(run_pass: Callable[[ir.Model], bool], body: str, out: str) -> tuple[bool, onnx.ModelProto]:
-    """Whether the pass says that it changed the graph, and the graph; its values stay."""
+    """Run a pass, which must keep values; returns whether it reports a change, and the graph."""
     source = parse(f"g (float[N, 8, 4, 5] x) => ({out}) {{ {body} }}", CONSTANTS, opset=22)
     model = ir.serde.deserialize_model(source)
     infer_shapes(model)

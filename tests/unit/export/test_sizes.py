@@ -1,4 +1,4 @@
-"""Sizes that do not depend on the batch become constants; those that do stay what they are."""
+"""Sizes that do not depend on the batch become constants; sizes that depend on it do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files as forks lay them out, and what must be told of a network that its shapes do not tell."""
+"""Files in the layouts of forks, and settings that must be given because shapes do not show them."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_averaged_weights_beside_plain_ones_are_chosen_by_name(
 
 
 def test_averages_without_names(tmp_path: Path, plain: dict[str, Tensor]) -> None:
-    """torch_ema keeps a list, which nothing says the names of."""
+    """torch_ema stores averages as a list, without names."""
     path = file_of(tmp_path, {"model": plain, "ema": {"decay": 0.9, "shadow_params": list(plain.values())}})
     with pytest.raises(CheckpointError, match=r"several sets of weights: model, ema\.shadow_params"):
         open_checkpoint(path)
@@ -401,7 +401,7 @@ def test_a_bundle_with_a_null_class(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_labels_in_an_npz_are_the_network_s_classes(tmp_path: Path) -> None:
-    """Whatever its classes are called: "2" in a folder is a name, 2 in arr_1 is the third class."""
+    """Class names do not matter: "2" in a folder is a name, 2 in arr_1 is the third class."""
     network = UNetConfig.from_dict(SMALL | {"num_classes": 3})
     pixels = np.zeros((2, 8, 8, 3), np.uint8)
     np.savez(tmp_path / "images.npz", arr_0=pixels, arr_1=np.array([2, 0]))
@@ -417,7 +417,7 @@ def test_labels_in_an_npz_are_the_network_s_classes(tmp_path: Path) -> None:
 @pytest.mark.slow  # 40 s: two exports and their verification
 @pytest.mark.parametrize("updown", [True, False])
 def test_sizes_that_do_not_halve_and_two_units_of_t_to_the_end(tmp_path: Path, updown: bool) -> None:
-    """12 pixels: 6, 3 and then 1 or, by strided convolutions, 2; the UNet alone was rescaled."""
+    """Sizes 12, 6, 3, then 1 or, with strided convolutions, 2; only the UNet's timesteps were rescaled."""
     shape = {"image_size": 12, "steps": 4000, "schedule": "cosine"}
     unet = small(**shape, attention_resolutions=(6,), rescale_timesteps=True)
     levels = {"channel_mult": (1, 1, 1, 2), "attention_resolutions": (3,), "resblock_updown": updown}

@@ -1,4 +1,4 @@
-"""Small files that ask for much: refused in bounded time and memory, in a process of its own."""
+"""Small files that need much memory or time: refused within limits of both, in a separate process."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_pickles_that_ask_for_much(
 
 
 def test_the_pickles_would_be_read_if_they_asked_for_less(tmp_path: Path) -> None:
-    """So that what is refused above is refused for what it asks."""
+    """Shows that the files above are refused for their sizes, and not for their structure."""
     for layout in (archive, legacy):
         layout(b"\x80\x02}" + NAME + b")" + shared(b"\x86", 3) + b"s.")(tmp_path / "a.pt")
         assert torch.load(tmp_path / "a.pt")["a"] == ((((), ()), ((), ())), (((), ()), ((), ())))
@@ -88,7 +88,7 @@ def test_archives_that_are_larger_inside(worker: Worker, tmp_path: Path) -> None
 @pytest.mark.parametrize("second", ["x/data.pkl", "x/DATA.PKL", "y/data.pkl", "x/y/data.pkl"])
 @pytest.mark.parametrize("first", [False, True])
 def test_archives_with_two_pickles(worker: Worker, tmp_path: Path, second: str, first: bool) -> None:
-    """Of which one is harmless; which of them PyTorch reads is nobody's business."""
+    """One of the two is harmless; the file is refused whichever of them PyTorch would read."""
     path = tmp_path / "a.pt"
     hostile, harmless = PICKLES["a key of shared tuples"], pickle.dumps({}, protocol=2)
     with zipfile.ZipFile(path, "w") as made:

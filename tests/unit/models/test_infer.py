@@ -61,7 +61,7 @@ def published_shapes(name: str) -> Shapes:
 
 
 def untold_of(config: CheckpointConfig) -> dict[str, Any]:
-    """What must be given of a network, and may be of any."""
+    """The settings that must be given for a network; they can be given for any."""
     told = traits_of(shapes_of_network(config), flat(config)).settings
     return {key: value for key, value in flat(config).items() if key in UNTOLD and key not in told}
 
@@ -184,7 +184,7 @@ def test_any_model_is_built_again_from_its_shapes(config: CheckpointConfig) -> N
 
 
 def choices(config: CheckpointConfig, shapes: Shapes) -> dict[str, Any]:
-    """What shapes leave open between a few readings; it is asked for by name."""
+    """Settings for which the shapes allow several values; each must be given by name."""
     known: dict[str, Any] = {}
     for _ in range(2):
         try:
@@ -440,7 +440,7 @@ def test_heads_given_replace_the_preset_s_channels_of_a_head() -> None:
 
 
 def test_where_settings_come_from(tmp_path: Path) -> None:
-    """The file says them, they were given, or the tensors told them: one call says which."""
+    """Settings come from the file, from the caller or from the tensors; one call tells which."""
     config = checkpoint_config_from_preset("64x64_classifier")
     shapes = shapes_of_network(config)
     bare = open_checkpoint(zeros_file(tmp_path / "64x64_classifier.safetensors", shapes))

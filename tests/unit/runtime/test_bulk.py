@@ -171,7 +171,7 @@ def test_another_runs_shards_are_refused(
 
 
 def test_another_backends_shards_are_refused(pipeline: Pipeline, tmp_path: Path) -> None:
-    """A run is of one precision and backend, or the record of what computed it is wrong."""
+    """A run uses one precision and backend; otherwise its record of them would be wrong."""
 
     def on(computed: str) -> Pipeline:
         return Pipeline(pipeline.bundle, pipeline.denoiser, computed=computed)

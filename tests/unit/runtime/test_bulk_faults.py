@@ -1,4 +1,4 @@
-"""Long runs on full disks and beside damaged shards: what is said, and that the same command goes on."""
+"""Bulk runs with full disks and damaged shards: the messages, and that the same command continues."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def room_for(size: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("size", [0, 100, 400, 700])
 def test_a_disk_without_room_for_a_shard(pipeline: Pipeline, tmp_path: Path, size: int) -> None:
-    """The run before it is whole, and the same command goes on when there is room."""
+    """Earlier shards are complete, and the same command continues when there is space."""
     draw(pipeline, request(), tmp_path / "run", ["npz"])
     (tmp_path / "run" / "shards" / "00000004.npz").unlink()
     before = sorted((tmp_path / "run").rglob("*"))

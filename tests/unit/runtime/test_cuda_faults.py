@@ -59,7 +59,7 @@ def rig(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def fault_of(rig: Rig) -> EngineError | None:
-    """What sampling on the rig ends with."""
+    """The error that sampling on the rig ends with, or None."""
     try:
         with rig.open() as denoiser:
             Pipeline(rig.bundle, denoiser)([0, 1, 0])
@@ -137,7 +137,7 @@ def test_the_command_line_says_it_in_two_lines(
         rig.folder,
     ]
     assert run(list(map(str, [*given, "--classes", "0"]))) == 2
-    gc.collect()  # nobody closes the backend: what is left of it goes without a word
+    gc.collect()  # the backend was not closed: its deletion must print nothing
     said = capfd.readouterr().err
     assert re.search(
         r"^error: CUDA refuses: CUDA_ERROR_LAUNCH_FAILED.*\n +The GPU serves this process no more", said, re.M
@@ -146,7 +146,7 @@ def test_the_command_line_says_it_in_two_lines(
 
 
 def test_the_first_fault_is_the_one_that_is_told(rig: Rig) -> None:
-    """A device that fails in a step also fails everything that gives memory back."""
+    """After a failed step, the device also fails all calls that release memory."""
 
     def fail_in_a_step(denoiser: TensorRTDenoiser) -> None:
         with hold(slots(), denoiser) as held:

@@ -1,4 +1,4 @@
-"""The stub of the driver and the double of the library punish what the real ones do: tests can fail."""
+"""The driver stub and the library's double detect what fails on the real ones, so that tests can fail."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_two_streams_need_an_order_whenever_the_work_is_done(bench: Bench, order
     bench.x.clear(bench.one)
     bench.run(bench.two)
     assert told("run y touches 8 bytes without an order")
-    bench.x.clear(bench.one)  # behind what reads it
+    bench.x.clear(bench.one)  # after the run that reads it
     assert told("fill touches 8 bytes without an order")
     bench.order(bench.one, bench.two)
     assert bench.run(bench.two)

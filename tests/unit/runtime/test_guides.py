@@ -309,9 +309,7 @@ def test_targets_belong_to_the_identity_of_a_run(pipeline: Pipeline) -> None:
         identity(IMAGES)["targets"]["linear.measurement"]
         != identity(-IMAGES)["targets"]["linear.measurement"]
     )
-    assert (
-        SAMPLER.to_dict().keys() == SamplerConfig().to_dict().keys()
-    )  # nothing new where nothing is asked for
+    assert SAMPLER.to_dict().keys() == SamplerConfig().to_dict().keys()  # no new keys without guides
 
 
 def test_soft_labels_and_several_classifiers() -> None:

@@ -1,4 +1,4 @@
-"""Images as a start and as a frame from Python: what they do to samples, and what is refused."""
+"""Images as a start and as a constraint, from Python: their effect on samples, and refusals."""
 
 from __future__ import annotations
 

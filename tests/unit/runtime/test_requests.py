@@ -1,4 +1,4 @@
-"""Refused requests: each message says what came, what was expected and what to do."""
+"""Refused requests: each message says what was given, what was expected and what to do."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_threads_out_of_range(tmp_path: Path, threads: Any, expected: str) -> No
 
 
 def test_graphs_that_the_library_refuses(tmp_path: Path) -> None:
-    """A bundle that is whole, and holds what ONNX Runtime cannot load."""
+    """A bundle that is intact but has a graph that ONNX Runtime cannot load."""
     path = sham_bundle(tmp_path / "bundle", classifier=CLASSIFIER).path
     with pytest.raises(BundleError, match="ONNX Runtime refuses"):
         Pipeline.from_bundle(path)
@@ -223,7 +223,7 @@ def test_a_name_that_looks_like_a_number_is_a_name(tmp_path: Path) -> None:
 
 
 def test_two_stages_take_names_and_numbers_too(guided: Pipeline, tmp_path: Path) -> None:
-    """The second stage's bundle may know the classes by number alone."""
+    """The second stage's bundle may have no class names."""
     unet = UNET.model_copy(update={"image_size": 16, "low_res_size": 8, "num_classes": 3})
     high = sham(tmp_path / "high", network=unet, classifier=None, class_names=())
     totals: list[int] = []

@@ -1,4 +1,4 @@
-"""Slots that a denoiser keeps where it computes, and those that stay in host memory."""
+"""Slots that a denoiser keeps on its device, and slots that stay in host memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHAPE = (1, 8, 8)
 
 
 class Arithmetic:
-    """Graphs that are quick to compute: each output tells its inputs."""
+    """Fast graphs whose outputs identify their inputs."""
 
     def run(self, graph: str, feeds: Any) -> dict[str, Any]:
         if graph == "unet":
@@ -127,7 +127,7 @@ def test_held_slots_advance_as_others_do(denoiser: Any) -> None:
 
 @pytest.mark.parametrize("denoiser", [Arithmetic(), Resident()])
 def test_a_sample_that_takes_another_s_place_is_as_alone(denoiser: Any) -> None:
-    """Bit for bit, and its neighbours go on as if nothing had happened."""
+    """Equal bit for bit, and the other samples are not affected."""
     schedule = sampling_schedule(DiffusionConfig(), SAMPLER)
     expected, slots = mixed(), mixed()
     alone = slots_for(UNET, CLASSIFIER, [schedule], [99], labels=np.array([2]), guided=True)

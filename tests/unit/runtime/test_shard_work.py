@@ -1,4 +1,4 @@
-"""Shards that other processes draw: pickled work, done once, that refuses what is not its run."""
+"""Shards drawn by other processes: the work is pickled, done once, and refused for another run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples in flight: made, taken apart and joined, and whose gradient a step computes."""
+"""Samples in flight: making, splitting and joining them, and the rows whose gradient a step computes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plain(*seeds: int) -> Slots:
 
 
 class Watched:
-    """The exported graphs, and what the gradient was asked for."""
+    """The exported graphs; records the inputs of the gradient."""
 
     def __init__(self) -> None:
         self.inner = pipeline("guided").denoiser
@@ -188,7 +188,7 @@ def test_only_guided_rows_pay_for_the_gradient(kinds: str, size: int) -> None:
         padded = rows + [rows[-1]] * (size - len(rows))
         np.testing.assert_array_equal(watched.asked[0]["x"], expected.x[padded])
         assert watched.asked[0]["y"].tolist() == [row % 3 for row in padded]
-    # The update alone mixes what the networks gave: rows stand as in a batch of their own kind.
+    # The update uses the networks' outputs row by row: each row equals that of a batch of the same row.
     for row in range(len(kinds)):
         alone = expected.take([row] * len(kinds))
         advance(alone, pipeline("guided").denoiser)

@@ -1,4 +1,4 @@
-"""Schedules that are edited, entered half-way or gone up: their rows, and how slots carry what they need."""
+"""Schedules that are edited, entered half-way or inverted: their rows, and the inputs in their slots."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def test_rescaled_timesteps_keep_the_networks_range(rescaled: bool, last: float)
 
 @pytest.mark.parametrize("respacing", ["", "50"])
 def test_x_0_from_each_parameterisation(respacing: str) -> None:
-    """From x_t = sqrt(a) x_0 + sqrt(1 - a) eps, exactly what the network predicts gives x_0 back."""
+    """For x_t = sqrt(a) x_0 + sqrt(1 - a) eps, an exact prediction of the network gives x_0."""
     rng = np.random.default_rng(0)
     process = process_from_config(DiffusionConfig(), respacing)
     x_0, eps = rng.standard_normal((2, len(process)))

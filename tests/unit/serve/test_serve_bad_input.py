@@ -1,4 +1,4 @@
-"""Bad input to the server: each fault is told, field by field, and no fuzzed body makes a 500."""
+"""Bad input to the server: errors are reported field by field, and no fuzzed body causes a 500."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ async def test_guided_images_are_those_of_the_pipeline(tmp_path: Path) -> None:
 
 
 def test_requests_with_guides_join_at_any_step() -> None:
-    """Forty requests at random moments, some of which leave and come back as rows are chosen anew."""
+    """Forty requests at random moments; the policy pauses and resumes some of their rows."""
     generator = random.Random(0)
     alike = [alone(told, theirs) for told, _, theirs in cases()]
     with running(steered(), sizes=(1, 2, 3)) as engine:

@@ -1,4 +1,4 @@
-"""The server over ASGI: answers, streams, who may ask, refusals, models, OpenAI's interface."""
+"""The server over ASGI: answers, streams, authorisation, refusals, models, OpenAI's interface."""
 
 from __future__ import annotations
 

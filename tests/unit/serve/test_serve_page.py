@@ -20,7 +20,7 @@ PATIENCE = 60_000  # milliseconds: a machine that does much else
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    """A server of the tiny bundle, in a process of its own."""
+    """A server of the tiny bundle, in a separate process."""
     process, told = start_server("--drain-grace", 0)
     yield told["url"]
     process.send_signal(signal.SIGTERM)
@@ -48,7 +48,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: Any, address: str) -> Iterator[Any]:
-    """The page, from which nothing may go elsewhere and nothing may fail."""
+    """The page; it must send no request to another host and raise no error."""
     context = browser.new_context()
     page = context.new_page()
     page.set_default_timeout(PATIENCE)
@@ -67,7 +67,7 @@ def page(browser: Any, address: str) -> Iterator[Any]:
 
 
 def until(page: Any, expression: str) -> None:
-    """Wait until the page says so; Playwright's own waiting is refused by the page's policy, rightly."""
+    """Wait until the page shows it; the page's content policy refuses Playwright's own waiting."""
     limit = time.monotonic() + PATIENCE / 1000
     while not page.evaluate(expression):
         assert time.monotonic() < limit, page.text_content("body")

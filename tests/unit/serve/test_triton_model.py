@@ -20,7 +20,7 @@ FINAL = 1
 
 
 class Sender:
-    """Of one request: what was sent, and whether it is asked to stop."""
+    """Records the responses of one request, and whether it is cancelled."""
 
     def __init__(self) -> None:
         self.sent: list[Any] = []

@@ -122,7 +122,7 @@ def test_growing_levels_are_those_of_the_original() -> None:
 
 
 class Recorder(torch.nn.Module):
-    """A network that gives a constant and remembers what it was given."""
+    """A network that returns a constant and records its inputs."""
 
     def __init__(self, value: float) -> None:
         super().__init__()

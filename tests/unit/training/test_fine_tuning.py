@@ -1,4 +1,4 @@
-"""Training that starts from a checkpoint, and what networks that predict v are trained on."""
+"""Training that starts from a checkpoint, and the targets of networks that predict v."""
 
 from __future__ import annotations
 

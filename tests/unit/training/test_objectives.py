@@ -1,4 +1,4 @@
-"""What networks learn from: their inputs, the losses and the weights; and the update that draws grids."""
+"""Training objectives: inputs, losses and weights; and the update that draws sample grids."""
 
 from __future__ import annotations
 

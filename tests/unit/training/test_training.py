@@ -193,7 +193,7 @@ def test_mixed_precision_on_a_gpu_learns_and_resumes(tmp_path, precision):
 
 
 class FakeScaler:
-    """Stands for fp16's loss scaler at a given scale."""
+    """Replaces fp16's loss scaler, with a given scale."""
 
     def __init__(self, scale):
         self.scale, self.updates = scale, 0

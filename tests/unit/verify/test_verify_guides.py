@@ -1,4 +1,4 @@
-"""The guides of a bundle in PyTorch: made where they take no file, else asked for."""
+"""The guides of a bundle in PyTorch: built if they take no file, otherwise required as an option."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of diffusers': where their files are, what becomes of every option, and what is refused."""
+"""Diffusers' folders: the places of their files, the translation of every option, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations of diffusers': the published ones, and what becomes of every option."""
+"""Diffusers' configurations: the published ones, and the translation of every option."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def bundle() -> Bundle:
 
 
 class Probes:
-    """Stands for the processes that measure."""
+    """Replaces the measuring processes."""
 
     def __init__(self) -> None:
         self.requests: list[ProbeRequest] = []

@@ -159,7 +159,7 @@ def test_a_composite_runs_each_graph_where_it_belongs() -> None:
 
 
 def test_onnx_runtime_tells_nobody_that_it_runs(tmp_path: Path) -> None:
-    """What it reads when it is imported: by itself it is silent where it finds the variables of a CI."""
+    """Checks the variable that it reads at import; in a CI, ONNX Runtime is silent without it."""
     (tmp_path / "onnxruntime.py").write_text("import os; print(os.environ['ORT_DISABLE_TELEMETRY'])")
     code = (
         "from admtrt.runtime.backends.onnxruntime import import_onnxruntime as get; get(extra='', purpose='')"

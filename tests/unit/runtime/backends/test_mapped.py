@@ -1,4 +1,4 @@
-"""Pages of a mapped file are given back and come again from the file."""
+"""Pages of a mapped file are released and read from the file again."""
 
 from __future__ import annotations
 

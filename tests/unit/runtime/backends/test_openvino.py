@@ -177,7 +177,7 @@ def test_a_batch_is_divided_among_the_threads(threads: int, batch: int, parts: i
 
 
 def test_the_embedding_of_each_part_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What bf16 cuts out, here in fp32, which every processor has and which tells the parts apart."""
+    """The part that bf16 computes separately, here in fp32, which every processor has and which is exact."""
     monkeypatch.setattr(library.Core, "get_property", lambda *_: ["BF16"])
     monkeypatch.setitem(backend._HINTS, "bf16", "f32")  # noqa: SLF001 - no run but a test asks for it
     denoiser = OpenVinoDenoiser(pipeline("guided").bundle, "bf16", threads=2)
@@ -243,7 +243,7 @@ def test_a_processor_without_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_nothing_is_sent(use: str) -> None:
-    """In a process of its own, since a module is imported once."""
+    """In a separate process, because a module is imported only once."""
     program = (
         "import os, sys, urllib.request\n"
         "urllib.request.urlopen = lambda *_, **__: sys.exit('something was sent')\n"

@@ -34,7 +34,7 @@ def image(*shape: int) -> np.ndarray:
 
 
 def converted(body: str, size: tuple[int, ...], **constants: Any) -> tuple[int, float]:
-    """How many norms the pass changes, and the largest error behind it over the largest value."""
+    """The number of norms that the pass changes, and the largest error after it over the largest value."""
     x = image(BATCH, CHANNELS, *size)
     given = {
         "groups": np.int64([0, 4, -1]), "image": np.int64([0, CHANNELS, *size]),

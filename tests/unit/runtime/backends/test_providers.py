@@ -1,4 +1,4 @@
-"""ONNX Runtime's providers, on a stand-in for the library: what they are asked for, keep and refuse."""
+"""ONNX Runtime's providers, on a stub of the library: their options, cached sizes and refusals."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Library(SimpleNamespace):
     def InferenceSession(  # noqa: N802
         self, path: str, *, sess_options: Any, providers: Any, enable_fallback: int
     ) -> Any:
-        assert enable_fallback == 0  # else it goes on on the CPU, and says so on stdout
+        assert enable_fallback == 0  # otherwise it continues on the CPU, with a message on stdout
         ((name, options),) = providers
         self.opened.append(options)
         if options.get(self.refused) == "1" or self.refused == "everything":
@@ -139,7 +139,7 @@ def test_prepared_batch_sizes_are_kept_and_others_share_two_places(
 
 
 class _Replaying(_Renamed):
-    """As CUDA graphs are: what was bound when an id first came is what runs whenever it comes."""
+    """Like CUDA graphs: an id always replays the binding of its first run."""
 
     def __init__(self, session: Any, names: list[str]) -> None:
         super().__init__(session, names)

@@ -45,7 +45,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.fixture(autouse=True)
 def _absent_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An entry None in sys.modules raises without a name of its own; the real import gives one."""
+    """For an entry None in sys.modules the error has no name; the real import error has one."""
     import importlib
 
     real = importlib.import_module
@@ -151,7 +151,7 @@ def test_the_real_library_has_every_member_that_is_used(name: str) -> None:
 
 
 def test_no_member_is_used_that_is_not_listed() -> None:
-    """What the builder asks of the library's objects, read from its source."""
+    """The attributes of the library's objects that the builder uses, read from its source."""
     objects = {"trt", "config", "rtx", "builder", "network", "parser", "shapes", "error", "plan", "cache"}
     listed = {part for name in (*USED_TO_BUILD, *USED_TO_BUILD_RTX) for part in name.split(".")}
     used = set()

@@ -1,4 +1,4 @@
-"""The fusion report reads what it knows and shrugs at the rest."""
+"""The fusion report reads known log lines and ignores all others."""
 
 from __future__ import annotations
 

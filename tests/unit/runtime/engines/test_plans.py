@@ -1,4 +1,4 @@
-"""Plans on disk: every field of the build is in the key, and nothing damaged is ever handed out."""
+"""Plans on disk: every field of the build is in the key, and damaged plans are never returned."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_a_newer_build_replaces_the_older(tmp_path: Path) -> None:
 
 
 def test_of_two_builders_of_one_plan_each_leaves_plan_and_record_together(tmp_path: Path) -> None:
-    """Each process's record would otherwise come to stand beside the other's plan now and then."""
+    """Without the lock, the record of one process would sometimes be stored with the plan of the other."""
     store = PlanStore(tmp_path)
     plans = [bytes([index]) * 1000 for index in range(4)]
 

@@ -1,4 +1,4 @@
-"""The tests that need a GPU, on the stub of the driver: on a GPU nothing of their own shall fail."""
+"""The tests that need a GPU, run on the driver stub, so that on a GPU they do not fail by their own bugs."""
 
 from __future__ import annotations
 

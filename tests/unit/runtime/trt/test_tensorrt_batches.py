@@ -87,7 +87,7 @@ def test_a_sample_that_was_begun_elsewhere_brings_its_memory(rig: Rig) -> None:
 
 
 def test_tensors_of_guides_are_cleared(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A sample without guides is not reached by what a run of the graph for others left there."""
+    """Leftovers of a guide's graph, run for other samples, do not affect a sample without guides."""
     rig = Rig(monkeypatch, tmp_path, "steered")
     rig.build()
     with rig.open() as denoiser:
@@ -171,7 +171,7 @@ def test_only_guided_samples_pay_for_the_gradient(
         held.read()
         (buffers,) = denoiser.buffers.values()
         assert list(buffers.gradients) == sizes
-        # Whatever a gradient holds, none of it reaches samples that are not guided.
+        # The values of a gradient never affect unguided samples.
         rows = np.array([schedule.guided[-1] for schedule in ours.schedules])
         assert not on_device(buffers, "grad")[~rows].any()
     np.testing.assert_allclose(ours.x, expected.x, rtol=0, atol=_ROUNDING)

@@ -82,7 +82,7 @@ def test_the_host_waits_only_before_and_after_the_loop(rig: Rig) -> None:
     waits = [index for index, line in enumerate(log) if line.startswith("host waits")]
     steps = [index for index, line in enumerate(log) if line in ("s0: run x_prev", "s0: graph")]
     assert len(steps) == 8
-    # once, where the second step captures what the first one ran
+    # once, when the second step captures the work of the first
     assert len([wait for wait in waits if steps[0] < wait < steps[-1]]) == 1
 
 
