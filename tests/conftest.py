@@ -56,7 +56,7 @@ def _no_misuse_of_the_gpu() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _signals_stay_as_they_were(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Refuse signal handlers that a test leaves behind: a later test that raises the signal would end the worker.
+    """Refuse a signal handler that a test leaves behind: a later test that raises it would end the worker.
 
     Ray installs its own handler whenever it starts.
     """
