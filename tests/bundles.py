@@ -1,10 +1,11 @@
-"""Bundles for tests: fake ones with empty graphs, and tiny exported ones, each made once per process."""
+"""Bundles for tests: fake ones with empty graphs, and tiny exported ones, each made once per run."""
 
 from __future__ import annotations
 
 import atexit
 import hashlib
 import json
+import os
 import tempfile
 from dataclasses import replace
 from functools import cache
@@ -13,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from filelock import FileLock
 from goldens import generated_weights
 
 from admtrt.bundle import MANIFEST, Bundle, GraphEntry, write_bundle
@@ -83,6 +85,10 @@ def sham_bundle(
 
 @cache
 def _root() -> Path:
+    """The folder of this run's workers, see ``conftest.py``; outside of pytest one of this process."""
+    shared = os.environ.get("ADMTRT_TESTS_SHARED")
+    if shared is not None:
+        return Path(shared)
     directory = tempfile.TemporaryDirectory(prefix="admtrt-tests-")
     atexit.register(directory.cleanup)
     return Path(directory.name)
@@ -115,16 +121,22 @@ def exported_bundle(name: str) -> Path:
     ``guided`` is unconditional with a classifier of 3 classes; ``steered`` is the same with four more guides.
     ``conditional`` (4 classes) and ``upsampler`` (from 4x4) have no classifier.
     """
+    path = _root() / name
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            _export(name, path)
+    return path
+
+
+def _export(name: str, path: Path) -> None:
     unet, classifier = _NETWORKS[name]
     names = CLASS_NAMES if classifier is not None else ()
-    path = _root() / name
     bundle_from_checkpoints(
         network(unet, class_names=names),
         None if classifier is None else network(classifier),
         path,
         guides=_guides() if name == "steered" else (),
     )
-    return path
 
 
 def _guides() -> list[AnyGuide]:

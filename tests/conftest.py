@@ -46,6 +46,14 @@ _CACHE = tempfile.TemporaryDirectory(prefix="admtrt-tests-")
 os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give the workers of a run one folder, for what each of them would otherwise export anew."""
+    if not hasattr(config, "workerinput"):
+        shared = tempfile.TemporaryDirectory(prefix="admtrt-tests-")
+        config.add_cleanup(shared.cleanup)
+        os.environ["ADMTRT_TESTS_SHARED"] = shared.name
+
+
 @pytest.fixture(autouse=True)
 def _no_misuse_of_the_gpu() -> Iterator[None]:
     yield
