@@ -33,7 +33,9 @@ def example_slots(manifest: Manifest, batch: int, *, led: bool = False) -> Slots
     chosen = {**manifest.sampler.to_dict(), "scale": scale, "guidance_interval": None}
     sampler = SamplerConfig.from_dict(chosen)
     if led:
-        sampler = sampler.model_copy(update={"guided_by": every_guide(manifest)})
+        # In early steps x_0 is out of range, and a clamp would make every gradient 0.
+        unclamped = tuple(choice.model_copy(update={"clip": False}) for choice in every_guide(manifest))
+        sampler = sampler.model_copy(update={"guided_by": unclamped})
     schedule = sampling_schedule(manifest.diffusion, sampler)
     labels = example_labels(manifest, batch)
     low_res = None
