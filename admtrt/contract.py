@@ -182,7 +182,7 @@ def quantile_of(size: int, chosen: float | None = None) -> float:
 
 
 def largest_values(size: int, quantile: float) -> int:
-    """How many of the largest of ``size`` values are needed to compute a quantile."""
+    """Number of the largest of ``size`` values that computing a quantile needs."""
     return size - math.floor(quantile * (size - 1))
 
 

@@ -40,7 +40,7 @@ class ThroughputRow:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How rows are measured.
+    """Settings for measuring rows.
 
     Attributes:
         repeat: number of steps timed for every row.

@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Ability:
-    """Whether one backend of ``admtrt sample`` runs here, and if not, why and what to do."""
+    """Status of one backend of ``admtrt sample`` here; if it does not run, the reason and a remedy."""
 
     name: str
     runs: bool
@@ -89,7 +89,7 @@ def _lines(*texts: str) -> str:
 
 
 def _once(ability: Ability, said: set[str]) -> str:
-    """Why a backend does not run here, unless the first table has said it."""
+    """The reason that a backend does not run here, unless the first table has said it."""
     if any(ability.detail.endswith(detail) for detail in said if detail):
         return "needs an NVIDIA GPU"
     return _lines(ability.detail, ability.hint)

@@ -112,7 +112,7 @@ def _judged(passed: bool, text: str) -> str:
 
 
 def _facts(result: DemoResult, best: Iterable[SweepPoint]) -> str:
-    """What the verdict is made of, a tile each."""
+    """The tiles of the verdict, one per figure."""
     rows = result.verification.rows
     errors = [row.error for row in rows if row.stage == "trajectory" and row.error is not None]
     parity = f"{len(rows) - len(result.verification.failures)} of {len(rows)}"

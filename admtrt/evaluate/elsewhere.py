@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class _Seeing:
-    """How to open an extractor in another process; ``network`` is ``--features`` with an absolute path."""
+    """Recipe for an extractor in another process; ``network`` is ``--features`` with an absolute path."""
 
     network: str
     digest: str

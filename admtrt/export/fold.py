@@ -167,7 +167,7 @@ def merge_projections(model: ir.Model) -> bool:
 
 
 _TAPS = (np.array([[1, 0, 0], [0, 1, 1]]), np.array([[1, 1, 0], [0, 0, 1]]))
-"""Which of three taps on an enlarged image meet which of two small pixels: at even positions, where the first
+"""The two small pixels that each of three taps on an enlarged image meets: at even positions, where the first
 pixel is the previous one, and at odd positions."""
 
 

@@ -47,7 +47,7 @@ def _function(node: ir.Node) -> str:
 
 @cache
 def _clamp_passes() -> bool:
-    """Whether clamp's gradient is 1 at its ends (up to torch 2.13) or 0 (from 2.14 on)."""
+    """True if clamp's gradient is 1 at its ends (up to torch 2.13), False if it is 0 (from 2.14 on)."""
     with torch.enable_grad():
         end = torch.ones(1, requires_grad=True)
         (slope,) = torch.autograd.grad(end.clamp(0, 1).sum(), end)

@@ -54,7 +54,7 @@ _LATER = {*DIGESTS, *NUMBERS, TARGETS}
 _UNSHOWN = {"bundle": "bundle differs", "labels": "labels differ"} | {
     name: f"{name} differs" for name in ("low_res", "images", TARGETS, *DIGESTS)
 }
-"""What messages show in place of hashes and long lists."""
+"""Text that messages show in place of hashes and long lists."""
 
 
 class SmallImages(Protocol):

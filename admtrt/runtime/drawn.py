@@ -108,7 +108,7 @@ class Samples:
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """What a callback gets after each evaluation of a batch.
+    """Argument of a callback after each evaluation of a batch.
 
     Attributes:
         index: evaluations done, from 1 to ``total``.

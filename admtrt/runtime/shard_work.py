@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Source:
-    """How to open a pipeline in another process.
+    """Recipe for opening a pipeline in another process.
 
     Attributes:
         bundle: absolute path of the bundle.

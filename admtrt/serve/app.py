@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may send requests, and their limits.
+    """Access rules: accepted senders, and their limits.
 
     Attributes:
         tokens: the clients' tokens; empty if none is required.

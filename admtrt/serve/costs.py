@@ -57,7 +57,7 @@ class Costs:
 
 
 def runs_of(schedule: SamplingSchedule, guides: Guides) -> dict[GraphName, int]:
-    """How often a row runs each graph.
+    """Number of times that a row runs each graph.
 
     Args:
         schedule: the row's schedule.

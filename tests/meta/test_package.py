@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -69,3 +70,10 @@ def test_the_metadata(wheel: Path) -> None:
     assert f"Requires-Python: {project['requires-python']}" in metadata
     extras = {line.removeprefix("Provides-Extra: ") for line in metadata if line.startswith("Provides-Extra")}
     assert extras == {extra.replace("_", "-") for extra in project["optional-dependencies"]}
+
+
+def test_docstrings_open_with_their_subject() -> None:
+    asks = re.compile(r'^ *"""(?:How|What|Which|Whether|Where|Who|Whose|When|Why)\b.*', re.MULTILINE)
+    assert {
+        str(path): found for path in PACKAGE.rglob("*.py") if (found := asks.findall(path.read_text()))
+    } == {}

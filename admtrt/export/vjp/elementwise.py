@@ -229,7 +229,7 @@ _unary(
 
 @rule("Relu")
 def _relu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Where, not Mul: 0 * inf is NaN. An infinite gradient at 0, as of a square root, is 0 in PyTorch."""
+    """Select by Where, as 0 * inf is NaN: PyTorch has 0 for an infinite gradient at 0, as of a root."""
     y, g = node.outputs[0], only(incoming)
     zero = tape.scalar(0.0, y)
     return [tape.op("Where", tape.op("Greater", y, zero), g, zero)]

@@ -50,7 +50,7 @@ def usable_plans(store: PlanStore, source: GraphSource, library: Library, gpu: G
 
 
 def mismatch(key: PlanKey, source: GraphSource, library: Library, gpu: Gpu) -> str:
-    """Why a plan does not fit this graph, library and GPU; empty if it fits."""
+    """The reasons that a plan does not fit this graph, library and GPU; empty if it fits."""
     faults = []
     if key.precision != source.precision:
         faults.append(f"is in {key.precision}")

@@ -195,7 +195,7 @@ class PlanStore:
         return sorted(records, key=lambda record: record.built, reverse=True), faults
 
     def fault(self, record: PlanRecord, *, whole: bool = False) -> str:
-        """Why a plan cannot be used, judged by its size or by its ``whole`` content; empty if it can."""
+        """The reason to refuse a plan, judged by its size or its ``whole`` content; empty for none."""
         if not self.trusts(record.plan.sha256):
             return "was not built on this machine by this user"
         try:

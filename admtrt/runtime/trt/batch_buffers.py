@@ -45,7 +45,7 @@ _SAME_ROW: dict[GraphName, GraphName] = {"threshold": "update_full"}
 
 
 class StepKind(NamedTuple):
-    """Which graphs a step runs besides the UNet.
+    """The graphs that a step runs besides the UNet.
 
     Attributes:
         gradient: batch size of the classifier's gradient; 0 if it does not run.

@@ -70,7 +70,7 @@ class _StepInputs:
 
 
 class _Filled(NamedTuple):
-    """What was filled: the kind of the step, the arrays, and the guided rows if only some are guided."""
+    """A filled step: its kind, its arrays, and the guided rows if only some are guided."""
 
     kind: StepKind
     keys: tuple[Key, ...]
