@@ -45,10 +45,13 @@ tritonserver --model-repository {repository}
 Python {python} must be that of the server's Python backend, and is the one that admtrt is installed in.
 
 Requests are answered by a stream: over gRPC by `ModelStreamInfer`, over HTTP by `/v2/models/NAME/generate`
-and `generate_stream`; plain `infer` over HTTP answers 501 for such models. Inputs: `label` INT64 [N],
-`seed` UINT64 [N]. Outputs: `images` UINT8 [N,H,W,C], `step` INT32 [1]. Parameters of a request are fields of
-`POST /v1/samples` of admtrt's server: `steps`, `method`, `scale`, ..., and `preview_every`. Images to begin
-at, known regions, guides besides the classifier and upsamplers are not served here.
+and `generate_stream`; plain `infer` over HTTP answers 501 for such models.
+
+Inputs: `label` INT64 [N], `seed` UINT64 [N], and as UINT8 [N,H,W,C] `init`, images to begin at (with the
+parameter `strength`), and `low_res`, the images that an upsampler enlarges. Outputs: `images` UINT8
+[N,H,W,C], `step` INT32 [1]. Parameters of a request are fields of `POST /v1/samples` of `admtrt serve`:
+`steps`, `method`, `scale`, ..., and `preview_every`. Known regions, guides besides the classifier, and
+cascades are not served here; `admtrt serve` has them.
 
 Clients of gRPC keep the parameter `timeout` for Triton's own; over HTTP it is ours.
 
@@ -82,8 +85,6 @@ def triton(
     output = Output(json=json)
     BackendChoice(backend, precision, threads)  # type: ignore[arg-type]  # checks them
     opened = {name: Bundle.open(path) for name, path in named_bundles(bundles).items()}
-    for bundle in opened.values():
-        _check(bundle)
     settings = {
         "backend": backend,
         "precision": precision,
@@ -99,16 +100,6 @@ def triton(
         {"repository": str(out), "models": list(opened)},
         f"{out}: {', '.join(opened)}; {out}/RUN.md says how to run it",
     )
-
-
-def _check(bundle: Bundle) -> None:
-    from admtrt.errors import RequestError
-
-    if bundle.manifest.network.low_res_size is not None:
-        raise RequestError(
-            f"{bundle.path} is an upsampler, whose images cannot be given here",
-            hint="Serve it with: admtrt serve BUNDLE",
-        )
 
 
 def _write(folder: Path, name: str, bundle: Bundle, settings: Mapping[str, str], *, copy: bool) -> None:
@@ -128,12 +119,15 @@ def _write(folder: Path, name: str, bundle: Bundle, settings: Mapping[str, str],
 
 def _config(name: str, bundle: Bundle, settings: Mapping[str, str]) -> str:
     """The configuration of a decoupled model, in which the engine batches instead of Triton."""
-    inputs = [("seed", "TYPE_UINT64")]
+    pixels = "TYPE_UINT8", "[ -1, -1, -1, -1 ]"
+    inputs = [("seed", "TYPE_UINT64", "[ -1 ]", "false"), ("init", *pixels, "true")]
     if bundle.manifest.num_classes is not None:
-        inputs.insert(0, ("label", "TYPE_INT64"))
+        inputs.append(("label", "TYPE_INT64", "[ -1 ]", "true"))
+    if bundle.manifest.network.low_res_size is not None:
+        inputs.append(("low_res", *pixels, "false"))
     listed = ",\n  ".join(
-        f'{{ name: "{tensor}" data_type: {kind} dims: [ -1 ] optional: {str(tensor == "label").lower()} }}'
-        for tensor, kind in inputs
+        f'{{ name: "{tensor}" data_type: {kind} dims: {sizes} optional: {optional} }}'
+        for tensor, kind, sizes, optional in inputs
     )
     parameters = "\n".join(
         f'parameters {{ key: "{key}" value {{ string_value: {json_module.dumps(value)} }} }}'

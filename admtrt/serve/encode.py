@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 _FAST = 1  # PNG compression level: the images are small and sent once
 
 
-def png(x: Images) -> bytes:
-    """Encode an image, float32 [C, H, W] in [-1, 1], as PNG."""
+def base64_png(pixels: NDArray[np.uint8]) -> str:
+    """Encode an image, uint8 [H, W, C], as base64 PNG."""
     written = io.BytesIO()
-    to_pillow(to_uint8(x[None])[0]).save(written, "PNG", compress_level=_FAST)
-    return written.getvalue()
+    to_pillow(pixels).save(written, "PNG", compress_level=_FAST)
+    return base64.b64encode(written.getvalue()).decode("ascii")
 
 
-def base64_png(x: Images) -> str:
-    """Encode an image as base64 PNG."""
-    return base64.b64encode(png(x)).decode("ascii")
+def base64_sample(x: Images) -> str:
+    """Encode a sample, float32 [C, H, W] in [-1, 1], as base64 PNG."""
+    return base64_png(to_uint8(x[None])[0])
 
 
 def npz(images: Sequence[Images], labels: Sequence[int] | None) -> bytes:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from admtrt.serve.decode import checked_draw
-from admtrt.serve.encode import base64_png, npz
+from admtrt.serve.encode import base64_sample, npz
 from admtrt.serve.flight import Done, Failed, Flight, Preview
 from admtrt.serve.web import CLIENT_LEFT, HttpError
 
@@ -186,7 +186,7 @@ class Service:
         """Base64 PNG of each image; None for missing ones."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
-            self.encoders, lambda: [None if one is None else base64_png(one) for one in images]
+            self.encoders, lambda: [None if one is None else base64_sample(one) for one in images]
         )
 
     async def archive(self, opened: Opened, done: Done) -> bytes:

@@ -15,15 +15,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import ValidationError
 
-from admtrt.errors import AdmtrtError, EngineError
+from admtrt.errors import AdmtrtError, EngineError, RequestError
 from admtrt.images import to_uint8
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.serve.admission import Bounds, RefusedError
 from admtrt.serve.decode import checked_draw
+from admtrt.serve.encode import base64_png
 from admtrt.serve.engine import Engine
 from admtrt.serve.flight import Done, Failed, Flight, Preview
 from admtrt.serve.model import Model
-from admtrt.serve.schema import SampleRequest, faults_of
+from admtrt.serve.schema import MAX_IMAGES, SampleRequest, faults_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 
 PREVIEWS = "preview_every"
 """Request parameter: evaluations between previews."""
+PICTURES = ("low_res", "init")
+"""Inputs of images, uint8 [N, H, W, C]: fields of a request that are base64 PNG elsewhere."""
 _TRIAL = np.array([[3, 1, 4], [1, 5, 9]], np.int64)
 _COUNTS = ("accepted", "done", "cancelled", "expired", "fault", "steps", "rows")
 
@@ -107,6 +110,9 @@ class TritonModel:
             fields["classes"] = labels.ravel().tolist()
         if seeds is not None:
             fields["seeds"] = seeds.ravel().tolist()
+        for name in PICTURES:
+            if (images := self._tensor(request, name)) is not None:
+                fields[name] = _encoded(name, images)
         asked = SampleRequest.model_validate(fields)
         draw = checked_draw(asked, self._engine.model)
         deadline = None if asked.timeout is None else time.monotonic() + asked.timeout
@@ -192,3 +198,17 @@ class TritonModel:
             gauges = family(name=f"admtrt_{name}", description=f"Engine: {name}", kind=family.GAUGE)
             made[name] = (gauges, gauges.Metric(labels={"model": model}))
         return made
+
+
+def _encoded(name: str, images: Any) -> list[str]:
+    """Images as the request's field has them, so that all clients' images go through the same checks.
+
+    Raises:
+        RequestError: if these are no images.
+    """
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
+        shape = ",".join(map(str, images.shape))
+        raise RequestError(f"{name} is {images.dtype} [{shape}]; expected uint8 [N,H,W,C] with C 1 or 3")
+    if len(images) > MAX_IMAGES:
+        raise RequestError(f"{name} has {len(images)} images; at most {MAX_IMAGES} fit into a request")
+    return [base64_png(pixels) for pixels in images]

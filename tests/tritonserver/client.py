@@ -8,22 +8,20 @@ import time
 import numpy as np
 import tritonclient.grpc as grpc
 
-address, model = sys.argv[1:]
+(address,) = sys.argv[1:]
 client = grpc.InferenceServerClient(address)
 came = queue.Queue()
 client.start_stream(callback=lambda result, error: came.put((result, error)))
 asked = json.load(sys.stdin)
 for number, one in enumerate(asked["requests"]):
     inputs = []
-    for name, kind, values in (
-        ("label", "INT64", np.array(one["labels"], np.int64)),
-        ("seed", "UINT64", np.array(one["seeds"], np.uint64)),
-    ):
-        tensor = grpc.InferInput(name, list(values.shape), kind)
+    for name, given in one["inputs"].items():
+        values = np.array(given, {"label": np.int64, "seed": np.uint64}.get(name, np.uint8))
+        tensor = grpc.InferInput(name, list(values.shape), values.dtype.name.upper())
         tensor.set_data_from_numpy(values)
         inputs.append(tensor)
     client.async_stream_infer(
-        model,
+        one["model"],
         inputs,
         parameters=one["parameters"],
         request_id=str(number),

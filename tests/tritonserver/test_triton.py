@@ -41,6 +41,7 @@ class Triton:
                 [
                     "triton",
                     f"tiny={exported_bundle('guided')}",
+                    f"up={exported_bundle('upsampler')}",
                     "--out",
                     str(folder / "repo"),
                     "--threads",
@@ -108,7 +109,6 @@ class Triton:
             ENVIRONMENT / "bin" / "python",
             Path(__file__).with_name("client.py"),
             f"127.0.0.1:{self.grpc}",
-            "tiny",
         ]
         done = subprocess.run(
             list(map(str, command)),
@@ -139,7 +139,7 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Triton]:
 
 
 def request(labels: list[int], seeds: list[int], **parameters: Any) -> dict[str, Any]:
-    return {"labels": labels, "seeds": seeds, "parameters": parameters}
+    return {"model": "tiny", "inputs": {"label": labels, "seed": seeds}, "parameters": parameters}
 
 
 def assert_near(images: Any, expected: np.ndarray[Any, Any]) -> None:
@@ -160,9 +160,27 @@ def test_images_are_those_of_the_pipeline(triton: Triton) -> None:
     ]
     for one, answer in zip(requests, triton.stream(*requests), strict=True):
         chosen = {name: value for name, value in one["parameters"].items() if name != "preview_every"}
-        expected = pipeline("guided")(one["labels"], one["seeds"], **chosen).images
+        expected = pipeline("guided")(*one["inputs"].values(), **chosen).images
         assert_near(answer["images"], expected)
         assert answer["steps"][:-1] == list(range(4, answer["steps"][-1], 4))
+
+
+def test_images_to_begin_at_and_to_enlarge(triton: Triton) -> None:
+    generator = np.random.default_rng(0)
+    init, small = (generator.integers(0, 256, (2, size, size, 1), np.uint8) for size in (8, 4))
+    begun: dict[str, Any] = {"steps": "ddim10", "strength": 0.5}
+    first = request([0, 2], [5, 6], **begun)
+    first["inputs"]["init"] = init.tolist()
+    second = {
+        "model": "up",
+        "inputs": {"seed": [7, 8], "low_res": small.tolist()},
+        "parameters": {"steps": "4"},
+    }
+    answers = triton.stream(first, second)
+    assert_near(answers[0]["images"], pipeline("guided")([0, 2], [5, 6], init=init, **begun).images)
+    assert_near(answers[1]["images"], pipeline("upsampler")(None, [7, 8], low_res=small, steps="4").images)
+    first["inputs"]["init"] = init[:, 1:].tolist()
+    assert "init[0]" in triton.stream(first)[0]["error"]
 
 
 def test_http_and_its_stream(triton: Triton) -> None:

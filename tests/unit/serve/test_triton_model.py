@@ -111,26 +111,26 @@ def arguments(repository: Path, name: str) -> dict[str, str]:
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
     out = tmp_path / "repository"
-    assert run(["triton", f"tiny={exported_bundle('guided')}", "--out", str(out), "--threads", "1"]) == 0
+    bundles = [f"{name}={exported_bundle(kind)}" for name, kind in (("tiny", "guided"), ("up", "upsampler"))]
+    assert run(["triton", *bundles, "--out", str(out), "--threads", "1"]) == 0
     return out
 
 
-def test_a_repository(repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_repository(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = (repository / "tiny" / "config.pbtxt").read_text()
     assert "decoupled: true" in config
     assert '{ name: "label" data_type: TYPE_INT64 dims: [ -1 ] optional: true }' in config
     compile((repository / "tiny" / "1" / "model.py").read_text(), "model.py", "exec")
     assert (repository / "tiny" / "bundle").is_symlink()
     assert "tritonserver --model-repository" in (repository / "RUN.md").read_text()
+    config = (repository / "up" / "config.pbtxt").read_text()
+    assert '{ name: "low_res" data_type: TYPE_UINT8 dims: [ -1, -1, -1, -1 ] optional: false }' in config
     again = ["triton", f"tiny={exported_bundle('guided')}", "--out", str(repository)]
     assert run(again) == 2
     assert "already exists" in capsys.readouterr().err
     assert run([*again, "--overwrite", "--copy", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["models"] == ["tiny"]
     assert not (repository / "tiny" / "bundle").is_symlink()
-    assert run(["triton", str(exported_bundle("upsampler")), "--out", str(tmp_path / "other")]) == 2
-    assert "is an upsampler" in capsys.readouterr().err
-    assert not (tmp_path / "other").exists()
 
 
 def test_requests(repository: Path) -> None:
@@ -163,6 +163,43 @@ def test_requests(repository: Path) -> None:
     late = Request(label=label, seed=seed)
     model.execute([late])
     assert late.end().error.code == "unavailable"
+
+
+def test_requests_with_images(repository: Path) -> None:
+    """Images to begin at and images to enlarge are the pipeline's; what is no image is refused."""
+    generator = np.random.default_rng(0)
+    seed = np.array([5, 6], np.uint64)
+    for name, tensor, size, choices in (
+        ("tiny", "init", 8, {"strength": 0.5, "steps": "ddim10"}),
+        ("up", "low_res", 4, {"steps": "ddim5"}),
+    ):
+        model = TritonModel(double())
+        model.initialize(arguments(repository, name))
+        images = generator.integers(0, 256, (2, size, size, 1), np.uint8)
+        known = {"label": np.array([0, 2])} if name == "tiny" else {}
+        wrong = {
+            "of float": images.astype(np.float32),
+            "of other sizes": images[:, 1:],
+            "flat": images.ravel(),
+            "none": images[:0],
+            "too many": np.repeat(images, 40, 0),
+        }
+        requests = {
+            what: Request(choices, seed=seed, **known, **{tensor: given})
+            for what, given in {"good": images, **wrong}.items()
+        }
+        try:
+            model.execute(list(requests.values()))
+            ends = {what: request.end() for what, request in requests.items()}
+        finally:
+            model.finalize()
+        for what in wrong:
+            assert ends[what].error.code == "invalid", what
+            assert tensor in ends[what].error.message, what
+        kind = "guided" if name == "tiny" else "upsampler"
+        labels = [0, 2] if name == "tiny" else None
+        expected = pipeline(kind)(labels, [5, 6], **choices, **{tensor: images}).images
+        assert np.abs(ends["good"].tensors["images"].astype(int) - expected).max() <= 1
 
 
 def test_a_backend_that_passes_tensors_wrongly_is_refused(repository: Path) -> None:
