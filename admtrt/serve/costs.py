@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.sampler import Denoiser
     from admtrt.runtime.slots import Array
     from admtrt.schedule.table import SamplingSchedule
+    from admtrt.serve.sizes import Sizes
 
 _KEPT = 15  # measurements per graph and size: few, so that the median follows changes
 _NEAR_BEST = 1.05
@@ -89,19 +90,39 @@ def best_size(seconds: Mapping[int, float]) -> int:
 
 
 class MeasuredDenoiser:
-    """A denoiser that measures every run.
+    """A denoiser that measures every run, and runs batches above a graph's own cap in pieces.
+
+    Args:
+        denoiser: runs the graphs.
+        costs: receives the measurements.
+        sizes: the batch sizes of each graph.
 
     Attributes:
         busy: seconds in graphs so far.
     """
 
-    def __init__(self, denoiser: Denoiser, costs: Costs) -> None:
+    def __init__(self, denoiser: Denoiser, costs: Costs, sizes: Sizes) -> None:
         self._denoiser = denoiser
         self._costs = costs
+        self._sizes = sizes
         self.busy = 0.0
 
     def run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """See :class:`~admtrt.runtime.sampler.Denoiser`."""
+        batch = len(next(iter(feeds.values())))
+        pieces = self._sizes.pieces(graph, batch)
+        if pieces == [(batch, batch)]:
+            return self._timed(graph, feeds)
+        parts: list[dict[str, Array]] = []
+        first = 0
+        for rows, size in pieces:
+            taken = np.minimum(np.arange(first, first + size), first + rows - 1)
+            outputs = self._timed(graph, {name: values[taken] for name, values in feeds.items()})
+            parts.append({name: values[:rows] for name, values in outputs.items()})
+            first += rows
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _timed(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         began = time.perf_counter()
         outputs = self._denoiser.run(graph, feeds)
         seconds = time.perf_counter() - began

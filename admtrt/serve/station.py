@@ -46,7 +46,9 @@ class Station:
         self.rows: list[Row] = []
         self.size = 0
         denoiser = pipeline.denoiser
-        self.measured = None if isinstance(denoiser, ResidentDenoiser) else MeasuredDenoiser(denoiser, costs)
+        self.measured = (
+            None if isinstance(denoiser, ResidentDenoiser) else MeasuredDenoiser(denoiser, costs, sizes)
+        )
         self._denoiser = self.measured or denoiser
         self._slots: Slots | None = None
         self._held: HeldSlots | None = None
@@ -89,7 +91,7 @@ class Station:
         slots = self._slots
         assert slots is not None
         if self._held is None:
-            sizes = () if self.sizes.any_size else self.sizes.prepared
+            sizes = range(1, self.size + 1) if self.sizes.any_size else self.sizes.prepared
             self._held = self._on_device.enter_context(hold(slots, self._denoiser, sizes))
         before = vars(slots).copy()  # a step replaces these arrays
         try:
@@ -113,7 +115,7 @@ class Station:
         for index, row in enumerate(self.rows):
             alone = slots.take([index])
             try:
-                advance(alone, self._denoiser)
+                advance(alone, self._denoiser)  # which pads it to a prepared size
             except EngineError as error:
                 failed[row] = error
                 continue

@@ -330,10 +330,9 @@ def test_only_the_guides_that_are_served_are_opened_prepared_and_counted() -> No
     assert costs.seconds("guide.tv", 2) > 0
     assert costs.seconds("update_full", 2) > 0
     assert costs.seconds("guide.linear", 2) == 0
-    whole = open_graphs(pipeline("steered"))
-    assert weight_bytes(some.bundle, graphs) < weight_bytes(some.bundle, whole)
-    assert weight_bytes(some.bundle, ["unet", "guide.tv"]) >= 2 * weight_bytes(some.bundle, ["unet"])
-    few = weight_bytes(some.bundle, graphs)
+    assert weight_bytes(some.bundle, "guide.tv") >= weight_bytes(some.bundle, "unet") > 0
+    assert weight_bytes(some.bundle, "update_full") == 0
+    few = sum(weight_bytes(some.bundle, graph) for graph in graphs)
     with pytest.raises(RequestError, match=r"the weights take"):
         prepare(some, Costs(), max_rows=2, memory=few - 1)
     told: list[str] = []
