@@ -135,11 +135,11 @@ def _export(name: str, path: Path) -> None:
         network(unet, class_names=names),
         None if classifier is None else network(classifier),
         path,
-        guides=_guides() if name == "steered" else (),
+        guides=guides() if name == "steered" else (),
     )
 
 
-def _guides() -> list[AnyGuide]:
+def guides() -> list[AnyGuide]:
     """Guides: losses with and without an image as target, one of labels and x_t, and a second network."""
     event = event_shape(UNET)
     return [

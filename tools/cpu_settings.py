@@ -1,4 +1,4 @@
-"""Compare settings of the CPU backends, for any guided bundle: numbers of docs/backends.md.
+"""Compare settings of the CPU backends on the networks of a bundle: numbers of docs/backends.md.
 
 python tools/cpu_settings.py BUNDLE --batch 4 --repeat 15    # OpenVINO: a batch in two parts, side by side
 python tools/cpu_settings.py BUNDLE --onnxruntime            # ONNX Runtime: memory and time, batch 1
@@ -18,15 +18,19 @@ import numpy as np
 
 from admtrt.bench.remote import peak_memory
 from admtrt.bundle import Bundle
-from admtrt.contract import GraphName, GraphSpec
+from admtrt.contract import GraphName, GraphSpec, is_network
 from admtrt.errors import AdmtrtError
 from admtrt.runtime.backends.onnxruntime import import_onnxruntime
 from admtrt.runtime.backends.openvino import import_openvino
 from admtrt.runtime.backends.openvino_passes import normalise_by_channel, separate_weights
 
-GRAPHS: tuple[GraphName, ...] = ("unet", "classifier_gradient")
-SETTINGS = ("default", "no prepacking", "no arena", "layouts not blocked")
+SETTINGS = ("default", "memory pattern", "no prepacking", "no arena", "layouts not blocked")
 THREADS = 2
+
+
+def networks_of(bundle: Bundle) -> list[GraphName]:
+    """The UNet, and the gradients of the bundle."""
+    return [name for name in bundle.manifest.sampled_graphs if is_network(name)]
 
 
 def inputs_of(spec: GraphSpec, batch: int) -> dict[str, np.ndarray]:
@@ -48,7 +52,7 @@ def seconds(run: Callable[[], object]) -> float:
 def divide(bundle: Bundle, batch: int, repeat: int) -> None:
     """Print how much faster each graph is in two parts, a thread each, than whole; runs take turns."""
     openvino = import_openvino()
-    for name in GRAPHS:
+    for name in networks_of(bundle):
         spec = bundle.manifest.graphs[name].spec
         runs = []
         for parts in (1, 2):
@@ -79,22 +83,25 @@ def divide(bundle: Bundle, batch: int, repeat: int) -> None:
 
 
 def measure_onnxruntime(bundle: Bundle, setting: str) -> None:
-    """Print what a setting costs: peak memory after both graphs ran, and their medians."""
+    """Print what a setting costs: peak memory after all networks ran, and their medians."""
     ort = import_onnxruntime(extra="cpu", purpose="Its settings")
     options = ort.SessionOptions()
     options.log_severity_level = 3
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if setting == "no prepacking":
         options.add_session_config_entry("session.disable_prepacking", "1")
+    options.enable_mem_pattern = setting == "memory pattern"
     options.enable_cpu_mem_arena = setting != "no arena"
     if setting == "layouts not blocked":
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
-    medians = []
-    sessions = [ort.InferenceSession(str(bundle.graph_path(name)), options) for name in GRAPHS]
-    for name, session in zip(GRAPHS, sessions, strict=True):
+    found = []
+    names = networks_of(bundle)
+    sessions = [ort.InferenceSession(str(bundle.graph_path(name)), options) for name in names]
+    for name, session in zip(names, sessions, strict=True):
         given = inputs_of(bundle.manifest.graphs[name].spec, 1)
-        medians.append(np.median([seconds(lambda s=session, g=given: s.run(None, g)) for _ in range(5)][1:]))
-    print(f"{setting}: {peak_memory() / 2**20:.0f} MiB, UNet {medians[0]:.2f} s, gradient {medians[1]:.2f} s")
+        times = [seconds(lambda s=session, g=given: s.run(None, g)) for _ in range(5)]
+        found.append(f"{name} {np.median(times[1:]):.2f} s")
+    print(f"{setting}: {peak_memory() / 2**20:.0f} MiB, {', '.join(found)}")
 
 
 def main() -> None:
@@ -113,8 +120,8 @@ def main() -> None:
     except AdmtrtError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
-    if bundle.manifest.classifier is None or bundle.manifest.network.low_res_size is not None:
-        parser.error("the bundle has no classifier, or is an upsampler's")
+    if bundle.manifest.network.low_res_size is not None:
+        parser.error("the bundle is an upsampler's")
     if given.setting is not None:
         measure_onnxruntime(bundle, given.setting)
     elif given.onnxruntime:

@@ -156,6 +156,15 @@ class Contender:
         """The largest resident memory so far, in bytes."""
         return peak_memory()
 
+    def guide_memory(self, guide: str, batch: int) -> int:
+        """The same after evaluations of a guide's graph, which is all that this process is to run."""
+        if self._one_batch_only:
+            self._denoiser = self._open(batch)
+        graph, feeds = self._guide_inputs(batch)[guide]
+        for _ in range(2):
+            self._timed(graph, feeds)
+        return peak_memory()
+
     def _open(self, batch: int) -> Denoiser:
         if self._row.name in (ORIGINAL, EAGER, COMPILED):
             from admtrt.bench.torch_rows import open_torch_row
@@ -216,6 +225,13 @@ class Contender:
         seconds = time.perf_counter() - began
         self._slots.x, self._slots.position = start
         return watch, seconds
+
+
+def measure_guide_memory(
+    row: Row, subject: Subject, device: Device, threads: int, guide: str, batch: int
+) -> int:
+    """Peak memory of a process that runs only a guide's graph, as runs do that it guides at every step."""
+    return Contender(row, subject, device, threads, {}).guide_memory(guide, batch)
 
 
 def _gradient(results: Mapping[str, Array]) -> Array:

@@ -56,6 +56,7 @@ class Measurement:
         step, unet, classifier_gradient: seconds of the guided step and of its graphs.
         outside: median time of the step outside its graphs; None if the graphs were timed separately.
         guides: seconds of the graph of each further guide, by name.
+        guide_memory: peak resident memory of a process that runs only this graph, in bytes.
         errors: by output, the largest difference from the reference over the largest value, of the worst
             sample.
         operations: operations per step of the whole batch; None if they could not be counted.
@@ -73,6 +74,7 @@ class Measurement:
     classifier_gradient: Spread | None = None
     outside: float | None = None
     guides: Mapping[str, Spread] = field(default_factory=dict)
+    guide_memory: Mapping[str, int] = field(default_factory=dict)
     errors: Mapping[str, float | None] = field(default_factory=dict)
     operations: int | None = None
     memory: int | None = None
@@ -240,14 +242,20 @@ class BenchReport:
         return tuple(dict.fromkeys(name for m in self.measurements for name in m.guides))
 
     def _guide(self, m: Measurement, name: str) -> str:
-        """Milliseconds of a guide's graph; its speed as a fraction of the peak, and its error."""
+        """Milliseconds of a guide's graph; its speed as a fraction of the peak, its memory and its error."""
         graph = f"{GUIDE_GRAPH}{name}"
         spread, operations = m.guides.get(name), self.operations.get(graph)
         if spread is None:
             return ""
         peak = self.peaks.get(m.row.precision)
         share = operations and peak and m.batch * operations / spread.median / peak
-        remarks = [text for text in (shown(share or None, "{:.0%}"), _error(m, graph)) if text]
+        memory = m.guide_memory.get(name)
+        told = (
+            shown(share or None, "{:.0%}"),
+            shown(memory and memory / 2**30, "{:.2f} GiB"),
+            _error(m, graph),
+        )
+        remarks = [text for text in told if text]
         return shown(1e3 * spread.median) + (f" ({', '.join(remarks)})" if remarks else "")
 
     def _cost(self, m: Measurement) -> list[str]:

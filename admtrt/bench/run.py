@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from admtrt.bench.contender import Contender
+from admtrt.bench.contender import Contender, measure_guide_memory
 from admtrt.bench.machine import describe_machine
 from admtrt.bench.measure import Bench
 from admtrt.bench.remote import Remote, RemoteError, run_remotely
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
     from admtrt.bench.measure import RemoteRow
     from admtrt.bench.plain import PlainExport
+    from admtrt.bench.report import Measurement
     from admtrt.bench.rows import Device, Row
     from admtrt.bench.subject import Subject
 
@@ -101,10 +103,17 @@ def run_bench(
             if name in guides and graph.operations is not None
         }
         rounds = {batch: bench.run(batch, repeat, sampling_steps) for batch in batches}
+    if manifest.guides:
+        note("measuring the memory of guided runs")
+    measurements = tuple(
+        replace(m, guide_memory=_guide_memory(m, subject, device, threads))
+        for made in rounds.values()
+        for m in made.measurements
+    )
     return BenchReport(
         subject=subject.name,
         machine=describe_machine(threads, gpu),
-        measurements=tuple(m for made in rounds.values() for m in made.measurements),
+        measurements=measurements,
         reference={batch: made.reference for batch, made in rounds.items() if made.reference},
         nodes=nodes,
         operations=operations,
@@ -112,6 +121,18 @@ def run_bench(
         startup=startup,
         sampling_steps=sampling_steps,
     )
+
+
+def _guide_memory(m: Measurement, subject: Subject, device: Device, threads: int) -> dict[str, int]:
+    """Peak memory of a process of its own for each guide of a row; without those that fail."""
+    found = {}
+    for guide in m.guides:
+        log = subject.scratch / f"{m.row.name}-{m.row.precision}-{guide}.log"
+        with contextlib.suppress(RemoteError):
+            found[guide] = run_remotely(
+                measure_guide_memory, m.row, subject, device, threads, guide, m.batch, log=log
+            )
+    return found
 
 
 def _missing_packages(rows: Sequence[Row]) -> dict[str, str]:

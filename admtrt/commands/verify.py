@@ -154,7 +154,7 @@ def _shown(report: VerificationReport, backend: str) -> list[RenderableType]:
     columns = ["stage", "what", "worst error", "tolerance", "at", "result"]
     title = f"{report.bundle} on {backend} against its checkpoints"
     made = table(title, columns, [_cells(row) for row in report.rows])
-    details = [Text(f"{row.stage}, {row.what}: {row.detail}") for row in report.failures if row.detail]
+    details = [Text(f"{row.stage}, {row.what}: {row.detail}") for row in report.rows if row.detail]
     failed = len(report.failures)
     verdict = (
         "passed" if report.passed else f"FAILED ({report.outcome}): {failed} of {len(report.rows)} checks"

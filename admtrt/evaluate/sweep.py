@@ -12,7 +12,7 @@ import numpy as np
 from admtrt.evaluate.images import drawn_images
 from admtrt.evaluate.sets import OpenedSet
 from admtrt.files import atomic_file
-from admtrt.runtime.bulk import BulkRequest, draw
+from admtrt.runtime.bulk import BulkRequest, draw, open_graphs
 from admtrt.runtime.pipeline import Pipeline
 from admtrt.runtime.shards import Shards
 from admtrt.schedule.table import sampling_schedule
@@ -179,9 +179,12 @@ def run_sweep(
 
     Raises:
         RequestError: if a point is impossible, before anything is drawn.
+        BundleError: if a graph cannot be used, likewise.
         OutputError: if a folder holds another run, or a shard that is damaged.
     """
     requests = [sweep.request(point) for point in sweep.points]  # raises now if impossible
+    for point, request in zip(sweep.points, requests, strict=True):
+        open_graphs(sweep.pipelines[point.precision], request)
     rows = []
     for point, request in zip(sweep.points, requests, strict=True):
         folder = out / point.name

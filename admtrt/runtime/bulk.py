@@ -138,6 +138,7 @@ def draw(
     Raises:
         OutputError: if the directory holds another run or a damaged shard, or cannot be written.
         RequestError: if the bundle cannot draw the request.
+        BundleError: if a graph cannot be used; the directory is then as it was.
     """
     # Check before claiming the directory. All images have the size of the first.
     pipeline.check_low_res(None if request.low_res is None else request.low_res[:1])
@@ -146,6 +147,8 @@ def draw(
         if length not in (1, request.count):
             raise RequestError(f"{length} {name} for {request.count} samples; give one, or one for each")
     consecutive_seeds(request.first_seed, request.count)
+    if elsewhere is None:
+        open_graphs(pipeline, request)
     claim(directory, _identity(pipeline, request))
     shards = Shards(directory, request, pipeline.bundle.manifest)
     if elsewhere is None:
@@ -163,6 +166,11 @@ def draw(
         else _write(directory, one, request, shards, names)
         for one in formats
     ]
+
+
+def open_graphs(pipeline: Pipeline, request: BulkRequest) -> None:
+    """Open the graphs that a run needs, see :meth:`Pipeline.open_graphs`."""
+    pipeline.open_graphs(request.inputs.schedule(pipeline.bundle.manifest.diffusion, request.sampler))
 
 
 def sample_steps(pipeline: Pipeline, request: BulkRequest, formats: Sequence[Format]) -> int:

@@ -15,6 +15,7 @@ from admtrt.contract import event_shape
 from admtrt.errors import ConfigError, RequestError
 from admtrt.images import from_uint8
 from admtrt.runtime.backends.default import DEFAULT_BACKEND
+from admtrt.runtime.backends.graphs import GraphDenoiser
 from admtrt.runtime.conditioning import check_conditioning
 from admtrt.runtime.drawn import Given, Samples, Step, state_after, with_bar
 from admtrt.runtime.guide_targets import GuideTargets
@@ -22,7 +23,7 @@ from admtrt.runtime.image_inputs import NOTHING, ImageInputs
 from admtrt.runtime.latents import Latents
 from admtrt.runtime.noise import MAX_SEED, check_seed
 from admtrt.runtime.request import class_index, one_for_each, some_names, whole_number
-from admtrt.runtime.sampler import hold
+from admtrt.runtime.sampler import graphs_of, hold
 from admtrt.runtime.slots import slots_for
 from admtrt.schedule.guides import GuideChoice, guide_choices
 from admtrt.schedule.sampler import SamplerChoices, with_choices
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from admtrt.runtime.slots import Images, Labels, Slots
     from admtrt.schedule.guides import Place
     from admtrt.schedule.sampler import SamplerConfig
+    from admtrt.schedule.table import SamplingSchedule
 
 DEFAULT_BATCH = 16
 
@@ -437,6 +439,15 @@ class Pipeline:
         )
         return request.latents(request.inverted(slice(None), callback), slice(None))
 
+    def open_graphs(self, schedule: SamplingSchedule) -> None:
+        """Open the graphs that a schedule runs, and no others, so that their faults show before long work.
+
+        Raises:
+            BundleError: if one cannot be used.
+        """
+        if isinstance(self.denoiser, GraphDenoiser):
+            self.denoiser.open(graphs_of(schedule, self.bundle.manifest.guides))
+
     def drive(self, slots: Slots, first: int, callback: Callable[[Step], None] | None) -> None:
         """Run all steps of samples that share a schedule, in place.
 
@@ -446,6 +457,7 @@ class Pipeline:
             callback: called after every evaluation.
         """
         schedule = slots.schedules[0]
+        self.open_graphs(schedule)
         with hold(slots, self.denoiser) as held:
             for index in range(len(schedule)):
                 held.advance()

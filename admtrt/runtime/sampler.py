@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from admtrt.contract import GraphName
+    from admtrt.contract import GraphName, Guides
     from admtrt.runtime.slots import Array, Images, Slots
     from admtrt.schedule.edits import EditGraph
     from admtrt.schedule.table import SamplingSchedule
@@ -248,6 +248,27 @@ def _evaluated(
             like = np.zeros((len(slots), channels, *out.shape[2:]), np.float32)
             evaluated[tensor] = like if guide.kind == "reference" else np.zeros_like(slots.x)
     return evaluated
+
+
+def graphs_of(schedule: SamplingSchedule, guides: Guides) -> list[GraphName]:
+    """The graphs that :func:`advance` runs in a schedule, where all samples of a batch share it.
+
+    Args:
+        schedule: the schedule.
+        guides: the bundle's guides other than the classifier.
+    """
+    used = {name: rows.active for name, rows in schedule.guides.items() if rows.active.any()}
+    losses = [active for name, active in used.items() if guides[name].kind == "denoiser"]
+    found: dict[GraphName, bool] = {
+        "unet": not losses or not np.any(losses, axis=0).all(),
+        CLASSIFIER_GRADIENT: bool(schedule.guided.any()),
+        **{graph_of(name, guides[name]): True for name in used},
+        "update": not schedule.full,
+        "update_full": schedule.full,
+        "threshold": bool(schedule.dynamic.any()),
+        **({} if schedule.edit_graph is None else {schedule.edit_graph: True}),
+    }
+    return [graph for graph, runs in found.items() if runs]
 
 
 def _column(rows: NDArray[np.bool_]) -> NDArray[np.bool_]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self, Unpack
 
 from admtrt.brief import listed
 from admtrt.errors import RequestError
-from admtrt.runtime.bulk import LOW_STAGE, check_run, draw
+from admtrt.runtime.bulk import LOW_STAGE, check_run, draw, open_graphs
 from admtrt.runtime.image_inputs import NOTHING
 from admtrt.runtime.pipeline import DEFAULT_BATCH, Pipeline
 from admtrt.runtime.shards import Shards
@@ -203,10 +203,12 @@ def draw_two_stage(
         The files written: of the first stage, and of the second.
 
     Raises:
-        OutputError, RequestError: as :func:`admtrt.runtime.bulk.draw`. A directory that holds another run is
-            refused before the first stage starts.
+        UserError: as :func:`admtrt.runtime.bulk.draw`. A directory that holds another run, and graphs of the
+            second stage that cannot be used, are refused before the first stage starts.
     """
     check_run(stages.high, high, directory)
+    if elsewhere[1] is None:
+        open_graphs(stages.high, high)
     first = draw(
         stages.low,
         low,

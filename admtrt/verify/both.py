@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 from admtrt.runtime.noise import initial_noise, step_noise
 from admtrt.runtime.slots import slots_for
@@ -13,13 +13,53 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from admtrt.bundle import Manifest
-    from admtrt.runtime.slots import Images
+    from admtrt.runtime.slots import Images, Slots
     from admtrt.schedule.sampler import SamplerConfig
     from admtrt.verify.inputs import Inputs
     from admtrt.verify.reference import Reference
 
+Side = TypeVar("Side")
 
-class BothSides:
+
+class Sides(Generic[Side]):
+    """Samples of the runtime, and their states by a reference in float32 and, where needed, in float64.
+
+    Args:
+        slots: the runtime's samples at their start.
+        states: yields a side's states, the start first.
+        narrow: the side in float32.
+        float64: returns the sides in float64; called only if needed.
+
+    Attributes:
+        slots: the runtime's samples, to be advanced.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        states: Callable[[Side], Iterator[Images]],
+        narrow: Side,
+        float64: Callable[[], Sequence[Side]],
+    ) -> None:
+        self.slots = slots
+        self._states = states
+        self._float64_sides = float64
+        self._narrow = _Walk(states(narrow))
+
+    def expected(self, evaluations: int) -> Images:
+        """PyTorch's state after ``evaluations`` evaluations. Call in ascending order."""
+        return self._narrow.after(evaluations)
+
+    def float64(self, evaluations: int) -> Callable[[], Sequence[Images]]:
+        """The same for the float64 sides."""
+        return lambda: [walk.after(evaluations) for walk in self._wide]
+
+    @functools.cached_property
+    def _wide(self) -> list[_Walk]:
+        return [_Walk(self._states(side)) for side in self._float64_sides()]
+
+
+class BothSides(Sides["Reference"]):
     """One sample per seed, on both sides.
 
     Args:
@@ -31,9 +71,6 @@ class BothSides:
         seeds: seeds of the noise.
         shift: shift of the labels.
         start: number of evaluations of samples that start from random images (the last ones); None for all.
-
-    Attributes:
-        slots: the runtime's samples at their start.
 
     Raises:
         RequestError: if no step is left from the start.
@@ -54,11 +91,10 @@ class BothSides:
         count, shape = len(seeds), inputs.image_shape
         schedule = sampling_schedule(manifest.diffusion, sampler, start)
         stage = manifest.network.low_res_size or 0
-        self._sampler = sampler
-        self._start = start
-        self._x_T = initial_noise(seeds, shape, stage=stage)
-        self._image = None if start is None else inputs.uniform(count, *shape)
-        self.slots = slots_for(
+        x_T = initial_noise(seeds, shape, stage=stage)
+        image = None if start is None else inputs.uniform(count, *shape)
+        noise = functools.cache(lambda left: step_noise(seeds, [left] * count, shape, stage=stage))
+        slots = slots_for(
             manifest.network,
             manifest.classifier,
             [schedule] * count,
@@ -67,30 +103,15 @@ class BothSides:
             low_res=inputs.low_res(count),
             guided=bool(sampler.scale),
             guides=manifest.guides,
-            latents=self._x_T,
-            images=self._image,
+            latents=x_T,
+            images=image,
         )
-        self._conditions = self.slots.conditions
-        self._noise = functools.cache(lambda left: step_noise(seeds, [left] * count, shape, stage=stage))
-        self._float64_sides = float64
-        self._narrow = _Walk(self._states(reference))
+        conditions = slots.conditions
 
-    def expected(self, evaluations: int) -> Images:
-        """PyTorch's state after ``done`` evaluations. Call in ascending order."""
-        return self._narrow.after(evaluations)
+        def states(side: Reference) -> Iterator[Images]:
+            return side.trajectory(sampler, x_T, noise, conditions, start=start, image=image)
 
-    def float64(self, evaluations: int) -> Callable[[], Sequence[Images]]:
-        """The same for the float64 sides."""
-        return lambda: [walk.after(evaluations) for walk in self._wide]
-
-    @functools.cached_property
-    def _wide(self) -> list[_Walk]:
-        return [_Walk(self._states(side)) for side in self._float64_sides()]
-
-    def _states(self, side: Reference) -> Iterator[Images]:
-        return side.trajectory(
-            self._sampler, self._x_T, self._noise, self._conditions, start=self._start, image=self._image
-        )
+        super().__init__(slots, states, reference, float64)
 
 
 class _Walk:

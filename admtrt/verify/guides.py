@@ -1,50 +1,33 @@
-"""Compare a bundle's guides with autograd: their gradients, and samples guided by them."""
+"""The guides of a bundle in PyTorch, differentiated by autograd."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from admtrt.contract import graph_of, guide_spec, unet_spec
+from admtrt.contract import guide_spec, unet_spec
 from admtrt.errors import CheckpointError
 from admtrt.export.guides.graphs import GuidedUNet, NoisyLoss
 from admtrt.export.guides.guide import Guide
 from admtrt.export.guides.named import BUILT_INS
-from admtrt.models.diffusion import Diffusion
-from admtrt.models.solvers import sample_step
-from admtrt.runtime.example import example_targets
-from admtrt.runtime.noise import step_noise
-from admtrt.runtime.sampler import advance, guide_feeds, step_inputs
-from admtrt.runtime.slots import slots_for
-from admtrt.schedule.guides import GuideChoice
-from admtrt.schedule.process import process_from_config
-from admtrt.schedule.sampler import SamplerConfig
-from admtrt.schedule.table import sampling_schedule
-from admtrt.verify.checked import GraphRunError
-from admtrt.verify.inputs import chosen_steps, step_batches
+from admtrt.verify.judged import perturbed
 from admtrt.verify.reference import in_type
-from admtrt.verify.report import Place, Tally, sample_errors
-from admtrt.verify.tolerances import TOLERANCES
+from admtrt.verify.tolerances import AS_FAR_AS_PYTORCH
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
-    from numpy.typing import NDArray
     from torch import Tensor, nn
 
     from admtrt.bundle import Manifest
-    from admtrt.config import DiffusionConfig, UNetConfig
+    from admtrt.config import UNetConfig
     from admtrt.export.guides.guide import AnyGuide
     from admtrt.models.checkpoint import LoadedNetwork
-    from admtrt.runtime.sampler import Denoiser
-    from admtrt.runtime.slots import Array, Images, Slots
-    from admtrt.schedule.process import Process
-    from admtrt.verify.inputs import Inputs
-    from admtrt.verify.report import Row
+    from admtrt.runtime.slots import Array, Images
 
 
 def guides_of(manifest: Manifest, given: Sequence[AnyGuide], unet: LoadedNetwork) -> dict[str, AnyGuide]:
@@ -148,132 +131,31 @@ def _normalised(grad: Tensor, how: str, out: Tensor | None) -> Tensor:
     return grad * out[:, : grad.shape[1]].square().mean((1, 2, 3), keepdim=True).sqrt() / rms
 
 
-@dataclass(frozen=True, eq=False)
-class GuideComparison:
-    """Compares every guide of a bundle with autograd.
-
-    Attributes:
-        manifest: of the bundle.
-        process: the checkpoint's process.
-        guides: the guides in PyTorch.
-        inputs: makes the networks' inputs.
-        graphs: the bundle's graphs.
-        compare: runs a graph on one batch and adds each output's errors to its tally.
-        steps: steps of the samples.
-        seeds: seeds of their noise.
-    """
-
-    manifest: Manifest
-    process: DiffusionConfig
-    guides: TorchGuides
-    inputs: Inputs
-    graphs: Denoiser
-    compare: Callable[..., None]
-    steps: int
-    seeds: list[int]
-
-    def graph_rows(self) -> list[Row]:
-        """Rows for the graphs of guides, over the base process."""
-        rows, base = [], process_from_config(self.process)
-        for name, config in self.manifest.guides.items():
-            graph, spec = graph_of(name, config), guide_spec(self.manifest.network, config)
-            tallies = {
-                one.name: Tally("graph", f"{graph}: {one.name}", _tolerance(one.name)) for one in spec.outputs
-            }
-            for shift, steps in enumerate(step_batches(len(base))):
-                slots = self._slots(name, base, steps, shift)
-                feeds = guide_feeds(slots, step_inputs(slots), name)
-                places = [Place(t=t, y=None, batch=len(steps)) for t in feeds["t"].tolist()]
-                self.compare(graph, tallies, feeds, self.guides.run(name, feeds), places)
-            rows += [tally.row() for tally in tallies.values()]
-        return rows
-
-    def step_rows(self) -> list[Row]:
-        """Rows for one guided evaluation from the same x_t, compared with the textbook step."""
-        rows, process = [], process_from_config(self.process, str(self.steps))
-        for name in self.manifest.guides:
-            tally = Tally("step", f"guide {name}: x_prev", TOLERANCES["guide"])
-            for shift, step in enumerate(chosen_steps(len(process))):
-                slots = self._slots(name, process, np.full(len(self.seeds), step), shift)
-                places = [Place(t=float(process.model_t[step]), y=None, batch=len(slots))] * len(slots)
-                expected = self._stepped(name, process, step, slots)
-                try:
-                    advance(slots, self.graphs)
-                except GraphRunError as error:
-                    tally.fail("run", error.message)
-                    break
-                tally.add(sample_errors(slots.x, expected), places)
-            rows.append(tally.row())
-        return rows
-
-    def _choice(self, name: str) -> GuideChoice:
-        config = self.manifest.guides[name]
-        return GuideChoice(name=name, scale=config.scale or 1.0, place=config.place, clip=config.clip)
-
-    def _sampler(self, name: str, process: Process) -> SamplerConfig:
-        """DDIM, or DDPM for a guide with the place ``variance``."""
-        choice = self._choice(name)
-        method = "ddpm" if choice.place == "variance" else "ddim"
-        return SamplerConfig(method=method, steps=str(len(process)), scale=0.0, guided_by=(choice,))
-
-    def _slots(self, name: str, process: Process, steps: NDArray[np.int64], shift: int) -> Slots:
-        """Slots at given steps of a process, each a noised image."""
-        count, sampler = len(steps), self._sampler(name, process)
-        schedule = sampling_schedule(self.manifest.diffusion, sampler)
-        slots = slots_for(
-            self.manifest.network,
-            None,
-            [schedule] * count,
-            [*self.seeds, *range(count)][:count],
-            labels=self.inputs.labels(count, shift),
-            low_res=self.inputs.low_res(count),
-            guided=False,
-            latents=self.inputs.noisy_images(process.alpha_bar[steps]),
-            guides=self.manifest.guides,
-            targets={name: example_targets(self.manifest.guides[name], count, shift)},
-        )
-        slots.position[:] = len(process) - 1 - steps
-        return slots
-
-    def _stepped(self, name: str, process: Process, step: int, slots: Slots) -> Images:
-        """The state after one step as in the papers, in float64 except for the networks."""
-        sampler = self._sampler(name, process)
-        choice, config = sampler.guided_by[0], self.manifest.guides[name]
-        feeds = guide_feeds(slots, step_inputs(slots), name)
-        results = self.guides.run(name, feeds)
-        own = {**feeds, **slots.conditions["unet"]}
-        out = results["out"] if config.kind == "denoiser" else self.guides.unet(own)
-        channels = slots.x.shape[1]
-        value, *learned = torch.split(torch.from_numpy(out).double(), channels, dim=1)
-        a = process.alpha_bar[step]
-        if choice.place == "reference":
-            other = torch.from_numpy(results["out"]).double()[:, :channels]
-            value = other + choice.scale * (value - other)
-            grad = None
-        else:
-            grad = torch.from_numpy(results["grad"]).double()
-        if choice.place == "before_clip":
-            assert grad is not None
-            weight = -np.sqrt(1 / a - 1) if self.process.mean_type == "eps" else 1.0
-            value = value + choice.scale * (1 - a) / np.sqrt(a) / weight * grad
-        scores = choice.place in ("score", "variance")
-        textbook = sampler.model_copy(update={"scale": choice.scale if scores else 0.0})
-        noise = step_noise(slots.seeds, [step] * len(slots), slots.x.shape[1:], stage=slots.stage)
-        x, _ = sample_step(
-            Diffusion(self.process, process, torch.float64),
-            torch.cat([value, *learned], 1),
-            torch.from_numpy(slots.x).double(),
-            torch.full((len(slots),), step),
-            torch.from_numpy(noise).double(),
-            grad if scores else None,
-            textbook,
-        )
-        if choice.place == "shift":
-            assert grad is not None
-            x = x + choice.scale * grad
-        stepped: Images = x.numpy()
-        return stepped
+def float64_guides(
+    unet: nn.Module, config: UNetConfig, guides: Mapping[str, AnyGuide], narrow: TorchGuides
+) -> list[TorchGuides]:
+    """The guides as :func:`~admtrt.verify.judged.float64_sides` has the networks: exact, and moved twice."""
+    exact = TorchGuides(unet, config, guides, torch.float64)
+    return [exact, *(_Moved(exact, narrow, factor) for factor in (AS_FAR_AS_PYTORCH, -AS_FAR_AS_PYTORCH))]
 
 
-def _tolerance(output: str) -> float:
-    return TOLERANCES["guide" if output == "grad" else "graph"]
+class _Moved(TorchGuides):
+    """Float64 with the outputs of the networks and the gradients perturbed by PyTorch's rounding."""
+
+    def __init__(self, exact: TorchGuides, narrow: TorchGuides, factor: float) -> None:
+        self.__dict__.update(vars(exact))  # share the networks, which may be large
+        self._exact = exact
+        self._narrow = narrow
+        self._factor = factor
+
+    def unet(self, feeds: Mapping[str, Array]) -> Images:
+        """See :class:`TorchGuides`."""
+        return perturbed(self._exact.unet(feeds), self._narrow.unet(feeds), self._factor)
+
+    def run(self, name: str, feeds: Mapping[str, Array]) -> dict[str, Images]:
+        """See :class:`TorchGuides`; ``value`` is that of the exact side."""
+        exact, narrow = self._exact.run(name, feeds), self._narrow.run(name, feeds)
+        moved = {
+            key: perturbed(exact[key], narrow[key], self._factor) for key in ("out", "grad") if key in exact
+        }
+        return exact | moved

@@ -57,11 +57,14 @@ class _Moved(Reference):
         return self._moved(*(side.classifier_gradient(x, t, y) for side in (self._exact, self._narrow)))
 
     def _moved(self, exact: Images, narrow: Images) -> Images:
-        signs = np.random.default_rng(0).choice([-1.0, 1.0], exact.shape[1:])
-        moved: Images = (
-            exact + self._factor * np.abs(exact - narrow).max(axis=(1, 2, 3), keepdims=True) * signs
-        )
-        return moved
+        return perturbed(exact, narrow, self._factor)
+
+
+def perturbed(exact: Images, narrow: Images, factor: float) -> Images:
+    """Float64 outputs of a network, moved by a multiple of the sample's largest difference from float32."""
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], exact.shape[1:])
+    moved: Images = exact + factor * np.abs(exact - narrow).max(axis=(1, 2, 3), keepdims=True) * signs
+    return moved
 
 
 class JudgedRow:
@@ -82,6 +85,7 @@ class JudgedRow:
         self._stage = stage
         self._errors_of = errors_of
         self._reach: float | None = None  # effect of rounding; None until float64 is computed
+        self._samples, self._lost = 0, 0
 
     def add(
         self,
@@ -89,26 +93,47 @@ class JudgedRow:
         expected: Images,
         float64: Callable[[], Sequence[Images]],
         places: Sequence[Place],
+        lost: NDArray[np.bool_] | None = None,
     ) -> float:
-        """Add one batch. Returns the largest error.
+        """Add one batch. Returns the largest error; NaN if no sample could be compared.
 
         Args:
             actual: the bundle's, [N, C, H, W].
             expected: PyTorch's.
             float64: returns the results of :func:`float64_sides`, in order.
             places: places of the samples.
+            lost: bool [N], samples to leave out; extended here by those that rounding alone changes by more
+                than the tolerance. A gradient through a clip or a kink of the loss jumps there, and chance
+                decides to which side. None for samples that no guide leads: they are judged by float64.
         """
-        errors = self._errors_of(actual, expected)
-        if (errors > TOLERANCES[self._stage]).any():
+        errors, given = (
+            self._errors_of(actual, expected),
+            np.zeros(len(actual), bool) if lost is None else lost,
+        )
+        if (errors > TOLERANCES[self._stage])[~given].any():
             exact, *moved = float64()
-            reach = max(float(self._errors_of(other, exact).max()) for other in moved)
-            self._reach = max(self._reach or 0.0, reach)
-            self.tally.judge_by(judged_by_float64(self._stage, self._reach))
+            reach = np.max([self._errors_of(other, exact) for other in moved], axis=0)
+            if lost is not None:
+                lost |= ~(reach <= TOLERANCES[self._stage])
+            if not given.all():
+                self._reach = max(self._reach or 0.0, float(reach[~given].max()))
+                self.tally.judge_by(judged_by_float64(self._stage, self._reach))
             errors = self._errors_of(actual, exact)
-        self.tally.add(errors, places)
-        return float(errors.max())
+        kept = np.flatnonzero(~given)
+        self._samples, self._lost = self._samples + len(given), self._lost + int(given.sum())
+        self.tally.add(errors[kept], [places[index] for index in kept.tolist()])
+        return float(errors[kept].max()) if len(kept) else float("nan")
 
     def row(self) -> Row:
         """The resulting row."""
+        if self._lost == self._samples > 0:
+            self.tally.fail(
+                "compare",
+                "every sample met a jump of its gradient; compare others, with another --seed",
+            )
         row = self.tally.row()
+        if self._lost and row.status == "pass":
+            row = replace(
+                row, detail=f"{self._lost} of {self._samples} samples left out: their gradient jumps"
+            )
         return row if self._reach is None else replace(row, what=f"{row.what}, against float64")

@@ -45,7 +45,7 @@ class Row:
         error: the largest measured error; None if nothing was measured.
         tolerance: the largest error that passes; None like ``error``.
         where: the sample with the largest error.
-        detail: why it failed, if the numbers do not show it.
+        detail: why it failed, if the numbers do not show it; or what was left out.
     """
 
     stage: Stage

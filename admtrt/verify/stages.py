@@ -22,9 +22,10 @@ from admtrt.runtime.sampler import advance, step_inputs
 from admtrt.runtime.slots import conditions_for
 from admtrt.schedule.process import process_from_config, retained_timesteps
 from admtrt.schedule.table import UPDATE, sampling_schedule
-from admtrt.verify.both import BothSides
+from admtrt.verify.both import BothSides, Sides
 from admtrt.verify.checked import CheckedGraphs, GraphRunError
-from admtrt.verify.guides import GuideComparison, TorchGuides, guides_of
+from admtrt.verify.guide_rows import GuideComparison
+from admtrt.verify.guides import TorchGuides, float64_guides, guides_of
 from admtrt.verify.inputs import BATCHES, Inputs, Levels, chosen_steps, samplers, step_batches
 from admtrt.verify.judged import JudgedRow, float64_sides
 from admtrt.verify.reference import Reference
@@ -102,6 +103,7 @@ def verify_bundle(
         denoiser = open_denoiser(
             bundle, backend.for_batches(max(BATCHES)), graphs=graphs, progress=backend_progress
         )
+        denoiser.open(list(denoiser.specs))
     except BundleError as error:
         return VerificationReport(str(bundle.path), (Row("build", sessions, "build", detail=error.message),))
 
@@ -123,8 +125,11 @@ def verify_bundle(
         drift, trajectory_rows = comparison.recommended()
         return VerificationReport(str(bundle.path), (*rows, *trajectory_rows), drift)
     rows += [*comparison.update_rows(), *comparison.small_rows()]
-    led_rows = comparison.guides(TorchGuides(unet.module, bundle.manifest.network, led)) if led else None
-    if led_rows is not None:
+    led_rows = None
+    if led:
+        in_torch = unet.module, bundle.manifest.network, led
+        narrow = TorchGuides(*in_torch)
+        led_rows = comparison.guides(narrow, functools.cache(lambda: float64_guides(*in_torch, narrow)))
         progress("guides")
         rows += led_rows.graph_rows()
     progress("steps")
@@ -132,7 +137,7 @@ def verify_bundle(
     if led_rows is not None:
         rows += led_rows.step_rows()
     progress("trajectories")
-    drift, trajectory_rows = comparison.trajectories()
+    drift, trajectory_rows = comparison.trajectories(led_rows)
     return VerificationReport(str(bundle.path), (*rows, *trajectory_rows), drift)
 
 
@@ -310,12 +315,13 @@ class _Comparison:
             rows += [tally.row() for tally in tallies.values()]
         return rows
 
-    def guides(self, guides: TorchGuides) -> GuideComparison:
+    def guides(self, guides: TorchGuides, float64: Callable[[], list[TorchGuides]]) -> GuideComparison:
         """The checks of the guides other than the classifier."""
         return GuideComparison(
             self.manifest,
             self._discrete,
             guides,
+            float64,
             self.inputs,
             self.graphs,
             self._compare,
@@ -344,36 +350,46 @@ class _Comparison:
             rows.append(judged.row())
         return rows
 
-    def trajectories(self) -> tuple[dict[str, tuple[float, ...]], list[Row]]:
+    def trajectories(self, guides: GuideComparison | None) -> tuple[dict[str, tuple[float, ...]], list[Row]]:
         """Rows for whole samples, both sides running freely from the same x_T, with drift and images."""
         chosen = self._samplers(guided=self._guided)
         if not self.every:
             chosen = {name: sampler for name, sampler in chosen.items() if name == sampler.method}
         drift: dict[str, list[float]] = {name: [] for name in chosen}
-        rows = [row for name in chosen for row in self._trajectory(name, chosen[name], drift[name])]
+        rows = [
+            row for name in chosen for row in self._trajectory(name, self._both(chosen[name]), drift[name])
+        ]
+        for name in self.manifest.guides if guides is not None else ():
+            assert guides is not None
+            sides, errors = guides.sides(name), drift.setdefault(f"guide {name}", [])
+            rows += self._trajectory(f"guide {name}", sides, errors, np.zeros(len(sides.slots), bool))
         rows.sort(key=lambda row: row.stage == "image")
         return {name: tuple(errors) for name, errors in drift.items()}, rows
 
     def recommended(self) -> tuple[dict[str, tuple[float, ...]], list[Row]]:
         """The same with only the recommended sampler."""
         sampler, drift = self.manifest.sampler.unguided, list[float]()
-        rows = self._trajectory(sampler.method, sampler, drift)
+        rows = self._trajectory(sampler.method, self._both(sampler), drift)
         return {sampler.method: tuple(drift)}, rows
 
-    def _trajectory(self, name: str, sampler: SamplerConfig, drift: list[float]) -> list[Row]:
-        """Rows of one trajectory; the largest error after each step is appended to ``drift``."""
+    def _trajectory(
+        self, name: str, both: Sides[Any], drift: list[float], lost: NDArray[np.bool_] | None = None
+    ) -> list[Row]:
+        """Rows of one trajectory; the largest error after each step is appended to ``drift``.
+
+        ``lost`` is as of :meth:`JudgedRow.add`.
+        """
         each = JudgedRow("trajectory", f"{name}: x_t of every step")
         final = JudgedRow("trajectory", f"{name}: final x_0")
         image = JudgedRow("image", f"{name}: uint8 levels", _level_errors)
-        both = self._both(sampler)
         with _noted(each.tally, final.tally, image.tally):
             for place in range(1, len(both.slots.schedules[0]) + 1):
                 places = self._slot_places(both.slots)
                 advance(both.slots, self.graphs)
                 x = both.expected(place)
-                drift.append(each.add(both.slots.x, x, both.float64(place), places))
-            final.add(both.slots.x, x, both.float64(place), places)
-            image.add(both.slots.x, x, both.float64(place), places)
+                drift.append(each.add(both.slots.x, x, both.float64(place), places, lost))
+            final.add(both.slots.x, x, both.float64(place), places, lost)
+            image.add(both.slots.x, x, both.float64(place), places, lost)
         return [each.row(), final.row(), image.row()]
 
     def _both(self, sampler: SamplerConfig, shift: int = 0, start: int | None = None) -> BothSides:

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ import admtrt
 from admtrt.bundle import Bundle
 from admtrt.cli import run
 from admtrt.config import UNetConfig
-from admtrt.errors import OutputError, RequestError
+from admtrt.errors import BundleError, OutputError, RequestError
 from admtrt.export.pack import bundle_from_checkpoints
 from admtrt.runtime.bulk import BulkRequest
 from admtrt.runtime.noise import initial_noise, step_noise
@@ -441,6 +442,15 @@ def test_other_requests_are_refused_before_the_first_stage(stages: TwoStage, tmp
         draw_two_stage(stages, *requests(stages, tmp_path / "taken"), tmp_path / "taken", [])
     assert denoiser(stages.low).seen == 0
     draw_two_stage(stages, *requests(stages, out), out, [])  # the same small images come again
+
+
+def test_a_graph_of_the_second_stage_is_refused_before_the_first(
+    stages: TwoStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages.high, "open_graphs", Mock(side_effect=BundleError("no such operator")))
+    with pytest.raises(BundleError, match="no such operator"):
+        draw_two_stage(stages, *requests(stages, tmp_path / "run"), tmp_path / "run", [])
+    assert not (tmp_path / "run").exists()
 
 
 def test_small_images_that_changed_are_noticed(stages: TwoStage, tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def classifier(logits: Sequence[nn.Module], classes: int, name: str = "classifie
     """The guide ``classifier``: of the predicted x_0, through the UNet, as Universal Guidance does.
 
     It is applied before x_0 is clipped. Applied after, nothing bounds x_0, and samples diverge at scales that
-    are harmless here (``tools/posterior_digits.py``).
+    are harmless here (``tools/clean_classifier_digits.py``).
 
     Args:
         logits: see :class:`WeightedLogProbability`.

@@ -8,7 +8,7 @@ from admtrt.contract import CLASSIFIER_GRADIENT
 from admtrt.runtime.backends.graphs import GraphDenoiser
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from admtrt.contract import GraphName
     from admtrt.runtime.slots import Array
@@ -31,6 +31,11 @@ class Composite(GraphDenoiser):
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         return (self.guide if graph == CLASSIFIER_GRADIENT else self.generator).run(graph, feeds)
+
+    def open(self, graphs: Collection[GraphName]) -> None:
+        """See :meth:`GraphDenoiser.open`."""
+        self.generator.open([graph for graph in graphs if graph != CLASSIFIER_GRADIENT])
+        self.guide.open([graph for graph in graphs if graph == CLASSIFIER_GRADIENT])
 
     def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:
         """See :meth:`GraphDenoiser.prepare`."""

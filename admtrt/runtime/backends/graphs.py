@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Self, TypeVar
 from admtrt.errors import AdmtrtError, BundleError, EngineError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
     from pathlib import Path
 
     import numpy as np
@@ -26,7 +26,7 @@ class GraphDenoiser(ABC):
     """A :class:`~admtrt.runtime.sampler.Denoiser` over arrays in host memory.
 
     Attributes:
-        specs: inputs and outputs of the open graphs.
+        specs: inputs and outputs of the graphs that can be run.
         any_size: whether unprepared batch sizes cost no more than prepared ones.
         copies_weights: whether each prepared size holds its own copy of the weights in host memory.
     """
@@ -39,7 +39,8 @@ class GraphDenoiser(ABC):
         """Run one graph on arrays by name; every output by name, owned by the caller.
 
         Raises:
-            KeyError: if the graph is not open.
+            KeyError: if the backend was not made for the graph.
+            BundleError: as :meth:`open`.
             ValueError: if the inputs break the graph's contract, or differ in batch size.
             RequestError: if the batch is larger than the backend takes.
             EngineError: if the library fails, most often for want of memory.
@@ -58,6 +59,16 @@ class GraphDenoiser(ABC):
     @abstractmethod
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """:meth:`run` on inputs that have been checked."""
+
+    def open(self, graphs: Collection[GraphName]) -> None:  # noqa: B027 - most open all when they are made
+        """Open these graphs, so that their faults show before long work.
+
+        A backend may open a graph only now, or when it first runs: each holds its own copy of the weights.
+
+        Raises:
+            KeyError: if a graph is not among those that the backend was made for.
+            BundleError: if a graph cannot be used.
+        """
 
     def prepare(self, sizes: Mapping[GraphName, Sequence[int]]) -> None:  # noqa: B027 - most take any size
         """Compile these batch sizes of these graphs, and keep exactly them until the next call.

@@ -25,17 +25,15 @@ _DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64"}
 
 
 class OnnxRuntimeDenoiser(GraphDenoiser):
-    """A bundle's graphs on the CPU.
+    """A bundle's graphs on the CPU, each opened when it first runs or by :meth:`open`.
 
     Args:
         bundle: a verified bundle.
         threads: threads per operator; None lets ONNX Runtime take every core.
-        graphs: names of the graphs to open; None opens all.
+        graphs: names of the graphs to run; None for all.
 
     Raises:
         MissingDependencyError: if onnxruntime is not installed.
-        BundleError: if ONNX Runtime refuses a graph, or the inputs or outputs of a graph differ from the
-            manifest.
     """
 
     def __init__(
@@ -45,34 +43,55 @@ class OnnxRuntimeDenoiser(GraphDenoiser):
         threads: int | None = None,
         graphs: Collection[GraphName] | None = None,
     ) -> None:
-        onnxruntime = import_onnxruntime(extra="cpu", purpose="Sampling on a CPU")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _NOTHING
+        self._library = import_onnxruntime(extra="cpu", purpose="Sampling on a CPU")
+        self._options = self._library.SessionOptions()
+        self._options.log_severity_level = _NOTHING
         # Each graph has its own thread pool: idle threads must not spin on the cores while the next graph
         # runs.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self._options.add_session_config_entry("session.force_spinning_stop", "1")
+        # A pattern is one more block as large as all activations, beside those that the first run took.
+        self._options.enable_mem_pattern = False
         if threads is not None:
-            options.intra_op_num_threads = threads
-        self.specs: dict[GraphName, GraphSpec] = {}
+            self._options.intra_op_num_threads = threads
+        self._bundle = bundle
+        self.specs: dict[GraphName, GraphSpec] = {
+            name: bundle.graph_entry(name).spec
+            for name in bundle.manifest.graphs
+            if graphs is None or name in graphs
+        }
         self._sessions: dict[GraphName, Any] = {}
-        for name in bundle.manifest.graphs:
-            if graphs is not None and name not in graphs:
-                continue
-            self.specs[name] = bundle.graph_entry(name).spec
-            with bundle.reading(name) as path:
-                try:
-                    session = onnxruntime.InferenceSession(
-                        str(path), sess_options=options, providers=["CPUExecutionProvider"]
-                    )
-                except Exception as error:  # the library raises types of its own
-                    raise BundleError(f"ONNX Runtime refuses {path}: {error}") from None
-            check_session(path, session, self.specs[name])
-            self._sessions[name] = session
+
+    def open(self, graphs: Collection[GraphName]) -> None:
+        """See :meth:`GraphDenoiser.open`.
+
+        Raises:
+            KeyError: as there.
+            BundleError: if ONNX Runtime refuses a graph, or the inputs or outputs of a graph differ from the
+                manifest.
+        """
+        for name in graphs:
+            self._session(name)
+
+    def _session(self, name: GraphName) -> Any:
+        if name in self._sessions:
+            return self._sessions[name]
+        spec = self.specs[name]
+        with self._bundle.reading(name) as path:
+            try:
+                session = self._library.InferenceSession(
+                    str(path), sess_options=self._options, providers=["CPUExecutionProvider"]
+                )
+            except Exception as error:  # the library raises types of its own
+                raise BundleError(f"ONNX Runtime refuses {path}: {error}") from None
+        check_session(path, session, spec)
+        self._sessions[name] = session
+        return session
 
     def _run(self, graph: GraphName, feeds: Mapping[str, Array]) -> dict[str, Array]:
         names = [output.name for output in self.specs[graph].outputs]
+        session = self._session(graph)
         with working("ONNX Runtime", graph, batch_of(feeds)):
-            return dict(zip(names, self._sessions[graph].run(names, feeds), strict=True))
+            return dict(zip(names, session.run(names, feeds), strict=True))
 
 
 def import_onnxruntime(*, extra: str, purpose: str) -> Any:

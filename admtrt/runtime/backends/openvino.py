@@ -13,7 +13,7 @@ from admtrt.errors import BundleError, RequestError
 from admtrt.onnx_wire import external_locations
 from admtrt.runtime.backends.backend import Backend
 from admtrt.runtime.backends.graphs import GraphDenoiser, PerBatch, batch_of, check_contract, working
-from admtrt.runtime.backends.mapped import release_pages
+from admtrt.runtime.backends.mapped import releasing
 from admtrt.runtime.backends.openvino_passes import (
     EMBEDDING,
     cut_embedding,
@@ -115,18 +115,16 @@ class OpenVinoDenoiser(GraphDenoiser):
     def _compile(self, name: GraphName, batch: int) -> _Compiled:
         precision = self._precision if is_network(name) else "fp32"  # the update must not round x
         parts = math.gcd(batch, self.threads)
-        with working("OpenVINO", name, batch, what="compile"):
+        # OpenVINO packs copies of the weights, and keeps the file mapped.
+        path = self._bundle.graph_path(name)
+        weights = [path.parent / data for data in external_locations(path)]
+        with working("OpenVINO", name, batch, what="compile"), releasing(weights):
             model = self._read(name)
             model.reshape(
                 {tensor.name: list(tensor.sized(batch // parts)) for tensor in self.specs[name].inputs}
             )
             normalise_by_channel(model)
-            compiled = _Compiled(self._core, model, precision, parts, self.threads)
-        # OpenVINO has packed copies of the weights, but keeps the file mapped: a third of its memory.
-        path = self._bundle.graph_path(name)
-        for data in external_locations(path):
-            release_pages(path.parent / data)
-        return compiled
+            return _Compiled(self._core, model, precision, parts, self.threads)
 
 
 class _Compiled:

@@ -315,10 +315,20 @@ def test_the_plain_route_runs_no_guides(tmp_path: Path) -> None:
 def test_a_guide_has_a_column_and_its_part_of_the_peak() -> None:
     half = spread_of([0.5])
     errors = {"guide.mine": 2e-6}
-    measured = Measurement(FAST, 2, step=half, guides={"linear": half, "mine": half}, errors=errors)
+    measured = Measurement(
+        FAST,
+        2,
+        step=half,
+        guides={"linear": half, "mine": half},
+        errors=errors,
+        guide_memory={"linear": 3 * 2**29},
+    )
     report = report_of(measured, Measurement(SLOW, 2, step=half), operations={"guide.linear": 10**8})
     assert report.cost_columns() == (*COST_COLUMNS, "guide.linear", "guide.mine")
-    assert [cells[-2:] for cells in report.cost_cells(2)] == [["500 (10%)", "500 (2e-06)"], ["", ""]]
+    assert [cells[-2:] for cells in report.cost_cells(2)] == [
+        ["500 (10%, 1.50 GiB)", "500 (2e-06)"],
+        ["", ""],
+    ]
     assert report.to_dict()["rows"][0]["guides"]["linear"]["median"] == 0.5
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -14,7 +14,7 @@ from bundles import CLASSIFIER, SAMPLER, UNET, exported_bundle, network
 from onnx_graphs import small_classifier
 
 from admtrt.bench import plain
-from admtrt.bench.contender import Contender
+from admtrt.bench.contender import Contender, measure_guide_memory
 from admtrt.bench.rows import Row
 from admtrt.bench.subject import Subject, subject_from_preset
 from admtrt.bench.torch_rows import DeviceDenoiser, open_torch_row
@@ -141,7 +141,7 @@ def test_pytorch_without_checkpoints_says_so(tmp_path: Path) -> None:
 
 
 def test_guides_are_timed_beside_the_step_and_differentiated_by_pytorch(
-    checkpoints: Path, tmp_path: Path
+    checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "bundle"
     bundle_from_checkpoints(network(UNET), None, path, guides=[linear((1, 8, 8))])
@@ -157,6 +157,17 @@ def test_guides_are_timed_beside_the_step_and_differentiated_by_pytorch(
         assert list(taken.guides) == ["linear"]
         assert taken.guides["linear"] > 0
     assert not Contender(Row("torch", "bf16"), led, "cpu", 1, {}).prepare(1).outputs.keys() - {"out"}
+    opened: list[str] = []
+    session = onnxruntime.InferenceSession
+
+    def noted(path: str, **options: Any) -> Any:
+        opened.append(Path(path).stem)
+        return session(path, **options)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
+    for name in ("torch", "onnxruntime"):
+        assert measure_guide_memory(Row(name), led, "cpu", 1, "linear", 3) > 2**20
+    assert opened == ["guide.linear"]
 
 
 @pytest.mark.parametrize(("stride", "size"), [(1, 8), (2, 8), (2, 7)])

@@ -151,9 +151,11 @@ def test_threads_out_of_range(tmp_path: Path, threads: Any, expected: str) -> No
 
 def test_graphs_that_the_library_refuses(tmp_path: Path) -> None:
     """A bundle that is intact but has a graph that ONNX Runtime cannot load."""
-    path = sham_bundle(tmp_path / "bundle", classifier=CLASSIFIER).path
+    opened = Pipeline.from_bundle(sham_bundle(tmp_path / "bundle", classifier=CLASSIFIER).path)
+    steps: list[object] = []
     with pytest.raises(BundleError, match="ONNX Runtime refuses"):
-        Pipeline.from_bundle(path)
+        opened([0], steps=2, callback=steps.append)
+    assert not steps
 
 
 @pytest.mark.parametrize(("name", "dtype", "size"), [("X", 1, 8), ("x", 7, 8), ("x", 1, 16)])
@@ -170,8 +172,9 @@ def test_graphs_that_are_not_what_the_manifest_declares(
     opset = onnx.helper.make_opsetid("", 18)
     content = onnx.helper.make_model(graph, ir_version=9, opset_imports=[opset]).SerializeToString()
     path = sham_bundle(tmp_path / "bundle", graph=content).path
+    opened = Pipeline.from_bundle(path)
     with pytest.raises(BundleError, match=r"the manifest declares x float32\[N, 1, 8, 8\], t float32\[N\]"):
-        Pipeline.from_bundle(path)
+        opened([0], steps=2)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import mmap
+import time
 from pathlib import Path
 
 import pytest
 
 from admtrt.runtime.backends import mapped
-from admtrt.runtime.backends.mapped import release_pages
+from admtrt.runtime.backends.mapped import release_pages, releasing
 
 SIZE = 4 * 2**20
 
@@ -33,6 +35,36 @@ def test_pages_go_and_come_again(tmp_path: Path) -> None:
         assert release_pages(link) == 1
         assert resident(file) == 0
         assert memory[257] == 1
+
+
+def test_pages_go_while_a_library_works(tmp_path: Path) -> None:
+    file = tmp_path / "weights.data"
+    file.write_bytes(bytes(range(256)) * (SIZE // 256))
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as older:
+        assert older[:][257] == 1
+        with releasing([file]), mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as memory:
+            assert memory[:][257] == 1
+            ends = time.monotonic() + 30
+            while resident(file) > SIZE // 1024:
+                assert time.monotonic() < ends
+                time.sleep(0.01)
+            assert memory[257] == 1
+        assert resident(file) == SIZE // 1024  # the older mapping is as it was
+
+
+def test_pages_are_released_at_the_end_and_by_no_thread_after_it(tmp_path: Path) -> None:
+    file = tmp_path / "weights.data"
+    file.write_bytes(bytes(SIZE))
+    with file.open("rb") as opened:
+        with contextlib.suppress(ZeroDivisionError), releasing([file]):
+            memory = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+            assert not any(memory[:])
+            raise ZeroDivisionError
+        assert resident(file) == 0
+        assert not any(memory[:])
+        time.sleep(0.3)
+        assert resident(file) == SIZE // 1024
+        memory.close()
 
 
 def test_a_file_that_is_not_mapped(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_onnxruntime(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", replaces(bundle, onnxruntime.InferenceSession))
     with pytest.raises(BundleError, match=CHANGED):
-        OnnxRuntimeDenoiser(bundle, threads=1)
+        OnnxRuntimeDenoiser(bundle, threads=1).open(["unet"])
 
 
 def test_openvino_when_it_opens_and_when_it_compiles(bundle: Bundle) -> None:
