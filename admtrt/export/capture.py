@@ -21,6 +21,7 @@ from admtrt.export.passes import simplify
 from admtrt.export.plain import plain
 from admtrt.export.sizes import compute_sizes
 from admtrt.export.tidy import tidy
+from admtrt.export.untranslated import Translated
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -84,7 +85,7 @@ def graph_from_module(
         )
     batch = torch.export.Dim(BATCH)
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), torch.no_grad(), Translated():
             program = torch.onnx.export(
                 _Positional(module).eval(),
                 tuple(inputs.values()),

@@ -22,9 +22,14 @@ class _Term(NamedTuple):
     value: ir.Value
     labels: tuple[str, ...]
 
+    @property
+    def repeated(self) -> list[str]:
+        """Labels of more than one axis."""
+        return [label for label in dict.fromkeys(self.labels) if self.labels.count(label) > 1]
+
 
 def nodes_of_einsum(graph: ir.Graph, einsum: ir.Node) -> list[ir.Node]:
-    """Nodes that compute the Einsum; empty if a label repeats in an operand or has two sizes."""
+    """Nodes that compute the Einsum; empty if a label has two sizes, or several sizes are unknown."""
     parsed = _parsed(einsum)
     if parsed is None:
         return []
@@ -32,6 +37,7 @@ def nodes_of_einsum(graph: ir.Graph, einsum: ir.Node) -> list[ir.Node]:
     if sum(not isinstance(size, int) for size in sizes.values()) > 1:
         return []  # a Reshape can have one unknown size
     writer = _EinsumWriter(graph, sizes)
+    terms = [writer.diagonal(writer.squeezed(term)) for term in terms]
     terms = [
         writer.summed(
             term, {*out, *(label for other in terms if other is not term for label in other.labels)}
@@ -59,13 +65,17 @@ def _parsed(einsum: ir.Node) -> tuple[list[_Term], list[str], Sizes] | None:
         if operand is None or operand.shape is None:
             return None
         labels = _labels(own, len(operand.shape))
-        if len(labels) != len(operand.shape) or len({*labels}) != len(labels):
+        if len(labels) != len(operand.shape):
             return None
         for label, size in zip(labels, operand.shape, strict=True):
-            if sizes.setdefault(label, size) != size:
+            if sizes.get(label, 1) == 1:
+                sizes[label] = size
+            elif size not in (1, sizes[label]):
                 return None
         terms.append(_Term(operand, labels))
     every = [label for term in terms for label in term.labels]
+    if any(not isinstance(sizes[label], int) for term in terms for label in term.repeated):
+        return None
     hidden = sorted({label for label in every if label.isdigit()}, key=int, reverse=True)
     if arrow:
         wanted = [part for label in out.replace("...", ".") for part in (hidden if label == "." else [label])]
@@ -88,6 +98,36 @@ class _EinsumWriter:
     def __init__(self, graph: ir.Graph, sizes: Sizes) -> None:
         self.graph, self.sizes = graph, sizes
         self.tape = ir.tape.Tape()
+
+    def squeezed(self, term: _Term) -> _Term:
+        """Drop axes of size 1 that another operand has in full: products broadcast along them."""
+        assert term.value.shape is not None
+        full = [
+            size != 1 or self.sizes[label] == 1
+            for label, size in zip(term.labels, term.value.shape, strict=True)
+        ]
+        if all(full):
+            return term
+        axes = [axis for axis, stays in enumerate(full) if not stays]
+        value = self.tape.op("Squeeze", [term.value, self._ints(axes)])
+        return _Term(value, tuple(label for label, stays in zip(term.labels, full, strict=True) if stays))
+
+    def diagonal(self, term: _Term) -> _Term:
+        """Take the elements with equal places along axes of the same label; one of these axes remains."""
+        for label in term.repeated:
+            count, size = term.labels.count(label), self.sizes[label]
+            assert isinstance(size, int)
+            rest = tuple(other for other in term.labels if other != label)
+            order = sorted(range(len(term.labels)), key=lambda axis: term.labels[axis] == label)
+            sorted_axes = self.tape.op("Transpose", [term.value], attributes={"perm": order})
+            kept = [self.sizes[other] for other in rest]
+            flat = [side if isinstance(side, int) else 0 for side in kept]  # a Reshape's 0 keeps the size
+            merged = self.tape.op("Reshape", [sorted_axes, self._ints([*flat, size**count])])
+            step = sum(size**power for power in range(count))
+            places = self._ints([place * step for place in range(size)])
+            taken = self.tape.op("Gather", [merged, places], attributes={"axis": len(rest)})
+            term = _Term(taken, (*rest, label))
+        return term
 
     def summed(self, term: _Term, kept: set[str]) -> _Term:
         """Sum over axes whose labels appear nowhere else."""

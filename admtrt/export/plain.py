@@ -10,6 +10,7 @@ from admtrt.export.kinks import is_clamp
 from admtrt.export.nodes import ATEN, input_of
 from admtrt.export.passes import constant, insert_in_place_of, only_user, pass_by
 from admtrt.export.recurrent import unroll
+from admtrt.export.spectra import nodes_of_stft
 
 
 def plain(model: ir.Model) -> None:
@@ -19,6 +20,9 @@ def plain(model: ir.Model) -> None:
         einsums_as_products,
         vectors_as_matrices,
         losses_as_selections,
+        sincs_that_divide_by_no_zero,
+        logarithms_times_factors,
+        spectra_as_convolutions,
         drop_restriding,
         drop_whole_assignments,
         unroll,
@@ -133,6 +137,56 @@ def losses_as_selections(model: ir.Model) -> bool:
             tape.op("Where", [ignored, constant(model.graph, np.array(0, float_dtype.numpy())), loss])
         _replace(model, node, list(tape.nodes))
         changed = True
+    return changed
+
+
+def sincs_that_divide_by_no_zero(model: ir.Model) -> bool:
+    """Where(x = 0, 1, sin(u) / u) of a sinc -> the same, divided by 1 at 0: no slope is infinite."""
+    changed = False
+    for node in list(model.graph):
+        if node.op_type != "Where" or not node.meta.get(ATEN, "").startswith("sinc"):
+            continue
+        condition, one, quotient = (input_of(node, index) for index in range(3))
+        divided = quotient.producer()
+        if divided is None or divided.op_type != "Div":
+            continue
+        tape = ir.tape.Tape()
+        divisor = tape.op("Where", [condition, one, input_of(divided, 1)])
+        tape.op("Div", [input_of(divided, 0), divisor])
+        _replace(model, divided, list(tape.nodes))
+        changed = True
+    return changed
+
+
+def logarithms_times_factors(model: ir.Model) -> bool:
+    """The selections of an xlogy -> x log y, with y = 1 where x is 0 and y is not positive."""
+    changed = False
+    for node in list(model.graph):
+        if node.op_type != "Where" or not node.meta.get(ATEN, "").startswith("xlogy"):
+            continue
+        zeros, x, selected = (input_of(node, index) for index in range(3))
+        inner = selected.producer()
+        if inner is None or inner.op_type != "Where":
+            continue
+        y = input_of(inner, 1)
+        assert y.dtype is not None
+        zero, one = (constant(model.graph, np.array(number, y.dtype.numpy())) for number in (0, 1))
+        tape = ir.tape.Tape()
+        absent = tape.op("And", [zeros, tape.op("LessOrEqual", [y, zero])])
+        tape.op("Mul", [x, tape.op("Log", [tape.op("Where", [absent, one, y])])])
+        _replace(model, node, list(tape.nodes))
+        changed = True
+    return changed
+
+
+def spectra_as_convolutions(model: ir.Model) -> bool:
+    """STFT -> a Conv with windowed cosines and sines."""
+    changed = False
+    for node in list(model.graph):
+        nodes = nodes_of_stft(model.graph, node) if node.op_type == "STFT" else []
+        if nodes:
+            _replace(model, node, nodes)
+            changed = True
     return changed
 
 

@@ -212,15 +212,14 @@ class Branching(nn.Module):
         return x.sum(dim=1) if x.sum() > 0 else -x.sum(dim=1)
 
 
-class Gridded(nn.Module):
+class Determinant(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        grid = torch.zeros(x.shape[0], 2, 2, 2)
-        return F.grid_sample(x[:, None], grid, "nearest", align_corners=False).sum((1, 2, 3))
+        return torch.linalg.det(x.sum((1, 2))[:, None, None] * torch.ones(17, 17))
 
 
-class Remainder(nn.Module):
+class Largest(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
-        return x.fmod(x.exp())
+        return x.scatter_reduce(1, torch.zeros_like(x, dtype=torch.int64), x, "amax")
 
 
 class HeldBack(nn.Module):
@@ -265,12 +264,12 @@ X = {"x": torch.ones(2, 4)}
         (nn.Embedding(9, 3), {"x": torch.ones(2, dtype=torch.int64)}, {}, "torch.int64; only floating-point"),
         (nn.Linear(4, 3), {"x": np.ones((2, 4))}, {}, "'x' is a ndarray; expected a tensor of PyTorch"),
         (
-            nn.Sequential(Remainder(), Gridded()),
+            nn.Sequential(Largest(), Determinant()),
             {"x": torch.ones(2, 5, 4)},
             {},
-            r"2 parts of the graph(.|\n)* Mod .* in the module '0'\n.*'GridSample'.* in the module '1'",
+            r"2 parts of the graph(.|\n)* ScatterElements .* in the module '0'\n.*Det .* in the module '1'",
         ),
-        (nn.Linear(4, 3), X, {"scalar": lambda out, x: torch.cdist(out, out).sum(1)}, "_cdist_forward"),
+        (nn.Linear(4, 3), X, {"scalar": lambda out, x: torch.special.i0(out).sum(1)}, "i0"),
         (nn.Linear(5, 3), X, {"scalar": log_prob_of_first}, "cannot export"),
         (Frozen(), X, {}, r"fixed the input 'x'(.|\n)*scores.gather\(1, y\[:, None\]\) in place of"),
         (Branching(), X, {}, "export"),

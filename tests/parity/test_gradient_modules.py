@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -43,22 +44,32 @@ class RelativePositions(nn.Module):
 
 
 class OriginalAttention(nn.Module):
-    """As the original writes it, in both orders of heads and parts: products by einsum."""
+    """As the original writes it: products by einsum, norm and softmax in float32, heads in the batch axis."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int, heads: int, *, new_order: bool) -> None:
         super().__init__()
-        self.qkv = nn.Conv1d(8, 24, 1)
+        self.norm = nn.GroupNorm(channels // 4, channels)
+        self.qkv, self.proj = nn.Conv1d(channels, 3 * channels, 1), nn.Conv1d(channels, channels, 1)
+        self.heads, self.new_order = heads, new_order
 
-    def forward(self, x: Tensor) -> Tensor:
-        n, c, length = x.shape
-        scale = 4**-0.25
-        heads_first = self.qkv(x).reshape(n * 2, c // 2 * 3, length).split(c // 2, dim=1)
-        parts_first = [part.reshape(n * 2, c // 2, length) for part in self.qkv(x).chunk(3, dim=1)]
-        total = x
-        for q, k, v in (heads_first, parts_first):
-            weights = torch.einsum("bct,bcs->bts", q * scale, k * scale).softmax(-1)
-            total = total + torch.einsum("bts,bcs->bct", weights, v).reshape(n, -1, length)
-        return total.square().mean((1, 2))
+    def forward(self, image: Tensor) -> Tensor:
+        n, c, *size = image.shape
+        x = image.reshape(n, c, -1)
+        width, length = c // self.heads, x.shape[2]
+        qkv = self.qkv(self.norm(x.float()).type(x.dtype))
+        scale = 1 / math.sqrt(math.sqrt(width))
+        if self.new_order:  # parts before heads
+            q, k, v = qkv.chunk(3, dim=1)
+            q = (q * scale).view(n * self.heads, width, length)
+            k = (k * scale).view(n * self.heads, width, length)
+            v = v.reshape(n * self.heads, width, length)
+        else:
+            q, k, v = qkv.reshape(n * self.heads, width * 3, length).split(width, dim=1)
+            q, k = q * scale, k * scale
+        weights = torch.einsum("bct,bcs->bts", q, k)
+        weights = torch.softmax(weights.float(), dim=-1).type(weights.dtype)
+        h = torch.einsum("bts,bcs->bct", weights, v).reshape(n, -1, length)
+        return (x + self.proj(h)).reshape(n, c, *size).square().mean((1, 2, 3))
 
 
 class PartAndWhole(nn.Module):
@@ -213,7 +224,10 @@ E = torch.zeros(2, 6)
     ("module", "inputs"),
     [
         (RelativePositions(), {"x": torch.zeros(2, 4, 7)}),
-        (OriginalAttention(), {"x": torch.zeros(2, 8, 9)}),
+        (OriginalAttention(8, 1, new_order=False), {"x": torch.zeros(2, 8, 3, 4)}),
+        (OriginalAttention(8, 2, new_order=False), {"x": torch.zeros(2, 8, 3, 3)}),
+        (OriginalAttention(16, 4, new_order=True), {"x": torch.zeros(2, 16, 2, 4)}),
+        (OriginalAttention(12, 1, new_order=True), {"x": torch.zeros(2, 12, 3, 3)}),
         (PartAndWhole(), {"x": torch.zeros(2, 4, 7)}),
         (Modulated(), {"x": torch.zeros(2, 8, 4), "e": E}),
         (Modulated(), {"e": E, "x": torch.zeros(2, 8, 4)}),

@@ -195,7 +195,6 @@ REFUSED = [
         "multiplies over several axes or one of unknown size",
         "p = ReduceProd <keepdims = 0> (x) y = Mul (x, p)",
     ),
-    ("Mod", VARIES.format(1, "e"), "e = Exp (x) y = Mod <fmod = 1> (x, e)"),
     ("Clip", VARIES.format(1, "m"), "m = ReduceMin <keepdims = 0> (x) y = Clip (x, m)"),
     ("MatMul", "multiplies by a vector; use matrices", "m = MatMul (x, vector) y = Add (x, m)"),
     ("Gather", f"selects along {UNKNOWN}", "y = Gather <axis = 0> (x, places)"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -205,3 +206,45 @@ def test_generated_checkpoint_replaces_a_file_when_told(
     path.write_bytes(b"old")
     assert call(tool, monkeypatch, "some preset", path, "--overwrite") == 0
     assert torch.load(path, weights_only=True)
+
+
+def test_gradient_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Right and wrong graphs are told apart, and a case that ends its process costs one row."""
+    monkeypatch.syspath_prepend(TOOLS)
+    measure, cases = load("gradient_measure", monkeypatch), load("gradient_cases", monkeypatch)
+    table = load("gradient_table", monkeypatch)
+    export = measure.export_input_gradient
+
+    def case(scale: float = 1.0) -> object:
+        doubled = cases.Calls(lambda x: (scale * x.sin()).sum(1))
+        return cases.Case(doubled, {"x": cases.normal(3)})
+
+    def absent() -> object:
+        raise ImportError("no package of that name")
+
+    found = {"right": measure.measure(case), "absent": measure.measure(absent)}
+    monkeypatch.setattr(
+        measure,
+        "export_input_gradient",
+        lambda module, *rest, **more: export(case(1.001).module, *rest, **more),
+    )
+    found["wrong"] = measure.measure(case)
+    monkeypatch.setattr(table, "CASES", {"ends": lambda: os._exit(3), **dict.fromkeys(found, case)})
+    results = tmp_path / "results.json"
+    results.write_text(json.dumps(found))
+    monkeypatch.setattr(table, "measure", lambda factory: factory() and {"outcome": "right"})
+    monkeypatch.setattr(table, "OPERATORS", {"op/amax": case})
+    monkeypatch.setattr(table, "CASES", {**table.CASES, "op/amax": case})
+    assert call(table, monkeypatch, results) == 0
+    outcomes = {name: row["outcome"] for name, row in json.loads(results.read_text()).items()}
+    assert outcomes == {
+        "right": "right", "absent": "right", "wrong": "WRONG", "ends": "failed", "op/amax": "right",
+    }  # fmt: skip
+    assert found["absent"]["outcome"] == "not installed"  # and measured once there is such a package
+    printed = capsys.readouterr().out
+    assert "4 models and losses: 2 right, 1 failed, 1 WRONG" in printed.replace(
+        "1 WRONG, 1 failed", "1 failed, 1 WRONG"
+    )
+    assert "| wrong | WRONG | 1e-03 / 1e-03 / 1e-03 |" in printed

@@ -192,4 +192,13 @@ CASES = [
         {"c": VECTOR, "axis": ints(1)},
     ),
     Case("Mod", (3, 4), "y = Mod <fmod = 1> (x, c)", lambda x, c: x.fmod(c), {"c": VECTOR}),
+    Case(
+        "Mod",
+        (3, 4),
+        "y = Mod <fmod = 1> (c, x)",
+        lambda x, c: torch.fmod(c, x),
+        {"c": VECTOR * 9},
+        positive=True,
+    ),
+    Case("Mod", (3, 4), "e = Exp (x) y = Mod <fmod = 1> (x, e)", lambda x: x.fmod(x.exp())),
 ]

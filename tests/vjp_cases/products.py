@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.nn import functional as F
 
 from vjp_cases.case import MATRIX, MEAN, VECTOR, Case, ints, mean_of, normal
@@ -20,6 +21,7 @@ CASES = [
             ("strides = [2, 2], group = 2", {"stride": 2, "groups": 2}),
         )
     ),  # weights that are computed, though not from x
+    *(Case("Det", (2, size, size), "y = Det (x)", torch.linalg.det) for size in (1, 2, 3, 5)),
     Case("MatMul", (3, 4), "y = MatMul (x, c)", lambda x, c: x @ c, {"c": MATRIX}),
     Case("MatMul", (4, 2), "y = MatMul (c, x)", lambda x, c: c @ x, {"c": MATRIX.T.copy()}),
     Case(

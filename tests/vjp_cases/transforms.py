@@ -1,4 +1,4 @@
-"""Cases of Fourier transforms, sampling at computed places and overlapping patches."""
+"""Cases of Fourier transforms and overlapping patches."""
 
 from __future__ import annotations
 
@@ -6,19 +6,13 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from vjp_cases.case import Case, ints, normal
+from vjp_cases.case import Case, ints
 
-GRID = np.tanh(normal(1, 3, 2, 2, seed=4)) * np.float32(1.3)
 PAIR = "u = Unsqueeze (x, tail) p = DFT <axis = 2, onesided = 1> (u)"
 
 
 def parts(x: torch.Tensor) -> torch.Tensor:
     return torch.view_as_real(x)
-
-
-def sampled(x: torch.Tensor, grid: torch.Tensor, padding: str, aligned: bool) -> torch.Tensor:
-    grid = grid.expand(len(x), -1, -1, -1)
-    return F.grid_sample(x, grid, "bilinear", padding, align_corners=aligned)
 
 
 CASES = [
@@ -84,29 +78,4 @@ CASES = [
         )
         for stride, dilation, blocks in ((1, 1, 25), (2, 1, 15), (2, 3, 9))
     ),
-    *(
-        Case(
-            "GridSample",
-            (2, 4, 5),
-            "n = Shape <start = 0, end = 1> (x) m = Concat <axis = 0> (n, rest) e = Expand (grid, m)"
-            f' y = GridSample <align_corners = {int(aligned)}, padding_mode = "{padding}"> (x, e)',
-            lambda x, grid, rest, p=padding, a=aligned: sampled(x, grid, p, a),
-            {"grid": GRID, "rest": ints(3, 2, 2)},
-        )
-        for padding in ("zeros", "border")
-        for aligned in (False, True)
-    ),
-    *(
-        Case(
-            "GridSample",
-            (3, 2, 2),
-            "z = ReduceSum <keepdims = 0> (x, rest) f = Reshape (z, four) i = Mul (image, f)"
-            f' y = GridSample <align_corners = 1, padding_mode = "{padding}"> (i, x)',
-            lambda x, image, rest, four, p=padding: F.grid_sample(
-                image * x.sum((1, 2, 3)).reshape(-1, 1, 1, 1), x, "bilinear", p, align_corners=True
-            ),
-            {"image": normal(1, 2, 4, 5, seed=5), "rest": ints(1, 2, 3), "four": ints(-1, 1, 1, 1)},
-        )
-        for padding in ("zeros", "border")
-    ),  # the places depend on x as well
 ]

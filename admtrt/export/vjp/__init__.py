@@ -9,6 +9,7 @@ from admtrt.export.vjp import (
     elementwise,
     layout,
     normalisation,
+    places,
     pooling,
     products,
     reductions,
@@ -19,6 +20,6 @@ from admtrt.export.vjp import (
 from admtrt.export.vjp.rule import RULES
 
 __all__ = [
-    "RULES", "elementwise", "layout", "normalisation", "pooling", "products", "reductions", "sampling",
-    "selection", "transforms",
+    "RULES", "elementwise", "layout", "normalisation", "places", "pooling", "products", "reductions",
+    "sampling", "selection", "transforms",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ With y the output, g its gradient and dx the gradient of the input; broadcast ax
 - LeakyRelu, PRelu: dx = g where x > 0, else slope g
 - Elu, Selu, Celu: dx = g m where x > 0, else g (y + k) / s
 - HardSigmoid: dx = alpha g where 0 < y < 1. HardSwish: dx = g (x / 3 + 1 / 2) where -3 < x < 3, g above
-- Mod: dx = g, with a divisor that does not depend on x. Floor, Ceil, Round, Sign: dx = 0
+- Mod, y = x - k d with a whole number k: dx = g, dd = -g k. Floor, Ceil, Round, Sign: dx = 0
 """
 
 from __future__ import annotations
@@ -237,9 +237,13 @@ def _relu(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 
 @rule("Mod")
 def _mod(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """y is x minus a multiple of the divisor, which must not depend on x."""
-    refuse_active(tape, node, 1)
-    return [only(incoming), None]
+    """The multiple is (x - y) / d, which is whole but for rounding."""
+    x, divisor, y, g = input_of(node, 0), input_of(node, 1), node.outputs[0], only(incoming)
+    gradients: list[ir.Value | None] = [tape.sum_to(g, x, y), None]
+    if divisor in tape.active:
+        multiple = tape.op("Round", tape.op("Div", tape.op("Sub", x, y), divisor))
+        gradients[1] = tape.sum_to(tape.op("Neg", tape.op("Mul", g, multiple)), divisor, y)
+    return gradients
 
 
 @rule("Floor", "Ceil", "Round", "Sign")
@@ -251,8 +255,11 @@ def _steps(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
 @rule("Sqrt")
 def _sqrt(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     """0 at 0: keeps the gradient of the standard deviation of equal values finite."""
-    y, zero = node.outputs[0], tape.scalar(0.0, node.outputs[0])
-    slope = tape.op("Where", tape.op("Greater", y, zero), tape.op("Div", tape.scalar(0.5, y), y), zero)
+    y = node.outputs[0]
+    zero, one, half = (tape.scalar(number, y) for number in (0.0, 1.0, 0.5))
+    positive = tape.op("Greater", y, zero)
+    divisor = tape.op("Where", positive, y, one)  # no second derivative divides by 0 either
+    slope = tape.op("Where", positive, tape.op("Div", half, divisor), zero)
     return [tape.op("Mul", only(incoming), slope)]
 
 

@@ -1,9 +1,10 @@
-"""Gradient rules of matrix products and convolutions.
+"""Gradient rules of matrix products, determinants and convolutions.
 
 With g the gradient of the output and ' the transpose of the last two axes:
 
 - MatMul, y = A B: dA = g B', dB = A' g, summed over the axes that were broadcast
 - Gemm, y = alpha A B + beta C, with optional transposes: dA = alpha g B', dB = alpha A' g, dC = beta g
+- Det: dx = g C, with the cofactors C: determinants of the minors, with alternating signs
 - Conv: dx = a Conv of g with the flipped kernel, or a ConvTranspose of g with the same weights
 - ConvTranspose: dx = a Conv of g with the same weights
 """
@@ -22,6 +23,9 @@ from admtrt.export.vjp.rule import only, refuse_active, rule
 if TYPE_CHECKING:
     from admtrt.export.tape import Tape
     from admtrt.export.vjp.rule import Gradients
+
+_LARGEST_DET = 16
+"""Rows of a matrix: its cofactors are as many determinants as it has elements."""
 
 
 @rule("MatMul")
@@ -64,6 +68,31 @@ def _gemm(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
         scaled = g if beta == 1.0 else tape.op("Mul", g, tape.scalar(beta, g))
         gradients[2] = tape.sum_to(scaled, input_of(node, 2), node.outputs[0])
     return gradients
+
+
+@rule("Det")
+def _det(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
+    """Cofactors, unlike det(x) times the inverse, are right for singular matrices too."""
+    x, g = input_of(node, 0), only(incoming)
+    dims = dims_of(x)
+    size = dims[-1]
+    if size is None or size > _LARGEST_DET:
+        raise ExportError(
+            f"Det '{node.name}' has matrices of {size or 'unknown'} rows; at most {_LARGEST_DET} have a rule",
+            hint="Compute the determinant outside of the module, or of smaller blocks.",
+        )
+    rank = len(dims)
+    outer = tape.op("Unsqueeze", g, tape.ints(rank - 2, rank - 1))
+    if size == 1:
+        return [outer]
+    places = np.arange(size)
+    others = np.array([np.delete(places, place) for place in places])
+    minors = others[:, None, :, None] * size + others[None, :, None, :]  # places of x's elements, row by row
+    flat = tape.op("Reshape", x, tape.ints(*(size or 0 for size in dims[:-2]), -1))
+    cofactors = tape.op("Det", tape.op("Gather", flat, tape.array(minors), axis=rank - 2))
+    assert x.dtype is not None
+    signs = tape.array(((-1.0) ** (places[:, None] + places)).astype(x.dtype.numpy()))
+    return [tape.op("Mul", outer, tape.op("Mul", cofactors, signs))]
 
 
 @rule("Conv")

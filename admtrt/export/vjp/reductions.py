@@ -86,8 +86,10 @@ def _reduce_squares(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients
     g = _spread(tape, node, only(incoming))
     if node.op_type == "ReduceL2":
         norm = _spread(tape, node, node.outputs[0])
-        zero = tape.scalar(0.0, x)  # PyTorch's subgradient at 0
-        g = tape.op("Where", tape.op("Greater", norm, zero), tape.op("Div", g, norm), zero)
+        zero, one = tape.scalar(0.0, x), tape.scalar(1.0, x)
+        positive = tape.op("Greater", norm, zero)
+        divisor = tape.op("Where", positive, norm, one)  # no second derivative divides by 0 either
+        g = tape.op("Where", positive, tape.op("Div", g, divisor), zero)  # PyTorch's subgradient at 0
     else:
         g = tape.op("Mul", g, tape.scalar(2.0, x))
     return [tape.op("Mul", g, x), *([None] * (len(node.inputs) - 1))]

@@ -1,11 +1,9 @@
-"""Gradient rules of transforms: Fourier, sampling at computed positions, overlapping patches.
+"""Gradient rules of transforms: Fourier, overlapping patches.
 
 With g the gradient of the output and dx the gradient of the input:
 
 - DFT of N values: dx = N times the inverse transform of g. Inverse DFT: dx = the transform of g / N
 - Col2Im: dx = the patches of g
-- GridSample: dx[i, j] = sum over positions p of g[p] row[p, i] column[p, j], where row and column are tent
-  functions around p; the gradient of the positions has the slopes of the tents
 """
 
 from __future__ import annotations
@@ -99,60 +97,3 @@ def _col2im(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
     joined = tape.op("Concat", *parts, axis=2)
     sized = tape.ints(-1, channels * math.prod(block), math.prod(counts))
     return [tape.op("Reshape", joined, sized), None, None]
-
-
-@rule("GridSample")
-def _grid_sample(tape: Tape, node: ir.Node, incoming: Gradients) -> Gradients:
-    """Bilinear sampling as a product with tent functions, one per row and one per column of x."""
-    x, grid, g = input_of(node, 0), input_of(node, 1), only(incoming)
-    mode = node.attributes["mode"].as_string() if "mode" in node.attributes else "linear"
-    padding = node.attributes["padding_mode"].as_string() if "padding_mode" in node.attributes else "zeros"
-    dims, places = dims_of(x), dims_of(grid)
-    if len(dims) != 4 or None in (*dims[1:], *places[1:]):
-        raise ExportError(f"GridSample '{node.name}' samples no images of known size")
-    if mode not in ("linear", "bilinear") or padding not in ("zeros", "border"):
-        raise ExportError(
-            f"no gradient rule for the operator 'GridSample' (node '{node.name}'), {mode} with {padding}",
-            hint="Use mode='bilinear' with padding_mode 'zeros' or 'border'.",
-        )
-    channels, height, width = (size or 0 for size in dims[1:])
-    rows, columns = (size or 0 for size in places[1:3])
-    flat = tape.op("Reshape", grid, tape.ints(-1, rows * columns, 2))
-    aligned = bool(int_attribute(node, "align_corners", 0))
-    tents = []
-    for coordinate, size in ((1, height), (0, width)):
-        at = tape.op(
-            "Slice", flat, tape.ints(coordinate), tape.ints(coordinate + 1), tape.ints(2)
-        )  # [N, P, 1] in [-1, 1]
-        scale, shift = ((size - 1) / 2, (size - 1) / 2) if aligned else (size / 2, (size - 1) / 2)
-        at = tape.op("Add", tape.op("Mul", at, tape.scalar(scale, x)), tape.scalar(shift, x))
-        slope = tape.scalar(scale, x)
-        if padding == "border":
-            low, high = tape.scalar(0.0, x), tape.scalar(size - 1.0, x)
-            inside = tape.op("And", tape.op("Greater", at, low), tape.op("Less", at, high))
-            slope = tape.op("Where", inside, slope, low)
-            at = tape.op("Min", tape.op("Max", at, low), high)
-        assert x.dtype is not None
-        apart = tape.op("Sub", tape.array(np.arange(size, dtype=x.dtype.numpy())), at)  # [N, P, size]
-        tent = tape.op("Relu", tape.op("Sub", tape.scalar(1.0, x), tape.op("Abs", apart)))
-        rising = tape.op("Mul", tape.op("Sign", tent), tape.op("Mul", tape.op("Sign", apart), slope))
-        tents.append((tent, rising))
-    (by_row, row_slope), (by_column, column_slope) = tents
-    gathered = tape.op("Reshape", g, tape.ints(-1, channels, rows * columns, 1))
-    gradients: list[ir.Value | None] = [None, None]
-
-    def image(value: ir.Value) -> ir.Value:
-        return tape.op("Unsqueeze", value, tape.ints(1))
-
-    if x in tape.active:  # sum over p of g[c, p] row[p, i] column[p, j]
-        weighted = tape.op("Mul", gathered, image(by_row))  # [N, C, P, H]
-        turned = tape.op("Transpose", weighted, perm=[0, 1, 3, 2])
-        gradients[0] = tape.op("MatMul", turned, image(by_column))
-    if grid in tape.active:
-        parts = []
-        for left, right in ((by_row, column_slope), (row_slope, by_column)):
-            seen = tape.op("MatMul", image(left), x)  # [N, C, P, W]
-            value = tape.op("ReduceSum", tape.op("Mul", seen, image(right)), tape.ints(3), keepdims=1)
-            parts.append(tape.op("ReduceSum", tape.op("Mul", value, gathered), tape.ints(1), keepdims=0))
-        gradients[1] = tape.reshape_like(tape.op("Concat", *parts, axis=2), grid)
-    return gradients

@@ -9,7 +9,7 @@ import torch
 from onnx_graphs import op_types, parse, proto, run
 
 from admtrt.export.passes import infer_shapes, simplify
-from admtrt.export.plain import einsums_as_products
+from admtrt.export.plain import einsums_as_products, spectra_as_convolutions
 
 X, Y = (np.random.default_rng(seed).standard_normal((2, 3, 4, 5)).astype(np.float32) for seed in (0, 1))
 
@@ -69,6 +69,12 @@ def test_einsums_as_products(equation: str, a: np.ndarray, b: np.ndarray) -> Non
         ("...ij,...kj->...ki", (X, Y)),
         ("nchw,cd,hw->nd", (X, Y[0, 0, :3], Y[0, 0])),
         ("ni,nj,nk->nijk", (X[:, 0, 0], Y[:, 0, 0], X[:, 1, 1])),
+        ("nij,nij->ni", (X[:, 0], Y[:, 0, :1])),  # the second broadcasts
+        ("nij,nij->ni", (X[:, 0, :, :1], Y[:1, 0, :, :])),  # and each, once along the batch
+        ("nii->n", (X[:, 0, :, :4],)),
+        ("nii->ni", (X[:, 0, :, :4],)),
+        ("nii,ni->n", (X[:, 0, :, :4], Y[:, 0, 0, :4])),
+        ("niji,jj->nj", (X[:, :, :, :3], Y[0, 0, :, :4])),
     ],
 )
 def test_einsums_of_any_number(equation: str, operands: tuple[np.ndarray, ...]) -> None:
@@ -91,12 +97,46 @@ def test_einsums_of_any_number(equation: str, operands: tuple[np.ndarray, ...]) 
     np.testing.assert_allclose(run(proto(model), **given)["out"], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_an_einsum_of_two_unknown_sizes_is_left() -> None:
+    body = '{ out = Einsum <equation = "ni,mi->nm"> (x, y) }'
+    text = f"g (float[N, 4] x, float[M, 4] y) => (float[N, M] out) {body}"
+    model = ir.serde.deserialize_model(parse(text, {}))
+    assert not einsums_as_products(model)
+    assert op_types(proto(model)) == ["Einsum"]
+
+
 @pytest.mark.parametrize(
-    ("equation", "a", "b"),
+    ("dims", "options", "inputs"),
     [
-        ("nij,nij->ni", X[:, 0], Y[:, 0, :1]),  # broadcast
-        ("nii,ni->n", X[:, 0, :, :4], Y[:, 0, 0, :4]),
+        ("N, 20, 1", "onesided = 1", "x, three, window, eight"),
+        ("N, 20, 1", "onesided = 0", "x, three, window"),
+        ("N, 21, 1", "onesided = 1", "x, three, , eight"),
+        ("N, 20, 1", "onesided = 1", "x, three, odd"),
     ],
 )
-def test_other_einsums_are_left(equation: str, a: np.ndarray, b: np.ndarray) -> None:
-    assert applied(equation, a, b) == ["Einsum"]
+def test_spectra_as_convolutions(dims: str, options: str, inputs: str) -> None:
+    constants = {
+        "three": np.int64(3), "eight": np.int64(8), "window": np.hanning(8).astype(np.float32),
+        "odd": np.hanning(7).astype(np.float32),
+    }  # fmt: skip
+    text = f"g (float[{dims}] x) => (float[?, ?, ?, ?] out) {{ out = STFT <{options}> ({inputs}) }}"
+    source = parse(text, {name: value for name, value in constants.items() if name in inputs})
+    model = ir.serde.deserialize_model(source)
+    infer_shapes(model)
+    assert spectra_as_convolutions(model)
+    simplify(model)
+    x = np.random.default_rng(0).standard_normal((2, *map(int, dims.split(",")[1:]))).astype(np.float32)
+    np.testing.assert_allclose(run(proto(model), x=x)["out"], run(source, x=x)["out"], rtol=1e-5, atol=1e-5)
+    assert "STFT" not in op_types(proto(model))
+
+
+def test_spectra_of_complex_signals_or_computed_windows_are_left() -> None:
+    for dims, inputs in (("N, 20, 2", "x, three, window"), ("N, 8, 1", "x, three, computed")):
+        text = (
+            f"g (float[{dims}] x) => (float[?, ?, ?, ?] out)"
+            f" {{ computed = Sin (window) out = STFT <onesided = 0> ({inputs}) }}"
+        )
+        constants = {"three": np.int64(3), "window": np.hanning(8).astype(np.float32)}
+        model = ir.serde.deserialize_model(parse(text, constants))
+        infer_shapes(model)
+        assert not spectra_as_convolutions(model)
