@@ -78,7 +78,7 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """Where it can be joined."""
+        """The address to join it at."""
         return str(self._nodes.address)
 
     def moment(self, mean: float) -> float:

@@ -49,9 +49,9 @@ and `generate_stream`; plain `infer` over HTTP answers 501 for such models.
 
 Inputs: `label` INT64 [N], `seed` UINT64 [N], and as UINT8 [N,H,W,C] `init`, images to begin at (with the
 parameter `strength`), and `low_res`, the images that an upsampler enlarges. Outputs: `images` UINT8
-[N,H,W,C], `step` INT32 [1]. Parameters of a request are fields of `POST /v1/samples` of `admtrt serve`:
-`steps`, `method`, `scale`, ..., and `preview_every`. Known regions, guides besides the classifier, and
-cascades are not served here; `admtrt serve` has them.
+[N,H,W,C], `step` INT32 [1]. Parameters of a request are fields of `POST /v1/samples` of admtrt's own
+server: `steps`, `method`, `scale`, ..., and `preview_every`. Known regions, guides besides the classifier,
+and cascades are served only there.
 
 Clients of gRPC keep the parameter `timeout` for Triton's own; over HTTP it is ours.
 

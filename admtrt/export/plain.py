@@ -141,7 +141,7 @@ def losses_as_selections(model: ir.Model) -> bool:
 
 
 def sincs_that_divide_by_no_zero(model: ir.Model) -> bool:
-    """Where(x = 0, 1, sin(u) / u) of a sinc -> the same, divided by 1 at 0: no slope is infinite."""
+    """A sinc, Where(x = 0, 1, sin(u) / u) -> the same, divided by 1 at 0: no slope is infinite."""
     changed = False
     for node in list(model.graph):
         if node.op_type != "Where" or not node.meta.get(ATEN, "").startswith("sinc"):

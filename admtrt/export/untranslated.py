@@ -100,7 +100,7 @@ def _places(
     sorted_sequence: Tensor, input: Any, *, out_int32: bool = False, right: bool = False,  # noqa: A002
     side: str | None = None, sorter: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """How many values are smaller (on the right: not larger)."""
+    """The number of values that are smaller (on the right: not larger)."""
     if sorter is not None or not isinstance(input, Tensor):
         return NotImplemented
     values = sorted_sequence[..., None, :]

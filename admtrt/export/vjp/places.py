@@ -34,7 +34,7 @@ _CUBIC = -0.75  # the slope of PyTorch's cubic kernel at 1
 
 
 class _Axis(NamedTuple):
-    """How places in [-1, 1] sample one axis of an image."""
+    """The sampling of one axis of an image at places in [-1, 1]."""
 
     size: int
     mode: str
@@ -43,7 +43,7 @@ class _Axis(NamedTuple):
 
     @property
     def ends(self) -> tuple[float, float]:
-        """Where -1 and 1 lie, in pixels."""
+        """The places of -1 and 1, in pixels."""
         return (0.0, self.size - 1.0) if self.aligned else (-0.5, self.size - 0.5)
 
 
