@@ -1,4 +1,4 @@
-"""The pictures of docs/fashion-mnist.md: by class, by scale, by solver, and a film of the denoising.
+"""The pictures of docs/fashion-mnist.md: by class, by scale, and a film of the denoising.
 
 python tools/showcase.py fashion.bundle --out docs
 """
@@ -24,14 +24,6 @@ if TYPE_CHECKING:
 NAMES = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 SCALE = 2.0
 SCALES = (0.0, 1.0, 2.0, 4.0, 8.0)
-SOLVERS: dict[str, dict[str, Any]] = {
-    "DDIM 10": {"steps": "ddim10"},
-    "DDIM 25": {"steps": "ddim25"},
-    "DDPM 25": {"steps": "25"},
-    "DDPM 100": {"steps": "100"},
-    "DPM++ 10": {"method": "dpmpp", "steps": "10"},
-    "UniPC 10": {"method": "unipc", "steps": "10"},
-}
 FRAME = 80  # milliseconds
 LAST = 2000
 ZOOM, GREYS = 2, 16  # small enough for a page
@@ -54,13 +46,6 @@ def main(bundle: Path, out: Path) -> None:
         out / "fashion-mnist-scales.png",
         len(NAMES),
         [f"{scale:g}" for scale in SCALES for _ in labels],
-    )
-    by_solver = [row(0, scale=SCALE, **choices) for choices in SOLVERS.values()]
-    save_grid(
-        np.concatenate(by_solver),
-        out / "fashion-mnist-solvers.png",
-        len(NAMES),
-        [name for name in SOLVERS for _ in labels],
     )
     save_film(pipeline, out / "fashion-mnist.gif")
 

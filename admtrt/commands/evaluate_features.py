@@ -60,9 +60,9 @@ def judge(
     part: Annotated[
         str, typer.Option(help="Images it learns from: judge (half of those held out) or held-out (all).")
     ] = "judge",
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 1500,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of one step.")] = 64,
-    lr: Annotated[float, typer.Option(help="Learning rate, falling to 0.")] = 1e-3,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 2000,
+    batch_size: Annotated[int, typer.Option(min=2, help="Images of one step.")] = 64,
+    lr: Annotated[float, typer.Option(help="Highest learning rate, after a fifth of the steps.")] = 5e-3,
     seed: Annotated[int, typer.Option(help="Seed of the training; must differ from the guide's.")] = 1,
     overwrite: _Overwrite = False,
     json: _Json = False,

@@ -41,8 +41,8 @@ Metrics = Annotated[
     str | None,
     typer.Option(
         "--metrics",
-        help="Comma list of fid, sfid, is, precision, recall, kid, density, coverage, accuracy, "
-        "fid-infinity. Default: all but the last.",
+        help="Comma list of fid, sfid, is, precision, recall, kid, density, coverage, "
+        "diversity, accuracy, fid-infinity. Default: all but the last.",
     ),
 ]
 Parts = Annotated[
@@ -226,10 +226,10 @@ def shown_result(result: Judged) -> list[RenderableType]:
         columns.append("real images")
     rows = []
     for name, value in result.metrics.items():
-        row = [name, _number(value.value, value.error), str(value.samples), str(value.reference or "")]
+        row = [name, number(value.value, value.error), str(value.samples), str(value.reference or "")]
         if result.floor is not None:
             real = result.floor.get(name)
-            row.append("" if real is None else _number(real.value, real.error))
+            row.append("" if real is None else number(real.value, real.error))
         rows.append(row)
     title = f"features: {result.name}" + ("" if result.protocol is None else f" ({result.protocol})")
     if result.precision_change is not None:
@@ -247,7 +247,8 @@ def shown_result(result: Judged) -> list[RenderableType]:
     return shown
 
 
-def _number(value: float | None, error: float | None) -> str:
+def number(value: float | None, error: float | None) -> str:
+    """A metric and its standard error, for tables."""
     if value is None:
         return "-"
     return f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
@@ -257,7 +258,7 @@ def _shown_check(checked: dict[str, Any]) -> RenderableType:
     rows = [
         [
             name,
-            _number(row["value"], None),
+            number(row["value"], None),
             f"{row['expected']:.4f} ± {row['tolerance']:.3f}",
             "yes" if row["passed"] else "NO",
         ]

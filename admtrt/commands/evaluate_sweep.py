@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from admtrt.commands.backend_report import BackendReport
-from admtrt.commands.evaluate_samples import FeatureNames, Floor, Json, Metrics, NoError, Parts, Seed
+from admtrt.commands.evaluate_samples import (
+    FeatureNames,
+    Floor,
+    Json,
+    Metrics,
+    NoError,
+    Parts,
+    Seed,
+    number,
+)
 from admtrt.commands.guide_options import interval_of
 from admtrt.commands.options import BackendName, PlanFolder, Threads
 from admtrt.commands.requirements import require
@@ -35,6 +44,7 @@ _SHORT = {
     "recall": "R",
     "density": "dens.",
     "coverage": "cov.",
+    "diversity": "div.",
     "accuracy": "acc.",
     "fid_infinity": "fid inf",
     "fd_infinity": "fd inf",
@@ -163,15 +173,17 @@ def _table(rows: Sequence[Row], index: int) -> RenderableType:
     names = list(rows[0].judged[index].metrics)
     cells = []
     for row in rows:
-        values = [row.judged[index].metrics[name].value for name in names]
-        cells.append([row.point.name, *("-" if value is None else f"{value:.4g}" for value in values)])
+        values = [row.judged[index].metrics[name] for name in names]
+        cells.append(
+            [row.point.name, f"{row.guided}/{row.evaluations}", *(number(v.value, v.error) for v in values)]
+        )
     floor = rows[0].judged[index].floor
     if floor is not None:
-        real = [floor[name].value for name in names]
-        cells.append(["real images", *("-" if value is None else f"{value:.4g}" for value in real)])
+        real = [floor[name] for name in names]
+        cells.append(["real images", "", *(number(v.value, v.error) for v in real)])
     return table(
         f"features: {rows[0].judged[index].name}",
-        ["combination", *(_SHORT.get(name, name) for name in names)],
+        ["combination", "guided", *(_SHORT.get(name, name) for name in names)],
         cells,
     )
 

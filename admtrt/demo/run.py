@@ -181,7 +181,7 @@ def run_demo(out: Path, *, output: Output) -> DemoResult:
         for method, steps in SAMPLERS.items()
         for point in points([method], [steps], SCALES, ["fp32"], [None])
     ]
-    swept = sweep_digits(bundle, chosen, out, judge, seen=seen)
+    swept = _swept(bundle, chosen, out, judge, seen=seen)
     floor = swept[0].row.judged[0].floor
     assert floor is not None  # the evaluator has one
     seconds["sample and judge"] = time.perf_counter() - start
@@ -195,13 +195,12 @@ def run_demo(out: Path, *, output: Output) -> DemoResult:
     )
 
 
-def sweep_digits(
+def _swept(
     bundle: Bundle,
     chosen: Sequence[Point],
     out: Path,
     judge: Judge,
     *,
-    backend: str = "onnxruntime",
     seen: Callable[[SweepPoint, Pixels], None],
 ) -> list[SweepPoint]:
     """Draw the same seeds at every point, and judge them; earlier samples and features are reused.
@@ -211,11 +210,10 @@ def sweep_digits(
         chosen: the points.
         out: the demo's folder, which has the judge's features.
         judge: the support vector machine.
-        backend: the backend to draw with.
         seen: called with each point and its images uint8 [N, H, W, C].
     """
     swept = Sweep(
-        pipelines={"fp32": Pipeline.from_bundle(bundle.path, backend=backend, batch_size=_BATCH)},
+        pipelines={"fp32": Pipeline.from_bundle(bundle.path, batch_size=_BATCH)},
         points=chosen,
         labels=labels_of(SAMPLES, 10),
         count=SAMPLES,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from admtrt.errors import RequestError
+from admtrt.evaluate.diversity import diversity
 from admtrt.evaluate.frechet import Gaussian, frechet_distance, half_sample_error, infinite_distance
 from admtrt.evaluate.kernel import MAX_IMAGES, kernel_distance
 from admtrt.evaluate.manifold import manifold_metrics
@@ -16,19 +17,22 @@ from admtrt.evaluate.network import LOGITS, POOL, SPATIAL
 from admtrt.evaluate.score import PART, inception_score
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Collection
 
     from admtrt.evaluate.frechet import Features
     from admtrt.evaluate.images import Labels
     from admtrt.evaluate.kept import FeatureSet
+    from admtrt.evaluate.manifold import Matrix
     from admtrt.evaluate.network import FeatureNetwork
 
-DEFAULT = ("fid", "sfid", "is", "precision", "recall", "kid", "density", "coverage", "accuracy")
+DEFAULT = (
+    "fid", "sfid", "is", "precision", "recall", "kid", "density", "coverage", "diversity", "accuracy",
+)  # fmt: skip
 METRICS = (*DEFAULT, "fid-infinity")
 """Names for ``--metrics``; ``fd`` is another name of ``fid``."""
-USUAL_SAMPLES = 50_000
-"""Number of samples behind published numbers."""
 _OF_MANIFOLD = ("precision", "recall", "density", "coverage")
+_OF_POOLS = ("kid", "diversity", *_OF_MANIFOLD)
+"""Metrics that need the features of the reference's images."""
 _NEEDS = {"sfid": SPATIAL, "is": LOGITS, "accuracy": LOGITS}
 
 
@@ -71,12 +75,15 @@ class Reference:
 
     Attributes:
         features: features of the reference's images; None if only statistics are stored.
+        labels: class of each of these images; None if unknown.
         stored: stored statistics by output, which replace those of the images.
+        radii: the features' radii that are known so far, by number of neighbours.
     """
 
     features: FeatureSet | None
+    labels: Labels | None = None
     stored: dict[str, Gaussian] = field(default_factory=dict)
-
+    radii: dict[int, Matrix] = field(default_factory=dict)
     _fitted: dict[str, Gaussian] = field(default_factory=dict)
 
     def is_stored(self, output: str) -> bool:
@@ -179,16 +186,22 @@ def _compared(
         if asked.by_name:
             raise RequestError("accuracy needs a judge, and samples with the labels that were asked for")
         wanted.remove("accuracy")
+    if "diversity" in wanted and (labels is None or reference.labels is None):
+        if asked.by_name:
+            raise RequestError("diversity needs samples and reference images that have labels")
+        wanted.remove("diversity")
     found: dict[str, Value] = {}
     if {"fid", "fid-infinity"} & {*wanted}:
         found |= _frechet(POOL, "fid", samples, reference, asked, wanted, warn)
     if "sfid" in wanted:
         found |= _frechet(SPATIAL, "sfid", samples, reference, asked, wanted, warn)
-    pool = _pools(samples, reference) if {"kid", *_OF_MANIFOLD} & {*wanted} else None
+    pool = _pools(samples, reference) if {*_OF_POOLS} & {*wanted} else None
     if pool is not None:
-        found |= _manifold(*pool, wanted, warn)
+        found |= _manifold(*pool, reference.radii, wanted, warn)
         if "kid" in wanted:
             found["kid"] = _kid(*pool, asked.seed, warn)
+        if "diversity" in wanted and labels is not None and reference.labels is not None:
+            found["diversity"] = _diversity(*pool, labels, reference.labels, warn)
     del pool
     if {"is", "accuracy"} & {*wanted}:
         found |= _classes(samples.matrix(LOGITS), wanted, asked, labels, warn)
@@ -217,7 +230,7 @@ def _is_possible(
         lacking = f"the features have no '{output}'"
     elif metric == "sfid" and reference.gaussian(SPATIAL) is None:
         lacking = "the reference has neither images nor statistics of 'spatial'"
-    elif metric in ("kid", *_OF_MANIFOLD) and reference.features is None:
+    elif metric in _OF_POOLS and reference.features is None:
         lacking = "the reference has no images, only statistics"
     elif metric.startswith("fid") and reference.gaussian(POOL) is None:
         lacking = "the reference has no 'pool'"
@@ -287,12 +300,16 @@ def _pools(samples: FeatureSet, reference: Reference) -> tuple[Features, Feature
 
 
 def _manifold(
-    reference: Features, samples: Features, wanted: Collection[str], warn: Callable[[Warned], None]
+    reference: Features,
+    samples: Features,
+    radii: dict[int, Matrix],
+    wanted: Collection[str],
+    warn: Callable[[Warned], None],
 ) -> dict[str, Value]:
     names = [name for name in _OF_MANIFOLD if name in wanted]
     if not names:
         return {}
-    found = manifold_metrics(reference, samples)
+    found = manifold_metrics(reference, samples, known=radii)
     n, m = len(samples), len(reference)
     errors = {
         "precision": _binomial(found.precision, n),
@@ -328,6 +345,18 @@ def _kid(reference: Features, samples: Features, seed: int, warn: Callable[[Warn
     found = kernel_distance(reference, samples)
     value, error = (None, None) if found is None else found
     return _value(value, error, len(samples), len(reference), "kid", warn)
+
+
+def _diversity(
+    reference: Features,
+    samples: Features,
+    labels: Labels,
+    reference_labels: Labels,
+    warn: Callable[[Warned], None],
+) -> Value:
+    found = diversity(samples, labels, reference, reference_labels)
+    value, error = (None, None) if found is None else found
+    return _value(value, error, len(samples), len(reference), "diversity", warn)
 
 
 def _classes(
@@ -382,33 +411,3 @@ def _value(
     if error is not None and not math.isfinite(error):
         error = None
     return Value(value, error, samples, reference)
-
-
-def set_warnings(
-    samples: FeatureSet, network: FeatureNetwork | None, asked: Sequence[str], precision: str
-) -> list[Warned]:
-    """Warnings about a set of features, independent of metrics."""
-    warnings = []
-    distinct = len(np.unique(samples.hashes))
-    if distinct == 1 < len(samples):
-        warnings.append(Warned("all-equal", f"all {len(samples)} samples are equal"))
-    elif distinct < len(samples):
-        warnings.append(
-            Warned("duplicates", f"{len(samples) - distinct} of {len(samples)} samples are exact duplicates")
-        )
-    if network is not None and network.kind == "inception":
-        if not network.published:
-            warnings.append(
-                Warned("not-comparable", "the Inception weights are not the published file: not comparable")
-            )
-        if len(samples) != USUAL_SAMPLES and {"fid", "sfid", "is", "recall"} & {*asked}:
-            warnings.append(
-                Warned(
-                    "count",
-                    f"{len(samples)} samples; published numbers are of {USUAL_SAMPLES:,}, and FID and recall "
-                    "depend on their number",
-                )
-            )
-    if precision != "fp32":
-        warnings.append(Warned("precision", f"features computed in {precision}: see precision_change"))
-    return warnings

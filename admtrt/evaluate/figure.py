@@ -1,13 +1,14 @@
-"""Figure 4 of the paper for a sweep: metrics against the guidance scale, and precision against recall."""
+"""Figure 4 of the paper for a sweep: every metric against the scale or cost, precision against recall."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from admtrt.files import atomic_file
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from admtrt.evaluate.compare import Value
@@ -20,8 +21,9 @@ _PANEL = (3.6, 2.9)  # inches
 def save_figure(rows: Sequence[Row], index: int, path: Path) -> None:
     """Draw one set of features of a sweep as PNG.
 
-    One panel per metric shows value and error against the scale, one line per combination of the other
-    choices, and real images as a dashed line. The last panel shows precision against recall.
+    One panel per metric shows value and error against the guidance scale, or against the evaluations of the
+    networks where all scales are equal, with one line per combination of the other choices, and real images
+    as a dashed line. The last panel shows precision against recall.
 
     Args:
         rows: one or more rows of the sweep.
@@ -40,15 +42,16 @@ def save_figure(rows: Sequence[Row], index: int, path: Path) -> None:
     height = -(-panels // columns)
     figure = Figure(figsize=(_PANEL[0] * columns, _PANEL[1] * height), layout="constrained")
     axes: list[Any] = [figure.add_subplot(height, columns, place + 1) for place in range(panels)]
-    lines = _lines(rows)
+    axis = _axis(rows)
+    lines = _lines(rows, axis)
     floor = rows[0].judged[index].floor
     for name, panel in zip(names, axes, strict=False):
         for label, line in lines.items():
             values = [row.judged[index].metrics[name] for row in line]
-            _draw(panel, [row.sampler.scale for row in line], values, label)
+            _draw(panel, [axis.of(row) for row in line], values, label)
         if floor is not None and floor[name].value is not None:
             panel.axhline(floor[name].value, color="grey", linestyle="--", linewidth=1, label="real images")
-        panel.set_xlabel("guidance scale")
+        panel.set_xlabel(axis.title)
         panel.set_title(name, fontsize=10)
     if both:
         panel = axes[-1]
@@ -74,33 +77,60 @@ def save_figure(rows: Sequence[Row], index: int, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=120)
 
 
-def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Group rows that differ only in the scale, ascending, under a label of what they share.
+@dataclass(frozen=True)
+class _Axis:
+    """The horizontal axis of a figure, that metrics are shown against.
+
+    Attributes:
+        title: of the axis.
+        of: the place of a row.
+        other: what the label of a line says in its place.
+    """
+
+    title: str
+    of: Callable[[Row], float]
+    other: Callable[[Row], str]
+
+
+_SCALE = _Axis("guidance scale", lambda row: row.sampler.scale, lambda row: f"{row.evaluations} evaluations")
+_COST = _Axis(
+    "evaluations of the networks", lambda row: row.evaluations, lambda row: f"scale {row.sampler.scale:g}"
+)
+
+
+def _axis(rows: Sequence[Row]) -> _Axis:
+    """The scale, unless only the evaluations differ."""
+    scales, evaluations = ({axis.of(row) for row in rows} for axis in (_SCALE, _COST))
+    return _COST if len(scales) == 1 < len(evaluations) else _SCALE
+
+
+def _lines(rows: Sequence[Row], axis: _Axis) -> dict[str, list[Row]]:
+    """Group rows that differ only along the axis, ascending, under a label of what they share.
 
     Rows at scale 0 have no guidance interval and are added to the lines of all intervals.
     """
+
+    def shared(row: Row, interval: tuple[float, float] | None) -> str:
+        label = f"{row.sampler.method}, {axis.other(row)}, {row.point.precision}"
+        return label if interval is None else f"{label}, sigma {interval[0]:g} to {interval[1]:g}"
+
     lines: dict[str, list[Row]] = {}
     for row in rows:
         if row.sampler.scale:
-            lines.setdefault(_shared(row, row.point.guidance_interval), []).append(row)
+            lines.setdefault(shared(row, row.point.guidance_interval), []).append(row)
     for row in rows:
         if not row.sampler.scale:
-            stem = _shared(row, None)
+            stem = shared(row, None)
             own = [line for label, line in lines.items() if label == stem or label.startswith(f"{stem}, ")]
             for line in own or [lines.setdefault(stem, [])]:
                 line.append(row)
-    return {label: sorted(line, key=lambda row: row.sampler.scale) for label, line in lines.items()}
+    return {label: sorted(line, key=axis.of) for label, line in lines.items()}
 
 
-def _shared(row: Row, interval: tuple[float, float] | None) -> str:
-    label = f"{row.sampler.method}, {row.evaluations} steps, {row.point.precision}"
-    return label if interval is None else f"{label}, sigma {interval[0]:g} to {interval[1]:g}"
-
-
-def _draw(panel: Any, scales: Sequence[float], values: Sequence[Value], label: str) -> None:
-    known = [(scale, value) for scale, value in zip(scales, values, strict=True) if value.value is not None]
+def _draw(panel: Any, places: Sequence[float], values: Sequence[Value], label: str) -> None:
+    known = [(place, value) for place, value in zip(places, values, strict=True) if value.value is not None]
     panel.errorbar(
-        [scale for scale, _ in known],
+        [place for place, _ in known],
         [value.value for _, value in known],
         yerr=[value.error or 0.0 for _, value in known],
         marker="o",

@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from admtrt.errors import BundleError
-from admtrt.evaluate.compare import (
-    USUAL_SAMPLES,
-    Asked,
-    Reference,
-    Value,
-    Warned,
-    compare,
-    set_warnings,
-)
+from admtrt.evaluate.compare import Asked, Reference, Value, Warned, compare
 from admtrt.evaluate.extract import Extractor
 from admtrt.evaluate.frechet import Gaussian, frechet_distance
 from admtrt.evaluate.images import chosen_rows, draw
 from admtrt.evaluate.nearest import Nearest, find_nearest
 from admtrt.evaluate.network import POOL, SEEN
+from admtrt.evaluate.set_warnings import USUAL_SAMPLES, set_warnings, shape_warnings
 from admtrt.evaluate.sets import OpenedSet, features_of, reference_of
 from admtrt.reading import open_regular
 
@@ -152,7 +145,7 @@ class Evaluator:
         reference = self._prepared(extractor, progress)
         for warned in (
             *set_warnings(ours, network, asked.metrics, self._computing.precision),
-            *_shape_warnings(samples, self._sets["reference"]),
+            *shape_warnings(samples, self._sets["reference"]),
             *self._reference_warnings,
         ):
             warn(warned)
@@ -264,23 +257,6 @@ class Evaluator:
         return PROTOCOL if holds else None
 
 
-def _shape_warnings(samples: OpenedSet, reference: OpenedSet | None) -> list[Warned]:
-    """Warnings about two sets of images, independent of features."""
-    found = []
-    ours, theirs = samples.images, None if reference is None else reference.images
-    if ours is not None and theirs is not None and ours.shape[:2] != theirs.shape[:2]:
-        found.append(
-            Warned(
-                "sizes-differ",
-                f"samples are {_shown(ours.shape)}, reference images {_shown(theirs.shape)}: both are "
-                "resized to what the network sees",
-            )
-        )
-    if ours is not None and ours.asked is not None and ours.asked > len(ours):
-        found.append(Warned("unfinished", f"the run has drawn {len(ours)} of {ours.asked} samples"))
-    return found
-
-
 def _check_seen(network: FeatureNetwork, floor: FeatureSet, warn: Callable[[Warned], None]) -> None:
     """Refuse a judge that was trained on the floor's images: it would rate them too high."""
     file = None if network.folder is None else network.folder / SEEN
@@ -320,7 +296,3 @@ def _about(network: FeatureNetwork | None, extractor: Extractor | None) -> dict[
 
 def _plain(metrics: dict[str, Value]) -> dict[str, Any]:
     return {name: value.to_dict() for name, value in metrics.items()}
-
-
-def _shown(shape: tuple[int, int, int]) -> str:
-    return f"{shape[0]}x{shape[1]} pixels"

@@ -50,7 +50,11 @@ class Manifold:
 
 
 def manifold_metrics(
-    reference: Features, samples: Features, k: int = NEIGHBOURS, density_k: int = DENSITY_NEIGHBOURS
+    reference: Features,
+    samples: Features,
+    k: int = NEIGHBOURS,
+    density_k: int = DENSITY_NEIGHBOURS,
+    known: dict[int, Matrix] | None = None,
 ) -> Manifold:
     """Compare samples [N, D] with a reference [M, D], both finite.
 
@@ -60,12 +64,17 @@ def manifold_metrics(
         k: number of neighbours, without the image itself, that define the radius of precision and recall; a
             distance equal to the radius is inside.
         density_k: the same for density and coverage.
+        known: the reference's :func:`radii` by number of neighbours, for the next call with the same
+            reference; missing ones are added. They cost the square of its number of images.
     """
+    known = {} if known is None else known
     fewest = min(len(reference), len(samples))
     if fewest <= min(k, density_k):
         return Manifold(None, None, None, None, None)
     ks = [one for one in (k, density_k) if fewest > one]
-    wide = dict(zip(ks, radii(reference, ks), strict=True))
+    if missing := [one for one in ks if one not in known]:
+        known.update(zip(missing, radii(reference, missing), strict=True))
+    wide = {one: known[one] for one in ks}
     (own,) = radii(samples, [k]) if k in wide else (None,)
     inside = np.zeros(len(samples), bool)  # the sample lies in some reference image's ball
     held = np.zeros(len(reference), bool)  # the reference image lies in some sample's ball

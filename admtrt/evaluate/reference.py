@@ -32,7 +32,7 @@ def write_reference(
     seed: int,
     progress: Progress,
 ) -> dict[str, Any]:
-    """Write ``arr_0``, images drawn by the seed, and ``mu``, ``sigma`` (``mu_s``, ``sigma_s``) of all.
+    """Write ``arr_0``, images drawn by the seed, ``arr_1``, their labels, and ``mu``, ``sigma``, ... of all.
 
     Images are read once and streamed to the file; they need not fit in memory.
 
@@ -74,6 +74,8 @@ def write_reference(
                 each_block=write,
             )
         arrays: dict[str, Any] = {FEATURES_KEY: np.array([network.digest])}
+        if images.labels is not None:
+            arrays["arr_1"] = images.labels[kept]
         for output, (mean, covariance) in STATISTICS.items():
             if output in features.outputs:
                 fitted = Gaussian.fit(features.parts(output))

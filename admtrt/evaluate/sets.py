@@ -192,7 +192,7 @@ def reference_of(
                     "the reference's statistics are of other features: its images are taken instead",
                 )
             )
-    return Reference(features(), stored)
+    return Reference(features(), opened.labels, stored)
 
 
 def _member(archive: NpzFile, name: str, beside: str) -> Any:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from admtrt.evaluate.judging import Evaluator, Judged, Progress
     from admtrt.schedule.sampler import SamplerConfig
+    from admtrt.schedule.table import SamplingSchedule
 
 RESULT = "sweep.json"
 SCHEMA_VERSION = 1
@@ -83,12 +84,14 @@ class Row:
         point: the combination.
         sampler: the resulting sampler of the bundle.
         evaluations: network evaluations per sample.
+        guided: how many of them the guide changes.
         judged: the results in each set of features.
     """
 
     point: Point
     sampler: SamplerConfig
     evaluations: int
+    guided: int
     judged: list[Judged]
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,6 +101,7 @@ class Row:
             **asdict(self.point),
             "sampler": self.sampler.to_dict(),
             "evaluations": self.evaluations,
+            "guided_evaluations": self.guided,
             "features": [one.to_dict() for one in self.judged],
         }
 
@@ -146,14 +150,14 @@ class Sweep:
             shard_size=self.batch_size,
         )
 
-    def evaluations(self, point: Point) -> int:
-        """Network evaluations per sample of a point: the rows of its schedule."""
+    def schedule(self, point: Point) -> SamplingSchedule:
+        """The schedule of a point's samples: one row for each evaluation of the networks."""
         manifest = self.pipelines[point.precision].bundle.manifest
-        return len(sampling_schedule(manifest.diffusion, self.request(point).sampler))
+        return sampling_schedule(manifest.diffusion, self.request(point).sampler)
 
     def total(self) -> int:
         """Sample-steps of all points."""
-        return self.count * sum(self.evaluations(point) for point in self.points)
+        return self.count * sum(len(self.schedule(point)) for point in self.points)
 
 
 def run_sweep(
@@ -192,7 +196,8 @@ def run_sweep(
         draw(pipeline, request, folder, (), progress=progress)
         images = drawn_images(folder, Shards(folder, request, pipeline.bundle.manifest), request.labels)
         judged = [one(OpenedSet("samples", images=images)) for one in evaluators]
-        rows.append(Row(point, request.sampler, sweep.evaluations(point), judged))
+        schedule = sweep.schedule(point)
+        rows.append(Row(point, request.sampler, len(schedule), int(schedule.guided.sum()), judged))
         seen(rows[-1])
         with atomic_file(out / RESULT) as temporary:
             result = {"schema_version": SCHEMA_VERSION, **about, "rows": [row.to_dict() for row in rows]}

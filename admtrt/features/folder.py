@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from importlib.metadata import version
 from typing import TYPE_CHECKING
 
@@ -75,9 +76,9 @@ def make_judge(
     out: Path,
     *,
     part: str = "judge",
-    steps: int = 1500,
+    steps: int = 2000,
     batch_size: int = 64,
-    lr: float = 1e-3,
+    lr: float = 5e-3,
     seed: int = 1,
     overwrite: bool = False,
     progress: Callable[[int, str], None] = lambda _count, _text: None,
@@ -93,17 +94,26 @@ def make_judge(
         progress: called with the steps done.
 
     Returns:
-        The manifest, and its accuracy on the networks' training images (at most 2,000).
+        The manifest, and its accuracy on the networks' training images (at most 5,000).
 
     Raises:
-        RequestError: for another part, or the guide's seed.
+        RequestError: for another part, a learning rate that is not above 0, or the guide's seed.
         DataError: if the images have no labels, or nothing is held out.
         OutputError: if the folder cannot be written.
     """
-    from admtrt.features.judge import judge_graph, judge_images, train_judge
+    from admtrt.features.judge import (
+        check_judge,
+        judge_accuracy,
+        judge_graph,
+        judge_images,
+        seen_hashes,
+        train_judge,
+    )
 
     if part not in ("judge", "held-out"):
         raise RequestError(f"part {part!r} is unknown; expected judge or held-out")
+    if not 0 < lr < math.inf:
+        raise RequestError(f"a learning rate of {lr:g} trains nothing", hint="Give --lr a number above 0.")
     config = load_config(RunConfig, config_file)
     if seed == config.train_classifier.seed:
         raise RequestError(
@@ -111,9 +121,11 @@ def make_judge(
         )
     images, others = judge_images(config.data, part)
     with atomic_directory(out, overwrite=overwrite) as folder:
-        judge = train_judge(images, steps=steps, batch_size=batch_size, lr=lr, seed=seed, progress=progress)
+        judge = train_judge(
+            images, config.data, steps=steps, batch_size=batch_size, lr=lr, seed=seed, progress=progress
+        )
         judge.save(folder / JUDGE_WEIGHTS)
-        accuracy = judge.accuracy(others)
+        accuracy = judge_accuracy(judge, others)
         graph = folder / GRAPH
         judge_graph(judge, graph)
         digest = sha256_of(folder / JUDGE_WEIGHTS)
@@ -128,8 +140,8 @@ def make_judge(
             made_with={"torch": version("torch"), "part": part, "images": str(len(images))},
         )
         network = FeatureNetwork("judge", "judge", graph, manifest.sha256, manifest, folder)
-        judge.check(Extractor(network), images)
-        np.save(folder / SEEN, judge.seen(images), allow_pickle=False)
+        check_judge(judge, Extractor(network), images)
+        np.save(folder / SEEN, seen_hashes(images), allow_pickle=False)
         _write_manifest(folder, manifest)
     return manifest, accuracy
 

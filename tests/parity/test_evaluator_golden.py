@@ -95,6 +95,23 @@ def test_manifold_where_float32_cannot_tell(shape: str) -> None:
     np.testing.assert_array_equal(across[index, np.arange(300)], across.min(axis=0))
 
 
+def test_radii_of_a_reference_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known radii give the same numbers, also for another k, and only the samples' own are computed again."""
+    reference, samples = feature_sets()["small"]
+    known: dict[int, np.ndarray] = {}
+    plain = manifold_metrics(reference, samples)
+    few = manifold_metrics(reference, samples[:5])  # density has too few samples
+    assert few.density is None
+    assert manifold_metrics(reference, samples[:5], known=known) == few
+    assert manifold_metrics(reference, samples, known=known) == plain
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "admtrt.evaluate.manifold.radii", lambda one, ks: seen.append(len(one)) or radii(one, ks)
+    )
+    assert manifold_metrics(reference, samples, known=known) == plain
+    assert seen == [len(samples)]
+
+
 @pytest.mark.parametrize("name", ["three_samples", "one_sample"])
 def test_too_few_images_have_no_manifold(name: str) -> None:
     found = manifold_metrics(*feature_sets()[name])

@@ -37,7 +37,9 @@ def point(method: str, scale: float, accuracy: float) -> SweepPoint:
     chosen = Point(method, SAMPLERS[method], scale, "fp32", None)
     judged = Judged("judge", {}, DISTANCES, DISTANCES, None, [], None)
     evaluations = {"ddpm": 50, "ddim": 25}[method]
-    return SweepPoint(SweepRow(chosen, sampler, evaluations, [judged]), Verdict(accuracy, 1 / (1 + scale)))
+    return SweepPoint(
+        SweepRow(chosen, sampler, evaluations, evaluations, [judged]), Verdict(accuracy, 1 / (1 + scale))
+    )
 
 
 def result(status: str = "pass", best: float = 0.97) -> DemoResult:

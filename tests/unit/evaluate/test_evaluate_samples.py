@@ -190,6 +190,28 @@ def test_reference_file_gives_what_the_images_give(place: Path, capsys: pytest.C
     assert codes(stored) == ["not-comparable", "count"]
 
 
+def test_diversity_against_a_reference_with_labels(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The labels are those that the reference file keeps; half the samples are equal within their class."""
+    labels = np.arange(400) % 10
+    np.savez(place / "r.npz", arr_0=pictures(400, 2), arr_1=labels)
+    made = ("--features", place / "inception", "--out", place / "ref.npz", "--keep", "350")
+    assert run([str(one) for one in ("evaluate", "reference", place / "r.npz", *made)]) == 0
+    capsys.readouterr()
+    features, found = ("--features", place / "inception"), {}
+    for reference in ("r.npz", "ref.npz"):
+        found[reference] = values(
+            samples(capsys, place / "s.npz", "--reference", place / reference, *features)
+        )["diversity"]
+    assert found["r.npz"] == pytest.approx(1, abs=0.15)
+    assert found["ref.npz"] == pytest.approx(found["r.npz"], abs=0.05)
+    alike = pictures(300, 1)
+    alike[150:] = alike[np.arange(150) % 10]
+    np.savez(place / "s.npz", arr_0=alike, arr_1=np.arange(300) % 10)
+    fewer = values(samples(capsys, place / "s.npz", "--reference", place / "r.npz", *features))["diversity"]
+    assert fewer is not None
+    assert fewer < 0.9 * (found["r.npz"] or 0)
+
+
 def test_statistics_of_other_features_are_not_taken(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     made = ("--features", place / "inception", "--out", place / "ref.npz")
     assert run([str(one) for one in ("evaluate", "reference", place / "r.npz", *made)]) == 0
@@ -346,6 +368,7 @@ def test_self_check(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch
         (["--features", "FOLDER", "--count", "301"], "301 images were asked for; there are 300"),
         (["--features", "FOLDER", "--plot", "x"], "--plot shows the nearest pairs"),
         (["--features", "FOLDER", "--metrics", "accuracy"], "accuracy needs a judge"),
+        (["--features", "FOLDER", "--metrics", "diversity"], "diversity needs samples and reference images"),
     ],
 )
 def test_requests_that_cannot_be(

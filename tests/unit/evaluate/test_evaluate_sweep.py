@@ -1,4 +1,4 @@
-"""`admtrt evaluate sweep` and `features judge`, small: what is drawn, judged, kept and refused."""
+"""`admtrt evaluate sweep`, small: what is drawn, judged, kept and refused."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ from bundles import exported_bundle
 from feature_networks import features_folder, pictures
 
 from admtrt.cli import run
-from admtrt.evaluate.sweep import Point, points
+from admtrt.evaluate.compare import Value
+from admtrt.evaluate.figure import save_figure
+from admtrt.evaluate.judging import Judged
+from admtrt.evaluate.sweep import Point, Row, points
+from admtrt.schedule.sampler import SamplerConfig
 
 
 @pytest.fixture
@@ -42,6 +46,7 @@ def test_sweep(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
         ("dpmpp", 3, 0.0), ("dpmpp", 3, 2.0), ("dpmpp", 3, 2.0),
     ]  # fmt: skip
     assert [row["guidance_interval"] for row in shown["rows"]] == [None, None, [0.1, 50.0]] * 2
+    assert [row["guided_evaluations"] for row in shown["rows"]] == [0, 3, 1, 0, 3, 2]
     distances = [row["features"][0]["metrics"]["fid"]["value"] for row in shown["rows"]]
     assert len(set(distances)) == 6  # every choice changes the samples
     assert shown["rows"][0]["features"][0]["floor"]["fid"]["samples"] == 12
@@ -50,6 +55,67 @@ def test_sweep(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     assert (tmp_path / "sweep" / "sweep-inception.png").stat().st_size > 10_000
     assert run([*arguments, *choices, "--json"]) == 0  # nothing is drawn again
     assert (tmp_path / "sweep" / "sweep.json").read_text() == kept
+
+
+def test_the_table_has_errors_and_what_is_guided(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+    choices = ["--scale", "2", "--method", "ddim", "--steps", "4,6", "--metrics", "kid"]
+    assert run([*arguments, *choices, "--guidance-interval", "0.1:50"]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = {line[0]: line[1:] for line in lines if "±" in line}
+    assert rows["ddim-steps4-scale2-fp32-sigma0.1to50"][0] == "2/4"
+    kept = json.loads((Path(arguments[-3]) / "sweep.json").read_text())["rows"][0]
+    kid = kept["features"][0]["metrics"]["kid"]
+    assert rows[kept["name"]][1:4] == [f"{kid['value']:.4f}", "±", f"{kid['error']:.4f}"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "title", "places", "labels"),
+    [
+        (
+            [("ddim", 5, 0.0, None), ("ddim", 5, 2.0, None), ("ddim", 5, 2.0, (0.5, 3.0))],
+            "guidance scale",
+            [[0.0, 2.0], [0.0, 2.0]],
+            ["ddim, 5 evaluations, fp32", "ddim, 5 evaluations, fp32, sigma 0.5 to 3"],
+        ),
+        (
+            [("dpmpp", 9, 2.0, None), ("dpmpp", 5, 2.0, None), ("ddim", 5, 2.0, None)],
+            "evaluations of the networks",
+            [[5, 9], [5]],
+            ["dpmpp, scale 2, fp32", "ddim, scale 2, fp32"],
+        ),
+    ],
+)
+def test_the_figure_is_against_what_varies(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    choices: list[tuple[str, int, float, tuple[float, float] | None]],
+    title: str,
+    places: list[list[float]],
+    labels: list[str],
+) -> None:
+    """Against evaluations if all scales are equal; else rows without guidance belong to every interval."""
+    from matplotlib.figure import Figure
+
+    metrics = {"kid": Value(0.5, 0.1, 10)}
+    rows = []
+    for method, count, scale, interval in choices:
+        sampler = SamplerConfig.from_dict({"method": method, "steps": str(count), "scale": scale})
+        judged = Judged("judge", {}, metrics, None, None, [], None)
+        rows.append(Row(Point(method, str(count), scale, "fp32", interval), sampler, count, 0, [judged]))
+    drawn: list[Figure] = []
+    original = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *a, **k: (drawn.append(self), original(self, *a, **k))
+    )
+    save_figure(rows, 0, tmp_path / "figure.png")
+    (panel,) = drawn[0].axes
+    assert panel.get_xlabel() == title
+    lines = panel.containers  # each an error bar
+    assert [line[0].get_xdata().tolist() for line in lines] == places
+    assert [line.get_label() for line in lines] == labels
 
 
 def test_a_sweep_that_was_cut_off_goes_on(
@@ -96,46 +162,3 @@ def test_choices_that_cannot_be(
     assert run([*arguments, *options]) == 2
     assert message in capsys.readouterr().err
     assert not [*tmp_path.glob("sweep/*")]
-
-
-CONFIG = '[data]\nsource = "digits"\nimage_size = 8\nchannels = 1\nhold_out = 0.5\n'
-
-
-@pytest.mark.parametrize(
-    ("config", "options", "message"),
-    [
-        (CONFIG, ["--seed", "0"], "seed 0 is the guide's own"),
-        (CONFIG, ["--part", "train"], "part 'train' is unknown"),
-        (CONFIG.replace("0.5", "0.0"), [], "nothing is held out"),
-        (CONFIG + 'label_from = "none"\n', [], "has no labels"),
-        (CONFIG.replace("= 8", "= 3"), [], "cannot be halved"),
-    ],
-)
-def test_judges_that_cannot_be(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], config: str, options: list[str], message: str
-) -> None:
-    (tmp_path / "run.toml").write_text(config)
-    command = ["evaluate", "features", "judge", str(tmp_path / "run.toml"), "--out", str(tmp_path / "judge")]
-    assert run([*command, *options]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "judge").exists()
-
-
-@pytest.mark.slow
-def test_judge_on_the_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It learns, its graph runs, it recognises classes, and it is not trained on the floor."""
-    (tmp_path / "run.toml").write_text(CONFIG)
-    config = str(tmp_path / "run.toml")
-    out = str(tmp_path / "judge")
-    command = ["evaluate", "features", "judge", config, "--out", out, "--steps", "150", "--json"]
-    assert run(command) == 0
-    made = json.loads(capsys.readouterr().out)
-    assert made["accuracy"] > 0.8
-    assert made["manifest"]["class_names"] == [str(digit) for digit in range(10)]
-    evaluate = ["evaluate", "samples", f"{config}:floor", "--reference", f"{config}:train"]
-    assert run([*evaluate, "--features", out, "--floor", f"{config}:floor", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)["features"][0]
-    assert result["metrics"]["accuracy"]["value"] > 0.8
-    assert result["metrics"]["judge_score"]["value"] > 3
-    assert abs(result["metrics"]["kid"]["value"]) < 5 * result["metrics"]["kid"]["error"]
-    assert "judge-saw-floor" not in [warned["code"] for warned in result["warnings"]]
