@@ -74,7 +74,6 @@ def pooled(x: torch.Tensor) -> Iterator[torch.Tensor]:
 def test_functions(
     calls: Callable[[torch.Tensor], Iterator[torch.Tensor]],
     shape: tuple[int, ...],
-    ties: bool,
     tmp_path: Path,
 ) -> None:
     def value(x: torch.Tensor) -> torch.Tensor:
