@@ -23,7 +23,7 @@ from admtrt.runtime.image_inputs import NOTHING, ImageInputs
 from admtrt.runtime.latents import Latents
 from admtrt.runtime.noise import MAX_SEED, check_seed
 from admtrt.runtime.request import class_index, one_for_each, some_names, whole_number
-from admtrt.runtime.sampler import graphs_of, hold
+from admtrt.runtime.sampler import hold, runs_of
 from admtrt.runtime.slots import slots_for
 from admtrt.schedule.guides import GuideChoice, guide_choices
 from admtrt.schedule.sampler import SamplerChoices, with_choices
@@ -446,7 +446,7 @@ class Pipeline:
             BundleError: if one cannot be used.
         """
         if isinstance(self.denoiser, GraphDenoiser):
-            self.denoiser.open(graphs_of(schedule, self.bundle.manifest.guides))
+            self.denoiser.open(runs_of(schedule, self.bundle.manifest.guides).keys())
 
     def drive(self, slots: Slots, first: int, callback: Callable[[Step], None] | None) -> None:
         """Run all steps of samples that share a schedule, in place.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
@@ -250,25 +251,26 @@ def _evaluated(
     return evaluated
 
 
-def graphs_of(schedule: SamplingSchedule, guides: Guides) -> list[GraphName]:
-    """The graphs that :func:`advance` runs in a schedule, where all samples of a batch share it.
+def runs_of(schedule: SamplingSchedule, guides: Guides) -> dict[GraphName, int]:
+    """Number of times that :func:`advance` runs each graph for a sample; no graphs that it does not run.
 
     Args:
-        schedule: the schedule.
+        schedule: the sample's schedule.
         guides: the bundle's guides other than the classifier.
     """
-    used = {name: rows.active for name, rows in schedule.guides.items() if rows.active.any()}
-    losses = [active for name, active in used.items() if guides[name].kind == "denoiser"]
-    found: dict[GraphName, bool] = {
-        "unet": not losses or not np.any(losses, axis=0).all(),
-        CLASSIFIER_GRADIENT: bool(schedule.guided.any()),
-        **{graph_of(name, guides[name]): True for name in used},
-        "update": not schedule.full,
-        "update_full": schedule.full,
-        "threshold": bool(schedule.dynamic.any()),
-        **({} if schedule.edit_graph is None else {schedule.edit_graph: True}),
-    }
-    return [graph for graph, runs in found.items() if runs]
+    runs: Counter[GraphName] = Counter()
+    plain = np.ones(len(schedule), dtype=bool)
+    for name, rows in schedule.guides.items():
+        runs[graph_of(name, guides[name])] += int(rows.active.sum())
+        if guides[name].kind == "denoiser":
+            plain &= ~rows.active  # the graph of a loss of x_0 includes the UNet
+    runs["unet"] += int(plain.sum())
+    runs[CLASSIFIER_GRADIENT] += int(schedule.guided.sum())
+    runs["update_full" if schedule.full else "update"] += len(schedule)
+    runs["threshold"] += int(schedule.dynamic.sum())
+    if schedule.edit_graph is not None:
+        runs[schedule.edit_graph] += len(schedule)
+    return {graph: count for graph, count in runs.items() if count}
 
 
 def _column(rows: NDArray[np.bool_]) -> NDArray[np.bool_]:

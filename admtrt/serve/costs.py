@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
-from collections import Counter, deque
+from collections import deque
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from admtrt.contract import CLASSIFIER_GRADIENT, graph_of
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from admtrt.contract import GraphName, Guides
+    from admtrt.contract import GraphName
     from admtrt.runtime.sampler import Denoiser
     from admtrt.runtime.slots import Array
-    from admtrt.schedule.table import SamplingSchedule
     from admtrt.serve.sizes import Sizes
 
 _KEPT = 15  # measurements per graph and size: few, so that the median follows changes
@@ -55,28 +52,6 @@ class Costs:
     def of(self, runs: Mapping[GraphName, int], size: int) -> float:
         """Seconds of the given numbers of runs of each graph, at one batch size."""
         return sum(count * self.seconds(graph, size) for graph, count in runs.items())
-
-
-def runs_of(schedule: SamplingSchedule, guides: Guides) -> dict[GraphName, int]:
-    """Number of times that a row runs each graph.
-
-    Args:
-        schedule: the row's schedule.
-        guides: the bundle's guides other than the classifier.
-    """
-    runs: Counter[GraphName] = Counter()
-    plain = np.ones(len(schedule), dtype=bool)
-    for name, rows in schedule.guides.items():
-        runs[graph_of(name, guides[name])] += int(rows.active.sum())
-        if guides[name].kind == "denoiser":
-            plain &= ~rows.active  # the graph of a loss of x_0 includes the UNet
-    runs["unet"] += int(plain.sum())
-    runs[CLASSIFIER_GRADIENT] += int(schedule.guided.sum())
-    runs["update_full" if schedule.full else "update"] += len(schedule)
-    runs["threshold"] += int(schedule.dynamic.sum())
-    if schedule.edit_graph is not None:
-        runs[schedule.edit_graph] += len(schedule)
-    return {graph: count for graph, count in runs.items() if count}
 
 
 def best_size(seconds: Mapping[int, float]) -> int:

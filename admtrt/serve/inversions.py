@@ -13,8 +13,8 @@ from starlette.responses import JSONResponse, Response
 
 from admtrt.contract import event_shape
 from admtrt.runtime.inversion import DEFAULT_STEPS, InversionRequest
+from admtrt.runtime.sampler import runs_of
 from admtrt.serve.answers import end_or_leave
-from admtrt.serve.costs import runs_of
 from admtrt.serve.decode import pictures
 from admtrt.serve.model import Draw
 from admtrt.serve.schema import InversionAsked

@@ -13,8 +13,8 @@ from admtrt.contract import graph_of
 from admtrt.errors import RequestError
 from admtrt.images import to_uint8
 from admtrt.runtime.image_inputs import NOTHING, ImageInputs
+from admtrt.runtime.sampler import runs_of
 from admtrt.runtime.two_stage import UNGUIDED, TwoStage
-from admtrt.serve.costs import runs_of
 from admtrt.serve.sizes import open_graphs
 
 if TYPE_CHECKING:
