@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import onnx_ir as ir
 
@@ -11,6 +13,9 @@ from admtrt.export.nodes import ATEN, input_of
 from admtrt.export.passes import constant, insert_in_place_of, only_user, pass_by
 from admtrt.export.recurrent import unroll
 from admtrt.export.spectra import nodes_of_stft
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def plain(model: ir.Model) -> None:
@@ -79,13 +84,7 @@ def drop_whole_assignments(model: ir.Model) -> bool:
 
 def einsums_as_products(model: ir.Model) -> bool:
     """Einsum -> a chain of MatMuls, with transposes and reshapes."""
-    changed = False
-    for node in list(model.graph):
-        nodes = nodes_of_einsum(model.graph, node) if node.op_type == "Einsum" else []
-        if nodes:
-            _replace(model, node, nodes)
-            changed = True
-    return changed
+    return _decompose(model, "Einsum", nodes_of_einsum)
 
 
 def vectors_as_matrices(model: ir.Model) -> bool:
@@ -181,9 +180,16 @@ def logarithms_times_factors(model: ir.Model) -> bool:
 
 def spectra_as_convolutions(model: ir.Model) -> bool:
     """STFT -> a Conv with windowed cosines and sines."""
+    return _decompose(model, "STFT", nodes_of_stft)
+
+
+def _decompose(
+    model: ir.Model, operator: str, nodes_of: Callable[[ir.Graph, ir.Node], list[ir.Node]]
+) -> bool:
+    """Replace an operator's nodes by others, where there are any."""
     changed = False
     for node in list(model.graph):
-        nodes = nodes_of_stft(model.graph, node) if node.op_type == "STFT" else []
+        nodes = nodes_of(model.graph, node) if node.op_type == operator else []
         if nodes:
             _replace(model, node, nodes)
             changed = True

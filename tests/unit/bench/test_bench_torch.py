@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnxruntime
@@ -12,6 +12,7 @@ import pytest
 import torch
 from bundles import CLASSIFIER, SAMPLER, UNET, exported_bundle, network
 from onnx_graphs import small_classifier
+from opened_sessions import opened_sessions
 
 from admtrt.bench import plain
 from admtrt.bench.contender import Contender, measure_guide_memory
@@ -157,14 +158,7 @@ def test_guides_are_timed_beside_the_step_and_differentiated_by_pytorch(
         assert list(taken.guides) == ["linear"]
         assert taken.guides["linear"] > 0
     assert not Contender(Row("torch", "bf16"), led, "cpu", 1, {}).prepare(1).outputs.keys() - {"out"}
-    opened: list[str] = []
-    session = onnxruntime.InferenceSession
-
-    def noted(path: str, **options: Any) -> Any:
-        opened.append(Path(path).stem)
-        return session(path, **options)
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
+    opened = opened_sessions(monkeypatch)
     for name in ("torch", "onnxruntime"):
         assert measure_guide_memory(Row(name), led, "cpu", 1, "linear", 3) > 2**20
     assert opened == ["guide.linear"]

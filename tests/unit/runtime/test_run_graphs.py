@@ -9,6 +9,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from bundles import exported_bundle
+from opened_sessions import opened_sessions
 
 from admtrt.bundle import Bundle
 from admtrt.errors import BundleError
@@ -26,15 +27,7 @@ MEASURED = {"linear": {"measurement": IMAGE, "operator": "identity"}}
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the graphs that ONNX Runtime opens, in order."""
     exported_bundle("steered")  # exports run graphs as well
-    names: list[str] = []
-    session = onnxruntime.InferenceSession
-
-    def noted(path: str, **options: Any) -> Any:
-        names.append(Path(path).stem)
-        return session(path, **options)
-
-    monkeypatch.setattr(onnxruntime, "InferenceSession", noted)
-    return names
+    return opened_sessions(monkeypatch)
 
 
 @pytest.mark.parametrize(
